@@ -1,0 +1,77 @@
+# make demo     train a model of torch.nn and the same model with its layers replaced, side by side
+# make test     the test suite; ARGS="-k lstm" passes options to pytest
+# make lint     what CI checks besides
+# make format   rewrite the sources in the project's format
+# make clean    remove everything built, the virtual environment included
+#
+# Each sets up what it needs: Python >= 3.10, a C++ compiler and make are enough. An environment that
+# already has torch and ninja is used as it is with  make test PYTHON=python3 VENV=
+
+PYTHON ?= python3
+VENV ?= .venv
+# May carry options of pip: TORCH="torch==2.13.0 --index-url https://..."
+TORCH ?= torch==2.13.0
+JOBS ?= 2
+ARGS ?=
+
+CPP = $(wildcard csrc/*.h csrc/*.cpp tests/cpp/*.h tests/cpp/*.cpp)
+
+.PHONY: demo test lint format clean in-place
+
+ifeq ($(strip $(VENV)),)
+PY := $(PYTHON)
+BUILT := in-place
+TOOLS := in-place
+BIN :=
+else
+PY := $(VENV)/bin/python
+BUILT := $(VENV)/.built
+TOOLS := $(VENV)/.tools
+BIN := $(VENV)/bin/
+endif
+
+demo: $(BUILT)
+	$(PY) -m fastrnn demo $(ARGS)
+
+# Plugins are used where they are installed: an environment used as it is may lack them.
+test: $(BUILT)
+	$(PY) -m pytest $$($(PY) -c 'from importlib.util import find_spec as has; \
+	  print("-n $(JOBS)" * bool(has("xdist")), "--timeout 300" * bool(has("pytest_timeout")))') $(ARGS)
+
+lint: $(TOOLS)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(BIN)lint-imports
+	$(BIN)clang-format --dry-run -Werror $(CPP)
+
+format: $(TOOLS)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(BIN)clang-format -i $(CPP)
+
+clean:
+	rm -rf build dist *.egg-info fastrnn/*.so $(VENV) \
+	  .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+
+in-place:
+	$(PY) setup.py --quiet build_ext --inplace
+
+ifneq ($(strip $(VENV)),)
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "fastrnn needs Python >= 3.10, which $(PYTHON) is not: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "no virtual environment can be made (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+
+$(BUILT): pyproject.toml setup.py fastrnn/cells.py fastrnn/codegen.py $(wildcard csrc/*) | $(PY)
+	@command -v $${CXX:-c++} >/dev/null || { \
+	  echo "no C++ compiler '$${CXX:-c++}' (Debian, Ubuntu: apt install g++; or name one in CXX)" >&2; exit 1; }
+	$(PY) -m pip install --quiet $(TORCH) 'setuptools>=77' ninja
+	$(PY) -m pip install --quiet --no-build-isolation --editable '.[demo,test]'
+	@touch $@
+
+$(TOOLS): $(BUILT)
+	$(PY) -m pip install --quiet --no-build-isolation --editable '.[dev]'
+	@touch $@
+endif
