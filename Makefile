@@ -64,7 +64,7 @@ $(PY):
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "no virtual environment can be made (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
 
-$(BUILT): pyproject.toml setup.py fastrnn/cells.py fastrnn/codegen.py $(wildcard csrc/*) | $(PY)
+$(BUILT): pyproject.toml setup.py $(addprefix fastrnn/,cells.py expression.py codegen.py) $(wildcard csrc/*) | $(PY)
 	@command -v $${CXX:-c++} >/dev/null || { \
 	  echo "no C++ compiler '$${CXX:-c++}' (Debian, Ubuntu: apt install g++; or name one in CXX)" >&2; exit 1; }
 	$(PY) -m pip install --quiet $(TORCH) 'setuptools>=77' ninja

@@ -23,6 +23,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+SOURCES = ROOT / "csrc"
 ISA_FLAGS = {
     "baseline": "",
     "avx2": "-mavx2 -mfma -mf16c",
@@ -88,7 +89,7 @@ def ninja_file(folder: Path) -> str:
     flags = [
         "-O0 -g" if debug else "-O3 -g0 -DNDEBUG",
         CXX_FLAGS,
-        *(f"-I{quote(path)}" for path in (folder, ROOT / "csrc")),
+        *(f"-I{quote(path)}" for path in (folder, SOURCES)),
     ]
     binding = [
         "-std=c++20" if release >= (2, 13) else "-std=c++17",
@@ -97,21 +98,23 @@ def ninja_file(folder: Path) -> str:
     ]
     libraries = [
         *(f"-L{quote(path)}" for path in library_paths()),
-        "-lc10 -ltorch_cpu -ltorch -ltorch_python -fopenmp",
+        "-lc10 -ltorch_cpu -ltorch -ltorch_python -fopenmp -ldl",
         os.environ.get("FASTRNN_LDFLAGS", ""),
     ]
-    objects = {"ops.o": ("ops.cpp", " ".join(binding))}
+    # Torch is in reach of ops.cpp alone: the kernels below it are built without its headers.
+    objects = {"ops.o": (SOURCES / "ops.cpp", " ".join(binding))}
+    for source in sorted(SOURCES.glob("*.cpp")):
+        if source.name not in ("ops.cpp", "cpu_scan.cpp"):
+            objects[f"{source.stem}.o"] = (source, "-std=c++17")
     for isa in ISA_FLAGS if platform.machine() in ("x86_64", "AMD64") else ["baseline"]:
-        objects[f"cpu_scan.{isa}.o"] = (
-            "cpu_scan.cpp",
-            f"-std=c++17 -DFASTRNN_ISA={isa} {ISA_FLAGS[isa]}",
-        )
+        extra = f"-std=c++17 -DFASTRNN_ISA={isa} {ISA_FLAGS[isa]}"
+        objects[f"cpu_scan.{isa}.o"] = (SOURCES / "cpu_scan.cpp", extra)
     builds = [
-        f"build {out}: compile {escape(ROOT / 'csrc' / source)} | cells.gen.h\n  extra = {extra}"
+        f"build {out}: compile {escape(source)} | cells.gen.h\n  extra = {extra}"
         for out, (source, extra) in objects.items()
     ]
-    # Of inline functions that several objects define the linker takes the first: the baseline's,
-    # which every processor can run.
+    # Of an inline function that several objects define the linker takes the first, so those that
+    # every processor can run come before those that not all can.
     builds.append(f"build _C.so: link {' '.join(objects)}")
     return NINJA_FILE.format(
         cxx=compiler(),
@@ -154,6 +157,8 @@ def escape(path: Path) -> str:
 
 
 setup(
-    ext_modules=[Extension("fastrnn._C", ["csrc/ops.cpp", "csrc/cpu_scan.cpp"])],
+    ext_modules=[
+        Extension("fastrnn._C", sorted(f"csrc/{path.name}" for path in SOURCES.glob("*.cpp")))
+    ],
     cmdclass={"build_ext": BuildExt},
 )
