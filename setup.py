@@ -24,6 +24,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT / "csrc"
+# These alone have torch in reach: what lies below them is compiled without its headers.
+BINDING = ("autograd.cpp", "cpu_ops.cpp", "ops.cpp")
 ISA_FLAGS = {
     "baseline": "",
     "avx2": "-mavx2 -mfma -mf16c",
@@ -101,11 +103,11 @@ def ninja_file(folder: Path) -> str:
         "-lc10 -ltorch_cpu -ltorch -ltorch_python -fopenmp -ldl",
         os.environ.get("FASTRNN_LDFLAGS", ""),
     ]
-    # Torch is in reach of ops.cpp alone: the kernels below it are built without its headers.
-    objects = {"ops.o": (SOURCES / "ops.cpp", " ".join(binding))}
-    for source in sorted(SOURCES.glob("*.cpp")):
-        if source.name not in ("ops.cpp", "cpu_scan.cpp"):
-            objects[f"{source.stem}.o"] = (source, "-std=c++17")
+    objects = {
+        f"{path.stem}.o": (path, " ".join(binding) if path.name in BINDING else "-std=c++17")
+        for path in sorted(SOURCES.glob("*.cpp"))
+        if path.name != "cpu_scan.cpp"
+    }
     for isa in ISA_FLAGS if platform.machine() in ("x86_64", "AMD64") else ["baseline"]:
         extra = f"-std=c++17 -DFASTRNN_ISA={isa} {ISA_FLAGS[isa]}"
         objects[f"cpu_scan.{isa}.o"] = (SOURCES / "cpu_scan.cpp", extra)
