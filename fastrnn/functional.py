@@ -1,0 +1,387 @@
+"""Stateless recurrent layers: layers and directions over one `ops.scan` per layer.
+
+Everything that torch.nn's layers accept is brought here to the one shape the operator knows,
+time-major or packed, and the answer back to the caller's. The exceptions are torch.nn's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from fastrnn import ops
+from fastrnn.cells import Cell
+
+__all__ = ["check_input", "check_state_dtypes", "rnn", "rnn_cell"]
+
+States = Tensor | Sequence[Tensor]
+Check = Callable[[Tensor, "States | None", "Tensor | None"], None]
+
+
+def rnn(
+    cell: Cell,
+    input: Tensor | PackedSequence,
+    weights: Sequence[Sequence[Tensor]],
+    hx: States | None = None,
+    *,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    lengths: Tensor | Sequence[int] | None = None,
+    resets: Tensor | PackedSequence | None = None,
+    name: str = "rnn",
+    check: Check | None = None,
+) -> tuple[Tensor | PackedSequence, Tensor | tuple[Tensor, ...]]:
+    """Run a stack of recurrent layers, `L` layers of `D` directions.
+
+    Args:
+        cell: the cell, with `G` gates and `S` states.
+        input: [T, B, I]; [B, T, I] with `batch_first`; [T, I] unbatched; or a `PackedSequence`.
+        weights: for every layer and direction `[w_ih, w_hh, b_ih, b_hh, w_hr]`, the biases and
+            the projection where there are such: what `all_weights` of torch's layers holds.
+        hx: initial states, [L*D, B, H] ([L*D, H] unbatched; state 0 as wide as the projection);
+            one tensor for a cell of one state, a sequence of `S` otherwise. None for zeros.
+        bidirectional: run a second direction from the end; outputs are concatenated.
+        batch_first: whether `input`, the output and `resets` have the batch first. States do not.
+        dropout: probability of zeroing outputs between layers, when `training`. Draws the same
+            random numbers as torch.nn does.
+        training: whether to apply `dropout`.
+        lengths: steps of each row [B] of dense input, in any order, from 0 to T. Outputs past the
+            end are zero, and the final states are those of the last valid step. Values are
+            checked where they can be read without waiting for a device.
+        resets: bool, one per step: [T, B], [B, T] with `batch_first`, [T] unbatched; packed as
+            the input is. An episode begins there: no state crosses from the step before, in
+            either direction.
+        name: how the layer calls itself in errors.
+        check: `check(input, hx, batch_sizes)` in place of the check of sizes against `weights`.
+
+    Returns:
+        The output, in the form of `input` with `D*H` features, and the final states in that of
+        `hx`.
+
+    Raises:
+        ValueError: wrong number of dimensions of `input`; dtype other than that of the weights;
+            `lengths` or `resets` of wrong shape or out of range.
+        RuntimeError: wrong sizes of `input` or `hx`; T = 0 without `lengths`.
+        TypeError: `lengths` or `resets` of a wrong dtype.
+
+    Like torch.nn.RNN, https://docs.pytorch.org/docs/stable/generated/torch.nn.RNN.html
+    """
+    batch_sizes: Tensor | None = None
+    order: Tensor | None = None
+    restore: Tensor | None = None
+    batched = True
+    batch_dim = 0 if batch_first else 1
+    if isinstance(input, PackedSequence):
+        x, batch_sizes, order, restore = input
+    else:
+        x = input
+        if x.dim() not in (2, 3):
+            raise ValueError(
+                f"{name}: Expected input to be 2D or 3D, got {x.dim()}D tensor instead"
+            )
+        if x.layout is not torch.strided or x.is_nested:
+            raise RuntimeError(
+                f"{name}: expected a dense tensor, got layout {x.layout}; pad the input "
+                "(to_padded_tensor, to_dense) and pass lengths=, or pack it"
+            )
+        if x.dim() == 2:
+            batched = False
+            x = x.unsqueeze(batch_dim)
+
+    given = hx
+    states: tuple[Tensor, ...] = ()
+    if hx is not None:
+        states = _states(cell, hx, 3 if batched else 2)
+        if not batched:
+            states = tuple(s.unsqueeze(1) for s in states)
+        if order is not None:
+            states = tuple(s.index_select(1, order) for s in states)
+        given = states if len(cell.states) > 1 else states[0]
+    if check is None:
+        _check_sizes(cell, x, given, batch_sizes, weights, bidirectional, batch_first)
+    else:
+        check(x, given, batch_sizes)
+    if states:
+        check_state_dtypes(states, x)
+
+    if batch_sizes is None:
+        if batch_first:
+            x = x.transpose(0, 1)
+        if lengths is not None:
+            lengths = _check_lengths(lengths, x, batched)
+        elif x.size(0) == 0:
+            raise RuntimeError(
+                "Expected sequence length to be larger than 0 in RNN, got 0; "
+                "pass lengths= to allow empty sequences"
+            )
+    elif lengths is not None:
+        raise ValueError("lengths= is for dense input; a PackedSequence holds its own lengths")
+    if resets is not None:
+        resets = _check_resets(resets, x, batch_sizes, batch_first and batched)
+    if not states and (batch_sizes is not None or (lengths is not None and x.size(0) == 0)):
+        states = _zeros(cell, x, weights, _batch_size(x, batch_sizes, order))
+
+    y, final = _stack(
+        cell,
+        x,
+        weights,
+        states,
+        2 if bidirectional else 1,
+        dropout if training else 0.0,
+        batch_sizes,
+        lengths,
+        resets,
+    )
+
+    if restore is not None:
+        final = [s.index_select(1, restore) for s in final]
+    if not batched:
+        final = [s.squeeze(1) for s in final]
+    last = final[0] if len(final) == 1 else tuple(final)
+    if batch_sizes is not None:
+        return PackedSequence(y, batch_sizes, order, restore), last
+    if batch_first:
+        y = y.transpose(0, 1)
+    return (y if batched else y.squeeze(batch_dim)), last
+
+
+def rnn_cell(
+    cell: Cell,
+    input: Tensor,
+    states: Sequence[Tensor],
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """One time step.
+
+    Args:
+        cell: the cell, with `G` gates and `S` states.
+        input: [B, I].
+        states: `S` tensors [1, B, H], or none for zeros.
+        w_ih, w_hh, b_ih, b_hh: [G*H, I], [G*H, H], [G*H] and [G*H]; biases may be None.
+
+    Returns:
+        `S` next states, [B, H].
+    """
+    biases = () if b_ih is None else (b_ih,), () if b_hh is None else (b_hh,)
+    y, after = ops.scan(cell, input, (w_ih,), (w_hh,), *biases, (), states)
+    return (y, *[s.squeeze(0) for s in after[1:]])
+
+
+def _stack(
+    cell: Cell,
+    x: Tensor,
+    weights: Sequence[Sequence[Tensor]],
+    s0: Sequence[Tensor],
+    directions: int,
+    dropout: float,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """Layers on canonical operands: `x` [T, B, I] or packed [R, I], `s0` `S` times [L*D, B, *]."""
+    last = len(weights) - directions
+    finals = []
+    for first in range(0, len(weights), directions):
+        w_ih, w_hh, *rest = zip(*weights[first : first + directions], strict=True)
+        b_ih, b_hh = rest[:2] if len(rest) > 1 else ((), ())
+        w_hr = rest[-1] if len(rest) & 1 else ()
+        s = s0 if last == 0 else [h[first : first + directions] for h in s0]
+        x, final = ops.scan(
+            cell,
+            x,
+            w_ih,
+            w_hh,
+            b_ih,
+            b_hh,
+            w_hr,
+            s,
+            batch_sizes,
+            lengths,
+            resets,
+            0 if directions == 1 else 0b10,
+        )
+        finals.append(final)
+        if dropout and first < last:
+            x = F.dropout(x, dropout, True)
+    if len(finals) == 1:
+        return x, finals[0]
+    return x, [torch.cat(s) for s in zip(*finals, strict=True)]
+
+
+def check_input(input: Tensor, input_size: int, weight: Tensor, batch_sizes: Tensor | None) -> None:
+    """torch.nn's checks of dtype, dimensions and features, in its order."""
+    if input.dtype != weight.dtype and not torch._C._is_any_autocast_enabled():
+        raise ValueError(
+            f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
+            f"Convert input: input.to({weight.dtype}), or convert model: model.to({input.dtype})"
+        )
+    expected = 3 if batch_sizes is None else 2
+    if input.dim() != expected:
+        raise RuntimeError(f"input must have {expected} dimensions, got {input.dim()}")
+    if input.size(-1) != input_size:
+        raise RuntimeError(
+            "input.size(-1) must be equal to input_size. "
+            f"Expected {input_size}, got {input.size(-1)}"
+        )
+
+
+def check_state_dtypes(states: Sequence[Tensor], input: Tensor) -> None:
+    """Initial states must have the dtype and the device of the input; `RuntimeError` otherwise.
+
+    Under autocast the operator casts, as it does with the input.
+    """
+    for s in states:
+        if s.dtype != input.dtype and not torch._C._is_any_autocast_enabled():
+            raise RuntimeError(
+                f"hx dtype ({s.dtype}) does not match input dtype ({input.dtype}). "
+                f"Convert hx: hx.to({input.dtype})"
+            )
+        if s.device != input.device:
+            raise RuntimeError(
+                f"Input and hidden tensors are not at the same device, found input on "
+                f"{input.device} and hx on {s.device}. Move hx: hx.to({str(input.device)!r})"
+            )
+
+
+def _states(cell: Cell, hx: States, rank: int) -> tuple[Tensor, ...]:
+    kind = "batched" if rank == 3 else "unbatched"
+    if len(cell.states) == 1:
+        state: Tensor = hx  # type: ignore[assignment]
+        if state.dim() != rank:
+            raise RuntimeError(
+                f"For {kind} {rank}-D input, hx should also be {rank}-D "
+                f"but got {state.dim()}-D tensor"
+            )
+        return (state,)
+    states = tuple(hx[k] for k in range(len(cell.states)))
+    if any(s.dim() != rank for s in states):
+        what = "hx and cx" if len(states) == 2 else f"the {len(states)} states of hx"
+        dims = ", ".join(f"{s.dim()}-D" for s in states)
+        raise RuntimeError(
+            f"For {kind} {rank}-D input, {what} should also be {rank}-D but got ({dims}) tensors"
+        )
+    if len(hx) != len(states):
+        raise RuntimeError(
+            f"cell {cell.name!r} expects {len(states)} states ({', '.join(cell.states)}), "
+            f"got {len(hx)} in hx"
+        )
+    return states
+
+
+def _widths(cell: Cell, weight: Sequence[Tensor]) -> list[int]:
+    """Sizes of the states: what the recurrent weight takes for the first, `H` for the others."""
+    hidden = weight[1].size(0) // len(cell.gates)
+    return [weight[1].size(1)] + [hidden] * (len(cell.states) - 1)
+
+
+def _batch_size(x: Tensor, batch_sizes: Tensor | None, order: Tensor | None) -> int:
+    if batch_sizes is None:
+        return x.size(1)
+    # A permutation tells the batch size without reading data, which a compiler could not.
+    return int(batch_sizes[0]) if order is None else order.size(0)
+
+
+def _zeros(
+    cell: Cell, x: Tensor, weights: Sequence[Sequence[Tensor]], batch: int
+) -> tuple[Tensor, ...]:
+    return tuple(x.new_zeros(len(weights), batch, n) for n in _widths(cell, weights[0]))
+
+
+def _check_sizes(
+    cell: Cell,
+    input: Tensor,
+    hx: States | None,
+    batch_sizes: Tensor | None,
+    weights: Sequence[Sequence[Tensor]],
+    bidirectional: bool,
+    batch_first: bool,
+) -> None:
+    if not weights or len(weights) % (2 if bidirectional else 1):
+        raise ValueError(
+            f"weights must hold one list for every layer and direction, got {len(weights)} "
+            f"with bidirectional={bidirectional}"
+        )
+    check_input(input, weights[0][0].size(1), weights[0][0], batch_sizes)
+    if hx is None:
+        return
+    batch = input.size(0 if batch_first else 1) if batch_sizes is None else int(batch_sizes[0])
+    states = [hx] if isinstance(hx, Tensor) else hx
+    for s, width in zip(states, _widths(cell, weights[0]), strict=True):
+        expected = (len(weights), batch, width)
+        if s.size() != expected:
+            raise RuntimeError(f"Expected hidden size {expected}, got {list(s.size())}")
+
+
+def _check_lengths(lengths: Tensor | Sequence[int], x: Tensor, batched: bool) -> Tensor:
+    """`lengths` as int64 [B] beside `x` [T, B, I]."""
+    steps, batch = x.size(0), x.size(1)
+    length = torch.as_tensor(lengths)
+    if isinstance(lengths, Tensor) or length.numel():  # an empty list makes a float tensor
+        integral = not (length.is_floating_point() or length.is_complex())
+        if not integral or length.dtype == torch.bool:
+            raise TypeError(f"lengths must be integers, got dtype {length.dtype}")
+    if length.dim() == 0 and not batched:
+        length = length.unsqueeze(0)
+    if length.dim() != 1 or length.size(0) != batch:
+        raise ValueError(
+            f"lengths must have one entry for each of the {batch} sequences of the batch, "
+            f"got shape {tuple(length.shape)}"
+        )
+    if _readable(length) and batch:
+        low, high = (int(v) for v in torch.aminmax(length))
+        if low < 0 or high > steps:
+            raise ValueError(
+                f"lengths must be between 0 and the {steps} steps of the input, "
+                f"got values from {low} to {high}"
+            )
+    return length.to(device=x.device, dtype=torch.int64)
+
+
+def _check_resets(
+    resets: Tensor | PackedSequence, x: Tensor, batch_sizes: Tensor | None, swap: bool
+) -> Tensor:
+    """`resets` in the layout of `x` without its features."""
+    if isinstance(resets, PackedSequence):
+        if batch_sizes is None:
+            raise ValueError("resets is a PackedSequence, but the input is not")
+        same = resets.batch_sizes is batch_sizes
+        if not same and not torch.equal(resets.batch_sizes, batch_sizes):
+            raise ValueError("resets must be packed with the same lengths as the input")
+        resets = resets.data
+    if resets.dtype != torch.bool:
+        raise TypeError(f"resets must be bool, got {resets.dtype}; convert with resets.bool()")
+    if batch_sizes is None and resets.dim() == 1 and x.size(1) == 1:
+        resets = resets.unsqueeze(1)
+    elif swap and resets.dim() == 2:
+        resets = resets.transpose(0, 1)
+    if resets.shape != x.shape[:-1]:
+        raise ValueError(
+            "resets must have the shape of the input without its last dimension, "
+            f"{_caller(x.shape[:-1], swap)}, got {_caller(resets.shape, swap)}"
+        )
+    return resets.to(x.device)
+
+
+def _caller(shape: torch.Size, swap: bool) -> tuple[int, ...]:
+    return tuple(reversed(shape)) if swap else tuple(shape)
+
+
+def _readable(t: Tensor) -> bool:
+    """Whether values may be looked at: no compiler, transform or tracer, no device to wait for."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(t) is Tensor
+        and t.device.type == "cpu"
+        and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
+    )

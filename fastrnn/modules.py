@@ -1,0 +1,735 @@
+"""RNN, LSTM, GRU, their cells, and `Recurrent` for any cell: parameters and manners of torch.nn.
+
+Layers derive from `nn.RNNBase` and not from `nn.LSTM` and its siblings, because `torch.compile`
+refuses those by `isinstance`. Weights are read anew on every call: they may be parametrized,
+tied, replaced or functionalised between two calls, and nothing here may remember them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from numbers import Number
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.rnn import PackedSequence
+
+from fastrnn import cells, functional
+from fastrnn.cells import Cell
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    "Recurrent",
+    "from_torch",
+    "to_torch",
+]
+
+Device = torch.device | str | int | None
+Sequences = Tensor | PackedSequence
+Lengths = Tensor | Sequence[int] | None
+Resets = Tensor | PackedSequence | None
+
+_CELL_OF_MODE = {
+    "RNN_TANH": cells.rnn_tanh,
+    "RNN_RELU": cells.rnn_relu,
+    "LSTM": cells.lstm,
+    "GRU": cells.gru,
+}
+_CELL_OF_NONLINEARITY = {"tanh": cells.rnn_tanh, "relu": cells.rnn_relu}
+
+
+class _Layer(nn.RNNBase):
+    """What all layers share: parameters as torch.nn names them, and the call."""
+
+    _name = "RNN"
+
+    def __init__(
+        self,
+        cell: Cell,
+        mode: str,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int,
+        bias: bool,
+        batch_first: bool,
+        dropout: float,
+        bidirectional: bool,
+        proj_size: int,
+        device: Device,
+        dtype: torch.dtype | None,
+    ) -> None:
+        # Not RNNBase's constructor: that one knows four modes only and says less in its errors.
+        nn.Module.__init__(self)
+        self.mode = mode
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        self.num_layers = num_layers
+        self.bias = bias
+        self.batch_first = batch_first
+        self.dropout = float(dropout)
+        self.bidirectional = bidirectional
+        self.proj_size = proj_size
+        _check_arguments(input_size, hidden_size, num_layers, bias, batch_first, dropout, proj_size)
+        # RNNBase's own methods expect it. Weak references to parameters would keep
+        # load_state_dict from swapping them, so it stays empty.
+        self._flat_weight_refs: list[Any] = []
+        self._flat_weights_names: list[str] = []
+        self._all_weights: list[list[str]] = []
+
+        rows = len(cell.gates) * hidden_size
+        recurrent = proj_size or hidden_size
+        directions = ("", "_reverse") if bidirectional else ("",)
+        for layer in range(num_layers):
+            width = input_size if layer == 0 else recurrent * len(directions)
+            shapes = {"weight_ih": (rows, width), "weight_hh": (rows, recurrent)}
+            if bias:
+                shapes.update(bias_ih=(rows,), bias_hh=(rows,))  # type: ignore[arg-type]
+            if proj_size:
+                shapes["weight_hr"] = (proj_size, hidden_size)
+            for suffix in directions:
+                names = [f"{kind}_l{layer}{suffix}" for kind in shapes]
+                for name, shape in zip(names, shapes.values(), strict=True):
+                    empty = torch.empty(shape, device=device, dtype=dtype)
+                    self.register_parameter(name, nn.Parameter(empty))
+                self._flat_weights_names.extend(names)
+                self._all_weights.append(names)
+        self.reset_parameters()
+
+    def forward(
+        self,
+        input: Sequences,
+        hx: functional.States | None = None,
+        *,
+        lengths: Lengths = None,
+        resets: Resets = None,
+    ) -> tuple[Sequences, Tensor | tuple[Tensor, ...]]:
+        """Run the layer; see the class for shapes."""
+        extras = (
+            {} if lengths is None and resets is None else {"lengths": lengths, "resets": resets}
+        )
+        if (detour := _detour(self, input, extras)) is not None:
+            return detour(input, hx, **extras)  # type: ignore[no-any-return]
+        return functional.rnn(
+            self._cell(),
+            input,
+            self._weights(),
+            hx,
+            bidirectional=self.bidirectional,
+            batch_first=self.batch_first,
+            dropout=self.dropout,
+            training=self.training,
+            lengths=lengths,
+            resets=resets,
+            name=self._name,
+            check=self._check,
+        )
+
+    def _cell(self) -> Cell:
+        return _CELL_OF_MODE[self.mode]
+
+    def _weights(self) -> list[list[Tensor]]:
+        # A look into `_parameters` first: nn.Module's attribute lookup takes longer than a
+        # small cell. What is not there was parametrized, or set as a plain tensor.
+        own = self._parameters
+        return [
+            [getattr(self, n) if (w := own.get(n)) is None else w for n in names]
+            for names in self._all_weights
+        ]
+
+    def _check(
+        self, input: Tensor, hx: functional.States | None, batch_sizes: Tensor | None
+    ) -> None:
+        if hx is None:
+            self.check_input(input, batch_sizes)
+        else:
+            self.check_forward_args(input, cast(Tensor, hx), batch_sizes)
+
+    def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
+        """Raise what torch.nn raises for an input of wrong dtype or shape."""
+        weight = getattr(self, self._flat_weights_names[0])
+        functional.check_input(input, self.input_size, weight, batch_sizes)
+
+    # No list of weights is kept, so there is nothing to bring up to date.
+
+    @property
+    def _flat_weights(self) -> list[Tensor | None]:
+        return [getattr(self, n, None) for n in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, values: Sequence[Tensor | None]) -> None:
+        for name, value in zip(self._flat_weights_names, values, strict=True):
+            if getattr(self, name, None) is not value:
+                setattr(self, name, value)
+
+    __setattr__ = nn.Module.__setattr__  # type: ignore[assignment]
+
+    def _init_flat_weights(self) -> None:
+        pass
+
+    def _update_flat_weights(self) -> None:
+        pass
+
+    def flatten_parameters(self) -> None:
+        """Do nothing: no kernel here needs the weights in one buffer."""
+
+    def __setstate__(self, d: dict[str, Any]) -> None:
+        super().__setstate__(d)  # type: ignore[no-untyped-call]
+        self.__dict__.pop("_flat_weights", None)
+        self._flat_weight_refs = []
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return to_torch(self)
+
+
+class _Plain(_Layer):
+    """RNN and GRU: no projection."""
+
+    def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
+        """Raise what torch.nn raises for an input of wrong dtype or shape."""
+        super().check_input(input, batch_sizes)
+        if self.proj_size > 0:
+            raise RuntimeError(
+                f"Expected hidden size to be hidden_size, but {self._name} was given "
+                f"proj_size={self.proj_size}; projections are for LSTM"
+            )
+
+
+class RNN(_Plain):
+    """Elman network, a drop-in for `torch.nn.RNN` with the same parameters and numbers.
+
+    Args:
+        input_size: `I`, features of the input.
+        hidden_size: `H`, features of the state.
+        num_layers: layers stacked on each other.
+        nonlinearity: `"tanh"` or `"relu"`.
+        bias: whether there are `bias_ih` and `bias_hh`.
+        batch_first: whether input and output are [B, T, *] and not [T, B, *].
+        dropout: probability of zeroing outputs between layers while training.
+        bidirectional: whether a second direction runs from the end; `D` = 2 then, else 1.
+        device, dtype: of the parameters.
+
+    Call:
+        `output, h_n = layer(input, hx=None, *, lengths=None, resets=None)` with `input`
+        [T, B, I], [T, I] or a `PackedSequence`; `hx` and `h_n` [num_layers*D, B, H]; `output`
+        [T, B, D*H]. `lengths` [B] takes rows of different lengths unsorted, `resets` (bool,
+        [T, B]) marks steps where an episode begins. Both are described in `functional.rnn`.
+
+    Raises:
+        As torch.nn does: `TypeError` and `ValueError` for arguments; from a call `ValueError` for
+        wrong dimensions or dtype of the input, `RuntimeError` for wrong sizes.
+
+    https://docs.pytorch.org/docs/stable/generated/torch.nn.RNN.html
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        _proj_size: int = 0,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        **unknown: Any,
+    ) -> None:
+        _refuse(unknown)
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(
+                f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'."
+            )
+        super().__init__(
+            _CELL_OF_NONLINEARITY[nonlinearity],
+            f"RNN_{nonlinearity.upper()}",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            _proj_size,
+            device,
+            dtype,
+        )
+        self.nonlinearity = nonlinearity
+
+
+class GRU(_Plain):
+    """Gated recurrent units, a drop-in for `torch.nn.GRU` with the same parameters and numbers.
+
+    Arguments, call and errors are those of `RNN`, without `nonlinearity`. The reset gate is
+    applied after the product (Cho et al. 2014, arXiv:1406.1078v1), as in torch.nn and cuDNN.
+
+    https://docs.pytorch.org/docs/stable/generated/torch.nn.GRU.html
+    """
+
+    _name = "GRU"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        _proj_size: int = 0,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        **unknown: Any,
+    ) -> None:
+        _refuse(unknown)
+        super().__init__(
+            cells.gru,
+            "GRU",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            _proj_size,
+            device,
+            dtype,
+        )
+
+
+class _Several(_Layer):
+    """Layers with several states: `hx` is a tuple of them."""
+
+    def check_forward_args(
+        self,
+        input: Tensor,
+        hidden: Sequence[Tensor],  # type: ignore[override]
+        batch_sizes: Tensor | None,
+    ) -> None:
+        """Raise what torch.nn raises for an input or states of wrong dtype or shape."""
+        self.check_input(input, batch_sizes)
+        for k, s in enumerate(hidden):
+            size = self.get_expected_cell_size if k else self.get_expected_hidden_size
+            self.check_hidden_size(
+                s, size(input, batch_sizes), f"Expected hidden[{k}] size {{}}, got {{}}"
+            )
+
+    def get_expected_cell_size(
+        self, input: Tensor, batch_sizes: Tensor | None
+    ) -> tuple[int, int, int]:
+        """Shape of the states behind the first, which no projection narrows."""
+        layers, batch, _ = self.get_expected_hidden_size(input, batch_sizes)
+        return layers, batch, self.hidden_size
+
+    def permute_hidden(  # type: ignore[override]
+        self, hx: tuple[Tensor, ...], permutation: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """States in another order of the batch."""
+        if permutation is None:
+            return hx
+        return tuple(s.index_select(1, permutation) for s in hx)
+
+
+class LSTM(_Several):
+    """Long short-term memory, a drop-in for `torch.nn.LSTM` with the same parameters and numbers.
+
+    Arguments, call and errors are those of `RNN`, without `nonlinearity`, and with `proj_size`:
+    if positive, the recurrent state and the output have `proj_size` features, less than
+    `hidden_size` (Sak et al. 2014, arXiv:1402.1128). States are pairs `(h, c)`.
+
+    https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html
+    """
+
+    _name = "LSTM"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            cells.lstm,
+            "LSTM",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            proj_size,
+            device,
+            dtype,
+        )
+
+    def _check(
+        self, input: Tensor, hx: functional.States | None, batch_sizes: Tensor | None
+    ) -> None:
+        try:
+            super()._check(input, hx, batch_sizes)
+        except ValueError as error:
+            if batch_sizes is None:
+                raise
+            # torch.nn leaves packed input of an LSTM to the matrix product, which raises this.
+            raise RuntimeError(str(error)) from None
+
+
+class Recurrent(_Several):
+    """Layers of any cell, with the parameters, layers and directions of torch.nn's.
+
+    Args:
+        cell: a cell made with `fastrnn.cell`, of `G` gates and `S` states.
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional: as in `RNN`.
+        device, dtype: of the parameters, `weight_ih_l0` [G*H, I] and so on, in torch's names.
+
+    Call:
+        As `RNN`. `hx` and the final states are one tensor for a cell with one state, and tuples
+        of `S` tensors, each [num_layers*D, B, H], for a cell with several.
+
+    Raises:
+        TypeError: if `cell` is none. Otherwise as `RNN`.
+
+    Example:
+        >>> import torch, fastrnn
+        >>> @fastrnn.cell(gates="zn", states="h")
+        ... def light_gru(u, v, h):  # Ravanelli et al. 2018, arXiv:1803.10225
+        ...     z = torch.sigmoid(u.z + v.z)
+        ...     return z * h + (1 - z) * torch.relu(u.n + v.n)
+        >>> layer = fastrnn.Recurrent(light_gru, 4, 8, num_layers=2)
+        >>> output, h_n = layer(torch.randn(5, 3, 4))
+        >>> output.shape, h_n.shape
+        (torch.Size([5, 3, 8]), torch.Size([2, 3, 8]))
+    """
+
+    _name = "Recurrent"
+
+    def __init__(
+        self,
+        cell: Cell,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if not isinstance(cell, Cell):
+            raise TypeError(
+                f"cell should be a fastrnn.Cell, got: {type(cell).__name__}; "
+                "make one by decorating a function with fastrnn.cell(gates=..., states=...)"
+            )
+        super().__init__(
+            cell,
+            cell.name,
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            0,
+            device,
+            dtype,
+        )
+        self.cell = cell
+
+    def _cell(self) -> Cell:
+        return self.cell
+
+    def check_forward_args(
+        self,
+        input: Tensor,
+        hidden: functional.States,
+        batch_sizes: Tensor | None,
+    ) -> None:
+        """Raise what torch.nn raises for an input or states of wrong dtype or shape."""
+        states = (hidden,) if isinstance(hidden, Tensor) else hidden
+        super().check_forward_args(input, states, batch_sizes)
+
+    def permute_hidden(  # type: ignore[override]
+        self, hx: functional.States, permutation: Tensor | None
+    ) -> functional.States:
+        """States in another order of the batch."""
+        if isinstance(hx, Tensor):
+            return nn.RNNBase.permute_hidden(self, hx, permutation)  # type: ignore[no-any-return]
+        return super().permute_hidden(tuple(hx), permutation)
+
+    def extra_repr(self) -> str:
+        """The cell, then what differs from the defaults."""
+        return f"{self.cell.name}, {super().extra_repr()}"
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise NotImplementedError(
+            f"torch.jit.script knows no layer for the cell {self.cell.name!r}; "
+            "use torch.export or torch.compile"
+        )
+
+
+class RNNCell(nn.RNNCell):
+    """One step of an Elman network, a drop-in for `torch.nn.RNNCell`.
+
+    https://docs.pytorch.org/docs/stable/generated/torch.nn.RNNCell.html
+    """
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """`input` [B, I] or [I] and `hx` [B, H] or [H] to the next state."""
+        if (detour := _detour(self, input)) is not None:
+            return detour(input, hx)  # type: ignore[no-any-return]
+        _check_cell_dims("RNNCell", input, () if hx is None else (hx,))
+        if self.nonlinearity not in _CELL_OF_NONLINEARITY:
+            raise RuntimeError(
+                f"Unknown nonlinearity: {self.nonlinearity}. Select from 'tanh' or 'relu'."
+            )
+        cell = _CELL_OF_NONLINEARITY[self.nonlinearity]
+        return _step(self, cell, input, () if hx is None else (hx,))[0]
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return to_torch(self)
+
+
+class LSTMCell(nn.LSTMCell):
+    """One step of long short-term memory, a drop-in for `torch.nn.LSTMCell`.
+
+    https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTMCell.html
+    """
+
+    def forward(
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`input` [B, I] or [I] and `hx`, a pair [B, H] or [H], to the next pair."""
+        if (detour := _detour(self, input)) is not None:
+            return detour(input, hx)  # type: ignore[no-any-return]
+        _check_cell_dims("LSTMCell", input, () if hx is None else hx)
+        h, c = _step(self, cells.lstm, input, () if hx is None else hx)
+        return h, c
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return to_torch(self)
+
+
+class GRUCell(nn.GRUCell):
+    """One step of gated recurrent units, a drop-in for `torch.nn.GRUCell`.
+
+    https://docs.pytorch.org/docs/stable/generated/torch.nn.GRUCell.html
+    """
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """`input` [B, I] or [I] and `hx` [B, H] or [H] to the next state."""
+        if (detour := _detour(self, input)) is not None:
+            return detour(input, hx)  # type: ignore[no-any-return]
+        _check_cell_dims("GRUCell", input, () if hx is None else (hx,))
+        return _step(self, cells.gru, input, () if hx is None else (hx,))[0]
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return to_torch(self)
+
+
+def _check_cell_dims(name: str, input: Tensor, states: Sequence[Tensor]) -> None:
+    if input.dim() not in (1, 2):
+        raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+    for k, s in enumerate(states):
+        if s.dim() not in (1, 2):
+            what = f"hx[{k}]" if name == "LSTMCell" else "hidden"
+            raise ValueError(f"{name}: Expected {what} to be 1D or 2D, got {s.dim()}D instead")
+
+
+def _step(
+    module: nn.RNNCellBase, cell: Cell, input: Tensor, hx: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    own = module._parameters
+    w_ih = getattr(module, "weight_ih") if (w := own.get("weight_ih")) is None else w  # noqa: B009
+    w_hh = getattr(module, "weight_hh") if (w := own.get("weight_hh")) is None else w  # noqa: B009
+    b_ih = module.bias_ih if (w := own.get("bias_ih")) is None else w
+    b_hh = module.bias_hh if (w := own.get("bias_hh")) is None else w
+    batched = input.dim() == 2
+    x = input if batched else input.unsqueeze(0)
+    if x.size(1) != module.input_size:
+        raise RuntimeError(
+            f"input has inconsistent input_size: got {x.size(1)} expected {module.input_size}"
+        )
+    if x.dtype != w_ih.dtype and not torch._C._is_any_autocast_enabled():
+        raise RuntimeError(
+            f"mat1 and mat2 must have the same dtype: input has {x.dtype} and weight has "
+            f"{w_ih.dtype}. Convert input: input.to({w_ih.dtype})"
+        )
+    if hx:
+        if len(hx) != len(cell.states):
+            raise RuntimeError(
+                f"cell {cell.name!r} expects {len(cell.states)} states "
+                f"({', '.join(cell.states)}), got {len(hx)} in hx"
+            )
+        expected = (x.size(0), module.hidden_size) if batched else (module.hidden_size,)
+        for k, s in enumerate(hx):
+            if s.size() != expected:
+                raise RuntimeError(
+                    f"hidden{k} has inconsistent size: got {list(s.size())} "
+                    f"expected {list(expected)}"
+                )
+        functional.check_state_dtypes(hx, x)
+        hx = [s.unsqueeze(0) if batched else s.expand(1, 1, -1) for s in hx]
+    after = functional.rnn_cell(cell, x, hx, w_ih, w_hh, b_ih, b_hh)
+    return after if batched else tuple(s.squeeze(0) for s in after)
+
+
+def _check_arguments(
+    input_size: int,
+    hidden_size: int,
+    num_layers: int,
+    bias: bool,
+    batch_first: bool,
+    dropout: Any,
+    proj_size: int,
+) -> None:
+    """torch.nn's checks, in its order."""
+    number = isinstance(dropout, Number) and not isinstance(dropout, bool)
+    if not number or not 0 <= dropout <= 1:
+        raise ValueError(
+            "dropout should be a number in range [0, 1] representing the probability of an "
+            f"element being zeroed, got {dropout!r}"
+        )
+    if dropout > 0 and num_layers == 1:
+        warnings.warn(
+            "dropout option adds dropout after all but last recurrent layer, so non-zero dropout "
+            f"expects num_layers greater than 1, but got dropout={dropout} and num_layers=1",
+            stacklevel=4,
+        )
+    for name, flag in (("bias", bias), ("batch_first", batch_first)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} should be of type bool, got: {type(flag).__name__} ({flag!r})")
+    for name, size in (
+        ("input_size", input_size),
+        ("hidden_size", hidden_size),
+        ("num_layers", num_layers),
+    ):
+        if not isinstance(size, int):
+            raise TypeError(f"{name} should be of type int, got: {type(size).__name__} ({size!r})")
+        if size <= 0:
+            raise ValueError(f"{name} must be greater than zero, got {size}")
+    if proj_size < 0:
+        raise ValueError(
+            "proj_size should be a positive integer or zero to disable projections, "
+            f"got {proj_size}"
+        )
+    if proj_size >= hidden_size:
+        raise ValueError(
+            "proj_size has to be smaller than hidden_size, "
+            f"got proj_size={proj_size} and hidden_size={hidden_size}"
+        )
+
+
+def _refuse(unknown: dict[str, Any]) -> None:
+    """torch.nn takes `proj_size` for RNN and GRU by position only, and then refuses the call."""
+    if "proj_size" in unknown:
+        raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+    if unknown:
+        raise TypeError(f"unexpected keyword arguments: {', '.join(unknown)}")
+
+
+def _detour(module: nn.Module, input: Any, extras: dict[str, Any] | None = None) -> Any:
+    """What to call in place of our own forward, if anything.
+
+    Where the call is being written down in a format that knows torch's own operators only
+    (TorchScript, ONNX), the stock module's forward; in a symbolic trace, a single node, which
+    is what torch.nn's own layers leave there.
+    """
+    if torch._C._get_tracing_state() is not None or (
+        torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+    ):
+        known = [c for c in type(module).__mro__ if c in _TO_TORCH]
+        if known and not extras:
+            return _convert(module, _TO_TORCH[known[0]]).forward
+    if isinstance(input, torch.fx.Proxy):
+        tracer: Any = input.tracer
+        path = tracer.path_of_module(module)
+        return lambda *args, **kwargs: tracer.create_proxy("call_module", path, args, kwargs)
+    return None
+
+
+# Conversion from and to torch.nn.
+
+_FROM_TORCH: dict[type[nn.Module], type[nn.Module]] = {
+    nn.RNN: RNN,
+    nn.LSTM: LSTM,
+    nn.GRU: GRU,
+    nn.RNNCell: RNNCell,
+    nn.LSTMCell: LSTMCell,
+    nn.GRUCell: GRUCell,
+}
+_TO_TORCH = {ours: theirs for theirs, ours in _FROM_TORCH.items()}
+
+
+def from_torch(module: nn.Module) -> nn.Module:
+    """The fastrnn module for a torch.nn layer or cell, on the very same Parameters.
+
+    Training flag, hooks and parametrizations come along; the registries of hooks are shared, so
+    that handles given out before still remove their hooks. The torch module stays usable.
+
+    Raises:
+        TypeError: for anything but `nn.RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell`. A subclass may
+            have changed the forward, and so may an instance that was given one of its own.
+    """
+    return _convert(module, _target(module, _FROM_TORCH))
+
+
+def to_torch(module: nn.Module) -> nn.Module:
+    """The torch.nn module for a fastrnn layer or cell: the inverse of `from_torch`."""
+    return _convert(module, _target(module, _TO_TORCH))
+
+
+def _target(module: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) -> type[nn.Module]:
+    source = type(module)
+    if parametrize.is_parametrized(module):
+        source = source.__bases__[0]
+    if source not in classes:
+        raise TypeError(
+            f"cannot convert {source.__module__}.{source.__qualname__}: it is none of "
+            f"{', '.join(f'{c.__module__}.{c.__qualname__}' for c in classes)}"
+        )
+    if "forward" in module.__dict__:
+        raise TypeError(
+            f"cannot convert this {source.__qualname__}: its forward was replaced on the instance"
+        )
+    return classes[source]
+
+
+def _convert(module: nn.Module, target: type[nn.Module]) -> nn.Module:
+    made: nn.Module = target.__new__(target)
+    state = dict(module.__dict__)
+    for name in ("_parameters", "_buffers", "_modules", "_all_weights", "_flat_weights_names"):
+        if name in state:
+            state[name] = state[name].copy()
+    # The list of weights and the references to them are torch's alone.
+    state.pop("_flat_weights", None)
+    if "_flat_weight_refs" in state:
+        state["_flat_weight_refs"] = []
+    made.__dict__.update(state)
+    if parametrize.is_parametrized(module):
+        parametrize._inject_new_class(made)
+        for name in cast(nn.ModuleDict, made.parametrizations):
+            parametrize._inject_property(made, name)
+    if isinstance(made, nn.RNNBase):
+        made._init_flat_weights()
+    return made
