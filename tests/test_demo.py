@@ -1,0 +1,179 @@
+import importlib
+import re
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fastrnn import demo
+from fastrnn.demo import FASTRNN, TORCH, Corpus, NextCharacter, Options
+
+TINY = ["--hidden", "8", "--window", "5", "--batch", "4", "--text", __file__, "--sample", "30"]
+
+
+def test_whole_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = tmp_path / "race.png"
+    steps = ["--steps", "12", "--cell", "lstm", "gru", "rnn"]
+    assert demo.main([*TINY, *steps, "--out", str(picture)]) == 0
+    text = capsys.readouterr().out
+    for cell in ("LSTM", "GRU", "RNN"):
+        assert f"{cell}: replaced  rnn  torch.nn.{cell} -> fastrnn.{cell}" in text
+    rows = re.findall(r"^ +(\d+) +(\d\.\d{4}) +(\d\.\d{4}) +\S+$", text, re.MULTILINE)
+    assert [int(step) for step, _, _ in rows] == 3 * [1, 2, 3, 4, 6, 7, 8, 9, 10, 12]
+    assert all(abs(float(a) - float(b)) < 2e-4 for _, a, b in rows)
+    differences = re.findall(r"largest difference of the loss curves: (\S+)", text)
+    assert len(differences) == 3
+    assert all(float(d) < 1e-4 for d in differences)
+    assert text.count("times as fast (medians of 12 interleaved steps)") == 3
+    assert len(re.findall(r"logits differ by at most \d", text)) == 3
+    assert text.count("written by the trained model:\ndef ") == 3
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert picture.stat().st_size > 10_000
+
+
+def test_both_learn_the_same() -> None:
+    corpus = Corpus.of("for x in range(10):\n    print(x)\n" * 40)
+    options = Options(steps=150, hidden=24, window=8, batch=24, learning_rate=3e-2)
+    race, fast, _ = demo.run("gru", corpus, options, lambda *_: None)
+    assert race.steps == len(race.times[FASTRNN]) == 150
+    curve = [loss for _, loss in race.curve(FASTRNN)]
+    assert curve[-1] < 0.2 < 1.5 < curve[0]
+    assert race.difference() < 1e-3
+    assert race.losses[TORCH][:3] == pytest.approx(race.losses[FASTRNN][:3], abs=1e-5)
+    assert "range(10):\n    print(x)" in demo.generate(fast, corpus, "for x in ", 60)
+
+
+def test_a_wrong_replacement_is_noticed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(model: nn.Module) -> str:
+        report = replace(model)
+        forward = model.rnn.forward
+        model.rnn.forward = lambda *a: tuple(
+            1.01 * y if torch.is_tensor(y) else y for y in forward(*a)
+        )
+        return report
+
+    replace: Callable[[nn.Module], Any] = demo.replace_
+    monkeypatch.setattr(demo, "replace_", wrong)
+    monkeypatch.setattr(demo, "restore_", lambda model: delattr(model.rnn, "forward"))
+    run = [*TINY, "--steps", "3", "--cell", "gru", "--out", str(tmp_path / "race.png")]
+    assert demo.main(run) == 1
+    assert "do NOT agree" in capsys.readouterr().err
+
+
+def test_speed_is_of_the_median_step() -> None:
+    race = demo.Race("lstm")
+    race.losses[TORCH].extend([3.0, 2.0, 1.0])
+    race.losses[FASTRNN].extend([3.0, 2.5, 1.0])
+    race.times[TORCH].extend([0.5, 0.5, 9.0])
+    race.times[FASTRNN].extend([0.1, 4.0, 0.1])
+    assert race.ratio() == pytest.approx(5)
+    assert race.difference() == pytest.approx(0.5)
+    assert race.curve(TORCH) == [(1, 3.0), (2, 2.0), (3, 1.0)]
+
+
+def test_time_budget_ends_the_training() -> None:
+    corpus = Corpus.of(Path(__file__).read_text())
+    options = Options(seconds=0.5, hidden=4, window=3, batch=2)
+    seen: list[float] = []
+    race, _, _ = demo.run("rnn", corpus, options, lambda done, _: seen.append(done))
+    own = sum(race.times[TORCH]) + sum(race.times[FASTRNN])
+    assert race.steps > 1
+    assert own < 0.5 + 4 * max(*race.times[TORCH], *race.times[FASTRNN])
+    assert seen == sorted(seen)
+    assert seen[-1] == 1.0
+
+
+def test_standard_library_is_text_enough() -> None:
+    corpus = Corpus.standard_library()
+    assert len(corpus.codes) > 1_000_000
+    assert len(corpus.symbols) > 90
+    head = corpus.decode(corpus.codes[:2000].tolist())
+    assert corpus.decode(corpus.encode(head.replace("    ", "\t"))[0].tolist()) == head
+    word = corpus.encode("self.")[0]
+    assert (corpus.codes.unfold(0, len(word), 1) == word).all(1).sum() > 1000
+
+
+def test_no_sources_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    with pytest.raises(FileNotFoundError, match="pass a text with --text"):
+        Corpus.standard_library()
+
+
+def test_generation_carries_the_state() -> None:
+    torch.manual_seed(0)
+    corpus = Corpus.of("abcdefgh")
+    model = NextCharacter("lstm", 8, 16)
+    text = demo.generate(model, corpus, "abc", 20, temperature=1e-6)
+    for length in range(3, 22):
+        logits, _ = model(corpus.encode(text[:length]))
+        assert corpus.symbols[int(logits.argmax())] == text[length]
+
+
+def without(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = importlib.import_module
+
+    def refuse(wanted: str, *rest: Any) -> Any:
+        if wanted.split(".")[0] == name:
+            raise ModuleNotFoundError(f"No module named {name!r}")
+        return load(wanted, *rest)
+
+    monkeypatch.setattr(demo.importlib, "import_module", refuse)
+
+
+def test_without_matplotlib_the_way_out_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without("matplotlib", monkeypatch)
+    picture = tmp_path / "race.png"
+    assert demo.main([*TINY, "--steps", "2", "--cell", "gru", "--out", str(picture)]) == 0
+    assert "pip install 'fastrnn[demo]'" in capsys.readouterr().out
+    assert not picture.exists()
+
+
+def test_bar_of_our_own_without_rich(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without("rich", monkeypatch)
+    with demo._bar() as show:
+        show(0.5, "on no terminal")
+        assert capsys.readouterr().out == ""
+        monkeypatch.setattr(demo.sys.stdout, "isatty", lambda: True)
+        show(0.5, "half")
+        show(1.0, "all")
+    halves = capsys.readouterr().out.split("\r")[1:]
+    assert [h.count("#") for h in halves] == [15, 30]
+    assert halves[1].endswith("\n")
+
+
+@pytest.mark.parametrize("wrong", [["--steps", "0"], ["--seconds", "-1"], ["--cell", "mgu"]])
+def test_wrong_arguments(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        demo.main(wrong)
+    assert stop.value.code == 2
+    assert "error" in capsys.readouterr().err
+
+
+def test_short_text_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("def f(): pass")
+    assert demo.main(["--text", str(text), "--steps", "1"]) == 2
+    assert "13 characters, a window takes 25" in capsys.readouterr().err
+
+
+def test_batches_depend_on_the_seed_only() -> None:
+    corpus = Corpus.of(Path(__file__).read_text())
+    options = Options(window=6, batch=3)
+    a, b = demo._batches(corpus, options), demo._batches(corpus, options)
+    for _ in range(3):
+        first = next(a)
+        assert torch.equal(first, next(b))
+        assert first.shape == (3, 7)
+    other = next(demo._batches(corpus, Options(window=6, batch=3, seed=1)))
+    assert not torch.equal(other, next(b))
+    assert statistics.fmean(first.flatten().tolist()) < len(corpus.symbols)
