@@ -158,9 +158,10 @@ def escape(path: Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-setup(
-    ext_modules=[
-        Extension("fastrnn._C", sorted(f"csrc/{path.name}" for path in SOURCES.glob("*.cpp")))
-    ],
-    cmdclass={"build_ext": BuildExt},
-)
+if __name__ == "__main__":
+    setup(
+        ext_modules=[
+            Extension("fastrnn._C", sorted(f"csrc/{path.name}" for path in SOURCES.glob("*.cpp")))
+        ],
+        cmdclass={"build_ext": BuildExt},
+    )

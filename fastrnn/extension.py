@@ -1,0 +1,47 @@
+"""The compiled part, `_C`, or an explanation of why it cannot be loaded.
+
+torch's C++ interface changes between minor versions, so a build serves the one it was made with.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch
+
+__all__ = ["load"]
+
+_REMEDY = (
+    "Build it again for this torch: pip install --no-build-isolation --force-reinstall --no-deps "
+    "fastrnn, or in a source tree: python setup.py build_ext --inplace"
+)
+
+
+def load() -> ModuleType:
+    """Import `fastrnn._C`.
+
+    Raises:
+        ImportError: when it was not built, cannot be loaded, or was built with another minor
+            version of torch.
+    """
+    try:
+        compiled = importlib.import_module("fastrnn._C")
+    except ModuleNotFoundError as error:
+        raise ImportError(f"fastrnn's compiled part was not built. {_REMEDY}") from error
+    except ImportError as error:
+        raise ImportError(
+            f"fastrnn's compiled part cannot be loaded with torch {torch.__version__}, probably "
+            f"because it was built with another version ({error}). {_REMEDY}"
+        ) from error
+    built_for = str(compiled.built_for)
+    if _minor(built_for) != _minor(torch.__version__):
+        raise ImportError(
+            f"fastrnn was built with torch {built_for}, but torch {torch.__version__} is "
+            f"installed. {_REMEDY}"
+        )
+    return compiled
+
+
+def _minor(version: str) -> list[str]:
+    return version.split(".")[:2]
