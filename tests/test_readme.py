@@ -1,0 +1,48 @@
+import re
+from pathlib import Path
+
+import pytest
+
+from fastrnn import info
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_snippets_run_in_order(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 4
+    names: dict[str, object] = {}
+    for number, block in enumerate(blocks):
+        # In a file, because the source of a cell must be found as it is in a program.
+        file = tmp_path / f"snippet_{number}.py"
+        file.write_text(block)
+        exec(compile(block, str(file), "exec"), names)
+    promised = re.findall(r"^print\(.*#\s*(.*)$", README, re.MULTILINE)
+    assert capsys.readouterr().out.splitlines() == promised
+
+
+def test_support_matrix_is_what_the_command_prints() -> None:
+    marked = r"<!-- python -m fastrnn info --markdown -->\n(.*?)\n?<!-- end -->"
+    (table,) = re.findall(marked, README, re.DOTALL)
+    assert table.strip() == info.support_markdown().strip()
+
+
+def test_switches_are_the_ones_read() -> None:
+    sources = [ROOT / "setup.py", *(ROOT / "fastrnn").glob("*.py")]
+    read = r"environ(?:\.get\(|\[)\s*[\"'](\w+)"
+    used = {name for s in sources for name in re.findall(read, s.read_text())}
+    ours = {name for name in used if name.startswith("FASTRNN_")}
+    assert ours == set(re.findall(r"FASTRNN_[A-Z]+", README))
+    assert used - ours <= set(re.findall(r"`([A-Z_]+)`", README))
+
+
+def test_commands_and_files_exist() -> None:
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"make (\w+)(?: ARGS|    )", README)) <= targets
+    for path in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / path).exists(), path
+
+
+def test_first_screen_is_short() -> None:
+    assert len(README.split("\n## ")[0].splitlines()) <= 40
