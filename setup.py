@@ -91,7 +91,8 @@ def ninja_file(folder: Path) -> str:
     flags = [
         "-O0 -g" if debug else "-O3 -g0 -DNDEBUG",
         CXX_FLAGS,
-        *(f"-I{quote(path)}" for path in (folder, SOURCES)),
+        # Not -I: <math.h> must stay the system's.
+        *(f"-iquote {quote(path)}" for path in (folder, SOURCES)),
     ]
     binding = [
         "-std=c++20" if release >= (2, 13) else "-std=c++17",

@@ -79,7 +79,7 @@ def test_switches(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_folders_with_spaces(build: ModuleType) -> None:
     assert build.escape(Path("/a b/c:d$")) == "/a$ b/c$:d$$"
-    assert "-I'/a b'" in build.ninja_file(Path("/a b"))
+    assert "-iquote '/a b'" in build.ninja_file(Path("/a b"))
 
 
 def test_missing_compiler(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
