@@ -522,6 +522,8 @@ class LSTMCell(nn.LSTMCell):
         """`input` [B, I] or [I] and `hx`, a pair [B, H] or [H], to the next pair."""
         if (detour := _detour(self, input)) is not None:
             return detour(input, hx)  # type: ignore[no-any-return]
+        if isinstance(hx, Tensor):
+            raise TypeError("LSTMCell: hx must be a tuple of two Tensors, not a Tensor")
         _check_cell_dims("LSTMCell", input, () if hx is None else hx)
         h, c = _step(self, cells.lstm, input, () if hx is None else hx)
         return h, c

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,35 +38,70 @@ FLOORS = {
 }
 
 
-def errors(result: Tensor, exact: Tensor) -> tuple[float, float]:
-    """Largest absolute error, in units of the largest exact value if that exceeds one, and root
-    mean square of the error relative to that of the exact values. NaN anywhere gives NaN."""
-    assert result.shape == exact.shape, f"shape {result.shape} instead of {exact.shape}"
+def largest_error(result: Tensor, exact: Tensor) -> float:
+    """Largest absolute error, in units of the largest exact value if that exceeds one.
+
+    NaN in gives NaN.
+    """
     if not exact.numel():
-        return 0.0, 0.0
+        return 0.0
     exact = exact.detach().double().cpu()
-    difference = result.detach().double().cpu() - exact
-    largest = difference.abs().amax() / exact.abs().amax().clamp_min(1)
-    scale = exact.square().mean().sqrt().clamp_min(1e-30)
-    return largest.item(), (difference.square().mean().sqrt() / scale).item()
+    difference = (result.detach().double().cpu() - exact).abs().amax()
+    return (difference / exact.abs().amax().clamp_min(1)).item()
+
+
+def rms_error(result: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """Root mean square of the errors of all of them relative to that of the values.
+
+    NaN in gives NaN.
+    """
+    wanted = torch.cat([t.detach().double().cpu().flatten() for t in exact])
+    if not wanted.numel():
+        return 0.0
+    got = torch.cat([t.detach().double().cpu().flatten() for t in result])
+    return ((got - wanted).norm() / wanted.norm().clamp_min(1e-30)).item()
+
+
+# The relative error of fewer numbers than this is luck: the rms is that of several tensors.
+ENOUGH = 64
 
 
 def assert_matches(
-    ours: Tensor, torchs: Tensor, exact: Tensor, *, gradient: bool = False, what: str = "result"
+    ours: Mapping[str, Tensor],
+    torchs: Mapping[str, Tensor],
+    exact: Mapping[str, Tensor],
+    *,
+    gradients: bool = False,
 ) -> None:
     """The tolerance rule: against the float64 reference `exact`, at most twice the error of
-    torch.nn in the same dtype plus a floor, by largest error and by relative root mean square."""
-    assert ours.dtype == torchs.dtype, f"{what}: {ours.dtype} instead of {torchs.dtype}"
-    floor = FLOORS[ours.dtype]
-    allowed = floor.gradients if gradient else floor.values
-    pairs = zip(errors(ours, exact), errors(torchs, exact), strict=True)
-    for (error, reference), metric in zip(pairs, ("largest", "rms"), strict=True):
-        limit = 2 * reference + allowed
-        # Written so that NaN fails.
-        assert error <= limit, (
-            f"{what}: {metric} error {error:.3g} exceeds {limit:.3g}, twice torch.nn's "
-            f"{reference:.3g} plus {allowed:.3g}"
-        )
+    torch.nn in the same dtype plus a floor, by the largest error of every tensor and by the
+    relative root mean square of every tensor, small ones together."""
+    assert list(ours) == list(torchs) == list(exact)
+    for what in ours:
+        assert ours[what].shape == torchs[what].shape == exact[what].shape, what
+        assert ours[what].dtype == torchs[what].dtype, what
+        floor = _floor(ours[what].dtype, gradients)
+        error, reference = (largest_error(r[what], exact[what]) for r in (ours, torchs))
+        _limit(f"largest error of {what}", error, reference, floor)
+    large = [[what] for what in exact if exact[what].numel() >= ENOUGH]
+    for group in (*large, list(exact)):
+        results = [[r[what] for what in group] for r in (ours, torchs, exact)]
+        error, reference = (rms_error(r, results[2]) for r in results[:2])
+        floor = _floor(ours[group[0]].dtype, gradients)
+        _limit(f"rms error of {', '.join(group)}", error, reference, floor)
+
+
+def _floor(dtype: torch.dtype, gradients: bool) -> float:
+    return FLOORS[dtype].gradients if gradients else FLOORS[dtype].values
+
+
+def _limit(what: str, error: float, reference: float, floor: float) -> None:
+    limit = 2 * reference + floor
+    # Written so that NaN fails.
+    assert error <= limit, (
+        f"{what}: {error:.3g} exceeds {limit:.3g}, "
+        f"twice torch.nn's {reference:.3g} plus {floor:.3g}"
+    )
 
 
 @dataclass(frozen=True)
@@ -114,39 +149,40 @@ def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return tuple(mapped(v, function) for v in value)
 
 
-def run(module: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+def run(
+    module: nn.Module, *args: Any, **kwargs: Any
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Values and all gradients of a call, for random but reproducible output gradients.
 
-    Floating-point tensors among `args` become leaves in the dtype of the module.
+    Tensors among `args` become leaves in the dtype of the module.
     """
     dtype = next(module.parameters()).dtype
     args = mapped(args, lambda t: t.detach().to(dtype).requires_grad_())
     module.zero_grad()
-    outputs = flatten(module(*args, **kwargs))
-    generator = torch.Generator().manual_seed(0)
-    weighted = []
-    for y in outputs:
-        weight = torch.randn(y.shape, generator=generator, dtype=torch.float64)
-        weighted.append((y.double() * weight.to(y.device)).sum())
+    values = {f"output {k}": y for k, y in enumerate(flatten(module(*args, **kwargs)))}
+    weighted = [(y.double() * weights_like(y)).sum() for y in values.values()]
     torch.stack(weighted).sum().backward()
-    result = {f"output {k}": y for k, y in enumerate(outputs)}
+    gradients = {}
     for k, leaf in enumerate(flatten(args)):
-        assert leaf.grad is not None, f"no gradient for argument {k}"
-        result[f"gradient of argument {k}"] = leaf.grad
+        gradients[f"gradient of argument {k}"] = leaf.grad
     for name, parameter in module.named_parameters():
-        assert parameter.grad is not None, f"no gradient for {name}"
-        result[f"gradient of {name}"] = parameter.grad
-    return result
+        gradients[f"gradient of {name}"] = parameter.grad
+    missing = [what for what, g in gradients.items() if g is None]
+    assert not missing, f"no {', '.join(missing)}"
+    return values, gradients
+
+
+def weights_like(y: Tensor) -> Tensor:
+    """Random weights for a sum that every element of `y` matters in; the same for each call."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.device)
 
 
 def compare(modules: Twins, *args: Any, **kwargs: Any) -> None:
     """`run` all three and hold ours to the tolerance rule, values and every gradient."""
-    ours, torchs, exact = (run(m, *args, **kwargs) for m in modules)
-    assert ours.keys() == torchs.keys()
-    for what in ours:
-        assert_matches(
-            ours[what], torchs[what], exact[what], gradient=what.startswith("gradient"), what=what
-        )
+    values, gradients = zip(*(run(m, *args, **kwargs) for m in modules), strict=True)
+    assert_matches(*values)
+    assert_matches(*gradients, gradients=True)
 
 
 def same_error(ours: Callable[[], object], torchs: Callable[[], object]) -> tuple[str, str]:

@@ -230,7 +230,7 @@ def test_copies(name: str) -> None:
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_states_of_old_pickles(name: str) -> None:
-    """Files from before torch 1.4 hold tensors in all_weights, and those before 1.8 no proj_size."""
+    """Before torch 1.4 all_weights held tensors, and before 1.8 there was no proj_size."""
     for options in ({}, {"bias": False, "bidirectional": True}):
         ours, _, _ = twins(name, 3, 5, num_layers=2, **options)
         state = ours.__getstate__()

@@ -14,9 +14,9 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequen
 import fastrnn
 from tests.support import (
     CELLS,
-    DTYPES,
     LAYERS,
     LONG,
+    assert_matches,
     batches,
     compare,
     flatten,
@@ -48,14 +48,12 @@ def test_layers_match(data: st.DataObject) -> None:
         "bidirectional": draw(st.booleans(), "bidirectional"),
         "batch_first": draw(st.booleans(), "batch_first"),
         "bias": draw(st.booleans(), "bias"),
-        "dtype": draw(st.sampled_from(DTYPES), "dtype"),
+        "dtype": draw(st.sampled_from([torch.float32, F64]), "dtype"),
     }
     if name == "RNN":
         options["nonlinearity"] = draw(st.sampled_from(["tanh", "relu"]), "nonlinearity")
     if name == "LSTM" and hidden > 1:
         options["proj_size"] = draw(st.integers(0, hidden - 1), "projection")
-    if options["dtype"] == torch.float16 and options.get("proj_size"):
-        options["dtype"] = F64  # torch has no half-precision product for it on every CPU
     torch.manual_seed(draw(st.integers(0, 2**16), "seed"))
     modules = twins(name, width, hidden, **options)
 
@@ -85,7 +83,7 @@ def test_cells_match(data: st.DataObject) -> None:
     hidden, width = draw(SIZE, "hidden"), draw(SIZE, "width")
     options: dict[str, Any] = {
         "bias": draw(st.booleans(), "bias"),
-        "dtype": draw(st.sampled_from(DTYPES), "dtype"),
+        "dtype": draw(st.sampled_from([torch.float32, F64]), "dtype"),
     }
     if name == "RNNCell":
         options["nonlinearity"] = draw(st.sampled_from(["tanh", "relu"]), "nonlinearity")
@@ -99,14 +97,22 @@ def test_cells_match(data: st.DataObject) -> None:
     compare(modules, *arguments)
 
 
+@pytest.mark.parametrize("name", LAYERS + CELLS)
+@pytest.mark.parametrize("sizes", [(17, 32), (31, 61)])
+def test_dtypes_match(name: str, sizes: tuple[int, int], dtype: torch.dtype) -> None:
+    layer = {"num_layers": 2, "bidirectional": True} if name in LAYERS else {}
+    shape = (7, 5) if name in LAYERS else (33,)
+    compare(twins(name, *sizes, dtype=dtype, **layer), torch.randn(*shape, sizes[0]))
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_long_sequence(name: str) -> None:
     """Weights below 1/sqrt(H): errors must not grow over 4096 steps faster than torch.nn's."""
     modules = twins(name, 2, 3, dtype=torch.float32)
     x = torch.randn(LONG, 1, 2)
     with torch.no_grad():
-        ours, torchs, exact = (m(x.to(next(m.parameters()).dtype))[0] for m in modules)
-    assert (ours - exact).abs().max() <= 2 * (torchs - exact).abs().max() + 1e-6
+        results = [m(x.to(next(m.parameters()).dtype))[0] for m in modules]
+    assert_matches(*({"output": y} for y in results))
 
 
 # What the result looks like.
@@ -153,22 +159,19 @@ def test_final_states_may_change_in_place(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_changing_what_backward_needs_raises(name: str) -> None:
-    for victim in ("x", "hx", "weight"):
-        ours, theirs, _ = twins(name, 3, 5)
+@pytest.mark.parametrize("victim", ["x", "hx", "weight"])
+def test_changing_what_backward_needs_raises(name: str, victim: str) -> None:
+    ours, theirs, _ = twins(name, 3, 5)
 
-        def call(module: nn.Module, victim: str = victim) -> None:
-            x = torch.randn(4, 2, 3, dtype=F64, requires_grad=True)
-            leaf = states(name, 1, 2, hidden=5)
-            inner, hx = x * 1, leaf
-            output, _ = module(inner, hx)
-            changed = {"x": inner, "hx": flatten(hx)[0], "weight": module.weight_hh_l0}[victim]
-            with torch.no_grad():
-                changed.add_(1)
-            output.sum().backward()
+    def call(module: nn.Module) -> None:
+        x, hx = torch.randn(4, 2, 3, dtype=F64), states(name, 1, 2, hidden=5)
+        output, _ = module(x, hx)
+        with torch.no_grad():
+            {"x": x, "hx": flatten(hx)[0], "weight": module.weight_hh_l0}[victim].add_(1)
+        output.sum().backward()
 
-        message, _ = same_error(lambda: call(ours), lambda: call(theirs))
-        assert "modified by an inplace operation" in message
+    message, _ = same_error(lambda: call(ours), lambda: call(theirs))
+    assert "modified" in message
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -242,11 +245,11 @@ def test_dropout_is_torchs(name: str, layout: str) -> None:
     results = []
     for module in modules:
         torch.manual_seed(3)
-        results.append((run(module, x), torch.rand(1)))
-    (ours, ours_next), (theirs, theirs_next), _ = results
-    assert torch.equal(ours_next, theirs_next)
-    for what, value in ours.items():
-        torch.testing.assert_close(value, theirs[what])
+        results.append((*run(module, x), torch.rand(1)))
+    values, gradients, following = zip(*results, strict=True)
+    assert_matches(*values)
+    assert_matches(*gradients, gradients=True)
+    assert torch.equal(following[0], following[1])
     for module in modules:
         module.eval()
     compare(modules, x)
@@ -264,8 +267,9 @@ def test_random_state_is_untouched(name: str) -> None:
 def test_bitwise_repeatable(name: str) -> None:
     ours, _, _ = twins(name, 3, 5, num_layers=2, dtype=torch.float32)
     x = torch.randn(9, 4, 3)
-    for a, b in zip(run(ours, x).values(), run(ours, x).values(), strict=True):
-        assert torch.equal(a, b)
+    for first, second in zip(run(ours, x), run(ours, x), strict=True):
+        for what, value in first.items():
+            assert torch.equal(value, second[what]), what
 
 
 # Attributes are read at the call.
@@ -346,8 +350,8 @@ def bad_calls(name: str) -> dict[str, tuple[Any, ...]]:
         "packed hx features": (packed, states(name, 1, 2, hidden=4)),
         "unsorted hx batch": (unsorted, states(name, 1, 1, hidden=5)),
         "sparse": (x.to_sparse(),),
-        "nested": (torch.nested.nested_tensor([flat, flat]),),
-        "jagged": (torch.nested.nested_tensor([flat, flat], layout=torch.jagged),),
+        "nested": (torch.nested.nested_tensor([flat, flat[:2]]),),
+        "jagged": (torch.nested.nested_tensor([flat, flat[:2]], layout=torch.jagged),),
         "meta": (x.to("meta"), hx) if name == "GRU" else (x[:0],),
     }
 
