@@ -434,12 +434,13 @@ inline namespace FASTRNN_ISA {{
 
 
 def write_header(path: str | Path) -> bool:
-    """Write the header of all declared cells where it differs from what is there.
+    """Write the header of the built-in cells where it differs from what is there.
 
     Returns:
         Whether it was written, so that an unchanged one does not cause a rebuild.
     """
-    text = header([derive(cells.get(name)) for name in cells.names()])
+    built_in = [name for name in cells.names() if name in cells._built_in]
+    text = header([derive(cells.get(name)) for name in built_in])
     target = Path(path)
     if target.is_file() and target.read_text(encoding="utf-8") == text:
         return False
