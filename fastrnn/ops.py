@@ -1,5 +1,122 @@
-"""Temporary: replaced by the real operator."""
+"""The operator `fastrnn::scan` as Python sees it.
 
-from fastrnn.reference import scan
+Schemas, autograd and autocast are registered in C++ (`csrc/ops.cpp`, `csrc/autograd.cpp`); here are
+the shapes of its results for tracing, and the one place that decides when a call cannot be an
+opaque operator and runs as plain torch operations instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastrnn import _C, kernels, reference
+from fastrnn.cells import Cell
 
 __all__ = ["scan"]
+
+
+def scan(
+    cell: Cell,
+    x: Tensor,
+    w_ih: Sequence[Tensor],
+    w_hh: Sequence[Tensor],
+    b_ih: Sequence[Tensor] = (),
+    b_hh: Sequence[Tensor] = (),
+    w_hr: Sequence[Tensor] = (),
+    s0: Sequence[Tensor] = (),
+    batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    reverse: int = 0,
+) -> tuple[Tensor, list[Tensor]]:
+    """Run `P` independent scans of one cell over the same input, on the kernel of the plan.
+
+    Arguments and results are those of `fastrnn.reference.scan`.
+
+    Raises:
+        RuntimeError: for shapes, dtypes or devices that do not fit together.
+        fastrnn.plan.KernelRefused: when a kernel was asked for by name and cannot run this.
+    """
+    if not torch.compiler.is_compiling() and _transformed():
+        return reference.scan(
+            cell, x, w_ih, w_hh, b_ih, b_hh, w_hr, s0, batch_sizes, lengths, resets, reverse
+        )
+    y, states, _ = torch.ops.fastrnn.scan.default(
+        kernels.prepare(cell),
+        x,
+        w_ih,
+        w_hh,
+        b_ih,
+        b_hh,
+        w_hr,
+        s0,
+        batch_sizes,
+        lengths,
+        resets,
+        reverse,
+    )
+    return y, states
+
+
+def _transformed() -> bool:
+    """Whether a transform is active that must see inside: torch.func's, or forward-mode AD."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    )
+
+
+@torch.library.register_fake("fastrnn::scan")
+def _scan_fake(
+    cell: str,
+    x: Tensor,
+    w_ih: list[Tensor],
+    w_hh: list[Tensor],
+    b_ih: list[Tensor],
+    b_hh: list[Tensor],
+    w_hr: list[Tensor],
+    s0: list[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    reverse: int,
+    tape: bool = False,
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    gates, states, kept, _ = _C.cell_facts(cell)
+    lanes, hidden = len(w_hh), w_hh[0].size(0) // gates
+    recurrent = w_hr[0].size(0) if w_hr else hidden
+    batch = s0[0].size(1) if s0 else x.size(-2)
+    rows = x.size(0) * x.size(1) if x.dim() == 3 else x.size(0)
+    y = x.new_empty(*x.shape[:-1], lanes * recurrent)
+    last = [x.new_empty(lanes, batch, hidden if s else recurrent) for s in range(states)]
+    return y, last, x.new_empty(rows if tape else 0, lanes, states - 1 + kept, hidden)
+
+
+@torch.library.register_fake("fastrnn::scan_backward")
+def _scan_backward_fake(
+    cell: str,
+    dy: Tensor | None,
+    dstates: list[Tensor | None],
+    x: Tensor,
+    w_ih: list[Tensor],
+    w_hh: list[Tensor],
+    b_ih: list[Tensor],
+    b_hh: list[Tensor],
+    w_hr: list[Tensor],
+    s0: list[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    reverse: int,
+    y: Tensor,
+    tape: Tensor,
+    needs: list[bool],
+) -> list[Tensor]:
+    groups = [[x], w_ih, w_hh, b_ih, b_hh, w_hr, s0]
+    wanted = [needs[0], needs[1], needs[2], needs[3], needs[3], needs[4], needs[5]]
+    return [
+        t.new_empty(t.shape) for group, want in zip(groups, wanted, strict=True) if want for t in group
+    ]

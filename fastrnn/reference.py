@@ -6,7 +6,7 @@ device or dtype without a kernel of its own run through it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ def scan(
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
     reverse: int = 0,
+    record: Callable[[int, int, Tensor, Tensor, list[Tensor], list[Tensor]], None] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Run `P` independent scans of one cell over the same input.
 
@@ -48,6 +49,7 @@ def scan(
         resets: bool, shape of `x` without its last dimension: an episode begins at this row, so no
             state crosses from the step before, in either direction.
         reverse: bit `p` set means that scan `p` runs backward in time.
+        record: called as `record(p, t, u, v, before, after)` after every step of every scan.
 
     Returns:
         `y`, `x`'s shape with `P*Q` in place of `I`, and the `S` final states, shaped as `s0`.
@@ -87,6 +89,8 @@ def scan(
             after = cell.step(gates_u, gates_v, before)
             if w_hr:
                 after[0] = F.linear(after[0], w_hr[p])
+            if record is not None:
+                record(p, t, u, v, before, after)
             y = after[0]
             if alive is not None:
                 valid = (alive > t).unsqueeze(-1)

@@ -1,0 +1,387 @@
+// The CPU kernel on tensors: checks, layouts, and the products around the sweep.
+#include <ATen/Functions.h>
+#include <ATen/Parallel.h>
+#include <pthread.h>
+
+#include <algorithm>
+#include <numeric>
+
+#include "ops.h"
+
+namespace fastrnn {
+namespace {
+
+// After a fork only the forking thread exists, and a thread pool that is waited for would never
+// answer.
+bool forked = false;
+const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
+struct Shape {
+  int64_t T, B, R, I, H, P;
+};
+
+// Checks what memory safety needs; modules have said it in torch.nn's words before.
+Shape checked_shape(const CellFacts& cell, const ScanInputs& in) {
+  const Tensor& x = in.x;
+  const int64_t G = cell.gates, P = in.w_hh.size();
+  TORCH_CHECK(x.dim() == 3 || (x.dim() == 2 && !in.lengths),
+              "scan: x should be [T, B, I], packed [R, I] with batch_sizes, or [B, I] for one step, "
+              "got ", x.sizes());
+  TORCH_CHECK(P >= 1 && P <= 64, "scan: 1 to 64 scans side by side, got ", P);
+  TORCH_CHECK(!in.batch_sizes || x.dim() == 2, "scan: packed x should be [R, I], got ", x.sizes());
+  Shape n;
+  n.I = x.size(-1);
+  n.P = P;
+  n.R = x.dim() == 3 ? x.size(0) * x.size(1) : x.size(0);
+  TORCH_CHECK(in.w_hh[0].dim() == 2, "scan: w_hh should be [G*H, H], got ", in.w_hh[0].sizes());
+  n.H = in.w_hh[0].size(0) / G;
+  const int64_t recurrent = in.w_hr.empty() ? n.H : in.w_hr[0].size(0);
+  auto all = [&](TensorList tensors, const char* name, at::IntArrayRef size, bool optional) {
+    TORCH_CHECK((optional && tensors.empty()) || static_cast<int64_t>(tensors.size()) == P,
+                "scan: ", name, " should hold one tensor per scan, ", P, ", got ", tensors.size());
+    for (const Tensor& each : tensors) {
+      TORCH_CHECK(each.sizes() == size, "scan: ", name, " should be ", size, ", got ", each.sizes());
+      TORCH_CHECK(each.scalar_type() == x.scalar_type(), "scan: ", name, " is ",
+                  each.scalar_type(), " but x is ", x.scalar_type());
+      TORCH_CHECK(each.device() == x.device(), "scan: ", name, " is on ", each.device(),
+                  " but x is on ", x.device());
+    }
+  };
+  all(in.w_ih, "w_ih", {G * n.H, n.I}, false);
+  all(in.w_hh, "w_hh", {G * n.H, recurrent}, false);
+  all(in.b_ih, "b_ih", {G * n.H}, true);
+  all(in.b_hh, "b_hh", {G * n.H}, true);
+  all(in.w_hr, "w_hr", {recurrent, n.H}, true);
+  if (in.batch_sizes) {
+    const Tensor& sizes = *in.batch_sizes;
+    TORCH_CHECK(sizes.dim() == 1 && sizes.scalar_type() == at::kLong && sizes.is_cpu(),
+                "scan: batch_sizes should be int64 [T] on the CPU, got ", sizes.scalar_type(), " ",
+                sizes.sizes(), " on ", sizes.device());
+    TORCH_CHECK(!in.s0.empty() && in.s0[0].dim() == 3, "scan: packed x needs s0");
+    n.T = sizes.size(0);
+    n.B = in.s0[0].size(1);
+  } else {
+    n.T = x.dim() == 3 ? x.size(0) : 1;
+    n.B = x.dim() == 3 ? x.size(1) : x.size(0);
+  }
+  TORCH_CHECK(in.s0.empty() || static_cast<int64_t>(in.s0.size()) == cell.states,
+              "scan: s0 should hold ", cell.states, " states, got ", in.s0.size());
+  for (size_t s = 0; s < in.s0.size(); ++s) {
+    const Tensor& each = in.s0[s];
+    TORCH_CHECK(each.dim() == 3 && each.size(0) == P && each.size(1) == n.B &&
+                    each.size(2) == (s ? n.H : recurrent),
+                "scan: state ", s, " should be [", P, ", ", n.B, ", ", s ? n.H : recurrent,
+                "], got ", each.sizes());
+    TORCH_CHECK(each.scalar_type() == x.scalar_type(), "scan: state ", s, " is ",
+                each.scalar_type(), " but x is ", x.scalar_type());
+  }
+  if (in.lengths)
+    TORCH_CHECK(in.lengths->dim() == 1 && in.lengths->size(0) == n.B &&
+                    in.lengths->scalar_type() == at::kLong,
+                "scan: lengths should be int64 [", n.B, "], got ", in.lengths->scalar_type(), " ",
+                in.lengths->sizes());
+  if (in.resets)
+    TORCH_CHECK(in.resets->scalar_type() == at::kBool &&
+                    in.resets->sizes() == x.sizes().slice(0, x.dim() - 1),
+                "scan: resets should be bool with x's shape but for the last dimension, got ",
+                in.resets->scalar_type(), " ", in.resets->sizes(), " for x ", x.sizes());
+  return n;
+}
+
+// Owns what `Rows` points to.
+struct RowTables {
+  Rows rows;
+  std::vector<int64_t> live, compact, order;
+  Tensor resets;
+
+  RowTables(const Shape& n, const ScanInputs& in) {
+    rows.steps = n.T;
+    rows.batch = n.B;
+    if (in.batch_sizes) {
+      const Tensor sizes = in.batch_sizes->contiguous();
+      const int64_t* size = sizes.const_data_ptr<int64_t>();
+      live.assign(size, size + n.T);
+    }
+    if (in.lengths) {
+      const Tensor lengths = in.lengths->to(at::kCPU).contiguous();
+      const int64_t* length = lengths.const_data_ptr<int64_t>();
+      order.resize(n.B);
+      std::iota(order.begin(), order.end(), 0);
+      std::stable_sort(order.begin(), order.end(),
+                       [&](int64_t a, int64_t b) { return length[a] > length[b]; });
+      live.assign(n.T, 0);
+      for (int64_t b = 0; b < n.B; ++b) {
+        TORCH_CHECK(length[b] >= 0 && length[b] <= n.T, "scan: lengths should be in [0, ", n.T,
+                    "], got ", length[b]);
+        if (length[b] > 0) ++live[length[b] - 1];
+      }
+      for (int64_t t = n.T - 2; t >= 0; --t) live[t] += live[t + 1];
+      rows.order = order.data();
+    }
+    if (in.batch_sizes || in.lengths) {
+      compact.resize(n.T + 1, 0);
+      for (int64_t t = 0; t < n.T; ++t) {
+        TORCH_CHECK(live[t] >= 0 && live[t] <= (t ? live[t - 1] : n.B),
+                    "scan: batch_sizes should not increase, nor exceed the batch ", n.B,
+                    ", got ", live[t], " at step ", t);
+        compact[t + 1] = compact[t] + live[t];
+      }
+      TORCH_CHECK(in.lengths || compact[n.T] == n.R, "scan: batch_sizes add up to ",
+                  compact[n.T], " but x has ", n.R, " rows");
+      rows.live_slots = live.data();
+      rows.compact = compact.data();
+    }
+    if (in.resets) {
+      resets = in.resets->contiguous();
+      rows.resets = reinterpret_cast<const uint8_t*>(resets.const_data_ptr<bool>());
+    }
+  }
+
+  int64_t live_rows() const { return compact.empty() ? rows.steps * rows.batch : compact.back(); }
+
+  // Row numbers of the live rows of times [begin, end), or nothing where they are consecutive.
+  Tensor scattered_rows(int64_t begin, int64_t end) const {
+    if (order.empty()) return Tensor();
+    Tensor index = at::empty({compact[end] - compact[begin]}, at::kLong);
+    int64_t* to = index.mutable_data_ptr<int64_t>();
+    for (int64_t t = begin; t < end; ++t)
+      for (int64_t i = 0; i < live[t]; ++i) *to++ = rows.row(t, i);
+    return index;
+  }
+};
+
+at::ScalarType compute_type(at::ScalarType stored) {
+  return stored == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+Storage storage_of(at::ScalarType type) {
+  return type == at::kBFloat16 ? Storage::kBfloat16
+         : type == at::kHalf   ? Storage::kFloat16
+                               : Storage::kSame;
+}
+
+// Tensors kept alive while kernels read them.
+std::vector<Tensor> as_computed(TensorList tensors, at::ScalarType compute) {
+  std::vector<Tensor> out;
+  out.reserve(tensors.size());
+  for (const Tensor& each : tensors) out.push_back(each.to(compute).contiguous());
+  return out;
+}
+
+std::vector<Tensor> contiguous(TensorList tensors) {
+  std::vector<Tensor> out;
+  out.reserve(tensors.size());
+  for (const Tensor& each : tensors) out.push_back(each.contiguous());
+  return out;
+}
+
+// Owns what `Scan` points to, for either sweep.
+struct Operands {
+  std::vector<Tensor> w_ih, w_hh, b_ih, b_hh, s0;
+  std::vector<Lane> lanes;
+
+  Operands(const ScanInputs& in, const Shape& n, at::ScalarType compute)
+      : w_ih(as_computed(in.w_ih, compute)),
+        w_hh(as_computed(in.w_hh, compute)),
+        b_ih(as_computed(in.b_ih, compute)),
+        b_hh(as_computed(in.b_hh, compute)),
+        s0(contiguous(in.s0)),
+        lanes(n.P) {
+    for (int64_t p = 0; p < n.P; ++p) {
+      Lane& lane = lanes[p];
+      lane.reverse = in.reverse >> p & 1;
+      lane.w_ih = w_ih[p].const_data_ptr();
+      lane.w_hh = w_hh[p].const_data_ptr();
+      lane.b_ih = b_ih.empty() ? nullptr : b_ih[p].const_data_ptr();
+      lane.b_hh = b_hh.empty() ? nullptr : b_hh[p].const_data_ptr();
+      for (size_t s = 0; s < s0.size(); ++s)
+        lane.s0[s] =
+            static_cast<const char*>(s0[s].const_data_ptr()) + p * n.B * n.H * s0[s].itemsize();
+    }
+  }
+
+  void fill(Scan& scan, const Shape& n, const RowTables& tables, Storage storage) const {
+    scan.rows = tables.rows;
+    scan.inputs = n.I;
+    scan.hidden = n.H;
+    scan.lanes = static_cast<int32_t>(n.P);
+    scan.storage = storage;
+    scan.lane = lanes.data();
+  }
+};
+
+Problem problem_of(const ScanInputs& in, const Shape& n, int64_t rows, bool tape, bool backward) {
+  return {in.cell, n.T,  n.B,      rows, n.I, n.H, n.P, in.x.scalar_type(), in.x.device().type(),
+          tape,    backward, !in.w_hr.empty()};
+}
+
+CpuPlan for_this_thread(CpuPlan plan) {
+  if (forked || at::in_parallel_region()) plan.split_lanes = plan.split_slots = plan.split_units = 1;
+  return plan;
+}
+
+void out_of_memory(bool done) {
+  TORCH_CHECK_WITH(OutOfMemoryError, done, "fastrnn: no memory for packed weights and one chunk");
+}
+
+}  // namespace
+
+ScanOutputs scan_cpu(const ScanInputs& in, bool tape) {
+  const CellFacts& cell = known_cell(in.cell);
+  const Shape n = checked_shape(cell, in);
+  const RowTables tables(n, in);
+  const Choice& choice = choose(cell, problem_of(in, n, tables.live_rows(), tape, false));
+  if (choice.kernel != "cpu") return python_forward(choice.kernel, in, tape);
+
+  const at::ScalarType compute = compute_type(in.x.scalar_type());
+  const Storage storage = storage_of(in.x.scalar_type());
+  const Operands operands(in, n, compute);
+  const Tensor x = in.x.stride(-1) == 1 || n.I <= 1 ? in.x : in.x.contiguous();
+  const auto options = x.options();
+
+  auto y_size = x.sizes().vec();
+  y_size.back() = n.P * n.H;
+  ScanOutputs out;
+  auto& [y, states, kept] = out;
+  y = in.lengths ? at::zeros(y_size, options) : at::empty(y_size, options);
+  kept = at::empty({tape ? n.R : 0, n.P, cell.tape_width(), n.H}, options);
+  if (in.lengths && tape) kept.zero_();
+  std::vector<void*> finals(n.P * cell.states);
+  for (int32_t s = 0; s < cell.states; ++s) {
+    states.push_back(at::empty({n.P, n.B, n.H}, options));
+    for (int64_t p = 0; p < n.P; ++p)
+      finals[p * cell.states + s] = static_cast<char*>(states.back().mutable_data_ptr()) +
+                                    p * n.B * n.H * static_cast<int64_t>(x.itemsize());
+  }
+
+  ForwardArgs args;
+  operands.fill(args, n, tables, storage);
+  args.x = x.const_data_ptr();
+  args.x_row = x.stride(-2);
+  args.x_step = x.dim() == 3 ? x.stride(0) : 0;
+  args.y = y.mutable_data_ptr();
+  args.tape = tape ? kept.mutable_data_ptr() : nullptr;
+  args.final_states = finals.data();
+  out_of_memory(
+      cell.compiled->forward[compute == at::kDouble](args, for_this_thread(choice.cpu)));
+  return out;
+}
+
+std::vector<Tensor> scan_backward_cpu(const ScanInputs& in, const Incoming& grads, const Tensor& y,
+                                      const Tensor& tape, const Needs& needs) {
+  const CellFacts& cell = known_cell(in.cell);
+  const Shape n = checked_shape(cell, in);
+  const RowTables tables(n, in);
+  const Choice& choice = choose(cell, problem_of(in, n, tables.live_rows(), true, true));
+  if (choice.kernel != "cpu") return python_backward(choice.kernel, in, grads, y, tape, needs);
+
+  const at::ScalarType stored = in.x.scalar_type(), compute = compute_type(stored);
+  TORCH_CHECK(tape.sizes() == at::IntArrayRef({n.R, n.P, cell.tape_width(), n.H}) &&
+                  tape.scalar_type() == stored && y.numel() == n.R * n.P * n.H &&
+                  y.scalar_type() == stored,
+              "scan_backward: y and tape should be those of scan with tape=True, got ", y.sizes(),
+              " and ", tape.sizes());
+  const Operands operands(in, n, compute);
+  const auto options = in.x.options().dtype(compute);
+  const int64_t S = cell.states, depth = cell.gates * n.H;
+  const bool tied = cell.all_tied();
+  const Tensor y_rows = y.contiguous(), tape_rows = tape.contiguous();
+  const Tensor dy = grads.dy.defined() ? grads.dy.to(stored).contiguous() : Tensor();
+
+  // Gradients of the states, carried from stretch to stretch in the compute type.
+  std::vector<Tensor> ds(S);
+  std::vector<void*> carried(n.P * S);
+  for (int64_t s = 0; s < S; ++s) {
+    const Tensor& last = grads.dstates[s];
+    ds[s] = last.defined() ? last.to(options, false, true).contiguous()
+                           : at::zeros({n.P, n.B, n.H}, options);
+    for (int64_t p = 0; p < n.P; ++p)
+      carried[p * S + s] = static_cast<char*>(ds[s].mutable_data_ptr()) +
+                           p * n.B * n.H * static_cast<int64_t>(ds[s].itemsize());
+  }
+
+  const CpuPlan plan = for_this_thread(choice.cpu);
+  int64_t most = 0;  // live rows of a stretch
+  for (int64_t begin = 0; begin < n.T; begin += plan.chunk) {
+    const int64_t end = std::min(begin + plan.chunk, n.T);
+    for (const Lane& lane : operands.lanes) {
+      const int64_t t0 = lane.reverse ? n.T - end : begin, t1 = lane.reverse ? n.T - begin : end;
+      most = std::max(most, tables.rows.compact_row(t1, 0) - tables.rows.compact_row(t0, 0));
+    }
+  }
+  const Tensor dv = at::empty({n.P, most, depth}, options);
+  const Tensor du = tied ? dv : at::empty({n.P, most, depth}, options);
+  const Tensor previous = at::empty({n.P, most, n.H}, options);
+  std::vector<void*> du_lanes(n.P), dv_lanes(n.P), previous_lanes(n.P);
+  for (int64_t p = 0; p < n.P; ++p) {
+    du_lanes[p] = du[p].mutable_data_ptr();
+    dv_lanes[p] = dv[p].mutable_data_ptr();
+    previous_lanes[p] = previous[p].mutable_data_ptr();
+  }
+
+  Gradients out;
+  const bool bias = needs[kNeedBias] && !in.b_ih.empty();
+  if (needs[kNeedX]) out.x = at::zeros({n.R, n.I}, options);
+  for (int64_t p = 0; p < n.P; ++p) {
+    if (needs[kNeedWih]) out.w_ih.push_back(at::zeros({depth, n.I}, options));
+    if (needs[kNeedWhh]) out.w_hh.push_back(at::zeros({depth, n.H}, options));
+    if (bias) out.b_ih.push_back(at::zeros({depth}, options));
+    if (bias) out.b_hh.push_back(at::zeros({depth}, options));
+  }
+
+  BackwardArgs args;
+  operands.fill(args, n, tables, storage_of(stored));
+  args.dy = dy.defined() ? dy.const_data_ptr() : nullptr;
+  args.y = y_rows.const_data_ptr();
+  args.tape = tape_rows.const_data_ptr();
+  args.ds = carried.data();
+  args.du = du_lanes.data();
+  args.dv = dv_lanes.data();
+  args.previous = previous_lanes.data();
+  auto* kernel = cell.compiled->backward[compute == at::kDouble];
+  const bool dense = in.x.dim() == 3 && !in.lengths;
+
+  for (int64_t end = n.T; end > 0;) {
+    const int64_t begin = (end - 1) / plan.chunk * plan.chunk;
+    args.begin = begin;
+    args.end = end;
+    out_of_memory(kernel(args, plan));
+    for (int64_t p = 0; p < n.P; ++p) {
+      const bool reverse = operands.lanes[p].reverse;
+      const int64_t t0 = reverse ? n.T - end : begin, t1 = reverse ? n.T - begin : end;
+      const int64_t first = tables.rows.compact_row(t0, 0);
+      const int64_t count = tables.rows.compact_row(t1, 0) - first;
+      const Tensor index = tables.scattered_rows(t0, t1);
+      const Tensor du_rows = du[p].narrow(0, 0, count), dv_rows = dv[p].narrow(0, 0, count);
+      if (needs[kNeedWih]) {
+        Tensor x_rows = index.defined() ? in.x.reshape({n.R, n.I}).index_select(0, index)
+                        : dense ? in.x.narrow(0, t0, t1 - t0).reshape({count, n.I})
+                                : in.x.narrow(0, first, count);
+        out.w_ih[p].addmm_(du_rows.t(), x_rows.to(compute));
+      }
+      if (needs[kNeedWhh]) out.w_hh[p].addmm_(dv_rows.t(), previous[p].narrow(0, 0, count));
+      if (bias) {
+        out.b_ih[p].add_(du_rows.sum(0));
+        if (!tied) out.b_hh[p].add_(dv_rows.sum(0));
+      }
+      if (needs[kNeedX]) {
+        if (index.defined())
+          out.x.index_add_(0, index, du_rows.mm(operands.w_ih[p]));
+        else
+          out.x.narrow(0, first, count).addmm_(du_rows, operands.w_ih[p]);
+      }
+    }
+    end = begin;
+  }
+
+  if (bias && tied)
+    for (int64_t p = 0; p < n.P; ++p) out.b_hh[p].copy_(out.b_ih[p]);
+  if (needs[kNeedX]) out.x = out.x.view(in.x.sizes()).to(stored);
+  for (auto* group : {&out.w_ih, &out.w_hh, &out.b_ih, &out.b_hh})
+    for (Tensor& each : *group) each = each.to(stored);
+  if (needs[kNeedStates] && !in.s0.empty())
+    for (const Tensor& each : ds) out.s0.push_back(each.to(stored));
+  return out.flat(needs);
+}
+
+}  // namespace fastrnn

@@ -1,0 +1,155 @@
+// Threads that stay together for a whole sweep, and the memory they share.
+#pragma once
+
+#include <omp.h>
+#include <sched.h>
+
+#include <cstdint>
+#include <cstdlib>
+
+#include "math.h"
+#include "scan.h"
+
+namespace fastrnn {
+inline namespace FASTRNN_ISA {
+
+struct Range {
+  int64_t begin = 0;
+  int64_t end = 0;
+  int64_t size() const { return end - begin; }
+};
+
+// Part `index` of `parts` nearly equal parts of [0, n).
+FASTRNN_INLINE Range part_of(int64_t n, int64_t parts, int64_t index) {
+  return {n * index / parts, n * (index + 1) / parts};
+}
+
+// Part `index` of the slots such that all parts have about the same number of live rows in
+// steps [begin, end) of time.
+inline Range slots_of(const Rows& rows, int64_t begin, int64_t end, int64_t parts, int64_t index) {
+  if (parts == 1) return {0, rows.batch};
+  if (!rows.live_slots) return part_of(rows.batch, parts, index);
+  int64_t total = 0;
+  for (int64_t t = begin; t < end; ++t) total += rows.live(t);
+  int64_t last = end;  // steps of slot i: live slots do not increase with t
+  int64_t sum = 0;
+  Range out{rows.batch, rows.batch};
+  if (index == 0) out.begin = 0;
+  for (int64_t i = 0; i < rows.batch; ++i) {
+    while (last > begin && rows.live(last - 1) <= i) --last;
+    sum += last - begin;
+    if (out.begin == rows.batch && sum * parts > total * index) out.begin = i;
+    if (index + 1 < parts && sum * parts > total * (index + 1)) {
+      out.end = i;
+      break;
+    }
+  }
+  if (out.end < out.begin) out.end = out.begin;
+  return out;
+}
+
+// One cache line per thread: how far it has come.
+struct alignas(64) Progress {
+  int64_t value = 0;
+};
+
+// A thread's place in the team. Threads of one group sweep the same lane and the same slots and
+// share the units between them, so only they wait for each other within a step.
+class Member {
+ public:
+  Member(Progress* progress, const CpuPlan& plan, int32_t index)
+      : progress_(progress),
+        threads_(plan.threads()),
+        index_(index),
+        unit(index % plan.split_units),
+        slot(index / plan.split_units % plan.split_slots),
+        lane(index / plan.split_units / plan.split_slots),
+        first_peer_(index - unit),
+        peers_(plan.split_units) {}
+
+  bool alone() const { return peers_ == 1; }
+  void publish(int64_t value) {
+    __atomic_store_n(&progress_[index_].value, value, __ATOMIC_RELEASE);
+  }
+  void wait_for_peers(int64_t value) const { wait(first_peer_, peers_, value); }
+  void wait_for_all(int64_t value) const { wait(0, threads_, value); }
+
+ private:
+  void wait(int32_t first, int32_t count, int64_t value) const {
+    for (int32_t other = first; other < first + count; ++other) {
+      int32_t spins = 0;
+      while (__atomic_load_n(&progress_[other].value, __ATOMIC_ACQUIRE) < value) {
+        cpu_relax();
+        if (++spins == kSpins) {
+          sched_yield();
+          spins = 0;
+        }
+      }
+    }
+  }
+
+  static constexpr int32_t kSpins = 20000;  // ~100 us: far longer than a step, far less than a slice
+  Progress* progress_;
+  int32_t threads_;
+  int32_t index_;
+
+ public:
+  const int32_t unit, slot, lane;  // this thread's part along each axis
+
+ private:
+  int32_t first_peer_;
+  int32_t peers_;
+};
+
+// Runs body(index) on `threads` threads at once; false, with nothing run, where so many cannot be
+// had (nested parallelism, limits), since members that wait for each other must all exist.
+template <class Body>
+bool run_team(int32_t threads, const Body& body) {
+  if (threads == 1) {
+    FlushDenormals flush;
+    body(0);
+    return true;
+  }
+  bool complete = false;
+#pragma omp parallel num_threads(threads)
+  {
+    if (omp_get_num_threads() == threads) {
+      FlushDenormals flush;
+      int32_t index = omp_get_thread_num();
+      body(index);
+      if (index == 0) complete = true;
+    }
+  }
+  return complete;
+}
+
+// Memory for one sweep, laid out in two passes: first counted, then handed out.
+class Arena {
+ public:
+  Arena() = default;
+  ~Arena() { std::free(base_); }
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+
+  template <class T>
+  T* take(int64_t count) {
+    char* at = base_ ? base_ + used_ : nullptr;
+    used_ += (static_cast<size_t>(count) * sizeof(T) + kAlign - 1) / kAlign * kAlign;
+    return reinterpret_cast<T*>(at);
+  }
+  bool ready() const { return base_ != nullptr; }
+  // Ends the counting pass; false when there is no such memory.
+  bool allocate() {
+    base_ = static_cast<char*>(std::aligned_alloc(kAlign, used_ + kAlign));
+    used_ = 0;
+    return base_ != nullptr;
+  }
+
+ private:
+  static constexpr size_t kAlign = 128;
+  char* base_ = nullptr;
+  size_t used_ = 0;
+};
+
+}  // namespace FASTRNN_ISA
+}  // namespace fastrnn

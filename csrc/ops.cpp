@@ -1,0 +1,271 @@
+// The operator: schemas, dispatch, autocast, and what Python sees of this library.
+#include "ops.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <map>
+
+namespace py = pybind11;
+
+namespace fastrnn {
+namespace {
+
+// Functions of fastrnn/kernels.py, set once on import. Leaked on purpose: no destructor may run
+// after the interpreter is gone.
+struct Callbacks {
+  py::object plan, forward, backward, differentiable_backward;
+};
+Callbacks* callbacks = nullptr;
+
+const Callbacks& python() {
+  TORCH_CHECK(callbacks, "fastrnn._C was loaded without `import fastrnn`");
+  return *callbacks;
+}
+
+std::atomic<int64_t> plans_epoch{0};
+
+using PlanKey = std::tuple<const CellFacts*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+                           at::ScalarType, at::DeviceType, bool, bool, bool, int>;
+
+constexpr size_t kMostPlans = 4096;  // batches of ever new lengths must not fill the memory
+
+py::tuple inputs_to_python(const ScanInputs& in) {
+  return py::make_tuple(std::string(in.cell), in.x, in.w_ih.vec(), in.w_hh.vec(), in.b_ih.vec(),
+                        in.b_hh.vec(), in.w_hr.vec(), in.s0.vec(), in.batch_sizes, in.lengths,
+                        in.resets, in.reverse);
+}
+
+py::list incoming_to_python(const Incoming& grads) {
+  py::list list;
+  list.append(grads.dy.defined() ? py::cast(grads.dy) : py::none());
+  for (const Tensor& each : grads.dstates)
+    list.append(each.defined() ? py::cast(each) : py::none());
+  return list;
+}
+
+// An op's implementation runs below autograd; a reference that is differentiated needs it back.
+class WithAutograd {
+ public:
+  WithAutograd()
+      : guard_(c10::impl::tls_local_dispatch_key_set().included_,
+               c10::impl::tls_local_dispatch_key_set().excluded_ -
+                   c10::autograd_dispatch_keyset_with_ADInplaceOrView) {}
+
+ private:
+  c10::impl::ForceDispatchKeyGuard guard_;
+};
+
+}  // namespace
+
+const CellFacts& known_cell(std::string_view name) {
+  const CellFacts* cell = find_cell(std::string(name));
+  TORCH_CHECK(cell, "fastrnn: no cell is registered under '", name, "'");
+  return *cell;
+}
+
+const Choice& choose(const CellFacts& cell, const Problem& p) {
+  thread_local std::map<PlanKey, Choice> known;
+  thread_local int64_t epoch = 0;
+  const int threads = at::get_num_threads();
+  if (epoch != plans_epoch || known.size() >= kMostPlans) {
+    known.clear();
+    epoch = plans_epoch;
+  }
+  const PlanKey key{&cell,   p.steps, p.batch,  p.rows, p.inputs,   p.hidden,   p.lanes,
+                    p.dtype, p.device, p.tape, p.backward, p.projected, threads};
+  auto found = known.find(key);
+  if (found != known.end()) return found->second;
+  py::gil_scoped_acquire gil;
+  auto answer = python().plan(
+      py::arg("cell") = cell.name, py::arg("steps") = p.steps, py::arg("batch") = p.batch,
+      py::arg("rows") = p.rows, py::arg("inputs") = p.inputs, py::arg("hidden") = p.hidden,
+      py::arg("gates") = cell.gates, py::arg("states") = cell.states, py::arg("lanes") = p.lanes,
+      py::arg("dtype") = c10::toString(p.dtype),
+      py::arg("device") = c10::DeviceTypeName(p.device, /*lower_case=*/true),
+      py::arg("tape") = p.tape, py::arg("backward") = p.backward,
+      py::arg("projected") = p.projected, py::arg("threads") = threads,
+      py::arg("compiled") = cell.compiled != nullptr);
+  auto [kernel, packed, lanes, slots, units, chunk] =
+      answer.cast<std::tuple<std::string, bool, int32_t, int32_t, int32_t, int64_t>>();
+  return known.emplace(key, Choice{kernel, {packed, lanes, slots, units, chunk}}).first->second;
+}
+
+void forget_plans() { ++plans_epoch; }
+
+ScanOutputs python_forward(const std::string& kernel, const ScanInputs& in, bool tape) {
+  py::gil_scoped_acquire gil;
+  return python().forward(kernel, inputs_to_python(in), tape).cast<ScanOutputs>();
+}
+
+std::vector<Tensor> python_backward(const std::string& kernel, const ScanInputs& in,
+                                    const Incoming& grads, const Tensor& y, const Tensor& tape,
+                                    const Needs& needs) {
+  WithAutograd autograd;
+  py::gil_scoped_acquire gil;
+  return python()
+      .backward(kernel, inputs_to_python(in), incoming_to_python(grads), y, tape, needs)
+      .cast<std::vector<Tensor>>();
+}
+
+std::vector<Tensor> python_differentiable_backward(const ScanInputs& in, const Incoming& grads,
+                                                   const Needs& needs) {
+  py::gil_scoped_acquire gil;
+  return python()
+      .differentiable_backward(inputs_to_python(in), incoming_to_python(grads), needs)
+      .cast<std::vector<Tensor>>();
+}
+
+std::vector<Tensor> Gradients::flat(const Needs& needs) const {
+  std::vector<Tensor> all;
+  if (needs[kNeedX]) all.push_back(x);
+  for (const auto* group : {&w_ih, &w_hh, &b_ih, &b_hh, &w_hr, &s0})
+    all.insert(all.end(), group->begin(), group->end());
+  return all;
+}
+
+namespace {
+
+#define FASTRNN_SCAN_PARAMETERS                                                              \
+  std::string_view cell, const Tensor &x, TensorList w_ih, TensorList w_hh, TensorList b_ih, \
+      TensorList b_hh, TensorList w_hr, TensorList s0,                                       \
+      const std::optional<Tensor>&batch_sizes, const std::optional<Tensor>&lengths,          \
+      const std::optional<Tensor>&resets, int64_t reverse
+#define FASTRNN_SCAN_INPUTS \
+  ScanInputs { cell, x, w_ih, w_hh, b_ih, b_hh, w_hr, s0, batch_sizes, lengths, resets, reverse }
+
+ScanOutputs cpu(FASTRNN_SCAN_PARAMETERS, bool tape) { return scan_cpu(FASTRNN_SCAN_INPUTS, tape); }
+
+// Devices and dtypes without a kernel of their own in C++.
+ScanOutputs elsewhere(FASTRNN_SCAN_PARAMETERS, bool tape) {
+  const CellFacts& facts = known_cell(cell);
+  const Problem problem{cell,
+                        x.dim() == 3 ? x.size(0) : 1,
+                        x.dim() == 3 ? x.size(1) : x.size(0),
+                        x.dim() == 3 ? x.size(0) * x.size(1) : x.size(0),
+                        x.size(-1),
+                        w_hh[0].size(0) / facts.gates,
+                        static_cast<int64_t>(w_hh.size()),
+                        x.scalar_type(),
+                        x.device().type(),
+                        tape,
+                        false,
+                        !w_hr.empty()};
+  return python_forward(choose(facts, problem).kernel, FASTRNN_SCAN_INPUTS, tape);
+}
+
+Incoming incoming(const std::optional<Tensor>& dy,
+                  const c10::List<std::optional<Tensor>>& dstates) {
+  Incoming grads;
+  if (dy) grads.dy = *dy;
+  for (std::optional<Tensor> each : dstates) grads.dstates.push_back(each ? *each : Tensor());
+  return grads;
+}
+
+#define FASTRNN_BACKWARD_PARAMETERS(...)                                                       \
+  std::string_view cell, const std::optional<Tensor>&dy,                                       \
+      const c10::List<std::optional<Tensor>>&dstates, const Tensor &x, TensorList w_ih,        \
+      TensorList w_hh, TensorList b_ih, TensorList b_hh, TensorList w_hr, TensorList s0,       \
+      const std::optional<Tensor>&batch_sizes, const std::optional<Tensor>&lengths,            \
+      const std::optional<Tensor>&resets, int64_t reverse, const Tensor &y, const Tensor &tape, \
+      Needs needs
+
+std::vector<Tensor> backward_cpu(FASTRNN_BACKWARD_PARAMETERS()) {
+  return scan_backward_cpu(FASTRNN_SCAN_INPUTS, incoming(dy, dstates), y, tape, needs);
+}
+
+std::vector<Tensor> backward_elsewhere(FASTRNN_BACKWARD_PARAMETERS()) {
+  return python_backward("reference", FASTRNN_SCAN_INPUTS, incoming(dy, dstates), y, tape, needs);
+}
+
+// Under autocast all operands take its dtype, as in torch.nn, whose GRU on CPUs alone computes in
+// the dtype of its state.
+template <c10::DeviceType device, c10::DispatchKey key>
+ScanOutputs autocast(FASTRNN_SCAN_PARAMETERS, bool tape) {
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
+  at::ScalarType type = at::autocast::get_autocast_dtype(device);
+  if (device == c10::DeviceType::CPU && cell == "gru" &&
+      (s0.empty() ? x : s0[0]).scalar_type() == at::kFloat)
+    type = at::kFloat;
+  auto cast = [&](const Tensor& each) { return at::autocast::cached_cast(type, each, device); };
+  auto cast_all = [&](TensorList list) {
+    std::vector<Tensor> out;
+    for (const Tensor& each : list) out.push_back(cast(each));
+    return out;
+  };
+  static auto op = c10::Dispatcher::singleton()
+                       .findSchemaOrThrow("fastrnn::scan", "")
+                       .typed<ScanOutputs(FASTRNN_SCAN_PARAMETERS, bool)>();
+  return op.call(cell, cast(x), cast_all(w_ih), cast_all(w_hh), cast_all(b_ih), cast_all(b_hh),
+                 cast_all(w_hr), cast_all(s0), batch_sizes, lengths, resets, reverse, tape);
+}
+
+}  // namespace
+
+TORCH_LIBRARY(fastrnn, m) {
+  // fastrnn/reference.py documents the arguments; `tape` asks for what scan_backward needs.
+  m.def(
+      "scan(str cell, Tensor x, Tensor[] w_ih, Tensor[] w_hh, Tensor[] b_ih, Tensor[] b_hh, "
+      "Tensor[] w_hr, Tensor[] s0, Tensor? batch_sizes, Tensor? lengths, Tensor? resets, "
+      "int reverse, bool tape=False) -> (Tensor y, Tensor[] states, Tensor tape)");
+  // Gradients of x, w_ih, w_hh, b_ih, b_hh, w_hr, s0; `needs` picks x, w_ih, w_hh, biases, w_hr, s0.
+  m.def(
+      "scan_backward(str cell, Tensor? dy, Tensor?[] dstates, Tensor x, Tensor[] w_ih, "
+      "Tensor[] w_hh, Tensor[] b_ih, Tensor[] b_hh, Tensor[] w_hr, Tensor[] s0, "
+      "Tensor? batch_sizes, Tensor? lengths, Tensor? resets, int reverse, Tensor y, Tensor tape, "
+      "bool[6] needs) -> Tensor[]");
+}
+
+TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
+  m.impl("scan", cpu);
+  m.impl("scan_backward", backward_cpu);
+}
+
+TORCH_LIBRARY_IMPL(fastrnn, CompositeExplicitAutograd, m) {
+  m.impl("scan", elsewhere);
+  m.impl("scan_backward", backward_elsewhere);
+}
+
+TORCH_LIBRARY_IMPL(fastrnn, AutocastCPU, m) {
+  m.impl("scan", autocast<c10::DeviceType::CPU, c10::DispatchKey::AutocastCPU>);
+}
+
+TORCH_LIBRARY_IMPL(fastrnn, AutocastCUDA, m) {
+  m.impl("scan", autocast<c10::DeviceType::CUDA, c10::DispatchKey::AutocastCUDA>);
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.attr("built_for") = FASTRNN_TORCH_VERSION;
+  m.def("isas", compiled_isas, "Instruction sets compiled in that this machine has, best last.");
+  m.def("isa", isa_in_use);
+  m.def("vector_bytes", vector_bytes);
+  m.def("forget_plans", forget_plans);
+  m.def("load_cells", load_cells, py::arg("path"), py::arg("symbol"));
+  m.def(
+      "declare_cell",
+      [](const std::string& name, int32_t gates, int32_t states) {
+        declare_cell({name, gates, states, 0, 0, nullptr});
+      },
+      "Makes a cell known that only the reference can run.");
+  m.def(
+      "cell_facts",
+      [](const std::string& name) -> py::object {
+        const CellFacts* cell = find_cell(name);
+        if (!cell) return py::none();
+        return py::make_tuple(cell->gates, cell->states, cell->kept, cell->compiled != nullptr);
+      },
+      "(gates, states, kept values, whether compiled) of a cell, or None.");
+  m.def("set_callbacks", [](py::object plan, py::object forward, py::object backward,
+                            py::object differentiable_backward) {
+    callbacks = new Callbacks{plan, forward, backward, differentiable_backward};
+  });
+}
+
+}  // namespace fastrnn

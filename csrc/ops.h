@@ -1,0 +1,86 @@
+// What the files of the operator share: inputs, planning, and the way back into Python.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "registry.h"
+#include "scan.h"
+
+namespace fastrnn {
+
+using at::Tensor;
+using at::TensorList;
+
+// Which gradients a caller of scan_backward wants.
+enum Need { kNeedX, kNeedWih, kNeedWhh, kNeedBias, kNeedWhr, kNeedStates, kNeeds };
+using Needs = std::array<bool, kNeeds>;
+
+// The inputs of `scan` as its schema orders them; fastrnn/reference.py documents the shapes.
+struct ScanInputs {
+  std::string_view cell;
+  const Tensor& x;
+  TensorList w_ih, w_hh, b_ih, b_hh, w_hr, s0;
+  const std::optional<Tensor>&batch_sizes, &lengths, &resets;
+  int64_t reverse;
+};
+
+using ScanOutputs = std::tuple<Tensor, std::vector<Tensor>, Tensor>;  // y, states, tape
+
+// Gradients that arrive; undefined stands for zeros.
+struct Incoming {
+  Tensor dy;
+  std::vector<Tensor> dstates;  // S
+};
+
+// Numbers that decide a plan; fastrnn/plan.py's Problem, and the threads there are.
+struct Problem {
+  std::string_view cell;
+  int64_t steps, batch, rows, inputs, hidden, lanes;
+  at::ScalarType dtype;
+  at::DeviceType device;
+  bool tape, backward, projected;
+};
+
+struct Choice {
+  std::string kernel;
+  CpuPlan cpu;
+};
+
+// The plan for a problem, remembered per thread; asks fastrnn/plan.py the first time.
+const Choice& choose(const CellFacts& cell, const Problem& problem);
+// Forgets all plans, in every thread.
+void forget_plans();
+
+// Implementations that live in Python (fastrnn/kernels.py), by name of the kernel.
+ScanOutputs python_forward(const std::string& kernel, const ScanInputs& in, bool tape);
+std::vector<Tensor> python_backward(const std::string& kernel, const ScanInputs& in,
+                                    const Incoming& grads, const Tensor& y, const Tensor& tape,
+                                    const Needs& needs);
+// Gradients that can be differentiated again.
+std::vector<Tensor> python_differentiable_backward(const ScanInputs& in, const Incoming& grads,
+                                                   const Needs& needs);
+
+// The CPU kernel on tensors.
+ScanOutputs scan_cpu(const ScanInputs& in, bool tape);
+std::vector<Tensor> scan_backward_cpu(const ScanInputs& in, const Incoming& grads, const Tensor& y,
+                                      const Tensor& tape, const Needs& needs);
+
+// The facts of a cell; raises for an unknown one.
+const CellFacts& known_cell(std::string_view name);
+
+// Gradients in the order of the op's inputs, present only where needed: x, w_ih.., w_hh.., b_ih..,
+// b_hh.., w_hr.., s0..
+struct Gradients {
+  Tensor x;
+  std::vector<Tensor> w_ih, w_hh, b_ih, b_hh, w_hr, s0;
+
+  std::vector<Tensor> flat(const Needs& needs) const;
+};
+
+}  // namespace fastrnn

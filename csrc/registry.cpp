@@ -1,0 +1,125 @@
+#include "registry.h"
+
+#include <dlfcn.h>
+
+#include <cstdlib>
+#include <map>
+#include <mutex>
+#include <shared_mutex>
+#include <stdexcept>
+
+extern "C" {
+fastrnn::CompiledCells fastrnn_cells_baseline();
+#ifdef __x86_64__
+fastrnn::CompiledCells fastrnn_cells_avx2();
+fastrnn::CompiledCells fastrnn_cells_avx512();
+#endif
+}
+
+namespace fastrnn {
+namespace {
+
+struct Isa {
+  const char* name;
+  int64_t vector_bytes;
+  bool supported;
+  CompiledCells (*cells)();
+};
+
+const std::vector<Isa>& isas() {
+  static const std::vector<Isa> all = {
+    {"baseline", 16, true, fastrnn_cells_baseline},
+#ifdef __x86_64__
+    {"avx2", 32,
+     __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c"),
+     fastrnn_cells_avx2},
+    {"avx512", 64,
+     __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"),
+     fastrnn_cells_avx512},
+#endif
+  };
+  return all;
+}
+
+const Isa& chosen() {
+  static const Isa& isa = []() -> const Isa& {
+    if (const char* asked = std::getenv("FASTRNN_ISA")) {
+      for (const Isa& each : isas())
+        if (each.supported && std::string(asked) == each.name) return each;
+      throw std::runtime_error(
+          std::string("FASTRNN_ISA=") + asked +
+          " is not one of the instruction sets compiled in and supported by this machine; "
+          "`python -m fastrnn info` lists them");
+    }
+    const Isa* best = nullptr;
+    for (const Isa& each : isas())
+      if (each.supported) best = &each;
+    return *best;
+  }();
+  return isa;
+}
+
+struct Registry {
+  std::shared_mutex mutex;
+  std::map<std::string, CellFacts, std::less<>> cells;
+
+  void add(const CompiledCells& from) {
+    for (int32_t i = 0; i < from.count; ++i) {
+      const CompiledCell& cell = from.cells[i];
+      cells[cell.name] = {cell.name, cell.gates, cell.states, cell.kept, cell.tied, &cell};
+    }
+  }
+};
+
+Registry& registry() {
+  static Registry* all = [] {
+    auto* made = new Registry;
+    made->add(chosen().cells());
+    return made;
+  }();
+  return *all;
+}
+
+}  // namespace
+
+const CellFacts* find_cell(const std::string& name) {
+  Registry& all = registry();
+  std::shared_lock lock(all.mutex);
+  auto found = all.cells.find(name);
+  return found == all.cells.end() ? nullptr : &found->second;
+}
+
+void declare_cell(CellFacts facts) {
+  if (facts.gates < 1 || facts.gates > kMaxGates || facts.states < 1 || facts.states > kMaxStates)
+    throw std::invalid_argument("a cell has 1 to 16 gates and 1 to 8 states, got " +
+                                std::to_string(facts.gates) + " and " +
+                                std::to_string(facts.states));
+  Registry& all = registry();
+  std::unique_lock lock(all.mutex);
+  all.cells.try_emplace(facts.name, facts);
+}
+
+void load_cells(const std::string& path, const std::string& symbol) {
+  void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (!library) throw std::runtime_error(dlerror());
+  auto cells = reinterpret_cast<CompiledCells (*)()>(dlsym(library, symbol.c_str()));
+  if (!cells) throw std::runtime_error(path + " has no symbol " + symbol);
+  Registry& all = registry();
+  std::unique_lock lock(all.mutex);
+  all.add(cells());
+}
+
+std::vector<std::string> compiled_isas() {
+  std::vector<std::string> names;
+  for (const Isa& each : isas())
+    if (each.supported) names.push_back(each.name);
+  return names;
+}
+
+std::string isa_in_use() { return chosen().name; }
+
+int64_t vector_bytes() { return chosen().vector_bytes; }
+
+}  // namespace fastrnn

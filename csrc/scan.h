@@ -1,0 +1,127 @@
+// The contract between host and kernels: plain data, shapes, no ownership.
+//
+// T steps, B batch, I inputs, H hidden units, G gates, S states, K kept values, P lanes
+// (independent scans of the same input: directions, heads). A lane's *step* counts in its own
+// direction; `t` is always the position in time.
+#pragma once
+
+#include <cstdint>
+
+#include "storage.h"
+
+namespace fastrnn {
+
+constexpr int kMaxGates = 16;
+constexpr int kMaxStates = 8;
+
+// Which rows exist at which time. Slot i is the i-th longest sequence, so the live slots of a
+// step are always 0 .. live(t)-1. Three layouts:
+//   dense    all null; row = t*B + b
+//   packed   live_slots, compact; row = compact[t] + slot (torch's PackedSequence)
+//   lengths  live_slots, compact, order; row = t*B + order[slot]
+struct Rows {
+  int64_t steps = 0;
+  int64_t batch = 0;
+  const int64_t* live_slots = nullptr;  // [T], non-increasing
+  const int64_t* compact = nullptr;     // [T+1], running sum of live_slots
+  const int64_t* order = nullptr;       // [B], slot -> batch index
+  const uint8_t* resets = nullptr;      // [rows], an episode begins at this row
+
+  FASTRNN_INLINE int64_t live(int64_t t) const { return live_slots ? live_slots[t] : batch; }
+  FASTRNN_INLINE int64_t slot(int64_t i) const { return order ? order[i] : i; }
+  FASTRNN_INLINE bool packed() const { return compact && !order; }
+  FASTRNN_INLINE int64_t row(int64_t t, int64_t i) const {
+    return packed() ? compact[t] + i : t * batch + slot(i);
+  }
+  // Position among the live rows only.
+  FASTRNN_INLINE int64_t compact_row(int64_t t, int64_t i) const {
+    return (compact ? compact[t] : t * batch) + i;
+  }
+  FASTRNN_INLINE int64_t time(int64_t step, bool reverse) const { return reverse ? steps - 1 - step : step; }
+  // Whether an episode begins between the lane's previous step and `step`. The initial state
+  // counts as a step before the first row in time.
+  FASTRNN_INLINE bool cut_before(int64_t step, int64_t i, bool reverse) const {
+    if (!resets) return false;
+    if (!reverse) return resets[row(step, i)];
+    int64_t later = steps - step;
+    return later < steps && i < live(later) && resets[row(later, i)];
+  }
+  // Whether slot i was live at the lane's previous step.
+  FASTRNN_INLINE bool continues(int64_t step, int64_t i, bool reverse) const {
+    return step > 0 && (!reverse || i < live(steps - step));
+  }
+};
+
+// One scan. Weights and biases are in the compute type, states in the storage type.
+struct Lane {
+  bool reverse = false;
+  const void* w_ih = nullptr;             // [G*H, I]
+  const void* w_hh = nullptr;             // [G*H, H]
+  const void* b_ih = nullptr;             // [G*H] or null
+  const void* b_hh = nullptr;             // [G*H] or null
+  const void* s0[kMaxStates] = {};        // [B, H] each, or null for zeros
+};
+
+// What both sweeps share. Row r of lane p of `y` begins at (r*P + p)*H, of `tape` at
+// (r*P + p)*(S-1+K)*H: states 1..S-1 after the step, then the kept values, [H] each.
+struct Scan {
+  Rows rows;
+  int64_t inputs = 0;
+  int64_t hidden = 0;
+  int32_t lanes = 0;
+  Storage storage = Storage::kSame;
+  const Lane* lane = nullptr;  // [P]
+};
+
+struct ForwardArgs : Scan {
+  const void* x = nullptr;  // element (t, b) at t*x_step + b*x_row, packed row r at r*x_row
+  int64_t x_step = 0;
+  int64_t x_row = 0;
+  void* y = nullptr;                  // [rows, P, H]
+  void* tape = nullptr;               // [rows, P, S-1+K, H] or null for inference
+  void* const* final_states = nullptr;  // [P][S], each [B, H]
+};
+
+// One stretch of steps [begin, end) of every lane, walked from its end. Compute type throughout
+// but for dy, y and tape. Outputs hold the live rows of the stretch in time order.
+struct BackwardArgs : Scan {
+  int64_t begin = 0;
+  int64_t end = 0;
+  const void* dy = nullptr;         // [rows, P, H] or null for zeros
+  const void* y = nullptr;          // [rows, P, H]
+  const void* tape = nullptr;       // [rows, P, S-1+K, H]
+  void* const* ds = nullptr;        // [P][S], each [B, H]: gradient carried in and out
+  void* const* du = nullptr;        // [P], each [live rows, G*H]; equals dv where all gates are tied
+  void* const* dv = nullptr;        // [P], each [live rows, G*H]
+  void* const* previous = nullptr;  // [P], each [live rows, H]: state 0 before the step
+};
+
+// How the CPU kernel works; chosen by fastrnn/plan.py.
+struct CpuPlan {
+  int32_t packed_weights = 1;  // 0: few rows, weights are read once, as they lie
+  int32_t split_lanes = 1;     // threads over lanes x slots x units
+  int32_t split_slots = 1;
+  int32_t split_units = 1;
+  int64_t chunk = 1;  // steps projected (forward) or differentiated (backward) at a time
+
+  FASTRNN_INLINE int32_t threads() const { return split_lanes * split_slots * split_units; }
+};
+
+// A cell compiled for one instruction set; index 0 computes in float, 1 in double.
+// A kernel returns false when it ran out of memory.
+struct CompiledCell {
+  const char* name;
+  int32_t gates;
+  int32_t states;
+  int32_t kept;
+  uint32_t tied;  // bit g
+  bool (*forward[2])(const ForwardArgs&, const CpuPlan&);
+  bool (*backward[2])(const BackwardArgs&, const CpuPlan&);
+};
+
+struct CompiledCells {
+  const CompiledCell* cells;
+  int32_t count;
+};
+
+}  // namespace fastrnn

@@ -1,0 +1,237 @@
+"""The table of kernels: what the plans of `plan.py` run, and what this machine offers them.
+
+The compiled library calls back into this file to plan a call the first time it sees its shape,
+and for the kernels that are written in Python.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastrnn import _C, cells, codegen, jit, plan, reference
+from fastrnn.cells import Cell
+
+__all__ = ["device", "prepare", "use"]
+
+_DTYPES = {"Float": "float32", "Double": "float64", "BFloat16": "bfloat16", "Half": "float16"}
+
+# What the op takes before `tape`: name, x, w_ih, w_hh, b_ih, b_hh, w_hr, s0, batch_sizes, lengths,
+# resets, reverse.
+_Inputs = tuple[
+    str,
+    Tensor,
+    list[Tensor],
+    list[Tensor],
+    list[Tensor],
+    list[Tensor],
+    list[Tensor],
+    list[Tensor],
+    "Tensor | None",
+    "Tensor | None",
+    "Tensor | None",
+    int,
+]
+
+_prepared: dict[str, Cell] = {name: cells.get(name) for name in cells.names()}
+_keys: dict[Cell, str] = {cell: name for name, cell in _prepared.items()}
+_preparing = threading.Lock()
+_forced: list[str] = []
+_logged: set[tuple[plan.Problem, plan.Device]] = set()
+
+
+@contextmanager
+def use(kernel: str) -> Iterator[None]:
+    """Run everything inside the block with this kernel, as FASTRNN_KERNEL=name does.
+
+    Raises:
+        ValueError: when there is no kernel of that name.
+        plan.KernelRefused: from the first call inside that the kernel cannot run.
+    """
+    if kernel not in plan.KERNELS:
+        raise ValueError(f"no kernel named {kernel!r}; there are: {', '.join(plan.KERNELS)}")
+    _forced.append(kernel)
+    _C.forget_plans()
+    try:
+        yield
+    finally:
+        _forced.pop()
+        _C.forget_plans()
+
+
+def prepare(cell: Cell) -> str:
+    """The name under which the op knows `cell`; a user's cell is derived and compiled first."""
+    key = _keys.get(cell)
+    if key is not None:
+        return key
+    with _preparing:
+        if cell not in _keys:
+            _keys[cell] = _load(cell)
+        return _keys[cell]
+
+
+def _load(cell: Cell) -> str:
+    key = codegen.key(cell)
+    _prepared[key] = cell
+    if _C.cell_facts(key) is not None:
+        return key
+    try:
+        _C.load_cells(str(jit.compile_cell(codegen.derive(cell), key)), jit.SYMBOL)
+    except (codegen.Underivable, jit.CompilationFailed) as error:
+        _C.declare_cell(key, len(cell.gates), len(cell.states))
+        warnings.warn(
+            f"cell {cell.name!r} runs as a loop of torch operations, many times slower than "
+            f"compiled: {error}",
+            UserWarning,
+            stacklevel=4,
+        )
+    return key
+
+
+def device(kind: str = "cpu", threads: int | None = None, compiled: bool = True) -> plan.Device:
+    """What this machine offers to a call of `threads` threads, torch's number by default."""
+    return plan.Device(
+        kind=kind,
+        threads=torch.get_num_threads() if threads is None else threads,
+        vector_bytes=_C.vector_bytes(),
+        l2_bytes=_l2_bytes(),
+        compiled=compiled,
+        forced=_forced[-1] if _forced else os.environ.get("FASTRNN_KERNEL") or None,
+    )
+
+
+@cache
+def _l2_bytes() -> int:
+    """L2 cache of a core; 1 MiB where the system does not tell."""
+    size = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
+    try:
+        return int(size.read_text().strip().removesuffix("K")) << 10
+    except (OSError, ValueError):
+        return 1 << 20
+
+
+def _plan(
+    *,
+    cell: str,
+    dtype: str,
+    device: str,
+    threads: int,
+    compiled: bool,
+    **numbers: int,
+) -> tuple[str, bool, int, int, int, int]:
+    problem = plan.Problem(cell=cell, dtype=_DTYPES.get(dtype, dtype), **numbers)
+    machine = globals()["device"](device, threads, compiled)
+    chosen = plan.choose(problem, machine)
+    if "plan" in os.environ.get("FASTRNN_LOG", "") and (problem, machine) not in _logged:
+        _logged.add((problem, machine))
+        print(f"fastrnn: {problem}\n      -> {chosen}", file=sys.stderr)
+    return (
+        chosen.kernel,
+        chosen.packed_weights,
+        chosen.split_lanes,
+        chosen.split_slots,
+        chosen.split_units,
+        chosen.chunk,
+    )
+
+
+def _reference_forward(
+    kernel: str, inputs: _Inputs, tape: bool
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    name, x, w_ih, w_hh, *_ = inputs
+    cell = _prepared[name]
+    _, states, kept, _ = _C.cell_facts(name)
+    rows, hidden = x.numel() // max(1, x.size(-1)), w_hh[0].size(0) // len(cell.gates)
+    if x.size(-1) == 0:
+        rows = x[..., :0].shape[:-1].numel()
+    lanes = len(w_hh)
+    if not tape:
+        y, last = reference.scan(cell, *inputs[1:])
+        return y, last, x.new_empty(0, lanes, states - 1 + kept, hidden)
+    layout = x.new_zeros(rows, lanes, states - 1 + kept, hidden)
+    starts = _row_starts(x, inputs[8])
+
+    def record(p: int, t: int, u: Tensor, v: Tensor, before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
+        values = list(after[1:])
+        if kept:
+            values += codegen.derive(cell).forward(u.split(hidden, -1), v.split(hidden, -1), before)[1]
+        for k, value in enumerate(values):
+            layout[starts[t] : starts[t] + value.size(0), p, k] = value
+
+    y, last = reference.scan(cell, *inputs[1:], record=record)
+    return y, last, layout
+
+
+def _row_starts(x: Tensor, batch_sizes: Tensor | None) -> list[int]:
+    """First row of every time step."""
+    if batch_sizes is not None:
+        return [0, *batch_sizes.cumsum(0).tolist()]
+    return [t * x.size(1) for t in range(x.size(0))] if x.dim() == 3 else [0]
+
+
+def _reference_backward(
+    kernel: str,
+    inputs: _Inputs,
+    grads: list[Tensor | None],
+    y: Tensor,
+    tape: Tensor,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Gradients by autograd of the reference, which needs no tape."""
+    return _gradients(inputs, grads, needs, create_graph=False)
+
+
+def _differentiable_backward(
+    inputs: _Inputs, grads: list[Tensor | None], needs: Sequence[bool]
+) -> list[Tensor]:
+    return _gradients(inputs, grads, needs, create_graph=True)
+
+
+def _gradients(
+    inputs: _Inputs, grads: list[Tensor | None], needs: Sequence[bool], create_graph: bool
+) -> list[Tensor]:
+    name, *operands, batch_sizes, lengths, resets, reverse = inputs
+    groups: list[list[Tensor]] = [[operands[0]], *operands[1:]]  # type: ignore[list-item]
+
+    def alias(tensor: Tensor) -> Tensor:
+        # One tensor may stand in several places (tied weights): each has a gradient of its own.
+        return tensor.view_as(tensor) if create_graph else tensor.detach().requires_grad_()
+
+    needed = [needs[0], needs[1], needs[2], needs[3], needs[3], needs[4], needs[5]]
+    with torch.enable_grad():
+        groups = [
+            [alias(t) if want else t for t in group]
+            for group, want in zip(groups, needed, strict=True)
+        ]
+        y, states = reference.scan(
+            _prepared[name], groups[0][0], *groups[1:], batch_sizes, lengths, resets, reverse
+        )
+        reached = [
+            (out, grad)
+            for out, grad in zip([y, *states], grads, strict=True)
+            if grad is not None and out.requires_grad
+        ]
+        wanted = [t for group, want in zip(groups, needed, strict=True) if want for t in group]
+        if not reached:
+            return [torch.zeros_like(t) for t in wanted]
+        found = torch.autograd.grad(
+            [out for out, _ in reached],
+            wanted,
+            [grad for _, grad in reached],
+            create_graph=create_graph,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+    return list(found)
+
+
+_C.set_callbacks(_plan, _reference_forward, _reference_backward, _differentiable_backward)
