@@ -50,7 +50,7 @@ def test_each_instruction_set_has_its_object(
     made = objects(build.ninja_file(Path("/build")))
     kernels = [name for name in made if name.startswith("cpu_scan")]
     assert kernels == ["cpu_scan.baseline.o", "cpu_scan.avx2.o", "cpu_scan.avx512.o"]
-    assert "-m" not in made["cpu_scan.baseline.o"].replace("-march", "")
+    assert " -m" not in made["cpu_scan.baseline.o"]
     assert list(made)[-3:] == kernels, "what every machine can run is linked first"
 
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")

@@ -1,0 +1,124 @@
+"""`python -m fastrnn info | cell | plan | demo`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from fastrnn._version import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0 on success, 1 where a check failed, 2 for arguments that cannot be."""
+    parser = _parser()
+    given, rest = parser.parse_known_args(argv)
+    if given.command == "demo":
+        from fastrnn import demo
+
+        return demo.main(rest)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return {"info": _info, "cell": _cell, "plan": _plan}[given.command](given)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m fastrnn", description=__doc__)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    info = commands.add_parser(
+        "info", help="versions, devices, instruction sets, usable kernels and a self-check"
+    )
+    form = info.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="as JSON")
+    form.add_argument("--markdown", action="store_true", help="only what each kernel supports")
+
+    cell = commands.add_parser("cell", help="what is derived from a cell")
+    cell.add_argument("name", help="for instance lstm")
+
+    plan = commands.add_parser("plan", help="how a layer of a given shape runs here, and why")
+    plan.add_argument(
+        "--shape",
+        type=_shape,
+        required=True,
+        metavar="T,B,I,H",
+        help="steps, batch, input size, hidden size",
+    )
+    plan.add_argument("--cell", default="lstm", help="default lstm")
+    plan.add_argument("--dtype", default="float32", help="default float32")
+    plan.add_argument("--device", default="cpu", help="cpu (the default) or cuda")
+    plan.add_argument("--directions", type=int, choices=(1, 2), default=1)
+    plan.add_argument("--train", action="store_true", help="forward that keeps what BPTT needs")
+    plan.add_argument("--backward", action="store_true", help="back-propagation through time")
+    plan.add_argument("--json", action="store_true", help="as JSON")
+
+    commands.add_parser("demo", add_help=False, help="train a model of torch.nn and ours")
+    return parser
+
+
+def _shape(text: str) -> tuple[int, int, int, int]:
+    try:
+        steps, batch, inputs, hidden = map(int, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"four whole numbers T,B,I,H are expected, as in 100,32,64,256; got {text!r}"
+        ) from None
+    if min(steps, batch, inputs, hidden) < 0:
+        raise argparse.ArgumentTypeError(f"sizes cannot be negative; got {text!r}")
+    return steps, batch, inputs, hidden
+
+
+def _info(given: argparse.Namespace) -> int:
+    from fastrnn import info
+
+    if given.markdown:
+        print(info.support_markdown())
+        return 0
+    facts = info.collect()
+    print(json.dumps(asdict(facts), indent=2) if given.json else info.text(facts))
+    return 0 if facts.self_check.passed else 1
+
+
+def _cell(given: argparse.Namespace) -> int:
+    from fastrnn import cells, codegen
+
+    try:
+        print(codegen.describe(codegen.derive(cells.get(given.name))))
+    except ValueError as error:
+        return _refused(error)
+    return 0
+
+
+def _plan(given: argparse.Namespace) -> int:
+    from fastrnn import info, plan
+
+    try:
+        problem, device, chosen = info.plan_for(
+            given.cell,
+            given.shape,
+            dtype=given.dtype,
+            directions=given.directions,
+            tape=given.train,
+            backward=given.backward,
+            kind=given.device,
+        )
+    except (ValueError, plan.KernelRefused) as error:
+        return _refused(error)
+    if given.json:
+        parts = {"problem": asdict(problem), "device": asdict(device), "plan": asdict(chosen)}
+        print(json.dumps(parts, indent=2))
+    else:
+        print(info.plan_text(problem, device, chosen))
+    return 0
+
+
+def _refused(error: Exception) -> int:
+    print(f"fastrnn: {error}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
