@@ -16,10 +16,10 @@ from torch.nn.utils.rnn import PackedSequence
 from fastrnn import ops
 from fastrnn.cells import Cell
 
-__all__ = ["check_input", "check_state_dtypes", "rnn", "rnn_cell"]
+__all__ = ["check_dtype", "check_input", "check_states", "rnn", "rnn_cell"]
 
 States = Tensor | Sequence[Tensor]
-Check = Callable[[Tensor, "States | None", "Tensor | None"], None]
+Check = Callable[[Tensor, "States | None", "Tensor | None", Tensor], None]
 
 
 def rnn(
@@ -58,7 +58,8 @@ def rnn(
             the input is. An episode begins there: no state crosses from the step before, in
             either direction.
         name: how the layer calls itself in errors.
-        check: `check(input, hx, batch_sizes)` in place of the check of sizes against `weights`.
+        check: `check(input, hx, batch_sizes, w_ih)`, with the first of the weights, in place of
+            the check of dtype and sizes against `weights`.
 
     Returns:
         The output, in the form of `input` with `D*H` features, and the final states in that of
@@ -106,9 +107,9 @@ def rnn(
     if check is None:
         _check_sizes(cell, x, given, batch_sizes, weights, bidirectional, batch_first)
     else:
-        check(x, given, batch_sizes)
+        check(x, given, batch_sizes, weights[0][0])
     if states:
-        check_state_dtypes(states, x)
+        check_states(states, x)
 
     if batch_sizes is None:
         if batch_first:
@@ -217,13 +218,20 @@ def _stack(
     return x, [torch.cat(s) for s in zip(*finals, strict=True)]
 
 
-def check_input(input: Tensor, input_size: int, weight: Tensor, batch_sizes: Tensor | None) -> None:
-    """torch.nn's checks of dtype, dimensions and features, in its order."""
+def check_dtype(input: Tensor, weight: Tensor) -> None:
+    """The input must have the dtype of the weights; `ValueError` otherwise, as torch.nn.
+
+    Under autocast the operator casts.
+    """
     if input.dtype != weight.dtype and not torch._C._is_any_autocast_enabled():
         raise ValueError(
             f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
             f"Convert input: input.to({weight.dtype}), or convert model: model.to({input.dtype})"
         )
+
+
+def check_input(input: Tensor, input_size: int, batch_sizes: Tensor | None) -> None:
+    """torch.nn's checks of dimensions and features; `RuntimeError`."""
     expected = 3 if batch_sizes is None else 2
     if input.dim() != expected:
         raise RuntimeError(f"input must have {expected} dimensions, got {input.dim()}")
@@ -234,11 +242,8 @@ def check_input(input: Tensor, input_size: int, weight: Tensor, batch_sizes: Ten
         )
 
 
-def check_state_dtypes(states: Sequence[Tensor], input: Tensor) -> None:
-    """Initial states must have the dtype and the device of the input; `RuntimeError` otherwise.
-
-    Under autocast the operator casts, as it does with the input.
-    """
+def check_states(states: Sequence[Tensor], input: Tensor) -> None:
+    """Initial states must have the dtype and the device of the input; `RuntimeError` otherwise."""
     for s in states:
         if s.dtype != input.dtype and not torch._C._is_any_autocast_enabled():
             raise RuntimeError(
@@ -310,7 +315,8 @@ def _check_sizes(
             f"weights must hold one list for every layer and direction, got {len(weights)} "
             f"with bidirectional={bidirectional}"
         )
-    check_input(input, weights[0][0].size(1), weights[0][0], batch_sizes)
+    check_dtype(input, weights[0][0])
+    check_input(input, weights[0][0].size(1), batch_sizes)
     if hx is None:
         return
     batch = input.size(0 if batch_first else 1) if batch_sizes is None else int(batch_sizes[0])

@@ -116,7 +116,7 @@ class _Layer(nn.RNNBase):
             {} if lengths is None and resets is None else {"lengths": lengths, "resets": resets}
         )
         if (detour := _detour(self, input, extras)) is not None:
-            return detour(input, hx, **extras)  # type: ignore[no-any-return]
+            return detour(input, hx, **extras)
         return functional.rnn(
             self._cell(),
             input,
@@ -145,8 +145,13 @@ class _Layer(nn.RNNBase):
         ]
 
     def _check(
-        self, input: Tensor, hx: functional.States | None, batch_sizes: Tensor | None
+        self,
+        input: Tensor,
+        hx: functional.States | None,
+        batch_sizes: Tensor | None,
+        weight: Tensor,
     ) -> None:
+        functional.check_dtype(input, weight)
         if hx is None:
             self.check_input(input, batch_sizes)
         else:
@@ -154,8 +159,11 @@ class _Layer(nn.RNNBase):
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         """Raise what torch.nn raises for an input of wrong dtype or shape."""
-        weight = getattr(self, self._flat_weights_names[0])
-        functional.check_input(input, self.input_size, weight, batch_sizes)
+        # A parametrized weight is left alone: computing it may change its state.
+        weight = self._parameters.get(self._flat_weights_names[0])
+        if weight is not None:
+            functional.check_dtype(input, weight)
+        functional.check_input(input, self.input_size, batch_sizes)
 
     # No list of weights is kept, so there is nothing to bring up to date.
 
@@ -382,10 +390,14 @@ class LSTM(_Several):
         )
 
     def _check(
-        self, input: Tensor, hx: functional.States | None, batch_sizes: Tensor | None
+        self,
+        input: Tensor,
+        hx: functional.States | None,
+        batch_sizes: Tensor | None,
+        weight: Tensor,
     ) -> None:
         try:
-            super()._check(input, hx, batch_sizes)
+            super()._check(input, hx, batch_sizes, weight)
         except ValueError as error:
             if batch_sizes is None:
                 raise
@@ -474,7 +486,7 @@ class Recurrent(_Several):
     ) -> functional.States:
         """States in another order of the batch."""
         if isinstance(hx, Tensor):
-            return nn.RNNBase.permute_hidden(self, hx, permutation)  # type: ignore[no-any-return]
+            return nn.RNNBase.permute_hidden(self, hx, permutation)
         return super().permute_hidden(tuple(hx), permutation)
 
     def extra_repr(self) -> str:
@@ -497,7 +509,7 @@ class RNNCell(nn.RNNCell):
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """`input` [B, I] or [I] and `hx` [B, H] or [H] to the next state."""
         if (detour := _detour(self, input)) is not None:
-            return detour(input, hx)  # type: ignore[no-any-return]
+            return detour(input, hx)
         _check_cell_dims("RNNCell", input, () if hx is None else (hx,))
         if self.nonlinearity not in _CELL_OF_NONLINEARITY:
             raise RuntimeError(
@@ -521,7 +533,7 @@ class LSTMCell(nn.LSTMCell):
     ) -> tuple[Tensor, Tensor]:
         """`input` [B, I] or [I] and `hx`, a pair [B, H] or [H], to the next pair."""
         if (detour := _detour(self, input)) is not None:
-            return detour(input, hx)  # type: ignore[no-any-return]
+            return detour(input, hx)
         if isinstance(hx, Tensor):
             raise TypeError("LSTMCell: hx must be a tuple of two Tensors, not a Tensor")
         _check_cell_dims("LSTMCell", input, () if hx is None else hx)
@@ -541,7 +553,7 @@ class GRUCell(nn.GRUCell):
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """`input` [B, I] or [I] and `hx` [B, H] or [H] to the next state."""
         if (detour := _detour(self, input)) is not None:
-            return detour(input, hx)  # type: ignore[no-any-return]
+            return detour(input, hx)
         _check_cell_dims("GRUCell", input, () if hx is None else (hx,))
         return _step(self, cells.gru, input, () if hx is None else (hx,))[0]
 
@@ -590,7 +602,7 @@ def _step(
                     f"hidden{k} has inconsistent size: got {list(s.size())} "
                     f"expected {list(expected)}"
                 )
-        functional.check_state_dtypes(hx, x)
+        functional.check_states(hx, x)
         hx = [s.unsqueeze(0) if batched else s.expand(1, 1, -1) for s in hx]
     after = functional.rnn_cell(cell, x, hx, w_ih, w_hh, b_ih, b_hh)
     return after if batched else tuple(s.squeeze(0) for s in after)
