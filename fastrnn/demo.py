@@ -103,10 +103,10 @@ class NextCharacter(nn.Module):
 class Options:
     seconds: float = 60.0
     steps: int | None = None
-    hidden: int = 96
-    window: int = 24
-    batch: int = 128
-    learning_rate: float = 6e-3
+    hidden: int = 128
+    window: int = 16
+    batch: int = 64
+    learning_rate: float = 5e-3
     seed: int = 0
     device: str = "cpu"
 
@@ -223,7 +223,7 @@ def logit_difference(fast: NextCharacter, batch: Tensor) -> float:
 
 @torch.no_grad()
 def generate(
-    model: NextCharacter, corpus: Corpus, prompt: str, length: int, temperature: float = 0.6
+    model: NextCharacter, corpus: Corpus, prompt: str, length: int, temperature: float = 0.5
 ) -> str:
     """Continue `prompt` by `length` characters, one step at a time with the carried state."""
     device = next(model.parameters()).device

@@ -163,7 +163,7 @@ def test_short_text_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str
     text = tmp_path / "short.txt"
     text.write_text("def f(): pass")
     assert demo.main(["--text", str(text), "--steps", "1"]) == 2
-    assert "13 characters, a window takes 25" in capsys.readouterr().err
+    assert "13 characters, a window takes 17" in capsys.readouterr().err
 
 
 def test_batches_depend_on_the_seed_only() -> None:
