@@ -107,7 +107,7 @@ class _Layer(nn.RNNBase):
         self,
         input: Sequences,
         hx: functional.States | None = None,
-        *,
+        # Meant as keywords, but the ONNX exporter passes every argument by position.
         lengths: Lengths = None,
         resets: Resets = None,
     ) -> tuple[Sequences, Tensor | tuple[Tensor, ...]]:
@@ -225,7 +225,7 @@ class RNN(_Plain):
         device, dtype: of the parameters.
 
     Call:
-        `output, h_n = layer(input, hx=None, *, lengths=None, resets=None)` with `input`
+        `output, h_n = layer(input, hx=None, lengths=None, resets=None)` with `input`
         [T, B, I], [T, I] or a `PackedSequence`; `hx` and `h_n` [num_layers*D, B, H]; `output`
         [T, B, D*H]. `lengths` [B] takes rows of different lengths unsorted, `resets` (bool,
         [T, B]) marks steps where an episode begins. Both are described in `functional.rnn`.
