@@ -1,0 +1,142 @@
+"""The stateless form: weights as an argument."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+from fastrnn import cells, ops, reference
+from fastrnn import functional as F
+from tests.support import LAYERS, flatten, twins
+
+F64 = torch.float64
+CELL = {"RNN": cells.rnn_tanh, "LSTM": cells.lstm, "GRU": cells.gru}
+
+
+def assert_same(a: Any, b: Any) -> None:
+    for mine, wanted in zip(flatten(a), flatten(b), strict=True):
+        torch.testing.assert_close(mine, wanted)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_all_weights_are_the_weights(name: str, bidirectional: bool, bias: bool) -> None:
+    """What `all_weights` of torch's layers holds is what `rnn` takes."""
+    options = {"num_layers": 2, "bidirectional": bidirectional, "bias": bias}
+    _, theirs, _ = twins(name, 3, 5, batch_first=True, **options)
+    x = torch.randn(2, 4, 3, dtype=F64)
+    h = torch.randn(2 * (1 + bidirectional), 2, 5, dtype=F64)
+    hx = (h, 2 * h) if name == "LSTM" else h
+    for given in (None, hx):
+        result = F.rnn(
+            CELL[name],
+            x,
+            theirs.all_weights,
+            given,
+            bidirectional=bidirectional,
+            batch_first=True,
+        )
+        assert_same(result, theirs(x, given))
+    packed = pack_padded_sequence(x, [4, 2], batch_first=True)
+    result, _ = F.rnn(CELL[name], packed, theirs.all_weights, bidirectional=bidirectional)
+    assert isinstance(result, PackedSequence)
+    assert_same(result, theirs(packed)[0])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_projection(bias: bool) -> None:
+    _, theirs, _ = twins("LSTM", 3, 5, num_layers=2, proj_size=2, bias=bias)
+    x = torch.randn(4, 2, 3, dtype=F64)
+    assert_same(F.rnn(cells.lstm, x, theirs.all_weights), theirs(x))
+
+
+def test_dropout_needs_training() -> None:
+    _, theirs, _ = twins("GRU", 3, 5, num_layers=2, dropout=0.5)
+    x = torch.randn(4, 2, 3, dtype=F64)
+    torch.manual_seed(2)
+    dropped = F.rnn(cells.gru, x, theirs.all_weights, dropout=0.5, training=True)
+    torch.manual_seed(2)
+    assert_same(dropped, theirs(x))
+    assert_same(F.rnn(cells.gru, x, theirs.all_weights, dropout=0.5), theirs.eval()(x))
+
+
+def test_one_scan_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both directions together, and the masks to every layer."""
+    calls: list[tuple[Any, ...]] = []
+
+    def scan(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return reference.scan(*arguments)
+
+    monkeypatch.setattr(ops, "scan", scan)
+    _, theirs, _ = twins("GRU", 3, 5, num_layers=3, bidirectional=True)
+    x, resets = torch.randn(4, 2, 3, dtype=F64), torch.zeros(4, 2, dtype=torch.bool)
+    F.rnn(cells.gru, x, theirs.all_weights, bidirectional=True, lengths=[4, 1], resets=resets)
+    assert len(calls) == 3
+    for _, _, w_ih, _, _, _, _, _, _, lengths, flags, reverse in calls:
+        assert len(w_ih) == 2 and reverse == 0b10
+        assert lengths.tolist() == [4, 1] and flags is resets
+
+
+def weights(inputs: int = 3, hidden: int = 5) -> list[list[Tensor]]:
+    return [[torch.randn(3 * hidden, inputs), torch.randn(3 * hidden, hidden), *torch.randn(2, 15)]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((torch.randn(3), weights()), ValueError, "^rnn: Expected input to be 2D or 3D, got 1D"),
+        ((torch.randn(4, 2, 4), weights()), RuntimeError, "Expected 3, got 4"),
+        ((torch.randn(4, 2, 3).double(), weights()), ValueError, "does not match weight dtype"),
+        ((torch.randn(0, 2, 3), weights()), RuntimeError, "pass lengths= to allow empty"),
+        ((torch.randn(4, 2, 3), []), ValueError, "one list for every layer and direction, got 0"),
+        (
+            (torch.randn(4, 2, 3), weights(), torch.randn(1, 3, 5)),
+            RuntimeError,
+            r"Expected hidden size \(1, 2, 5\), got \[1, 3, 5\]",
+        ),
+        (
+            (torch.randn(4, 2, 3), weights(), torch.randn(2, 5)),
+            RuntimeError,
+            "For batched 3-D input, hx should also be 3-D but got 2-D tensor",
+        ),
+        (
+            (torch.randn(4, 2, 3), weights(), torch.randn(1, 2, 5).half()),
+            RuntimeError,
+            r"hx dtype \(torch.float16\) does not match input dtype \(torch.float32\)",
+        ),
+        (
+            (torch.randn(4, 2, 3), weights(), torch.randn(1, 2, 5).to("meta")),
+            RuntimeError,
+            r"found input on cpu and hx on meta. Move hx: hx.to\('cpu'\)",
+        ),
+    ],
+)
+def test_errors(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        F.rnn(cells.gru, *arguments)
+
+
+def test_directions_must_come_in_pairs() -> None:
+    with pytest.raises(ValueError, match="got 1 with bidirectional=True"):
+        F.rnn(cells.gru, torch.randn(4, 2, 3), weights(), bidirectional=True)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_one_step(name: str) -> None:
+    _, theirs, _ = twins(f"{name}Cell", 3, 5)
+    x = torch.randn(2, 3, dtype=F64)
+    parameters = [theirs.weight_ih, theirs.weight_hh, theirs.bias_ih, theirs.bias_hh]
+    cell = CELL[name]
+    assert_same(F.rnn_cell(cell, x, (), *parameters), theirs(x))
+    states = torch.randn(len(cell.states), 1, 2, 5, dtype=F64)
+    hx = tuple(s[0] for s in states) if len(states) > 1 else states[0, 0]
+    assert_same(F.rnn_cell(cell, x, tuple(states), *parameters), theirs(x, hx))
+    without = F.rnn_cell(cell, x, tuple(states), *parameters[:2])
+    theirs.bias_ih = theirs.bias_hh = None
+    assert_same(without, theirs(x, hx))
