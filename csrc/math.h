@@ -1,161 +1,35 @@
-// The lane type Vec and every function a cell may call, written once for float, double and
-// vectors of them. A function is a template on V; V is a scalar in CUDA and in tests, a Vec in the
-// CPU kernels.
+// Every function a cell may call, written once for float, double and vectors of them: a template on
+// V, which is a scalar in CUDA and in tests, a Vec in the CPU kernels. Call them from within
+// namespace fastrnn, where C's functions of the same names are hidden.
 //
-// This header is compiled several times into one library, once per instruction set, so everything
-// lives in an inline namespace named by FASTRNN_ISA and is inlined: no symbol of one build may be
-// picked by the linker for another. For the same reason nothing here calls inline functions of the
-// C++ library. Include it as "math.h" from this folder and never put this folder on the path of
-// <...> includes, where it would hide the C library's header of the same name.
+// Include this as "math.h" and never put its folder on the path of <...> includes, where it would
+// hide the C library's header.
 //
 // Flags: -ffp-contract=fast (multiply-adds become FMA), -fno-math-errno, -fno-trapping-math; never
 // -ffast-math, which would break the rounding constants and NaN below.
 #pragma once
 
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 
-#include "storage.h"
-
-#if defined(__CUDACC__)
-#define FASTRNN_HD __host__ __device__
-#ifndef FASTRNN_ISA
-#define FASTRNN_ISA cuda
-#endif
-#else
-#define FASTRNN_HD
-#ifndef FASTRNN_ISA
-#error "compile with -DFASTRNN_ISA=<name>, one name per set of instruction-set flags"
-#endif
-#if defined(__x86_64__)
-#include <immintrin.h>
-#elif defined(__aarch64__)
-#include <arm_neon.h>
-#endif
-#endif
+#include "lanes.h"
 
 namespace fastrnn {
 inline namespace FASTRNN_ISA {
 
-// Largest error of each function in units in the last place (ULP) of the true result, for every
-// argument whose result is a normal number; the tests read these. Functions not listed are either
-// exact, correctly rounded, or the C library's.
+// Largest error in units in the last place (ULP) of the true result, wherever that is a normal
+// number, for every instruction set: found by trying all arguments of type float, and for double by
+// sampling every binade; the tests read these. The other functions are exact, correctly rounded, a
+// few correctly rounded operations, or the C library's.
 template <class T>
-struct UlpBound {
-  static constexpr double exp = 1.0, expm1 = 2.0, sigmoid = 2.0, tanh = 2.0;
-};
-
-// ---- Lanes -------------------------------------------------------------------------------------
-
-template <class V>
-struct LaneTraits;
-
+struct UlpBound;
 template <>
-struct LaneTraits<float> {
-  using Scalar = float;
-  using Bits = uint32_t;
-  using Mask = bool;
-  static constexpr int kLanes = 1;
+struct UlpBound<float> {
+  static constexpr double exp = 1.1, expm1 = 1.9, sigmoid = 2.5, tanh = 2.7;
 };
-
 template <>
-struct LaneTraits<double> {
-  using Scalar = double;
-  using Bits = uint64_t;
-  using Mask = bool;
-  static constexpr int kLanes = 1;
+struct UlpBound<double> {
+  static constexpr double exp = 1.1, expm1 = 2.5, sigmoid = 2.5, tanh = 2.8;
 };
-
-#ifndef __CUDACC__
-
-#if defined(__AVX512F__)
-inline constexpr int kVectorBytes = 64;
-#elif defined(__AVX__)
-inline constexpr int kVectorBytes = 32;
-#else
-inline constexpr int kVectorBytes = 16;
-#endif
-
-template <class T, int bytes>
-struct VectorOf {
-  typedef T Type __attribute__((vector_size(bytes)));
-};
-
-// kVectorBytes / sizeof(T) numbers in a register, with the compiler's own operators: + - * / and
-// comparisons work lane by lane, also with a scalar of type T on one side, and v[i] is a lane.
-template <class T>
-using Vec = typename VectorOf<T, kVectorBytes>::Type;
-
-template <>
-struct LaneTraits<Vec<float>> {
-  using Scalar = float;
-  using Bits = Vec<uint32_t>;
-  using Mask = Vec<int32_t>;
-  static constexpr int kLanes = kVectorBytes / 4;
-};
-
-template <>
-struct LaneTraits<Vec<double>> {
-  using Scalar = double;
-  using Bits = Vec<uint64_t>;
-  using Mask = Vec<int64_t>;
-  static constexpr int kLanes = kVectorBytes / 8;
-};
-
-#endif  // __CUDACC__
-
-template <class V>
-using Scalar = typename LaneTraits<V>::Scalar;
-
-// Unsigned integers of the same width and number as V's lanes.
-template <class V>
-using Bits = typename LaneTraits<V>::Bits;
-
-// What comparing two V gives: bool, or integers 0 and -1 in each lane.
-template <class V>
-using Mask = typename LaneTraits<V>::Mask;
-
-template <class V>
-FASTRNN_HD constexpr int lanes() {
-  return LaneTraits<V>::kLanes;
-}
-
-// value - 0 keeps -0 and folds to a broadcast.
-template <class V>
-FASTRNN_HD FASTRNN_INLINE V splat(double value) {
-  return static_cast<Scalar<V>>(value) - V{};
-}
-
-template <class To, class From>
-FASTRNN_HD FASTRNN_INLINE To bit_cast(From from) {
-  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
-  To to;
-  memcpy(&to, &from, sizeof to);
-  return to;
-}
-
-// ---- Masks: comparisons make them --------------------------------------------------------------
-
-template <class V>
-FASTRNN_HD FASTRNN_INLINE V where(Mask<V> mask, V yes, V no) {
-  return mask ? yes : no;
-}
-
-template <class M>
-FASTRNN_HD FASTRNN_INLINE M both(M a, M b) {
-  return a & b;
-}
-
-template <class M>
-FASTRNN_HD FASTRNN_INLINE M either(M a, M b) {
-  return a | b;
-}
-
-template <class M>
-FASTRNN_HD FASTRNN_INLINE M negate(M a) {
-  return a == M{};
-}
 
 // ---- Exact or correctly rounded ----------------------------------------------------------------
 
@@ -176,27 +50,56 @@ FASTRNN_HD FASTRNN_INLINE V abs(V x) {
   return bit_cast<V>(bit_cast<Bits<V>>(x) & ~sign_bit(splat<V>(-0.0)));
 }
 
-// The operand order in these four is that of the x86 instructions, which return the second operand
-// when one is NaN or both are zero: one instruction each where the compiler sees it, and NaN
-// passes.
+// a > b ? a : b and a < b ? a : b, which give b when either is NaN or both are zero. That is what
+// the instructions of x86 do, but compilers do not find them for vectors.
+template <class V>
+FASTRNN_HD FASTRNN_INLINE V greater(V a, V b) {
+#if defined(__AVX512F__) && !defined(__CUDACC__)
+  if constexpr (lanes<V>() == 16) return _mm512_maskz_max_ps(0xffff, a, b);
+  if constexpr (lanes<V>() == 8) return _mm512_maskz_max_pd(0xff, a, b);
+#elif defined(__AVX__) && !defined(__CUDACC__)
+  if constexpr (lanes<V>() == 8) return _mm256_max_ps(a, b);
+  if constexpr (lanes<V>() == 4) return _mm256_max_pd(a, b);
+#elif defined(__SSE2__) && !defined(__CUDACC__)
+  if constexpr (lanes<V>() == 4) return _mm_max_ps(a, b);
+  if constexpr (lanes<V>() == 2) return _mm_max_pd(a, b);
+#endif
+  return where(a > b, a, b);
+}
+
+template <class V>
+FASTRNN_HD FASTRNN_INLINE V smaller(V a, V b) {
+#if defined(__AVX512F__) && !defined(__CUDACC__)
+  if constexpr (lanes<V>() == 16) return _mm512_maskz_min_ps(0xffff, a, b);
+  if constexpr (lanes<V>() == 8) return _mm512_maskz_min_pd(0xff, a, b);
+#elif defined(__AVX__) && !defined(__CUDACC__)
+  if constexpr (lanes<V>() == 8) return _mm256_min_ps(a, b);
+  if constexpr (lanes<V>() == 4) return _mm256_min_pd(a, b);
+#elif defined(__SSE2__) && !defined(__CUDACC__)
+  if constexpr (lanes<V>() == 4) return _mm_min_ps(a, b);
+  if constexpr (lanes<V>() == 2) return _mm_min_pd(a, b);
+#endif
+  return where(a < b, a, b);
+}
+
 template <class V>
 FASTRNN_HD FASTRNN_INLINE V at_least(V x, Scalar<V> low) {
-  return x < low ? low - V{} : x;
+  return greater(low - V{}, x);
 }
 
 template <class V>
 FASTRNN_HD FASTRNN_INLINE V at_most(V x, Scalar<V> high) {
-  return x > high ? high - V{} : x;
+  return smaller(high - V{}, x);
 }
 
 template <class V>
 FASTRNN_HD FASTRNN_INLINE V maximum(V a, V b) {
-  return where(a != a, a, where(a > b, a, b));
+  return where(a != a, a, greater(a, b));
 }
 
 template <class V>
 FASTRNN_HD FASTRNN_INLINE V minimum(V a, V b) {
-  return where(a != a, a, where(a < b, a, b));
+  return where(a != a, a, smaller(a, b));
 }
 
 template <class V>
@@ -225,7 +128,7 @@ FASTRNN_HD FASTRNN_INLINE V reciprocal(V x) {
   return Scalar<V>(1) / x;
 }
 
-// ---- Lane by lane through the C library --------------------------------------------------------
+// ---- Lane by lane through the C library (sqrt becomes an instruction) --------------------------
 
 template <class V, class F>
 FASTRNN_HD FASTRNN_INLINE V per_lane(V x, F f) {
@@ -333,27 +236,30 @@ FASTRNN_HD FASTRNN_INLINE V power_of_two(Bits<V> exponent) {
   return bit_cast<V>(exponent << ExpConstants<Scalar<V>>::kMantissaBits);
 }
 
+// c0 + c1 x + c2 x^2 + ...
+template <class V, class... C>
+FASTRNN_HD FASTRNN_INLINE V polynomial(V x, Scalar<V> c0, C... more) {
+  if constexpr (sizeof...(more) == 0) {
+    return c0 - V{};
+  } else {
+    return polynomial(x, more...) * x + c0;
+  }
+}
+
 // e^r - 1 for |r| <= ln 2 / 2: r + r^2 P(r), P by Remez for the least relative error, which is
 // 1.4e-8 in float and 3.2e-17 in double.
 template <class V>
 FASTRNN_HD FASTRNN_INLINE V expm1_reduced(V r) {
-  using S = Scalar<V>;
   const V r2 = r * r;
   V even, odd;
-  if constexpr (sizeof(S) == 4) {
-    even = (0x1.6ac686p-10f * r2 + 0x1.555798p-5f) * r2 + 0x1.fffffep-2f;
-    odd = 0x1.122bfep-7f * r2 + 0x1.5554aap-3f;
+  if constexpr (sizeof(Scalar<V>) == 4) {
+    even = polynomial(r2, 0x1.fffffep-2f, 0x1.555798p-5f, 0x1.6ac686p-10f);
+    odd = polynomial(r2, 0x1.5554aap-3f, 0x1.122bfep-7f);
   } else {
-    even =
-        (((0x1.28a2348c247a1p-22 * r2 + 0x1.a019a71e88616p-16) * r2 + 0x1.6c16c17ef4dc8p-10) * r2 +
-         0x1.555555555225dp-5) *
-            r2 +
-        0x1.0000000000005p-1;
-    odd =
-        (((0x1.ae6bb0750daa2p-26 * r2 + 0x1.71de88496789dp-19) * r2 + 0x1.a01a0174dc2a0p-13) * r2 +
-         0x1.111111111908bp-7) *
-            r2 +
-        0x1.5555555555539p-3;
+    even = polynomial(r2, 0x1.0000000000005p-1, 0x1.555555555225dp-5, 0x1.6c16c17ef4dc8p-10,
+                      0x1.a019a71e88616p-16, 0x1.28a2348c247a1p-22);
+    odd = polynomial(r2, 0x1.5555555555539p-3, 0x1.111111111908bp-7, 0x1.a01a0174dc2a0p-13,
+                     0x1.71de88496789dp-19, 0x1.ae6bb0750daa2p-26);
   }
   return (odd * r + even) * r2 + r;
 }
@@ -380,7 +286,7 @@ FASTRNN_HD FASTRNN_INLINE V expm1(V x) {
   return bit_cast<V>(bit_cast<Bits<V>>(half + half) | sign_bit(x));  // -0 for -0
 }
 
-// 1 / (1 + e^-x). Where the result would be subnormal it is rounded to fewer bits or to 0.
+// 1 / (1 + e^-x). Where the result would be subnormal it may be 0.
 template <class V>
 FASTRNN_HD FASTRNN_INLINE V sigmoid(V x) {
   using S = Scalar<V>;
@@ -408,8 +314,8 @@ FASTRNN_HD FASTRNN_INLINE V tanh(V x) {
 
 #ifndef __CUDACC__
 
-// While it lives, subnormal results and operands of this thread count as zero, which on x86 is
-// worth a factor of a hundred where they occur. Nothing where the processor is not known.
+// While it lives, subnormal results and operands of this thread count as zero: otherwise an
+// operation on them may take a hundred cycles. Does nothing where the processor is not known.
 class FlushDenormals {
  public:
 #if defined(__x86_64__)
@@ -447,231 +353,6 @@ FASTRNN_INLINE void cpu_relax() {
 #elif defined(__aarch64__)
   asm volatile("yield");
 #endif
-}
-
-// ---- Memory: the first n lanes, 0 <= n <= lanes<V>(), and not a byte beyond ---------------------
-
-template <class V>
-FASTRNN_INLINE V load(const Scalar<V>* from) {
-  V x;
-  memcpy(&x, from, sizeof x);
-  return x;
-}
-
-template <class V>
-FASTRNN_INLINE void store(Scalar<V>* to, V x) {
-  memcpy(to, &x, sizeof x);
-}
-
-// The lanes below n.
-template <class V>
-FASTRNN_INLINE Mask<V> first(int n) {
-  V index{};
-  for (int i = 0; i < lanes<V>(); ++i) index[i] = i;
-  return index < static_cast<Scalar<V>>(n);
-}
-
-template <class T>
-FASTRNN_INLINE void copy(T* to, const T* from, int n) {
-  for (int i = 0; i < n; ++i) to[i] = from[i];
-}
-
-template <class V>
-FASTRNN_INLINE V load(const Scalar<V>* from, int n) {
-  if (n == lanes<V>()) return load<V>(from);
-  if constexpr (lanes<V>() == 1) {
-    return V{};
-#if defined(__AVX512F__)
-  } else if constexpr (sizeof(Scalar<V>) == 4) {
-    return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), from);
-  } else {
-    return _mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1), from);
-#elif defined(__AVX__)
-  } else if constexpr (sizeof(Scalar<V>) == 4) {
-    return _mm256_maskload_ps(from, (__m256i)first<V>(n));
-  } else {
-    return _mm256_maskload_pd(from, (__m256i)first<V>(n));
-#else
-  } else {
-    Scalar<V> lane[lanes<V>()] = {};
-    copy(lane, from, n);
-    return load<V>(lane);
-#endif
-  }
-}
-
-template <class V>
-FASTRNN_INLINE void store(Scalar<V>* to, V x, int n) {
-  if (n == lanes<V>()) return store(to, x);
-  if constexpr (lanes<V>() == 1) {
-    return;
-#if defined(__AVX512F__)
-  } else if constexpr (sizeof(Scalar<V>) == 4) {
-    _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << n) - 1), x);
-  } else {
-    _mm512_mask_storeu_pd(to, static_cast<__mmask8>((1u << n) - 1), x);
-#elif defined(__AVX__)
-  } else if constexpr (sizeof(Scalar<V>) == 4) {
-    _mm256_maskstore_ps(to, (__m256i)first<V>(n), x);
-  } else {
-    _mm256_maskstore_pd(to, (__m256i)first<V>(n), x);
-#else
-  } else {
-    Scalar<V> lane[lanes<V>()];
-    store(lane, x);
-    copy(to, lane, n);
-#endif
-  }
-}
-
-// ---- 16-bit storage of float -------------------------------------------------------------------
-
-template <class V>
-struct HalfOf;
-template <>
-struct HalfOf<float> {
-  using Type = uint16_t;
-};
-template <>
-struct HalfOf<Vec<float>> {
-  using Type = VectorOf<uint16_t, kVectorBytes / 2>::Type;
-};
-
-// The bits of one 16-bit number for each lane of V.
-template <class V>
-using Half = typename HalfOf<V>::Type;
-
-template <class V>
-FASTRNN_INLINE Bits<V> widen(Half<V> x) {
-  if constexpr (lanes<V>() == 1) {
-    return x;
-  } else {
-    return __builtin_convertvector(x, Bits<V>);
-  }
-}
-
-template <class V>
-FASTRNN_INLINE Half<V> narrow(Bits<V> x) {
-  if constexpr (lanes<V>() == 1) {
-    return static_cast<uint16_t>(x);
-  } else {
-    return __builtin_convertvector(x, Half<V>);
-  }
-}
-
-template <class V>
-FASTRNN_INLINE V from_bfloat16(Half<V> x) {
-  return bit_cast<V>(widen<V>(x) << 16);
-}
-
-// To the nearest, ties to even.
-template <class V>
-FASTRNN_INLINE Half<V> to_bfloat16(V x) {
-  const Bits<V> bits = bit_cast<Bits<V>>(x);
-  const Bits<V> rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return narrow<V>(x != x ? Bits<V>{} + 0x7fc0u : rounded);
-}
-
-template <class V>
-FASTRNN_INLINE V from_float16(Half<V> x) {
-#if defined(__AVX512F__)
-  if constexpr (lanes<V>() == 16) return _mm512_cvtph_ps((__m256i)x);
-#elif defined(__F16C__)
-  if constexpr (lanes<V>() == 8) return _mm256_cvtph_ps((__m128i)x);
-#elif defined(__aarch64__)
-  if constexpr (lanes<V>() == 4) return vcvt_f32_f16((float16x4_t)x);
-#endif
-  constexpr uint32_t rebias = 112u << 23;
-  const Bits<V> bits = widen<V>(x), magnitude = (bits & 0x7fffu) << 13;
-  const Bits<V> normal = magnitude + rebias;
-  // A subnormal number as the tail of 2^-14: no float here is subnormal, which FlushDenormals
-  // would flush.
-  const V tail = bit_cast<V>(normal + (1u << 23)) - 0x1p-14f;
-  const Bits<V> special = normal + rebias;
-  const Bits<V> unsigned_bits = magnitude < (1u << 23)       ? bit_cast<Bits<V>>(tail)
-                                : magnitude >= (0x7cu << 21) ? special
-                                                             : normal;
-  return bit_cast<V>(unsigned_bits | (bits & 0x8000u) << 16);
-}
-
-// To the nearest, ties to even; infinite from 65520 up.
-template <class V>
-FASTRNN_INLINE Half<V> to_float16(V x) {
-#if defined(__AVX512F__)
-  if constexpr (lanes<V>() == 16) return (Half<V>)_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
-#elif defined(__F16C__)
-  if constexpr (lanes<V>() == 8) return (Half<V>)_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
-#elif defined(__aarch64__)
-  if constexpr (lanes<V>() == 4) return (Half<V>)vcvt_f16_f32(x);
-#endif
-  const V size = abs(x);
-  const Bits<V> bits = bit_cast<Bits<V>>(x), magnitude = bit_cast<Bits<V>>(size);
-  const Bits<V> normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  // The sum's last place is that of a subnormal result.
-  const Bits<V> subnormal = bit_cast<Bits<V>>(size + 0.5f) - (126u << 23);
-  const Bits<V> infinite = Bits<V>{} + 0x7c00u, not_a_number = Bits<V>{} + 0x7e00u;
-  const Bits<V> finite = size < 0x1p-14f ? subnormal : normal;
-  const Bits<V> unsigned_bits = x != x ? not_a_number : size >= 0x1p16f ? infinite : finite;
-  return narrow<V>(unsigned_bits | (bits >> 16 & 0x8000u));
-}
-
-template <class V>
-FASTRNN_INLINE Half<V> load_half(const uint16_t* from, int n) {
-  Half<V> x{};
-  if (n == lanes<V>()) {
-    memcpy(&x, from, sizeof x);
-  } else {
-    uint16_t lane[lanes<V>()] = {};
-    copy(lane, from, n);
-    memcpy(&x, lane, sizeof x);
-  }
-  return x;
-}
-
-template <class V>
-FASTRNN_INLINE void store_half(uint16_t* to, Half<V> x, int n) {
-  if (n == lanes<V>()) {
-    memcpy(to, &x, sizeof x);
-  } else {
-    uint16_t lane[lanes<V>()];
-    memcpy(lane, &x, sizeof x);
-    copy(to, lane, n);
-  }
-}
-
-// Elements index, ..., index + n - 1 of an array of the given storage. A V of double knows only
-// kSame and does not look.
-template <class V>
-FASTRNN_INLINE V load_as(const void* base, int64_t index, int n, Storage storage) {
-  if constexpr (sizeof(Scalar<V>) == 4) {
-    if (storage != Storage::kSame) {
-      const Half<V> x = load_half<V>(static_cast<const uint16_t*>(base) + index, n);
-      return storage == Storage::kBfloat16 ? from_bfloat16<V>(x) : from_float16<V>(x);
-    }
-  }
-  return load<V>(static_cast<const Scalar<V>*>(base) + index, n);
-}
-
-template <class V>
-FASTRNN_INLINE void store_as(void* base, int64_t index, V x, int n, Storage storage) {
-  if constexpr (sizeof(Scalar<V>) == 4) {
-    if (storage != Storage::kSame) {
-      const Half<V> bits = storage == Storage::kBfloat16 ? to_bfloat16(x) : to_float16(x);
-      return store_half<V>(static_cast<uint16_t*>(base) + index, bits, n);
-    }
-  }
-  store(static_cast<Scalar<V>*>(base) + index, x, n);
-}
-
-// The sum of the lanes, in pairs.
-template <class V>
-FASTRNN_INLINE Scalar<V> hsum(V x) {
-  Scalar<V> lane[lanes<V>()];
-  store(lane, x);
-  for (int width = lanes<V>() / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
-  }
-  return lane[0];
 }
 
 #endif  // __CUDACC__
