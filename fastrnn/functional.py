@@ -172,9 +172,17 @@ def rnn_cell(
     Returns:
         `S` next states, [B, H].
     """
-    biases = () if b_ih is None else (b_ih,), () if b_hh is None else (b_hh,)
-    y, after = ops.scan(cell, input, (w_ih,), (w_hh,), *biases, (), states)
-    return (y, *[s.squeeze(0) for s in after[1:]])
+    biases: tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
+    if b_ih is not None and b_hh is not None:
+        biases = (b_ih,), (b_hh,)
+    elif (b := b_hh if b_ih is None else b_ih) is None:
+        biases = (), ()
+    else:
+        zero = torch.zeros_like(b)
+        biases = (zero if b_ih is None else b_ih,), (zero if b_hh is None else b_hh,)
+    y, after = ops.scan(cell, input, (w_ih,), (w_hh,), biases[0], biases[1], (), states)
+    # The first state is the output; views of tensors as small as these are half of the cost here.
+    return (y, *[s.squeeze(0) for s in after[1:]]) if len(after) > 1 else (y,)
 
 
 def _stack(
@@ -244,16 +252,17 @@ def check_input(input: Tensor, input_size: int, batch_sizes: Tensor | None) -> N
 
 def check_states(states: Sequence[Tensor], input: Tensor) -> None:
     """Initial states must have the dtype and the device of the input; `RuntimeError` otherwise."""
+    dtype, device = input.dtype, input.device
     for s in states:
-        if s.dtype != input.dtype and not torch._C._is_any_autocast_enabled():
+        if s.dtype != dtype and not torch._C._is_any_autocast_enabled():
             raise RuntimeError(
-                f"hx dtype ({s.dtype}) does not match input dtype ({input.dtype}). "
-                f"Convert hx: hx.to({input.dtype})"
+                f"hx dtype ({s.dtype}) does not match input dtype ({dtype}). "
+                f"Convert hx: hx.to({dtype})"
             )
-        if s.device != input.device:
+        if s.device != device:
             raise RuntimeError(
                 f"Input and hidden tensors are not at the same device, found input on "
-                f"{input.device} and hx on {s.device}. Move hx: hx.to({str(input.device)!r})"
+                f"{device} and hx on {s.device}. Move hx: hx.to({str(device)!r})"
             )
 
 

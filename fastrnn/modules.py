@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
@@ -43,6 +44,7 @@ _CELL_OF_MODE = {
     "LSTM": cells.lstm,
     "GRU": cells.gru,
 }
+_CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 _CELL_OF_NONLINEARITY = {"tanh": cells.rnn_tanh, "relu": cells.rnn_relu}
 
 
@@ -140,7 +142,7 @@ class _Layer(nn.RNNBase):
         # small cell. What is not there was parametrized, or set as a plain tensor.
         own = self._parameters
         return [
-            [getattr(self, n) if (w := own.get(n)) is None else w for n in names]
+            [own[n] if n in own else getattr(self, n) for n in names]  # type: ignore[misc]
             for names in self._all_weights
         ]
 
@@ -534,7 +536,7 @@ class LSTMCell(nn.LSTMCell):
         """`input` [B, I] or [I] and `hx`, a pair [B, H] or [H], to the next pair."""
         if (detour := _detour(self, input)) is not None:
             return detour(input, hx)
-        if isinstance(hx, Tensor):
+        if type(hx) is not tuple and isinstance(hx, Tensor):
             raise TypeError("LSTMCell: hx must be a tuple of two Tensors, not a Tensor")
         _check_cell_dims("LSTMCell", input, () if hx is None else hx)
         h, c = _step(self, cells.lstm, input, () if hx is None else hx)
@@ -574,10 +576,8 @@ def _step(
     module: nn.RNNCellBase, cell: Cell, input: Tensor, hx: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
     own = module._parameters
-    w_ih = getattr(module, "weight_ih") if (w := own.get("weight_ih")) is None else w  # noqa: B009
-    w_hh = getattr(module, "weight_hh") if (w := own.get("weight_hh")) is None else w  # noqa: B009
-    b_ih = module.bias_ih if (w := own.get("bias_ih")) is None else w
-    b_hh = module.bias_hh if (w := own.get("bias_hh")) is None else w
+    weights = [own[n] if n in own else getattr(module, n) for n in _CELL_WEIGHTS]
+    w_ih: Tensor = weights[0]  # type: ignore[assignment]
     batched = input.dim() == 2
     x = input if batched else input.unsqueeze(0)
     if x.size(1) != module.input_size:
@@ -597,14 +597,14 @@ def _step(
             )
         expected = (x.size(0), module.hidden_size) if batched else (module.hidden_size,)
         for k, s in enumerate(hx):
-            if s.size() != expected:
+            if s.shape != expected:
                 raise RuntimeError(
                     f"hidden{k} has inconsistent size: got {list(s.size())} "
                     f"expected {list(expected)}"
                 )
         functional.check_states(hx, x)
         hx = [s.unsqueeze(0) if batched else s.expand(1, 1, -1) for s in hx]
-    after = functional.rnn_cell(cell, x, hx, w_ih, w_hh, b_ih, b_hh)
+    after = functional.rnn_cell(cell, x, hx, *weights)  # type: ignore[arg-type]
     return after if batched else tuple(s.squeeze(0) for s in after)
 
 
@@ -675,7 +675,7 @@ def _detour(module: nn.Module, input: Any, extras: dict[str, Any] | None = None)
         known = [c for c in type(module).__mro__ if c in _TO_TORCH]
         if known and not extras:
             return _convert(module, _TO_TORCH[known[0]]).forward
-    if isinstance(input, torch.fx.Proxy):
+    if isinstance(input, Proxy):
         tracer: Any = input.tracer
         path = tracer.path_of_module(module)
         return lambda *args, **kwargs: tracer.create_proxy("call_module", path, args, kwargs)

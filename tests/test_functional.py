@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -137,6 +138,10 @@ def test_one_step(name: str) -> None:
     states = torch.randn(len(cell.states), 1, 2, 5, dtype=F64)
     hx = tuple(s[0] for s in states) if len(states) > 1 else states[0, 0]
     assert_same(F.rnn_cell(cell, x, tuple(states), *parameters), theirs(x, hx))
-    without = F.rnn_cell(cell, x, tuple(states), *parameters[:2])
-    theirs.bias_ih = theirs.bias_hh = None
-    assert_same(without, theirs(x, hx))
+    for absent in (("bias_hh",), ("bias_ih",), ("bias_ih", "bias_hh")):
+        given = [p for n, p in theirs.named_parameters() if not n.startswith("bias")]
+        given += [None if n in absent else getattr(theirs, n) for n in ("bias_ih", "bias_hh")]
+        without = copy.deepcopy(theirs)
+        for bias in absent:
+            setattr(without, bias, None)
+        assert_same(F.rnn_cell(cell, x, tuple(states), *given), without(x, hx))

@@ -35,7 +35,8 @@ def gradients(outputs: Any, module: nn.Module, *leaves: Any) -> list[Tensor]:
         for y in tensors
     ]
     total = sum((y * w).sum() for y, w in zip(tensors, weights, strict=True))
-    return list(torch.autograd.grad(total, [*module.parameters(), *flatten(leaves)]))
+    inputs = [*module.parameters(), *flatten(leaves)]
+    return list(torch.autograd.grad(total, inputs, materialize_grads=True))
 
 
 def assert_same(a: Any, b: Any) -> None:
