@@ -16,10 +16,10 @@ import statistics
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 
 import torch
@@ -34,10 +34,13 @@ CELLS = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
 TORCH, FASTRNN = "torch.nn", "fastrnn"
 WARM_UP_STEPS = 5
 CHECKPOINTS = 10
-# The two differ in the order of sums only; training then amplifies the last bit. These are the
-# limits between "the same numbers" and a bug: of logits for equal weights, of averaged losses.
-LOGIT_TOLERANCE = 1e-4
-LOSS_TOLERANCE = 0.1
+EARLY_STEPS = 10
+# The two differ in the order of float32 sums only, but training amplifies the last bit: torch.nn
+# drifts as far from itself in float64. So the limits are tight for the first steps and for equal
+# weights, and wide for the averaged losses of the whole curves.
+EARLY_TOLERANCE = 1e-4
+CURVE_TOLERANCE = 0.1
+WEIGHTS_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -129,10 +132,15 @@ class Race:
         edges = [n * k // parts for k in range(parts + 1)]
         return [(b, statistics.fmean(self.losses[name][a:b])) for a, b in pairwise(edges)]
 
-    def difference(self) -> float:
-        """Largest distance between the two loss curves."""
+    def early_difference(self) -> float:
+        """Largest distance of the losses of the first steps."""
+        pairs = zip(self.losses[TORCH], self.losses[FASTRNN], strict=True)
+        return _largest(a - b for a, b in islice(pairs, EARLY_STEPS))
+
+    def curve_difference(self) -> float:
+        """Largest distance between the two curves."""
         pairs = zip(self.curve(TORCH), self.curve(FASTRNN), strict=True)
-        return max(abs(a - b) for (_, a), (_, b) in pairs)
+        return _largest(a - b for (_, a), (_, b) in pairs)
 
     def speed(self, name: str) -> float:
         """Steps per second, from the median step."""
@@ -213,12 +221,23 @@ def _progress(steps: int, start: float, options: Options) -> float:
     return (time.perf_counter() - start) / options.seconds if steps else 0.0
 
 
-@torch.no_grad()
-def logit_difference(fast: NextCharacter, batch: Tensor) -> float:
-    """Largest difference of logits between fastrnn and torch.nn, both with `fast`'s weights."""
+def weights_difference(fast: NextCharacter, batch: Tensor) -> float:
+    """Distance of fastrnn from torch.nn when both hold the weights of `fast`: the largest of the
+    logits and of every gradient, relative to its largest entry."""
     plain = copy.deepcopy(fast)
     restore_(plain)
-    return float((plain(batch)[0] - fast(batch)[0]).abs().max())
+    results = []
+    for model in (plain, fast):
+        logits, _ = model(batch[:, :-1])
+        loss = F.cross_entropy(logits, batch[:, -1])
+        results.append([logits, *torch.autograd.grad(loss, list(model.parameters()))])
+    pairs = [(a.detach(), b.detach()) for a, b in zip(*results, strict=True)]
+    return _largest(float((a - b).abs().max() / a.abs().max().clamp(min=1e-30)) for a, b in pairs)
+
+
+def _largest(values: Iterable[float]) -> float:
+    """Largest magnitude; NaN if there is one, which the built-in max may overlook."""
+    return float(torch.tensor(list(values), dtype=torch.float64).abs().max())
 
 
 @torch.no_grad()
@@ -244,7 +263,10 @@ def table(race: Race) -> str:
     lines = [f"{'step':>7} {TORCH:>10} {FASTRNN:>10} {'difference':>11}   (loss in nats)"]
     for (step, a), (_, b) in zip(race.curve(TORCH), race.curve(FASTRNN), strict=True):
         lines.append(f"{step:>7} {a:>10.4f} {b:>10.4f} {abs(a - b):>11.1e}")
-    lines.append(f"largest difference of the loss curves: {race.difference():.1e}")
+    lines.append(
+        f"largest difference of losses: {race.early_difference():.1e} in the first "
+        f"{min(EARLY_STEPS, race.steps)} steps, {race.curve_difference():.1e} between the curves"
+    )
     lines.append(
         f"training steps per second: {TORCH} {race.speed(TORCH):.1f}, "
         f"{FASTRNN} {race.speed(FASTRNN):.1f}: {race.ratio():.2f} times as fast "
@@ -387,10 +409,13 @@ def _demo(given: argparse.Namespace, options: Options) -> int:
         with _bar() as show:
             race, fast, report = run(cell, corpus, options, show)
         races.append(race)
-        distance = logit_difference(fast, next(_batches(corpus, options))[:, :-1])
-        agree &= race.difference() <= LOSS_TOLERANCE and distance <= LOGIT_TOLERANCE
+        distance = weights_difference(fast, next(_batches(corpus, options)))
+        agree &= race.early_difference() <= EARLY_TOLERANCE
+        agree &= race.curve_difference() <= CURVE_TOLERANCE and distance <= WEIGHTS_TOLERANCE
         print(f"\n{cell.upper()}: {report}\n\n{table(race)}")
-        print(f"same trained weights in both: logits differ by at most {distance:.1e}")
+        print(
+            f"same trained weights in both: logits and gradients differ by {distance:.1e} at most"
+        )
         print(f"\nwritten by the trained model:\n{generate(fast, corpus, 'def ', given.sample)}")
 
     try:
