@@ -447,7 +447,7 @@ def test_reasons_for_skipping() -> None:
     assert "forward was set on the instance" in reason(wrapped)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per_tensor")
 def test_quantised_and_scripted_are_skipped() -> None:
     from torch.ao.nn.quantized import dynamic
 
