@@ -337,7 +337,7 @@ FASTRNN_INLINE Half<V> load_half(const uint16_t* from, int n) {
   Half<V> x{};
   if (n == lanes<V>()) {
     memcpy(&x, from, sizeof x);
-  } else {
+  } else if constexpr (lanes<V>() > 1) {
     uint16_t lane[lanes<V>()] = {};
     copy(lane, from, n);
     memcpy(&x, lane, sizeof x);
@@ -349,7 +349,7 @@ template <class V>
 FASTRNN_INLINE void store_half(uint16_t* to, Half<V> x, int n) {
   if (n == lanes<V>()) {
     memcpy(to, &x, sizeof x);
-  } else {
+  } else if constexpr (lanes<V>() > 1) {
     uint16_t lane[lanes<V>()];
     memcpy(lane, &x, sizeof x);
     copy(to, lane, n);
