@@ -70,7 +70,6 @@ class Forward {
 
   void place() {
     const int64_t B = args_.rows.batch, I = args_.inputs, H = args_.hidden;
-    const int64_t chunk_rows = B * chunk();
     const int64_t own_panels = (panels_ + plan_.split_units - 1) / plan_.split_units;
     progress_ = arena_.take<Progress>(plan_.threads());
     shared_ = arena_.take<Shared>(args_.lanes);
@@ -87,15 +86,18 @@ class Forward {
     }
     for (int32_t i = 0; i < plan_.threads(); ++i) {
       Scratch own;
-      own.u = arena_.take<T>(chunk_rows * own_panels * kWidth);
-      own.x = arena_.take<const T*>(chunk_rows);
-      own.converted = arena_.take<T>(args_.storage == Storage::kSame ? 0 : chunk_rows * I);
+      own.u = arena_.take<T>(chunk_rows() * own_panels * kWidth);
+      own.x = arena_.take<const T*>(chunk_rows());
+      own.converted = arena_.take<T>(args_.storage == Storage::kSame ? 0 : chunk_rows() * I);
       if (arena_.ready()) scratch_[i] = own;
     }
   }
 
-  int64_t chunk() const {
-    return plan_.chunk < args_.rows.steps ? plan_.chunk : args_.rows.steps;
+  // At least one step of all slots; never more than there is.
+  int64_t chunk_rows() const {
+    const int64_t B = args_.rows.batch, all = B * args_.rows.steps;
+    const int64_t rows = plan_.chunk_rows > B ? plan_.chunk_rows : B;
+    return rows < all ? rows : all;
   }
 
   void thread(int32_t index) const {
@@ -161,12 +163,12 @@ class Forward {
     const Rows& rows = args_.rows;
     const bool reverse = args_.lane[p].reverse;
     const int64_t own_panels = panels.size();
-    for (int64_t begin = 0; begin < rows.steps; begin += chunk()) {
-      const int64_t end = begin + chunk() < rows.steps ? begin + chunk() : rows.steps;
+    for (int64_t begin = 0, end = 0; begin < rows.steps; begin = end) {
       int64_t count = 0;
-      for (int64_t step = begin; step < end; ++step) {
-        const int64_t t = rows.time(step, reverse);
+      for (; end < rows.steps; ++end) {
+        const int64_t t = rows.time(end, reverse);
         const int64_t last = slots.end < rows.live(t) ? slots.end : rows.live(t);
+        if (count > 0 && count + last - slots.begin > chunk_rows()) break;
         for (int64_t i = slots.begin; i < last; ++i, ++count) own.x[count] = input(own, count, t, i);
       }
       project(p, panels, own, count);

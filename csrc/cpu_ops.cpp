@@ -139,6 +139,19 @@ struct RowTables {
 
   int64_t live_rows() const { return compact.empty() ? rows.steps * rows.batch : compact.back(); }
 
+  // The first of the steps up to `end` that have at most `most` live rows, in either direction;
+  // at least one step.
+  int64_t stretch_begin(int64_t end, int64_t most) const {
+    int64_t begin = end, forward = 0, reverse = 0;
+    while (begin > 0) {
+      forward += rows.live(begin - 1);
+      reverse += rows.live(rows.steps - begin);
+      if (begin < end && std::max(forward, reverse) > most) break;
+      --begin;
+    }
+    return begin;
+  }
+
   // Row numbers of the live rows of times [begin, end), or nothing where they are consecutive.
   Tensor scattered_rows(int64_t begin, int64_t end) const {
     if (order.empty()) return Tensor();
@@ -301,14 +314,7 @@ std::vector<Tensor> scan_backward_cpu(const ScanInputs& in, const Incoming& grad
   }
 
   const CpuPlan plan = for_this_thread(choice.cpu);
-  int64_t most = 0;  // live rows of a stretch
-  for (int64_t begin = 0; begin < n.T; begin += plan.chunk) {
-    const int64_t end = std::min(begin + plan.chunk, n.T);
-    for (const Lane& lane : operands.lanes) {
-      const int64_t t0 = lane.reverse ? n.T - end : begin, t1 = lane.reverse ? n.T - begin : end;
-      most = std::max(most, tables.rows.compact_row(t1, 0) - tables.rows.compact_row(t0, 0));
-    }
-  }
+  const int64_t most = std::min(std::max(plan.chunk_rows, n.B), tables.live_rows());
   const Tensor dv = at::empty({n.P, most, depth}, options);
   const Tensor du = tied ? dv : at::empty({n.P, most, depth}, options);
   const Tensor previous = at::empty({n.P, most, n.H}, options);
@@ -342,7 +348,7 @@ std::vector<Tensor> scan_backward_cpu(const ScanInputs& in, const Incoming& grad
   const bool dense = in.x.dim() == 3 && !in.lengths;
 
   for (int64_t end = n.T; end > 0;) {
-    const int64_t begin = (end - 1) / plan.chunk * plan.chunk;
+    const int64_t begin = tables.stretch_begin(end, most);
     args.begin = begin;
     args.end = end;
     out_of_memory(kernel(args, plan));

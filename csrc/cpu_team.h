@@ -88,7 +88,7 @@ class Member {
     }
   }
 
-  static constexpr int32_t kSpins = 20000;  // ~100 us: far longer than a step, far less than a slice
+  static constexpr int32_t kSpins = 1000;  // 15 to 50 us: longer than most steps, far less than a time slice
   Progress* progress_;
   int32_t threads_;
   int32_t index_;

@@ -93,9 +93,9 @@ const Choice& choose(const CellFacts& cell, const Problem& p) {
       py::arg("tape") = p.tape, py::arg("backward") = p.backward,
       py::arg("projected") = p.projected, py::arg("threads") = threads,
       py::arg("compiled") = cell.compiled != nullptr);
-  auto [kernel, packed, lanes, slots, units, chunk] =
+  auto [kernel, packed, lanes, slots, units, chunk_rows] =
       answer.cast<std::tuple<std::string, bool, int32_t, int32_t, int32_t, int64_t>>();
-  return known.emplace(key, Choice{kernel, {packed, lanes, slots, units, chunk}}).first->second;
+  return known.emplace(key, Choice{kernel, {packed, lanes, slots, units, chunk_rows}}).first->second;
 }
 
 void forget_plans() { ++plans_epoch; }

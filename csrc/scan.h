@@ -102,7 +102,7 @@ struct CpuPlan {
   int32_t split_lanes = 1;     // threads over lanes x slots x units
   int32_t split_slots = 1;
   int32_t split_units = 1;
-  int64_t chunk = 1;  // steps projected (forward) or differentiated (backward) at a time
+  int64_t chunk_rows = 1;  // rows a thread projects, or all differentiate, at a time
 
   FASTRNN_INLINE int32_t threads() const { return split_lanes * split_slots * split_units; }
 };

@@ -216,7 +216,7 @@ def plan_text(problem: Problem, device: Device, chosen: Plan) -> str:
                 f"over the batch x {chosen.split_units} over hidden units",
             ),
             ("weights", "packed for the sweep" if chosen.packed_weights else "read as they lie"),
-            ("chunk", f"{chosen.chunk} of {problem.steps} time steps"),
+            ("chunk", f"{chosen.chunk_rows} of {problem.live_rows} rows"),
         ]
     return _columns(rows)
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,22 +26,23 @@ __all__ = ["device", "prepare", "use"]
 
 _DTYPES = {"Float": "float32", "Double": "float64", "BFloat16": "bfloat16", "Half": "float16"}
 
-# What the op takes before `tape`: name, x, w_ih, w_hh, b_ih, b_hh, w_hr, s0, batch_sizes, lengths,
-# resets, reverse.
-_Inputs = tuple[
-    str,
-    Tensor,
-    list[Tensor],
-    list[Tensor],
-    list[Tensor],
-    list[Tensor],
-    list[Tensor],
-    list[Tensor],
-    "Tensor | None",
-    "Tensor | None",
-    "Tensor | None",
-    int,
-]
+
+class _Call(NamedTuple):
+    """What the op takes before `tape`, in its order; `reference.scan` documents it."""
+
+    cell: str
+    x: Tensor
+    w_ih: list[Tensor]
+    w_hh: list[Tensor]
+    b_ih: list[Tensor]
+    b_hh: list[Tensor]
+    w_hr: list[Tensor]
+    s0: list[Tensor]
+    batch_sizes: Tensor | None
+    lengths: Tensor | None
+    resets: Tensor | None
+    reverse: int
+
 
 _prepared: dict[str, Cell] = {name: cells.get(name) for name in cells.names()}
 _keys: dict[Cell, str] = {cell: name for name, cell in _prepared.items()}
@@ -121,15 +123,14 @@ def _l2_bytes() -> int:
 
 def _plan(
     *,
-    cell: str,
     dtype: str,
     device: str,
     threads: int,
     compiled: bool,
-    **numbers: int,
+    **rest: Any,
 ) -> tuple[str, bool, int, int, int, int]:
-    problem = plan.Problem(cell=cell, dtype=_DTYPES.get(dtype, dtype), **numbers)
-    machine = globals()["device"](device, threads, compiled)
+    problem = plan.Problem(dtype=_DTYPES.get(dtype, dtype), **rest)
+    machine = _device(device, threads, compiled)
     chosen = plan.choose(problem, machine)
     if "plan" in os.environ.get("FASTRNN_LOG", "") and (problem, machine) not in _logged:
         _logged.add((problem, machine))
@@ -140,87 +141,92 @@ def _plan(
         chosen.split_lanes,
         chosen.split_slots,
         chosen.split_units,
-        chosen.chunk,
+        chosen.chunk_rows,
     )
 
 
 def _reference_forward(
-    kernel: str, inputs: _Inputs, tape: bool
+    kernel: str, inputs: tuple[Any, ...], tape: bool
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    name, x, w_ih, w_hh, *_ = inputs
-    cell = _prepared[name]
-    _, states, kept, _ = _C.cell_facts(name)
-    rows, hidden = x.numel() // max(1, x.size(-1)), w_hh[0].size(0) // len(cell.gates)
-    if x.size(-1) == 0:
-        rows = x[..., :0].shape[:-1].numel()
-    lanes = len(w_hh)
-    if not tape:
-        y, last = reference.scan(cell, *inputs[1:])
-        return y, last, x.new_empty(0, lanes, states - 1 + kept, hidden)
-    layout = x.new_zeros(rows, lanes, states - 1 + kept, hidden)
-    starts = _row_starts(x, inputs[8])
+    call = _Call(*inputs)
+    cell, x = _prepared[call.cell], call.x
+    _, states, kept, _ = _C.cell_facts(call.cell)
+    hidden = call.w_hh[0].size(0) // len(cell.gates)
+    rows = x.shape[:-1].numel() if tape else 0
+    layout = x.new_zeros(rows, len(call.w_hh), states - 1 + kept, hidden)
+    first = _first_rows(call)
 
-    def record(p: int, t: int, u: Tensor, v: Tensor, before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
-        values = list(after[1:])
+    def record(
+        p: int, t: int, u: Tensor, v: Tensor, before: list[Tensor], after: list[Tensor]
+    ) -> None:
+        values = after[1:]
         if kept:
-            values += codegen.derive(cell).forward(u.split(hidden, -1), v.split(hidden, -1), before)[1]
+            gates = u.split(hidden, -1), v.split(hidden, -1)
+            values += codegen.derive(cell).forward(*gates, before)[1]
         for k, value in enumerate(values):
-            layout[starts[t] : starts[t] + value.size(0), p, k] = value
+            if call.lengths is not None:
+                value = torch.where((call.lengths > t).unsqueeze(-1), value, 0)
+            layout[first[t] : first[t] + value.size(0), p, k] = value
 
-    y, last = reference.scan(cell, *inputs[1:], record=record)
+    y, last = reference.scan(cell, *call[1:], record=record if tape else None)
     return y, last, layout
 
 
-def _row_starts(x: Tensor, batch_sizes: Tensor | None) -> list[int]:
+def _first_rows(call: _Call) -> list[int]:
     """First row of every time step."""
-    if batch_sizes is not None:
-        return [0, *batch_sizes.cumsum(0).tolist()]
+    if call.batch_sizes is not None:
+        return [0, *call.batch_sizes.cumsum(0).tolist()]
+    x = call.x
     return [t * x.size(1) for t in range(x.size(0))] if x.dim() == 3 else [0]
 
 
 def _reference_backward(
     kernel: str,
-    inputs: _Inputs,
+    inputs: tuple[Any, ...],
     grads: list[Tensor | None],
     y: Tensor,
     tape: Tensor,
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """Gradients by autograd of the reference, which needs no tape."""
-    return _gradients(inputs, grads, needs, create_graph=False)
+    return _gradients(_Call(*inputs), grads, needs, create_graph=False)
 
 
 def _differentiable_backward(
-    inputs: _Inputs, grads: list[Tensor | None], needs: Sequence[bool]
+    inputs: tuple[Any, ...], grads: list[Tensor | None], needs: Sequence[bool]
 ) -> list[Tensor]:
-    return _gradients(inputs, grads, needs, create_graph=True)
+    return _gradients(_Call(*inputs), grads, needs, create_graph=True)
 
 
 def _gradients(
-    inputs: _Inputs, grads: list[Tensor | None], needs: Sequence[bool], create_graph: bool
+    call: _Call, grads: list[Tensor | None], needs: Sequence[bool], create_graph: bool
 ) -> list[Tensor]:
-    name, *operands, batch_sizes, lengths, resets, reverse = inputs
-    groups: list[list[Tensor]] = [[operands[0]], *operands[1:]]  # type: ignore[list-item]
-
     def alias(tensor: Tensor) -> Tensor:
         # One tensor may stand in several places (tied weights): each has a gradient of its own.
         return tensor.view_as(tensor) if create_graph else tensor.detach().requires_grad_()
 
-    needed = [needs[0], needs[1], needs[2], needs[3], needs[3], needs[4], needs[5]]
+    need_x, *need_lists = needs[0], needs[1], needs[2], needs[3], needs[3], needs[4], needs[5]
+    lists = [call.w_ih, call.w_hh, call.b_ih, call.b_hh, call.w_hr, call.s0]
     with torch.enable_grad():
-        groups = [
-            [alias(t) if want else t for t in group]
-            for group, want in zip(groups, needed, strict=True)
+        x = alias(call.x) if need_x else call.x
+        lists = [
+            [alias(t) if need else t for t in tensors]
+            for tensors, need in zip(lists, need_lists, strict=True)
         ]
+        w_ih, w_hh, b_ih, b_hh, w_hr, s0 = lists
         y, states = reference.scan(
-            _prepared[name], groups[0][0], *groups[1:], batch_sizes, lengths, resets, reverse
+            _prepared[call.cell],
+            *(x, w_ih, w_hh, b_ih, b_hh, w_hr, s0),
+            *(call.batch_sizes, call.lengths, call.resets, call.reverse),
         )
+        wanted = [x] if need_x else []
+        for tensors, need in zip(lists, need_lists, strict=True):
+            wanted += tensors if need else []
         reached = [
             (out, grad)
             for out, grad in zip([y, *states], grads, strict=True)
             if grad is not None and out.requires_grad
         ]
-        wanted = [t for group, want in zip(groups, needed, strict=True) if want for t in group]
         if not reached:
             return [torch.zeros_like(t) for t in wanted]
         found = torch.autograd.grad(
@@ -234,4 +240,5 @@ def _gradients(
     return list(found)
 
 
+_device = device  # `_plan` takes an argument of that name
 _C.set_callbacks(_plan, _reference_forward, _reference_backward, _differentiable_backward)

@@ -118,5 +118,8 @@ def _scan_backward_fake(
     groups = [[x], w_ih, w_hh, b_ih, b_hh, w_hr, s0]
     wanted = [needs[0], needs[1], needs[2], needs[3], needs[3], needs[4], needs[5]]
     return [
-        t.new_empty(t.shape) for group, want in zip(groups, wanted, strict=True) if want for t in group
+        t.new_empty(t.shape)
+        for group, want in zip(groups, wanted, strict=True)
+        if want
+        for t in group
     ]

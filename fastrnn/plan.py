@@ -62,7 +62,7 @@ class Plan:
     split_lanes: int = 1  # threads = split_lanes * split_slots * split_units
     split_slots: int = 1
     split_units: int = 1
-    chunk: int = 1  # steps projected (forward) or differentiated (backward) at a time
+    chunk_rows: int = 1  # rows a thread projects, or all differentiate, at a time
     refused: tuple[tuple[str, str], ...] = ()  # kernels that came before, and why not them
 
     @property
@@ -111,9 +111,8 @@ _UNPACKED_ROWS = 3
 # Below this many multiply-adds the wake-up and hand-over of threads cost more than they save.
 _WORK_FOR_THREADS = 1 << 17
 _STEP_WORK_FOR_UNIT_SPLIT = 1 << 13
-_FORWARD_CHUNK_BYTES = 1 << 18
-_BACKWARD_CHUNK_BYTES = 1 << 20
-_BACKWARD_CHUNK_ROWS = 256  # depth at which the products for weight gradients are efficient
+_FORWARD_SHARE = 4  # of the cache: u for a quarter, weights and h for the rest
+_BACKWARD_ROWS = 256  # depth at which the products for weight gradients are efficient
 
 
 def _cpu_refuse(problem: Problem, device: Device) -> str | None:
@@ -136,7 +135,7 @@ def _cpu_configure(problem: Problem, device: Device) -> Plan:
         split_lanes=lanes,
         split_slots=slots,
         split_units=units,
-        chunk=_cpu_chunk(problem, slots),
+        chunk_rows=_cpu_chunk_rows(problem, device),
     )
 
 
@@ -161,15 +160,12 @@ def _cpu_split(problem: Problem, device: Device) -> tuple[int, int, int]:
     return lanes, slots, units
 
 
-def _cpu_chunk(problem: Problem, slots: int) -> int:
-    """Steps at a time: what is projected (or differentiated) should stay in a core's cache."""
-    row = problem.gates * problem.hidden * problem.itemsize
-    rows_per_step = max(1, -(-problem.live_rows // max(1, problem.steps)))
+def _cpu_chunk_rows(problem: Problem, device: Device) -> int:
+    """What is projected or differentiated at a time should stay in a core's cache."""
+    row = max(1, problem.gates * problem.hidden * problem.itemsize)
     if problem.backward:
-        rows = max(_BACKWARD_CHUNK_BYTES // max(1, row), _BACKWARD_CHUNK_ROWS)
-    else:
-        rows = max(1, _FORWARD_CHUNK_BYTES // max(1, row)) * slots
-    return max(1, min(problem.steps, -(-rows // rows_per_step)))
+        return max(device.l2_bytes // row, _BACKWARD_ROWS)
+    return max(1, device.l2_bytes // (_FORWARD_SHARE * row))
 
 
 # reference: torch operations (fastrnn/reference.py); refuses nothing
@@ -180,7 +176,7 @@ def _reference_refuse(problem: Problem, device: Device) -> str | None:
 
 
 def _reference_configure(problem: Problem, device: Device) -> Plan:
-    return Plan(kernel="reference", chunk=problem.steps)
+    return Plan(kernel="reference")
 
 
 _Refuse = Callable[[Problem, Device], "str | None"]

@@ -69,7 +69,9 @@ def scan(
             states = [s[p] for s in s0]
         else:
             zero = x.new_zeros(batch, hidden)
-            states = [x.new_zeros(batch, recurrent) if k == 0 else zero for k in range(len(cell.states))]
+            states = [
+                x.new_zeros(batch, recurrent) if k == 0 else zero for k in range(len(cell.states))
+            ]
         ys: list[Tensor] = [x.new_zeros(0, recurrent)] * len(steps)
         backward = bool(reverse >> p & 1)
         order = range(len(steps) - 1, -1, -1) if backward else range(len(steps))
@@ -99,7 +101,11 @@ def scan(
             if packed and n < batch:
                 after = [torch.cat([a, s[n:]]) for a, s in zip(after, states, strict=True)]
             states, ys[t] = after, y
-        outputs.append((torch.cat(ys) if packed else torch.stack(ys)) if ys else x.new_zeros(0, batch, recurrent))
+        outputs.append(
+            (torch.cat(ys) if packed else torch.stack(ys))
+            if ys
+            else x.new_zeros(0, batch, recurrent)
+        )
         finals.append(states)
     y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
     y = y.reshape(*x.shape[:-1], y.size(-1))

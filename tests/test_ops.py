@@ -1,0 +1,354 @@
+"""The operator: registration, checks, autograd, autocast, memory, threads and processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+from fastrnn import _C, cells, kernels, ops, plan, reference
+from tests.support import largest_error
+from tests.test_kernels import operands, planned, run
+
+BUILT_IN = ["rnn_tanh", "rnn_relu", "lstm", "gru"]
+scan = torch.ops.fastrnn.scan.default
+scan_backward = torch.ops.fastrnn.scan_backward.default
+
+
+def call(name: str, grad: bool, **extra: Any) -> tuple[Any, ...]:
+    """Arguments of the op, positional, of two lanes."""
+    given = {**operands(cells.get(name), 4, 3, 5, 6, lanes=2, dtype=torch.float32), **extra}
+
+    def leaf(value: Any) -> Any:
+        if isinstance(value, list):
+            return [leaf(v) for v in value]
+        return value.clone().requires_grad_() if isinstance(value, Tensor) and grad else value
+
+    return (
+        name,
+        *(leaf(given[k]) for k in ("x", "w_ih", "w_hh", "b_ih", "b_hh")),
+        [],
+        leaf(given["s0"]),
+        given.get("batch_sizes"),
+        given.get("lengths"),
+        given.get("resets"),
+        given["reverse"],
+    )
+
+
+LAYOUTS: dict[str, Any] = {
+    "dense": lambda: {},
+    "lengths": lambda: {"lengths": torch.tensor([2, 0, 4])},
+    "resets": lambda: {"resets": torch.rand(4, 3) < 0.5},
+    "packed": lambda: {"x": torch.randn(8, 5), "batch_sizes": torch.tensor([3, 3, 1, 1])},
+    "one step": lambda: {"x": torch.randn(3, 5)},
+}
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck(name: str, layout: str) -> None:
+    extra = LAYOUTS[layout]()
+    opcheck(scan, call(name, True, **extra))
+    arguments = call(name, False, **extra)
+    opcheck(scan, arguments)
+    y, states, tape = scan(*arguments, tape=True)
+    gradients = torch.randn_like(y), [torch.randn_like(states[0]), *[None] * (len(states) - 1)]
+    for needs in ([True] * 6, [False, True, False, True, False, False]):
+        opcheck(scan_backward, (arguments[0], *gradients, *arguments[1:], y, tape, needs))
+
+
+def test_only_the_gradients_asked_for_are_computed() -> None:
+    arguments = call("gru", False)
+    y, _, tape = scan(*arguments, tape=True)
+    full = scan_backward("gru", torch.ones_like(y), [None], *arguments[1:], y, tape, [True] * 6)
+    assert [tuple(g.shape) for g in full] == [
+        (4, 3, 5),
+        *[(18, 5)] * 2,
+        *[(18, 6)] * 2,
+        *[(18,)] * 4,
+        (2, 3, 6),
+    ]
+    only = [False, False, True, False, False, True]
+    part = scan_backward("gru", torch.ones_like(y), [None], *arguments[1:], y, tape, only)
+    for ours, right in zip(part, [*full[3:5], full[-1]], strict=True):
+        assert torch.equal(ours, right)
+
+
+@pytest.mark.parametrize("frozen", ["x", "weights", "states"])
+def test_gradients_of_some_inputs_only(frozen: str) -> None:
+    cell = cells.get("lstm")
+    given = operands(cell, 4, 3, 5, 6)
+    everything = run(ops.scan, cell, given)
+    groups = {"x": ["x"], "weights": ["w_ih", "w_hh", "b_ih", "b_hh"], "states": ["s0"]}
+    leaves = {}
+    for key, value in given.items():
+        tensors = [value] if isinstance(value, Tensor) else value if key != "reverse" else []
+        for tensor in tensors:
+            tensor.requires_grad_(key not in groups[frozen])
+        leaves[key] = value
+    y, states = ops.scan(cell, **leaves)
+    (y.sum() + sum(s.sum() for s in states)).backward()
+    for key in groups[frozen]:
+        value = given[key]
+        assert all(t.grad is None for t in ([value] if key == "x" else value))
+    trained = given["w_hh"][0] if frozen != "weights" else given["x"]
+    assert trained.grad is not None and trained.grad.isfinite().all()
+    assert everything["y"].shape == y.shape
+
+
+def test_one_weight_in_two_places_gets_both_gradients() -> None:
+    cell = cells.get("gru")
+    given = operands(cell, 4, 3, 5, 6, lanes=2)
+    shared = given["w_hh"][0].clone().requires_grad_()
+    apart = [shared.detach().clone().requires_grad_() for _ in range(2)]
+    for create_graph in (False, True):
+        y, _ = ops.scan(cell, **{**given, "w_hh": apart})
+        right = sum(torch.autograd.grad(y.square().sum(), apart))
+        y, _ = ops.scan(cell, **{**given, "w_hh": [shared, shared]})
+        (ours,) = torch.autograd.grad(y.square().sum(), shared, create_graph=create_graph)
+        torch.testing.assert_close(ours, right)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("layout", ["dense", "lengths", "resets", "packed"])
+def test_double_backward(name: str, layout: str) -> None:
+    arguments = call(name, False, **LAYOUTS[layout]())
+    sizes = [len(a) if isinstance(a, list) else 1 for a in arguments[1:8]]
+    flat = [t for a in arguments[1:8] for t in (a if isinstance(a, list) else [a])]
+    flat = [t.double().requires_grad_() for t in flat]
+
+    def function(*tensors: Tensor) -> tuple[Tensor, ...]:
+        rest = iter(tensors)
+        groups = [[next(rest) for _ in range(n)] for n in sizes]
+        y, states, _ = scan(name, groups[0][0], *groups[1:], *arguments[8:])
+        return y, *states
+
+    assert torch.autograd.gradcheck(function, flat, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, flat, fast_mode=True)
+
+
+def refused(match: str, **changes: Any) -> None:
+    given = {**operands(cells.get("lstm"), 4, 3, 5, 6, dtype=torch.float32), **changes}
+    with pytest.raises(RuntimeError, match=match):
+        ops.scan(cells.get("lstm"), **given)
+
+
+def test_operands_that_do_not_fit_are_refused() -> None:
+    x = torch.randn(4, 3, 5)
+    refused(r"w_ih should be \[24, 7\], got \[24, 5\]", x=torch.randn(4, 3, 7))
+    refused(r"x should be", x=torch.randn(5))
+    refused(r"w_hh should be \[24, 6\], got \[24, 7\]", w_hh=[torch.randn(24, 7)])
+    refused(r"w_ih should hold one tensor per scan, 1, got 2", w_ih=[torch.randn(24, 5)] * 2)
+    refused(r"b_ih and b_hh come together", b_ih=[])
+    refused(r"b_hh should be \[24\], got \[23\]", b_hh=[torch.randn(23)])
+    refused(r"w_hh is Double but x is Float", w_hh=[torch.randn(24, 6).double()])
+    refused(r"s0 should hold 2 states, got 1", s0=[torch.randn(1, 3, 6)])
+    refused(r"state 1 should be \[1, 3, 6\], got", s0=[torch.randn(1, 3, 6), torch.randn(1, 2, 6)])
+    refused(r"resets should be bool", resets=torch.zeros(4, 3))
+    refused(r"resets should be bool", resets=torch.zeros(3, 4, dtype=torch.bool))
+    refused(r"lengths should be int64 \[3\]", lengths=torch.tensor([1, 2]))
+    refused(r"lengths should be in \[0, 4\], got 5", lengths=torch.tensor([1, 5, 2]))
+    refused(r"lengths should be in \[0, 4\], got -1", lengths=torch.tensor([1, -1, 2]))
+    refused(r"packed x needs s0", x=x.view(12, 5), s0=[], batch_sizes=torch.tensor([6, 6]))
+    refused(r"add up to 11 but x has 12", x=x.view(12, 5), batch_sizes=torch.tensor([3, 3, 3, 2]))
+    refused(r"should not increase", x=x.view(12, 5), batch_sizes=torch.tensor([3, 2, 3, 4]))
+    refused(r"exceed the batch 3", x=x.view(12, 5), batch_sizes=torch.tensor([6, 6]))
+    refused(r"batch_sizes should be int64", x=x.view(12, 5), batch_sizes=torch.tensor([12.0]))
+
+
+def test_an_unknown_cell_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="no cell is registered under 'mystery'"):
+        scan("mystery", *call("gru", False)[1:])
+
+
+def test_backward_refuses_a_foreign_tape() -> None:
+    arguments = call("gru", False)
+    y, _, tape = scan(*arguments)
+    with pytest.raises(RuntimeError, match="tape=True"):
+        scan_backward("gru", y, [None], *arguments[1:], y, tape, [True] * 6)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_autocast_computes_in_its_dtype(name: str) -> None:
+    arguments = call(name, True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, states, _ = scan(*arguments)
+    # torch.nn's GRU alone stays in the dtype of its state.
+    assert y.dtype == (torch.float32 if name == "gru" else torch.bfloat16)
+    assert {s.dtype for s in states} == {y.dtype}
+    y.sum().backward()
+    full, _, _ = scan(*call(name, False))
+    assert all(t.grad.dtype == torch.float32 for t in arguments[2])
+    assert y.shape == full.shape
+
+
+def peak_bytes(function: Any) -> int:
+    """Largest sum of live CPU tensors allocated within `function`."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        function()
+    live = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_memory(name: str) -> None:
+    """Inference allocates its outputs; training y and the tape, and one chunk going back."""
+    steps, batch, hidden = 512, 8, 64
+    cell = cells.get(name)
+    given = operands(cell, steps, batch, 16, hidden, dtype=torch.float32)
+    unit = steps * batch * hidden * 4  # bytes of one [T, B, H]
+    small = 2 * 4 * len(cell.gates) * hidden * (hidden + 16) + unit // 64
+    with torch.no_grad():
+        assert peak_bytes(lambda: ops.scan(cell, **given)) <= unit + small
+    kept = _C.cell_facts(name)[2] + len(cell.states) - 1
+    for weight in given["w_hh"]:
+        weight.requires_grad_()
+    results: list[Any] = []
+    forward = peak_bytes(lambda: results.append(ops.scan(cell, **given)))
+    assert unit * (1 + kept) <= forward <= unit * (1 + kept) + small
+    y, _ = results[0]
+    gradient = torch.ones_like(y)
+    chunk = (1 << 20) * (1 if kept == 0 or name == "lstm" else 2) + (1 << 20)
+    backward = peak_bytes(lambda: torch.autograd.grad(y, given["w_hh"], gradient))
+    assert backward <= chunk + small
+
+
+def test_more_elements_than_32_bits_count() -> None:
+    """Offsets past 2^31: the tape is never touched where rows are not live."""
+    cell = cells.get("rnn_tanh")
+    hidden, batch = 1, 1 << 17
+    steps = (1 << 31) // batch + 2
+    x = torch.zeros(1, 1, 1).expand(steps, batch, 1)
+    lengths = torch.zeros(batch, dtype=torch.long)
+    lengths[-1] = steps
+    weights = {"w_ih": [torch.ones(1, 1)], "w_hh": [torch.ones(1, 1) / 2]}
+    s0 = [torch.full((1, batch, hidden), 0.5)]
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 30
+    if memory < 16:
+        pytest.skip(f"needs a machine with 16 GiB of memory, this has {memory}")
+    with torch.no_grad():
+        y, (last,) = ops.scan(cell, x, **weights, s0=s0, lengths=lengths)
+    assert y.numel() > 1 << 31
+    h = torch.tensor(0.5)
+    for _ in range(steps):
+        h = torch.tanh(h / 2)
+    assert abs(y[0, -1, 0] - torch.tanh(torch.tensor(0.25))) < 1e-6
+    assert last[0, 0, 0] == 0.5
+    assert abs(last[0, -1, 0] - h) < 1e-6
+    assert y[-1, -1, 0] == last[0, -1, 0]
+
+
+def test_results_do_not_alias() -> None:
+    cell = cells.get("lstm")
+    given = operands(cell, 3, 2, 4, 5)
+    y, states = ops.scan(cell, **given)
+    before = [t.clone() for t in (y, *states, *given["s0"])]
+    y.zero_()
+    for s in states:
+        s.zero_()
+    assert torch.equal(given["s0"][0], before[3]) and torch.equal(given["s0"][1], before[4])
+    y, states = ops.scan(cell, **given)
+    states[0].zero_()
+    assert torch.equal(y, before[0]) and torch.equal(states[1], before[2])
+
+
+def test_calls_from_several_threads_at_once() -> None:
+    cell = cells.get("gru")
+    given = operands(cell, 30, 4, 40, 64, dtype=torch.float32)
+    right = run(ops.scan, cell, given)
+    wrong: list[str] = []
+
+    def work() -> None:
+        for _ in range(5):
+            for what, value in run(ops.scan, cell, given).items():
+                if not torch.equal(value, right[what]):
+                    wrong.append(what)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_any_number_of_threads(threads: int) -> None:
+    cell = cells.get("lstm")
+    given = operands(cell, 20, 3, 40, 70)
+    exact = run(reference.scan, cell, given)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        ours = run(ops.scan, cell, given)
+    finally:
+        torch.set_num_threads(before)
+    for what, right in exact.items():
+        assert largest_error(ours[what], right) < 1e-12, what
+
+
+AFTER_FORK = """
+import os, sys, torch
+sys.path.insert(0, {root!r})
+from fastrnn import LSTM
+layer, x = LSTM(64, 64), torch.randn(50, 1, 64)
+right = layer(x)[0]
+child = os.fork()
+if child == 0:
+    # torch's own pools must not be used here, as its documentation says.
+    torch.set_num_threads(1)
+    os._exit(0 if (layer(x)[0] - right).abs().max() < 1e-5 else 1)
+_, status = os.waitpid(child, 0)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+def test_fork_after_threads_started() -> None:
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    code = AFTER_FORK.format(root=root)
+    for variant in (code, code.replace("    torch.set_num_threads(1)\n", "")):
+        result = subprocess.run([sys.executable, "-c", variant], timeout=60)
+        assert result.returncode == 0
+
+
+def test_a_forced_kernel_refuses_or_runs() -> None:
+    cell = cells.get("gru")
+    given = operands(cell, 3, 2, 4, 5, dtype=torch.float32)
+    right, _ = ops.scan(cell, **given)
+    with kernels.use("reference"):
+        y, _ = ops.scan(cell, **given)
+    torch.testing.assert_close(y, right)
+    complex_given = {
+        k: [t.cfloat() for t in v] if isinstance(v, list) else v for k, v in given.items()
+    }
+    complex_given["x"] = given["x"].cfloat()
+    with kernels.use("cpu"), pytest.raises(plan.KernelRefused, match="not ComplexFloat"):
+        ops.scan(cell, **complex_given)
+    with pytest.raises(ValueError, match="no kernel named"), kernels.use("gpu"):
+        pass
+
+
+def test_each_new_plan_is_logged_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FASTRNN_LOG", "plan")
+    _C.forget_plans()
+    given = operands(cells.get("gru"), 3, 2, 4, 11)
+    with planned():
+        for _ in range(3):
+            ops.scan(cells.get("gru"), **given)
+    logged = capsys.readouterr().err
+    assert logged.count("kernel='cpu'") == 1
+    assert "hidden=11" in logged
