@@ -1,6 +1,8 @@
 import copy
+import gc
 import io
 import pickle
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -414,6 +416,30 @@ def test_weights_changed_while_replaced_are_seen_after_restore() -> None:
     expected = run(module)
     fastrnn.restore_(module)
     assert_same(run(module), expected)
+
+
+def test_replaced_layer_holds_no_list_of_weights() -> None:
+    module = nn.GRU(*SIZES)
+    fastrnn.replace_(module)
+    old = weakref.ref(module.weight_hh_l0)
+    module.weight_hh_l0 = nn.Parameter(torch.zeros(21, 7))
+    gc.collect()
+    assert old() is None
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        module.load_state_dict(nn.GRU(*SIZES).state_dict())  # torch.nn's own layers refuse here
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def test_layer_born_as_fastrnn_trains_after_restore() -> None:
+    module = fastrnn.GRU(5, 7, num_layers=2, bidirectional=True)
+    expected = run(module)
+    fastrnn.restore_(module)
+    assert_same(run(module), expected)
+    run(module)[0].sum().backward()
+    assert all(p.grad is not None for p in module.parameters())
+    pickle.loads(pickle.dumps(module.double()))
 
 
 class MyLSTM(nn.LSTM):
