@@ -16,6 +16,8 @@ ARGS ?=
 
 CPP = $(wildcard csrc/*.h csrc/*.cpp tests/cpp/*.h tests/cpp/*.cpp)
 
+GENERATOR = $(addprefix fastrnn/,cells.py codegen.py expression.py trace.py)
+
 .PHONY: demo test lint format clean in-place
 
 ifeq ($(strip $(VENV)),)
@@ -64,11 +66,15 @@ $(PY):
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "no virtual environment can be made (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
 
-$(BUILT): pyproject.toml setup.py $(addprefix fastrnn/,cells.py expression.py codegen.py) $(wildcard csrc/*) | $(PY)
+$(VENV)/.installed: pyproject.toml | $(PY)
 	@command -v $${CXX:-c++} >/dev/null || { \
 	  echo "no C++ compiler '$${CXX:-c++}' (Debian, Ubuntu: apt install g++; or name one in CXX)" >&2; exit 1; }
 	$(PY) -m pip install --quiet $(TORCH) 'setuptools>=77' ninja
 	$(PY) -m pip install --quiet --no-build-isolation --editable '.[demo,test]'
+	@touch $@
+
+$(BUILT): $(VENV)/.installed setup.py $(GENERATOR) $(wildcard csrc/*)
+	$(PY) setup.py --quiet build_ext --inplace
 	@touch $@
 
 $(TOOLS): $(BUILT)

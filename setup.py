@@ -37,6 +37,11 @@ CXX_FLAGS = (
     "-Wall -Wextra"
 )
 NINJA_FILE = """\
+rule generate
+  command = {python} {setup} generate $out
+  depfile = $out.d
+  restat = 1
+  description = generate $out
 rule compile
   command = {cxx} -MMD -MF $out.d {flags} $extra -c $in -o $out
   depfile = $out.d
@@ -58,7 +63,6 @@ class BuildExt(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two builds would write the same objects
-            write_cells(folder / "cells.gen.h")
             (folder / "build.ninja").write_text(ninja_file(folder))
             run_ninja(folder, verbose=self.verbose > 1)
             target = Path(self.get_ext_fullpath(ext.name))
@@ -67,19 +71,25 @@ class BuildExt(build_ext):
 
 
 def write_cells(header: Path) -> None:
-    """Generate the built-in cells; an unchanged header keeps its time, so nothing is rebuilt."""
+    """Generate the built-in cells; an unchanged header keeps its time, so nothing is rebuilt.
+
+    A file beside it, `*.d`, tells ninja which modules it was generated from.
+    """
     # `import fastrnn` needs the extension being built: a bare package stands in for it.
     package = types.ModuleType("fastrnn")
     package.__path__ = [str(ROOT / "fastrnn")]
     sys.modules["fastrnn"] = package
     from fastrnn.codegen import write_header
 
-    fresh = header.with_suffix(".new")
+    fresh = Path(f"{header}.new")
     write_header(fresh)
     if header.exists() and header.read_bytes() == fresh.read_bytes():
         fresh.unlink()
     else:
         fresh.replace(header)
+    modules = [module for name, module in sys.modules.items() if name.startswith("fastrnn.")]
+    sources = " ".join(str(module.__file__).replace(" ", "\\ ") for module in modules)
+    Path(f"{header}.d").write_text(f"{header}: {sources}\n")
 
 
 def ninja_file(folder: Path) -> str:
@@ -113,14 +123,16 @@ def ninja_file(folder: Path) -> str:
         # GCC 12 takes its own intrinsics for reads of uninitialised memory.
         extra = f"-std=c++17 -DFASTRNN_ISA={isa} {ISA_FLAGS[isa]} -Wno-maybe-uninitialized"
         objects[f"cpu_scan.{isa}.o"] = (SOURCES / "cpu_scan.cpp", extra)
-    builds = [
-        f"build {out}: compile {escape(source)} | cells.gen.h\n  extra = {extra}"
-        for out, (source, extra) in objects.items()
-    ]
+    builds = ["build cells.gen.h: generate"]
+    for out, (source, extra) in objects.items():
+        generated = " | cells.gen.h" if source.name == "cpu_scan.cpp" else ""
+        builds.append(f"build {out}: compile {escape(source)}{generated}\n  extra = {extra}")
     # Of an inline function that several objects define the linker takes the first, so those that
     # every processor can run come before those that not all can.
     builds.append(f"build _C.so: link {' '.join(objects)}")
     return NINJA_FILE.format(
+        python=quote(sys.executable),
+        setup=quote(ROOT / "setup.py"),
         cxx=compiler(),
         flags=" ".join([*flags, os.environ.get("FASTRNN_CXXFLAGS", "")]),
         libraries=" ".join(libraries),
@@ -160,7 +172,9 @@ def escape(path: Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and sys.argv[1:2] == ["generate"]:
+    write_cells(Path(sys.argv[2]))
+elif __name__ == "__main__":
     setup(
         ext_modules=[
             Extension("fastrnn._C", sorted(f"csrc/{path.name}" for path in SOURCES.glob("*.cpp")))
