@@ -1,4 +1,5 @@
 // Autograd of `scan`: in C++ because a call costs a fifth of what it costs from Python.
+#include <ATen/core/ivalue.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -69,6 +70,17 @@ std::vector<Tensor> call_scan_backward(const ScanInputs& in, const Incoming& gra
                  in.lengths, in.resets, in.reverse, y, tape, needs);
 }
 
+// How often a tensor was changed in place, without keeping it alive.
+struct VersionOf : torch::CustomClassHolder {
+  explicit VersionOf(const Tensor& tensor)
+      : counter(tensor.unsafeGetTensorImpl()->version_counter()),
+        saved(counter.current_version()) {}
+  bool changed() const { return counter.current_version() != saved; }
+
+  c10::VariableVersion counter;
+  uint32_t saved;
+};
+
 std::optional<Tensor> optional(const Tensor& tensor) {
   return tensor.defined() ? std::optional<Tensor>(tensor) : std::nullopt;
 }
@@ -86,7 +98,10 @@ class ScanFunction : public torch::autograd::Function<ScanFunction> {
     variable_list saved = flat.vec();
     for (const auto& each : {batch_sizes, lengths, resets})
       saved.push_back(each ? *each : Tensor());
-    saved.push_back(y);
+    // y is the caller's, who may change it in place, as torch.nn allows for most of its layers:
+    // saved under a version of its own, and computed again if it was changed.
+    ctx->saved_data["y_version"] = c10::IValue::make_capsule(c10::make_intrusive<VersionOf>(y));
+    saved.push_back(y.variable_data());
     saved.push_back(tape);
     ctx->save_for_backward(std::move(saved));
     ctx->mark_non_differentiable({tape});
@@ -129,7 +144,11 @@ class ScanFunction : public torch::autograd::Function<ScanFunction> {
       found = python_differentiable_backward(in, incoming, needs);
     } else {
       at::AutoDispatchBelowADInplaceOrView below;
-      found = call_scan_backward(in, incoming, saved[flat_size + 3], saved[flat_size + 4], needs);
+      Tensor y = saved[flat_size + 3], tape = saved[flat_size + 4];
+      const auto version =
+          c10::static_intrusive_pointer_cast<VersionOf>(ctx->saved_data["y_version"].toCapsule());
+      if (version->changed()) std::tie(y, std::ignore, tape) = call_scan(in, true);
+      found = call_scan_backward(in, incoming, y, tape, needs);
     }
 
     variable_list out(kFlatArgument + flat_size + 4);

@@ -72,8 +72,9 @@ Shape checked_shape(const CellFacts& cell, const ScanInputs& in) {
                     each.size(2) == (s ? n.H : recurrent),
                 "scan: state ", s, " should be [", P, ", ", n.B, ", ", s ? n.H : recurrent,
                 "], got ", each.sizes());
-    TORCH_CHECK(each.scalar_type() == x.scalar_type(), "scan: state ", s, " is ",
-                each.scalar_type(), " but x is ", x.scalar_type());
+    TORCH_CHECK(each.scalar_type() == x.scalar_type() && each.device() == x.device(),
+                "scan: state ", s, " is ", each.scalar_type(), " on ", each.device(), " but x is ",
+                x.scalar_type(), " on ", x.device());
   }
   if (in.lengths)
     TORCH_CHECK(in.lengths->dim() == 1 && in.lengths->size(0) == n.B &&

@@ -8,10 +8,12 @@ opaque operator and runs as plain torch operations instead.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import has_torch_function
 
 from fastrnn import _C, kernels, reference
 from fastrnn.cells import Cell
@@ -41,25 +43,18 @@ def scan(
         RuntimeError: for shapes, dtypes or devices that do not fit together.
         fastrnn.plan.KernelRefused: when a kernel was asked for by name and cannot run this.
     """
-    if not torch.compiler.is_compiling() and _transformed():
-        return reference.scan(
-            cell, x, w_ih, w_hh, b_ih, b_hh, w_hr, s0, batch_sizes, lengths, resets, reverse
+    if torch.compiler.is_compiling() or has_torch_function((x, *w_ih, *w_hh, *s0)):
+        y, states, _ = torch.ops.fastrnn.scan.default(
+            *(kernels.prepare(cell), x, w_ih, w_hh, b_ih, b_hh, w_hr, s0),
+            *(batch_sizes, lengths, resets, reverse),
         )
-    y, states, _ = torch.ops.fastrnn.scan.default(
-        kernels.prepare(cell),
-        x,
-        w_ih,
-        w_hh,
-        b_ih,
-        b_hh,
-        w_hr,
-        s0,
-        batch_sizes,
-        lengths,
-        resets,
-        reverse,
-    )
-    return y, states
+        return y, states
+    run = reference.scan if _transformed() else _scan
+    return run(cell, x, w_ih, w_hh, b_ih, b_hh, w_hr, s0, batch_sizes, lengths, resets, reverse)
+
+
+def _scan(cell: Cell, *arguments: Any) -> tuple[Tensor, list[Tensor]]:
+    return _C.scan(kernels.prepare(cell), *arguments)
 
 
 def _transformed() -> bool:

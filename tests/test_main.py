@@ -108,7 +108,7 @@ def test_plan_follows_the_shape(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "plan", "--shape", "100,32,64,256", "--cell", "gru", "--backward")
     assert code == 0
     assert "steps=100, batch=32, inputs=64, hidden=256, gates=3, states=1" in out
-    assert "kernel" in out and "of 100 time steps" in out
+    assert "kernel" in out and "of 3200 rows" in out
 
 
 def test_plan_as_json_is_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,7 +121,7 @@ def test_plan_as_json_is_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert problem == plan.Problem("lstm", 7, 3, 5, 16, gates=4, states=2, lanes=2, dtype="float64")
     chosen = plan.choose(problem, plan.Device(**made["device"]))
     assert made["plan"]["kernel"] == chosen.kernel
-    assert made["plan"]["chunk"] == chosen.chunk
+    assert made["plan"]["chunk_rows"] == chosen.chunk_rows
 
 
 def test_plan_says_why_a_kernel_is_not_taken(capsys: pytest.CaptureFixture[str]) -> None:

@@ -159,7 +159,6 @@ def test_final_states_may_change_in_place(name: str) -> None:
         torch.testing.assert_close(a.grad, b.grad)
 
 
-@pytest.mark.xfail(reason="scan keeps its output for backward", raises=RuntimeError)
 @pytest.mark.parametrize("name", ["RNN", "GRU", "LSTMCell", "GRUCell"])
 def test_outputs_may_change_in_place(name: str) -> None:
     """`h *= mask` between the steps of a cell; torch.nn's LSTM and RNNCell refuse it as well."""
