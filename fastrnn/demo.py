@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastrnn.info import processor
 from fastrnn.replace import replace_, restore_
 
 __all__ = ["Corpus", "NextCharacter", "Race", "main"]
@@ -280,21 +281,11 @@ def conditions(options: Options) -> str:
     if torch.device(options.device).type == "cuda":
         where = torch.cuda.get_device_name(options.device)
     else:
-        where = f"{_processor()}, {torch.get_num_threads()} threads"
+        where = f"{processor()}, {torch.get_num_threads()} threads"
     return (
         f"{where} · torch {torch.__version__}, Python {platform.python_version()} · float32, "
         f"B {options.batch}, T {options.window}, H {options.hidden}, 2 layers"
     )
-
-
-def _processor() -> str:
-    """The processor's name, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.processor() or platform.machine()
 
 
 def plot(races: Sequence[Race], options: Options, path: Path) -> None:
