@@ -124,8 +124,7 @@ class Backward {
     const int64_t row = rows.row(t, i) * P + p;
     const bool cut = rows.cut_before(step, i, lane.reverse);
     const bool continues = rows.continues(step, i, lane.reverse);
-    const int64_t earlier =
-        continues ? rows.row(rows.time(step - 1, lane.reverse), i) * P + p : 0;
+    const int64_t earlier = continues ? rows.row(rows.time(step - 1, lane.reverse), i) * P + p : 0;
     const int64_t out = rows.compact_row(t, i) - origin_[lane.reverse];
     T* du = static_cast<T*>(args_.du[p]) + out * depth_;
     T* dv = static_cast<T*>(args_.dv[p]) + out * depth_;
@@ -145,13 +144,13 @@ class Backward {
         if (cut)
           before[s] = splat<V>(0);
         else if (!continues)
-          before[s] = lane.s0[s] ? load_as<V>(lane.s0[s], b * H + unit, n, args_.storage)
-                                 : splat<V>(0);
+          before[s] =
+              lane.s0[s] ? load_as<V>(lane.s0[s], b * H + unit, n, args_.storage) : splat<V>(0);
         else if (s == 0)
           before[s] = load_as<V>(args_.y, earlier * H + unit, n, args_.storage);
         else
-          before[s] = load_as<V>(args_.tape, (earlier * kTape + s - 1) * H + unit, n,
-                                 args_.storage);
+          before[s] =
+              load_as<V>(args_.tape, (earlier * kTape + s - 1) * H + unit, n, args_.storage);
         dnext[s] = load<V>(static_cast<const T*>(args_.ds[p * S + s]) + b * H + unit, n);
       }
       if (args_.dy) dnext[0] = dnext[0] + load_as<V>(args_.dy, row * H + unit, n, args_.storage);

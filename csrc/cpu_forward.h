@@ -21,10 +21,10 @@ class Forward {
   using V = Vec<T>;
   static constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kKept;
   static constexpr int kLanes = lanes<V>();
-  static constexpr int kUnitVectors = G >= 4 ? 1 : 4 / G;    // unit vectors in a panel
-  static constexpr int kVectors = G * kUnitVectors;          // vectors in a panel's row
-  static constexpr int kUnits = kUnitVectors * kLanes;       // units in a panel
-  static constexpr int kWidth = kVectors * kLanes;           // numbers in a panel's row
+  static constexpr int kUnitVectors = G >= 4 ? 1 : 4 / G;  // unit vectors in a panel
+  static constexpr int kVectors = G * kUnitVectors;        // vectors in a panel's row
+  static constexpr int kUnits = kUnitVectors * kLanes;     // units in a panel
+  static constexpr int kWidth = kVectors * kLanes;         // numbers in a panel's row
   static constexpr int kRows = tile_rows(kVectors);
   static constexpr int kTape = S - 1 + K;
 
@@ -37,9 +37,9 @@ class Forward {
   };
   // What a thread has for itself, for one chunk.
   struct Scratch {
-    T* u;             // [rows][own panels][kWidth]
-    const T** x;      // [rows]
-    T* converted;     // [rows][I], where x is stored in 16 bits
+    T* u;          // [rows][own panels][kWidth]
+    const T** x;   // [rows]
+    T* converted;  // [rows][I], where x is stored in 16 bits
   };
 
  public:
@@ -104,8 +104,7 @@ class Forward {
     Member me(progress_, plan_, index);
     const Range own = part_of(args_.lanes, plan_.split_lanes, me.lane);
     const Range panels = part_of(panels_, plan_.split_units, me.unit);
-    const Range slots =
-        slots_of(args_.rows, 0, args_.rows.steps, plan_.split_slots, me.slot);
+    const Range slots = slots_of(args_.rows, 0, args_.rows.steps, plan_.split_slots, me.slot);
     for (int64_t p = own.begin; p < own.end; ++p)
       pack(args_.lane[p], shared_[p], panels, slots, me.slot);
     me.publish(1);
@@ -141,7 +140,8 @@ class Forward {
       }
     }
     for (int64_t i = slots.begin; i < slots.end; ++i) {
-      const bool cut = args_.rows.steps > 0 && args_.rows.live(0) > i && args_.rows.cut_before(0, i, lane.reverse);
+      const bool cut = args_.rows.steps > 0 && args_.rows.live(0) > i &&
+                       args_.rows.cut_before(0, i, lane.reverse);
       const int64_t from = args_.rows.slot(i) * H;
       for (int64_t unit = panels.begin * kUnits; unit < panels.end * kUnits; unit += kLanes)
         for (int s = 0; s < S; ++s) {
@@ -169,7 +169,8 @@ class Forward {
         const int64_t t = rows.time(end, reverse);
         const int64_t last = slots.end < rows.live(t) ? slots.end : rows.live(t);
         if (count > 0 && count + last - slots.begin > chunk_rows()) break;
-        for (int64_t i = slots.begin; i < last; ++i, ++count) own.x[count] = input(own, count, t, i);
+        for (int64_t i = slots.begin; i < last; ++i, ++count)
+          own.x[count] = input(own, count, t, i);
       }
       project(p, panels, own, count);
       const T* u = own.u;
@@ -326,8 +327,8 @@ class Forward {
         const int live = valid(unit);
         for (int s = 0; s < S && live; ++s) {
           const T* from = s ? shared_[p].s[s] : shared_[p].h[steps & 1];
-          store_as(args_.final_states[p * S + s], to + unit,
-                   load<V>(from + i * padded_ + unit), live, args_.storage);
+          store_as(args_.final_states[p * S + s], to + unit, load<V>(from + i * padded_ + unit),
+                   live, args_.storage);
         }
       }
     }

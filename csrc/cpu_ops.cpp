@@ -24,9 +24,11 @@ struct Shape {
 Shape checked_shape(const CellFacts& cell, const ScanInputs& in) {
   const Tensor& x = in.x;
   const int64_t G = cell.gates, P = in.w_hh.size();
-  TORCH_CHECK(x.dim() == 3 || (x.dim() == 2 && !in.lengths),
-              "scan: x should be [T, B, I], packed [R, I] with batch_sizes, or [B, I] for one step, "
-              "got ", x.sizes());
+  TORCH_CHECK(
+      x.dim() == 3 || (x.dim() == 2 && !in.lengths),
+      "scan: x should be [T, B, I], packed [R, I] with batch_sizes, or [B, I] for one step, "
+      "got ",
+      x.sizes());
   TORCH_CHECK(P >= 1 && P <= 64, "scan: 1 to 64 scans side by side, got ", P);
   TORCH_CHECK(!in.batch_sizes || x.dim() == 2, "scan: packed x should be [R, I], got ", x.sizes());
   Shape n;
@@ -40,9 +42,10 @@ Shape checked_shape(const CellFacts& cell, const ScanInputs& in) {
     TORCH_CHECK((optional && tensors.empty()) || static_cast<int64_t>(tensors.size()) == P,
                 "scan: ", name, " should hold one tensor per scan, ", P, ", got ", tensors.size());
     for (const Tensor& each : tensors) {
-      TORCH_CHECK(each.sizes() == size, "scan: ", name, " should be ", size, ", got ", each.sizes());
-      TORCH_CHECK(each.scalar_type() == x.scalar_type(), "scan: ", name, " is ",
-                  each.scalar_type(), " but x is ", x.scalar_type());
+      TORCH_CHECK(each.sizes() == size, "scan: ", name, " should be ", size, ", got ",
+                  each.sizes());
+      TORCH_CHECK(each.scalar_type() == x.scalar_type(), "scan: ", name, " is ", each.scalar_type(),
+                  " but x is ", x.scalar_type());
       TORCH_CHECK(each.device() == x.device(), "scan: ", name, " is on ", each.device(),
                   " but x is on ", x.device());
     }
@@ -123,12 +126,12 @@ struct RowTables {
       compact.resize(n.T + 1, 0);
       for (int64_t t = 0; t < n.T; ++t) {
         TORCH_CHECK(live[t] >= 0 && live[t] <= (t ? live[t - 1] : n.B),
-                    "scan: batch_sizes should not increase, nor exceed the batch ", n.B,
-                    ", got ", live[t], " at step ", t);
+                    "scan: batch_sizes should not increase, nor exceed the batch ", n.B, ", got ",
+                    live[t], " at step ", t);
         compact[t + 1] = compact[t] + live[t];
       }
-      TORCH_CHECK(in.lengths || compact[n.T] == n.R, "scan: batch_sizes add up to ",
-                  compact[n.T], " but x has ", n.R, " rows");
+      TORCH_CHECK(in.lengths || compact[n.T] == n.R, "scan: batch_sizes add up to ", compact[n.T],
+                  " but x has ", n.R, " rows");
       rows.live_slots = live.data();
       rows.compact = compact.data();
     }
@@ -225,12 +228,23 @@ struct Operands {
 };
 
 Problem problem_of(const ScanInputs& in, const Shape& n, int64_t rows, bool tape, bool backward) {
-  return {in.cell, n.T,  n.B,      rows, n.I, n.H, n.P, in.x.scalar_type(), in.x.device().type(),
-          tape,    backward, !in.w_hr.empty()};
+  return {in.cell,
+          n.T,
+          n.B,
+          rows,
+          n.I,
+          n.H,
+          n.P,
+          in.x.scalar_type(),
+          in.x.device().type(),
+          tape,
+          backward,
+          !in.w_hr.empty()};
 }
 
 CpuPlan for_this_thread(CpuPlan plan) {
-  if (forked || at::in_parallel_region()) plan.split_lanes = plan.split_slots = plan.split_units = 1;
+  if (forked || at::in_parallel_region())
+    plan.split_lanes = plan.split_slots = plan.split_units = 1;
   return plan;
 }
 
@@ -276,8 +290,7 @@ ScanOutputs scan_cpu(const ScanInputs& in, bool tape) {
   args.y = y.mutable_data_ptr();
   args.tape = tape ? kept.mutable_data_ptr() : nullptr;
   args.final_states = finals.data();
-  out_of_memory(
-      cell.compiled->forward[compute == at::kDouble](args, for_this_thread(choice.cpu)));
+  out_of_memory(cell.compiled->forward[compute == at::kDouble](args, for_this_thread(choice.cpu)));
   return out;
 }
 
@@ -362,8 +375,8 @@ std::vector<Tensor> scan_backward_cpu(const ScanInputs& in, const Incoming& grad
       const Tensor du_rows = du[p].narrow(0, 0, count), dv_rows = dv[p].narrow(0, 0, count);
       if (needs[kNeedWih]) {
         Tensor x_rows = index.defined() ? in.x.reshape({n.R, n.I}).index_select(0, index)
-                        : dense ? in.x.narrow(0, t0, t1 - t0).reshape({count, n.I})
-                                : in.x.narrow(0, first, count);
+                        : dense         ? in.x.narrow(0, t0, t1 - t0).reshape({count, n.I})
+                                        : in.x.narrow(0, first, count);
         out.w_ih[p].addmm_(du_rows.t(), x_rows.to(compute));
       }
       if (needs[kNeedWhh]) out.w_hh[p].addmm_(dv_rows.t(), previous[p].narrow(0, 0, count));

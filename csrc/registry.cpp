@@ -28,16 +28,16 @@ struct Isa {
 
 const std::vector<Isa>& isas() {
   static const std::vector<Isa> all = {
-    {"baseline", 16, true, fastrnn_cells_baseline},
+      {"baseline", 16, true, fastrnn_cells_baseline},
 #ifdef __x86_64__
-    {"avx2", 32,
-     __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("f16c"),
-     fastrnn_cells_avx2},
-    {"avx512", 64,
-     __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"),
-     fastrnn_cells_avx512},
+      {"avx2", 32,
+       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("f16c"),
+       fastrnn_cells_avx2},
+      {"avx512", 64,
+       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"),
+       fastrnn_cells_avx512},
 #endif
   };
   return all;

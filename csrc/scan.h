@@ -37,7 +37,9 @@ struct Rows {
   FASTRNN_INLINE int64_t compact_row(int64_t t, int64_t i) const {
     return (compact ? compact[t] : t * batch) + i;
   }
-  FASTRNN_INLINE int64_t time(int64_t step, bool reverse) const { return reverse ? steps - 1 - step : step; }
+  FASTRNN_INLINE int64_t time(int64_t step, bool reverse) const {
+    return reverse ? steps - 1 - step : step;
+  }
   // Whether an episode begins between the lane's previous step and `step`. The initial state
   // counts as a step before the first row in time.
   FASTRNN_INLINE bool cut_before(int64_t step, int64_t i, bool reverse) const {
@@ -55,11 +57,11 @@ struct Rows {
 // One scan. Weights and biases are in the compute type, states in the storage type.
 struct Lane {
   bool reverse = false;
-  const void* w_ih = nullptr;             // [G*H, I]
-  const void* w_hh = nullptr;             // [G*H, H]
-  const void* b_ih = nullptr;             // [G*H] or null
-  const void* b_hh = nullptr;             // [G*H] or null
-  const void* s0[kMaxStates] = {};        // [B, H] each, or null for zeros
+  const void* w_ih = nullptr;       // [G*H, I]
+  const void* w_hh = nullptr;       // [G*H, H]
+  const void* b_ih = nullptr;       // [G*H] or null
+  const void* b_hh = nullptr;       // [G*H] or null
+  const void* s0[kMaxStates] = {};  // [B, H] each, or null for zeros
 };
 
 // What both sweeps share. Row r of lane p of `y` begins at (r*P + p)*H, of `tape` at
@@ -77,8 +79,8 @@ struct ForwardArgs : Scan {
   const void* x = nullptr;  // element (t, b) at t*x_step + b*x_row, packed row r at r*x_row
   int64_t x_step = 0;
   int64_t x_row = 0;
-  void* y = nullptr;                  // [rows, P, H]
-  void* tape = nullptr;               // [rows, P, S-1+K, H] or null for inference
+  void* y = nullptr;                    // [rows, P, H]
+  void* tape = nullptr;                 // [rows, P, S-1+K, H] or null for inference
   void* const* final_states = nullptr;  // [P][S], each [B, H]
 };
 
@@ -87,12 +89,12 @@ struct ForwardArgs : Scan {
 struct BackwardArgs : Scan {
   int64_t begin = 0;
   int64_t end = 0;
-  const void* dy = nullptr;         // [rows, P, H] or null for zeros
-  const void* y = nullptr;          // [rows, P, H]
-  const void* tape = nullptr;       // [rows, P, S-1+K, H]
-  void* const* ds = nullptr;        // [P][S], each [B, H]: gradient carried in and out
-  void* const* du = nullptr;        // [P], each [live rows, G*H]; equals dv where all gates are tied
-  void* const* dv = nullptr;        // [P], each [live rows, G*H]
+  const void* dy = nullptr;    // [rows, P, H] or null for zeros
+  const void* y = nullptr;     // [rows, P, H]
+  const void* tape = nullptr;  // [rows, P, S-1+K, H]
+  void* const* ds = nullptr;   // [P][S], each [B, H]: gradient carried in and out
+  void* const* du = nullptr;   // [P], each [live rows, G*H]; equals dv where all gates are tied
+  void* const* dv = nullptr;   // [P], each [live rows, G*H]
   void* const* previous = nullptr;  // [P], each [live rows, H]: state 0 before the step
 };
 
