@@ -41,18 +41,19 @@ ScanInputs unflattened(std::string_view cell, TensorList flat, const Sizes& n,
 }
 
 ScanOutputs call_scan(const ScanInputs& in, bool tape) {
-  static auto op = c10::Dispatcher::singleton()
-                       .findSchemaOrThrow("fastrnn::scan", "")
-                       .typed<ScanOutputs(std::string_view, const Tensor&, TensorList, TensorList,
-                                          TensorList, TensorList, TensorList, TensorList,
-                                          const std::optional<Tensor>&, const std::optional<Tensor>&,
-                                          const std::optional<Tensor>&, int64_t, bool)>();
+  static auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("fastrnn::scan", "")
+          .typed<ScanOutputs(std::string_view, const Tensor&, TensorList, TensorList, TensorList,
+                             TensorList, TensorList, TensorList, const std::optional<Tensor>&,
+                             const std::optional<Tensor>&, const std::optional<Tensor>&, int64_t,
+                             bool)>();
   return op.call(in.cell, in.x, in.w_ih, in.w_hh, in.b_ih, in.b_hh, in.w_hr, in.s0, in.batch_sizes,
                  in.lengths, in.resets, in.reverse, tape);
 }
 
-std::vector<Tensor> call_scan_backward(const ScanInputs& in, const Incoming& grads,
-                                       const Tensor& y, const Tensor& tape, const Needs& needs) {
+std::vector<Tensor> call_scan_backward(const ScanInputs& in, const Incoming& grads, const Tensor& y,
+                                       const Tensor& tape, const Needs& needs) {
   static auto op =
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("fastrnn::scan_backward", "")
@@ -92,8 +93,7 @@ class ScanFunction : public torch::autograd::Function<ScanFunction> {
                                const std::optional<Tensor>& lengths,
                                const std::optional<Tensor>& resets, int64_t reverse) {
     at::AutoDispatchBelowADInplaceOrView below;
-    const ScanInputs in =
-        unflattened(cell, flat, sizes, batch_sizes, lengths, resets, reverse);
+    const ScanInputs in = unflattened(cell, flat, sizes, batch_sizes, lengths, resets, reverse);
     auto [y, states, tape] = call_scan(in, true);
     variable_list saved = flat.vec();
     for (const auto& each : {batch_sizes, lengths, resets})
@@ -108,8 +108,7 @@ class ScanFunction : public torch::autograd::Function<ScanFunction> {
     ctx->set_materialize_grads(false);
     ctx->saved_data["cell"] = cell;
     ctx->saved_data["reverse"] = reverse;
-    ctx->saved_data["sizes"] =
-        std::vector<int64_t>{sizes.lanes, sizes.b, sizes.w_hr, sizes.s0};
+    ctx->saved_data["sizes"] = std::vector<int64_t>{sizes.lanes, sizes.b, sizes.w_hr, sizes.s0};
     variable_list out{y};
     out.insert(out.end(), states.begin(), states.end());
     out.push_back(tape);
@@ -125,8 +124,8 @@ class ScanFunction : public torch::autograd::Function<ScanFunction> {
     const size_t flat_size = saved.size() - 5;
     const auto batch_sizes = optional(saved[flat_size]), lengths = optional(saved[flat_size + 1]),
                resets = optional(saved[flat_size + 2]);
-    const ScanInputs in = unflattened(cell, TensorList(saved.data(), flat_size), sizes,
-                                      batch_sizes, lengths, resets, reverse);
+    const ScanInputs in = unflattened(cell, TensorList(saved.data(), flat_size), sizes, batch_sizes,
+                                      lengths, resets, reverse);
     Incoming incoming{grads[0], {grads.begin() + 1, grads.end() - 1}};
 
     auto wanted = [&](size_t first, int64_t count) {
@@ -136,9 +135,8 @@ class ScanFunction : public torch::autograd::Function<ScanFunction> {
     };
     const size_t w_ih = 1, w_hh = w_ih + sizes.lanes, b = w_hh + sizes.lanes,
                  w_hr = b + 2 * sizes.b, s0 = w_hr + sizes.w_hr;
-    const Needs needs{wanted(0, 1),           wanted(w_ih, sizes.lanes),
-                      wanted(w_hh, sizes.lanes), wanted(b, 2 * sizes.b),
-                      wanted(w_hr, sizes.w_hr),  wanted(s0, sizes.s0)};
+    const Needs needs{wanted(0, 1),           wanted(w_ih, sizes.lanes), wanted(w_hh, sizes.lanes),
+                      wanted(b, 2 * sizes.b), wanted(w_hr, sizes.w_hr),  wanted(s0, sizes.s0)};
     std::vector<Tensor> found;
     if (at::GradMode::is_enabled()) {
       found = python_differentiable_backward(in, incoming, needs);

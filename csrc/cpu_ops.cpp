@@ -155,16 +155,6 @@ struct RowTables {
     }
     return begin;
   }
-
-  // Row numbers of the live rows of times [begin, end), or nothing where they are consecutive.
-  Tensor scattered_rows(int64_t begin, int64_t end) const {
-    if (order.empty()) return Tensor();
-    Tensor index = at::empty({compact[end] - compact[begin]}, at::kLong);
-    int64_t* to = index.mutable_data_ptr<int64_t>();
-    for (int64_t t = begin; t < end; ++t)
-      for (int64_t i = 0; i < live[t]; ++i) *to++ = rows.row(t, i);
-    return index;
-  }
 };
 
 at::ScalarType compute_type(at::ScalarType stored) {
@@ -183,6 +173,10 @@ std::vector<Tensor> as_computed(TensorList tensors, at::ScalarType compute) {
   out.reserve(tensors.size());
   for (const Tensor& each : tensors) out.push_back(each.to(compute).contiguous());
   return out;
+}
+
+Tensor with_unit_stride(const Tensor& x) {
+  return x.stride(-1) == 1 || x.size(-1) <= 1 ? x : x.contiguous();
 }
 
 std::vector<Tensor> contiguous(TensorList tensors) {
@@ -264,7 +258,7 @@ ScanOutputs scan_cpu(const ScanInputs& in, bool tape) {
   const at::ScalarType compute = compute_type(in.x.scalar_type());
   const Storage storage = storage_of(in.x.scalar_type());
   const Operands operands(in, n, compute);
-  const Tensor x = in.x.stride(-1) == 1 || n.I <= 1 ? in.x : in.x.contiguous();
+  const Tensor x = with_unit_stride(in.x);
   const auto options = x.options();
 
   auto y_size = x.sizes().vec();
@@ -339,15 +333,22 @@ std::vector<Tensor> scan_backward_cpu(const ScanInputs& in, const Incoming& grad
     previous_lanes[p] = previous[p].mutable_data_ptr();
   }
 
-  Gradients out;
   const bool bias = needs[kNeedBias] && !in.b_ih.empty();
-  if (needs[kNeedX]) out.x = at::zeros({n.R, n.I}, options);
-  for (int64_t p = 0; p < n.P; ++p) {
-    if (needs[kNeedWih]) out.w_ih.push_back(at::zeros({depth, n.I}, options));
-    if (needs[kNeedWhh]) out.w_hh.push_back(at::zeros({depth, n.H}, options));
-    if (bias) out.b_ih.push_back(at::zeros({depth}, options));
-    if (bias) out.b_hh.push_back(at::zeros({depth}, options));
-  }
+  const bool several = n.P > 1 || in.lengths;  // rows of dx that are added to, or never reached
+  Gradients out;
+  if (needs[kNeedX])
+    out.x = several ? at::zeros({n.R, n.I}, options) : at::empty({n.R, n.I}, options);
+  const auto zeros = [&](bool needed, std::vector<Tensor>& to, at::IntArrayRef size) {
+    std::vector<void*> pointers;
+    for (int64_t p = 0; needed && p < n.P; ++p)
+      pointers.push_back(to.emplace_back(at::zeros(size, options)).mutable_data_ptr());
+    return pointers;
+  };
+  const auto dw_ih = zeros(needs[kNeedWih], out.w_ih, {depth, n.I});
+  const auto dw_hh = zeros(needs[kNeedWhh], out.w_hh, {depth, n.H});
+  const auto db_ih = zeros(bias, out.b_ih, {depth});
+  const auto db_hh = zeros(bias && !tied, out.b_hh, {depth});
+  const auto or_null = [](const std::vector<void*>& v) { return v.empty() ? nullptr : v.data(); };
 
   BackwardArgs args;
   operands.fill(args, n, tables, storage_of(stored));
@@ -358,44 +359,39 @@ std::vector<Tensor> scan_backward_cpu(const ScanInputs& in, const Incoming& grad
   args.du = du_lanes.data();
   args.dv = dv_lanes.data();
   args.previous = previous_lanes.data();
-  auto* kernel = cell.compiled->backward[compute == at::kDouble];
-  const bool dense = in.x.dim() == 3 && !in.lengths;
 
-  for (int64_t end = n.T; end > 0;) {
-    const int64_t begin = tables.stretch_begin(end, most);
-    args.begin = begin;
-    args.end = end;
-    out_of_memory(kernel(args, plan));
-    for (int64_t p = 0; p < n.P; ++p) {
-      const bool reverse = operands.lanes[p].reverse;
-      const int64_t t0 = reverse ? n.T - end : begin, t1 = reverse ? n.T - begin : end;
-      const int64_t first = tables.rows.compact_row(t0, 0);
-      const int64_t count = tables.rows.compact_row(t1, 0) - first;
-      const Tensor index = tables.scattered_rows(t0, t1);
-      const Tensor du_rows = du[p].narrow(0, 0, count), dv_rows = dv[p].narrow(0, 0, count);
-      if (needs[kNeedWih]) {
-        Tensor x_rows = index.defined() ? in.x.reshape({n.R, n.I}).index_select(0, index)
-                        : dense         ? in.x.narrow(0, t0, t1 - t0).reshape({count, n.I})
-                                        : in.x.narrow(0, first, count);
-        out.w_ih[p].addmm_(du_rows.t(), x_rows.to(compute));
-      }
-      if (needs[kNeedWhh]) out.w_hh[p].addmm_(dv_rows.t(), previous[p].narrow(0, 0, count));
-      if (bias) {
-        out.b_ih[p].add_(du_rows.sum(0));
-        if (!tied) out.b_hh[p].add_(dv_rows.sum(0));
-      }
-      if (needs[kNeedX]) {
-        if (index.defined())
-          out.x.index_add_(0, index, du_rows.mm(operands.w_ih[p]));
-        else
-          out.x.narrow(0, first, count).addmm_(du_rows, operands.w_ih[p]);
-      }
-    }
-    end = begin;
+  const Tensor x = with_unit_stride(in.x);
+  GradientArgs rest;
+  rest.rows = args.rows;
+  rest.inputs = n.I;
+  rest.recurrent = n.H;
+  rest.depth = depth;
+  rest.lanes = args.lanes;
+  rest.storage = args.storage;
+  rest.lane = args.lane;
+  rest.x = x.const_data_ptr();
+  rest.x_row = x.stride(-2);
+  rest.x_step = x.dim() == 3 ? x.stride(0) : 0;
+  rest.du = du_lanes.data();
+  rest.dv = dv_lanes.data();
+  rest.previous = previous_lanes.data();
+  rest.dw_ih = or_null(dw_ih);
+  rest.dw_hh = or_null(dw_hh);
+  rest.db_ih = or_null(db_ih);
+  rest.db_hh = or_null(db_hh);
+  rest.dx = needs[kNeedX] ? out.x.mutable_data_ptr() : nullptr;
+
+  const bool in_double = compute == at::kDouble;
+  for (int64_t end = n.T, begin; end > 0; end = begin) {
+    begin = tables.stretch_begin(end, most);
+    args.begin = rest.begin = begin;
+    args.end = rest.end = end;
+    out_of_memory(cell.compiled->backward[in_double](args, plan));
+    out_of_memory(run_gradients(in_double, rest, plan));
   }
 
   if (bias && tied)
-    for (int64_t p = 0; p < n.P; ++p) out.b_hh[p].copy_(out.b_ih[p]);
+    for (const Tensor& each : out.b_ih) out.b_hh.push_back(each.clone());
   if (needs[kNeedX]) out.x = out.x.view(in.x.sizes()).to(stored);
   for (auto* group : {&out.w_ih, &out.w_hh, &out.b_ih, &out.b_hh})
     for (Tensor& each : *group) each = each.to(stored);

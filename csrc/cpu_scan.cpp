@@ -3,6 +3,7 @@
 #include "cell.h"
 #include "cpu_backward.h"
 #include "cpu_forward.h"
+#include "cpu_gradients.h"
 #include "scan.h"
 
 #define FASTRNN_JOIN_(a, b) a##b
@@ -39,5 +40,7 @@ constexpr CompiledCell kCells[] = {FASTRNN_CELLS(FASTRNN_COMPILED)};
 
 extern "C" __attribute__((visibility("default"))) fastrnn::CompiledCells FASTRNN_JOIN(
     fastrnn_cells_, FASTRNN_ISA)() {
-  return {fastrnn::kCells, sizeof(fastrnn::kCells) / sizeof(fastrnn::kCells[0])};
+  return {fastrnn::kCells,
+          sizeof(fastrnn::kCells) / sizeof(fastrnn::kCells[0]),
+          {&fastrnn::GradientSweep<float>::run, &fastrnn::GradientSweep<double>::run}};
 }

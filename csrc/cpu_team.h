@@ -88,7 +88,8 @@ class Member {
     }
   }
 
-  static constexpr int32_t kSpins = 1000;  // 15 to 50 us: longer than most steps, far less than a time slice
+  static constexpr int32_t kSpins =
+      1000;  // 15 to 50 us: longer than most steps, far less than a time slice
   Progress* progress_;
   int32_t threads_;
   int32_t index_;

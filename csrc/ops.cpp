@@ -79,8 +79,8 @@ const Choice& choose(const CellFacts& cell, const Problem& p) {
     known.clear();
     epoch = plans_epoch;
   }
-  const PlanKey key{&cell,   p.steps, p.batch,  p.rows, p.inputs,   p.hidden,   p.lanes,
-                    p.dtype, p.device, p.tape, p.backward, p.projected, threads};
+  const PlanKey key{&cell,   p.steps,  p.batch, p.rows,     p.inputs,    p.hidden, p.lanes,
+                    p.dtype, p.device, p.tape,  p.backward, p.projected, threads};
   auto found = known.find(key);
   if (found != known.end()) return found->second;
   py::gil_scoped_acquire gil;
@@ -95,7 +95,8 @@ const Choice& choose(const CellFacts& cell, const Problem& p) {
       py::arg("compiled") = cell.compiled != nullptr);
   auto [kernel, packed, lanes, slots, units, chunk_rows] =
       answer.cast<std::tuple<std::string, bool, int32_t, int32_t, int32_t, int64_t>>();
-  return known.emplace(key, Choice{kernel, {packed, lanes, slots, units, chunk_rows}}).first->second;
+  return known.emplace(key, Choice{kernel, {packed, lanes, slots, units, chunk_rows}})
+      .first->second;
 }
 
 void forget_plans() { ++plans_epoch; }
@@ -133,14 +134,14 @@ std::vector<Tensor> Gradients::flat(const Needs& needs) const {
 
 namespace {
 
-#define FASTRNN_SCAN_PARAMETERS                                                              \
-  std::string_view cell, const Tensor &x, TensorList w_ih, TensorList w_hh, TensorList b_ih, \
-      TensorList b_hh, TensorList w_hr, TensorList s0,                                       \
-      const std::optional<Tensor>&batch_sizes, const std::optional<Tensor>&lengths,          \
-      const std::optional<Tensor>&resets, int64_t reverse
+#define FASTRNN_SCAN_PARAMETERS                                                                 \
+  std::string_view cell, const Tensor &x, TensorList w_ih, TensorList w_hh, TensorList b_ih,    \
+      TensorList b_hh, TensorList w_hr, TensorList s0, const std::optional<Tensor>&batch_sizes, \
+      const std::optional<Tensor>&lengths, const std::optional<Tensor>&resets, int64_t reverse
 #define FASTRNN_SCAN_ARGUMENTS \
   cell, x, w_ih, w_hh, b_ih, b_hh, w_hr, s0, batch_sizes, lengths, resets, reverse
-#define FASTRNN_SCAN_INPUTS ScanInputs{FASTRNN_SCAN_ARGUMENTS}
+#define FASTRNN_SCAN_INPUTS \
+  ScanInputs { FASTRNN_SCAN_ARGUMENTS }
 
 ScanOutputs cpu(FASTRNN_SCAN_PARAMETERS, bool tape) { return scan_cpu(FASTRNN_SCAN_INPUTS, tape); }
 
@@ -170,11 +171,11 @@ Incoming incoming(const std::optional<Tensor>& dy,
   return grads;
 }
 
-#define FASTRNN_BACKWARD_PARAMETERS(...)                                                       \
-  std::string_view cell, const std::optional<Tensor>&dy,                                       \
-      const c10::List<std::optional<Tensor>>&dstates, const Tensor &x, TensorList w_ih,        \
-      TensorList w_hh, TensorList b_ih, TensorList b_hh, TensorList w_hr, TensorList s0,       \
-      const std::optional<Tensor>&batch_sizes, const std::optional<Tensor>&lengths,            \
+#define FASTRNN_BACKWARD_PARAMETERS(...)                                                        \
+  std::string_view cell, const std::optional<Tensor>&dy,                                        \
+      const c10::List<std::optional<Tensor>>&dstates, const Tensor &x, TensorList w_ih,         \
+      TensorList w_hh, TensorList b_ih, TensorList b_hh, TensorList w_hr, TensorList s0,        \
+      const std::optional<Tensor>&batch_sizes, const std::optional<Tensor>&lengths,             \
       const std::optional<Tensor>&resets, int64_t reverse, const Tensor &y, const Tensor &tape, \
       Needs needs
 
@@ -197,9 +198,9 @@ auto& scan_op() {
 std::pair<Tensor, std::vector<Tensor>> scan_from_python(
     const std::string& cell, const Tensor& x, const std::vector<Tensor>& w_ih,
     const std::vector<Tensor>& w_hh, const std::vector<Tensor>& b_ih,
-    const std::vector<Tensor>& b_hh, const std::vector<Tensor>& w_hr,
-    const std::vector<Tensor>& s0, const std::optional<Tensor>& batch_sizes,
-    const std::optional<Tensor>& lengths, const std::optional<Tensor>& resets, int64_t reverse) {
+    const std::vector<Tensor>& b_hh, const std::vector<Tensor>& w_hr, const std::vector<Tensor>& s0,
+    const std::optional<Tensor>& batch_sizes, const std::optional<Tensor>& lengths,
+    const std::optional<Tensor>& resets, int64_t reverse) {
   auto [y, states, tape] = scan_op().call(FASTRNN_SCAN_ARGUMENTS, false);
   return {y, states};
 }
@@ -219,8 +220,9 @@ ScanOutputs autocast(FASTRNN_SCAN_PARAMETERS, bool tape) {
     for (const Tensor& each : list) out.push_back(cast(each));
     return out;
   };
-  return scan_op().call(cell, cast(x), cast_all(w_ih), cast_all(w_hh), cast_all(b_ih), cast_all(b_hh),
-                 cast_all(w_hr), cast_all(s0), batch_sizes, lengths, resets, reverse, tape);
+  return scan_op().call(cell, cast(x), cast_all(w_ih), cast_all(w_hh), cast_all(b_ih),
+                        cast_all(b_hh), cast_all(w_hr), cast_all(s0), batch_sizes, lengths, resets,
+                        reverse, tape);
 }
 
 }  // namespace
@@ -231,7 +233,8 @@ TORCH_LIBRARY(fastrnn, m) {
       "scan(str cell, Tensor x, Tensor[] w_ih, Tensor[] w_hh, Tensor[] b_ih, Tensor[] b_hh, "
       "Tensor[] w_hr, Tensor[] s0, Tensor? batch_sizes, Tensor? lengths, Tensor? resets, "
       "int reverse, bool tape=False) -> (Tensor y, Tensor[] states, Tensor tape)");
-  // Gradients of x, w_ih, w_hh, b_ih, b_hh, w_hr, s0; `needs` picks x, w_ih, w_hh, biases, w_hr, s0.
+  // Gradients of x, w_ih, w_hh, b_ih, b_hh, w_hr, s0; `needs` picks x, w_ih, w_hh, biases, w_hr,
+  // s0.
   m.def(
       "scan_backward(str cell, Tensor? dy, Tensor?[] dstates, Tensor x, Tensor[] w_ih, "
       "Tensor[] w_hh, Tensor[] b_ih, Tensor[] b_hh, Tensor[] w_hr, Tensor[] s0, "

@@ -111,6 +111,11 @@ void load_cells(const std::string& path, const std::string& symbol) {
   all.add(cells());
 }
 
+bool run_gradients(bool in_double, const GradientArgs& args, const CpuPlan& plan) {
+  static const CompiledCells cells = chosen().cells();
+  return cells.gradients[in_double](args, plan);
+}
+
 std::vector<std::string> compiled_isas() {
   std::vector<std::string> names;
   for (const Isa& each : isas())

@@ -31,6 +31,9 @@ void declare_cell(CellFacts facts);
 // Adds the cells of a shared library; throws std::runtime_error when it cannot be loaded.
 void load_cells(const std::string& path, const std::string& symbol);
 
+// The cell-independent part of the backward pass; index 0 computes in float, 1 in double.
+bool run_gradients(bool in_double, const GradientArgs& args, const CpuPlan& plan);
+
 // Instruction sets compiled in, best last, and the one in use: the best this machine has, or the
 // one named by the environment variable FASTRNN_ISA.
 std::vector<std::string> compiled_isas();

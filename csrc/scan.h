@@ -98,6 +98,31 @@ struct BackwardArgs : Scan {
   void* const* previous = nullptr;  // [P], each [live rows, H]: state 0 before the step
 };
 
+// Gradients of weights, biases and x from du and dv of a stretch. Everything is in the compute type
+// but x; null where a gradient is not wanted. Weights and biases are added to.
+struct GradientArgs {
+  Rows rows;
+  int64_t inputs = 0;
+  int64_t recurrent = 0;
+  int64_t depth = 0;  // G*H
+  int32_t lanes = 0;
+  Storage storage = Storage::kSame;
+  const Lane* lane = nullptr;
+  int64_t begin = 0;
+  int64_t end = 0;
+  const void* x = nullptr;  // as in ForwardArgs
+  int64_t x_step = 0;
+  int64_t x_row = 0;
+  const void* const* du = nullptr;  // as in BackwardArgs
+  const void* const* dv = nullptr;
+  const void* const* previous = nullptr;
+  void* const* dw_ih = nullptr;  // [P], each [G*H, I]
+  void* const* dw_hh = nullptr;  // [P], each [G*H, recurrent]
+  void* const* db_ih = nullptr;  // [P], each [G*H]
+  void* const* db_hh = nullptr;  // [P], each [G*H]
+  void* dx = nullptr;            // [rows, I]; added to where there are several lanes
+};
+
 // How the CPU kernel works; chosen by fastrnn/plan.py.
 struct CpuPlan {
   int32_t packed_weights = 1;  // 0: few rows, weights are read once, as they lie
@@ -124,6 +149,7 @@ struct CompiledCell {
 struct CompiledCells {
   const CompiledCell* cells;
   int32_t count;
+  bool (*gradients[2])(const GradientArgs&, const CpuPlan&);  // the same for all cells
 };
 
 }  // namespace fastrnn

@@ -1,0 +1,277 @@
+// Gradients of weights, biases and input from du and dv of one stretch, while those are in cache.
+//
+// Every thread owns a range of gate rows of all weights, then a range of rows of x. Here rather
+// than in a library because x may be strided, scattered or 16 bits wide, and because libraries
+// reach half the speed of these tiles on some processors.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu_panel.h"
+#include "cpu_team.h"
+#include "math.h"
+#include "scan.h"
+
+namespace fastrnn {
+inline namespace FASTRNN_ISA {
+
+constexpr int kBandVectors = 4;  // vectors in a band of columns
+
+// Calls f(first column, constant number of vectors) over bands that cover `columns` columns.
+template <class T, class F>
+FASTRNN_INLINE void for_each_column_band(int64_t columns, const F& f) {
+  constexpr int n = lanes<Vec<T>>();
+  int64_t c = 0;
+  for (; c + kBandVectors * n <= columns; c += kBandVectors * n) f(c, Constant<kBandVectors>{});
+  for (; c < columns; c += n) f(c, Constant<1>{});
+}
+
+// Lanes of the vector at `column` that are columns.
+template <class T>
+FASTRNN_INLINE int live_lanes(int64_t column, int64_t columns) {
+  constexpr int n = lanes<Vec<T>>();
+  const int64_t left = columns - column;
+  return static_cast<int>(left < n ? left : n);
+}
+
+// acc[r][v] += sum over k < depth of a[k * stride + r] * band[k][v].
+template <int kRows, int kVectors, class T>
+FASTRNN_INLINE void multiply_transposed(Vec<T> (&out)[kRows][kVectors], const T* a, int64_t stride,
+                                        const T* band, int64_t depth) {
+  using V = Vec<T>;
+  V acc[kRows][kVectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) acc[r][v] = out[r][v];
+  for (int64_t k = 0; k < depth; ++k, a += stride, band += kVectors * lanes<V>()) {
+    V row[kVectors];
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) row[v] = load<V>(band + v * lanes<V>());
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const V scale = broadcast<V>(a[r]);
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = acc[r][v] + scale * row[v];
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) out[r][v] = acc[r][v];
+}
+
+// dw[g, c] += sum over k < depth of dgates[k, g] * column band c of the rows, for g in `gates`.
+// pack(column, width, band) writes band[k][width vectors]; `band` has room for depth of them.
+template <class T, class Pack>
+void add_weight_gradient(T* dw, int64_t columns, const T* dgates, int64_t stride, Range gates,
+                         int64_t depth, T* band, const Pack& pack) {
+  using V = Vec<T>;
+  constexpr int n = lanes<V>();
+  for_each_column_band<T>(columns, [&](int64_t column, auto width) {
+    constexpr int kWide = decltype(width)::value;
+    constexpr int kRows = kWide == 1 ? 2 * kMaxTileRows : tile_rows(kWide);
+    pack(column, width, band);
+    for_each_tile<kRows>(gates.size(), [&](int64_t first, auto count) {
+      constexpr int kTile = decltype(count)::value;
+      T* to = dw + (gates.begin + first) * columns + column;
+      V acc[kTile][kWide];
+      for (int r = 0; r < kTile; ++r)
+        for (int v = 0; v < kWide; ++v)
+          acc[r][v] = load<V>(to + r * columns + v * n, live_lanes<T>(column + v * n, columns));
+      multiply_transposed<kTile, kWide, T>(acc, dgates + gates.begin + first, stride, band, depth);
+      for (int r = 0; r < kTile; ++r)
+        for (int v = 0; v < kWide; ++v)
+          store(to + r * columns + v * n, acc[r][v], live_lanes<T>(column + v * n, columns));
+    });
+  });
+}
+
+// db[g] += sum over k < depth of dgates[k, g], for g in `gates`.
+template <class T>
+void add_bias_gradient(T* db, const T* dgates, int64_t stride, Range gates, int64_t depth) {
+  using V = Vec<T>;
+  for (int64_t g = gates.begin; g < gates.end; g += lanes<V>()) {
+    const int live = live_lanes<T>(g, gates.end);
+    V sum = load<V>(db + g, live);
+    for (int64_t k = 0; k < depth; ++k) sum = sum + load<V>(dgates + k * stride + g, live);
+    store(db + g, sum, live);
+  }
+}
+
+// Packs the column bands of a row-major matrix [depth, columns] one behind the other; those whose
+// number is `turn` modulo `turns`.
+template <class T>
+void pack_column_bands(const T* matrix, int64_t columns, int64_t depth, T* bands, int32_t turn,
+                       int32_t turns) {
+  int64_t number = 0;
+  for_each_column_band<T>(columns, [&](int64_t column, auto width) {
+    if (number++ % turns == turn)
+      pack_columns(matrix + column, columns, columns - column, depth, bands + column * depth,
+                   decltype(width)::value);
+  });
+}
+
+// dx[row at(k)] (+)= dgates[k, :] * w, for k in `rows`; `bands` holds w [depth, columns] packed.
+template <class T, class At>
+void write_input_gradient(T* dx, int64_t columns, const T* dgates, int64_t depth, const T* bands,
+                          Range rows, bool accumulate, const At& at) {
+  using V = Vec<T>;
+  constexpr int n = lanes<V>();
+  for_each_column_band<T>(columns, [&](int64_t column, auto width) {
+    constexpr int kWide = decltype(width)::value;
+    for_each_tile<tile_rows(kWide)>(rows.size(), [&](int64_t first, auto count) {
+      constexpr int kTile = decltype(count)::value;
+      const T* from[kTile];
+      T* to[kTile];
+      V acc[kTile][kWide];
+      for (int r = 0; r < kTile; ++r) {
+        const int64_t k = rows.begin + first + r;
+        from[r] = dgates + k * depth;
+        to[r] = dx + at(k) * columns + column;
+        for (int v = 0; v < kWide; ++v)
+          acc[r][v] = accumulate ? load<V>(to[r] + v * n, live_lanes<T>(column + v * n, columns))
+                                 : splat<V>(0);
+      }
+      multiply<kTile, kWide, T>(acc, bands + column * depth, from, 0, depth);
+      for (int r = 0; r < kTile; ++r)
+        for (int v = 0; v < kWide; ++v)
+          store(to[r] + v * n, acc[r][v], live_lanes<T>(column + v * n, columns));
+    });
+  });
+}
+
+template <class T>
+class GradientSweep {
+  using V = Vec<T>;
+
+ public:
+  static bool run(const GradientArgs& args, const CpuPlan& plan) {
+    GradientSweep sweep(args, plan);
+    if (!sweep.allocate()) return false;
+    if (run_team(plan.threads(), [&](int32_t index) { sweep.thread(index); })) return true;
+    CpuPlan serial = plan;
+    serial.split_lanes = serial.split_slots = serial.split_units = 1;
+    return run(args, serial);
+  }
+
+ private:
+  // Where the live rows of a lane's stretch lie: elements of x, and rows.
+  struct Place {
+    int64_t x, row;
+  };
+
+  GradientSweep(const GradientArgs& args, const CpuPlan& plan)
+      : args_(args), plan_(plan), width_((args.inputs + kLanes - 1) / kLanes * kLanes) {
+    for (int32_t p = 0; p < args.lanes; ++p)
+      if (live_rows(p) > most_) most_ = live_rows(p);
+  }
+
+  Range times(int32_t p) const {
+    const int64_t steps = args_.rows.steps;
+    return args_.lane[p].reverse ? Range{steps - args_.end, steps - args_.begin}
+                                 : Range{args_.begin, args_.end};
+  }
+  int64_t live_rows(int32_t p) const {
+    const Range t = times(p);
+    return args_.rows.compact_row(t.end, 0) - args_.rows.compact_row(t.begin, 0);
+  }
+
+  bool allocate() {
+    place();
+    if (!arena_.allocate()) return false;
+    place();
+    for (int32_t i = 0; i < plan_.threads(); ++i) progress_[i].value = 0;
+    return true;
+  }
+
+  void place() {
+    progress_ = arena_.take<Progress>(plan_.threads());
+    places_ = arena_.take<Place>(args_.lanes * most_);
+    bands_ = arena_.take<T>(args_.dx ? args_.lanes * width_ * args_.depth : 0);
+    scratch_ = arena_.take<T>(plan_.threads() * most_ * kBandVectors * kLanes);
+  }
+
+  void thread(int32_t index) const {
+    const int32_t threads = plan_.threads();
+    Member me(progress_, plan_, index);
+    for (int32_t p = 0; p < args_.lanes; ++p) {
+      if (p % threads == index) find_rows(p);
+      if (args_.dx)
+        pack_column_bands(static_cast<const T*>(args_.lane[p].w_ih), args_.inputs, args_.depth,
+                          bands_ + p * width_ * args_.depth, index, threads);
+    }
+    me.publish(1);
+    me.wait_for_all(1);
+    for (int32_t p = 0; p < args_.lanes; ++p) {
+      weights(p, part_of(args_.depth, threads, index), scratch_ + index * scratch_of_one());
+      if (!args_.dx) continue;
+      if (p > 0) {  // lanes may add to the same rows
+        me.publish(1 + p);
+        me.wait_for_all(1 + p);
+      }
+      const Place* places = places_ + p * most_;
+      write_input_gradient(static_cast<T*>(args_.dx), args_.inputs,
+                           static_cast<const T*>(args_.du[p]), args_.depth,
+                           bands_ + p * width_ * args_.depth, part_of(live_rows(p), threads, index),
+                           args_.lanes > 1, [&](int64_t k) { return places[k].row; });
+    }
+  }
+
+  void find_rows(int32_t p) const {
+    const Rows& rows = args_.rows;
+    Place* to = places_ + p * most_;
+    const Range time = times(p);
+    for (int64_t t = time.begin; t < time.end; ++t)
+      for (int64_t i = 0; i < rows.live(t); ++i) {
+        const int64_t row = rows.row(t, i);
+        *to++ = {rows.packed() ? row * args_.x_row : t * args_.x_step + rows.slot(i) * args_.x_row,
+                 row};
+      }
+  }
+
+  void weights(int32_t p, Range gates, T* scratch) const {
+    const int64_t depth = live_rows(p), stride = args_.depth;
+    const T* du = static_cast<const T*>(args_.du[p]);
+    const T* dv = static_cast<const T*>(args_.dv[p]);
+    const Place* places = places_ + p * most_;
+    if (args_.dw_ih)
+      add_weight_gradient(
+          static_cast<T*>(args_.dw_ih[p]), args_.inputs, du, stride, gates, depth, scratch,
+          [&](int64_t column, auto width, T* band) {
+            constexpr int kWide = decltype(width)::value;
+            for (int64_t k = 0; k < depth; ++k)
+              for (int v = 0; v < kWide; ++v, band += kLanes)
+                store(band,
+                      load_as<V>(args_.x, places[k].x + column + v * kLanes,
+                                 live_lanes<T>(column + v * kLanes, args_.inputs), args_.storage));
+          });
+    if (args_.dw_hh) {
+      const T* previous = static_cast<const T*>(args_.previous[p]);
+      const int64_t Q = args_.recurrent;
+      add_weight_gradient(static_cast<T*>(args_.dw_hh[p]), Q, dv, stride, gates, depth, scratch,
+                          [&](int64_t column, auto width, T* band) {
+                            pack_columns(previous + column, Q, Q - column, depth, band,
+                                         decltype(width)::value);
+                          });
+    }
+    if (args_.db_ih) add_bias_gradient(static_cast<T*>(args_.db_ih[p]), du, stride, gates, depth);
+    if (args_.db_hh) add_bias_gradient(static_cast<T*>(args_.db_hh[p]), dv, stride, gates, depth);
+  }
+
+  int64_t scratch_of_one() const { return most_ * kBandVectors * kLanes; }
+
+  static constexpr int kLanes = lanes<V>();
+  const GradientArgs& args_;
+  const CpuPlan& plan_;
+  const int64_t width_;  // inputs, rounded up to whole vectors
+  int64_t most_ = 0;     // live rows of any lane
+  Arena arena_;
+  Progress* progress_ = nullptr;
+  Place* places_ = nullptr;
+  T* bands_ = nullptr;
+  T* scratch_ = nullptr;
+};
+
+}  // namespace FASTRNN_ISA
+}  // namespace fastrnn
