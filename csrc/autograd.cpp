@@ -1,5 +1,6 @@
 // Autograd of `scan`: in C++ because a call costs a fifth of what it costs from Python.
 #include <ATen/core/ivalue.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -86,6 +87,13 @@ std::optional<Tensor> optional(const Tensor& tensor) {
   return tensor.defined() ? std::optional<Tensor>(tensor) : std::nullopt;
 }
 
+// Whether vmap runs over gradients, as with is_grads_batched: plain operations can be batched.
+bool batched(const variable_list& grads) {
+  for (const Tensor& each : grads)
+    if (each.defined() && each.key_set().has(c10::DispatchKey::FuncTorchBatched)) return true;
+  return false;
+}
+
 class ScanFunction : public torch::autograd::Function<ScanFunction> {
  public:
   static variable_list forward(AutogradContext* ctx, const std::string& cell, const Sizes& sizes,
@@ -116,6 +124,8 @@ class ScanFunction : public torch::autograd::Function<ScanFunction> {
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    // Operands have their final dtypes, even where backward() is called within autocast.
+    c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const std::string cell = ctx->saved_data["cell"].toStringRef();
     const int64_t reverse = ctx->saved_data["reverse"].toInt();
     const auto counts = ctx->saved_data["sizes"].toIntVector();
@@ -138,7 +148,7 @@ class ScanFunction : public torch::autograd::Function<ScanFunction> {
     const Needs needs{wanted(0, 1),           wanted(w_ih, sizes.lanes), wanted(w_hh, sizes.lanes),
                       wanted(b, 2 * sizes.b), wanted(w_hr, sizes.w_hr),  wanted(s0, sizes.s0)};
     std::vector<Tensor> found;
-    if (at::GradMode::is_enabled()) {
+    if (at::GradMode::is_enabled() || batched(grads)) {
       found = python_differentiable_backward(in, incoming, needs);
     } else {
       at::AutoDispatchBelowADInplaceOrView below;

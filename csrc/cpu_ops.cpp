@@ -302,6 +302,18 @@ std::vector<Tensor> scan_backward_cpu(const ScanInputs& in, const Incoming& grad
                   y.scalar_type() == stored,
               "scan_backward: y and tape should be those of scan with tape=True, got ", y.sizes(),
               " and ", tape.sizes());
+  TORCH_CHECK(tape.is_cpu() && y.is_cpu(), "scan_backward: y and tape should be on the CPU");
+  TORCH_CHECK(!grads.dy.defined() || (grads.dy.sizes() == y.sizes() && grads.dy.is_cpu()),
+              "scan_backward: dy should be like y, ", y.sizes(), " on the CPU, got ",
+              grads.dy.sizes(), " on ", grads.dy.device());
+  TORCH_CHECK(static_cast<int32_t>(grads.dstates.size()) == cell.states,
+              "scan_backward: dstates should hold ", cell.states, " gradients or None, got ",
+              grads.dstates.size());
+  for (const Tensor& each : grads.dstates)
+    TORCH_CHECK(
+        !each.defined() || (each.sizes() == at::IntArrayRef({n.P, n.B, n.H}) && each.is_cpu()),
+        "scan_backward: the gradient of a state should be [", n.P, ", ", n.B, ", ", n.H,
+        "] on the CPU, got ", each.sizes(), " on ", each.device());
   const Operands operands(in, n, compute);
   const auto options = in.x.options().dtype(compute);
   const int64_t S = cell.states, depth = cell.gates * n.H;

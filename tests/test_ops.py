@@ -176,6 +176,48 @@ def test_backward_refuses_a_foreign_tape() -> None:
         scan_backward("gru", y, [None], *arguments[1:], y, tape, [True] * 6)
 
 
+def test_backward_refuses_gradients_that_do_not_fit() -> None:
+    arguments = call("lstm", False)
+    y, states, tape = scan(*arguments, tape=True)
+    for dy, dstates, match in [
+        (y[:1], [None, None], "dy should be like y"),
+        (y, [None], "dstates should hold 2"),
+        (y, [states[0][..., :1], None], "gradient of a state should be"),
+        (y, [None, torch.ones(1, 1, 1)], "gradient of a state should be"),
+    ]:
+        with pytest.raises(RuntimeError, match=match):
+            scan_backward("lstm", dy, dstates, *arguments[1:], y, tape, [True] * 6)
+
+
+@pytest.mark.parametrize("kernel", ["cpu", "reference"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_backward_within_autocast_is_that_without(layout: str, kernel: str) -> None:
+    gradients = []
+    for within in (False, True):
+        torch.manual_seed(0)
+        arguments = call("lstm", True, **LAYOUTS[layout]())
+        with kernels.use(kernel):
+            y, _, _ = scan(*arguments)
+            y.mul_(2)
+            with torch.autocast("cpu", torch.bfloat16, enabled=within):
+                y.sum().backward()
+        gradients.append([arguments[1].grad, *(w.grad for w in arguments[3])])
+    for plain, ours in zip(*gradients, strict=True):
+        assert torch.equal(plain, ours)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_batched_gradients(name: str) -> None:
+    arguments = call(name, True)
+    y, _, _ = scan(*arguments)
+    leaves = [arguments[1], *arguments[3]]
+    directions = torch.randn(3, *y.shape)
+    batched = torch.autograd.grad(y, leaves, directions, is_grads_batched=True, retain_graph=True)
+    apart = [torch.autograd.grad(y, leaves, d, retain_graph=True) for d in directions]
+    for ours, right in zip(batched, zip(*apart, strict=True), strict=True):
+        torch.testing.assert_close(ours, torch.stack(right), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_autocast_computes_in_its_dtype(name: str) -> None:
     arguments = call(name, True)
