@@ -90,7 +90,9 @@ std::optional<Tensor> optional(const Tensor& tensor) {
 // Whether vmap runs over gradients, as with is_grads_batched: plain operations can be batched.
 bool batched(const variable_list& grads) {
   for (const Tensor& each : grads)
-    if (each.defined() && each.key_set().has(c10::DispatchKey::FuncTorchBatched)) return true;
+    if (each.defined() && each.key_set().has_any(c10::DispatchKeySet(
+                              {c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Batched})))
+      return true;
   return false;
 }
 
