@@ -15,8 +15,8 @@ import torch
 __all__ = ["_C", "load"]
 
 _REMEDY = (
-    "Build it again for this torch: pip install --no-build-isolation --force-reinstall --no-deps "
-    "fastrnn, or in a source tree: python setup.py build_ext --inplace"
+    "Build it again for this torch, in the source folder: pip install --no-build-isolation "
+    "--no-deps --force-reinstall . (or, to use it there: python setup.py build_ext --inplace)"
 )
 
 
