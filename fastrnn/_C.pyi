@@ -1,10 +1,26 @@
 # What csrc/ops.cpp shows to Python.
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from torch import Tensor
 
 built_for: str
 
+def scan(
+    cell: str,
+    x: Tensor,
+    w_ih: Sequence[Tensor],
+    w_hh: Sequence[Tensor],
+    b_ih: Sequence[Tensor],
+    b_hh: Sequence[Tensor],
+    w_hr: Sequence[Tensor],
+    s0: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    reverse: int,
+) -> tuple[Tensor, list[Tensor]]: ...
 def isas() -> list[str]: ...
 def isa() -> str: ...
 def vector_bytes() -> int: ...

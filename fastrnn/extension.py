@@ -1,20 +1,22 @@
 """The compiled part, `_C`, or an explanation of why it cannot be loaded.
 
 torch's C++ interface changes between minor versions, so a build serves the one it was made with.
+Whoever needs the compiled part takes it from here: `from fastrnn.extension import _C`.
 """
 
 from __future__ import annotations
 
 import importlib
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 
-__all__ = ["load"]
+__all__ = ["_C", "load"]
 
 _REMEDY = (
-    "Build it again for this torch: pip install --no-build-isolation --force-reinstall --no-deps "
-    "fastrnn, or in a source tree: python setup.py build_ext --inplace"
+    "Build it again for this torch, in the source folder: pip install --no-build-isolation "
+    "--no-deps --force-reinstall . (or, to use it there: python setup.py build_ext --inplace)"
 )
 
 
@@ -45,3 +47,9 @@ def load() -> ModuleType:
 
 def _minor(version: str) -> list[str]:
     return version.split(".")[:2]
+
+
+if TYPE_CHECKING:
+    from fastrnn import _C
+else:
+    _C = load()

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastrnn import _C, cells, jit, kernels, plan
+from fastrnn import cells, jit, kernels, plan
 from fastrnn._version import __version__
+from fastrnn.extension import _C
 from fastrnn.modules import LSTM
 from fastrnn.plan import Device, Plan, Problem
 

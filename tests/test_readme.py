@@ -29,8 +29,8 @@ def test_support_matrix_is_what_the_command_prints() -> None:
 
 
 def test_switches_are_the_ones_read() -> None:
-    sources = [ROOT / "setup.py", *(ROOT / "fastrnn").glob("*.py")]
-    read = r"environ(?:\.get\(|\[)\s*[\"'](\w+)"
+    sources = [ROOT / "setup.py", *(ROOT / "fastrnn").glob("*.py"), *(ROOT / "csrc").glob("*.cpp")]
+    read = r"(?:environ(?:\.get\(|\[)\s*|getenv\()[\"'](\w+)"
     used = {name for s in sources for name in re.findall(read, s.read_text())}
     ours = {name for name in used if name.startswith("FASTRNN_")}
     assert ours == set(re.findall(r"FASTRNN_[A-Z]+", README))
