@@ -21,7 +21,7 @@ namespace {
 // Functions of fastrnn/kernels.py, set once on import. Leaked on purpose: no destructor may run
 // after the interpreter is gone.
 struct Callbacks {
-  py::object plan, forward, backward, differentiable_backward;
+  py::object plan, find, forward, backward, differentiable_backward;
 };
 Callbacks* callbacks = nullptr;
 
@@ -67,7 +67,14 @@ class WithAutograd {
 
 const CellFacts& known_cell(std::string_view name) {
   const CellFacts* cell = find_cell(std::string(name));
-  TORCH_CHECK(cell, "fastrnn: no cell is registered under '", name, "'");
+  if (!cell) {
+    // A program exported elsewhere knows cells that are declared but not yet compiled here.
+    py::gil_scoped_acquire gil;
+    python().find(std::string(name));
+    cell = find_cell(std::string(name));
+  }
+  TORCH_CHECK(cell, "fastrnn: no cell is registered under '", name,
+              "'; import the module that declares it before it is used");
   return *cell;
 }
 
@@ -91,8 +98,7 @@ const Choice& choose(const CellFacts& cell, const Problem& p) {
       py::arg("dtype") = c10::toString(p.dtype),
       py::arg("device") = c10::DeviceTypeName(p.device, /*lower_case=*/true),
       py::arg("tape") = p.tape, py::arg("backward") = p.backward,
-      py::arg("projected") = p.projected, py::arg("threads") = threads,
-      py::arg("compiled") = cell.compiled != nullptr);
+      py::arg("projected") = p.projected, py::arg("threads") = threads);
   auto [kernel, packed, lanes, slots, units, chunk_rows] =
       answer.cast<std::tuple<std::string, bool, int32_t, int32_t, int32_t, int64_t>>();
   return known.emplace(key, Choice{kernel, {packed, lanes, slots, units, chunk_rows}})
@@ -270,22 +276,16 @@ PYBIND11_MODULE(_C, m) {
   m.def("forget_plans", forget_plans);
   m.def("load_cells", load_cells, py::arg("path"), py::arg("symbol"));
   m.def(
-      "declare_cell",
-      [](const std::string& name, int32_t gates, int32_t states) {
-        declare_cell({name, gates, states, 0, 0, nullptr});
-      },
-      "Makes a cell known that only the reference can run.");
-  m.def(
       "cell_facts",
       [](const std::string& name) -> py::object {
         const CellFacts* cell = find_cell(name);
         if (!cell) return py::none();
-        return py::make_tuple(cell->gates, cell->states, cell->kept, cell->compiled != nullptr);
+        return py::make_tuple(cell->gates, cell->states, cell->kept);
       },
-      "(gates, states, kept values, whether compiled) of a cell, or None.");
-  m.def("set_callbacks", [](py::object plan, py::object forward, py::object backward,
+      "(gates, states, kept values) of a cell, or None.");
+  m.def("set_callbacks", [](py::object plan, py::object find, py::object forward, py::object backward,
                             py::object differentiable_backward) {
-    callbacks = new Callbacks{plan, forward, backward, differentiable_backward};
+    callbacks = new Callbacks{plan, find, forward, backward, differentiable_backward};
   });
 }
 

@@ -91,16 +91,6 @@ const CellFacts* find_cell(const std::string& name) {
   return found == all.cells.end() ? nullptr : &found->second;
 }
 
-void declare_cell(CellFacts facts) {
-  if (facts.gates < 1 || facts.gates > kMaxGates || facts.states < 1 || facts.states > kMaxStates)
-    throw std::invalid_argument("a cell has 1 to 16 gates and 1 to 8 states, got " +
-                                std::to_string(facts.gates) + " and " +
-                                std::to_string(facts.states));
-  Registry& all = registry();
-  std::unique_lock lock(all.mutex);
-  all.cells.try_emplace(facts.name, facts);
-}
-
 void load_cells(const std::string& path, const std::string& symbol) {
   void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (!library) throw std::runtime_error(dlerror());

@@ -9,7 +9,7 @@
 
 namespace fastrnn {
 
-// What the op must know about a cell; `compiled` is null where there is no code for it.
+// What the op must know about a cell.
 struct CellFacts {
   std::string name;
   int32_t gates = 0;
@@ -26,8 +26,6 @@ struct CellFacts {
 
 // The facts of a cell, or null. The pointer stays valid for good.
 const CellFacts* find_cell(const std::string& name);
-// Makes a cell known that has no compiled code.
-void declare_cell(CellFacts facts);
 // Adds the cells of a shared library; throws std::runtime_error when it cannot be loaded.
 void load_cells(const std::string& path, const std::string& symbol);
 

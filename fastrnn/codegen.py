@@ -21,7 +21,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import CodeType
 from typing import Any
 
 import torch
@@ -117,8 +116,9 @@ def derive(cell: Cell) -> Derived:
 
 @functools.cache
 def _derive(cell: Cell) -> Derived | Underivable:
-    # A new thread has none of the caller's modes: autocast, fake tensors, functorch levels.
-    with ThreadPoolExecutor(1) as alone:
+    # A new thread has none of the caller's modes: autocast, fake tensors, functorch levels. Random
+    # numbers that the cell draws while it is traced are not missing later.
+    with ThreadPoolExecutor(1) as alone, torch.random.fork_rng(devices=[]):
         try:
             return alone.submit(_derive_here, cell).result()
         except Underivable as reason:
@@ -514,27 +514,12 @@ def _cost(roots: Sequence[Expr]) -> str:
 def key(cell: Cell) -> str:
     """The name under which the kernels know a cell.
 
-    Built-in cells keep theirs. Others get a digest of what was derived from them, or of their byte
-    code where nothing could be, so that a cell declared anew never meets old code.
+    Built-in cells keep theirs. Others get a digest of what was derived from them, so that a cell
+    declared anew never meets old code.
+
+    Raises:
+        Underivable: see `derive`.
     """
     if cell.name in cells._built_in and cells.get(cell.name) == cell:
         return cell.name
-    try:
-        text = cpp(derive(cell))
-    except Underivable:
-        text = repr((cell.gates, cell.states, _code(cell.function)))
-    return f"{cell.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-
-def _code(function: Any) -> Any:
-    """What decides a function's behaviour, without addresses."""
-    code: CodeType | None = getattr(function, "__code__", None)
-    if code is None:
-        return repr(function)
-
-    def content(code: CodeType) -> Any:
-        constants = [content(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
-        return code.co_code, code.co_names, constants
-
-    captured = [repr(c.cell_contents) for c in function.__closure__ or ()]
-    return content(code), captured, repr(function.__defaults__)
+    return f"{cell.name}-{hashlib.sha256(cpp(derive(cell)).encode()).hexdigest()[:8]}"

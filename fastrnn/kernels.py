@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastrnn import _C, cells, codegen, jit, plan, reference
+from fastrnn import cells, codegen, jit, plan, reference
 from fastrnn.cells import Cell
+from fastrnn.extension import _C
 
 __all__ = ["device", "prepare", "use"]
 
@@ -70,33 +71,74 @@ def use(kernel: str) -> Iterator[None]:
         _C.forget_plans()
 
 
-def prepare(cell: Cell) -> str:
-    """The name under which the op knows `cell`; a user's cell is derived and compiled first."""
-    key = _keys.get(cell)
-    if key is not None:
-        return key
+@torch.compiler.assume_constant_result
+def prepare(cell: Cell) -> str | None:
+    """The name under which the op knows `cell`, or None where only the reference can run it.
+
+    A user's cell is derived and compiled on its first use. Where that cannot be, a warning says why.
+
+    Raises:
+        plan.KernelRefused: for such a cell, when a kernel was asked for by name.
+    """
+    found = _keys.get(cell) or _prepare(cell)
+    if found.startswith("!"):
+        forced = device().forced
+        if forced not in (None, "reference"):
+            raise plan.KernelRefused(f"kernel {forced!r} was asked for but refuses: {found[1:]}")
+        return None
+    return found
+
+
+def _prepare(cell: Cell) -> str:
+    """The cell's key, or "!" and the reason why it has none; remembered."""
     with _preparing:
         if cell not in _keys:
-            _keys[cell] = _load(cell)
+            try:
+                _keys[cell] = _load(cell)
+            except (codegen.Underivable, jit.CompilationFailed) as error:
+                _keys[cell] = f"!cell {cell.name!r} is not compiled: {error}"
+                warnings.warn(
+                    f"cell {cell.name!r} runs as a loop of torch operations, many times slower "
+                    f"than compiled: {error}",
+                    UserWarning,
+                    stacklevel=_callers_level(),
+                )
         return _keys[cell]
 
 
 def _load(cell: Cell) -> str:
     key = codegen.key(cell)
+    if _C.cell_facts(key) is None:
+        derived = codegen.derive(cell)
+        library = jit.compile_cell(derived, key)
+        try:
+            _C.load_cells(str(library), jit.SYMBOL)
+        except RuntimeError as damaged:
+            library = jit.compile_cell(derived, key, fresh=True)
+            try:
+                _C.load_cells(str(library), jit.SYMBOL)
+            except RuntimeError:
+                raise jit.CompilationFailed(f"it cannot be loaded: {damaged}") from damaged
     _prepared[key] = cell
-    if _C.cell_facts(key) is not None:
-        return key
-    try:
-        _C.load_cells(str(jit.compile_cell(codegen.derive(cell), key)), jit.SYMBOL)
-    except (codegen.Underivable, jit.CompilationFailed) as error:
-        _C.declare_cell(key, len(cell.gates), len(cell.states))
-        warnings.warn(
-            f"cell {cell.name!r} runs as a loop of torch operations, many times slower than "
-            f"compiled: {error}",
-            UserWarning,
-            stacklevel=4,
-        )
     return key
+
+
+def _callers_level() -> int:
+    """`stacklevel` of the first frame that belongs neither to this package nor to torch."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in (
+        "fastrnn",
+        "torch",
+    ):
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+def _find(key: str) -> None:
+    """Prepare the declared cell that an exported program knows by `key`, if there is one."""
+    name, _, digest = key.rpartition("-")
+    if digest and name in cells.names():
+        prepare(cells.get(name))
 
 
 def device(kind: str = "cpu", threads: int | None = None, compiled: bool = True) -> plan.Device:
@@ -126,11 +168,10 @@ def _plan(
     dtype: str,
     device: str,
     threads: int,
-    compiled: bool,
     **rest: Any,
 ) -> tuple[str, bool, int, int, int, int]:
     problem = plan.Problem(dtype=_DTYPES.get(dtype, dtype), **rest)
-    machine = _device(device, threads, compiled)
+    machine = _device(device, threads)
     chosen = plan.choose(problem, machine)
     if "plan" in os.environ.get("FASTRNN_LOG", "") and (problem, machine) not in _logged:
         _logged.add((problem, machine))
@@ -150,7 +191,7 @@ def _reference_forward(
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     call = _Call(*inputs)
     cell, x = _prepared[call.cell], call.x
-    _, states, kept, _ = _C.cell_facts(call.cell)
+    _, states, kept = _C.cell_facts(call.cell)
     hidden = call.w_hh[0].size(0) // len(cell.gates)
     rows = x.shape[:-1].numel() if tape else 0
     layout = x.new_zeros(rows, len(call.w_hh), states - 1 + kept, hidden)
@@ -241,4 +282,4 @@ def _gradients(
 
 
 _device = device  # `_plan` takes an argument of that name
-_C.set_callbacks(_plan, _reference_forward, _reference_backward, _differentiable_backward)
+_C.set_callbacks(_plan, _find, _reference_forward, _reference_backward, _differentiable_backward)

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import has_torch_function
 
-from fastrnn import _C, kernels, reference
+from fastrnn import kernels, reference
 from fastrnn.cells import Cell
+from fastrnn.extension import _C
 
 __all__ = ["scan"]
 
@@ -43,18 +44,15 @@ def scan(
         RuntimeError: for shapes, dtypes or devices that do not fit together.
         fastrnn.plan.KernelRefused: when a kernel was asked for by name and cannot run this.
     """
+    arguments = (x, w_ih, w_hh, b_ih, b_hh, w_hr, s0, batch_sizes, lengths, resets, reverse)
+    key = kernels.prepare(cell)
     if torch.compiler.is_compiling() or has_torch_function((x, *w_ih, *w_hh, *s0)):
-        y, states, _ = torch.ops.fastrnn.scan.default(
-            *(kernels.prepare(cell), x, w_ih, w_hh, b_ih, b_hh, w_hr, s0),
-            *(batch_sizes, lengths, resets, reverse),
-        )
-        return y, states
-    run = reference.scan if _transformed() else _scan
-    return run(cell, x, w_ih, w_hh, b_ih, b_hh, w_hr, s0, batch_sizes, lengths, resets, reverse)
-
-
-def _scan(cell: Cell, *arguments: Any) -> tuple[Tensor, list[Tensor]]:
-    return _C.scan(kernels.prepare(cell), *arguments)
+        if key is not None:
+            y, states, _ = torch.ops.fastrnn.scan.default(key, *arguments)
+            return y, states
+    elif key is not None and not _transformed():
+        return _C.scan(key, *arguments)
+    return _as_operations(cell, *arguments)
 
 
 def _transformed() -> bool:
@@ -62,6 +60,27 @@ def _transformed() -> bool:
     return (
         torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
     )
+
+
+def _as_operations(cell: Cell, x: Tensor, *arguments: Any) -> tuple[Tensor, list[Tensor]]:
+    """The reference, with operands in autocast's dtype as the op has them (`csrc/ops.cpp`)."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind):
+        return reference.scan(cell, x, *arguments)
+    *lists, batch_sizes, lengths, resets, reverse = arguments
+    state = lists[-1][0] if lists[-1] else x
+    stays = kind == "cpu" and cell.name == "gru" and state.dtype == torch.float32
+    dtype = torch.float32 if stays else torch.get_autocast_dtype(kind)
+    with torch.autocast(kind, enabled=False):
+        return reference.scan(
+            cell,
+            x.to(dtype),
+            *([t.to(dtype) for t in tensors] for tensors in lists),
+            batch_sizes,
+            lengths,
+            resets,
+            reverse,
+        )
 
 
 @torch.library.register_fake("fastrnn::scan")
@@ -80,7 +99,7 @@ def _scan_fake(
     reverse: int,
     tape: bool = False,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    gates, states, kept, _ = _C.cell_facts(cell)
+    gates, states, kept = _C.cell_facts(cell)
     lanes, hidden = len(w_hh), w_hh[0].size(0) // gates
     recurrent = w_hr[0].size(0) if w_hr else hidden
     batch = s0[0].size(1) if s0 else x.size(-2)
