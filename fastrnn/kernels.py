@@ -75,7 +75,7 @@ def use(kernel: str) -> Iterator[None]:
 def prepare(cell: Cell) -> str | None:
     """The name under which the op knows `cell`, or None where only the reference can run it.
 
-    A user's cell is derived and compiled on its first use. Where that cannot be, a warning says why.
+    A user's cell is derived and compiled on its first use; if that fails, a warning says why.
 
     Raises:
         plan.KernelRefused: for such a cell, when a kernel was asked for by name.
