@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import platform
 import time
 from collections.abc import Sequence
@@ -86,7 +85,7 @@ def collect() -> Facts:
         instruction_set=_C.isa(),
         gpus=[torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())],
         compiler=_compiler(),
-        compiled_cells=str(jit._cache(os.environ.get("FASTRNN_CACHE", ""))),
+        compiled_cells=str(jit.cache_folder()),
         kernels=_usable_kernels(),
         self_check=self_check(),
     )
