@@ -91,7 +91,8 @@ const Choice& choose(const CellFacts& cell, const Problem& p) {
       py::arg("dtype") = c10::toString(p.dtype),
       py::arg("device") = c10::DeviceTypeName(p.device, /*lower_case=*/true),
       py::arg("tape") = p.tape, py::arg("backward") = p.backward,
-      py::arg("projected") = p.projected, py::arg("threads") = threads,
+      py::arg("projected") = p.projected, py::arg("projectable") = cell.projectable(),
+      py::arg("threads") = threads,
       py::arg("compiled") = cell.compiled != nullptr);
   auto [kernel, packed, lanes, slots, units, chunk_rows] =
       answer.cast<std::tuple<std::string, bool, int32_t, int32_t, int32_t, int64_t>>();
