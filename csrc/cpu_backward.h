@@ -1,8 +1,9 @@
 // The backward sweep on a CPU: one stretch of steps, from its end.
 //
 // Per step: the cell's derivative for every unit gives du and dv, then dh = dv * w_hh. Every thread
-// owns a lane, a range of slots and a range of units; threads that share slots need each other's
-// dv once per step. Sums run over the gates in one order whatever the split, so the result does
+// owns a lane, a range of slots, a range of units and one of the columns of h; threads that share
+// slots need each other's dv once per step. A projected output comes before that: dm = dh * w_hr
+// needs the others' dh. Sums run over the gates in one order whatever the split, so the result does
 // not depend on it.
 #pragma once
 
@@ -22,14 +23,17 @@ class Backward {
   using V = Vec<T>;
   static constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kKept;
   static constexpr int kLanes = lanes<V>();
-  static constexpr int kVectors = 4;  // vectors of units in a band of columns of w_hh
-  static constexpr int kUnits = kVectors * kLanes;
-  static constexpr int kRows = tile_rows(kVectors);
-  static constexpr int kTape = S - 1 + K;
+
+  // One row at one step of a lane, and where the state before it is.
+  struct Place {
+    int64_t b, row, earlier;  // batch index, row of y and tape, and the row a step earlier
+    int64_t out;              // row of the outputs
+    bool cut, continues;
+  };
 
  public:
   static bool run(const BackwardArgs& args, const CpuPlan& plan) {
-    if (args.rows.batch == 0 || args.hidden == 0) return true;
+    if (args.rows.batch == 0 || args.hidden + args.recurrent == 0) return true;
     Backward sweep(args, plan);
     if (!sweep.allocate()) return false;
     if (run_team(plan.threads(), [&](int32_t index) { sweep.thread(index); })) return true;
@@ -43,7 +47,9 @@ class Backward {
       : args_(args),
         plan_(plan),
         vectors_((args.hidden + kLanes - 1) / kLanes),
-        depth_(G * args.hidden) {
+        columns_((args.recurrent + kLanes - 1) / kLanes),
+        depth_(G * args.hidden),
+        tape_(S - 1 + K + args.projected) {
     const int64_t first = args.begin, last = args.end - 1;
     const Rows& rows = args.rows;
     for (int32_t p = 0; p < args.lanes; ++p) {
@@ -62,22 +68,38 @@ class Backward {
   }
 
   void place() {
+    const int64_t units = vectors_ * kLanes, columns = columns_ * kLanes;
     progress_ = arena_.take<Progress>(plan_.threads());
-    bands_ = arena_.take<T>(args_.lanes * band_offset(vectors_));
+    w_hh_ = arena_.take<T>(args_.lanes * columns * depth_);
+    w_hr_ = arena_.take<T>(projected() ? args_.lanes * units * args_.recurrent : 0);
+    dm_ = arena_.take<T>(projected() ? args_.lanes * args_.rows.batch * units : 0);
   }
 
-  // A thread's units as whole bands, then single vectors; where vector `v`'s weights begin.
-  int64_t band_offset(int64_t v) const { return v * kLanes * depth_; }
+  bool projected() const { return Cell::kProjectable && __builtin_expect(args_.projected, false); }
+  T* w_hh(int64_t p) const { return w_hh_ + p * columns_ * kLanes * depth_; }
+  T* w_hr(int64_t p) const { return w_hr_ + p * vectors_ * kLanes * args_.recurrent; }
+  T* dm(int64_t p, int64_t i) const { return dm_ + (p * args_.rows.batch + i) * vectors_ * kLanes; }
 
   void thread(int32_t index) const {
     Member me(progress_, plan_, index);
     const Rows& rows = args_.rows;
     const Range own = part_of(args_.lanes, plan_.split_lanes, me.lane);
     const Range units = part_of(vectors_, plan_.split_units, me.unit);
-    for (int64_t p = own.begin; p < own.end; ++p) pack(p, units, me.slot);
-    me.publish(1);
-    me.wait_for_all(1);
+    const Range columns = part_of(columns_, plan_.split_units, me.unit);
+    for (int64_t p = own.begin; p < own.end; ++p) {
+      pack(args_.lane[p].w_hh, args_.recurrent, depth_, columns, me.slot, w_hh(p));
+      if (projected())
+        pack(args_.lane[p].w_hr, args_.hidden, args_.recurrent, units, me.slot, w_hr(p));
+    }
     int64_t done = 1;
+    me.publish(done);
+    me.wait_for_all(done);
+    const auto meet = [&] {
+      ++done;
+      if (me.alone()) return;
+      me.publish(done);
+      me.wait_for_peers(done);
+    };
     for (int64_t p = own.begin; p < own.end; ++p) {
       const bool reverse = args_.lane[p].reverse;
       const int64_t a = rows.time(args_.begin, reverse), b = rows.time(args_.end - 1, reverse);
@@ -86,128 +108,153 @@ class Backward {
       for (int64_t step = args_.end - 1; step >= args_.begin; --step) {
         const int64_t t = rows.time(step, reverse);
         const int64_t last = slots.end < rows.live(t) ? slots.end : rows.live(t);
-        for (int64_t i = slots.begin; i < last; ++i) differentiate(p, step, t, i, units);
-        ++done;
-        if (!me.alone()) {
-          me.publish(done);
-          me.wait_for_peers(done);
+        if (projected()) {
+          for (int64_t i = slots.begin; i < last; ++i) arrive(p, step, t, i, columns);
+          meet();
+          if (last > slots.begin) unproject(p, t, {slots.begin, last}, units);
         }
-        if (last > slots.begin) propagate(p, step, t, {slots.begin, last}, units);
+        for (int64_t i = slots.begin; i < last; ++i) differentiate(p, step, t, i, units);
+        meet();
+        if (last > slots.begin) propagate(p, step, t, {slots.begin, last}, columns);
       }
     }
   }
 
-  // Calls f(vector, constant number of vectors) over the bands of [units.begin, units.end).
-  template <class F>
-  FASTRNN_INLINE void for_each_band(Range units, const F& f) const {
-    int64_t v = units.begin;
-    for (; v + kVectors <= units.end; v += kVectors) f(v, Constant<kVectors>{});
-    for (; v < units.end; ++v) f(v, Constant<1>{});
+  // Own bands of the columns of w [depth, width]; threads that own the same take turns.
+  void pack(const void* w, int64_t width, int64_t depth, Range own, int32_t turn, T* out) const {
+    int64_t band = 0;
+    for_each_band(own.begin, own.end, [&](int64_t v, auto count) {
+      if (band++ % plan_.split_slots != turn) return;
+      const int64_t column = v * kLanes;
+      pack_columns(static_cast<const T*>(w) + column, width, width - column, depth,
+                   out + column * depth, decltype(count)::value);
+    });
   }
 
-  void pack(int64_t p, Range units, int32_t turn) const {
-    const T* w = static_cast<const T*>(args_.lane[p].w_hh);
-    T* out = bands_ + p * band_offset(vectors_);
-    int64_t band = 0;
-    for_each_band(units, [&](int64_t v, auto width) {
-      if (band++ % plan_.split_slots != turn) return;
-      pack_columns(w + v * kLanes, args_.hidden, args_.hidden - v * kLanes, depth_,
-                   out + band_offset(v), decltype(width)::value);
-    });
+  FASTRNN_INLINE Place locate(int64_t p, int64_t step, int64_t t, int64_t i) const {
+    const Rows& rows = args_.rows;
+    const bool reverse = args_.lane[p].reverse, continues = rows.continues(step, i, reverse);
+    const int64_t P = args_.lanes;
+    return {rows.slot(i),
+            rows.row(t, i) * P + p,
+            continues ? rows.row(rows.time(step - 1, reverse), i) * P + p : 0,
+            rows.compact_row(t, i) - origin_[reverse],
+            rows.cut_before(step, i, reverse),
+            continues};
+  }
+
+  FASTRNN_INLINE V state_before(const Lane& lane, int s, const Place& at, int64_t unit,
+                                int n) const {
+    const int64_t H = args_.hidden, Q = args_.recurrent;
+    if (at.cut) return splat<V>(0);
+    if (!at.continues)
+      return lane.s0[s] ? load_as<V>(lane.s0[s], at.b * (s ? H : Q) + unit, n, args_.storage)
+                        : splat<V>(0);
+    if (s == 0) return load_as<V>(args_.y, at.earlier * Q + unit, n, args_.storage);
+    return load_as<V>(args_.tape, (at.earlier * tape_ + s - 1) * H + unit, n, args_.storage);
+  }
+
+  // The whole gradient of a projected state 0, all of which goes on to dm; and the state before.
+  void arrive(int64_t p, int64_t step, int64_t t, int64_t i, Range columns) const {
+    const int64_t Q = args_.recurrent;
+    const Place at = locate(p, step, t, i);
+    T* dh = static_cast<T*>(args_.dh[p]) + at.out * Q;
+    T* previous = static_cast<T*>(args_.previous[p]) + at.out * Q;
+    T* ds = static_cast<T*>(args_.ds[p * S]) + at.b * Q;
+    for (int64_t column = columns.begin * kLanes; column < columns.end * kLanes; column += kLanes) {
+      const int n = within<V>(column, Q);
+      V gradient = load<V>(ds + column, n);
+      if (args_.dy)
+        gradient = gradient + load_as<V>(args_.dy, at.row * Q + column, n, args_.storage);
+      store(dh + column, gradient, n);
+      store(ds + column, splat<V>(0), n);
+      store(previous + column, state_before(args_.lane[p], 0, at, column, n), n);
+    }
+  }
+
+  // dm = dh * w_hr
+  void unproject(int64_t p, int64_t t, Range slots, Range units) const {
+    const int64_t Q = args_.recurrent, first = args_.rows.compact_row(t, slots.begin);
+    const T* dh = static_cast<const T*>(args_.dh[p]) + (first - origin_[args_.lane[p].reverse]) * Q;
+    multiply_bands(dh, Q, slots.size(), w_hr(p), Q, units.begin, units.end,
+                   [&](int64_t r, int64_t vector, V sum) __attribute__((always_inline)) {
+                     store(dm(p, slots.begin + r) + vector * kLanes, sum);
+                   });
   }
 
   // du, dv and the gradients that reach the previous states without passing w_hh.
   void differentiate(int64_t p, int64_t step, int64_t t, int64_t i, Range units) const {
-    const Rows& rows = args_.rows;
     const Lane& lane = args_.lane[p];
-    const int64_t H = args_.hidden, P = args_.lanes, b = rows.slot(i);
-    const int64_t row = rows.row(t, i) * P + p;
-    const bool cut = rows.cut_before(step, i, lane.reverse);
-    const bool continues = rows.continues(step, i, lane.reverse);
-    const int64_t earlier = continues ? rows.row(rows.time(step - 1, lane.reverse), i) * P + p : 0;
-    const int64_t out = rows.compact_row(t, i) - origin_[lane.reverse];
-    T* du = static_cast<T*>(args_.du[p]) + out * depth_;
-    T* dv = static_cast<T*>(args_.dv[p]) + out * depth_;
-    T* previous = static_cast<T*>(args_.previous[p]) + out * H;
+    const int64_t H = args_.hidden;
+    const Place at = locate(p, step, t, i);
+    T* du = static_cast<T*>(args_.du[p]) + at.out * depth_;
+    T* dv = static_cast<T*>(args_.dv[p]) + at.out * depth_;
 
-    for (int64_t vector = units.begin; vector < units.end; ++vector) {
-      const int64_t unit = vector * kLanes;
-      const int n = static_cast<int>(H - unit < kLanes ? H - unit : kLanes);
+    for (int64_t unit = units.begin * kLanes; unit < units.end * kLanes; unit += kLanes) {
+      const int n = within<V>(unit, H);
       V kept[K + 1], before[S], next[S], dnext[S], gates_u[G], gates_v[G], dbefore[S];
-      const int64_t tape = row * kTape * H + unit;
-      next[0] = load_as<V>(args_.y, row * H + unit, n, args_.storage);
-      for (int s = 1; s < S; ++s)
-        next[s] = load_as<V>(args_.tape, tape + (s - 1) * H, n, args_.storage);
-      for (int k = 0; k < K; ++k)
-        kept[k] = load_as<V>(args_.tape, tape + (S - 1 + k) * H, n, args_.storage);
-      for (int s = 0; s < S; ++s) {
-        if (cut)
-          before[s] = splat<V>(0);
-        else if (!continues)
-          before[s] =
-              lane.s0[s] ? load_as<V>(lane.s0[s], b * H + unit, n, args_.storage) : splat<V>(0);
-        else if (s == 0)
-          before[s] = load_as<V>(args_.y, earlier * H + unit, n, args_.storage);
-        else
-          before[s] =
-              load_as<V>(args_.tape, (earlier * kTape + s - 1) * H + unit, n, args_.storage);
-        dnext[s] = load<V>(static_cast<const T*>(args_.ds[p * S + s]) + b * H + unit, n);
+      const auto taped = [&](int value) {
+        return load_as<V>(args_.tape, (at.row * tape_ + value) * H + unit, n, args_.storage);
+      };
+      const auto carried = [&](int s) {
+        return static_cast<T*>(args_.ds[p * S + s]) + at.b * H + unit;
+      };
+      if (projected()) {
+        before[0] = splat<V>(0);  // not read
+        next[0] = taped(S - 1 + K);
+        dnext[0] = load<V>(dm(p, i) + unit);
+      } else {
+        before[0] = state_before(lane, 0, at, unit, n);
+        next[0] = load_as<V>(args_.y, at.row * H + unit, n, args_.storage);
+        dnext[0] = load<V>(carried(0), n);
+        if (args_.dy)
+          dnext[0] = dnext[0] + load_as<V>(args_.dy, at.row * H + unit, n, args_.storage);
+        store(static_cast<T*>(args_.previous[p]) + at.out * H + unit, before[0], n);
       }
-      if (args_.dy) dnext[0] = dnext[0] + load_as<V>(args_.dy, row * H + unit, n, args_.storage);
+      for (int s = 1; s < S; ++s) {
+        before[s] = state_before(lane, s, at, unit, n);
+        next[s] = taped(s - 1);
+        dnext[s] = load<V>(carried(s), n);
+      }
+      for (int k = 0; k < K; ++k) kept[k] = taped(S - 1 + k);
       Cell::backward(kept, before, next, dnext, gates_u, gates_v, dbefore);
 
       for (int g = 0; g < G; ++g) {
         store(dv + g * H + unit, gates_v[g], n);
         if constexpr (!all_tied<Cell>()) store(du + g * H + unit, gates_u[g], n);
       }
-      store(previous + unit, before[0], n);
-      for (int s = 0; s < S; ++s)
-        store(static_cast<T*>(args_.ds[p * S + s]) + b * H + unit, cut ? splat<V>(0) : dbefore[s],
-              n);
+      if (!projected()) store(carried(0), at.cut ? splat<V>(0) : dbefore[0], n);
+      for (int s = 1; s < S; ++s) store(carried(s), at.cut ? splat<V>(0) : dbefore[s], n);
     }
   }
 
   // ds0 += dv * w_hh, but nothing into a step before a cut.
-  void propagate(int64_t p, int64_t step, int64_t t, Range slots, Range units) const {
+  void propagate(int64_t p, int64_t step, int64_t t, Range slots, Range columns) const {
     const Rows& rows = args_.rows;
     const bool reverse = args_.lane[p].reverse;
-    const int64_t H = args_.hidden;
-    const T* bands = bands_ + p * band_offset(vectors_);
+    const int64_t Q = args_.recurrent;
     const T* dv = static_cast<const T*>(args_.dv[p]) +
                   (rows.compact_row(t, slots.begin) - origin_[reverse]) * depth_;
     T* ds = static_cast<T*>(args_.ds[p * S]);
-    for_each_band(units, [&](int64_t vector, auto width) {
-      constexpr int kWide = decltype(width)::value;
-      for_each_tile<kRows>(slots.size(), [&](int64_t first, auto count) {
-        constexpr int kTile = decltype(count)::value;
-        V acc[kTile][kWide];
-        const T* from[kTile];
-        for (int r = 0; r < kTile; ++r) {
-          from[r] = dv + (first + r) * depth_;
-          for (int v = 0; v < kWide; ++v) acc[r][v] = splat<V>(0);
-        }
-        multiply<kTile, kWide, T>(acc, bands + band_offset(vector), from, 0, depth_);
-        for (int r = 0; r < kTile; ++r) {
-          const int64_t i = slots.begin + first + r;
-          if (rows.cut_before(step, i, reverse)) continue;
-          for (int v = 0; v < kWide; ++v) {
-            const int64_t unit = (vector + v) * kLanes;
-            const int n = static_cast<int>(H - unit < kLanes ? H - unit : kLanes);
-            T* to = ds + rows.slot(i) * H + unit;
-            store(to, load<V>(to, n) + acc[r][v], n);
-          }
-        }
-      });
-    });
+    multiply_bands(dv, depth_, slots.size(), w_hh(p), depth_, columns.begin, columns.end,
+                   [&](int64_t r, int64_t vector, V sum) __attribute__((always_inline)) {
+                     const int64_t i = slots.begin + r, column = vector * kLanes;
+                     if (rows.cut_before(step, i, reverse)) return;
+                     const int n = within<V>(column, Q);
+                     T* to = ds + rows.slot(i) * Q + column;
+                     store(to, load<V>(to, n) + sum, n);
+                   });
   }
 
   const BackwardArgs& args_;
   const CpuPlan& plan_;
-  const int64_t vectors_, depth_;
-  int64_t origin_[2] = {};  // first compact row of the stretch, forward and reverse
+  const int64_t vectors_, columns_;  // vectors of units, and of the columns of h
+  const int64_t depth_, tape_;       // gates, and values on the tape, of a row
+  int64_t origin_[2] = {};           // first compact row of the stretch, forward and reverse
   Arena arena_;
   Progress* progress_ = nullptr;
-  T* bands_ = nullptr;
+  T *w_hh_ = nullptr, *w_hr_ = nullptr;  // [P], bands of columns
+  T* dm_ = nullptr;                      // [P][B][padded H]
 };
 
 }  // namespace FASTRNN_ISA

@@ -2,7 +2,9 @@
 //
 // Every thread owns a lane, a range of slots and a range of panels of units. Per chunk of steps it
 // projects its rows onto its panels (u stays in cache and never exists whole), then walks the
-// steps. Threads that share slots exchange h once per step: two buffers of h, one counter each.
+// steps. Threads that share slots exchange h once per step: two buffers of h, one counter each. A
+// projected output takes two exchanges: the cell's m, then h = m * w_hr^T, of which a thread owns a
+// range of columns.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +28,6 @@ class Forward {
   static constexpr int kUnits = kUnitVectors * kLanes;     // units in a panel
   static constexpr int kWidth = kVectors * kLanes;         // numbers in a panel's row
   static constexpr int kRows = tile_rows(kVectors);
-  static constexpr int kTape = S - 1 + K;
 
   // What the threads of one lane share.
   struct Shared {
@@ -34,6 +35,7 @@ class Forward {
     T *bias_u, *bias_v;  // packed [panel][kWidth]; v's for gates that are not tied
     T* h[2];             // [B][padded H], read at even and odd steps
     T* s[S];             // states past the first, [B][padded H]
+    T *w_hr, *m;         // bands of w_hr^T, and what goes through them, [B][padded H]
   };
   // What a thread has for itself, for one chunk.
   struct Scratch {
@@ -41,10 +43,16 @@ class Forward {
     const T** x;   // [rows]
     T* converted;  // [rows][I], where x is stored in 16 bits
   };
+  // A thread's part of every step; numbers past the width of a state are padding.
+  struct Share {
+    Range panels, units;  // panels * kUnits
+    Range columns;        // of h: the units, unless it is projected
+    Range slots;
+  };
 
  public:
   static bool run(const ForwardArgs& args, const CpuPlan& plan) {
-    if (args.rows.batch == 0 || args.hidden == 0) return true;
+    if (args.rows.batch == 0 || args.hidden + args.recurrent == 0) return true;
     Forward sweep(args, plan);
     if (!sweep.allocate()) return false;
     if (run_team(plan.threads(), [&](int32_t index) { sweep.thread(index); })) return true;
@@ -58,7 +66,12 @@ class Forward {
       : args_(args),
         plan_(plan),
         panels_((args.hidden + kUnits - 1) / kUnits),
-        padded_(panels_ * kUnits) {}
+        padded_(panels_ * kUnits),
+        columns_((args.recurrent + kLanes - 1) / kLanes),
+        padded_h_(projected() ? columns_ * kLanes : padded_),
+        tape_(S - 1 + K + args.projected) {}
+
+  bool projected() const { return Cell::kProjectable && __builtin_expect(args_.projected, false); }
 
   bool allocate() {
     place();
@@ -69,7 +82,7 @@ class Forward {
   }
 
   void place() {
-    const int64_t B = args_.rows.batch, I = args_.inputs, H = args_.hidden;
+    const int64_t B = args_.rows.batch, I = args_.inputs, Q = args_.recurrent;
     const int64_t own_panels = (panels_ + plan_.split_units - 1) / plan_.split_units;
     progress_ = arena_.take<Progress>(plan_.threads());
     shared_ = arena_.take<Shared>(args_.lanes);
@@ -77,11 +90,14 @@ class Forward {
     for (int32_t p = 0; p < args_.lanes; ++p) {
       Shared lane;
       lane.w_ih = arena_.take<T>(plan_.packed_weights ? panels_ * I * kWidth : 0);
-      lane.w_hh = arena_.take<T>(plan_.packed_weights ? panels_ * H * kWidth : 0);
+      lane.w_hh = arena_.take<T>(plan_.packed_weights ? panels_ * Q * kWidth : 0);
       lane.bias_u = arena_.take<T>(panels_ * kWidth);
       lane.bias_v = arena_.take<T>(panels_ * kWidth);
-      for (T*& h : lane.h) h = arena_.take<T>(B * padded_);
+      for (T*& h : lane.h) h = arena_.take<T>(B * padded_h_);
       for (int s = 1; s < S; ++s) lane.s[s] = arena_.take<T>(B * padded_);
+      const bool bands = projected() && plan_.packed_weights;
+      lane.w_hr = arena_.take<T>(bands ? padded_h_ * args_.hidden : 0);
+      lane.m = arena_.take<T>(projected() ? B * padded_ : 0);
       if (arena_.ready()) shared_[p] = lane;
     }
     for (int32_t i = 0; i < plan_.threads(); ++i) {
@@ -103,34 +119,47 @@ class Forward {
   void thread(int32_t index) const {
     Member me(progress_, plan_, index);
     const Range own = part_of(args_.lanes, plan_.split_lanes, me.lane);
-    const Range panels = part_of(panels_, plan_.split_units, me.unit);
-    const Range slots = slots_of(args_.rows, 0, args_.rows.steps, plan_.split_slots, me.slot);
-    for (int64_t p = own.begin; p < own.end; ++p)
-      pack(args_.lane[p], shared_[p], panels, slots, me.slot);
+    const Share share = share_of(me);
+    for (int64_t p = own.begin; p < own.end; ++p) {
+      pack(args_.lane[p], shared_[p], share.panels, me.slot);
+      if (projected() && plan_.packed_weights)
+        pack_projection(args_.lane[p], shared_[p], share.columns, me.slot);
+      start(args_.lane[p], shared_[p], share);
+    }
     me.publish(1);
     me.wait_for_all(1);
     int64_t done = 1;
     for (int64_t p = own.begin; p < own.end; ++p) {
-      sweep(me, p, panels, slots, scratch_[index], done);
-      finish(p, panels, slots);
+      sweep(me, p, share, scratch_[index], done);
+      finish(p, share);
     }
   }
 
+  Share share_of(const Member& me) const {
+    Share share;
+    share.panels = part_of(panels_, plan_.split_units, me.unit);
+    share.units = {share.panels.begin * kUnits, share.panels.end * kUnits};
+    const Range vectors = part_of(columns_, plan_.split_units, me.unit);
+    share.columns = projected() ? Range{vectors.begin * kLanes, vectors.end * kLanes} : share.units;
+    share.slots = slots_of(args_.rows, 0, args_.rows.steps, plan_.split_slots, me.slot);
+    return share;
+  }
+
   // Threads of a lane that own the same panels pack every other one of them each.
-  void pack(const Lane& lane, const Shared& out, Range panels, Range slots, int32_t turn) const {
-    const int64_t H = args_.hidden, I = args_.inputs;
+  void pack(const Lane& lane, const Shared& out, Range panels, int32_t turn) const {
+    const int64_t H = args_.hidden, I = args_.inputs, Q = args_.recurrent;
     for (int64_t panel = panels.begin + turn; panel < panels.end; panel += plan_.split_slots) {
       for (int u = 0; u < kUnitVectors; ++u) {
         const int64_t unit = panel * kUnits + u * kLanes;
-        const int live = valid(unit);
+        const int live = within<V>(unit, H);
         for (int g = 0; g < G; ++g) {
           const int64_t row = g * H + (live ? unit : 0);
           const int at = u * G + g;
           if (plan_.packed_weights) {
             pack_transposed(static_cast<const T*>(lane.w_ih) + row * I, I, live, I,
                             out.w_ih + panel * I * kWidth, kVectors, at);
-            pack_transposed(static_cast<const T*>(lane.w_hh) + row * H, H, live, H,
-                            out.w_hh + panel * H * kWidth, kVectors, at);
+            pack_transposed(static_cast<const T*>(lane.w_hh) + row * Q, Q, live, Q,
+                            out.w_hh + panel * Q * kWidth, kVectors, at);
           }
           const V b_ih = bias(lane.b_ih, row, live), b_hh = bias(lane.b_hh, row, live);
           const int64_t to = panel * kWidth + at * kLanes;
@@ -139,30 +168,49 @@ class Forward {
         }
       }
     }
-    for (int64_t i = slots.begin; i < slots.end; ++i) {
-      const bool cut = args_.rows.steps > 0 && args_.rows.live(0) > i &&
-                       args_.rows.cut_before(0, i, lane.reverse);
-      const int64_t from = args_.rows.slot(i) * H;
-      for (int64_t unit = panels.begin * kUnits; unit < panels.end * kUnits; unit += kLanes)
-        for (int s = 0; s < S; ++s) {
-          const V value = lane.s0[s] && !cut
-                              ? load_as<V>(lane.s0[s], from + unit, valid(unit), args_.storage)
-                              : splat<V>(0);
+  }
+
+  void pack_projection(const Lane& lane, const Shared& out, Range columns, int32_t turn) const {
+    const int64_t H = args_.hidden;
+    int64_t band = 0;
+    for_each_band(columns.begin / kLanes, columns.end / kLanes, [&](int64_t vector, auto count) {
+      if (band++ % plan_.split_slots != turn) return;
+      for (int v = 0; v < decltype(count)::value; ++v) {
+        const int64_t column = (vector + v) * kLanes;
+        pack_transposed(static_cast<const T*>(lane.w_hr) + column * H, H,
+                        within<V>(column, args_.recurrent), H, out.w_hr + vector * kLanes * H,
+                        decltype(count)::value, v);
+      }
+    });
+  }
+
+  // The states before the first step.
+  void start(const Lane& lane, const Shared& out, const Share& share) const {
+    const Rows& rows = args_.rows;
+    for (int64_t i = share.slots.begin; i < share.slots.end; ++i) {
+      const bool cut = rows.steps > 0 && rows.live(0) > i && rows.cut_before(0, i, lane.reverse);
+      for (int s = 0; s < S; ++s) {
+        const Range own = s ? share.units : share.columns;
+        for (int64_t at = own.begin; at < own.end; at += kLanes) {
+          const V value = lane.s0[s] && !cut ? load_as<V>(lane.s0[s], rows.slot(i) * width(s) + at,
+                                                          within<V>(at, width(s)), args_.storage)
+                                             : splat<V>(0);
           if (s == 0) {
-            store(out.h[0] + i * padded_ + unit, value);
-            store(out.h[1] + i * padded_ + unit, value);
+            store(out.h[0] + i * padded_h_ + at, value);
+            store(out.h[1] + i * padded_h_ + at, value);
           } else {
-            store(out.s[s] + i * padded_ + unit, value);
+            store(out.s[s] + i * padded_ + at, value);
           }
         }
+      }
     }
   }
 
-  void sweep(Member& me, int64_t p, Range panels, Range slots, const Scratch& own,
-             int64_t& done) const {
+  void sweep(Member& me, int64_t p, const Share& share, const Scratch& own, int64_t& done) const {
     const Rows& rows = args_.rows;
+    const Range slots = share.slots;
     const bool reverse = args_.lane[p].reverse;
-    const int64_t own_panels = panels.size();
+    const int64_t own_panels = share.panels.size();
     for (int64_t begin = 0, end = 0; begin < rows.steps; begin = end) {
       int64_t count = 0;
       for (; end < rows.steps; ++end) {
@@ -172,12 +220,12 @@ class Forward {
         for (int64_t i = slots.begin; i < last; ++i, ++count)
           own.x[count] = input(own, count, t, i);
       }
-      project(p, panels, own, count);
+      project(p, share.panels, own, count);
       const T* u = own.u;
       for (int64_t step = begin; step < end; ++step, ++done) {
         const int64_t t = rows.time(step, reverse);
         const int64_t last = slots.end < rows.live(t) ? slots.end : rows.live(t);
-        if (last > slots.begin) one_step(me, p, step, panels, {slots.begin, last}, u, done);
+        if (last > slots.begin) one_step(me, p, step, share, {slots.begin, last}, u, done);
         if (!me.alone()) me.publish(done + 1);
         u += (last > slots.begin ? last - slots.begin : 0) * own_panels * kWidth;
       }
@@ -191,8 +239,7 @@ class Forward {
     if (args_.storage == Storage::kSame) return static_cast<const T*>(args_.x) + at;
     T* to = own.converted + count * args_.inputs;
     for (int64_t k = 0; k < args_.inputs; k += kLanes) {
-      const int64_t left = args_.inputs - k;
-      const int n = static_cast<int>(left < kLanes ? left : kLanes);
+      const int n = within<V>(k, args_.inputs);
       store(to + k, load_as<V>(args_.x, at + k, n, args_.storage), n);
     }
     return to;
@@ -218,55 +265,69 @@ class Forward {
     }
   }
 
-  void one_step(const Member& me, int64_t p, int64_t step, Range panels, Range slots, const T* u,
-                int64_t done) const {
-    const Shared& lane = shared_[p];
-    const T* h = lane.h[step & 1];
+  void one_step(Member& me, int64_t p, int64_t step, const Share& share, Range slots, const T* u,
+                int64_t& done) const {
+    const Range panels = share.panels;
     const int64_t stride = panels.size() * kWidth;
     bool fresh = !me.alone() && step > 0;  // peers may still be writing their part of h
     // Every other step goes backward over the panels, whose tail is still in the cache.
     for (int64_t q = 0; q < panels.size(); ++q) {
       const int64_t at = step & 1 ? panels.size() - 1 - q : q;
       for_each_tile<kRows>(slots.size(), [&](int64_t first, auto n) {
-        tile<decltype(n)::value>(me, p, step, panels.begin + at, slots.begin + first, h,
-                                 u + first * stride + at * kWidth, stride, panels, done, fresh);
+        tile<decltype(n)::value>(me, p, step, share, panels.begin + at, slots.begin + first,
+                                 u + first * stride + at * kWidth, done, fresh);
         fresh = false;
       });
     }
+    if (!projected()) return;
+    ++done;
+    if (!me.alone()) {
+      me.publish(done);
+      me.wait_for_peers(done);
+    }
+    project_output(p, step, slots, share.columns);
   }
 
   template <int kTile>
-  void tile(const Member& me, int64_t p, int64_t step, int64_t panel, int64_t first, const T* h,
-            const T* u, int64_t stride, Range panels, int64_t done, bool fresh) const {
+  void tile(const Member& me, int64_t p, int64_t step, const Share& share, int64_t panel,
+            int64_t first, const T* u, int64_t done, bool fresh) const {
+    const int64_t stride = share.panels.size() * kWidth;
     const Shared& lane = shared_[p];
+    const T* h = lane.h[step & 1];
     V acc[kTile][kVectors];
     const T* rows[kTile];
     for (int r = 0; r < kTile; ++r) {
-      rows[r] = h + (first + r) * padded_;
+      rows[r] = h + (first + r) * padded_h_;
       for (int v = 0; v < kVectors; ++v)
         acc[r][v] = Cell::kTied[v % G] ? load<V>(u + r * stride + v * kLanes)
                                        : load<V>(lane.bias_v + panel * kWidth + v * kLanes);
     }
-    const int64_t H = args_.hidden;
+    const int64_t Q = args_.recurrent;
     const void* whole = args_.lane[p].w_hh;
     if (fresh) {
       // Own part of h first, while the other parts arrive.
-      const int64_t mine = panels.begin * kUnits;
-      const int64_t limit = panels.end * kUnits;
-      const int64_t theirs = limit < H ? limit : H;
-      product<kTile>(acc, lane.w_hh, whole, panel, rows, mine, theirs, H);
+      const int64_t mine = share.columns.begin < Q ? share.columns.begin : Q;
+      const int64_t theirs = share.columns.end < Q ? share.columns.end : Q;
+      product<kTile>(acc, lane.w_hh, whole, panel, rows, mine, theirs, Q);
       me.wait_for_peers(done);
-      product<kTile>(acc, lane.w_hh, whole, panel, rows, 0, mine, H);
-      product<kTile>(acc, lane.w_hh, whole, panel, rows, theirs, H, H);
+      product<kTile>(acc, lane.w_hh, whole, panel, rows, 0, mine, Q);
+      product<kTile>(acc, lane.w_hh, whole, panel, rows, theirs, Q, Q);
     } else {
-      product<kTile>(acc, lane.w_hh, whole, panel, rows, 0, H, H);
+      product<kTile>(acc, lane.w_hh, whole, panel, rows, 0, Q, Q);
     }
     const bool reverse = args_.lane[p].reverse;
     const int64_t t = args_.rows.time(step, reverse);
-    for (int r = 0; r < kTile; ++r)
-      for (int q = 0; q < kUnitVectors; ++q)
-        units(lane, p, step, t, reverse, first + r, panel * kUnits + q * kLanes, h,
-              u + r * stride + q * G * kLanes, &acc[r][q * G]);
+    const auto apply = [&](auto projected) {
+      for (int r = 0; r < kTile; ++r)
+        for (int q = 0; q < kUnitVectors; ++q)
+          units<decltype(projected)::value>(lane, p, step, t, reverse, first + r,
+                                            panel * kUnits + q * kLanes, h,
+                                            u + r * stride + q * G * kLanes, &acc[r][q * G]);
+    };
+    if (projected())
+      apply(Constant<Cell::kProjectable>{});
+    else
+      apply(Constant<false>{});
   }
 
   // acc += rows[:, k0:k1] * weights of one panel, from the packed or from the whole matrix.
@@ -282,69 +343,98 @@ class Forward {
       const int64_t unit = panel * kUnits + v / G * kLanes;
       const T* w = static_cast<const T*>(whole) + ((v % G) * args_.hidden + unit) * depth;
       for (int r = 0; r < kTile; ++r)
-        acc[r][v] = acc[r][v] + dot_products<T>(w, depth, valid(unit), rows[r], k0, k1);
+        acc[r][v] =
+            acc[r][v] + dot_products<T>(w, depth, within<V>(unit, args_.hidden), rows[r], k0, k1);
     }
   }
 
   // The cell on one vector of units of one row.
+  template <bool kProjected>
   FASTRNN_INLINE void units(const Shared& lane, int64_t p, int64_t step, int64_t t, bool reverse,
                             int64_t i, int64_t unit, const T* h, const T* u, const V* v) const {
-    const int live = valid(unit);
+    const int64_t H = args_.hidden;
+    const int live = within<V>(unit, H);
     if (live == 0) return;
     const int64_t at = i * padded_ + unit;
     V gates[G], before[S], next[S], kept[K + 1];
     for (int g = 0; g < G; ++g) gates[g] = Cell::kTied[g] ? v[g] : load<V>(u + g * kLanes);
-    before[0] = load<V>(h + at);
+    before[0] = Cell::kProjectable ? splat<V>(0) : load<V>(h + at);  // not read if projectable
     for (int s = 1; s < S; ++s) before[s] = load<V>(lane.s[s] + at);
     Cell::forward(gates, v, before, next, kept);
 
     const int64_t row = args_.rows.row(t, i) * args_.lanes + p;
-    store_as(args_.y, row * args_.hidden + unit, next[0], live, args_.storage);
+    const auto keep = [&](int value, V x) {
+      store_as(args_.tape, (row * tape_ + value) * H + unit, x, live, args_.storage);
+    };
     if (args_.tape) {
-      const int64_t slot = row * kTape * args_.hidden + unit;
-      for (int s = 1; s < S; ++s)
-        store_as(args_.tape, slot + (s - 1) * args_.hidden, next[s], live, args_.storage);
-      for (int k = 0; k < K; ++k)
-        store_as(args_.tape, slot + (S - 1 + k) * args_.hidden, kept[k], live, args_.storage);
+      for (int s = 1; s < S; ++s) keep(s - 1, next[s]);
+      for (int k = 0; k < K; ++k) keep(S - 1 + k, kept[k]);
+      if constexpr (kProjected) keep(S - 1 + K, next[0]);
     }
+    if constexpr (kProjected)
+      store(lane.m + at, next[0]);
+    else
+      store_as(args_.y, row * H + unit, next[0], live, args_.storage);
     // No state crosses into a new episode: the next step finds zeros.
-    if (args_.rows.resets && step + 1 < args_.rows.steps &&
-        i < args_.rows.live(args_.rows.time(step + 1, reverse)) &&
-        args_.rows.cut_before(step + 1, i, reverse))
+    if (args_.rows.cut_after(step, i, reverse))
       for (int s = 0; s < S; ++s) next[s] = splat<V>(0);
-    store(lane.h[(step + 1) & 1] + at, next[0]);
+    if constexpr (!kProjected) store(lane.h[(step + 1) & 1] + at, next[0]);
     for (int s = 1; s < S; ++s) store(lane.s[s] + at, next[s]);
   }
 
-  void finish(int64_t p, Range panels, Range slots) const {
+  // Own columns of h = m * w_hr^T.
+  void project_output(int64_t p, int64_t step, Range slots, Range columns) const {
+    const Shared& lane = shared_[p];
+    const int64_t H = args_.hidden, Q = args_.recurrent;
+    const bool reverse = args_.lane[p].reverse;
+    const int64_t t = args_.rows.time(step, reverse);
+    const auto emit = [&](int64_t i, int64_t column, V value) __attribute__((always_inline)) {
+      const int64_t row = args_.rows.row(t, i) * args_.lanes + p;
+      store_as(args_.y, row * Q + column, value, within<V>(column, Q), args_.storage);
+      store(lane.h[(step + 1) & 1] + i * padded_h_ + column,
+            args_.rows.cut_after(step, i, reverse) ? splat<V>(0) : value);
+    };
+    const T* m = lane.m + slots.begin * padded_;
+    if (plan_.packed_weights) {
+      multiply_bands(
+          m, padded_, slots.size(), lane.w_hr, H, columns.begin / kLanes, columns.end / kLanes,
+          [&](int64_t r, int64_t vector, V sum) { emit(slots.begin + r, vector * kLanes, sum); });
+      return;
+    }
+    for (int64_t column = columns.begin; column < columns.end; column += kLanes) {
+      const T* w = static_cast<const T*>(args_.lane[p].w_hr) + column * H;
+      for (int64_t r = 0; r < slots.size(); ++r)
+        emit(slots.begin + r, column,
+             dot_products<T>(w, H, within<V>(column, Q), m + r * padded_, 0, H));
+    }
+  }
+
+  void finish(int64_t p, const Share& share) const {
     const Rows& rows = args_.rows;
     int64_t length = rows.steps;
-    for (int64_t i = slots.begin; i < slots.end; ++i) {
+    for (int64_t i = share.slots.begin; i < share.slots.end; ++i) {
       while (length > 0 && rows.live(length - 1) <= i) --length;
       const int64_t steps = args_.lane[p].reverse ? rows.steps : length;
-      const int64_t to = rows.slot(i) * args_.hidden;
-      for (int64_t unit = panels.begin * kUnits; unit < panels.end * kUnits; unit += kLanes) {
-        const int live = valid(unit);
-        for (int s = 0; s < S && live; ++s) {
-          const T* from = s ? shared_[p].s[s] : shared_[p].h[steps & 1];
-          store_as(args_.final_states[p * S + s], to + unit, load<V>(from + i * padded_ + unit),
-                   live, args_.storage);
-        }
+      for (int s = 0; s < S; ++s) {
+        const Range own = s ? share.units : share.columns;
+        const T* from = s ? shared_[p].s[s] + i * padded_ : shared_[p].h[steps & 1] + i * padded_h_;
+        for (int64_t at = own.begin; at < own.end && at < width(s); at += kLanes)
+          store_as(args_.final_states[p * S + s], rows.slot(i) * width(s) + at, load<V>(from + at),
+                   within<V>(at, width(s)), args_.storage);
       }
     }
   }
 
-  int valid(int64_t unit) const {
-    const int64_t left = args_.hidden - unit;
-    return static_cast<int>(left <= 0 ? 0 : left < kLanes ? left : kLanes);
-  }
+  int64_t width(int s) const { return s ? args_.hidden : args_.recurrent; }
   static V bias(const void* b, int64_t row, int live) {
     return b ? load<V>(static_cast<const T*>(b) + row, live) : splat<V>(0);
   }
 
   const ForwardArgs& args_;
   const CpuPlan& plan_;
-  const int64_t panels_, padded_;
+  const int64_t panels_, padded_;     // of units
+  const int64_t columns_, padded_h_;  // vectors and numbers of h
+  const int64_t tape_;                // values of a unit
   Arena arena_;
   Progress* progress_ = nullptr;
   Shared* shared_ = nullptr;

@@ -15,17 +15,6 @@
 namespace fastrnn {
 inline namespace FASTRNN_ISA {
 
-constexpr int kBandVectors = 4;  // vectors in a band of columns
-
-// Calls f(first column, constant number of vectors) over bands that cover `columns` columns.
-template <class T, class F>
-FASTRNN_INLINE void for_each_column_band(int64_t columns, const F& f) {
-  constexpr int n = lanes<Vec<T>>();
-  int64_t c = 0;
-  for (; c + kBandVectors * n <= columns; c += kBandVectors * n) f(c, Constant<kBandVectors>{});
-  for (; c < columns; c += n) f(c, Constant<1>{});
-}
-
 // Lanes of the vector at `column` that are columns.
 template <class T>
 FASTRNN_INLINE int live_lanes(int64_t column, int64_t columns) {
@@ -68,7 +57,8 @@ void add_weight_gradient(T* dw, int64_t columns, const T* dgates, int64_t stride
                          int64_t depth, T* band, const Pack& pack) {
   using V = Vec<T>;
   constexpr int n = lanes<V>();
-  for_each_column_band<T>(columns, [&](int64_t column, auto width) {
+  for_each_band(0, (columns + n - 1) / n, [&](int64_t vector, auto width) {
+    const int64_t column = vector * n;
     constexpr int kWide = decltype(width)::value;
     constexpr int kRows = kWide == 1 ? 2 * kMaxTileRows : tile_rows(kWide);
     pack(column, width, band);
@@ -104,40 +94,13 @@ void add_bias_gradient(T* db, const T* dgates, int64_t stride, Range gates, int6
 template <class T>
 void pack_column_bands(const T* matrix, int64_t columns, int64_t depth, T* bands, int32_t turn,
                        int32_t turns) {
+  constexpr int n = lanes<Vec<T>>();
   int64_t number = 0;
-  for_each_column_band<T>(columns, [&](int64_t column, auto width) {
+  for_each_band(0, (columns + n - 1) / n, [&](int64_t vector, auto width) {
+    const int64_t column = vector * n;
     if (number++ % turns == turn)
       pack_columns(matrix + column, columns, columns - column, depth, bands + column * depth,
                    decltype(width)::value);
-  });
-}
-
-// dx[row at(k)] (+)= dgates[k, :] * w, for k in `rows`; `bands` holds w [depth, columns] packed.
-template <class T, class At>
-void write_input_gradient(T* dx, int64_t columns, const T* dgates, int64_t depth, const T* bands,
-                          Range rows, bool accumulate, const At& at) {
-  using V = Vec<T>;
-  constexpr int n = lanes<V>();
-  for_each_column_band<T>(columns, [&](int64_t column, auto width) {
-    constexpr int kWide = decltype(width)::value;
-    for_each_tile<tile_rows(kWide)>(rows.size(), [&](int64_t first, auto count) {
-      constexpr int kTile = decltype(count)::value;
-      const T* from[kTile];
-      T* to[kTile];
-      V acc[kTile][kWide];
-      for (int r = 0; r < kTile; ++r) {
-        const int64_t k = rows.begin + first + r;
-        from[r] = dgates + k * depth;
-        to[r] = dx + at(k) * columns + column;
-        for (int v = 0; v < kWide; ++v)
-          acc[r][v] = accumulate ? load<V>(to[r] + v * n, live_lanes<T>(column + v * n, columns))
-                                 : splat<V>(0);
-      }
-      multiply<kTile, kWide, T>(acc, bands + column * depth, from, 0, depth);
-      for (int r = 0; r < kTile; ++r)
-        for (int v = 0; v < kWide; ++v)
-          store(to[r] + v * n, acc[r][v], live_lanes<T>(column + v * n, columns));
-    });
   });
 }
 
@@ -204,17 +167,23 @@ class GradientSweep {
     me.publish(1);
     me.wait_for_all(1);
     for (int32_t p = 0; p < args_.lanes; ++p) {
-      weights(p, part_of(args_.depth, threads, index), scratch_ + index * scratch_of_one());
+      weights(p, index, scratch_ + index * scratch_of_one());
       if (!args_.dx) continue;
       if (p > 0) {  // lanes may add to the same rows
         me.publish(1 + p);
         me.wait_for_all(1 + p);
       }
       const Place* places = places_ + p * most_;
-      write_input_gradient(static_cast<T*>(args_.dx), args_.inputs,
-                           static_cast<const T*>(args_.du[p]), args_.depth,
-                           bands_ + p * width_ * args_.depth, part_of(live_rows(p), threads, index),
-                           args_.lanes > 1, [&](int64_t k) { return places[k].row; });
+      const Range own = part_of(live_rows(p), threads, index);
+      const T* du = static_cast<const T*>(args_.du[p]) + own.begin * args_.depth;
+      multiply_bands<T>(du, args_.depth, own.size(), bands_ + p * width_ * args_.depth, args_.depth,
+                        0, width_ / kLanes, [&](int64_t row, int64_t vector, V sum) {
+                          const int64_t column = vector * kLanes;
+                          const int live = live_lanes<T>(column, args_.inputs);
+                          T* to = static_cast<T*>(args_.dx) +
+                                  places[own.begin + row].row * args_.inputs + column;
+                          store(to, args_.lanes > 1 ? load<V>(to, live) + sum : sum, live);
+                        });
     }
   }
 
@@ -230,22 +199,29 @@ class GradientSweep {
       }
   }
 
-  void weights(int32_t p, Range gates, T* scratch) const {
+  // band[k][width vectors] from rows in storage, row k beginning at element at(k) of `base`.
+  template <class At>
+  void pack_rows(const void* base, int64_t column, int64_t columns, int width, int64_t depth,
+                 T* band, const At& at) const {
+    for (int64_t k = 0; k < depth; ++k)
+      for (int v = 0; v < width; ++v, band += kLanes) {
+        const int64_t c = column + v * kLanes;
+        store(band, load_as<V>(base, at(k) + c, live_lanes<T>(c, columns), args_.storage));
+      }
+  }
+
+  void weights(int32_t p, int32_t index, T* scratch) const {
+    const Range gates = part_of(args_.depth, plan_.threads(), index);
     const int64_t depth = live_rows(p), stride = args_.depth;
     const T* du = static_cast<const T*>(args_.du[p]);
     const T* dv = static_cast<const T*>(args_.dv[p]);
     const Place* places = places_ + p * most_;
     if (args_.dw_ih)
-      add_weight_gradient(
-          static_cast<T*>(args_.dw_ih[p]), args_.inputs, du, stride, gates, depth, scratch,
-          [&](int64_t column, auto width, T* band) {
-            constexpr int kWide = decltype(width)::value;
-            for (int64_t k = 0; k < depth; ++k)
-              for (int v = 0; v < kWide; ++v, band += kLanes)
-                store(band,
-                      load_as<V>(args_.x, places[k].x + column + v * kLanes,
-                                 live_lanes<T>(column + v * kLanes, args_.inputs), args_.storage));
-          });
+      add_weight_gradient(static_cast<T*>(args_.dw_ih[p]), args_.inputs, du, stride, gates, depth,
+                          scratch, [&](int64_t column, auto width, T* band) {
+                            pack_rows(args_.x, column, args_.inputs, decltype(width)::value, depth,
+                                      band, [&](int64_t k) { return places[k].x; });
+                          });
     if (args_.dw_hh) {
       const T* previous = static_cast<const T*>(args_.previous[p]);
       const int64_t Q = args_.recurrent;
@@ -253,6 +229,17 @@ class GradientSweep {
                           [&](int64_t column, auto width, T* band) {
                             pack_columns(previous + column, Q, Q - column, depth, band,
                                          decltype(width)::value);
+                          });
+    }
+    if (args_.dw_hr) {
+      const int64_t Q = args_.recurrent, H = args_.hidden, W = args_.tape_width;
+      add_weight_gradient(static_cast<T*>(args_.dw_hr[p]), H, static_cast<const T*>(args_.dh[p]), Q,
+                          part_of(Q, plan_.threads(), index), depth, scratch,
+                          [&](int64_t column, auto width, T* band) {
+                            pack_rows(args_.tape, column, H, decltype(width)::value, depth, band,
+                                      [&](int64_t k) {
+                                        return ((places[k].row * args_.lanes + p) * W + W - 1) * H;
+                                      });
                           });
     }
     if (args_.db_ih) add_bias_gradient(static_cast<T*>(args_.db_ih[p]), du, stride, gates, depth);

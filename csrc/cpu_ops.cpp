@@ -17,7 +17,10 @@ bool forked = false;
 const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
 struct Shape {
-  int64_t T, B, R, I, H, P;
+  int64_t T, B, R, I, H, Q, P;
+  bool projected;
+
+  int64_t width(int64_t state) const { return state ? H : Q; }
 };
 
 // Checks what memory safety needs; modules have said it in torch.nn's words before.
@@ -35,9 +38,10 @@ Shape checked_shape(const CellFacts& cell, const ScanInputs& in) {
   n.I = x.size(-1);
   n.P = P;
   n.R = x.dim() == 3 ? x.size(0) * x.size(1) : x.size(0);
-  TORCH_CHECK(in.w_hh[0].dim() == 2, "scan: w_hh should be [G*H, H], got ", in.w_hh[0].sizes());
+  TORCH_CHECK(in.w_hh[0].dim() == 2, "scan: w_hh should be [G*H, Q], got ", in.w_hh[0].sizes());
   n.H = in.w_hh[0].size(0) / G;
-  const int64_t recurrent = in.w_hr.empty() ? n.H : in.w_hr[0].size(0);
+  n.projected = !in.w_hr.empty();
+  n.Q = n.projected ? in.w_hr[0].size(0) : n.H;
   auto all = [&](TensorList tensors, const char* name, at::IntArrayRef size, bool optional) {
     TORCH_CHECK((optional && tensors.empty()) || static_cast<int64_t>(tensors.size()) == P,
                 "scan: ", name, " should hold one tensor per scan, ", P, ", got ", tensors.size());
@@ -51,10 +55,10 @@ Shape checked_shape(const CellFacts& cell, const ScanInputs& in) {
     }
   };
   all(in.w_ih, "w_ih", {G * n.H, n.I}, false);
-  all(in.w_hh, "w_hh", {G * n.H, recurrent}, false);
+  all(in.w_hh, "w_hh", {G * n.H, n.Q}, false);
   all(in.b_ih, "b_ih", {G * n.H}, true);
   all(in.b_hh, "b_hh", {G * n.H}, true);
-  all(in.w_hr, "w_hr", {recurrent, n.H}, true);
+  all(in.w_hr, "w_hr", {n.Q, n.H}, true);
   if (in.batch_sizes) {
     const Tensor& sizes = *in.batch_sizes;
     TORCH_CHECK(sizes.dim() == 1 && sizes.scalar_type() == at::kLong && sizes.is_cpu(),
@@ -71,10 +75,9 @@ Shape checked_shape(const CellFacts& cell, const ScanInputs& in) {
               "scan: s0 should hold ", cell.states, " states, got ", in.s0.size());
   for (size_t s = 0; s < in.s0.size(); ++s) {
     const Tensor& each = in.s0[s];
-    TORCH_CHECK(each.dim() == 3 && each.size(0) == P && each.size(1) == n.B &&
-                    each.size(2) == (s ? n.H : recurrent),
-                "scan: state ", s, " should be [", P, ", ", n.B, ", ", s ? n.H : recurrent,
-                "], got ", each.sizes());
+    TORCH_CHECK(
+        each.dim() == 3 && each.size(0) == P && each.size(1) == n.B && each.size(2) == n.width(s),
+        "scan: state ", s, " should be [", P, ", ", n.B, ", ", n.width(s), "], got ", each.sizes());
     TORCH_CHECK(each.scalar_type() == x.scalar_type() && each.device() == x.device(),
                 "scan: state ", s, " is ", each.scalar_type(), " on ", each.device(), " but x is ",
                 x.scalar_type(), " on ", x.device());
@@ -188,7 +191,7 @@ std::vector<Tensor> contiguous(TensorList tensors) {
 
 // Owns what `Scan` points to, for either sweep.
 struct Operands {
-  std::vector<Tensor> w_ih, w_hh, b_ih, b_hh, s0;
+  std::vector<Tensor> w_ih, w_hh, b_ih, b_hh, w_hr, s0;
   std::vector<Lane> lanes;
 
   Operands(const ScanInputs& in, const Shape& n, at::ScalarType compute)
@@ -196,6 +199,7 @@ struct Operands {
         w_hh(as_computed(in.w_hh, compute)),
         b_ih(as_computed(in.b_ih, compute)),
         b_hh(as_computed(in.b_hh, compute)),
+        w_hr(as_computed(in.w_hr, compute)),
         s0(contiguous(in.s0)),
         lanes(n.P) {
     for (int64_t p = 0; p < n.P; ++p) {
@@ -205,9 +209,10 @@ struct Operands {
       lane.w_hh = w_hh[p].const_data_ptr();
       lane.b_ih = b_ih.empty() ? nullptr : b_ih[p].const_data_ptr();
       lane.b_hh = b_hh.empty() ? nullptr : b_hh[p].const_data_ptr();
+      lane.w_hr = w_hr.empty() ? nullptr : w_hr[p].const_data_ptr();
       for (size_t s = 0; s < s0.size(); ++s)
-        lane.s0[s] =
-            static_cast<const char*>(s0[s].const_data_ptr()) + p * n.B * n.H * s0[s].itemsize();
+        lane.s0[s] = static_cast<const char*>(s0[s].const_data_ptr()) +
+                     p * n.B * n.width(s) * s0[s].itemsize();
     }
   }
 
@@ -215,6 +220,8 @@ struct Operands {
     scan.rows = tables.rows;
     scan.inputs = n.I;
     scan.hidden = n.H;
+    scan.recurrent = n.Q;
+    scan.projected = n.projected;
     scan.lanes = static_cast<int32_t>(n.P);
     scan.storage = storage;
     scan.lane = lanes.data();
@@ -222,18 +229,9 @@ struct Operands {
 };
 
 Problem problem_of(const ScanInputs& in, const Shape& n, int64_t rows, bool tape, bool backward) {
-  return {in.cell,
-          n.T,
-          n.B,
-          rows,
-          n.I,
-          n.H,
-          n.P,
-          in.x.scalar_type(),
-          in.x.device().type(),
-          tape,
-          backward,
-          !in.w_hr.empty()};
+  return {
+      in.cell, n.T,      n.B,        rows, n.I, n.H, n.P, in.x.scalar_type(), in.x.device().type(),
+      tape,    backward, n.projected};
 }
 
 CpuPlan for_this_thread(CpuPlan plan) {
@@ -262,18 +260,18 @@ ScanOutputs scan_cpu(const ScanInputs& in, bool tape) {
   const auto options = x.options();
 
   auto y_size = x.sizes().vec();
-  y_size.back() = n.P * n.H;
+  y_size.back() = n.P * n.Q;
   ScanOutputs out;
   auto& [y, states, kept] = out;
   y = in.lengths ? at::zeros(y_size, options) : at::empty(y_size, options);
-  kept = at::empty({tape ? n.R : 0, n.P, cell.tape_width(), n.H}, options);
+  kept = at::empty({tape ? n.R : 0, n.P, cell.tape_width(n.projected), n.H}, options);
   if (in.lengths && tape) kept.zero_();
   std::vector<void*> finals(n.P * cell.states);
   for (int32_t s = 0; s < cell.states; ++s) {
-    states.push_back(at::empty({n.P, n.B, n.H}, options));
+    states.push_back(at::empty({n.P, n.B, n.width(s)}, options));
     for (int64_t p = 0; p < n.P; ++p)
       finals[p * cell.states + s] = static_cast<char*>(states.back().mutable_data_ptr()) +
-                                    p * n.B * n.H * static_cast<int64_t>(x.itemsize());
+                                    p * n.B * n.width(s) * static_cast<int64_t>(x.itemsize());
   }
 
   ForwardArgs args;
@@ -297,8 +295,8 @@ std::vector<Tensor> scan_backward_cpu(const ScanInputs& in, const Incoming& grad
   if (choice.kernel != "cpu") return python_backward(choice.kernel, in, grads, y, tape, needs);
 
   const at::ScalarType stored = in.x.scalar_type(), compute = compute_type(stored);
-  TORCH_CHECK(tape.sizes() == at::IntArrayRef({n.R, n.P, cell.tape_width(), n.H}) &&
-                  tape.scalar_type() == stored && y.numel() == n.R * n.P * n.H &&
+  TORCH_CHECK(tape.sizes() == at::IntArrayRef({n.R, n.P, cell.tape_width(n.projected), n.H}) &&
+                  tape.scalar_type() == stored && y.numel() == n.R * n.P * n.Q &&
                   y.scalar_type() == stored,
               "scan_backward: y and tape should be those of scan with tape=True, got ", y.sizes(),
               " and ", tape.sizes());
@@ -327,22 +325,24 @@ std::vector<Tensor> scan_backward_cpu(const ScanInputs& in, const Incoming& grad
   for (int64_t s = 0; s < S; ++s) {
     const Tensor& last = grads.dstates[s];
     ds[s] = last.defined() ? last.to(options, false, true).contiguous()
-                           : at::zeros({n.P, n.B, n.H}, options);
+                           : at::zeros({n.P, n.B, n.width(s)}, options);
     for (int64_t p = 0; p < n.P; ++p)
       carried[p * S + s] = static_cast<char*>(ds[s].mutable_data_ptr()) +
-                           p * n.B * n.H * static_cast<int64_t>(ds[s].itemsize());
+                           p * n.B * n.width(s) * static_cast<int64_t>(ds[s].itemsize());
   }
 
   const CpuPlan plan = for_this_thread(choice.cpu);
   const int64_t most = std::min(std::max(plan.chunk_rows, n.B), tables.live_rows());
   const Tensor dv = at::empty({n.P, most, depth}, options);
   const Tensor du = tied ? dv : at::empty({n.P, most, depth}, options);
-  const Tensor previous = at::empty({n.P, most, n.H}, options);
-  std::vector<void*> du_lanes(n.P), dv_lanes(n.P), previous_lanes(n.P);
+  const Tensor previous = at::empty({n.P, most, n.Q}, options);
+  const Tensor dh = at::empty({n.P, n.projected ? most : 0, n.Q}, options);
+  std::vector<void*> du_lanes(n.P), dv_lanes(n.P), previous_lanes(n.P), dh_lanes(n.P);
   for (int64_t p = 0; p < n.P; ++p) {
     du_lanes[p] = du[p].mutable_data_ptr();
     dv_lanes[p] = dv[p].mutable_data_ptr();
     previous_lanes[p] = previous[p].mutable_data_ptr();
+    dh_lanes[p] = dh[p].mutable_data_ptr();
   }
 
   const bool bias = needs[kNeedBias] && !in.b_ih.empty();
@@ -357,7 +357,8 @@ std::vector<Tensor> scan_backward_cpu(const ScanInputs& in, const Incoming& grad
     return pointers;
   };
   const auto dw_ih = zeros(needs[kNeedWih], out.w_ih, {depth, n.I});
-  const auto dw_hh = zeros(needs[kNeedWhh], out.w_hh, {depth, n.H});
+  const auto dw_hh = zeros(needs[kNeedWhh], out.w_hh, {depth, n.Q});
+  const auto dw_hr = zeros(needs[kNeedWhr] && n.projected, out.w_hr, {n.Q, n.H});
   const auto db_ih = zeros(bias, out.b_ih, {depth});
   const auto db_hh = zeros(bias && !tied, out.b_hh, {depth});
   const auto or_null = [](const std::vector<void*>& v) { return v.empty() ? nullptr : v.data(); };
@@ -371,12 +372,14 @@ std::vector<Tensor> scan_backward_cpu(const ScanInputs& in, const Incoming& grad
   args.du = du_lanes.data();
   args.dv = dv_lanes.data();
   args.previous = previous_lanes.data();
+  args.dh = n.projected ? dh_lanes.data() : nullptr;
 
   const Tensor x = with_unit_stride(in.x);
   GradientArgs rest;
   rest.rows = args.rows;
   rest.inputs = n.I;
-  rest.recurrent = n.H;
+  rest.hidden = n.H;
+  rest.recurrent = n.Q;
   rest.depth = depth;
   rest.lanes = args.lanes;
   rest.storage = args.storage;
@@ -387,6 +390,10 @@ std::vector<Tensor> scan_backward_cpu(const ScanInputs& in, const Incoming& grad
   rest.du = du_lanes.data();
   rest.dv = dv_lanes.data();
   rest.previous = previous_lanes.data();
+  rest.dh = dh_lanes.data();
+  rest.tape = tape_rows.const_data_ptr();
+  rest.tape_width = tape_rows.size(2);
+  rest.dw_hr = or_null(dw_hr);
   rest.dw_ih = or_null(dw_ih);
   rest.dw_hh = or_null(dw_hh);
   rest.db_ih = or_null(db_ih);
@@ -405,7 +412,7 @@ std::vector<Tensor> scan_backward_cpu(const ScanInputs& in, const Incoming& grad
   if (bias && tied)
     for (const Tensor& each : out.b_ih) out.b_hh.push_back(each.clone());
   if (needs[kNeedX]) out.x = out.x.view(in.x.sizes()).to(stored);
-  for (auto* group : {&out.w_ih, &out.w_hh, &out.b_ih, &out.b_hh})
+  for (auto* group : {&out.w_ih, &out.w_hh, &out.b_ih, &out.b_hh, &out.w_hr})
     for (Tensor& each : *group) each = each.to(stored);
   if (needs[kNeedStates] && !in.s0.empty())
     for (const Tensor& each : ds) out.s0.push_back(each.to(stored));

@@ -1,8 +1,8 @@
 // Weights packed into panels, and the product that reads them.
 //
 // A forward panel holds all gates of a few vectors of units, so the accumulators of a tile of rows
-// end as complete gates in registers: panel[k][unit vector][gate][lane]. A backward panel is a band
-// of columns of the same matrix: panel[k][vector][lane].
+// end as complete gates in registers: panel[k][unit vector][gate][lane]. Every other matrix is cut
+// into bands, whose sums end as vectors of its columns: panel[k][vector][lane].
 #pragma once
 
 #include <cstdint>
@@ -23,6 +23,13 @@ constexpr int kMaxTileRows = 6;
 constexpr int tile_rows(int vectors) {
   int rows = kAccumulators / vectors;
   return rows < 1 ? 1 : rows > kMaxTileRows ? kMaxTileRows : rows;
+}
+
+// How many numbers of the vector that begins at `at` are within `width`.
+template <class V>
+FASTRNN_INLINE int within(int64_t at, int64_t width) {
+  const int64_t left = width - at;
+  return static_cast<int>(left <= 0 ? 0 : left < lanes<V>() ? left : lanes<V>());
 }
 
 template <class V>
@@ -139,6 +146,39 @@ FASTRNN_INLINE void for_each_tile(int64_t n, const F& f) {
   }
 }
 
+constexpr int kBandVectors = 4;
+
+// Calls f(vector, constant number of vectors) over the bands of vectors [begin, end).
+template <class F>
+FASTRNN_INLINE void for_each_band(int64_t begin, int64_t end, const F& f) {
+  int64_t v = begin;
+  for (; v + kBandVectors <= end; v += kBandVectors) f(v, Constant<kBandVectors>{});
+  for (; v < end; ++v) f(v, Constant<1>{});
+}
+
+// Calls f(row, vector, sum over k < depth of rows[row * stride + k] * matrix[k][vector]) for
+// `count` rows and vectors [begin, end), of which the bands were packed.
+template <class T, class F>
+FASTRNN_INLINE void multiply_bands(const T* rows, int64_t stride, int64_t count, const T* bands,
+                                   int64_t depth, int64_t begin, int64_t end, const F& f) {
+  using V = Vec<T>;
+  for_each_band(begin, end, [&](int64_t vector, auto width) {
+    constexpr int kWide = decltype(width)::value;
+    for_each_tile<tile_rows(kBandVectors)>(count, [&](int64_t first, auto tile) {
+      constexpr int kTile = decltype(tile)::value;
+      V acc[kTile][kWide];
+      const T* from[kTile];
+      for (int r = 0; r < kTile; ++r) {
+        from[r] = rows + (first + r) * stride;
+        for (int v = 0; v < kWide; ++v) acc[r][v] = splat<V>(0);
+      }
+      multiply<kTile, kWide, T>(acc, bands + vector * lanes<V>() * depth, from, 0, depth);
+      for (int r = 0; r < kTile; ++r)
+        for (int v = 0; v < kWide; ++v) f(first + r, vector + v, acc[r][v]);
+    });
+  });
+}
+
 // One round of a transposition in registers: vectors i and i + kStride, of which bit kStride of i
 // is clear, exchange the lanes whose bit kStride differs from their own.
 template <int kStride, class V, int... l>
@@ -187,9 +227,8 @@ void pack_columns(const T* source, int64_t stride, int64_t live, int64_t depth, 
   constexpr int n = lanes<V>();
   for (int64_t k = 0; k < depth; ++k)
     for (int v = 0; v < width; ++v) {
-      const int64_t left = live - v * n;
-      const int count = static_cast<int>(left < 0 ? 0 : left < n ? left : n);
-      store(panel + (k * width + v) * n, load<V>(source + k * stride + v * n, count));
+      store(panel + (k * width + v) * n,
+            load<V>(source + k * stride + v * n, within<V>(v * n, live)));
     }
 }
 

@@ -28,6 +28,7 @@ constexpr CompiledCell compiled() {
           Cell::kStates,
           Cell::kKept,
           tied_bits<Cell>(),
+          Cell::kProjectable,
           {&Forward<Cell, float>::run, &Forward<Cell, double>::run},
           {&Backward<Cell, float>::run, &Backward<Cell, double>::run}};
 }

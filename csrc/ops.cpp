@@ -98,7 +98,8 @@ const Choice& choose(const CellFacts& cell, const Problem& p) {
       py::arg("dtype") = c10::toString(p.dtype),
       py::arg("device") = c10::DeviceTypeName(p.device, /*lower_case=*/true),
       py::arg("tape") = p.tape, py::arg("backward") = p.backward,
-      py::arg("projected") = p.projected, py::arg("threads") = threads);
+      py::arg("projected") = p.projected, py::arg("projectable") = cell.projectable(),
+      py::arg("threads") = threads);
   auto [kernel, packed, lanes, slots, units, chunk_rows] =
       answer.cast<std::tuple<std::string, bool, int32_t, int32_t, int32_t, int64_t>>();
   return known.emplace(key, Choice{kernel, {packed, lanes, slots, units, chunk_rows}})
@@ -283,8 +284,8 @@ PYBIND11_MODULE(_C, m) {
         return py::make_tuple(cell->gates, cell->states, cell->kept);
       },
       "(gates, states, kept values) of a cell, or None.");
-  m.def("set_callbacks", [](py::object plan, py::object find, py::object forward, py::object backward,
-                            py::object differentiable_backward) {
+  m.def("set_callbacks", [](py::object plan, py::object find, py::object forward,
+                            py::object backward, py::object differentiable_backward) {
     callbacks = new Callbacks{plan, find, forward, backward, differentiable_backward};
   });
 }

@@ -1,7 +1,6 @@
 // Which cells there are, and their compiled code for this machine.
 #pragma once
 
-#include <optional>
 #include <string>
 #include <vector>
 
@@ -18,10 +17,11 @@ struct CellFacts {
   uint32_t tied = 0;
   const CompiledCell* compiled = nullptr;
 
-  bool tied_gate(int32_t g) const { return tied >> g & 1; }
   bool all_tied() const { return tied == (gates >= 32 ? ~0u : (1u << gates) - 1); }
-  // Values a row keeps per unit: states past the first, then what the derivative needs.
-  int64_t tape_width() const { return states - 1 + kept; }
+  // Values a row keeps per unit: states past the first, what the derivative needs, and state 0
+  // before its projection.
+  int64_t tape_width(bool projected) const { return states - 1 + kept + projected; }
+  bool projectable() const { return compiled->projectable; }
 };
 
 // The facts of a cell, or null. The pointer stays valid for good.

@@ -3,6 +3,9 @@
 // T steps, B batch, I inputs, H hidden units, G gates, S states, K kept values, P lanes
 // (independent scans of the same input: directions, heads). A lane's *step* counts in its own
 // direction; `t` is always the position in time.
+//
+// Q is the width of state 0, which is the output: H, unless it is projected. Then the cell gives
+// m [H] instead, and state 0 is m * w_hr^T.
 #pragma once
 
 #include <cstdint>
@@ -48,6 +51,11 @@ struct Rows {
     int64_t later = steps - step;
     return later < steps && i < live(later) && resets[row(later, i)];
   }
+  // Whether one begins between `step` and the lane's next step.
+  FASTRNN_INLINE bool cut_after(int64_t step, int64_t i, bool reverse) const {
+    return resets && step + 1 < steps && i < live(time(step + 1, reverse)) &&
+           cut_before(step + 1, i, reverse);
+  }
   // Whether slot i was live at the lane's previous step.
   FASTRNN_INLINE bool continues(int64_t step, int64_t i, bool reverse) const {
     return step > 0 && (!reverse || i < live(steps - step));
@@ -58,18 +66,22 @@ struct Rows {
 struct Lane {
   bool reverse = false;
   const void* w_ih = nullptr;       // [G*H, I]
-  const void* w_hh = nullptr;       // [G*H, H]
+  const void* w_hh = nullptr;       // [G*H, Q]
   const void* b_ih = nullptr;       // [G*H] or null
   const void* b_hh = nullptr;       // [G*H] or null
-  const void* s0[kMaxStates] = {};  // [B, H] each, or null for zeros
+  const void* w_hr = nullptr;       // [Q, H] where state 0 is projected
+  const void* s0[kMaxStates] = {};  // [B, Q] for state 0, [B, H] for others, or null for zeros
 };
 
-// What both sweeps share. Row r of lane p of `y` begins at (r*P + p)*H, of `tape` at
-// (r*P + p)*(S-1+K)*H: states 1..S-1 after the step, then the kept values, [H] each.
+// What both sweeps share. Row r of lane p of `y` begins at (r*P + p)*Q, of `tape` at
+// (r*P + p)*W*H. The tape's W values of [H] each are states 1..S-1 after the step, the kept values,
+// and m where state 0 is projected.
 struct Scan {
   Rows rows;
   int64_t inputs = 0;
   int64_t hidden = 0;
+  int64_t recurrent = 0;   // Q
+  bool projected = false;  // only for cells that are `projectable`
   int32_t lanes = 0;
   Storage storage = Storage::kSame;
   const Lane* lane = nullptr;  // [P]
@@ -79,9 +91,9 @@ struct ForwardArgs : Scan {
   const void* x = nullptr;  // element (t, b) at t*x_step + b*x_row, packed row r at r*x_row
   int64_t x_step = 0;
   int64_t x_row = 0;
-  void* y = nullptr;                    // [rows, P, H]
-  void* tape = nullptr;                 // [rows, P, S-1+K, H] or null for inference
-  void* const* final_states = nullptr;  // [P][S], each [B, H]
+  void* y = nullptr;                    // [rows, P, Q]
+  void* tape = nullptr;                 // [rows, P, W, H] or null for inference
+  void* const* final_states = nullptr;  // [P][S], each as s0
 };
 
 // One stretch of steps [begin, end) of every lane, walked from its end. Compute type throughout
@@ -89,13 +101,15 @@ struct ForwardArgs : Scan {
 struct BackwardArgs : Scan {
   int64_t begin = 0;
   int64_t end = 0;
-  const void* dy = nullptr;    // [rows, P, H] or null for zeros
-  const void* y = nullptr;     // [rows, P, H]
-  const void* tape = nullptr;  // [rows, P, S-1+K, H]
-  void* const* ds = nullptr;   // [P][S], each [B, H]: gradient carried in and out
-  void* const* du = nullptr;   // [P], each [live rows, G*H]; equals dv where all gates are tied
-  void* const* dv = nullptr;   // [P], each [live rows, G*H]
-  void* const* previous = nullptr;  // [P], each [live rows, H]: state 0 before the step
+  const void* dy = nullptr;    // [rows, P, Q] or null for zeros
+  const void* y = nullptr;     // [rows, P, Q]
+  const void* tape = nullptr;  // [rows, P, W, H]
+  void* const* ds = nullptr;   // [P][S], each as s0: gradient carried in and out
+  // [P] each; a row for every live row:
+  void* const* du = nullptr;        // [G*H]; equals dv where all gates are tied
+  void* const* dv = nullptr;        // [G*H]
+  void* const* previous = nullptr;  // [Q], state 0 before the step
+  void* const* dh = nullptr;        // [Q], gradient of state 0 after it; null unless projected
 };
 
 // Gradients of weights, biases and x from du and dv of a stretch. Everything is in the compute type
@@ -103,6 +117,7 @@ struct BackwardArgs : Scan {
 struct GradientArgs {
   Rows rows;
   int64_t inputs = 0;
+  int64_t hidden = 0;
   int64_t recurrent = 0;
   int64_t depth = 0;  // G*H
   int32_t lanes = 0;
@@ -116,7 +131,11 @@ struct GradientArgs {
   const void* const* du = nullptr;  // as in BackwardArgs
   const void* const* dv = nullptr;
   const void* const* previous = nullptr;
+  const void* const* dh = nullptr;
+  const void* tape = nullptr;  // [rows, P, tape_width, H], the last slot the cell's own output
+  int64_t tape_width = 0;
   void* const* dw_ih = nullptr;  // [P], each [G*H, I]
+  void* const* dw_hr = nullptr;  // [P], each [recurrent, H]
   void* const* dw_hh = nullptr;  // [P], each [G*H, recurrent]
   void* const* db_ih = nullptr;  // [P], each [G*H]
   void* const* db_hh = nullptr;  // [P], each [G*H]
@@ -141,7 +160,8 @@ struct CompiledCell {
   int32_t gates;
   int32_t states;
   int32_t kept;
-  uint32_t tied;  // bit g
+  uint32_t tied;     // bit g
+  bool projectable;  // reads state 0 through v alone, so that it need not be H wide
   bool (*forward[2])(const ForwardArgs&, const CpuPlan&);
   bool (*backward[2])(const BackwardArgs&, const CpuPlan&);
 };

@@ -10,6 +10,8 @@ from dataclasses import asdict
 
 from fastrnn._version import __version__
 
+_DTYPES = ("float32", "float64", "bfloat16", "float16", "complex64", "complex128")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 on success, 1 where a check failed, 2 for arguments that cannot be."""
@@ -48,8 +50,8 @@ def _parser() -> argparse.ArgumentParser:
         help="steps, batch, input size, hidden size",
     )
     plan.add_argument("--cell", default="lstm", help="default lstm")
-    plan.add_argument("--dtype", default="float32", help="default float32")
-    plan.add_argument("--device", default="cpu", help="cpu (the default) or cuda")
+    plan.add_argument("--dtype", choices=_DTYPES, default="float32", help="default float32")
+    plan.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
     plan.add_argument("--directions", type=int, choices=(1, 2), default=1)
     plan.add_argument("--train", action="store_true", help="forward that keeps what BPTT needs")
     plan.add_argument("--backward", action="store_true", help="back-propagation through time")

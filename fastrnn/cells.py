@@ -11,14 +11,43 @@ so that every unit of the hidden state is independent of the others within a ste
 
 from __future__ import annotations
 
+import dis
+import functools
+import hashlib
+import importlib
 import inspect
-from collections.abc import Callable, Sequence
+import operator
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
+from types import CellType, CodeType, FunctionType
+from typing import Any
 
 from torch import Tensor, relu, sigmoid, tanh
 
-__all__ = ["Cell", "cell", "get", "names"]
+__all__ = ["MAX_GATES", "MAX_STATES", "Cell", "Gates", "cell", "get", "names"]
+
+# kMaxGates and kMaxStates of csrc/scan.h.
+MAX_GATES = 16
+MAX_STATES = 8
+
+
+class Gates:
+    """What a cell is given as `u` and `v`: one tensor per gate, as attributes."""
+
+    def __init__(self, cell: Cell, values: Iterable[Tensor]) -> None:
+        self.__cell = cell
+        for name, value in zip(cell.gates, values, strict=True):
+            setattr(self, name, value)
+
+    def __getattr__(self, name: str) -> Tensor:
+        # Not through `self`: on an object that is only half made, that would end up here again.
+        cell = vars(self).get("_Gates__cell")
+        raise AttributeError(
+            f"cell {cell.name!r} has no gate {name!r}; its gates are: {', '.join(cell.gates)}"
+            if cell
+            else name
+        )
 
 
 @dataclass(frozen=True)
@@ -39,9 +68,7 @@ class Cell:
 
     def step(self, u: Sequence[Tensor], v: Sequence[Tensor], s: Sequence[Tensor]) -> list[Tensor]:
         """One time step on tensors: `u`, `v` one tensor per gate, `s` one per state."""
-        named_u = SimpleNamespace(**dict(zip(self.gates, u, strict=True)))
-        named_v = SimpleNamespace(**dict(zip(self.gates, v, strict=True)))
-        out = self.function(named_u, named_v, *s)
+        out = self.function(Gates(self, u), Gates(self, v), *s)
         states = [out] if isinstance(out, Tensor) else list(out)
         if len(states) != len(self.states):
             raise ValueError(
@@ -53,8 +80,20 @@ class Cell:
     def __call__(self, *args: Tensor) -> Tensor | tuple[Tensor, ...]:
         return self.function(*args)
 
-    def __reduce__(self) -> tuple[Callable[[str], Cell], tuple[str]]:
-        return get, (self.name,)
+    # The copy of a layer must compute the same, whatever was declared under the name since.
+
+    def __copy__(self) -> Cell:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Cell:
+        return self
+
+    def __reduce__(self) -> tuple[Callable[..., Cell], tuple[Any, ...]]:
+        """By name; with all that tells whether the cell found under it later is still this one."""
+        if self.name in _built_in and _registry[self.name] == self:
+            return get, (self.name,)
+        where = (getattr(self.function, a, None) for a in ("__module__", "__qualname__"))
+        return _restore, (self.name, self.gates, self.states, _digest(self.function), *where)
 
 
 _registry: dict[str, Cell] = {}
@@ -62,20 +101,31 @@ _built_in: frozenset[str] = frozenset()
 
 
 def cell(
-    *, gates: str | Sequence[str], states: str | Sequence[str], name: str | None = None
+    function: object = None,
+    /,
+    *,
+    gates: str | Sequence[str] = (),
+    states: str | Sequence[str] = (),
+    name: str | None = None,
 ) -> Callable[[Callable[..., Tensor | tuple[Tensor, ...]]], Cell]:
     """Declare a cell from a function of one time step.
 
+    Numbers that the function reads from elsewhere (globals, closed-over variables, defaults) are
+    constants of the cell: they are fixed when it is first used, and changing them later has no
+    effect. What is to be learned must come through `u`, `v` or a state.
+
     Args:
         gates: gate names, one letter each as a string (`"ifgo"`) or a sequence of identifiers,
-            in the order of the weight blocks.
-        states: state names in the same form; the first is recurrent and is the output.
+            in the order of the weight blocks; at most 16.
+        states: state names in the same form; the first is recurrent and is the output; at most 8.
         name: registry name; the function's own by default.
 
     Raises:
-        ValueError: for names that repeat or are no identifiers, for a function that does not
-            take `(u, v, *states)`, or for the name of a built-in cell. Declaring another cell of
-            one's own under the same name replaces it, as redefining a function does.
+        TypeError: where what is decorated is no function, or `cell` itself was not called.
+        ValueError: for names that repeat or are no identifiers, for too many of them, for a
+            function that cannot be called as `(u, v, *states)` or has no name, or for the name of
+            a built-in cell. Declaring another cell of one's own under the same name replaces it,
+            as redefining a function does; layers made before keep the cell they have.
 
     Example:
         >>> import torch, fastrnn
@@ -84,9 +134,16 @@ def cell(
         ...     f = torch.sigmoid(u.f + v.f)
         ...     return (1 - f) * h + f * torch.tanh(u.n + f * v.n)
     """
+    if function is not None:
+        raise TypeError(
+            "cell must be told the gates and the states; write "
+            '@fastrnn.cell(gates="fn", states="h") above the function'
+        )
 
     def declare(function: Callable[..., Tensor | tuple[Tensor, ...]]) -> Cell:
-        made = Cell(name or function.__name__, tuple(gates), tuple(states), function)
+        if not callable(function):
+            raise TypeError(f"a cell is made from a function, got {type(function).__name__}")
+        made = Cell(name or _own_name(function), tuple(gates), tuple(states), function)
         _check(made)
         if made.name in _built_in:
             raise ValueError(
@@ -111,19 +168,123 @@ def names() -> list[str]:
     return list(_registry)
 
 
+def _own_name(function: Callable[..., Any]) -> str:
+    own: str = getattr(function, "__name__", "<none>")
+    if own.startswith("<"):
+        what = "a lambda" if own == "<lambda>" else f"{type(function).__name__} objects"
+        raise ValueError(f"{what} cannot name the cell; pass cell(name=...)")
+    return own
+
+
 def _check(made: Cell) -> None:
-    for kind, given in (("gates", made.gates), ("states", made.states)):
+    for kind, given, most in (
+        ("gates", made.gates, MAX_GATES),
+        ("states", made.states, MAX_STATES),
+    ):
         if not given:
-            raise ValueError(f"cell {made.name!r} needs at least one of {kind}")
+            raise ValueError(f"cell {made.name!r} needs at least one of {kind}: cell({kind}=...)")
         if len(set(given)) != len(given) or not all(n.isidentifier() for n in given):
             raise ValueError(f"{kind} of cell {made.name!r} must be distinct identifiers: {given}")
-    parameters = inspect.signature(made.function).parameters.values()
-    flexible = any(p.kind is p.VAR_POSITIONAL for p in parameters)
-    if not flexible and len(parameters) != 2 + len(made.states):
+        if len(given) > most:
+            raise ValueError(
+                f"cell {made.name!r} has {len(given)} {kind}, and the kernels are made for at most "
+                f"{most}; split it into several cells"
+            )
+    signature = inspect.signature(made.function)
+    try:
+        signature.bind(*range(2 + len(made.states)))
+    except TypeError as error:
         raise ValueError(
-            f"cell {made.name!r} must be a function of (u, v, {', '.join(made.states)}), "
-            f"got {inspect.signature(made.function)}"
+            f"cell {made.name!r} must be a function of (u, v, {', '.join(made.states)}), any "
+            f"further parameters with defaults; got {signature}: {error}"
+        ) from None
+
+
+# Saved cells. They are found again by name, so what they are must be compared.
+
+
+def _restore(
+    name: str,
+    gates: tuple[str, ...],
+    states: tuple[str, ...],
+    digest: str,
+    module: str | None,
+    qualname: str | None,
+) -> Cell:
+    """The cell that was saved, from this process or from the module that declares it."""
+
+    def same(found: object) -> bool:
+        if not isinstance(found, Cell) or (found.gates, found.states) != (gates, states):
+            return False
+        own = _digest(found.function)
+        # Other versions of Python compile the same source to other byte code.
+        return own == digest or own.split()[0] != digest.split()[0]
+
+    found: object = _registry.get(name)
+    failure = ""
+    if not same(found) and module and qualname:
+        try:
+            found = operator.attrgetter(qualname)(importlib.import_module(module))
+        except (ImportError, AttributeError) as error:
+            failure = f" ({error})"
+        if not same(found):
+            found = _registry.get(name)
+    if isinstance(found, Cell) and same(found):
+        return found
+    where = f"in module {module}, as {qualname}"
+    if module in (None, "__main__", "__mp_main__"):
+        where = "in the script or session that saved it, which cannot be imported"
+    if found is None:
+        raise ValueError(
+            f"no cell named {name!r} is declared here{failure}. It was declared {where}: declare "
+            "it before loading, best in a module that can be imported"
         )
+    raise ValueError(
+        f"the cell {name!r} declared here is not the one that was saved: its gates, states or "
+        f"function differ. That one was declared {where}: load where it is declared as it was; or, "
+        "if the change is meant, make the layer anew and give it the saved state_dict"
+    )
+
+
+def _digest(function: Callable[..., Any]) -> str:
+    """The version of Python, and a digest of what decides the function's behaviour."""
+    content = repr(_content(function, getattr(function, "__module__", None), ()))
+    return f"{sys.implementation.cache_tag} {hashlib.sha256(content.encode()).hexdigest()[:16]}"
+
+
+def _content(value: Any, module: str | None, above: tuple[object, ...]) -> object:
+    """`value` as text and tuples without addresses; functions of `module` by what they do."""
+
+    def inside(values: Iterable[Any]) -> tuple[object, ...]:
+        return tuple(_content(v, module, (*above, value)) for v in values)
+
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
+        return repr(value)
+    if isinstance(value, (tuple, list)):
+        return inside(value)
+    if isinstance(value, frozenset):
+        return sorted(map(repr, value))
+    if isinstance(value, Cell):
+        return value.gates, value.states, inside([value.function])
+    if isinstance(value, functools.partial):
+        return inside([value.func, value.args, sorted(value.keywords.items())])
+    if isinstance(value, CodeType):
+        return value.co_code, value.co_names, inside(value.co_consts)
+    if isinstance(value, FunctionType) and value.__module__ == module and value not in above:
+        code = value.__code__
+        constants = [None if c == value.__doc__ else c for c in code.co_consts]
+        read = [value.__globals__[n] for n in _globals(code) if n in value.__globals__]
+        captured = [c.cell_contents for c in value.__closure__ or () if c != CellType()]
+        defaults = value.__defaults__, sorted((value.__kwdefaults__ or {}).items())
+        return code.co_code, code.co_names, inside([constants, read, captured, defaults])
+    return getattr(value, "__module__", None), getattr(value, "__qualname__", str(type(value)))
+
+
+def _globals(code: CodeType) -> list[str]:
+    """Names of the globals that the code reads, functions inside it included."""
+    inner = [n for c in code.co_consts if isinstance(c, CodeType) for n in _globals(c)]
+    own = [i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"]
+    return sorted({*own, *inner})
 
 
 # The cells of torch.nn, in its gate order.

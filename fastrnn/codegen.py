@@ -54,6 +54,8 @@ class Derived:
         kept: names of the values kept per unit and step for backward: a gate's name for what its
             nonlinearity gives, `v.n` or `u.n` for a raw projection, `a.n` for their sum.
         reads_state, reads_next: per state, whether backward reads it before and after the step.
+        projectable: whether state 0 enters a step through `v` alone, so that it may be projected
+            to another width between the steps.
         step: expressions of the next states and the kept values.
         gradients: expressions of the gradients of `u`, `v` and the states.
     """
@@ -65,14 +67,20 @@ class Derived:
     kept: tuple[str, ...]
     reads_state: tuple[bool, ...]
     reads_next: tuple[bool, ...]
+    projectable: bool
     step: tuple[Expr, ...]
     gradients: tuple[Expr, ...]
 
     def forward(
         self, u: Sequence[Tensor], v: Sequence[Tensor], s: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """One step on tensors of one shape, one per gate and state: `(next, kept)`."""
+        """One step on tensors of one shape, one per gate and state: `(next, kept)`.
+
+        State 0 of a projectable cell may have any shape.
+        """
         inputs = _labelled("s", self.states, s)
+        if self.projectable:
+            del inputs[f"s.{self.states[0]}"]
         for name, tied, left, right in zip(self.gates, self.tied, u, v, strict=True):
             if tied:
                 inputs[f"a.{name}"] = left + right
@@ -142,6 +150,7 @@ def _derive_here(cell: Cell) -> Derived:
     known = available | {node: algebra.input(f"kept.{name}") for name, node in kept.items()}
     gradients = algebra.rebuild(gradients, known)
     read = uses(gradients)
+    first = f"s.{cell.states[0]}"
     return Derived(
         name=cell.name,
         gates=cell.gates,
@@ -150,6 +159,8 @@ def _derive_here(cell: Cell) -> Derived:
         kept=tuple(kept),
         reads_state=tuple(f"s.{name}" in read for name in cell.states),
         reads_next=tuple(f"next.{name}" in read for name in cell.states),
+        projectable=first not in read | uses([*step, *kept.values()])
+        and gradients[2 * count].constant == 0,
         step=(*step, *kept.values()),
         gradients=gradients,
     )
@@ -339,6 +350,8 @@ struct {struct_name(name)} {{
   // Which states backward reads, as they were before and after the step.
   static constexpr bool kReadsState[kStates] = {_cpp_bools(derived.reads_state)};
   static constexpr bool kReadsNext[kStates] = {_cpp_bools(derived.reads_next)};
+  // Whether state 0 comes in through v alone.
+  static constexpr bool kProjectable = {"true" if derived.projectable else "false"};
   // For a tied gate v[g] is the sum of both projections, u[g] is not read, and du[g] equals dv[g].
   // All reads come before the first write, so that outputs may lie where inputs did.
 {forward}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import platform
 import time
 from collections.abc import Sequence
@@ -86,7 +85,7 @@ def collect() -> Facts:
         instruction_set=_C.isa(),
         gpus=[torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())],
         compiler=_compiler(),
-        compiled_cells=str(jit._cache(os.environ.get("FASTRNN_CACHE", ""))),
+        compiled_cells=str(jit.cache_folder()),
         kernels=_usable_kernels(),
         self_check=self_check(),
     )
@@ -186,7 +185,7 @@ def plan_for(
         plan.KernelRefused: when FASTRNN_KERNEL asks for a kernel that cannot run it.
     """
     declared = cells.get(cell)
-    facts = _C.cell_facts(kernels.prepare(declared))
+    compiled = kernels.prepare(declared) is not None
     problem = Problem(
         cell,
         *shape,
@@ -197,7 +196,7 @@ def plan_for(
         tape=tape,
         backward=backward,
     )
-    device = kernels.device(kind, compiled=facts is not None and facts[3])
+    device = kernels.device(kind, compiled=compiled)
     return problem, device, plan.choose(problem, device)
 
 

@@ -21,7 +21,15 @@ from pathlib import Path
 
 from fastrnn.codegen import Derived, header
 
-__all__ = ["SYMBOL", "CompilationFailed", "Compiler", "compile_cell", "compiler", "sources"]
+__all__ = [
+    "SYMBOL",
+    "CompilationFailed",
+    "Compiler",
+    "cache_folder",
+    "compile_cell",
+    "compiler",
+    "sources",
+]
 
 SYMBOL = "fastrnn_cells_native"
 _FLAGS = shlex.split(
@@ -81,10 +89,11 @@ def sources() -> Path:
     raise CompilationFailed(f"this installation of fastrnn has no C++ sources in {here / 'csrc'}")
 
 
-def compile_cell(derived: Derived, key: str) -> Path:
+def compile_cell(derived: Derived, key: str, fresh: bool = False) -> Path:
     """The shared library of a cell, known to the kernels as `key`; its one function is `SYMBOL`.
 
-    Processes may do this at once: a library appears in the cache complete or not at all.
+    Processes may do this at once: a library appears in the cache complete or not at all. `fresh`
+    compiles it even so and puts it in the place of the one in the cache, which may be damaged.
 
     Raises:
         CompilationFailed: without a compiler or sources, or with the compiler's first errors.
@@ -97,9 +106,8 @@ def compile_cell(derived: Derived, key: str) -> Path:
     for source in sorted([*folder.glob("*.h"), folder / "cpu_scan.cpp"]):
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
     name = f"{re.sub(r'[^0-9A-Za-z_-]', '_', key)}-{digest.hexdigest()[:16]}.so"
-    cache = _cache(os.environ.get("FASTRNN_CACHE", ""))
-    target = cache / name
-    if not target.is_file():
+    target = cache_folder() / name
+    if fresh or not target.is_file():
         try:
             _build(derived, chosen, flags, text, target)
         except OSError as error:
@@ -149,8 +157,13 @@ def _processor() -> str:
     return "\n".join(line for line in lines if line.startswith(wanted))
 
 
+def cache_folder() -> Path:
+    """Where libraries are kept; where that cannot be written, a folder for this process alone."""
+    return _writable(os.environ.get("FASTRNN_CACHE", ""))
+
+
 @functools.cache
-def _cache(named: str) -> Path:
+def _writable(named: str) -> Path:
     folder = Path(named).expanduser() if named else Path("~/.cache/fastrnn").expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)

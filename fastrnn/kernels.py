@@ -194,7 +194,7 @@ def _reference_forward(
     _, states, kept = _C.cell_facts(call.cell)
     hidden = call.w_hh[0].size(0) // len(cell.gates)
     rows = x.shape[:-1].numel() if tape else 0
-    layout = x.new_zeros(rows, len(call.w_hh), states - 1 + kept, hidden)
+    layout = x.new_zeros(rows, len(call.w_hh), states - 1 + kept + bool(call.w_hr), hidden)
     first = _first_rows(call)
 
     def record(
@@ -204,6 +204,8 @@ def _reference_forward(
         if kept:
             gates = u.split(hidden, -1), v.split(hidden, -1)
             values += codegen.derive(cell).forward(*gates, before)[1]
+        if call.w_hr:
+            values.append(after[0])
         for k, value in enumerate(values):
             if call.lengths is not None:
                 value = torch.where((call.lengths > t).unsqueeze(-1), value, 0)

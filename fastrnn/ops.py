@@ -106,7 +106,8 @@ def _scan_fake(
     rows = x.size(0) * x.size(1) if x.dim() == 3 else x.size(0)
     y = x.new_empty(*x.shape[:-1], lanes * recurrent)
     last = [x.new_empty(lanes, batch, hidden if s else recurrent) for s in range(states)]
-    return y, last, x.new_empty(rows if tape else 0, lanes, states - 1 + kept, hidden)
+    width = states - 1 + kept + bool(w_hr)
+    return y, last, x.new_empty(rows if tape else 0, lanes, width, hidden)
 
 
 @torch.library.register_fake("fastrnn::scan_backward")

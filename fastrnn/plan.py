@@ -30,6 +30,7 @@ class Problem:
     tape: bool = False  # keeps what BPTT needs
     backward: bool = False
     projected: bool = False  # state 0 goes through weight_hr
+    projectable: bool = True  # the cell reads state 0 through `v` alone
 
     @property
     def live_rows(self) -> int:
@@ -122,8 +123,8 @@ def _cpu_refuse(problem: Problem, device: Device) -> str | None:
         return f"there is no compiled code for cell {problem.cell!r}"
     if problem.dtype not in _CPU_DTYPES:
         return f"it computes {', '.join(_CPU_DTYPES)}, not {problem.dtype}"
-    if problem.projected:
-        return "it has no projection of the output (proj_size)"
+    if problem.projected and not problem.projectable:
+        return f"cell {problem.cell!r} reads state 0 unit by unit, so it cannot be projected"
     return None
 
 

@@ -49,7 +49,8 @@ def scan(
         resets: bool, shape of `x` without its last dimension: an episode begins at this row, so no
             state crosses from the step before, in either direction.
         reverse: bit `p` set means that scan `p` runs backward in time.
-        record: called as `record(p, t, u, v, before, after)` after every step of every scan.
+        record: called as `record(p, t, u, v, before, after)` after every step of every scan,
+            before the projection.
 
     Returns:
         `y`, `x`'s shape with `P*Q` in place of `I`, and the `S` final states, shaped as `s0`.
@@ -89,10 +90,10 @@ def scan(
             v = F.linear(before[0], w_hh[p], b_hh[p] if b_hh else None)
             gates_u, gates_v = u.split(hidden, -1), v.split(hidden, -1)
             after = cell.step(gates_u, gates_v, before)
-            if w_hr:
-                after[0] = F.linear(after[0], w_hr[p])
             if record is not None:
                 record(p, t, u, v, before, after)
+            if w_hr:
+                after = [F.linear(after[0], w_hr[p]), *after[1:]]
             y = after[0]
             if alive is not None:
                 valid = (alive > t).unsqueeze(-1)

@@ -102,6 +102,20 @@ def test_the_same_cell_is_compiled_once(runs: Path) -> None:
     assert compilations(runs) == 1
 
 
+def test_a_damaged_library_is_replaced_on_request(runs: Path) -> None:
+    path = compile_cell(leaky(0.5), "leaky")
+    path.write_bytes(b"damaged")
+    assert compile_cell(leaky(0.5), "leaky").read_bytes() == b"damaged"
+    assert compile_cell(leaky(0.5), "leaky", fresh=True) == path
+    assert load(path).step(0.0, 2.0) == 1.0
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_the_cache_is_where_libraries_are(runs: Path, tmp_path: Path) -> None:
+    assert jit.cache_folder() == tmp_path / "cache"
+    assert compile_cell(leaky(0.5), "leaky").parent == jit.cache_folder()
+
+
 def test_whatever_code_depends_on_is_part_of_the_cache(
     runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

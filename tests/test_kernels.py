@@ -27,6 +27,18 @@ def linear(u, v, h, c):  # type: ignore[no-untyped-def]
     return u.a - v.a + c, c - h
 
 
+@cells.cell(gates="ab", states="hc")
+def linear_projectable(u, v, h, c):  # type: ignore[no-untyped-def]
+    """The same, but the output of the step before comes in through `v` alone."""
+    c = c + v.b - 2 * u.b
+    return u.a - v.a + c, c - v.a
+
+
+# A cell, and the width of its projected output.
+PLAIN = [(name, None) for name in [*BUILT_IN, "linear"]]
+PROJECTED = [(name, 11) for name in ["rnn_tanh", "lstm", "linear_projectable"]]
+
+
 def operands(
     cell: cells.Cell,
     steps: int,
@@ -36,19 +48,23 @@ def operands(
     lanes: int = 1,
     dtype: torch.dtype = torch.float64,
     bias: bool = True,
+    projected: int | None = None,
 ) -> dict[str, Any]:
     def random(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(*shape, dtype=torch.float64) * scale).to(dtype)
 
-    rows, scale = len(cell.gates) * hidden, hidden**-0.5
+    rows, scale = len(cell.gates) * hidden, max(1, hidden) ** -0.5
+    recurrent = hidden if projected is None else projected
+    widths = [recurrent, *[hidden] * (len(cell.states) - 1)]
     per_lane = range(lanes)
     return {
         "x": random(steps, batch, inputs),
         "w_ih": [random(rows, inputs, scale=scale) for _ in per_lane],
-        "w_hh": [random(rows, hidden, scale=scale) for _ in per_lane],
+        "w_hh": [random(rows, recurrent, scale=scale) for _ in per_lane],
         "b_ih": [random(rows, scale=scale) for _ in per_lane if bias],
         "b_hh": [random(rows, scale=scale) for _ in per_lane if bias],
-        "s0": [random(lanes, batch, hidden) for _ in cell.states],
+        "w_hr": [random(recurrent, hidden, scale=scale) for _ in per_lane if projected is not None],
+        "s0": [random(lanes, batch, width) for width in widths],
         "reverse": 0b10 if lanes == 2 else 0,
     }
 
@@ -60,7 +76,7 @@ def whole(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
     numbers = torch.randint(-1, 2, value.shape).to(value.dtype)
-    if value.dim() == 2 and 0 < value.size(1) <= value.size(0):  # weights: one entry in each row
+    if value.dim() == 2 and value.size(1):  # weights: one entry in each row
         keep = torch.zeros_like(value)
         keep[torch.arange(value.size(0)), torch.randint(0, value.size(1), (value.size(0),))] = 1
         return numbers * keep
@@ -160,20 +176,54 @@ def test_sixteen_bits(name: str, dtype: torch.dtype) -> None:
         check(cells.get(name), operands(cells.get(name), *shape, dtype=dtype))
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
-def test_no_bias_and_no_initial_state(name: str) -> None:
+@pytest.mark.parametrize("name", [name for name, _ in PROJECTED])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes_projected(name: str, shape: tuple[int, ...]) -> None:
+    cell, hidden = cells.get(name), shape[3]
+    for projected, dtype in [
+        ((hidden + 1) // 2, torch.float64),
+        ((hidden + 1) // 3, torch.float32),
+        (hidden + 18, torch.float32),
+        ((hidden + 1) // 2, torch.bfloat16),
+        ((hidden + 1) // 2, torch.float16),
+    ]:
+        check(cell, operands(cell, *shape, dtype=dtype, projected=projected))
+
+
+def test_no_units_project_to_zeros() -> None:
+    with kernels.use("cpu"):
+        found = run(
+            ops.scan, cells.get("lstm"), operands(cells.get("lstm"), 4, 3, 2, 0, projected=5)
+        )
+    for what in ("y", "state 0", "gradient of x 0", "gradient of s0 0"):
+        assert not found[what].any(), what
+
+
+def test_a_cell_that_reads_its_output_is_not_projected() -> None:
+    gru = cells.get("gru")
+    given = operands(gru, 3, 2, 4, 5, projected=5)
+    with kernels.use("cpu"), pytest.raises(plan.KernelRefused, match="'gru' reads state 0"):
+        ops.scan(gru, **given)
+    for ours, right in zip(
+        flatten(ops.scan(gru, **given)), flatten(reference.scan(gru, **given)), strict=True
+    ):
+        assert torch.equal(ours, right)
+
+
+@pytest.mark.parametrize(("name", "projected"), PLAIN + PROJECTED)
+def test_no_bias_and_no_initial_state(name: str, projected: int | None) -> None:
     cell = cells.get(name)
-    given = operands(cell, 4, 3, 5, 18, lanes=2, bias=False)
+    given = operands(cell, 4, 3, 5, 18, lanes=2, bias=False, projected=projected)
     check(cell, given)
     check(cell, {**given, "s0": []})
 
 
-@pytest.mark.parametrize("name", [*BUILT_IN, "linear"])
+@pytest.mark.parametrize(("name", "projected"), PLAIN + PROJECTED)
 @pytest.mark.parametrize("layout", ["lengths", "packed"])
-def test_ragged_batches_and_resets(name: str, layout: str) -> None:
+def test_ragged_batches_and_resets(name: str, projected: int | None, layout: str) -> None:
     cell = cells.get(name)
     for steps, batch, hidden, lanes in [(1, 2, 3, 1), (5, 7, 17, 2), (9, 13, 33, 1)]:
-        given = operands(cell, steps, batch, 4, hidden, lanes)
+        given = operands(cell, steps, batch, 4, hidden, lanes, projected=projected)
         lengths = torch.randint(0, steps + 1, (batch,))
         lengths[torch.randint(0, batch, ())] = steps
         shape: tuple[int, ...] = (steps, batch)
@@ -204,11 +254,15 @@ SPLITS = [
 
 
 @pytest.mark.parametrize("split", SPLITS, ids=lambda s: "-".join(map(str, s.values())))
-def test_every_split_is_exact(split: dict[str, int]) -> None:
-    cell = cells.get("linear")
+@pytest.mark.parametrize(
+    ("name", "projected"), [("linear", None), *(("linear_projectable", n) for n in (3, 35, 81))]
+)
+def test_every_split_is_exact(split: dict[str, int], name: str, projected: int | None) -> None:
+    cell = cells.get(name)
     for packed_weights in (False, True):
         for dtype in (torch.float32, torch.float64):
-            given = {k: whole(v) for k, v in operands(cell, 7, 5, 6, 67, 2, dtype).items()}
+            given = operands(cell, 7, 5, 6, 67, 2, dtype, projected=projected)
+            given = {k: whole(v) for k, v in given.items()}
             given["resets"] = torch.rand(7, 5) < 0.1
             with planned(**split, packed_weights=packed_weights), kernels.use("cpu"):
                 ours = run(ops.scan, cell, given)
@@ -226,16 +280,14 @@ def test_linear_cell_is_exact(shape: tuple[int, ...]) -> None:
         assert torch.equal(ours[what], right), what
 
 
-@pytest.mark.parametrize("name", [*BUILT_IN, "linear"])
-def test_a_kernel_takes_the_tape_of_another(name: str) -> None:
+@pytest.mark.parametrize(("name", "projected"), PLAIN + PROJECTED)
+def test_a_kernel_takes_the_tape_of_another(name: str, projected: int | None) -> None:
     cell = cells.get(name)
     for extra in ({}, {"resets": torch.rand(6, 4) < 0.3}, {"lengths": torch.tensor([3, 6, 0, 5])}):
-        given = {**operands(cell, 6, 4, 3, 19, lanes=2), **extra}
+        given = {**operands(cell, 6, 4, 3, 19, lanes=2, projected=projected), **extra}
         arguments = (
             kernels.prepare(cell),
-            *(given[k] for k in ("x", "w_ih", "w_hh", "b_ih", "b_hh")),
-            [],
-            given["s0"],
+            *(given[k] for k in ("x", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "s0")),
             None,
             given.get("lengths"),
             given.get("resets"),
@@ -266,10 +318,10 @@ def test_error_does_not_grow_with_time(name: str) -> None:
     check(cells.get(name), operands(cells.get(name), LONG, 1, 3, 18, dtype=torch.float32))
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize(("name", "projected"), PLAIN + PROJECTED)
 @pytest.mark.parametrize("batch", [1, 5])
-def test_bitwise_repeatable(name: str, batch: int) -> None:
-    given = operands(cells.get(name), 50, batch, 40, 70, dtype=torch.float32)
+def test_bitwise_repeatable(name: str, projected: int | None, batch: int) -> None:
+    given = operands(cells.get(name), 50, batch, 40, 70, dtype=torch.float32, projected=projected)
     first, again = (run(ops.scan, cells.get(name), given) for _ in range(2))
     for what, value in first.items():
         assert torch.equal(value, again[what]), what

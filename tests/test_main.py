@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from fastrnn import __main__, cells, demo, info, plan
+from fastrnn import __main__, cells, demo, info, jit, plan
 from fastrnn._version import __version__
 
 
@@ -48,6 +48,7 @@ def test_info_json_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     assert facts["versions"]["torch"] == torch.__version__
     assert facts["threads"] == torch.get_num_threads()
     assert facts["instruction_set"] in facts["instruction_sets"]
+    assert facts["compiled_cells"] == str(jit.cache_folder())
     assert facts["kernels"]["cpu"] is None
     assert facts["self_check"]["passed"] is True
     assert 0 < facts["self_check"]["error"] < 1e-4
@@ -147,6 +148,17 @@ def test_plan_refuses_what_is_no_shape(capsys: pytest.CaptureFixture[str], shape
         __main__.main(["plan", "--shape", shape])
     assert stop.value.code == 2
     assert repr(shape) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argument", [("--dtype", "foo"), ("--device", "tpu")])
+def test_plan_refuses_what_there_is_not(
+    capsys: pytest.CaptureFixture[str], argument: tuple[str, str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        __main__.main(["plan", "--shape", "7,3,5,16", *argument])
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert f"argument {argument[0]}: invalid choice: {argument[1]!r}" in err
 
 
 def test_demo_gets_its_own_arguments(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,6 +81,7 @@ def test_no_numbers_divide_by_zero() -> None:
         (LSTM, replace(TWO, kind="cuda"), "on cuda"),
         (LSTM, replace(TWO, compiled=False), "no compiled code for cell 'lstm'"),
         (replace(LSTM, dtype="ComplexFloat"), TWO, "not ComplexFloat"),
+        (replace(LSTM, cell="gru", projected=True, projectable=False), TWO, "'gru' reads state 0"),
     ],
 )
 def test_what_the_cpu_kernel_refuses(problem: Problem, device: Device, reason: str) -> None:
