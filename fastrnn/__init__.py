@@ -1,7 +1,10 @@
 """Recurrent networks at hardware speed for PyTorch."""
 
+from fastrnn._version import __version__
+from fastrnn.cell_modules import GRUCell, LSTMCell, RNNCell
 from fastrnn.cells import Cell, cell
-from fastrnn.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, Recurrent, RNNCell
+from fastrnn.convert import from_torch, to_torch
+from fastrnn.modules import GRU, LSTM, RNN, Recurrent
 from fastrnn.replace import replace_, restore_
 
 __all__ = [
@@ -13,7 +16,10 @@ __all__ = [
     "LSTMCell",
     "RNNCell",
     "Recurrent",
+    "__version__",
     "cell",
+    "from_torch",
     "replace_",
     "restore_",
+    "to_torch",
 ]

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fastrnn import ops
 from fastrnn.cells import Cell
 
-__all__ = ["check_dtype", "check_input", "check_states", "rnn", "rnn_cell"]
+__all__ = ["check_device", "check_dtype", "check_input", "check_states", "rnn", "rnn_cell"]
 
 States = Tensor | Sequence[Tensor]
 Check = Callable[[Tensor, "States | None", "Tensor | None", Tensor], None]
@@ -59,7 +59,7 @@ def rnn(
             either direction.
         name: how the layer calls itself in errors.
         check: `check(input, hx, batch_sizes, w_ih)`, with the first of the weights, in place of
-            the check of dtype and sizes against `weights`.
+            the check of dtype, device and sizes against `weights`.
 
     Returns:
         The output, in the form of `input` with `D*H` features, and the final states in that of
@@ -68,8 +68,8 @@ def rnn(
     Raises:
         ValueError: wrong number of dimensions of `input`; dtype other than that of the weights;
             `lengths` or `resets` of wrong shape or out of range.
-        RuntimeError: wrong sizes of `input` or `hx`; T = 0 without `lengths`.
-        TypeError: `lengths` or `resets` of a wrong dtype.
+        RuntimeError: wrong sizes of `input` or `hx`; devices that differ; T = 0 without `lengths`.
+        TypeError: `lengths` or `resets` of a wrong type or dtype.
 
     Like torch.nn.RNN, https://docs.pytorch.org/docs/stable/generated/torch.nn.RNN.html
     """
@@ -124,7 +124,7 @@ def rnn(
     elif lengths is not None:
         raise ValueError("lengths= is for dense input; a PackedSequence holds its own lengths")
     if resets is not None:
-        resets = _check_resets(resets, x, batch_sizes, batch_first and batched)
+        resets = _check_resets(resets, x, batch_sizes, order, batch_first and batched)
     if not states and (batch_sizes is not None or (lengths is not None and x.size(0) == 0)):
         states = _zeros(cell, x, weights, _batch_size(x, batch_sizes, order))
 
@@ -165,13 +165,22 @@ def rnn_cell(
 
     Args:
         cell: the cell, with `G` gates and `S` states.
-        input: [B, I].
-        states: `S` tensors [1, B, H], or none for zeros.
+        input: [B, I], or [I] unbatched.
+        states: `S` tensors [B, H], or [H] unbatched; none for zeros.
         w_ih, w_hh, b_ih, b_hh: [G*H, I], [G*H, H], [G*H] and [G*H]; biases may be None.
 
     Returns:
-        `S` next states, [B, H].
+        `S` next states, shaped as `states`.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices that do not fit together.
     """
+    if input.dtype != w_ih.dtype and not torch._C._is_any_autocast_enabled():
+        raise RuntimeError(
+            f"mat1 and mat2 must have the same dtype: input has {input.dtype} and weight has "
+            f"{w_ih.dtype}. Convert input: input.to({w_ih.dtype})"
+        )
+    check_device(input, w_ih)
     biases: tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
     if b_ih is not None and b_hh is not None:
         biases = (b_ih,), (b_hh,)
@@ -180,9 +189,15 @@ def rnn_cell(
     else:
         zero = torch.zeros_like(b)
         biases = (zero if b_ih is None else b_ih,), (zero if b_hh is None else b_hh,)
-    y, after = ops.scan(cell, input, (w_ih,), (w_hh,), biases[0], biases[1], (), states)
+    batched = input.dim() == 2
+    if states:
+        check_states(states, input)
+        states = [s.unsqueeze(0) if batched else s.expand(1, 1, -1) for s in states]
+    x = input if batched else input.unsqueeze(0)
+    y, after = ops.scan(cell, x, (w_ih,), (w_hh,), biases[0], biases[1], (), states)
     # The first state is the output; views of tensors as small as these are half of the cost here.
-    return (y, *[s.squeeze(0) for s in after[1:]]) if len(after) > 1 else (y,)
+    out = (y, *[s.squeeze(0) for s in after[1:]]) if len(after) > 1 else (y,)
+    return out if batched else tuple(s.squeeze(0) for s in out)
 
 
 def _stack(
@@ -235,6 +250,21 @@ def check_dtype(input: Tensor, weight: Tensor) -> None:
         raise ValueError(
             f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
             f"Convert input: input.to({weight.dtype}), or convert model: model.to({input.dtype})"
+        )
+
+
+def check_device(input: Tensor, weight: Tensor) -> None:
+    """The input must be where the weights are; `RuntimeError` otherwise, as torch.nn."""
+    if input.device != weight.device:
+        raise RuntimeError(
+            "Input and parameter tensors are not at the same device, found input tensor at "
+            f"{input.device} and parameter tensor at {weight.device}. "
+            f"Move input: input.to({str(weight.device)!r}), or the model: "
+            + (
+                "model.to_empty(device=...), then load its weights"
+                if weight.device.type == "meta"
+                else f"model.to({str(input.device)!r})"
+            )
         )
 
 
@@ -325,6 +355,7 @@ def _check_sizes(
             f"with bidirectional={bidirectional}"
         )
     check_dtype(input, weights[0][0])
+    check_device(input, weights[0][0])
     check_input(input, weights[0][0].size(1), batch_sizes)
     if hx is None:
         return
@@ -339,11 +370,20 @@ def _check_sizes(
 def _check_lengths(lengths: Tensor | Sequence[int], x: Tensor, batched: bool) -> Tensor:
     """`lengths` as int64 [B] beside `x` [T, B, I]."""
     steps, batch = x.size(0), x.size(1)
-    length = torch.as_tensor(lengths)
+    try:
+        length = torch.as_tensor(lengths)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"lengths must be a tensor or sequence of integers, one for each of the {batch} "
+            f"sequences of the batch: {error}"
+        ) from error
     if isinstance(lengths, Tensor) or length.numel():  # an empty list makes a float tensor
         integral = not (length.is_floating_point() or length.is_complex())
         if not integral or length.dtype == torch.bool:
-            raise TypeError(f"lengths must be integers, got dtype {length.dtype}")
+            raise TypeError(
+                f"lengths must be integers, got dtype {length.dtype}; convert with "
+                f"{'lengths.long()' if isinstance(lengths, Tensor) else 'int(...)'}"
+            )
     if length.dim() == 0 and not batched:
         length = length.unsqueeze(0)
     if length.dim() != 1 or length.size(0) != batch:
@@ -362,7 +402,11 @@ def _check_lengths(lengths: Tensor | Sequence[int], x: Tensor, batched: bool) ->
 
 
 def _check_resets(
-    resets: Tensor | PackedSequence, x: Tensor, batch_sizes: Tensor | None, swap: bool
+    resets: Tensor | PackedSequence,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    order: Tensor | None,
+    swap: bool,
 ) -> Tensor:
     """`resets` in the layout of `x` without its features."""
     if isinstance(resets, PackedSequence):
@@ -371,7 +415,21 @@ def _check_resets(
         same = resets.batch_sizes is batch_sizes
         if not same and not torch.equal(resets.batch_sizes, batch_sizes):
             raise ValueError("resets must be packed with the same lengths as the input")
+        theirs = resets.sorted_indices
+        if theirs is not order and theirs is not None and order is not None:
+            readable = _readable(theirs) and _readable(order)
+            if readable and not torch.equal(theirs, order):
+                raise ValueError(
+                    "resets must be packed in the order of the input: sorted_indices differ; "
+                    "pack both with the same lengths, or use "
+                    "input._replace(data=...) with flags in the input's order"
+                )
         resets = resets.data
+    elif not isinstance(resets, Tensor):
+        raise TypeError(
+            f"resets must be a bool tensor, got {type(resets).__name__}; "
+            "convert with torch.tensor(resets, dtype=torch.bool)"
+        )
     if resets.dtype != torch.bool:
         raise TypeError(f"resets must be bool, got {resets.dtype}; convert with resets.bool()")
     if batch_sizes is None and resets.dim() == 1 and x.size(1) == 1:

@@ -1,4 +1,4 @@
-"""RNN, LSTM, GRU, their cells, and `Recurrent` for any cell: parameters and manners of torch.nn.
+"""RNN, LSTM, GRU, and `Recurrent` for any cell: parameters and manners of torch.nn.
 
 Layers derive from `nn.RNNBase` and not from `nn.LSTM` and its siblings, because `torch.compile`
 refuses those by `isinstance`. Weights are read anew on every call: they may be parametrized,
@@ -14,24 +14,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
-from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import cells, functional
 from fastrnn.cells import Cell
+from fastrnn.convert import detour, to_torch, twin_of
 
-__all__ = [
-    "GRU",
-    "LSTM",
-    "RNN",
-    "GRUCell",
-    "LSTMCell",
-    "RNNCell",
-    "Recurrent",
-    "from_torch",
-    "to_torch",
-]
+__all__ = ["GRU", "LSTM", "RNN", "Recurrent"]
 
 Device = torch.device | str | int | None
 Sequences = Tensor | PackedSequence
@@ -44,8 +33,6 @@ _CELL_OF_MODE = {
     "LSTM": cells.lstm,
     "GRU": cells.gru,
 }
-_CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-_CELL_OF_NONLINEARITY = {"tanh": cells.rnn_tanh, "relu": cells.rnn_relu}
 
 
 class _Layer(nn.RNNBase):
@@ -117,8 +104,8 @@ class _Layer(nn.RNNBase):
         extras = (
             {} if lengths is None and resets is None else {"lengths": lengths, "resets": resets}
         )
-        if (detour := _detour(self, input, extras)) is not None:
-            return detour(input, hx, **extras)
+        if (other := detour(self, input, extras)) is not None:
+            return other(input, hx, **extras)
         return functional.rnn(
             self._cell(),
             input,
@@ -158,6 +145,7 @@ class _Layer(nn.RNNBase):
             self.check_input(input, batch_sizes)
         else:
             self.check_forward_args(input, cast(Tensor, hx), batch_sizes)
+        functional.check_device(input, weight)
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         """Raise what torch.nn raises for an input of wrong dtype or shape."""
@@ -212,6 +200,7 @@ class _Plain(_Layer):
             )
 
 
+@twin_of(nn.RNN)
 class RNN(_Plain):
     """Elman network, a drop-in for `torch.nn.RNN` with the same parameters and numbers.
 
@@ -259,9 +248,10 @@ class RNN(_Plain):
             raise ValueError(
                 f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'."
             )
+        mode = f"RNN_{nonlinearity.upper()}"
         super().__init__(
-            _CELL_OF_NONLINEARITY[nonlinearity],
-            f"RNN_{nonlinearity.upper()}",
+            _CELL_OF_MODE[mode],
+            mode,
             input_size,
             hidden_size,
             num_layers,
@@ -276,6 +266,7 @@ class RNN(_Plain):
         self.nonlinearity = nonlinearity
 
 
+@twin_of(nn.GRU)
 class GRU(_Plain):
     """Gated recurrent units, a drop-in for `torch.nn.GRU` with the same parameters and numbers.
 
@@ -351,6 +342,7 @@ class _Several(_Layer):
         return tuple(s.index_select(1, permutation) for s in hx)
 
 
+@twin_of(nn.LSTM)
 class LSTM(_Several):
     """Long short-term memory, a drop-in for `torch.nn.LSTM` with the same parameters and numbers.
 
@@ -502,112 +494,6 @@ class Recurrent(_Several):
         )
 
 
-class RNNCell(nn.RNNCell):
-    """One step of an Elman network, a drop-in for `torch.nn.RNNCell`.
-
-    https://docs.pytorch.org/docs/stable/generated/torch.nn.RNNCell.html
-    """
-
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        """`input` [B, I] or [I] and `hx` [B, H] or [H] to the next state."""
-        if (detour := _detour(self, input)) is not None:
-            return detour(input, hx)
-        _check_cell_dims("RNNCell", input, () if hx is None else (hx,))
-        if self.nonlinearity not in _CELL_OF_NONLINEARITY:
-            raise RuntimeError(
-                f"Unknown nonlinearity: {self.nonlinearity}. Select from 'tanh' or 'relu'."
-            )
-        cell = _CELL_OF_NONLINEARITY[self.nonlinearity]
-        return _step(self, cell, input, () if hx is None else (hx,))[0]
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        return to_torch(self)
-
-
-class LSTMCell(nn.LSTMCell):
-    """One step of long short-term memory, a drop-in for `torch.nn.LSTMCell`.
-
-    https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTMCell.html
-    """
-
-    def forward(
-        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """`input` [B, I] or [I] and `hx`, a pair [B, H] or [H], to the next pair."""
-        if (detour := _detour(self, input)) is not None:
-            return detour(input, hx)
-        if type(hx) is not tuple and isinstance(hx, Tensor):
-            raise TypeError("LSTMCell: hx must be a tuple of two Tensors, not a Tensor")
-        _check_cell_dims("LSTMCell", input, () if hx is None else hx)
-        h, c = _step(self, cells.lstm, input, () if hx is None else hx)
-        return h, c
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        return to_torch(self)
-
-
-class GRUCell(nn.GRUCell):
-    """One step of gated recurrent units, a drop-in for `torch.nn.GRUCell`.
-
-    https://docs.pytorch.org/docs/stable/generated/torch.nn.GRUCell.html
-    """
-
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        """`input` [B, I] or [I] and `hx` [B, H] or [H] to the next state."""
-        if (detour := _detour(self, input)) is not None:
-            return detour(input, hx)
-        _check_cell_dims("GRUCell", input, () if hx is None else (hx,))
-        return _step(self, cells.gru, input, () if hx is None else (hx,))[0]
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        return to_torch(self)
-
-
-def _check_cell_dims(name: str, input: Tensor, states: Sequence[Tensor]) -> None:
-    if input.dim() not in (1, 2):
-        raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
-    for k, s in enumerate(states):
-        if s.dim() not in (1, 2):
-            what = f"hx[{k}]" if name == "LSTMCell" else "hidden"
-            raise ValueError(f"{name}: Expected {what} to be 1D or 2D, got {s.dim()}D instead")
-
-
-def _step(
-    module: nn.RNNCellBase, cell: Cell, input: Tensor, hx: Sequence[Tensor]
-) -> tuple[Tensor, ...]:
-    own = module._parameters
-    weights = [own[n] if n in own else getattr(module, n) for n in _CELL_WEIGHTS]
-    w_ih: Tensor = weights[0]  # type: ignore[assignment]
-    batched = input.dim() == 2
-    x = input if batched else input.unsqueeze(0)
-    if x.size(1) != module.input_size:
-        raise RuntimeError(
-            f"input has inconsistent input_size: got {x.size(1)} expected {module.input_size}"
-        )
-    if x.dtype != w_ih.dtype and not torch._C._is_any_autocast_enabled():
-        raise RuntimeError(
-            f"mat1 and mat2 must have the same dtype: input has {x.dtype} and weight has "
-            f"{w_ih.dtype}. Convert input: input.to({w_ih.dtype})"
-        )
-    if hx:
-        if len(hx) != len(cell.states):
-            raise RuntimeError(
-                f"cell {cell.name!r} expects {len(cell.states)} states "
-                f"({', '.join(cell.states)}), got {len(hx)} in hx"
-            )
-        expected = (x.size(0), module.hidden_size) if batched else (module.hidden_size,)
-        for k, s in enumerate(hx):
-            if s.shape != expected:
-                raise RuntimeError(
-                    f"hidden{k} has inconsistent size: got {list(s.size())} "
-                    f"expected {list(expected)}"
-                )
-        functional.check_states(hx, x)
-        hx = [s.unsqueeze(0) if batched else s.expand(1, 1, -1) for s in hx]
-    after = functional.rnn_cell(cell, x, hx, *weights)  # type: ignore[arg-type]
-    return after if batched else tuple(s.squeeze(0) for s in after)
-
-
 def _check_arguments(
     input_size: int,
     hidden_size: int,
@@ -660,90 +546,3 @@ def _refuse(unknown: dict[str, Any]) -> None:
         raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
     if unknown:
         raise TypeError(f"unexpected keyword arguments: {', '.join(unknown)}")
-
-
-def _detour(module: nn.Module, input: Any, extras: dict[str, Any] | None = None) -> Any:
-    """What to call in place of our own forward, if anything.
-
-    Where the call is being written down in a format that knows torch's own operators only
-    (TorchScript, ONNX), the stock module's forward; in a symbolic trace, a single node, which
-    is what torch.nn's own layers leave there.
-    """
-    if torch._C._get_tracing_state() is not None or (
-        torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
-    ):
-        known = [c for c in type(module).__mro__ if c in _TO_TORCH]
-        if known and not extras:
-            return _convert(module, _TO_TORCH[known[0]]).forward
-    if isinstance(input, Proxy):
-        tracer: Any = input.tracer
-        path = tracer.path_of_module(module)
-        return lambda *args, **kwargs: tracer.create_proxy("call_module", path, args, kwargs)
-    return None
-
-
-# Conversion from and to torch.nn.
-
-_FROM_TORCH: dict[type[nn.Module], type[nn.Module]] = {
-    nn.RNN: RNN,
-    nn.LSTM: LSTM,
-    nn.GRU: GRU,
-    nn.RNNCell: RNNCell,
-    nn.LSTMCell: LSTMCell,
-    nn.GRUCell: GRUCell,
-}
-_TO_TORCH = {ours: theirs for theirs, ours in _FROM_TORCH.items()}
-
-
-def from_torch(module: nn.Module) -> nn.Module:
-    """The fastrnn module for a torch.nn layer or cell, on the very same Parameters.
-
-    Training flag, hooks and parametrizations come along; the registries of hooks are shared, so
-    that handles given out before still remove their hooks. The torch module stays usable.
-
-    Raises:
-        TypeError: for anything but `nn.RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell`. A subclass may
-            have changed the forward, and so may an instance that was given one of its own.
-    """
-    return _convert(module, _target(module, _FROM_TORCH))
-
-
-def to_torch(module: nn.Module) -> nn.Module:
-    """The torch.nn module for a fastrnn layer or cell: the inverse of `from_torch`."""
-    return _convert(module, _target(module, _TO_TORCH))
-
-
-def _target(module: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) -> type[nn.Module]:
-    source = type(module)
-    if parametrize.is_parametrized(module):
-        source = source.__bases__[0]
-    if source not in classes:
-        raise TypeError(
-            f"cannot convert {source.__module__}.{source.__qualname__}: it is none of "
-            f"{', '.join(f'{c.__module__}.{c.__qualname__}' for c in classes)}"
-        )
-    if "forward" in module.__dict__:
-        raise TypeError(
-            f"cannot convert this {source.__qualname__}: its forward was replaced on the instance"
-        )
-    return classes[source]
-
-
-def _convert(module: nn.Module, target: type[nn.Module]) -> nn.Module:
-    made: nn.Module = target.__new__(target)
-    state = dict(module.__dict__)
-    for name in ("_parameters", "_buffers", "_modules", "_all_weights", "_flat_weights_names"):
-        if name in state:
-            state[name] = state[name].copy()
-    # The list of weights and the references to them are torch's alone.
-    state.pop("_flat_weights", None)
-    if "_flat_weight_refs" in state:
-        state["_flat_weight_refs"] = []
-    made.__dict__.update(state)
-    if parametrize.is_parametrized(module):
-        parametrize._inject_new_class(made)
-        for name in cast(nn.ModuleDict, made.parametrizations):
-            parametrize._inject_property(made, name)
-    if isinstance(made, nn.RNNBase):
-        made._init_flat_weights()
-    return made

@@ -16,13 +16,12 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from fastrnn import modules
+from fastrnn.convert import FROM_TORCH, TO_TORCH, from_torch, to_torch
+from fastrnn.modules import Recurrent
 
 __all__ = ["Replaced", "Report", "Skipped", "replace_", "restore_"]
 
 _NAMES = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
-_TO_FASTRNN: dict[type, type] = {getattr(nn, n): getattr(modules, n) for n in _NAMES}
-_TO_TORCH = {ours: theirs for theirs, ours in _TO_FASTRNN.items()}
 
 
 class Replaced(NamedTuple):
@@ -91,7 +90,7 @@ def replace_(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | Non
         >>> print(fastrnn.replace_(model))
         replaced  rnn  torch.nn.GRU -> fastrnn.GRU
     """
-    return _change(model, _TO_FASTRNN, modules.from_torch, filter_fn)
+    return _change(model, FROM_TORCH, from_torch, filter_fn)
 
 
 def restore_(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = None) -> Report:
@@ -99,7 +98,7 @@ def restore_(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | Non
 
     `Recurrent` modules have no counterpart there and are skipped.
     """
-    return _change(model, _TO_TORCH, modules.to_torch, filter_fn)
+    return _change(model, TO_TORCH, to_torch, filter_fn)
 
 
 def _change(
@@ -139,9 +138,9 @@ def _refusal(module: nn.Module, kind: type, targets: Mapping[type, type]) -> str
         return "is scripted: replace before torch.jit.script"
     if kind.__name__ in _NAMES and kind.__module__.startswith("torch.ao."):
         return "is quantised or made for quantisation: its weights are not those of torch.nn"
-    if isinstance(module, modules.Recurrent):
-        return "has a cell that torch.nn does not have" if targets is _TO_TORCH else None
-    base = next((b for b in kind.__mro__ if b in _TO_FASTRNN or b in _TO_TORCH), None)
+    if isinstance(module, Recurrent):
+        return "has a cell that torch.nn does not have" if targets is TO_TORCH else None
+    base = next((b for b in kind.__mro__ if b in FROM_TORCH or b in TO_TORCH), None)
     if base is not None and base in targets:
         return f"is a subclass of {_label(base)}: its forward may be its own"
     return None
@@ -155,8 +154,8 @@ def _become(module: nn.Module, other: nn.Module) -> None:
 
 def _label(kind: type) -> str:
     """The name users import: `torch.nn.LSTM`, `fastrnn.LSTM`, full path for anything else."""
-    if kind in _TO_FASTRNN:
+    if kind in FROM_TORCH:
         return f"torch.nn.{kind.__name__}"
-    if kind in _TO_TORCH:
+    if kind in TO_TORCH:
         return f"fastrnn.{kind.__name__}"
     return f"{kind.__module__}.{kind.__qualname__}"

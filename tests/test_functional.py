@@ -102,6 +102,11 @@ def weights(inputs: int = 3, hidden: int = 5) -> list[list[Tensor]]:
             r"Expected hidden size \(1, 2, 5\), got \[1, 3, 5\]",
         ),
         (
+            (torch.randn(4, 2, 3).to("meta"), weights()),
+            RuntimeError,
+            "tensor at meta and parameter",
+        ),
+        (
             (torch.randn(4, 2, 3), weights(), torch.randn(2, 5)),
             RuntimeError,
             "For batched 3-D input, hx should also be 3-D but got 2-D tensor",
@@ -134,14 +139,18 @@ def test_one_step(name: str) -> None:
     x = torch.randn(2, 3, dtype=F64)
     parameters = [theirs.weight_ih, theirs.weight_hh, theirs.bias_ih, theirs.bias_hh]
     cell = CELL[name]
-    assert_same(F.rnn_cell(cell, x, (), *parameters), theirs(x))
-    states = torch.randn(len(cell.states), 1, 2, 5, dtype=F64)
-    hx = tuple(s[0] for s in states) if len(states) > 1 else states[0, 0]
-    assert_same(F.rnn_cell(cell, x, tuple(states), *parameters), theirs(x, hx))
+    states = tuple(torch.randn(len(cell.states), 2, 5, dtype=F64))
+    for row in (slice(None), 0):  # batched and unbatched
+        piece = tuple(s[row] for s in states)
+        assert_same(F.rnn_cell(cell, x[row], (), *parameters), theirs(x[row]))
+        after = F.rnn_cell(cell, x[row], piece, *parameters)
+        assert [s.shape for s in after] == [s.shape for s in piece]
+        assert_same(after, theirs(x[row], piece if len(piece) > 1 else piece[0]))
+    hx = states if len(states) > 1 else states[0]
     for absent in (("bias_hh",), ("bias_ih",), ("bias_ih", "bias_hh")):
         given = [p for n, p in theirs.named_parameters() if not n.startswith("bias")]
         given += [None if n in absent else getattr(theirs, n) for n in ("bias_ih", "bias_hh")]
         without = copy.deepcopy(theirs)
         for bias in absent:
             setattr(without, bias, None)
-        assert_same(F.rnn_cell(cell, x, tuple(states), *given), without(x, hx))
+        assert_same(F.rnn_cell(cell, x, states, *given), without(x, hx))

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+import fastrnn
 from fastrnn import __main__, cells, demo, info, jit, plan
 from fastrnn._version import __version__
 
@@ -28,6 +29,7 @@ def test_is_a_module_to_run() -> None:
         timeout=120,
     )
     assert (done.returncode, done.stdout.strip()) == (0, __version__)
+    assert fastrnn.__version__ == __version__
 
 
 def test_info_names_machine_build_and_kernels(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastrnn
-from fastrnn import cells
+from fastrnn import cells, to_torch
 from fastrnn.cells import Cell
-from fastrnn.modules import to_torch
 from tests.support import LAYERS, flatten, same_error
 
 F64 = torch.float64

@@ -267,7 +267,13 @@ def test_padding_does_not_matter(name: str) -> None:
         ({"lengths": [[3, 3]]}, ValueError, r"got shape \(1, 2\)"),
         ({"lengths": [5, 3]}, ValueError, "between 0 and the 4 steps .* values from 3 to 5"),
         ({"lengths": [-1, 3]}, ValueError, "between 0 and the 4 steps .* values from -1 to 3"),
-        ({"lengths": [1.0, 2.0]}, TypeError, "must be integers, got dtype torch.float32"),
+        ({"lengths": [1.0, 2.0]}, TypeError, r"integers, got dtype torch.float32; .* int\(...\)"),
+        ({"lengths": torch.ones(2)}, TypeError, r"torch.float32; convert with lengths.long\(\)"),
+        ({"lengths": 2.5}, TypeError, "must be integers, got dtype torch.float32"),
+        ({"lengths": [1, None]}, TypeError, "lengths must be a .* each of the 2 sequences"),
+        ({"lengths": [[1], [1, 2]]}, TypeError, "lengths must be a tensor or sequence of integers"),
+        ({"lengths": "12"}, TypeError, "lengths must be a tensor or sequence of integers"),
+        ({"resets": [[False, True]] * 4}, TypeError, r"bool tensor, got list; .*torch.tensor\("),
         ({"lengths": torch.tensor([True, True])}, TypeError, "must be integers"),
         ({"resets": torch.zeros(4, 2)}, TypeError, r"must be bool, got torch.float32; .*bool\(\)"),
         ({"resets": torch.zeros(2, 4).bool()}, ValueError, r"dimension, \(4, 2\), got \(2, 4\)"),
@@ -297,3 +303,17 @@ def test_bad_extras_in_other_layouts() -> None:
         layer(packed, resets=other)
     with pytest.raises(ValueError, match=r"dimension, \(6,\), got \(7,\)"):
         layer(packed, resets=other.data)
+
+
+def test_resets_packed_in_another_order() -> None:
+    """Of the same sizes, so that only the order tells that the flags are those of other rows."""
+    layer, lengths = fastrnn.GRU(3, 5), [2, 4]
+    x = pack_padded_sequence(torch.randn(4, 2, 3), lengths, enforce_sorted=False)
+    flags = torch.zeros(4, 2).bool()
+    same = pack_padded_sequence(flags, lengths, enforce_sorted=False)
+    assert same.sorted_indices is not x.sorted_indices
+    layer(x, resets=same)
+    layer(x, resets=PackedSequence(same.data, same.batch_sizes))
+    swapped = pack_padded_sequence(flags, lengths[::-1], enforce_sorted=False)
+    with pytest.raises(ValueError, match="in the order of the input: sorted_indices differ"):
+        layer(x, resets=swapped)

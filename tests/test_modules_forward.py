@@ -366,7 +366,10 @@ def bad_calls(name: str) -> dict[str, tuple[Any, ...]]:
         "sparse": (x.to_sparse(),),
         "nested": (torch.nested.nested_tensor([flat, flat[:2]]),),
         "jagged": (torch.nested.nested_tensor([flat, flat[:2]], layout=torch.jagged),),
-        "meta": (x.to("meta"), hx) if name == "GRU" else (x[:0],),
+        "device": (x.to("meta"),),
+        "device with hx": (x.to("meta"), hx),
+        "device unbatched": (flat.to("meta"),),
+        "device packed": (packed.to("meta"),),
     }
 
 
@@ -437,6 +440,9 @@ def bad_cell_calls(name: str) -> dict[str, tuple[Any, ...]]:
         "features": (torch.randn(2, 4, dtype=F64),),
         "unbatched features": (torch.randn(4, dtype=F64),),
         "dtype": (x.float(),),
+        "device": (x.to("meta"),),
+        "device unbatched": (x[0].to("meta"),),
+        "device with hx": (x.to("meta"), hx(h)),
         "hx 3-D": (x, hx(h[None])),
         "hx batch": (x, hx(torch.randn(3, 5, dtype=F64))),
         "hx features": (x, hx(torch.randn(2, 4, dtype=F64))),
@@ -456,6 +462,24 @@ def test_bad_cell_calls(name: str, case: str) -> None:
     message, theirs_message = same_error(lambda: ours(*arguments), lambda: theirs(*arguments))
     if theirs_message.startswith((name, "input has")):
         assert message == theirs_message
+
+
+@pytest.mark.parametrize("name", LAYERS + CELLS)
+def test_weights_on_another_device(name: str) -> None:
+    """A model made without memory must not answer with memory that nobody wrote."""
+    x = torch.randn(4, 3)
+    for device in ("cpu", "meta"):
+        module = getattr(fastrnn, name)(3, 5, device=device)
+        other = x.to("cpu" if device == "meta" else "meta")
+        with pytest.raises(
+            RuntimeError, match=f"tensor at {other.device} and parameter tensor at {device}. Move"
+        ):
+            module(other)
+        assert flatten(module(x.to(device)))[0].device.type == device
+    with pytest.raises(RuntimeError, match=r"the model: model.to\('meta'\)"):
+        getattr(fastrnn, name)(3, 5)(x.to("meta"))
+    with pytest.raises(RuntimeError, match=r"model.to_empty\(device=...\), then load"):
+        getattr(fastrnn, name)(3, 5, device="meta")(x)
 
 
 # Kinds of tensors and modes.

@@ -16,7 +16,7 @@ from torch.func import functional_call, stack_module_state
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import fastrnn
-from fastrnn.modules import from_torch, to_torch
+from fastrnn import from_torch, to_torch
 from tests.support import CELLS, LAYERS, Twins, compare, flatten, twins
 
 F64 = torch.float64

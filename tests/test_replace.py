@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import fastrnn
-from fastrnn import modules
 from fastrnn.replace import Report
 
 NAMES = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
@@ -60,7 +59,7 @@ def test_replaces_all_classes_everywhere() -> None:
     model = model_with_all()
     report = fastrnn.replace_(model)
     for place, name in PLACES.items():
-        assert type(model.get_submodule(place)) is getattr(modules, name)
+        assert type(model.get_submodule(place)) is getattr(fastrnn, name)
     assert {r.name: (r.before, r.after) for r in report.replaced} == {
         place: (f"torch.nn.{name}", f"fastrnn.{name}") for place, name in PLACES.items()
     }
@@ -114,7 +113,7 @@ def test_options_of_layers_stay(options: dict[str, object]) -> None:
 def test_the_model_itself_may_be_a_recurrent_module(name: str) -> None:
     module = getattr(nn, name)(*SIZES)
     report = fastrnn.replace_(module)
-    assert type(module) is getattr(modules, name)
+    assert type(module) is getattr(fastrnn, name)
     assert report.replaced == (("", f"torch.nn.{name}", f"fastrnn.{name}"),)
     assert "(model)" in str(report)
 
@@ -364,7 +363,7 @@ def test_copies_of_replaced_modules(way: str) -> None:
         twin = torch.load(file, weights_only=False)
     for place, name in PLACES.items():
         a, b = model.get_submodule(place), twin.get_submodule(place)
-        assert type(b) is getattr(modules, name)
+        assert type(b) is getattr(fastrnn, name)
         assert a is not b
         assert_same(run(a), run(b))
 

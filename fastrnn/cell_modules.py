@@ -1,0 +1,115 @@
+"""RNNCell, LSTMCell and GRUCell: one time step, with the parameters and manners of torch.nn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from fastrnn import cells, functional
+from fastrnn.cells import Cell
+from fastrnn.convert import detour, to_torch, twin_of
+
+__all__ = ["GRUCell", "LSTMCell", "RNNCell"]
+
+_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+_CELL_OF_NONLINEARITY = {"tanh": cells.rnn_tanh, "relu": cells.rnn_relu}
+
+
+@twin_of(nn.RNNCell)
+class RNNCell(nn.RNNCell):
+    """One step of an Elman network, a drop-in for `torch.nn.RNNCell`.
+
+    https://docs.pytorch.org/docs/stable/generated/torch.nn.RNNCell.html
+    """
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """`input` [B, I] or [I] and `hx` [B, H] or [H] to the next state."""
+        if (other := detour(self, input)) is not None:
+            return other(input, hx)
+        _check_cell_dims("RNNCell", input, () if hx is None else (hx,))
+        if self.nonlinearity not in _CELL_OF_NONLINEARITY:
+            raise RuntimeError(
+                f"Unknown nonlinearity: {self.nonlinearity}. Select from 'tanh' or 'relu'."
+            )
+        cell = _CELL_OF_NONLINEARITY[self.nonlinearity]
+        return _step(self, cell, input, () if hx is None else (hx,))[0]
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return to_torch(self)
+
+
+@twin_of(nn.LSTMCell)
+class LSTMCell(nn.LSTMCell):
+    """One step of long short-term memory, a drop-in for `torch.nn.LSTMCell`.
+
+    https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTMCell.html
+    """
+
+    def forward(
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`input` [B, I] or [I] and `hx`, a pair [B, H] or [H], to the next pair."""
+        if (other := detour(self, input)) is not None:
+            return other(input, hx)
+        if type(hx) is not tuple and isinstance(hx, Tensor):
+            raise TypeError("LSTMCell: hx must be a tuple of two Tensors, not a Tensor")
+        _check_cell_dims("LSTMCell", input, () if hx is None else hx)
+        h, c = _step(self, cells.lstm, input, () if hx is None else hx)
+        return h, c
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return to_torch(self)
+
+
+@twin_of(nn.GRUCell)
+class GRUCell(nn.GRUCell):
+    """One step of gated recurrent units, a drop-in for `torch.nn.GRUCell`.
+
+    https://docs.pytorch.org/docs/stable/generated/torch.nn.GRUCell.html
+    """
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """`input` [B, I] or [I] and `hx` [B, H] or [H] to the next state."""
+        if (other := detour(self, input)) is not None:
+            return other(input, hx)
+        _check_cell_dims("GRUCell", input, () if hx is None else (hx,))
+        return _step(self, cells.gru, input, () if hx is None else (hx,))[0]
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return to_torch(self)
+
+
+def _check_cell_dims(name: str, input: Tensor, states: Sequence[Tensor]) -> None:
+    if input.dim() not in (1, 2):
+        raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+    for k, s in enumerate(states):
+        if s.dim() not in (1, 2):
+            what = f"hx[{k}]" if name == "LSTMCell" else "hidden"
+            raise ValueError(f"{name}: Expected {what} to be 1D or 2D, got {s.dim()}D instead")
+
+
+def _step(
+    module: nn.RNNCellBase, cell: Cell, input: Tensor, hx: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    own = module._parameters
+    weights = [own[n] if n in own else getattr(module, n) for n in _WEIGHTS]
+    if input.size(-1) != module.input_size:
+        raise RuntimeError(
+            f"input has inconsistent input_size: got {input.size(-1)} expected {module.input_size}"
+        )
+    if hx:
+        if len(hx) != len(cell.states):
+            raise RuntimeError(
+                f"cell {cell.name!r} expects {len(cell.states)} states "
+                f"({', '.join(cell.states)}), got {len(hx)} in hx"
+            )
+        size = module.hidden_size
+        expected = (input.size(0), size) if input.dim() == 2 else (size,)
+        for k, s in enumerate(hx):
+            if s.shape != expected:
+                raise RuntimeError(
+                    f"hidden{k} has inconsistent size: got {list(s.size())} "
+                    f"expected {list(expected)}"
+                )
+    return functional.rnn_cell(cell, input, hx, *weights)  # type: ignore[arg-type]

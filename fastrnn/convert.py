@@ -1,0 +1,107 @@
+"""Between torch.nn's modules and ours: the same Parameters and attributes under another class.
+
+Our classes enter the tables below themselves (`twin_of`), as they need the way back to torch.nn for
+formats that know torch's own operators only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import nn
+from torch.fx import Proxy
+from torch.nn.utils import parametrize
+
+__all__ = ["FROM_TORCH", "TO_TORCH", "detour", "from_torch", "to_torch", "twin_of"]
+
+_Class = TypeVar("_Class", bound=type[nn.Module])
+
+FROM_TORCH: dict[type[nn.Module], type[nn.Module]] = {}
+TO_TORCH: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def twin_of(theirs: type[nn.Module]) -> Callable[[_Class], _Class]:
+    """Declare the decorated class to be ours for that class of torch.nn."""
+
+    def declare(ours: _Class) -> _Class:
+        FROM_TORCH[theirs] = ours
+        TO_TORCH[ours] = theirs
+        return ours
+
+    return declare
+
+
+def from_torch(module: nn.Module) -> nn.Module:
+    """The fastrnn module for a torch.nn layer or cell, on the very same Parameters.
+
+    Training flag, hooks and parametrizations come along; the registries of hooks are shared, so
+    that handles given out before still remove their hooks. The torch module stays usable.
+
+    Raises:
+        TypeError: for anything but `nn.RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell`. A subclass may
+            have changed the forward, and so may an instance that was given one of its own.
+    """
+    return _convert(module, _target(module, FROM_TORCH))
+
+
+def to_torch(module: nn.Module) -> nn.Module:
+    """The torch.nn module for a fastrnn layer or cell: the inverse of `from_torch`."""
+    return _convert(module, _target(module, TO_TORCH))
+
+
+def _target(module: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) -> type[nn.Module]:
+    source = type(module)
+    if parametrize.is_parametrized(module):
+        source = source.__bases__[0]
+    if source not in classes:
+        raise TypeError(
+            f"cannot convert {source.__module__}.{source.__qualname__}: it is none of "
+            f"{', '.join(f'{c.__module__}.{c.__qualname__}' for c in classes)}"
+        )
+    if "forward" in module.__dict__:
+        raise TypeError(
+            f"cannot convert this {source.__qualname__}: its forward was replaced on the instance"
+        )
+    return classes[source]
+
+
+def _convert(module: nn.Module, target: type[nn.Module]) -> nn.Module:
+    made: nn.Module = target.__new__(target)
+    state = dict(module.__dict__)
+    for name in ("_parameters", "_buffers", "_modules", "_all_weights", "_flat_weights_names"):
+        if name in state:
+            state[name] = state[name].copy()
+    # The list of weights and the references to them are torch's alone.
+    state.pop("_flat_weights", None)
+    if "_flat_weight_refs" in state:
+        state["_flat_weight_refs"] = []
+    made.__dict__.update(state)
+    if parametrize.is_parametrized(module):
+        parametrize._inject_new_class(made)
+        for name in cast(nn.ModuleDict, made.parametrizations):
+            parametrize._inject_property(made, name)
+    if isinstance(made, nn.RNNBase):
+        made._init_flat_weights()
+    return made
+
+
+def detour(module: nn.Module, input: Any, extras: dict[str, Any] | None = None) -> Any:
+    """What to call in place of our own forward, if anything.
+
+    Where the call is being written down in a format that knows torch's own operators only
+    (TorchScript, ONNX), the stock module's forward; in a symbolic trace, a single node, which
+    is what torch.nn's own layers leave there.
+    """
+    if torch._C._get_tracing_state() is not None or (
+        torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+    ):
+        known = [c for c in type(module).__mro__ if c in TO_TORCH]
+        if known and not extras:
+            return _convert(module, TO_TORCH[known[0]]).forward
+    if isinstance(input, Proxy):
+        tracer: Any = input.tracer
+        path = tracer.path_of_module(module)
+        return lambda *args, **kwargs: tracer.create_proxy("call_module", path, args, kwargs)
+    return None
