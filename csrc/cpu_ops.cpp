@@ -307,11 +307,14 @@ std::vector<Tensor> scan_backward_cpu(const ScanInputs& in, const Incoming& grad
   TORCH_CHECK(static_cast<int32_t>(grads.dstates.size()) == cell.states,
               "scan_backward: dstates should hold ", cell.states, " gradients or None, got ",
               grads.dstates.size());
-  for (const Tensor& each : grads.dstates)
-    TORCH_CHECK(
-        !each.defined() || (each.sizes() == at::IntArrayRef({n.P, n.B, n.H}) && each.is_cpu()),
-        "scan_backward: the gradient of a state should be [", n.P, ", ", n.B, ", ", n.H,
-        "] on the CPU, got ", each.sizes(), " on ", each.device());
+  for (int32_t s = 0; s < cell.states; ++s) {
+    const Tensor& each = grads.dstates[s];
+    const int64_t width = s ? n.H : n.Q;
+    TORCH_CHECK(!each.defined() ||
+                    (each.sizes() == at::IntArrayRef({n.P, n.B, width}) && each.is_cpu()),
+                "scan_backward: the gradient of state ", s, " should be [", n.P, ", ", n.B, ", ",
+                width, "] on the CPU, got ", each.sizes(), " on ", each.device());
+  }
   const Operands operands(in, n, compute);
   const auto options = in.x.options().dtype(compute);
   const int64_t S = cell.states, depth = cell.gates * n.H;

@@ -95,7 +95,10 @@ void load_cells(const std::string& path, const std::string& symbol) {
   void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (!library) throw std::runtime_error(dlerror());
   auto cells = reinterpret_cast<CompiledCells (*)()>(dlsym(library, symbol.c_str()));
-  if (!cells) throw std::runtime_error(path + " has no symbol " + symbol);
+  if (!cells) {
+    dlclose(library);
+    throw std::runtime_error(path + " has no symbol " + symbol);
+  }
   Registry& all = registry();
   std::unique_lock lock(all.mutex);
   all.add(cells());

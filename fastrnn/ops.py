@@ -99,6 +99,14 @@ def _scan_fake(
     reverse: int,
     tape: bool = False,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
+    for tensors in (w_ih, w_hh, b_ih, b_hh, w_hr, s0):
+        for each in tensors:
+            torch._check(
+                each.device == x.device,
+                lambda each=each: (
+                    f"scan: a weight or state is on {each.device} but x is on {x.device}"
+                ),
+            )
     gates, states, kept = _C.cell_facts(cell)
     lanes, hidden = len(w_hh), w_hh[0].size(0) // gates
     recurrent = w_hr[0].size(0) if w_hr else hidden

@@ -185,7 +185,11 @@ def test_the_kernels_compile_with_a_users_cell(
     monkeypatch.setenv("FASTRNN_CACHE", str(tmp_path))
 
     class Cells(ctypes.Structure):
-        _fields_ = (("first", ctypes.POINTER(ctypes.c_char_p)), ("count", ctypes.c_int32))
+        _fields_ = (
+            ("first", ctypes.POINTER(ctypes.c_char_p)),
+            ("count", ctypes.c_int32),
+            ("gradients", ctypes.c_void_p * 2),
+        )
 
     cell = Cell("vec", ("a",), ("h",), lambda u, v, h: 0.5 * h + torch.tanh(u.a * v.a))
     cells = ctypes.CDLL(str(compile_cell(derive(cell), key(cell))))[jit.SYMBOL]

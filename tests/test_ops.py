@@ -164,6 +164,12 @@ def test_operands_that_do_not_fit_are_refused() -> None:
     refused(r"batch_sizes should be int64", x=x.view(12, 5), batch_sizes=torch.tensor([12.0]))
 
 
+def test_operands_on_two_devices_are_refused() -> None:
+    for name in ("w_ih", "w_hh", "b_hh", "s0"):
+        given = operands(cells.get("lstm"), 4, 3, 5, 6, dtype=torch.float32)
+        refused("is on meta but x is on cpu", **{name: [t.to("meta") for t in given[name]]})
+
+
 def test_an_unknown_cell_is_refused() -> None:
     with pytest.raises(RuntimeError, match="no cell is registered under 'mystery'"):
         scan("mystery", *call("gru", False)[1:])
@@ -182,8 +188,8 @@ def test_backward_refuses_gradients_that_do_not_fit() -> None:
     for dy, dstates, match in [
         (y[:1], [None, None], "dy should be like y"),
         (y, [None], "dstates should hold 2"),
-        (y, [states[0][..., :1], None], "gradient of a state should be"),
-        (y, [None, torch.ones(1, 1, 1)], "gradient of a state should be"),
+        (y, [states[0][..., :1], None], "gradient of state 0 should be"),
+        (y, [None, torch.ones(1, 1, 1)], "gradient of state 1 should be"),
     ]:
         with pytest.raises(RuntimeError, match=match):
             scan_backward("lstm", dy, dstates, *arguments[1:], y, tape, [True] * 6)
