@@ -116,8 +116,9 @@ def cell(
 
     Args:
         gates: gate names, one letter each as a string (`"ifgo"`) or a sequence of identifiers,
-            in the order of the weight blocks; at most 16.
-        states: state names in the same form; the first is recurrent and is the output; at most 8.
+            in the order of the weight blocks; at most `cells.MAX_GATES`.
+        states: state names in the same form, at most `cells.MAX_STATES`; the first is recurrent
+            and is the output.
         name: registry name; the function's own by default.
 
     Raises:
