@@ -310,10 +310,10 @@ std::vector<Tensor> scan_backward_cpu(const ScanInputs& in, const Incoming& grad
   for (int32_t s = 0; s < cell.states; ++s) {
     const Tensor& each = grads.dstates[s];
     const int64_t width = s ? n.H : n.Q;
-    TORCH_CHECK(!each.defined() ||
-                    (each.sizes() == at::IntArrayRef({n.P, n.B, width}) && each.is_cpu()),
-                "scan_backward: the gradient of state ", s, " should be [", n.P, ", ", n.B, ", ",
-                width, "] on the CPU, got ", each.sizes(), " on ", each.device());
+    TORCH_CHECK(
+        !each.defined() || (each.sizes() == at::IntArrayRef({n.P, n.B, width}) && each.is_cpu()),
+        "scan_backward: the gradient of state ", s, " should be [", n.P, ", ", n.B, ", ", width,
+        "] on the CPU, got ", each.sizes(), " on ", each.device());
   }
   const Operands operands(in, n, compute);
   const auto options = in.x.options().dtype(compute);

@@ -67,20 +67,16 @@ def _as_operations(cell: Cell, x: Tensor, *arguments: Any) -> tuple[Tensor, list
     kind = x.device.type
     if not torch.is_autocast_enabled(kind):
         return reference.scan(cell, x, *arguments)
-    *lists, batch_sizes, lengths, resets, reverse = arguments
-    state = lists[-1][0] if lists[-1] else x
+    s0 = arguments[5]
+    state = s0[0] if s0 else x
     stays = kind == "cpu" and cell.name == "gru" and state.dtype == torch.float32
     dtype = torch.float32 if stays else torch.get_autocast_dtype(kind)
+
+    def cast(argument: Any) -> Any:
+        return [t.to(dtype) for t in argument] if isinstance(argument, list | tuple) else argument
+
     with torch.autocast(kind, enabled=False):
-        return reference.scan(
-            cell,
-            x.to(dtype),
-            *([t.to(dtype) for t in tensors] for tensors in lists),
-            batch_sizes,
-            lengths,
-            resets,
-            reverse,
-        )
+        return reference.scan(cell, x.to(dtype), *map(cast, arguments))
 
 
 @torch.library.register_fake("fastrnn::scan")
