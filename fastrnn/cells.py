@@ -66,6 +66,10 @@ class Cell:
     states: tuple[str, ...]
     function: Callable[..., Tensor | tuple[Tensor, ...]]
 
+    def __hash__(self) -> int:
+        # Every call of a layer looks its cell up; the dataclass would hash all fields each time.
+        return hash(self.name)
+
     def step(self, u: Sequence[Tensor], v: Sequence[Tensor], s: Sequence[Tensor]) -> list[Tensor]:
         """One time step on tensors: `u`, `v` one tensor per gate, `s` one per state."""
         out = self.function(Gates(self, u), Gates(self, v), *s)
