@@ -1,5 +1,6 @@
 # make demo     train a model of torch.nn and the same model with its layers replaced, side by side
 # make test     the test suite; ARGS="-k lstm" passes options to pytest
+# make bench    fastrnn beside torch.nn on this machine, about two minutes
 # make lint     what CI checks besides
 # make format   rewrite the sources in the project's format
 # make clean    remove everything built, the virtual environment included
@@ -18,7 +19,7 @@ CPP = $(wildcard csrc/*.h csrc/*.cpp tests/cpp/*.h tests/cpp/*.cpp)
 
 GENERATOR = $(addprefix fastrnn/,cells.py codegen.py expression.py trace.py)
 
-.PHONY: demo test lint format clean in-place
+.PHONY: demo test bench lint format clean in-place
 
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
@@ -39,6 +40,9 @@ demo: $(BUILT)
 test: $(BUILT)
 	$(PY) -m pytest $$($(PY) -c 'from importlib.util import find_spec as has; \
 	  print("-n $(JOBS)" * bool(has("xdist")), "--timeout 300" * bool(has("pytest_timeout")))') $(ARGS)
+
+bench: $(BUILT)
+	$(PY) benchmarks/compare.py --out build/benchmark $(ARGS)
 
 lint: $(TOOLS)
 	$(PY) -m ruff check .
