@@ -124,6 +124,9 @@ def derive(cell: Cell) -> Derived:
 
 @functools.cache
 def _derive(cell: Cell) -> Derived | Underivable:
+    if torch.version.cuda:
+        # Without it, a torch 2.11 built for CUDA crashes in the second such thread where no GPU is.
+        torch._C._ensureCUDADeviceGuardSet()
     # A new thread has none of the caller's modes: autocast, fake tensors, functorch levels. Random
     # numbers that the cell draws while it is traced are not missing later.
     with ThreadPoolExecutor(1) as alone, torch.random.fork_rng(devices=[]):

@@ -6,21 +6,22 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-import hypothesis
 import pytest
 import torch
 
+from tests.properties import hypothesis
 from tests.support import DEVICES, DTYPES
 
-hypothesis.settings.register_profile(
-    "default",
-    deadline=None,
-    database=None,
-    # In CI the same examples on every run: a failure there must be that of the change.
-    derandomize="CI" in os.environ,
-    suppress_health_check=[hypothesis.HealthCheck.too_slow],
-)
-hypothesis.settings.load_profile("default")
+if hypothesis is not None:
+    hypothesis.settings.register_profile(
+        "default",
+        deadline=None,
+        database=None,
+        # In CI the same examples on every run: a failure there must be that of the change.
+        derandomize="CI" in os.environ,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    )
+    hypothesis.settings.load_profile("default")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -15,14 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastrnn import cells, codegen, expression
 from fastrnn.cells import Cell
 from fastrnn.codegen import Derived, Underivable, derive
+from tests.properties import given, settings, st
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 

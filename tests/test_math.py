@@ -17,9 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+
+np = pytest.importorskip("numpy")
 
 ROOT = Path(__file__).resolve().parent.parent
 CXX = os.environ.get("CXX") or next(

@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import fastrnn
+from tests.properties import given, settings, st
 from tests.support import LAYERS, flatten, mapped, twins
 
 F64 = torch.float64
