@@ -47,6 +47,7 @@ class _Call(NamedTuple):
 
 _prepared: dict[str, Cell] = {name: cells.get(name) for name in cells.names()}
 _keys: dict[Cell, str] = {cell: name for name, cell in _prepared.items()}
+_not_compiled: dict[Cell, str] = {}  # why
 _preparing = threading.Lock()
 _forced: list[str] = []
 _logged: set[tuple[plan.Problem, plan.Device]] = set()
@@ -55,6 +56,8 @@ _logged: set[tuple[plan.Problem, plan.Device]] = set()
 @contextmanager
 def use(kernel: str) -> Iterator[None]:
     """Run everything inside the block with this kernel, as FASTRNN_KERNEL=name does.
+
+    It holds for the whole process, other threads included.
 
     Raises:
         ValueError: when there is no kernel of that name.
@@ -80,30 +83,31 @@ def prepare(cell: Cell) -> str | None:
     Raises:
         plan.KernelRefused: for such a cell, when a kernel was asked for by name.
     """
-    found = _keys.get(cell) or _prepare(cell)
-    if found.startswith("!"):
-        forced = device().forced
-        if forced not in (None, "reference"):
-            raise plan.KernelRefused(f"kernel {forced!r} was asked for but refuses: {found[1:]}")
-        return None
-    return found
-
-
-def _prepare(cell: Cell) -> str:
-    """The cell's key, or "!" and the reason why it has none; remembered."""
+    key = _keys.get(cell)
+    if key is not None:
+        return key
     with _preparing:
-        if cell not in _keys:
-            try:
-                _keys[cell] = _load(cell)
-            except (codegen.Underivable, jit.CompilationFailed) as error:
-                _keys[cell] = f"!cell {cell.name!r} is not compiled: {error}"
-                warnings.warn(
-                    f"cell {cell.name!r} runs as a loop of torch operations, many times slower "
-                    f"than compiled: {error}",
-                    UserWarning,
-                    stacklevel=_callers_level(),
-                )
-        return _keys[cell]
+        if cell not in _keys and cell not in _not_compiled:
+            _prepare(cell)
+    forced = device().forced
+    if cell in _not_compiled and forced not in (None, "reference"):
+        raise plan.KernelRefused(
+            f"kernel {forced!r} was asked for but refuses: {_not_compiled[cell]}"
+        )
+    return _keys.get(cell)
+
+
+def _prepare(cell: Cell) -> None:
+    try:
+        _keys[cell] = _load(cell)
+    except (codegen.Underivable, jit.CompilationFailed) as error:
+        _not_compiled[cell] = f"cell {cell.name!r} is not compiled: {error}"
+        warnings.warn(
+            f"cell {cell.name!r} runs as a loop of torch operations, many times slower than "
+            f"compiled: {error}",
+            UserWarning,
+            stacklevel=_callers_level(),
+        )
 
 
 def _load(cell: Cell) -> str:
