@@ -34,15 +34,9 @@ class Backward {
  public:
   static bool run(const BackwardArgs& args, const CpuPlan& plan) {
     if (args.rows.batch == 0 || args.hidden + args.recurrent == 0) return true;
-    Backward sweep(args, plan);
-    if (!sweep.allocate()) return false;
-    if (run_team(plan.threads(), [&](int32_t index) { sweep.thread(index); })) return true;
-    CpuPlan serial = plan;
-    serial.split_lanes = serial.split_slots = serial.split_units = 1;
-    return run(args, serial);
+    return run_sweep<Backward>(args, plan);
   }
 
- private:
   Backward(const BackwardArgs& args, const CpuPlan& plan)
       : args_(args),
         plan_(plan),
@@ -59,29 +53,14 @@ class Backward {
     }
   }
 
-  bool allocate() {
-    place();
-    if (!arena_.allocate()) return false;
-    place();
-    for (int32_t i = 0; i < plan_.threads(); ++i) progress_[i].value = 0;
-    return true;
-  }
-
-  void place() {
+  void place(Arena& arena) {
     const int64_t units = vectors_ * kLanes, columns = columns_ * kLanes;
-    progress_ = arena_.take<Progress>(plan_.threads());
-    w_hh_ = arena_.take<T>(args_.lanes * columns * depth_);
-    w_hr_ = arena_.take<T>(projected() ? args_.lanes * units * args_.recurrent : 0);
-    dm_ = arena_.take<T>(projected() ? args_.lanes * args_.rows.batch * units : 0);
+    w_hh_ = arena.take<T>(args_.lanes * columns * depth_);
+    w_hr_ = arena.take<T>(projected() ? args_.lanes * units * args_.recurrent : 0);
+    dm_ = arena.take<T>(projected() ? args_.lanes * args_.rows.batch * units : 0);
   }
 
-  bool projected() const { return Cell::kProjectable && __builtin_expect(args_.projected, false); }
-  T* w_hh(int64_t p) const { return w_hh_ + p * columns_ * kLanes * depth_; }
-  T* w_hr(int64_t p) const { return w_hr_ + p * vectors_ * kLanes * args_.recurrent; }
-  T* dm(int64_t p, int64_t i) const { return dm_ + (p * args_.rows.batch + i) * vectors_ * kLanes; }
-
-  void thread(int32_t index) const {
-    Member me(progress_, plan_, index);
+  void thread(Member& me) const {
     const Rows& rows = args_.rows;
     const Range own = part_of(args_.lanes, plan_.split_lanes, me.lane);
     const Range units = part_of(vectors_, plan_.split_units, me.unit);
@@ -119,6 +98,12 @@ class Backward {
       }
     }
   }
+
+ private:
+  bool projected() const { return Cell::kProjectable && __builtin_expect(args_.projected, false); }
+  T* w_hh(int64_t p) const { return w_hh_ + p * columns_ * kLanes * depth_; }
+  T* w_hr(int64_t p) const { return w_hr_ + p * vectors_ * kLanes * args_.recurrent; }
+  T* dm(int64_t p, int64_t i) const { return dm_ + (p * args_.rows.batch + i) * vectors_ * kLanes; }
 
   // Own bands of the columns of w [depth, width]; threads that own the same take turns.
   void pack(const void* w, int64_t width, int64_t depth, Range own, int32_t turn, T* out) const {
@@ -248,11 +233,9 @@ class Backward {
 
   const BackwardArgs& args_;
   const CpuPlan& plan_;
-  const int64_t vectors_, columns_;  // vectors of units, and of the columns of h
-  const int64_t depth_, tape_;       // gates, and values on the tape, of a row
-  int64_t origin_[2] = {};           // first compact row of the stretch, forward and reverse
-  Arena arena_;
-  Progress* progress_ = nullptr;
+  const int64_t vectors_, columns_;      // vectors of units, and of the columns of h
+  const int64_t depth_, tape_;           // gates, and values on the tape, of a row
+  int64_t origin_[2] = {};               // first compact row of the stretch, forward and reverse
   T *w_hh_ = nullptr, *w_hr_ = nullptr;  // [P], bands of columns
   T* dm_ = nullptr;                      // [P][B][padded H]
 };

@@ -53,15 +53,9 @@ class Forward {
  public:
   static bool run(const ForwardArgs& args, const CpuPlan& plan) {
     if (args.rows.batch == 0 || args.hidden + args.recurrent == 0) return true;
-    Forward sweep(args, plan);
-    if (!sweep.allocate()) return false;
-    if (run_team(plan.threads(), [&](int32_t index) { sweep.thread(index); })) return true;
-    CpuPlan serial = plan;
-    serial.split_lanes = serial.split_slots = serial.split_units = 1;
-    return run(args, serial);
+    return run_sweep<Forward>(args, plan);
   }
 
- private:
   Forward(const ForwardArgs& args, const CpuPlan& plan)
       : args_(args),
         plan_(plan),
@@ -71,53 +65,34 @@ class Forward {
         padded_h_(projected() ? columns_ * kLanes : padded_),
         tape_(S - 1 + K + args.projected) {}
 
-  bool projected() const { return Cell::kProjectable && __builtin_expect(args_.projected, false); }
-
-  bool allocate() {
-    place();
-    if (!arena_.allocate()) return false;
-    place();
-    for (int32_t i = 0; i < plan_.threads(); ++i) progress_[i].value = 0;
-    return true;
-  }
-
-  void place() {
+  void place(Arena& arena) {
     const int64_t B = args_.rows.batch, I = args_.inputs, Q = args_.recurrent;
     const int64_t own_panels = (panels_ + plan_.split_units - 1) / plan_.split_units;
-    progress_ = arena_.take<Progress>(plan_.threads());
-    shared_ = arena_.take<Shared>(args_.lanes);
-    scratch_ = arena_.take<Scratch>(plan_.threads());
+    shared_ = arena.take<Shared>(args_.lanes);
+    scratch_ = arena.take<Scratch>(plan_.threads());
     for (int32_t p = 0; p < args_.lanes; ++p) {
       Shared lane;
-      lane.w_ih = arena_.take<T>(plan_.packed_weights ? panels_ * I * kWidth : 0);
-      lane.w_hh = arena_.take<T>(plan_.packed_weights ? panels_ * Q * kWidth : 0);
-      lane.bias_u = arena_.take<T>(panels_ * kWidth);
-      lane.bias_v = arena_.take<T>(panels_ * kWidth);
-      for (T*& h : lane.h) h = arena_.take<T>(B * padded_h_);
-      for (int s = 1; s < S; ++s) lane.s[s] = arena_.take<T>(B * padded_);
+      lane.w_ih = arena.take<T>(plan_.packed_weights ? panels_ * I * kWidth : 0);
+      lane.w_hh = arena.take<T>(plan_.packed_weights ? panels_ * Q * kWidth : 0);
+      lane.bias_u = arena.take<T>(panels_ * kWidth);
+      lane.bias_v = arena.take<T>(panels_ * kWidth);
+      for (T*& h : lane.h) h = arena.take<T>(B * padded_h_);
+      for (int s = 1; s < S; ++s) lane.s[s] = arena.take<T>(B * padded_);
       const bool bands = projected() && plan_.packed_weights;
-      lane.w_hr = arena_.take<T>(bands ? padded_h_ * args_.hidden : 0);
-      lane.m = arena_.take<T>(projected() ? B * padded_ : 0);
-      if (arena_.ready()) shared_[p] = lane;
+      lane.w_hr = arena.take<T>(bands ? padded_h_ * args_.hidden : 0);
+      lane.m = arena.take<T>(projected() ? B * padded_ : 0);
+      if (arena.ready()) shared_[p] = lane;
     }
     for (int32_t i = 0; i < plan_.threads(); ++i) {
       Scratch own;
-      own.u = arena_.take<T>(chunk_rows() * own_panels * kWidth);
-      own.x = arena_.take<const T*>(chunk_rows());
-      own.converted = arena_.take<T>(args_.storage == Storage::kSame ? 0 : chunk_rows() * I);
-      if (arena_.ready()) scratch_[i] = own;
+      own.u = arena.take<T>(chunk_rows() * own_panels * kWidth);
+      own.x = arena.take<const T*>(chunk_rows());
+      own.converted = arena.take<T>(args_.storage == Storage::kSame ? 0 : chunk_rows() * I);
+      if (arena.ready()) scratch_[i] = own;
     }
   }
 
-  // At least one step of all slots; never more than there is.
-  int64_t chunk_rows() const {
-    const int64_t B = args_.rows.batch, all = B * args_.rows.steps;
-    const int64_t rows = plan_.chunk_rows > B ? plan_.chunk_rows : B;
-    return rows < all ? rows : all;
-  }
-
-  void thread(int32_t index) const {
-    Member me(progress_, plan_, index);
+  void thread(Member& me) const {
     const Range own = part_of(args_.lanes, plan_.split_lanes, me.lane);
     const Share share = share_of(me);
     for (int64_t p = own.begin; p < own.end; ++p) {
@@ -130,9 +105,19 @@ class Forward {
     me.wait_for_all(1);
     int64_t done = 1;
     for (int64_t p = own.begin; p < own.end; ++p) {
-      sweep(me, p, share, scratch_[index], done);
+      sweep(me, p, share, scratch_[me.index], done);
       finish(p, share);
     }
+  }
+
+ private:
+  bool projected() const { return Cell::kProjectable && __builtin_expect(args_.projected, false); }
+
+  // At least one step of all slots; never more than there is.
+  int64_t chunk_rows() const {
+    const int64_t B = args_.rows.batch, all = B * args_.rows.steps;
+    const int64_t rows = plan_.chunk_rows > B ? plan_.chunk_rows : B;
+    return rows < all ? rows : all;
   }
 
   Share share_of(const Member& me) const {
@@ -435,8 +420,6 @@ class Forward {
   const int64_t panels_, padded_;     // of units
   const int64_t columns_, padded_h_;  // vectors and numbers of h
   const int64_t tape_;                // values of a unit
-  Arena arena_;
-  Progress* progress_ = nullptr;
   Shared* shared_ = nullptr;
   Scratch* scratch_ = nullptr;
 };

@@ -110,19 +110,8 @@ class GradientSweep {
 
  public:
   static bool run(const GradientArgs& args, const CpuPlan& plan) {
-    GradientSweep sweep(args, plan);
-    if (!sweep.allocate()) return false;
-    if (run_team(plan.threads(), [&](int32_t index) { sweep.thread(index); })) return true;
-    CpuPlan serial = plan;
-    serial.split_lanes = serial.split_slots = serial.split_units = 1;
-    return run(args, serial);
+    return run_sweep<GradientSweep>(args, plan);
   }
-
- private:
-  // Where the live rows of a lane's stretch lie: elements of x, and rows.
-  struct Place {
-    int64_t x, row;
-  };
 
   GradientSweep(const GradientArgs& args, const CpuPlan& plan)
       : args_(args), plan_(plan), width_((args.inputs + kLanes - 1) / kLanes * kLanes) {
@@ -130,51 +119,31 @@ class GradientSweep {
       if (live_rows(p) > most_) most_ = live_rows(p);
   }
 
-  Range times(int32_t p) const {
-    const int64_t steps = args_.rows.steps;
-    return args_.lane[p].reverse ? Range{steps - args_.end, steps - args_.begin}
-                                 : Range{args_.begin, args_.end};
-  }
-  int64_t live_rows(int32_t p) const {
-    const Range t = times(p);
-    return args_.rows.compact_row(t.end, 0) - args_.rows.compact_row(t.begin, 0);
+  void place(Arena& arena) {
+    places_ = arena.take<Place>(args_.lanes * most_);
+    bands_ = arena.take<T>(args_.dx ? args_.lanes * width_ * args_.depth : 0);
+    scratch_ = arena.take<T>(plan_.threads() * most_ * kBandVectors * kLanes);
   }
 
-  bool allocate() {
-    place();
-    if (!arena_.allocate()) return false;
-    place();
-    for (int32_t i = 0; i < plan_.threads(); ++i) progress_[i].value = 0;
-    return true;
-  }
-
-  void place() {
-    progress_ = arena_.take<Progress>(plan_.threads());
-    places_ = arena_.take<Place>(args_.lanes * most_);
-    bands_ = arena_.take<T>(args_.dx ? args_.lanes * width_ * args_.depth : 0);
-    scratch_ = arena_.take<T>(plan_.threads() * most_ * kBandVectors * kLanes);
-  }
-
-  void thread(int32_t index) const {
+  void thread(Member& me) const {
     const int32_t threads = plan_.threads();
-    Member me(progress_, plan_, index);
     for (int32_t p = 0; p < args_.lanes; ++p) {
-      if (p % threads == index) find_rows(p);
+      if (p % threads == me.index) find_rows(p);
       if (args_.dx)
         pack_column_bands(static_cast<const T*>(args_.lane[p].w_ih), args_.inputs, args_.depth,
-                          bands_ + p * width_ * args_.depth, index, threads);
+                          bands_ + p * width_ * args_.depth, me.index, threads);
     }
     me.publish(1);
     me.wait_for_all(1);
     for (int32_t p = 0; p < args_.lanes; ++p) {
-      weights(p, index, scratch_ + index * scratch_of_one());
+      weights(p, me.index, scratch_ + me.index * scratch_of_one());
       if (!args_.dx) continue;
       if (p > 0) {  // lanes may add to the same rows
         me.publish(1 + p);
         me.wait_for_all(1 + p);
       }
       const Place* places = places_ + p * most_;
-      const Range own = part_of(live_rows(p), threads, index);
+      const Range own = part_of(live_rows(p), threads, me.index);
       const T* du = static_cast<const T*>(args_.du[p]) + own.begin * args_.depth;
       multiply_bands<T>(du, args_.depth, own.size(), bands_ + p * width_ * args_.depth, args_.depth,
                         0, width_ / kLanes, [&](int64_t row, int64_t vector, V sum) {
@@ -185,6 +154,22 @@ class GradientSweep {
                           store(to, args_.lanes > 1 ? load<V>(to, live) + sum : sum, live);
                         });
     }
+  }
+
+ private:
+  // Where the live rows of a lane's stretch lie: elements of x, and rows.
+  struct Place {
+    int64_t x, row;
+  };
+
+  Range times(int32_t p) const {
+    const int64_t steps = args_.rows.steps;
+    return args_.lane[p].reverse ? Range{steps - args_.end, steps - args_.begin}
+                                 : Range{args_.begin, args_.end};
+  }
+  int64_t live_rows(int32_t p) const {
+    const Range t = times(p);
+    return args_.rows.compact_row(t.end, 0) - args_.rows.compact_row(t.begin, 0);
   }
 
   void find_rows(int32_t p) const {
@@ -253,8 +238,6 @@ class GradientSweep {
   const CpuPlan& plan_;
   const int64_t width_;  // inputs, rounded up to whole vectors
   int64_t most_ = 0;     // live rows of any lane
-  Arena arena_;
-  Progress* progress_ = nullptr;
   Place* places_ = nullptr;
   T* bands_ = nullptr;
   T* scratch_ = nullptr;

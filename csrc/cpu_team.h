@@ -57,24 +57,29 @@ struct alignas(64) Progress {
 // share the units between them, so only they wait for each other within a step.
 class Member {
  public:
-  Member(Progress* progress, const CpuPlan& plan, int32_t index)
-      : progress_(progress),
+  Member(Progress* progress, const CpuPlan& plan, int32_t number)
+      : index(number),
+        unit(number % plan.split_units),
+        slot(number / plan.split_units % plan.split_slots),
+        lane(number / plan.split_units / plan.split_slots),
+        progress_(progress),
         threads_(plan.threads()),
-        index_(index),
-        unit(index % plan.split_units),
-        slot(index / plan.split_units % plan.split_slots),
-        lane(index / plan.split_units / plan.split_slots),
-        first_peer_(index - unit),
         peers_(plan.split_units) {}
+
+  const int32_t index;             // among all threads
+  const int32_t unit, slot, lane;  // this thread's part along each axis
 
   bool alone() const { return peers_ == 1; }
   void publish(int64_t value) {
-    __atomic_store_n(&progress_[index_].value, value, __ATOMIC_RELEASE);
+    __atomic_store_n(&progress_[index].value, value, __ATOMIC_RELEASE);
   }
-  void wait_for_peers(int64_t value) const { wait(first_peer_, peers_, value); }
+  void wait_for_peers(int64_t value) const { wait(index - unit, peers_, value); }
   void wait_for_all(int64_t value) const { wait(0, threads_, value); }
 
  private:
+  // 15 to 50 us: longer than most steps, far less than a time slice.
+  static constexpr int32_t kSpins = 1000;
+
   void wait(int32_t first, int32_t count, int64_t value) const {
     for (int32_t other = first; other < first + count; ++other) {
       int32_t spins = 0;
@@ -88,17 +93,8 @@ class Member {
     }
   }
 
-  static constexpr int32_t kSpins =
-      1000;  // 15 to 50 us: longer than most steps, far less than a time slice
   Progress* progress_;
   int32_t threads_;
-  int32_t index_;
-
- public:
-  const int32_t unit, slot, lane;  // this thread's part along each axis
-
- private:
-  int32_t first_peer_;
   int32_t peers_;
 };
 
@@ -151,6 +147,29 @@ class Arena {
   char* base_ = nullptr;
   size_t used_ = 0;
 };
+
+// Runs a sweep: made from its arguments and a plan, it takes its memory in place(arena), twice, and
+// every thread runs thread(member). On one thread where the plan's number cannot be had; false when
+// there is no memory.
+template <class Sweep, class Args>
+bool run_sweep(const Args& args, const CpuPlan& plan) {
+  Sweep sweep(args, plan);
+  Arena arena;
+  arena.take<Progress>(plan.threads());
+  sweep.place(arena);
+  if (!arena.allocate()) return false;
+  Progress* progress = arena.take<Progress>(plan.threads());
+  sweep.place(arena);
+  for (int32_t i = 0; i < plan.threads(); ++i) progress[i].value = 0;
+  const auto body = [&](int32_t index) {
+    Member me(progress, plan, index);
+    sweep.thread(me);
+  };
+  if (run_team(plan.threads(), body)) return true;
+  CpuPlan serial = plan;
+  serial.split_lanes = serial.split_slots = serial.split_units = 1;
+  return run_sweep<Sweep>(args, serial);
+}
 
 }  // namespace FASTRNN_ISA
 }  // namespace fastrnn
