@@ -212,13 +212,13 @@ def ordered(roots: Iterable[Expr], stop: Mapping[Expr, Any] | None = None) -> li
     """Every node below the roots, arguments first; nodes in `stop` and below them are left out."""
     order: dict[Expr, None] = {}
     left_out = stop or {}
-    todo = [root for root in reversed(list(roots)) if root not in left_out]
-    while todo:
-        waiting = [a for a in todo[-1].args if a not in order and a not in left_out]
+    pending = [root for root in reversed(list(roots)) if root not in left_out]
+    while pending:
+        waiting = [a for a in pending[-1].args if a not in order and a not in left_out]
         if waiting:
-            todo.extend(reversed(waiting))
+            pending.extend(reversed(waiting))
         else:
-            order.setdefault(todo.pop())
+            order.setdefault(pending.pop())
     return list(order)
 
 
