@@ -41,18 +41,6 @@ ScanInputs unflattened(std::string_view cell, TensorList flat, const Sizes& n,
   return {cell, flat[0], w_ih, w_hh, b_ih, b_hh, w_hr, s0, batch_sizes, lengths, resets, reverse};
 }
 
-ScanOutputs call_scan(const ScanInputs& in, bool tape) {
-  static auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("fastrnn::scan", "")
-          .typed<ScanOutputs(std::string_view, const Tensor&, TensorList, TensorList, TensorList,
-                             TensorList, TensorList, TensorList, const std::optional<Tensor>&,
-                             const std::optional<Tensor>&, const std::optional<Tensor>&, int64_t,
-                             bool)>();
-  return op.call(in.cell, in.x, in.w_ih, in.w_hh, in.b_ih, in.b_hh, in.w_hr, in.s0, in.batch_sizes,
-                 in.lengths, in.resets, in.reverse, tape);
-}
-
 std::vector<Tensor> call_scan_backward(const ScanInputs& in, const Incoming& grads, const Tensor& y,
                                        const Tensor& tape, const Needs& needs) {
   static auto op =

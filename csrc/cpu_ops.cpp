@@ -1,7 +1,5 @@
-// The CPU kernel on tensors: checks, layouts, and the products around the sweep.
+// The CPU kernel on tensors: checks, row tables, memory, and the stretches of the way back.
 #include <ATen/Functions.h>
-#include <ATen/Parallel.h>
-#include <pthread.h>
 
 #include <algorithm>
 #include <numeric>
@@ -10,11 +8,6 @@
 
 namespace fastrnn {
 namespace {
-
-// After a fork only the forking thread exists, and a thread pool that is waited for would never
-// answer.
-bool forked = false;
-const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
 struct Shape {
   int64_t T, B, R, I, H, Q, P;
@@ -234,12 +227,6 @@ Problem problem_of(const ScanInputs& in, const Shape& n, int64_t rows, bool tape
       tape,    backward, n.projected};
 }
 
-CpuPlan for_this_thread(CpuPlan plan) {
-  if (forked || at::in_parallel_region())
-    plan.split_lanes = plan.split_slots = plan.split_units = 1;
-  return plan;
-}
-
 void out_of_memory(bool done) {
   TORCH_CHECK_WITH(OutOfMemoryError, done, "fastrnn: no memory for packed weights and one chunk");
 }
@@ -282,7 +269,7 @@ ScanOutputs scan_cpu(const ScanInputs& in, bool tape) {
   args.y = y.mutable_data_ptr();
   args.tape = tape ? kept.mutable_data_ptr() : nullptr;
   args.final_states = finals.data();
-  out_of_memory(cell.compiled->forward[compute == at::kDouble](args, for_this_thread(choice.cpu)));
+  out_of_memory(cell.compiled->forward[compute == at::kDouble](args, choice.cpu));
   return out;
 }
 
@@ -334,7 +321,7 @@ std::vector<Tensor> scan_backward_cpu(const ScanInputs& in, const Incoming& grad
                            p * n.B * n.width(s) * static_cast<int64_t>(ds[s].itemsize());
   }
 
-  const CpuPlan plan = for_this_thread(choice.cpu);
+  const CpuPlan plan = choice.cpu;
   const int64_t most = std::min(std::max(plan.chunk_rows, n.B), tables.live_rows());
   const Tensor dv = at::empty({n.P, most, depth}, options);
   const Tensor du = tied ? dv : at::empty({n.P, most, depth}, options);

@@ -5,6 +5,7 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <pthread.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
@@ -78,10 +79,21 @@ const CellFacts& known_cell(std::string_view name) {
   return *cell;
 }
 
+namespace {
+
+// After a fork only the forking thread exists, and a thread pool that is waited for would never
+// answer.
+bool forked = false;
+const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
+int available_threads() { return forked || at::in_parallel_region() ? 1 : at::get_num_threads(); }
+
+}  // namespace
+
 const Choice& choose(const CellFacts& cell, const Problem& p) {
   thread_local std::map<PlanKey, Choice> known;
   thread_local int64_t epoch = 0;
-  const int threads = at::get_num_threads();
+  const int threads = available_threads();
   if (epoch != plans_epoch || known.size() >= kMostPlans) {
     known.clear();
     epoch = plans_epoch;
@@ -150,24 +162,34 @@ namespace {
 #define FASTRNN_SCAN_INPUTS \
   ScanInputs { FASTRNN_SCAN_ARGUMENTS }
 
+}  // namespace
+
+ScanOutputs call_scan(const ScanInputs& in, bool tape) {
+  static auto op = c10::Dispatcher::singleton()
+                       .findSchemaOrThrow("fastrnn::scan", "")
+                       .typed<ScanOutputs(FASTRNN_SCAN_PARAMETERS, bool)>();
+  return op.call(in.cell, in.x, in.w_ih, in.w_hh, in.b_ih, in.b_hh, in.w_hr, in.s0, in.batch_sizes,
+                 in.lengths, in.resets, in.reverse, tape);
+}
+
+namespace {
+
 ScanOutputs cpu(FASTRNN_SCAN_PARAMETERS, bool tape) { return scan_cpu(FASTRNN_SCAN_INPUTS, tape); }
 
 // Devices and dtypes without a kernel of their own in C++.
+std::string kernel_elsewhere(const ScanInputs& in, bool tape, bool backward) {
+  const CellFacts& facts = known_cell(in.cell);
+  const Tensor& x = in.x;
+  const int64_t steps = x.dim() == 3 ? x.size(0) : 1, batch = x.size(-2);
+  return choose(facts, {in.cell, steps, batch, steps * batch, x.size(-1),
+                        in.w_hh[0].size(0) / facts.gates, static_cast<int64_t>(in.w_hh.size()),
+                        x.scalar_type(), x.device().type(), tape, backward, !in.w_hr.empty()})
+      .kernel;
+}
+
 ScanOutputs elsewhere(FASTRNN_SCAN_PARAMETERS, bool tape) {
-  const CellFacts& facts = known_cell(cell);
-  const Problem problem{cell,
-                        x.dim() == 3 ? x.size(0) : 1,
-                        x.dim() == 3 ? x.size(1) : x.size(0),
-                        x.dim() == 3 ? x.size(0) * x.size(1) : x.size(0),
-                        x.size(-1),
-                        w_hh[0].size(0) / facts.gates,
-                        static_cast<int64_t>(w_hh.size()),
-                        x.scalar_type(),
-                        x.device().type(),
-                        tape,
-                        false,
-                        !w_hr.empty()};
-  return python_forward(choose(facts, problem).kernel, FASTRNN_SCAN_INPUTS, tape);
+  const ScanInputs in = FASTRNN_SCAN_INPUTS;
+  return python_forward(kernel_elsewhere(in, tape, false), in, tape);
 }
 
 Incoming incoming(const std::optional<Tensor>& dy,
@@ -191,14 +213,9 @@ std::vector<Tensor> backward_cpu(FASTRNN_BACKWARD_PARAMETERS()) {
 }
 
 std::vector<Tensor> backward_elsewhere(FASTRNN_BACKWARD_PARAMETERS()) {
-  return python_backward("reference", FASTRNN_SCAN_INPUTS, incoming(dy, dstates), y, tape, needs);
-}
-
-auto& scan_op() {
-  static auto op = c10::Dispatcher::singleton()
-                       .findSchemaOrThrow("fastrnn::scan", "")
-                       .typed<ScanOutputs(FASTRNN_SCAN_PARAMETERS, bool)>();
-  return op;
+  const ScanInputs in = FASTRNN_SCAN_INPUTS;
+  return python_backward(kernel_elsewhere(in, true, true), in, incoming(dy, dstates), y, tape,
+                         needs);
 }
 
 // The op as torch.ops calls it, but for a third of the time that takes to convert the arguments.
@@ -208,7 +225,7 @@ std::pair<Tensor, std::vector<Tensor>> scan_from_python(
     const std::vector<Tensor>& b_hh, const std::vector<Tensor>& w_hr, const std::vector<Tensor>& s0,
     const std::optional<Tensor>& batch_sizes, const std::optional<Tensor>& lengths,
     const std::optional<Tensor>& resets, int64_t reverse) {
-  auto [y, states, tape] = scan_op().call(FASTRNN_SCAN_ARGUMENTS, false);
+  auto [y, states, tape] = call_scan(FASTRNN_SCAN_INPUTS, false);
   return {y, states};
 }
 
@@ -227,9 +244,10 @@ ScanOutputs autocast(FASTRNN_SCAN_PARAMETERS, bool tape) {
     for (const Tensor& each : list) out.push_back(cast(each));
     return out;
   };
-  return scan_op().call(cell, cast(x), cast_all(w_ih), cast_all(w_hh), cast_all(b_ih),
-                        cast_all(b_hh), cast_all(w_hr), cast_all(s0), batch_sizes, lengths, resets,
-                        reverse, tape);
+  const auto ih = cast_all(w_ih), hh = cast_all(w_hh), bi = cast_all(b_ih), bh = cast_all(b_hh),
+             hr = cast_all(w_hr), s = cast_all(s0);
+  return call_scan({cell, cast(x), ih, hh, bi, bh, hr, s, batch_sizes, lengths, resets, reverse},
+                   tape);
 }
 
 }  // namespace

@@ -57,6 +57,9 @@ const Choice& choose(const CellFacts& cell, const Problem& problem);
 // Forgets all plans, in every thread.
 void forget_plans();
 
+// The op through the dispatcher.
+ScanOutputs call_scan(const ScanInputs& in, bool tape);
+
 // Implementations that live in Python (fastrnn/kernels.py), by name of the kernel.
 ScanOutputs python_forward(const std::string& kernel, const ScanInputs& in, bool tape);
 std::vector<Tensor> python_backward(const std::string& kernel, const ScanInputs& in,

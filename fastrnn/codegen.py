@@ -53,7 +53,6 @@ class Derived:
         tied: per gate, whether the cell depends on `u + v` alone.
         kept: names of the values kept per unit and step for backward: a gate's name for what its
             nonlinearity gives, `v.n` or `u.n` for a raw projection, `a.n` for their sum.
-        reads_state, reads_next: per state, whether backward reads it before and after the step.
         projectable: whether state 0 enters a step through `v` alone, so that it may be projected
             to another width between the steps.
         step: expressions of the next states and the kept values.
@@ -65,8 +64,6 @@ class Derived:
     states: tuple[str, ...]
     tied: tuple[bool, ...]
     kept: tuple[str, ...]
-    reads_state: tuple[bool, ...]
-    reads_next: tuple[bool, ...]
     projectable: bool
     step: tuple[Expr, ...]
     gradients: tuple[Expr, ...]
@@ -152,7 +149,6 @@ def _derive_here(cell: Cell) -> Derived:
     kept = _name(_keep(gradients, available), available, cell.gates)
     known = available | {node: algebra.input(f"kept.{name}") for name, node in kept.items()}
     gradients = algebra.rebuild(gradients, known)
-    read = uses(gradients)
     first = f"s.{cell.states[0]}"
     return Derived(
         name=cell.name,
@@ -160,9 +156,7 @@ def _derive_here(cell: Cell) -> Derived:
         states=cell.states,
         tied=tied,
         kept=tuple(kept),
-        reads_state=tuple(f"s.{name}" in read for name in cell.states),
-        reads_next=tuple(f"next.{name}" in read for name in cell.states),
-        projectable=first not in read | uses([*step, *kept.values()])
+        projectable=first not in uses([*gradients, *step, *kept.values()])
         and gradients[2 * count].constant == 0,
         step=(*step, *kept.values()),
         gradients=gradients,
@@ -350,9 +344,6 @@ struct {struct_name(name)} {{
   static constexpr const char* kName = {json.dumps(name)};
   static constexpr int kGates = {gates}, kStates = {states}, kKept = {kept};
   static constexpr bool kTied[kGates] = {_cpp_bools(derived.tied)};
-  // Which states backward reads, as they were before and after the step.
-  static constexpr bool kReadsState[kStates] = {_cpp_bools(derived.reads_state)};
-  static constexpr bool kReadsNext[kStates] = {_cpp_bools(derived.reads_next)};
   // Whether state 0 comes in through v alone.
   static constexpr bool kProjectable = {"true" if derived.projectable else "false"};
   // For a tied gate v[g] is the sum of both projections, u[g] is not read, and du[g] equals dv[g].

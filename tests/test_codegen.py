@@ -192,22 +192,20 @@ def test_expressions_compute_in_the_dtype_they_are_given(dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "tied", "kept", "reads_state", "reads_next"),
+    ("name", "tied", "kept"),
     [
-        ("rnn_tanh", [True], "", [False], [True]),
-        ("rnn_relu", [True], "", [False], [True]),
-        ("lstm", [True] * 4, "i f g o", [False, True], [False, True]),
-        ("gru", [True, True, False], "r z n v.n", [True], [False]),
+        ("rnn_tanh", [True], ""),
+        ("rnn_relu", [True], ""),
+        ("lstm", [True] * 4, "i f g o"),
+        ("gru", [True, True, False], "r z n v.n"),
     ],
 )
 def test_built_in_cells_keep_what_the_best_kernels_do(
-    name: str, tied: list[bool], kept: str, reads_state: list[bool], reads_next: list[bool]
+    name: str, tied: list[bool], kept: str
 ) -> None:
     derived = derive(cells.get(name))
     assert list(derived.tied) == tied
     assert list(derived.kept) == kept.split()
-    assert list(derived.reads_state) == reads_state
-    assert list(derived.reads_next) == reads_next
 
 
 @pytest.mark.parametrize(
