@@ -4,10 +4,21 @@
 #include <algorithm>
 #include <numeric>
 
+#include "memory.h"
 #include "ops.h"
 
 namespace fastrnn {
 namespace {
+
+// at::empty and at::zeros, from pages that cost little to touch first.
+Tensor fresh(at::IntArrayRef size, const at::TensorOptions& options) {
+  Tensor out = at::empty(size, options);
+  if (out.nbytes() >= 2 * kHugePage) prefer_huge_pages(out.mutable_data_ptr(), out.nbytes());
+  return out;
+}
+Tensor fresh_zeros(at::IntArrayRef size, const at::TensorOptions& options) {
+  return fresh(size, options).zero_();
+}
 
 struct Shape {
   int64_t T, B, R, I, H, Q, P;
@@ -250,12 +261,12 @@ ScanOutputs scan_cpu(const ScanInputs& in, bool tape) {
   y_size.back() = n.P * n.Q;
   ScanOutputs out;
   auto& [y, states, kept] = out;
-  y = in.lengths ? at::zeros(y_size, options) : at::empty(y_size, options);
-  kept = at::empty({tape ? n.R : 0, n.P, cell.tape_width(n.projected), n.H}, options);
+  y = in.lengths ? fresh_zeros(y_size, options) : fresh(y_size, options);
+  kept = fresh({tape ? n.R : 0, n.P, cell.tape_width(n.projected), n.H}, options);
   if (in.lengths && tape) kept.zero_();
   std::vector<void*> finals(n.P * cell.states);
   for (int32_t s = 0; s < cell.states; ++s) {
-    states.push_back(at::empty({n.P, n.B, n.width(s)}, options));
+    states.push_back(fresh({n.P, n.B, n.width(s)}, options));
     for (int64_t p = 0; p < n.P; ++p)
       finals[p * cell.states + s] = static_cast<char*>(states.back().mutable_data_ptr()) +
                                     p * n.B * n.width(s) * static_cast<int64_t>(x.itemsize());
@@ -315,7 +326,7 @@ std::vector<Tensor> scan_backward_cpu(const ScanInputs& in, const Incoming& grad
   for (int64_t s = 0; s < S; ++s) {
     const Tensor& last = grads.dstates[s];
     ds[s] = last.defined() ? last.to(options, false, true).contiguous()
-                           : at::zeros({n.P, n.B, n.width(s)}, options);
+                           : fresh_zeros({n.P, n.B, n.width(s)}, options);
     for (int64_t p = 0; p < n.P; ++p)
       carried[p * S + s] = static_cast<char*>(ds[s].mutable_data_ptr()) +
                            p * n.B * n.width(s) * static_cast<int64_t>(ds[s].itemsize());
@@ -323,10 +334,10 @@ std::vector<Tensor> scan_backward_cpu(const ScanInputs& in, const Incoming& grad
 
   const CpuPlan plan = choice.cpu;
   const int64_t most = std::min(std::max(plan.chunk_rows, n.B), tables.live_rows());
-  const Tensor dv = at::empty({n.P, most, depth}, options);
-  const Tensor du = tied ? dv : at::empty({n.P, most, depth}, options);
-  const Tensor previous = at::empty({n.P, most, n.Q}, options);
-  const Tensor dh = at::empty({n.P, n.projected ? most : 0, n.Q}, options);
+  const Tensor dv = fresh({n.P, most, depth}, options);
+  const Tensor du = tied ? dv : fresh({n.P, most, depth}, options);
+  const Tensor previous = fresh({n.P, most, n.Q}, options);
+  const Tensor dh = fresh({n.P, n.projected ? most : 0, n.Q}, options);
   std::vector<void*> du_lanes(n.P), dv_lanes(n.P), previous_lanes(n.P), dh_lanes(n.P);
   for (int64_t p = 0; p < n.P; ++p) {
     du_lanes[p] = du[p].mutable_data_ptr();
@@ -339,11 +350,11 @@ std::vector<Tensor> scan_backward_cpu(const ScanInputs& in, const Incoming& grad
   const bool several = n.P > 1 || in.lengths;  // rows of dx that are added to, or never reached
   Gradients out;
   if (needs[kNeedX])
-    out.x = several ? at::zeros({n.R, n.I}, options) : at::empty({n.R, n.I}, options);
+    out.x = several ? fresh_zeros({n.R, n.I}, options) : fresh({n.R, n.I}, options);
   const auto zeros = [&](bool needed, std::vector<Tensor>& to, at::IntArrayRef size) {
     std::vector<void*> pointers;
     for (int64_t p = 0; needed && p < n.P; ++p)
-      pointers.push_back(to.emplace_back(at::zeros(size, options)).mutable_data_ptr());
+      pointers.push_back(to.emplace_back(fresh_zeros(size, options)).mutable_data_ptr());
     return pointers;
   };
   const auto dw_ih = zeros(needs[kNeedWih], out.w_ih, {depth, n.I});

@@ -38,42 +38,24 @@ FASTRNN_INLINE V broadcast(Scalar<V> value) {
 }
 
 // acc[r][v] += sum over k in [k0, k1) of rows[r][k] * panel[k][v].
+//
+// Two units, each busy for four cycles with a multiply-add, want eight accumulators or more at a
+// time: a tile of few gets a second and a third set, over k.
 template <int kRows, int kVectors, class T>
 FASTRNN_INLINE void multiply(Vec<T> (&out)[kRows][kVectors], const T* panel, const T* const* rows,
                              int64_t k0, int64_t k1) {
   using V = Vec<T>;
   constexpr int kWidth = kVectors * lanes<V>();
-  V acc[kRows][kVectors];  // indexed by constants only, so that it stays in registers
+  constexpr int kTile = kRows * kVectors;
+  constexpr int kSets = kTile <= kAccumulators / 4 ? 3 : kTile <= kAccumulators / 2 ? 2 : 1;
+  V acc[kSets][kRows][kVectors];  // indexed by constants only, so that it stays in registers
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r)
+  for (int set = 0; set < kSets; ++set)
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) acc[r][v] = out[r][v];
-  int64_t k = k0;
-  if constexpr (kRows * kVectors <= 8) {
-    // Few accumulators: a second set over k hides the latency of the multiply-add.
-    V odd[kRows][kVectors];
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) odd[r][v] = splat<V>(0);
-    for (; k + 1 < k1; k += 2) {
-      const T* w = panel + k * kWidth;
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        const V a = broadcast<V>(rows[r][k]), b = broadcast<V>(rows[r][k + 1]);
-#pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) {
-          acc[r][v] = acc[r][v] + a * load<V>(w + v * lanes<V>());
-          odd[r][v] = odd[r][v] + b * load<V>(w + kWidth + v * lanes<V>());
-        }
-      }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) acc[r][v] = acc[r][v] + odd[r][v];
-  }
-  for (; k < k1; ++k) {
+      for (int v = 0; v < kVectors; ++v) acc[set][r][v] = set ? splat<V>(0) : out[r][v];
+  const auto add = [&](int64_t k, V(&to)[kRows][kVectors]) __attribute__((always_inline)) {
     const T* w = panel + k * kWidth;
     V band[kVectors];
 #pragma GCC unroll 16
@@ -82,13 +64,22 @@ FASTRNN_INLINE void multiply(Vec<T> (&out)[kRows][kVectors], const T* panel, con
     for (int r = 0; r < kRows; ++r) {
       const V a = broadcast<V>(rows[r][k]);
 #pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) acc[r][v] = acc[r][v] + a * band[v];
+      for (int v = 0; v < kVectors; ++v) to[r][v] = to[r][v] + a * band[v];
     }
-  }
+  };
+  int64_t k = k0;
+  for (; k + kSets <= k1; k += kSets)
+#pragma GCC unroll 8
+    for (int set = 0; set < kSets; ++set) add(k + set, acc[set]);
+  for (; k < k1; ++k) add(k, acc[0]);
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) out[r][v] = acc[r][v];
+    for (int v = 0; v < kVectors; ++v) {
+      out[r][v] = acc[0][r][v];
+#pragma GCC unroll 8
+      for (int set = 1; set < kSets; ++set) out[r][v] = out[r][v] + acc[set][r][v];
+    }
 }
 
 // Lane l: the dot product of row l of `w` with `x` over [k0, k1); zero for l >= live.
