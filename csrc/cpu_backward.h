@@ -54,10 +54,9 @@ class Backward {
   }
 
   void place(Arena& arena) {
-    const int64_t units = vectors_ * kLanes, columns = columns_ * kLanes;
-    w_hh_ = arena.take<T>(args_.lanes * columns * depth_);
-    w_hr_ = arena.take<T>(projected() ? args_.lanes * units * args_.recurrent : 0);
-    dm_ = arena.take<T>(projected() ? args_.lanes * args_.rows.batch * units : 0);
+    w_hh_ = static_cast<T*>(args_.packed);
+    w_hr_ = w_hh_ + args_.lanes * columns_ * kLanes * depth_;
+    dm_ = arena.take<T>(projected() ? args_.lanes * args_.rows.batch * vectors_ * kLanes : 0);
   }
 
   void thread(Member& me) const {
@@ -65,7 +64,8 @@ class Backward {
     const Range own = part_of(args_.lanes, plan_.split_lanes, me.lane);
     const Range units = part_of(vectors_, plan_.split_units, me.unit);
     const Range columns = part_of(columns_, plan_.split_units, me.unit);
-    for (int64_t p = own.begin; p < own.end; ++p) {
+    const bool packed = *args_.packed_for == plan_.split_units;
+    for (int64_t p = own.begin; p < own.end && !packed; ++p) {
       pack(args_.lane[p].w_hh, args_.recurrent, depth_, columns, me.slot, w_hh(p));
       if (projected())
         pack(args_.lane[p].w_hr, args_.hidden, args_.recurrent, units, me.slot, w_hr(p));
@@ -73,6 +73,7 @@ class Backward {
     int64_t done = 1;
     me.publish(done);
     me.wait_for_all(done);
+    if (me.index == 0) *args_.packed_for = plan_.split_units;
     const auto meet = [&] {
       ++done;
       if (me.alone()) return;

@@ -23,17 +23,17 @@ FASTRNN_INLINE int live_lanes(int64_t column, int64_t columns) {
   return static_cast<int>(left < n ? left : n);
 }
 
-// acc[r][v] += sum over k < depth of a[k * stride + r] * band[k][v].
+// acc[r][v] += sum over k < depth of a[k][r] * band[k][v].
 template <int kRows, int kVectors, class T>
-FASTRNN_INLINE void multiply_transposed(Vec<T> (&out)[kRows][kVectors], const T* a, int64_t stride,
-                                        const T* band, int64_t depth) {
+FASTRNN_INLINE void multiply_transposed(Vec<T> (&out)[kRows][kVectors], const T* a, const T* band,
+                                        int64_t depth) {
   using V = Vec<T>;
   V acc[kRows][kVectors];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 16
     for (int v = 0; v < kVectors; ++v) acc[r][v] = out[r][v];
-  for (int64_t k = 0; k < depth; ++k, a += stride, band += kVectors * lanes<V>()) {
+  for (int64_t k = 0; k < depth; ++k, a += kRows, band += kVectors * lanes<V>()) {
     V row[kVectors];
 #pragma GCC unroll 16
     for (int v = 0; v < kVectors; ++v) row[v] = load<V>(band + v * lanes<V>());
@@ -50,26 +50,46 @@ FASTRNN_INLINE void multiply_transposed(Vec<T> (&out)[kRows][kVectors], const T*
     for (int v = 0; v < kVectors; ++v) out[r][v] = acc[r][v];
 }
 
-// dw[g, c] += sum over k < depth of dgates[k, g] * column band c of the rows, for g in `gates`.
+constexpr int kGateRows = tile_rows(kBandVectors);
+
+// Gates [begin, end) of `depth` rows, tile by tile: [tile][k][gates of the tile]. Rows lie a power
+// of two apart more often than not, where a walk down a column would find no place in a cache; a
+// few rows at a time stay there.
+template <class T>
+void pack_gates(const T* dgates, int64_t stride, Range gates, int64_t depth, T* tiles) {
+  constexpr int64_t kBlock = 16;
+  for (int64_t k0 = 0; k0 < depth; k0 += kBlock) {
+    const int64_t k1 = k0 + kBlock < depth ? k0 + kBlock : depth;
+    for_each_tile<kGateRows>(gates.size(), [&](int64_t first, auto count) {
+      constexpr int kTile = decltype(count)::value;
+      const T* from = dgates + k0 * stride + gates.begin + first;
+      T* to = tiles + first * depth + k0 * kTile;
+      for (int64_t k = k0; k < k1; ++k, from += stride, to += kTile)
+        memcpy(to, from, kTile * sizeof(T));
+    });
+  }
+}
+
+// dw[g, c] += sum over k < depth of the gates' gradients [k, g] * column band c of the rows, for g
+// in `gates`, which were packed into `tiles`.
 // pack(column, width, band) writes band[k][width vectors]; `band` has room for depth of them.
 template <class T, class Pack>
-void add_weight_gradient(T* dw, int64_t columns, const T* dgates, int64_t stride, Range gates,
-                         int64_t depth, T* band, const Pack& pack) {
+void add_weight_gradient(T* dw, int64_t columns, const T* tiles, Range gates, int64_t depth,
+                         T* band, const Pack& pack) {
   using V = Vec<T>;
   constexpr int n = lanes<V>();
   for_each_band(0, (columns + n - 1) / n, [&](int64_t vector, auto width) {
     const int64_t column = vector * n;
     constexpr int kWide = decltype(width)::value;
-    constexpr int kRows = kWide == 1 ? 2 * kMaxTileRows : tile_rows(kWide);
     pack(column, width, band);
-    for_each_tile<kRows>(gates.size(), [&](int64_t first, auto count) {
+    for_each_tile<kGateRows>(gates.size(), [&](int64_t first, auto count) {
       constexpr int kTile = decltype(count)::value;
       T* to = dw + (gates.begin + first) * columns + column;
       V acc[kTile][kWide];
       for (int r = 0; r < kTile; ++r)
         for (int v = 0; v < kWide; ++v)
           acc[r][v] = load<V>(to + r * columns + v * n, live_lanes<T>(column + v * n, columns));
-      multiply_transposed<kTile, kWide, T>(acc, dgates + gates.begin + first, stride, band, depth);
+      multiply_transposed<kTile, kWide, T>(acc, tiles + first * depth, band, depth);
       for (int r = 0; r < kTile; ++r)
         for (int v = 0; v < kWide; ++v)
           store(to + r * columns + v * n, acc[r][v], live_lanes<T>(column + v * n, columns));
@@ -81,12 +101,20 @@ void add_weight_gradient(T* dw, int64_t columns, const T* dgates, int64_t stride
 template <class T>
 void add_bias_gradient(T* db, const T* dgates, int64_t stride, Range gates, int64_t depth) {
   using V = Vec<T>;
-  for (int64_t g = gates.begin; g < gates.end; g += lanes<V>()) {
-    const int live = live_lanes<T>(g, gates.end);
-    V sum = load<V>(db + g, live);
-    for (int64_t k = 0; k < depth; ++k) sum = sum + load<V>(dgates + k * stride + g, live);
-    store(db + g, sum, live);
-  }
+  constexpr int n = lanes<V>();
+  for_each_band(0, (gates.size() + n - 1) / n, [&](int64_t vector, auto width) {
+    constexpr int kWide = decltype(width)::value;
+    const int64_t first = gates.begin + vector * n;
+    V sum[kWide];
+    for (int v = 0; v < kWide; ++v)
+      sum[v] = load<V>(db + first + v * n, live_lanes<T>(first + v * n, gates.end));
+    for (int64_t k = 0; k < depth; ++k)
+      for (int v = 0; v < kWide; ++v)
+        sum[v] = sum[v] + load<V>(dgates + k * stride + first + v * n,
+                                  live_lanes<T>(first + v * n, gates.end));
+    for (int v = 0; v < kWide; ++v)
+      store(db + first + v * n, sum[v], live_lanes<T>(first + v * n, gates.end));
+  });
 }
 
 // Packs the column bands of a row-major matrix [depth, columns] one behind the other; those whose
@@ -121,17 +149,16 @@ class GradientSweep {
 
   void place(Arena& arena) {
     places_ = arena.take<Place>(args_.lanes * most_);
-    bands_ = arena.take<T>(args_.dx ? args_.lanes * width_ * args_.depth : 0);
-    scratch_ = arena.take<T>(plan_.threads() * most_ * kBandVectors * kLanes);
+    scratch_ = arena.take<T>(plan_.threads() * scratch_of_one());
   }
 
   void thread(Member& me) const {
     const int32_t threads = plan_.threads();
     for (int32_t p = 0; p < args_.lanes; ++p) {
       if (p % threads == me.index) find_rows(p);
-      if (args_.dx)
+      if (args_.dx && args_.end == args_.rows.steps)
         pack_column_bands(static_cast<const T*>(args_.lane[p].w_ih), args_.inputs, args_.depth,
-                          bands_ + p * width_ * args_.depth, me.index, threads);
+                          bands(p), me.index, threads);
     }
     me.publish(1);
     me.wait_for_all(1);
@@ -145,8 +172,8 @@ class GradientSweep {
       const Place* places = places_ + p * most_;
       const Range own = part_of(live_rows(p), threads, me.index);
       const T* du = static_cast<const T*>(args_.du[p]) + own.begin * args_.depth;
-      multiply_bands<T>(du, args_.depth, own.size(), bands_ + p * width_ * args_.depth, args_.depth,
-                        0, width_ / kLanes, [&](int64_t row, int64_t vector, V sum) {
+      multiply_bands<T>(du, args_.depth, own.size(), bands(p), args_.depth, 0, width_ / kLanes,
+                        [&](int64_t row, int64_t vector, V sum) {
                           const int64_t column = vector * kLanes;
                           const int live = live_lanes<T>(column, args_.inputs);
                           T* to = static_cast<T*>(args_.dx) +
@@ -195,33 +222,37 @@ class GradientSweep {
       }
   }
 
-  void weights(int32_t p, int32_t index, T* scratch) const {
+  void weights(int32_t p, int32_t index, T* tiles) const {
     const Range gates = part_of(args_.depth, plan_.threads(), index);
     const int64_t depth = live_rows(p), stride = args_.depth;
+    T* band = tiles + most_ * most_gates();
     const T* du = static_cast<const T*>(args_.du[p]);
     const T* dv = static_cast<const T*>(args_.dv[p]);
     const Place* places = places_ + p * most_;
+    if (args_.dw_ih || (args_.dw_hh && du == dv)) pack_gates(du, stride, gates, depth, tiles);
     if (args_.dw_ih)
-      add_weight_gradient(static_cast<T*>(args_.dw_ih[p]), args_.inputs, du, stride, gates, depth,
-                          scratch, [&](int64_t column, auto width, T* band) {
+      add_weight_gradient(static_cast<T*>(args_.dw_ih[p]), args_.inputs, tiles, gates, depth, band,
+                          [&](int64_t column, auto width, T* to) {
                             pack_rows(args_.x, column, args_.inputs, decltype(width)::value, depth,
-                                      band, [&](int64_t k) { return places[k].x; });
+                                      to, [&](int64_t k) { return places[k].x; });
                           });
     if (args_.dw_hh) {
       const T* previous = static_cast<const T*>(args_.previous[p]);
       const int64_t Q = args_.recurrent;
-      add_weight_gradient(static_cast<T*>(args_.dw_hh[p]), Q, dv, stride, gates, depth, scratch,
-                          [&](int64_t column, auto width, T* band) {
-                            pack_columns(previous + column, Q, Q - column, depth, band,
+      if (du != dv) pack_gates(dv, stride, gates, depth, tiles);
+      add_weight_gradient(static_cast<T*>(args_.dw_hh[p]), Q, tiles, gates, depth, band,
+                          [&](int64_t column, auto width, T* to) {
+                            pack_columns(previous + column, Q, Q - column, depth, to,
                                          decltype(width)::value);
                           });
     }
     if (args_.dw_hr) {
       const int64_t Q = args_.recurrent, H = args_.hidden, W = args_.tape_width;
-      add_weight_gradient(static_cast<T*>(args_.dw_hr[p]), H, static_cast<const T*>(args_.dh[p]), Q,
-                          part_of(Q, plan_.threads(), index), depth, scratch,
-                          [&](int64_t column, auto width, T* band) {
-                            pack_rows(args_.tape, column, H, decltype(width)::value, depth, band,
+      const Range columns = part_of(Q, plan_.threads(), index);
+      pack_gates(static_cast<const T*>(args_.dh[p]), Q, columns, depth, tiles);
+      add_weight_gradient(static_cast<T*>(args_.dw_hr[p]), H, tiles, columns, depth, band,
+                          [&](int64_t column, auto width, T* to) {
+                            pack_rows(args_.tape, column, H, decltype(width)::value, depth, to,
                                       [&](int64_t k) {
                                         return ((places[k].row * args_.lanes + p) * W + W - 1) * H;
                                       });
@@ -231,7 +262,13 @@ class GradientSweep {
     if (args_.db_hh) add_bias_gradient(static_cast<T*>(args_.db_hh[p]), dv, stride, gates, depth);
   }
 
-  int64_t scratch_of_one() const { return most_ * kBandVectors * kLanes; }
+  T* bands(int32_t p) const { return static_cast<T*>(args_.packed) + p * width_ * args_.depth; }
+  // Gates, or columns of a projected state, that one thread owns at most.
+  int64_t most_gates() const {
+    const int64_t all = args_.depth > args_.recurrent ? args_.depth : args_.recurrent;
+    return (all + plan_.threads() - 1) / plan_.threads();
+  }
+  int64_t scratch_of_one() const { return most_ * (most_gates() + kBandVectors * kLanes); }
 
   static constexpr int kLanes = lanes<V>();
   const GradientArgs& args_;
@@ -239,8 +276,7 @@ class GradientSweep {
   const int64_t width_;  // inputs, rounded up to whole vectors
   int64_t most_ = 0;     // live rows of any lane
   Place* places_ = nullptr;
-  T* bands_ = nullptr;
-  T* scratch_ = nullptr;
+  T* scratch_ = nullptr;  // of every thread, packed gates and one band
 };
 
 }  // namespace FASTRNN_ISA

@@ -401,6 +401,13 @@ std::vector<Tensor> scan_backward_cpu(const ScanInputs& in, const Incoming& grad
   rest.db_hh = or_null(db_hh);
   rest.dx = needs[kNeedX] ? out.x.mutable_data_ptr() : nullptr;
 
+  const Tensor packed = fresh({packed_for_backward(args, cell.gates)}, options);
+  const Tensor packed_ih = fresh({rest.dx ? packed_for_gradients(rest) : 0}, options);
+  int32_t packed_for = 0;
+  args.packed = packed.mutable_data_ptr();
+  args.packed_for = &packed_for;
+  rest.packed = packed_ih.mutable_data_ptr();
+
   const bool in_double = compute == at::kDouble;
   for (int64_t end = n.T, begin; end > 0; end = begin) {
     begin = tables.stretch_begin(end, most);

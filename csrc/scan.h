@@ -96,11 +96,18 @@ struct ForwardArgs : Scan {
   void* const* final_states = nullptr;  // [P][S], each as s0
 };
 
+// Numbers in a row of packed weights, for every lane type.
+constexpr int64_t packed_width(int64_t width) { return (width + 15) / 16 * 16; }
+
 // One stretch of steps [begin, end) of every lane, walked from its end. Compute type throughout
 // but for dy, y and tape. Outputs hold the live rows of the stretch in time order.
 struct BackwardArgs : Scan {
   int64_t begin = 0;
   int64_t end = 0;
+  // Room for w_hh, and w_hr where state 0 is projected, in the order of the kernel, which depends
+  // on the split of units: the one they were packed for, or 0.
+  void* packed = nullptr;
+  int32_t* packed_for = nullptr;
   const void* dy = nullptr;    // [rows, P, Q] or null for zeros
   const void* y = nullptr;     // [rows, P, Q]
   const void* tape = nullptr;  // [rows, P, W, H]
@@ -125,6 +132,7 @@ struct GradientArgs {
   const Lane* lane = nullptr;
   int64_t begin = 0;
   int64_t end = 0;
+  void* packed = nullptr;   // room for w_ih where dx is wanted, filled by the last stretch of time
   const void* x = nullptr;  // as in ForwardArgs
   int64_t x_step = 0;
   int64_t x_row = 0;
@@ -141,6 +149,15 @@ struct GradientArgs {
   void* const* db_hh = nullptr;  // [P], each [G*H]
   void* dx = nullptr;            // [rows, I]; added to where there are several lanes
 };
+
+// Numbers that `packed` of BackwardArgs and of GradientArgs has room for.
+inline int64_t packed_for_backward(const BackwardArgs& a, int64_t gates) {
+  const int64_t hidden = packed_width(a.hidden), recurrent = packed_width(a.recurrent);
+  return a.lanes * recurrent * hidden * (gates + a.projected);
+}
+inline int64_t packed_for_gradients(const GradientArgs& a) {
+  return a.lanes * packed_width(a.inputs) * a.depth;
+}
 
 // How the CPU kernel works; chosen by fastrnn/plan.py.
 struct CpuPlan {

@@ -113,7 +113,7 @@ _UNPACKED_ROWS = 3
 _WORK_FOR_THREADS = 1 << 17
 _STEP_WORK_FOR_UNIT_SPLIT = 1 << 13
 _FORWARD_SHARE = 4  # of the cache: u for a quarter, weights and h for the rest
-_BACKWARD_ROWS = 256  # depth at which the products for weight gradients are efficient
+_BACKWARD_ROWS = 512  # depth at which the products for weight gradients are efficient
 
 
 def _cpu_refuse(problem: Problem, device: Device) -> str | None:

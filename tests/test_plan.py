@@ -65,8 +65,8 @@ def test_a_chunk_stays_in_the_cache_whatever_the_length(hidden: int) -> None:
         row = 4 * hidden * 4
         assert TWO.l2_bytes / 8 < choose(problem, TWO).chunk_rows * row <= TWO.l2_bytes / 4
         backward = choose(replace(problem, backward=True), TWO)
-        assert backward.chunk_rows >= 256
-        assert backward.chunk_rows * row <= max(TWO.l2_bytes, 256 * row)
+        assert backward.chunk_rows >= 512
+        assert backward.chunk_rows * row <= max(TWO.l2_bytes, 512 * row)
 
 
 def test_no_numbers_divide_by_zero() -> None:
