@@ -2,12 +2,14 @@
 #include "ops.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <pthread.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
@@ -229,6 +231,64 @@ std::pair<Tensor, std::vector<Tensor>> scan_from_python(
   return {y, states};
 }
 
+// A tensor that nothing looks into on its way: of torch's own class, dense, on a CPU.
+const Tensor* plain_tensor(py::handle object, at::IntArrayRef size, at::ScalarType dtype) {
+  if (Py_TYPE(object.ptr()) != reinterpret_cast<PyTypeObject*>(THPVariableClass) &&
+      Py_TYPE(object.ptr()) != reinterpret_cast<PyTypeObject*>(ParameterClass))
+    return nullptr;
+  const Tensor& t = THPVariable_Unpack(object.ptr());
+  const bool fits = t.layout() == at::kStrided && t.is_cpu() && !t.is_nested() &&
+                    t.scalar_type() == dtype && t.sizes() == size;
+  return fits ? &t : nullptr;
+}
+
+// One step of a cell on x [B, I] and states [B, H], with weights w_ih, w_hh, b_ih, b_hh: the tuple
+// of next states; the views and checks of Python take longer than a small cell. None where
+// anything asks for a closer look.
+py::object step_from_python(const std::string& cell, py::handle input, py::tuple before,
+                            py::tuple weights) {
+  const CellFacts* facts = find_cell(cell);
+  if (!facts || at::impl::torch_function_mode_enabled() ||
+      at::autocast::is_autocast_enabled(at::kCPU) || !THPVariable_Check(input.ptr()) ||
+      !THPVariable_Check(weights[1].ptr()))
+    return py::none();
+  const Tensor &like = THPVariable_Unpack(input.ptr()), &w = THPVariable_Unpack(weights[1].ptr());
+  if (like.dim() != 2 || w.dim() != 2) return py::none();
+  const int64_t B = like.size(0), I = like.size(1), H = w.size(1), rows = facts->gates * H;
+  const auto dtype = like.scalar_type();
+  const Tensor* x = plain_tensor(input, {B, I}, dtype);
+  const Tensor* w_ih = plain_tensor(weights[0], {rows, I}, dtype);
+  const Tensor* w_hh = plain_tensor(weights[1], {rows, H}, dtype);
+  const bool biased = !weights[2].is_none();
+  const Tensor* b_ih = biased ? plain_tensor(weights[2], {rows}, dtype) : nullptr;
+  const Tensor* b_hh = biased ? plain_tensor(weights[3], {rows}, dtype) : nullptr;
+  if (!x || !w_ih || !w_hh || (biased ? !b_ih || !b_hh : !weights[3].is_none())) return py::none();
+  if (!before.empty() && static_cast<int32_t>(before.size()) != facts->states) return py::none();
+  std::array<Tensor, kMaxStates> s0;
+  for (size_t s = 0; s < before.size(); ++s) {
+    const Tensor* state = plain_tensor(before[s], {B, H}, dtype);
+    if (!state) return py::none();
+    s0[s] = *state;
+  }
+  std::vector<Tensor> states;
+  Tensor y;
+  {
+    py::gil_scoped_release release;
+    for (size_t s = 0; s < before.size(); ++s) s0[s] = s0[s].unsqueeze(0);
+    const TensorList none, all(s0.data(), before.size());
+    const std::optional<Tensor> absent;
+    std::tie(y, states, std::ignore) =
+        call_scan({cell, *x, *w_ih, *w_hh, biased ? TensorList(*b_ih) : none,
+                   biased ? TensorList(*b_hh) : none, none, all, absent, absent, absent, 0},
+                  false);
+    for (size_t s = 1; s < states.size(); ++s) states[s] = states[s].select(0, 0);
+  }
+  py::tuple after(states.size());
+  after[0] = std::move(y);
+  for (size_t s = 1; s < states.size(); ++s) after[s] = std::move(states[s]);
+  return after;
+}
+
 // Under autocast all operands take its dtype, as in torch.nn, whose GRU on CPUs alone computes in
 // the dtype of its state.
 template <c10::DeviceType device, c10::DispatchKey key>
@@ -288,6 +348,7 @@ TORCH_LIBRARY_IMPL(fastrnn, AutocastCUDA, m) {
 PYBIND11_MODULE(_C, m) {
   m.def("scan", scan_from_python, py::call_guard<py::gil_scoped_release>(),
         "torch.ops.fastrnn.scan without its tape.");
+  m.def("step", step_from_python, "One step of a cell on plain tensors; None for others.");
   m.attr("built_for") = FASTRNN_TORCH_VERSION;
   m.def("isas", compiled_isas, "Instruction sets compiled in that this machine has, best last.");
   m.def("isa", isa_in_use);

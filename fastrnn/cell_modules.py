@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from fastrnn import cells, functional
+from fastrnn import cells, functional, ops
 from fastrnn.cells import Cell
 from fastrnn.convert import detour, to_torch, twin_of
 
@@ -27,13 +27,12 @@ class RNNCell(nn.RNNCell):
         """`input` [B, I] or [I] and `hx` [B, H] or [H] to the next state."""
         if (other := detour(self, input)) is not None:
             return other(input, hx)
-        _check_cell_dims("RNNCell", input, () if hx is None else (hx,))
         if self.nonlinearity not in _CELL_OF_NONLINEARITY:
             raise RuntimeError(
                 f"Unknown nonlinearity: {self.nonlinearity}. Select from 'tanh' or 'relu'."
             )
         cell = _CELL_OF_NONLINEARITY[self.nonlinearity]
-        return _step(self, cell, input, () if hx is None else (hx,))[0]
+        return _step(self, "RNNCell", cell, input, () if hx is None else (hx,))[0]
 
     def __prepare_scriptable__(self) -> nn.Module:
         return to_torch(self)
@@ -54,8 +53,7 @@ class LSTMCell(nn.LSTMCell):
             return other(input, hx)
         if type(hx) is not tuple and isinstance(hx, Tensor):
             raise TypeError("LSTMCell: hx must be a tuple of two Tensors, not a Tensor")
-        _check_cell_dims("LSTMCell", input, () if hx is None else hx)
-        h, c = _step(self, cells.lstm, input, () if hx is None else hx)
+        h, c = _step(self, "LSTMCell", cells.lstm, input, () if hx is None else hx)
         return h, c
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -73,27 +71,29 @@ class GRUCell(nn.GRUCell):
         """`input` [B, I] or [I] and `hx` [B, H] or [H] to the next state."""
         if (other := detour(self, input)) is not None:
             return other(input, hx)
-        _check_cell_dims("GRUCell", input, () if hx is None else (hx,))
-        return _step(self, cells.gru, input, () if hx is None else (hx,))[0]
+        return _step(self, "GRUCell", cells.gru, input, () if hx is None else (hx,))[0]
 
     def __prepare_scriptable__(self) -> nn.Module:
         return to_torch(self)
 
 
-def _check_cell_dims(name: str, input: Tensor, states: Sequence[Tensor]) -> None:
+def _check_cell_dims(name: str, cell: Cell, input: Tensor, states: Sequence[Tensor]) -> None:
     if input.dim() not in (1, 2):
         raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
     for k, s in enumerate(states):
         if s.dim() not in (1, 2):
-            what = f"hx[{k}]" if name == "LSTMCell" else "hidden"
+            what = f"hx[{k}]" if len(cell.states) > 1 else "hidden"
             raise ValueError(f"{name}: Expected {what} to be 1D or 2D, got {s.dim()}D instead")
 
 
 def _step(
-    module: nn.RNNCellBase, cell: Cell, input: Tensor, hx: Sequence[Tensor]
+    module: nn.RNNCellBase, name: str, cell: Cell, input: Tensor, hx: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
     own = module._parameters
     weights = [own[n] if n in own else getattr(module, n) for n in _WEIGHTS]
+    if (after := ops.step(cell, input, hx, weights)) is not None:
+        return after
+    _check_cell_dims(name, cell, input, hx)
     if input.size(-1) != module.input_size:
         raise RuntimeError(
             f"input has inconsistent input_size: got {input.size(-1)} expected {module.input_size}"

@@ -19,7 +19,7 @@ from fastrnn import kernels, reference
 from fastrnn.cells import Cell
 from fastrnn.extension import _C
 
-__all__ = ["scan"]
+__all__ = ["scan", "step"]
 
 
 def scan(
@@ -53,6 +53,26 @@ def scan(
     elif key is not None and not _transformed():
         return _C.scan(key, *arguments)
     return _as_operations(cell, *arguments)
+
+
+def step(
+    cell: Cell, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor | None]
+) -> tuple[Tensor, ...] | None:
+    """One time step in one call, for what most calls look like: `scan` serves them all.
+
+    Args:
+        x: [B, I].
+        states: `S` tensors [B, H], none for zeros.
+        weights: w_ih, w_hh, b_ih, b_hh; both biases may be None.
+
+    Returns:
+        `S` next states [B, H]; None, with nothing done, where an operand is not a plain dense
+        tensor of the size and dtype that the others ask for, on a CPU, or a transform is active.
+    """
+    if torch.compiler.is_compiling() or _transformed():
+        return None
+    key = kernels.prepare(cell)
+    return None if key is None else _C.step(key, x, tuple(states), tuple(weights))
 
 
 def _transformed() -> bool:
