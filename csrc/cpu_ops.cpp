@@ -20,6 +20,39 @@ Tensor fresh_zeros(at::IntArrayRef size, const at::TensorOptions& options) {
   return fresh(size, options).zero_();
 }
 
+// Buffers of a call, by their numbers of elements.
+class Workspace {
+ public:
+  Workspace(at::ScalarType type, std::initializer_list<int64_t> parts)
+      : itemsize_(c10::elementSize(type)) {
+    size_t bytes = 0;
+    for (int64_t part : parts) {
+      begin_.push_back(bytes);
+      bytes += (part * itemsize_ + kAlign - 1) / kAlign * kAlign;
+    }
+    block_ = kept().borrow(bytes + kAlign);
+    TORCH_CHECK_WITH(OutOfMemoryError, block_, "fastrnn: no memory for ", bytes, " bytes");
+  }
+  ~Workspace() { kept().give_back(block_); }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  void* at(int part, int64_t element = 0) const {
+    return block_ + begin_[part] + element * itemsize_;
+  }
+
+ private:
+  static constexpr size_t kAlign = 128;
+  static KeptMemory& kept() {
+    thread_local KeptMemory memory;
+    return memory;
+  }
+
+  size_t itemsize_;
+  c10::SmallVector<size_t, 8> begin_;
+  char* block_;
+};
+
 struct Shape {
   int64_t T, B, R, I, H, Q, P;
   bool projected;
@@ -334,18 +367,19 @@ std::vector<Tensor> scan_backward_cpu(const ScanInputs& in, const Incoming& grad
 
   const CpuPlan plan = choice.cpu;
   const int64_t most = std::min(std::max(plan.chunk_rows, n.B), tables.live_rows());
-  const Tensor dv = fresh({n.P, most, depth}, options);
-  const Tensor du = tied ? dv : fresh({n.P, most, depth}, options);
-  const Tensor previous = fresh({n.P, most, n.Q}, options);
-  const Tensor dh = fresh({n.P, n.projected ? most : 0, n.Q}, options);
-  std::vector<void*> du_lanes(n.P), dv_lanes(n.P), previous_lanes(n.P), dh_lanes(n.P);
-  for (int64_t p = 0; p < n.P; ++p) {
-    du_lanes[p] = du[p].mutable_data_ptr();
-    dv_lanes[p] = dv[p].mutable_data_ptr();
-    previous_lanes[p] = previous[p].mutable_data_ptr();
-    dh_lanes[p] = dh[p].mutable_data_ptr();
-  }
-
+  BackwardArgs args;
+  operands.fill(args, n, tables, storage_of(stored));
+  const Workspace workspace(
+      compute, {n.P * most * depth, tied ? 0 : n.P * most * depth, n.P * most * n.Q,
+                n.projected ? n.P * most * n.Q : 0, packed_for_backward(args, cell.gates),
+                needs[kNeedX] ? n.P * packed_width(n.I) * depth : 0});
+  const auto lanes_of = [&](int part, int64_t width) {
+    std::vector<void*> at(n.P);
+    for (int64_t p = 0; p < n.P; ++p) at[p] = workspace.at(part, p * most * width);
+    return at;
+  };
+  const auto dv_lanes = lanes_of(0, depth), du_lanes = lanes_of(tied ? 0 : 1, depth),
+             previous_lanes = lanes_of(2, n.Q), dh_lanes = lanes_of(3, n.Q);
   const bool bias = needs[kNeedBias] && !in.b_ih.empty();
   const bool several = n.P > 1 || in.lengths;  // rows of dx that are added to, or never reached
   Gradients out;
@@ -364,8 +398,6 @@ std::vector<Tensor> scan_backward_cpu(const ScanInputs& in, const Incoming& grad
   const auto db_hh = zeros(bias && !tied, out.b_hh, {depth});
   const auto or_null = [](const std::vector<void*>& v) { return v.empty() ? nullptr : v.data(); };
 
-  BackwardArgs args;
-  operands.fill(args, n, tables, storage_of(stored));
   args.dy = dy.defined() ? dy.const_data_ptr() : nullptr;
   args.y = y_rows.const_data_ptr();
   args.tape = tape_rows.const_data_ptr();
@@ -401,12 +433,10 @@ std::vector<Tensor> scan_backward_cpu(const ScanInputs& in, const Incoming& grad
   rest.db_hh = or_null(db_hh);
   rest.dx = needs[kNeedX] ? out.x.mutable_data_ptr() : nullptr;
 
-  const Tensor packed = fresh({packed_for_backward(args, cell.gates)}, options);
-  const Tensor packed_ih = fresh({rest.dx ? packed_for_gradients(rest) : 0}, options);
   int32_t packed_for = 0;
-  args.packed = packed.mutable_data_ptr();
+  args.packed = workspace.at(4);
   args.packed_for = &packed_for;
-  rest.packed = packed_ih.mutable_data_ptr();
+  rest.packed = workspace.at(5);
 
   const bool in_double = compute == at::kDouble;
   for (int64_t end = n.T, begin; end > 0; end = begin) {

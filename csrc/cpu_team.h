@@ -121,50 +121,11 @@ bool run_team(int32_t threads, const Body& body) {
   return complete;
 }
 
-// Working memory that a thread keeps from call to call, up to a limit; one user at a time.
-class Keep {
- public:
-  ~Keep() { std::free(block_); }
-
-  // Null when there is no memory.
-  char* borrow(size_t bytes) {
-    if (lent_ || bytes > kMost) return allocate(bytes);
-    if (bytes > size_) {
-      std::free(block_);
-      block_ = allocate(bytes);
-      size_ = block_ ? bytes : 0;
-    }
-    lent_ = block_ != nullptr;
-    return block_;
-  }
-  void give_back(char* block) {
-    if (block && block == block_)
-      lent_ = false;
-    else
-      std::free(block);
-  }
-
- private:
-  static constexpr size_t kMost = size_t{16} << 20;
-
-  static char* allocate(size_t bytes) {
-    const size_t unit = bytes < kHugePage ? 128 : kHugePage;
-    bytes = (bytes + unit - 1) / unit * unit;
-    char* block = static_cast<char*>(std::aligned_alloc(unit, bytes));
-    if (block) prefer_huge_pages(block, bytes);
-    return block;
-  }
-
-  char* block_ = nullptr;
-  size_t size_ = 0;
-  bool lent_ = false;
-};
-
 // Memory for one sweep, laid out in two passes: first counted, then handed out.
 class Arena {
  public:
   Arena() = default;
-  ~Arena() { keep().give_back(base_); }
+  ~Arena() { kept().give_back(base_); }
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
 
@@ -177,16 +138,16 @@ class Arena {
   bool ready() const { return base_ != nullptr; }
   // Ends the counting pass; false when there is no such memory.
   bool allocate() {
-    base_ = keep().borrow(used_ + kAlign);
+    base_ = kept().borrow(used_ + kAlign);
     used_ = 0;
     return base_ != nullptr;
   }
 
  private:
   static constexpr size_t kAlign = 128;
-  static Keep& keep() {
-    thread_local Keep kept;
-    return kept;
+  static KeptMemory& kept() {
+    thread_local KeptMemory memory;
+    return memory;
   }
 
   char* base_ = nullptr;

@@ -27,4 +27,47 @@ inline void prefer_huge_pages(void* memory, size_t bytes) {
 #endif
 }
 
+// Working memory that a thread keeps from call to call, up to a limit; one user at a time, others
+// get memory of their own.
+class KeptMemory {
+ public:
+  KeptMemory() = default;
+  ~KeptMemory() { std::free(block_); }
+  KeptMemory(const KeptMemory&) = delete;
+  KeptMemory& operator=(const KeptMemory&) = delete;
+
+  // Null when there is no memory.
+  char* borrow(size_t bytes) {
+    if (lent_ || bytes > kMost) return allocate(bytes);
+    if (bytes > size_) {
+      std::free(block_);
+      block_ = allocate(bytes);
+      size_ = block_ ? bytes : 0;
+    }
+    lent_ = block_ != nullptr;
+    return block_;
+  }
+  void give_back(char* block) {
+    if (block && block == block_)
+      lent_ = false;
+    else
+      std::free(block);
+  }
+
+ private:
+  static constexpr size_t kMost = size_t{16} << 20;
+
+  static char* allocate(size_t bytes) {
+    const size_t unit = bytes < kHugePage ? 128 : kHugePage;
+    bytes = (bytes + unit - 1) / unit * unit;
+    char* block = static_cast<char*>(std::aligned_alloc(unit, bytes));
+    if (block) prefer_huge_pages(block, bytes);
+    return block;
+  }
+
+  char* block_ = nullptr;
+  size_t size_ = 0;
+  bool lent_ = false;
+};
+
 }  // namespace fastrnn

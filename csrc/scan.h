@@ -132,7 +132,9 @@ struct GradientArgs {
   const Lane* lane = nullptr;
   int64_t begin = 0;
   int64_t end = 0;
-  void* packed = nullptr;   // room for w_ih where dx is wanted, filled by the last stretch of time
+  // Room for [P][packed_width(I)][G*H], where dx is wanted; the stretch that ends with the last
+  // step fills it.
+  void* packed = nullptr;
   const void* x = nullptr;  // as in ForwardArgs
   int64_t x_step = 0;
   int64_t x_row = 0;
@@ -150,13 +152,10 @@ struct GradientArgs {
   void* dx = nullptr;            // [rows, I]; added to where there are several lanes
 };
 
-// Numbers that `packed` of BackwardArgs and of GradientArgs has room for.
+// Numbers that `packed` of BackwardArgs has room for.
 inline int64_t packed_for_backward(const BackwardArgs& a, int64_t gates) {
   const int64_t hidden = packed_width(a.hidden), recurrent = packed_width(a.recurrent);
   return a.lanes * recurrent * hidden * (gates + a.projected);
-}
-inline int64_t packed_for_gradients(const GradientArgs& a) {
-  return a.lanes * packed_width(a.inputs) * a.depth;
 }
 
 // How the CPU kernel works; chosen by fastrnn/plan.py.
