@@ -29,6 +29,7 @@ class Problem:
     dtype: str = "float32"
     tape: bool = False  # keeps what BPTT needs
     backward: bool = False
+    frozen: bool = False  # weights were packed before the call
     projected: bool = False  # state 0 goes through weight_hr
     projectable: bool = True  # the cell reads state 0 through `v` alone
 
@@ -132,7 +133,7 @@ def _cpu_configure(problem: Problem, device: Device) -> Plan:
     lanes, slots, units = _cpu_split(problem, device)
     return Plan(
         kernel="cpu",
-        packed_weights=problem.backward or problem.live_rows > _UNPACKED_ROWS,
+        packed_weights=(problem.frozen or problem.backward or problem.live_rows > _UNPACKED_ROWS),
         split_lanes=lanes,
         split_slots=slots,
         split_units=units,
@@ -159,6 +160,12 @@ def _cpu_split(problem: Problem, device: Device) -> tuple[int, int, int]:
     step_work = problem.gates * problem.hidden * problem.hidden * problem.batch // slots
     units = min(left, panels) if step_work >= _STEP_WORK_FOR_UNIT_SPLIT else 1
     return lanes, slots, units
+
+
+def step_threads(problem: Problem, weight_bytes: int, device: Device) -> int:
+    """Threads of a stepper, of those it may have: more than one only where a core's cache cannot
+    hold all weights, which are read once a step."""
+    return max(1, min(device.threads, -(-weight_bytes // device.l2_bytes)))
 
 
 def _cpu_chunk_rows(problem: Problem, device: Device) -> int:
