@@ -308,7 +308,7 @@ int64_t fingerprint(TensorList tensors) {
       add(bits);
     }
   }
-  return static_cast<int64_t>(hash >> 1);  // not negative: a plain number in a traced graph
+  return static_cast<int64_t>(hash);
 }
 
 ScanOutputs scan_cpu(const ScanInputs& in, bool tape) {

@@ -163,7 +163,7 @@ using PackedOutputs = std::tuple<Tensor, std::vector<Tensor>>;  // y, states
   cell, x, w_ih, w_hh, b_ih, b_hh, w_hr, s0, batch_sizes, lengths, resets, reverse
 #define FASTRNN_SCAN_INPUTS \
   ScanInputs { FASTRNN_SCAN_ARGUMENTS }
-#define FASTRNN_PACKED_PARAMETERS FASTRNN_SCAN_PARAMETERS, TensorList packed, int64_t expected
+#define FASTRNN_PACKED_PARAMETERS FASTRNN_SCAN_PARAMETERS, TensorList packed, const Tensor &expected
 
 }  // namespace
 
@@ -184,8 +184,11 @@ PackedOutputs cpu_packed(FASTRNN_PACKED_PARAMETERS) {
   std::vector<Tensor> weights;
   for (TensorList list : {w_ih, w_hh, b_ih, b_hh, w_hr})
     weights.insert(weights.end(), list.begin(), list.end());
+  TORCH_CHECK(expected.is_cpu() && expected.scalar_type() == at::kLong && expected.numel() == 1,
+              "scan_packed: expected should be one int64 on the CPU, got ", expected.scalar_type(),
+              " ", expected.sizes());
   TORCH_CHECK(
-      fingerprint(weights) == expected,
+      fingerprint(weights) == *expected.const_data_ptr<int64_t>(),
       "fastrnn: the weights of a frozen layer were changed or replaced after freezing. Call "
       "fastrnn.freeze(module) again to take the new ones over, or fastrnn.unfreeze(module) "
       "before changing them");
@@ -254,7 +257,7 @@ PackedOutputs packed_from_python(const std::string& cell, const Tensor& x,
                                  const std::optional<Tensor>& batch_sizes,
                                  const std::optional<Tensor>& lengths,
                                  const std::optional<Tensor>& resets, int64_t reverse,
-                                 const std::vector<Tensor>& packed, int64_t expected) {
+                                 const std::vector<Tensor>& packed, const Tensor& expected) {
   static auto op = c10::Dispatcher::singleton()
                        .findSchemaOrThrow("fastrnn::scan_packed", "")
                        .typed<PackedOutputs(FASTRNN_PACKED_PARAMETERS)>();
@@ -290,11 +293,12 @@ TORCH_LIBRARY(fastrnn, m) {
       "scan(str cell, Tensor x, Tensor[] w_ih, Tensor[] w_hh, Tensor[] b_ih, Tensor[] b_hh, "
       "Tensor[] w_hr, Tensor[] s0, Tensor? batch_sizes, Tensor? lengths, Tensor? resets, "
       "int reverse, bool tape=False) -> (Tensor y, Tensor[] states, Tensor tape)");
-  // Without a tape, on weights that pack() packed while their fingerprint was `expected`.
+  // Without a tape, on weights that pack() packed while their fingerprint was `expected`: a tensor,
+  // as a number would be a constant of a traced graph.
   m.def(
       "scan_packed(str cell, Tensor x, Tensor[] w_ih, Tensor[] w_hh, Tensor[] b_ih, "
       "Tensor[] b_hh, Tensor[] w_hr, Tensor[] s0, Tensor? batch_sizes, Tensor? lengths, "
-      "Tensor? resets, int reverse, Tensor[] packed, int expected) "
+      "Tensor? resets, int reverse, Tensor[] packed, Tensor expected) "
       "-> (Tensor y, Tensor[] states)");
   // Gradients of x, w_ih, w_hh, b_ih, b_hh, w_hr, s0; `needs` picks x, w_ih, w_hh, biases, w_hr,
   // s0.

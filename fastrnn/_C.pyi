@@ -60,7 +60,7 @@ def scan_packed(
     resets: Tensor | None,
     reverse: int,
     packed: Sequence[Tensor],
-    expected: int,
+    expected: Tensor,
 ) -> tuple[Tensor, list[Tensor]]: ...
 def pack(
     cell: str,

@@ -27,7 +27,7 @@ class Packed(NamedTuple):
     again by their fingerprint."""
 
     weights: list[Tensor]  # P
-    fingerprint: int
+    fingerprint: Tensor  # one int64
 
 
 def pack(cell: Cell, weights: Sequence[Sequence[Tensor]]) -> Packed | None:
@@ -56,9 +56,8 @@ def pack(cell: Cell, weights: Sequence[Sequence[Tensor]]) -> Packed | None:
     for w_ih, w_hh, *rest in weights:
         b_ih, b_hh = rest[:2] if len(rest) > 1 else (None, None)
         packed.append(_C.pack(key, w_ih, w_hh, b_ih, b_hh, rest[-1] if len(rest) & 1 else None))
-    return Packed(
-        packed, _C.fingerprint([t for group in zip(*weights, strict=True) for t in group])
-    )
+    fingerprint = _C.fingerprint([t for group in zip(*weights, strict=True) for t in group])
+    return Packed(packed, torch.tensor(fingerprint))
 
 
 def scan(
