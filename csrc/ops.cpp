@@ -320,6 +320,11 @@ TORCH_LIBRARY_IMPL(fastrnn, CompositeExplicitAutograd, m) {
   m.impl("scan_backward", backward_elsewhere);
 }
 
+// Who asks for gradients has been refused; torch's own fallback would look again, slowly.
+TORCH_LIBRARY_IMPL(fastrnn, Autograd, m) {
+  m.impl("scan_packed", torch::CppFunction::makeFallthrough());
+}
+
 TORCH_LIBRARY_IMPL(fastrnn, AutocastCPU, m) {
   m.impl("scan", autocast<c10::DeviceType::CPU, c10::DispatchKey::AutocastCPU>);
 }

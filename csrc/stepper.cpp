@@ -67,7 +67,7 @@ Stepper::Stepper(const CompiledCell& cell, bool in_double, Storage storage, int6
       threads_(threads),
       number_(in_double ? 8 : 4),
       stored_(storage == Storage::kSame ? number_ : 2),
-      progress_(new Progress[threads]),
+      parts_(new Part[threads]),
       forks_(forks) {
   const int64_t L = this->layers(), buffers = 1 + cell.states;
   weights_.resize(L);
@@ -121,8 +121,8 @@ Stepper::Stepper(const CompiledCell& cell, bool in_double, Storage storage, int6
 Stepper::~Stepper() {
   if (!helpers_ || forks_ != forks) return;  // in a forked process there is nobody to join
   stop_ = true;
-  ++started_;
-  wake_all(started_);
+  ++phase_;
+  wake_all(phase_);
   for (std::thread& each : *helpers_) each.join();
   delete helpers_;
 }
@@ -149,63 +149,55 @@ void Stepper::step(const void* x, int64_t x_row, void* y, int64_t y_row) {
   y_ = y;
   x_row_ = x_row;
   y_row_ = y_row;
-  if (threads_ == 1 || forks_ != forks.load(std::memory_order_relaxed)) {
-    run_alone();
-  } else {
-    // Sequentially consistent, as is the helpers' side: either they see the step or this sees
-    // them asleep.
-    ++started_;
-    if (asleep_ > 0) wake_all(started_);
-    run(0);
+  for (layer_ = 0; layer_ < layers(); ++layer_) {
+    project_ = false;
+    run_phase();
+    if (!sizes_[layer_].projected) continue;
+    project_ = true;
+    run_phase();
   }
   odd_ = !odd_;
 }
 
-StepArgs& Stepper::prepared(int32_t part, int64_t layer) {
+// One part of the phase.
+void Stepper::run(int32_t part) {
   const int64_t L = layers(), buffers = 1 + cell_.states;
-  StepArgs& args = args_[part * L + layer];
-  args.h = states_[layer * buffers + odd_];
-  args.next_h = states_[layer * buffers + !odd_];
+  StepArgs& args = args_[part * L + layer_];
+  args.h = states_[layer_ * buffers + odd_];
+  args.next_h = states_[layer_ * buffers + !odd_];
   args.descending = odd_;
-  if (layer == 0) {
+  args.project = project_;
+  if (layer_ == 0) {
     args.x = x_;
     args.x_row = x_row_;
   } else {
-    args.x = states_[(layer - 1) * buffers + !odd_];
+    args.x = states_[(layer_ - 1) * buffers + !odd_];
   }
-  if (layer == L - 1) {
+  if (layer_ == L - 1) {
     args.y = y_;
     args.y_row = y_row_;
   }
-  return args;
+  kernel_(args);
 }
 
-void Stepper::run_alone() {
-  for (int64_t l = 0; l < layers(); ++l)
-    for (int phase = 0; phase <= sizes_[l].projected; ++phase)
-      for (int32_t part = 0; part < threads_; ++part) {
-        StepArgs& args = prepared(part, l);
-        args.project = phase;
-        kernel_(args);
-      }
+bool Stepper::run_if_free(int32_t part, uint32_t phase) {
+  uint32_t before = phase - 1;
+  if (!parts_[part].begun.compare_exchange_strong(before, phase)) return false;
+  run(part);
+  parts_[part].done.store(phase, std::memory_order_release);
+  return true;
 }
 
-void Stepper::run(int32_t part) {
-  for (int64_t l = 0; l < layers(); ++l) {
-    StepArgs& args = prepared(part, l);
-    for (int phase = 0; phase <= sizes_[l].projected; ++phase) {
-      args.project = phase;
-      kernel_(args);
-      meet(part);
-    }
-  }
-}
-
-void Stepper::meet(int32_t part) {
-  const int64_t value = ++progress_[part].expected;
-  progress_[part].value.store(value, std::memory_order_release);
-  for (int32_t other = 0; other < threads_; ++other)
-    for (int32_t spins = 0; progress_[other].value.load(std::memory_order_acquire) < value;) {
+void Stepper::run_phase() {
+  if (threads_ == 1) return run(0);
+  // Sequentially consistent, as is the helpers' side: either they see the phase, or this sees them
+  // asleep.
+  const uint32_t phase = ++phase_;
+  if (layer_ == 0 && !project_ && asleep_ > 0) wake_all(phase_);
+  run(0);
+  for (int32_t part = 1; part < threads_; ++part) run_if_free(part, phase);
+  for (int32_t part = 1; part < threads_; ++part)
+    for (int32_t spins = 0; parts_[part].done.load(std::memory_order_acquire) != phase;) {
       relax();
       if (++spins == kSpinsBeforeYield) {
         sched_yield();
@@ -215,18 +207,19 @@ void Stepper::meet(int32_t part) {
 }
 
 void Stepper::help(int32_t part) {
-  for (uint32_t seen = 0;; ++seen) {
-    for (int32_t spins = 0; started_.load(std::memory_order_acquire) == seen; ++spins) {
+  for (uint32_t seen = 0;;) {
+    for (int32_t spins = 0; phase_.load(std::memory_order_acquire) == seen; ++spins) {
       if (spins < kSpinsBeforeSleep) {
         relax();
         continue;
       }
       ++asleep_;
-      while (started_ == seen) sleep_while(started_, seen);
+      while (phase_ == seen) sleep_while(phase_, seen);
       --asleep_;
     }
     if (stop_) return;
-    run(part);
+    seen = phase_;
+    run_if_free(part, seen);
   }
 }
 

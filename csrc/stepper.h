@@ -1,8 +1,10 @@
 // Streaming inference: a stack of layers with its packed weights and its states, one step at a
 // time. step() allocates nothing, takes no lock and throws nothing.
 //
-// With several threads each owns a part of every layer's units. The helpers spin between steps for
-// a while, then sleep until they are woken, which costs the step that does it a system call.
+// With several threads each has a part of every layer's units. The caller takes over what a helper
+// has not begun by the time it is needed, so a helper without a core costs speed and not a
+// deadline. Helpers spin between steps for a while, then sleep; the step that wakes them makes a
+// system call.
 #pragma once
 
 #include <atomic>
@@ -43,17 +45,16 @@ class Stepper {
   int32_t threads() const { return threads_; }
 
  private:
-  // One cache line per thread: how many parts of steps it has done.
-  struct alignas(64) Progress {
-    std::atomic<int64_t> value{0};
-    int64_t expected = 0;  // its own count
+  // A helper's part, one cache line each: the last phase that somebody began and that is done.
+  struct alignas(64) Part {
+    std::atomic<uint32_t> begun{0};
+    std::atomic<uint32_t> done{0};
   };
 
   char* state(int64_t layer, int32_t s) const;
-  StepArgs& prepared(int32_t part, int64_t layer);
   void run(int32_t part);
-  void run_alone();
-  void meet(int32_t part);
+  bool run_if_free(int32_t part, uint32_t phase);
+  void run_phase();
   void help(int32_t part);
 
   const CompiledCell& cell_;
@@ -80,9 +81,13 @@ class Stepper {
   int64_t x_row_ = 0, y_row_ = 0;
   bool odd_ = false;  // which of its two places h is in, and which way weights are walked
 
-  std::unique_ptr<Progress[]> progress_;
+  // A phase is the cells of a layer, or its projection. What it is may be read by whoever began a
+  // part of it, as it lasts until all parts are done.
+  int64_t layer_ = 0;
+  bool project_ = false;
+  std::unique_ptr<Part[]> parts_;
   std::vector<std::thread>* helpers_ = nullptr;
-  std::atomic<uint32_t> started_{0};  // steps; helpers wait for the next
+  std::atomic<uint32_t> phase_{0};  // counts; helpers wait for the next
   std::atomic<int32_t> asleep_{0};
   std::atomic<bool> stop_{false};
   int64_t forks_ = 0;

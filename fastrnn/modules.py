@@ -130,11 +130,10 @@ class _Layer(Freezable, nn.RNNBase):
 
         Args:
             batch_size: rows of every step.
-            threads: how many it may use at most. One is safe in real time; more pay where the
-                weights do not fit into one core's cache, and spin for about 200 us after a step.
-            release_gil: whether other Python threads may run during a step. Getting it back
-                costs up to `sys.getswitchinterval()` where they compute all the time; without,
-                they wait for the step.
+            threads: how many it may use at most; the plan takes as many as pay, from 256 KB of
+                weights on. The others keep their cores busy for about 200 us after a step, then
+                sleep, and the step that wakes them makes a system call. One is safe in real time.
+            release_gil: whether other Python threads may run during a step; see `Stepper`.
 
         Raises:
             ValueError: for a bidirectional layer, a batch or threads below one, or weights on

@@ -88,7 +88,8 @@ def scan(
     arguments = (x, w_ih, w_hh, b_ih, b_hh, w_hr, s0, batch_sizes, lengths, resets, reverse)
     key = kernels.prepare(cell)
     if packed is not None:
-        _refuse_gradients(x, *w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *s0)
+        if torch.is_grad_enabled():
+            _refuse_gradients(x, *w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *s0)
         if _can_use_packed(x):
             if torch.compiler.is_compiling():
                 return torch.ops.fastrnn.scan_packed.default(key, *arguments, *packed)
@@ -103,7 +104,7 @@ def scan(
 
 
 def _refuse_gradients(*tensors: Tensor) -> None:
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    if any(t.requires_grad for t in tensors):
         raise RuntimeError(
             "this layer is frozen and has no derivative, but its input, states or weights require "
             "gradients. Call it under torch.no_grad() or torch.inference_mode(), or "
@@ -113,7 +114,7 @@ def _refuse_gradients(*tensors: Tensor) -> None:
 
 def _can_use_packed(x: Tensor) -> bool:
     """Whether the op will find the very tensors that were packed, and compute in their dtype."""
-    if torch.is_autocast_enabled(x.device.type):
+    if torch._C._is_any_autocast_enabled():
         return False
     if torch.compiler.is_compiling():
         return not torch.compiler.is_exporting()  # an exported program holds copies

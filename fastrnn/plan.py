@@ -114,6 +114,8 @@ _UNPACKED_ROWS = 3
 _WORK_FOR_THREADS = 1 << 17
 _STEP_WORK_FOR_UNIT_SPLIT = 1 << 13
 _FORWARD_SHARE = 4  # of the cache: u for a quarter, weights and h for the rest
+# Read from a core's cache in about 0.9 us; handing a part over to another thread takes 0.2.
+_STEP_BYTES_PER_THREAD = 1 << 17
 _BACKWARD_ROWS = 256  # depth at which the products for weight gradients are efficient
 
 
@@ -162,10 +164,9 @@ def _cpu_split(problem: Problem, device: Device) -> tuple[int, int, int]:
     return lanes, slots, units
 
 
-def step_threads(problem: Problem, weight_bytes: int, device: Device) -> int:
-    """Threads of a stepper, of those it may have: more than one only where a core's cache cannot
-    hold all weights, which are read once a step."""
-    return max(1, min(device.threads, -(-weight_bytes // device.l2_bytes)))
+def step_threads(weight_bytes: int, device: Device) -> int:
+    """Threads for a stepper, of those it may have: each should read enough weights in a step."""
+    return max(1, min(device.threads, weight_bytes // _STEP_BYTES_PER_THREAD))
 
 
 def _cpu_chunk_rows(problem: Problem, device: Device) -> int:

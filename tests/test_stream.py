@@ -373,12 +373,12 @@ def test_a_forked_process_steps_alone() -> None:
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_threads_are_for_weights_beyond_a_cache() -> None:
-    problem = plan.Problem("gru", steps=1, batch=1, inputs=1, hidden=1, gates=3)
-    device = plan.Device(threads=4, l2_bytes=1 << 20)
-    sizes = (1, 1 << 20, (1 << 20) + 1, 3 << 20, 1 << 30)
-    assert [plan.step_threads(problem, size, device) for size in sizes] == [1, 1, 2, 3, 4]
-    assert plan.step_threads(problem, 0, plan.Device(threads=1)) == 1
+def test_threads_are_for_weights_that_take_time_to_read() -> None:
+    device = plan.Device(threads=4)
+    sizes = (1, 200_000, 300_000, 1 << 20)
+    assert [plan.step_threads(size, device) for size in sizes] == [1, 1, 2, 4]
+    assert fastrnn.GRU(64, 64).stream(threads=2).threads == 1
+    assert fastrnn.GRU(256, 256).stream(threads=2).threads == 2
 
 
 COUNTER = """
