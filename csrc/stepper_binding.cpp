@@ -41,9 +41,17 @@ struct StepperObject {
 
 // x or out: rows of numbers, and the shape they were given in.
 struct View {
-  char* data;
-  int64_t row;  // numbers from row to row
-  int dims;
+  View() { buffer.obj = nullptr; }
+  ~View() {
+    if (buffer.obj) PyBuffer_Release(&buffer);
+  }
+  View(const View&) = delete;
+  View& operator=(const View&) = delete;
+
+  char* data = nullptr;
+  int64_t row = 0;  // numbers from row to row
+  int dims = 0;
+  Py_buffer buffer;  // if it is one: keeps its memory in place
 };
 
 StepperObject* as_stepper(PyObject* self) { return reinterpret_cast<StepperObject*>(self); }
@@ -168,32 +176,29 @@ bool view_of_array(const StepperObject* self, PyObject* object, const char* name
                     self->itemsize, view);
 }
 
-// Anything else with a buffer. The caller keeps it alive and in place during the step.
+// Anything else with a buffer.
 bool view_of_buffer(const StepperObject* self, PyObject* object, const char* name, int64_t width,
                     bool written, View& view) {
-  Py_buffer buffer;
+  Py_buffer& buffer = view.buffer;
   if (PyObject_GetBuffer(object, &buffer, PyBUF_STRIDES | PyBUF_FORMAT) != 0) {
+    buffer.obj = nullptr;
     PyErr_Clear();
     PyErr_Format(PyExc_TypeError,
                  "%s should be a torch.Tensor, a numpy.ndarray or another buffer, got %s", name,
                  Py_TYPE(object)->tp_name);
     return false;
   }
-  bool good = true;
   const char* format = buffer.format ? buffer.format : "B";
   const char* code = *format == '@' || *format == '=' ? format + 1 : format;
-  if (*code != self->kind->code || *code == '\0' || code[1] != '\0') {
-    good = wrong_dtype(self, name, format);
-  } else if (written && buffer.readonly) {
+  if (*code != self->kind->code || *code == '\0' || code[1] != '\0')
+    return wrong_dtype(self, name, format);
+  if (written && buffer.readonly) {
     PyErr_Format(PyExc_ValueError, "%s is read-only", name);
-    good = false;
-  } else {
-    view.data = static_cast<char*>(buffer.buf);
-    good = check_rows(self, name, width, written, buffer.ndim, buffer.shape, buffer.strides,
-                      self->itemsize, view);
+    return false;
   }
-  PyBuffer_Release(&buffer);
-  return good;
+  view.data = static_cast<char*>(buffer.buf);
+  return check_rows(self, name, width, written, buffer.ndim, buffer.shape, buffer.strides,
+                    self->itemsize, view);
 }
 
 bool view_of(const StepperObject* self, PyObject* object, const char* name, int64_t width,

@@ -76,11 +76,15 @@ def stepper(
     Raises:
         ValueError: for a batch or a number of threads below one, or weights that are not dense
             floating-point tensors on the CPU.
-        fastrnn.plan.KernelRefused: for a cell that cannot be compiled.
+        fastrnn.plan.KernelRefused: for a cell that cannot be compiled, or where another kernel
+            was asked for by name.
     """
     for name, number in (("batch_size", batch_size), ("threads", threads)):
         if not isinstance(number, int) or number < 1:
             raise ValueError(f"{name} should be a positive integer, got {number!r}")
+    forced = kernels.device().forced
+    if forced not in (None, "cpu"):
+        raise plan.KernelRefused(f"kernel {forced!r} was asked for, but a stepper is 'cpu' alone")
     key = kernels.prepare(cell)
     w_ih, w_hh = weights[0][:2]
     problem = plan.Problem(

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import fastrnn
-from fastrnn import plan, stream
+from fastrnn import kernels, plan, stream
 from fastrnn.extension import _C
 from tests.support import DTYPES, assert_matches, flatten, twins
 
@@ -56,7 +56,7 @@ def made(kind: str, *sizes: int, **kwargs: Any) -> Any:
 
 def with_threads(layer: Any, batch: int, threads: int) -> stream.Stepper:
     """A stepper of that many threads, whatever the plan thinks of it."""
-    key = fastrnn.kernels.prepare(layer._cell())
+    key = kernels.prepare(layer._cell())
     return stream.Stepper(key, layer._weights(), batch, threads, True)
 
 
@@ -276,6 +276,13 @@ def test_a_cell_without_compiled_code() -> None:
         fastrnn.Recurrent(cell, 3, 4).stream()
 
 
+def test_another_kernel_is_not_replaced_silently() -> None:
+    with kernels.use("reference"), pytest.raises(plan.KernelRefused, match="'reference'"):
+        fastrnn.GRU(3, 4).stream()
+    with kernels.use("cpu"):
+        fastrnn.GRU(3, 4).stream()
+
+
 def test_a_stepper_has_weights_of_its_own() -> None:
     layer = made("gru", 3, 5)
     stepper, other, x = layer.stream(), layer.stream(), torch.randn(1, 3)
@@ -286,6 +293,15 @@ def test_a_stepper_has_weights_of_its_own() -> None:
     assert torch.equal(other.step(x), before)
     assert (stepper.batch_size, stepper.input_size, stepper.output_size) == (1, 3, 5)
     assert (stepper.num_layers, stepper.threads) == (1, 1)
+
+
+def test_a_buffer_stays_in_place_during_a_step_only() -> None:
+    memory = bytearray(12)
+    layer, out = fastrnn.GRU(3, 5), np.empty(5, "f")
+    layer.stream().step(memoryview(memory).cast("f"), out)
+    with pytest.raises(ValueError, match="should"):
+        layer.stream().step(memory, out)
+    memory.extend(b"more")  # no export is left over
 
 
 def test_writing_counts_as_a_change_of_out() -> None:
@@ -455,7 +471,7 @@ def test_other_instruction_sets(isa: str) -> None:
             *(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"),
             *(
                 "-k",
-                "sequence or accurate or results",
+                "sequence and 67 or accurate or results",
                 __file__,
                 str(ROOT / "tests/test_freeze.py"),
             ),
