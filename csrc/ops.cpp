@@ -204,7 +204,7 @@ std::string kernel_elsewhere(const ScanInputs& in, bool tape, bool backward) {
   return choose(facts,
                 {in.cell, steps, batch, steps * batch, x.size(-1), in.w_hh[0].size(0) / facts.gates,
                  static_cast<int64_t>(in.w_hh.size()), x.scalar_type(), x.device().type(), tape,
-                 backward, !in.w_hr.empty(), !in.packed.empty()})
+                 backward, !in.w_hr.empty(), false})
       .kernel;
 }
 
