@@ -25,7 +25,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT / "csrc"
 # These alone have torch in reach: what lies below them is compiled without its headers.
-BINDING = ("autograd.cpp", "cpu_ops.cpp", "ops.cpp")
+BINDING = ("autograd.cpp", "cpu_ops.cpp", "ops.cpp", "stepper_binding.cpp")
 ISA_FLAGS = {
     "baseline": "",
     "avx2": "-mavx2 -mfma -mf16c",

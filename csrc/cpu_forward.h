@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "cell.h"
+#include "cpu_packed.h"
 #include "cpu_panel.h"
 #include "cpu_team.h"
 #include "math.h"
@@ -22,20 +23,17 @@ template <class Cell, class T>
 class Forward {
   using V = Vec<T>;
   static constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kKept;
-  static constexpr int kLanes = lanes<V>();
-  static constexpr int kUnitVectors = G >= 4 ? 1 : 4 / G;  // unit vectors in a panel
-  static constexpr int kVectors = G * kUnitVectors;        // vectors in a panel's row
-  static constexpr int kUnits = kUnitVectors * kLanes;     // units in a panel
-  static constexpr int kWidth = kVectors * kLanes;         // numbers in a panel's row
+  using Weights = Packed<Cell, T>;
+  static constexpr int kLanes = Weights::kLanes;
+  static constexpr int kUnitVectors = Weights::kUnitVectors, kUnits = Weights::kUnits;
+  static constexpr int kVectors = Weights::kVectors, kWidth = Weights::kWidth;
   static constexpr int kRows = tile_rows(kVectors);
 
   // What the threads of one lane share.
-  struct Shared {
-    T *w_ih, *w_hh;      // packed [panel][I or H][kWidth]
-    T *bias_u, *bias_v;  // packed [panel][kWidth]; v's for gates that are not tied
-    T* h[2];             // [B][padded H], read at even and odd steps
-    T* s[S];             // states past the first, [B][padded H]
-    T *w_hr, *m;         // bands of w_hr^T, and what goes through them, [B][padded H]
+  struct Shared : Weights {
+    T* h[2];  // [B][padded H], read at even and odd steps
+    T* s[S];  // states past the first, [B][padded H]
+    T* m;     // what is projected, [B][padded H]
   };
   // What a thread has for itself, for one chunk.
   struct Scratch {
@@ -59,27 +57,26 @@ class Forward {
   Forward(const ForwardArgs& args, const CpuPlan& plan)
       : args_(args),
         plan_(plan),
-        panels_((args.hidden + kUnits - 1) / kUnits),
+        sizes_{args.inputs, args.hidden, args.recurrent, args.projected},
+        panels_(Weights::panels(sizes_)),
         padded_(panels_ * kUnits),
-        columns_((args.recurrent + kLanes - 1) / kLanes),
+        columns_(Weights::columns(sizes_)),
         padded_h_(projected() ? columns_ * kLanes : padded_),
         tape_(S - 1 + K + args.projected) {}
 
   void place(Arena& arena) {
-    const int64_t B = args_.rows.batch, I = args_.inputs, Q = args_.recurrent;
+    const int64_t B = args_.rows.batch, I = args_.inputs;
     const int64_t own_panels = (panels_ + plan_.split_units - 1) / plan_.split_units;
     shared_ = arena.take<Shared>(args_.lanes);
     scratch_ = arena.take<Scratch>(plan_.threads());
     for (int32_t p = 0; p < args_.lanes; ++p) {
       Shared lane;
-      lane.w_ih = arena.take<T>(plan_.packed_weights ? panels_ * I * kWidth : 0);
-      lane.w_hh = arena.take<T>(plan_.packed_weights ? panels_ * Q * kWidth : 0);
-      lane.bias_u = arena.take<T>(panels_ * kWidth);
-      lane.bias_v = arena.take<T>(panels_ * kWidth);
+      if (const void* packed = args_.lane[p].packed)
+        static_cast<Weights&>(lane) = Weights::at(sizes_, packed);
+      else
+        lane.place(sizes_, plan_.packed_weights, [&](int64_t n) { return arena.take<T>(n); });
       for (T*& h : lane.h) h = arena.take<T>(B * padded_h_);
       for (int s = 1; s < S; ++s) lane.s[s] = arena.take<T>(B * padded_);
-      const bool bands = projected() && plan_.packed_weights;
-      lane.w_hr = arena.take<T>(bands ? padded_h_ * args_.hidden : 0);
       lane.m = arena.take<T>(projected() ? B * padded_ : 0);
       if (arena.ready()) shared_[p] = lane;
     }
@@ -96,9 +93,7 @@ class Forward {
     const Range own = part_of(args_.lanes, plan_.split_lanes, me.lane);
     const Share share = share_of(me);
     for (int64_t p = own.begin; p < own.end; ++p) {
-      pack(args_.lane[p], shared_[p], share.panels, me.slot);
-      if (projected() && plan_.packed_weights)
-        pack_projection(args_.lane[p], shared_[p], share.columns, me.slot);
+      if (!args_.lane[p].packed) pack(args_.lane[p], shared_[p], share, me.slot);
       start(args_.lane[p], shared_[p], share);
     }
     me.publish(1);
@@ -124,49 +119,19 @@ class Forward {
     Share share;
     share.panels = part_of(panels_, plan_.split_units, me.unit);
     share.units = {share.panels.begin * kUnits, share.panels.end * kUnits};
-    const Range vectors = part_of(columns_, plan_.split_units, me.unit);
+    const bool whole_bands = args_.lane[0].packed != nullptr;
+    const Range vectors = columns_of(columns_, whole_bands, plan_.split_units, me.unit);
     share.columns = projected() ? Range{vectors.begin * kLanes, vectors.end * kLanes} : share.units;
     share.slots = slots_of(args_.rows, 0, args_.rows.steps, plan_.split_slots, me.slot);
     return share;
   }
 
   // Threads of a lane that own the same panels pack every other one of them each.
-  void pack(const Lane& lane, const Shared& out, Range panels, int32_t turn) const {
-    const int64_t H = args_.hidden, I = args_.inputs, Q = args_.recurrent;
-    for (int64_t panel = panels.begin + turn; panel < panels.end; panel += plan_.split_slots) {
-      for (int u = 0; u < kUnitVectors; ++u) {
-        const int64_t unit = panel * kUnits + u * kLanes;
-        const int live = within<V>(unit, H);
-        for (int g = 0; g < G; ++g) {
-          const int64_t row = g * H + (live ? unit : 0);
-          const int at = u * G + g;
-          if (plan_.packed_weights) {
-            pack_transposed(static_cast<const T*>(lane.w_ih) + row * I, I, live, I,
-                            out.w_ih + panel * I * kWidth, kVectors, at);
-            pack_transposed(static_cast<const T*>(lane.w_hh) + row * Q, Q, live, Q,
-                            out.w_hh + panel * Q * kWidth, kVectors, at);
-          }
-          const V b_ih = bias(lane.b_ih, row, live), b_hh = bias(lane.b_hh, row, live);
-          const int64_t to = panel * kWidth + at * kLanes;
-          store(out.bias_u + to, Cell::kTied[g] ? b_ih + b_hh : b_ih);
-          store(out.bias_v + to, b_hh);
-        }
-      }
-    }
-  }
-
-  void pack_projection(const Lane& lane, const Shared& out, Range columns, int32_t turn) const {
-    const int64_t H = args_.hidden;
-    int64_t band = 0;
-    for_each_band(columns.begin / kLanes, columns.end / kLanes, [&](int64_t vector, auto count) {
-      if (band++ % plan_.split_slots != turn) return;
-      for (int v = 0; v < decltype(count)::value; ++v) {
-        const int64_t column = (vector + v) * kLanes;
-        pack_transposed(static_cast<const T*>(lane.w_hr) + column * H, H,
-                        within<V>(column, args_.recurrent), H, out.w_hr + vector * kLanes * H,
-                        decltype(count)::value, v);
-      }
-    });
+  void pack(const Lane& lane, const Weights& out, const Share& share, int32_t turn) const {
+    out.pack(sizes_, lane, plan_.packed_weights, share.panels, turn, plan_.split_slots);
+    if (projected() && plan_.packed_weights)
+      out.pack_projection(sizes_, lane, {share.columns.begin / kLanes, share.columns.end / kLanes},
+                          turn, plan_.split_slots);
   }
 
   // The states before the first step.
@@ -411,12 +376,10 @@ class Forward {
   }
 
   int64_t width(int s) const { return s ? args_.hidden : args_.recurrent; }
-  static V bias(const void* b, int64_t row, int live) {
-    return b ? load<V>(static_cast<const T*>(b) + row, live) : splat<V>(0);
-  }
 
   const ForwardArgs& args_;
   const CpuPlan& plan_;
+  const LaneSizes sizes_;
   const int64_t panels_, padded_;     // of units
   const int64_t columns_, padded_h_;  // vectors and numbers of h
   const int64_t tape_;                // values of a unit

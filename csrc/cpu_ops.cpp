@@ -2,6 +2,7 @@
 #include <ATen/Functions.h>
 
 #include <algorithm>
+#include <cstring>
 #include <numeric>
 
 #include "memory.h"
@@ -232,24 +233,30 @@ struct Operands {
   std::vector<Lane> lanes;
 
   Operands(const ScanInputs& in, const Shape& n, at::ScalarType compute)
-      : w_ih(as_computed(in.w_ih, compute)),
-        w_hh(as_computed(in.w_hh, compute)),
-        b_ih(as_computed(in.b_ih, compute)),
-        b_hh(as_computed(in.b_hh, compute)),
-        w_hr(as_computed(in.w_hr, compute)),
-        s0(contiguous(in.s0)),
-        lanes(n.P) {
+      : s0(contiguous(in.s0)), lanes(n.P) {
     for (int64_t p = 0; p < n.P; ++p) {
       Lane& lane = lanes[p];
       lane.reverse = in.reverse >> p & 1;
+      for (size_t s = 0; s < s0.size(); ++s)
+        lane.s0[s] = static_cast<const char*>(s0[s].const_data_ptr()) +
+                     p * n.B * n.width(s) * s0[s].itemsize();
+    }
+    if (!in.packed.empty()) {
+      for (int64_t p = 0; p < n.P; ++p) lanes[p].packed = in.packed[p].const_data_ptr();
+      return;
+    }
+    w_ih = as_computed(in.w_ih, compute);
+    w_hh = as_computed(in.w_hh, compute);
+    b_ih = as_computed(in.b_ih, compute);
+    b_hh = as_computed(in.b_hh, compute);
+    w_hr = as_computed(in.w_hr, compute);
+    for (int64_t p = 0; p < n.P; ++p) {
+      Lane& lane = lanes[p];
       lane.w_ih = w_ih[p].const_data_ptr();
       lane.w_hh = w_hh[p].const_data_ptr();
       lane.b_ih = b_ih.empty() ? nullptr : b_ih[p].const_data_ptr();
       lane.b_hh = b_hh.empty() ? nullptr : b_hh[p].const_data_ptr();
       lane.w_hr = w_hr.empty() ? nullptr : w_hr[p].const_data_ptr();
-      for (size_t s = 0; s < s0.size(); ++s)
-        lane.s0[s] = static_cast<const char*>(s0[s].const_data_ptr()) +
-                     p * n.B * n.width(s) * s0[s].itemsize();
     }
   }
 
@@ -266,9 +273,33 @@ struct Operands {
 };
 
 Problem problem_of(const ScanInputs& in, const Shape& n, int64_t rows, bool tape, bool backward) {
-  return {
-      in.cell, n.T,      n.B,        rows, n.I, n.H, n.P, in.x.scalar_type(), in.x.device().type(),
-      tape,    backward, n.projected};
+  return {in.cell,
+          n.T,
+          n.B,
+          rows,
+          n.I,
+          n.H,
+          n.P,
+          in.x.scalar_type(),
+          in.x.device().type(),
+          tape,
+          backward,
+          n.projected,
+          !in.packed.empty()};
+}
+
+void check_packed(const CellFacts& cell, const ScanInputs& in, const Shape& n,
+                  at::ScalarType compute) {
+  if (in.packed.empty()) return;
+  TORCH_CHECK(static_cast<int64_t>(in.packed.size()) == n.P,
+              "scan: packed should hold one tensor per scan, ", n.P, ", got ", in.packed.size());
+  const int64_t bytes =
+      cell.compiled->packed_bytes[compute == at::kDouble]({n.I, n.H, n.Q, n.projected});
+  for (const Tensor& each : in.packed)
+    TORCH_CHECK(each.is_cpu() && each.scalar_type() == compute && each.is_contiguous() &&
+                    static_cast<int64_t>(each.nbytes()) == bytes,
+                "scan: packed weights of ", each.nbytes(), " bytes, ", each.scalar_type(),
+                ", do not fit weights that take ", bytes, " bytes of ", compute);
 }
 
 void out_of_memory(bool done) {
@@ -276,6 +307,53 @@ void out_of_memory(bool done) {
 }
 
 }  // namespace
+
+Tensor pack(const std::string& name, const Tensor& w_ih, const Tensor& w_hh,
+            const std::optional<Tensor>& b_ih, const std::optional<Tensor>& b_hh,
+            const std::optional<Tensor>& w_hr) {
+  const CellFacts& cell = known_cell(name);
+  const auto list = [](const std::optional<Tensor>& each) {
+    return each ? std::vector<Tensor>{*each} : std::vector<Tensor>{};
+  };
+  const auto bi = list(b_ih), bh = list(b_hh), hr = list(w_hr);
+  const std::optional<Tensor> none;
+  const Tensor x = at::empty({0, 1, w_ih.size(-1)}, w_ih.options());
+  const ScanInputs in{name, x, w_ih, w_hh, bi, bh, hr, {}, none, none, none, 0};
+  const Shape n = checked_shape(cell, in);
+  TORCH_CHECK(x.is_cpu(), "pack: the weights should be on the CPU, are on ", x.device());
+  TORCH_CHECK(!n.projected || cell.projectable(), "pack: cell ", name, " cannot be projected");
+  const at::ScalarType compute = compute_type(x.scalar_type());
+  const Operands operands(in, n, compute);
+  const LaneSizes sizes{n.I, n.H, n.Q, n.projected};
+  const bool in_double = compute == at::kDouble;
+  const int64_t numbers = cell.compiled->packed_bytes[in_double](sizes) / at::elementSize(compute);
+  const Tensor packed = at::empty({numbers}, x.options().dtype(compute));
+  cell.compiled->pack[in_double](sizes, operands.lanes[0], packed.mutable_data_ptr());
+  return packed;
+}
+
+int64_t fingerprint(TensorList tensors) {
+  constexpr int64_t kSamples = 8;
+  uint64_t hash = 14695981039346656037u;
+  const auto add = [&](uint64_t value) {
+    hash = (hash ^ value) * 0x9e3779b97f4a7c15u;
+    hash ^= hash >> 32;
+  };
+  for (const Tensor& each : tensors) {
+    const auto* impl = each.unsafeGetTensorImpl();
+    add(each.is_inference() ? 0 : impl->version_counter().current_version());
+    const char* data = static_cast<const char*>(each.const_data_ptr());
+    add(reinterpret_cast<uintptr_t>(data));
+    if (!each.is_cpu() || !each.is_non_overlapping_and_dense()) continue;
+    const int64_t size = static_cast<int64_t>(each.itemsize()), last = each.numel() - 1;
+    for (int64_t k = 0; k < kSamples && last >= 0; ++k) {
+      uint64_t bits = 0;
+      std::memcpy(&bits, data + last * k / (kSamples - 1) * size, std::min<int64_t>(size, 8));
+      add(bits);
+    }
+  }
+  return static_cast<int64_t>(hash);
+}
 
 ScanOutputs scan_cpu(const ScanInputs& in, bool tape) {
   const CellFacts& cell = known_cell(in.cell);
@@ -286,6 +364,7 @@ ScanOutputs scan_cpu(const ScanInputs& in, bool tape) {
 
   const at::ScalarType compute = compute_type(in.x.scalar_type());
   const Storage storage = storage_of(in.x.scalar_type());
+  check_packed(cell, in, n, compute);
   const Operands operands(in, n, compute);
   const Tensor x = with_unit_stride(in.x);
   const auto options = x.options();

@@ -4,6 +4,8 @@
 #include "cpu_backward.h"
 #include "cpu_forward.h"
 #include "cpu_gradients.h"
+#include "cpu_packed.h"
+#include "cpu_step.h"
 #include "scan.h"
 
 #define FASTRNN_JOIN_(a, b) a##b
@@ -30,7 +32,10 @@ constexpr CompiledCell compiled() {
           tied_bits<Cell>(),
           Cell::kProjectable,
           {&Forward<Cell, float>::run, &Forward<Cell, double>::run},
-          {&Backward<Cell, float>::run, &Backward<Cell, double>::run}};
+          {&Backward<Cell, float>::run, &Backward<Cell, double>::run},
+          {&Packed<Cell, float>::bytes, &Packed<Cell, double>::bytes},
+          {&Packed<Cell, float>::pack_all, &Packed<Cell, double>::pack_all},
+          {&Step<Cell, float>::run, &Step<Cell, double>::run}};
 }
 
 #define FASTRNN_COMPILED(Cell) compiled<Cell>(),

@@ -36,7 +36,7 @@ const Callbacks& python() {
 std::atomic<int64_t> plans_epoch{0};
 
 using PlanKey = std::tuple<const CellFacts*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
-                           at::ScalarType, at::DeviceType, bool, bool, bool, int>;
+                           at::ScalarType, at::DeviceType, bool, bool, bool, bool, int>;
 
 constexpr size_t kMostPlans = 4096;  // batches of ever new lengths must not fill the memory
 
@@ -101,7 +101,7 @@ const Choice& choose(const CellFacts& cell, const Problem& p) {
     epoch = plans_epoch;
   }
   const PlanKey key{&cell,   p.steps,  p.batch, p.rows,     p.inputs,    p.hidden, p.lanes,
-                    p.dtype, p.device, p.tape,  p.backward, p.projected, threads};
+                    p.dtype, p.device, p.tape,  p.backward, p.projected, p.frozen, threads};
   auto found = known.find(key);
   if (found != known.end()) return found->second;
   py::gil_scoped_acquire gil;
@@ -112,8 +112,8 @@ const Choice& choose(const CellFacts& cell, const Problem& p) {
       py::arg("dtype") = c10::toString(p.dtype),
       py::arg("device") = c10::DeviceTypeName(p.device, /*lower_case=*/true),
       py::arg("tape") = p.tape, py::arg("backward") = p.backward,
-      py::arg("projected") = p.projected, py::arg("projectable") = cell.projectable(),
-      py::arg("threads") = threads);
+      py::arg("projected") = p.projected, py::arg("frozen") = p.frozen,
+      py::arg("projectable") = cell.projectable(), py::arg("threads") = threads);
   auto [kernel, packed, lanes, slots, units, chunk_rows] =
       answer.cast<std::tuple<std::string, bool, int32_t, int32_t, int32_t, int64_t>>();
   return known.emplace(key, Choice{kernel, {packed, lanes, slots, units, chunk_rows}})
@@ -155,6 +155,8 @@ std::vector<Tensor> Gradients::flat(const Needs& needs) const {
 
 namespace {
 
+using PackedOutputs = std::tuple<Tensor, std::vector<Tensor>>;  // y, states
+
 #define FASTRNN_SCAN_PARAMETERS                                                                 \
   std::string_view cell, const Tensor &x, TensorList w_ih, TensorList w_hh, TensorList b_ih,    \
       TensorList b_hh, TensorList w_hr, TensorList s0, const std::optional<Tensor>&batch_sizes, \
@@ -163,6 +165,7 @@ namespace {
   cell, x, w_ih, w_hh, b_ih, b_hh, w_hr, s0, batch_sizes, lengths, resets, reverse
 #define FASTRNN_SCAN_INPUTS \
   ScanInputs { FASTRNN_SCAN_ARGUMENTS }
+#define FASTRNN_PACKED_PARAMETERS FASTRNN_SCAN_PARAMETERS, TensorList packed, const Tensor &expected
 
 }  // namespace
 
@@ -178,14 +181,32 @@ namespace {
 
 ScanOutputs cpu(FASTRNN_SCAN_PARAMETERS, bool tape) { return scan_cpu(FASTRNN_SCAN_INPUTS, tape); }
 
+// A frozen layer: the weights are there for their sizes, and for kernels other than the CPU's.
+PackedOutputs cpu_packed(FASTRNN_PACKED_PARAMETERS) {
+  std::vector<Tensor> weights;
+  for (TensorList list : {w_ih, w_hh, b_ih, b_hh, w_hr})
+    weights.insert(weights.end(), list.begin(), list.end());
+  TORCH_CHECK(expected.is_cpu() && expected.scalar_type() == at::kLong && expected.numel() == 1,
+              "scan_packed: expected should be one int64 on the CPU, got ", expected.scalar_type(),
+              " ", expected.sizes());
+  TORCH_CHECK(
+      fingerprint(weights) == *expected.const_data_ptr<int64_t>(),
+      "fastrnn: the weights of a frozen layer were changed or replaced after freezing. Call "
+      "fastrnn.freeze(module) again to take the new ones over, or fastrnn.unfreeze(module) "
+      "before changing them");
+  auto [y, states, tape] = scan_cpu({FASTRNN_SCAN_ARGUMENTS, packed}, false);
+  return {y, states};
+}
+
 // Devices and dtypes without a kernel of their own in C++.
 std::string kernel_elsewhere(const ScanInputs& in, bool tape, bool backward) {
   const CellFacts& facts = known_cell(in.cell);
   const Tensor& x = in.x;
   const int64_t steps = x.dim() == 3 ? x.size(0) : 1, batch = x.size(-2);
-  return choose(facts, {in.cell, steps, batch, steps * batch, x.size(-1),
-                        in.w_hh[0].size(0) / facts.gates, static_cast<int64_t>(in.w_hh.size()),
-                        x.scalar_type(), x.device().type(), tape, backward, !in.w_hr.empty()})
+  return choose(facts,
+                {in.cell, steps, batch, steps * batch, x.size(-1), in.w_hh[0].size(0) / facts.gates,
+                 static_cast<int64_t>(in.w_hh.size()), x.scalar_type(), x.device().type(), tape,
+                 backward, !in.w_hr.empty(), false})
       .kernel;
 }
 
@@ -289,6 +310,20 @@ py::object step_from_python(const std::string& cell, py::handle input, py::tuple
   return after;
 }
 
+PackedOutputs packed_from_python(const std::string& cell, const Tensor& x,
+                                 const std::vector<Tensor>& w_ih, const std::vector<Tensor>& w_hh,
+                                 const std::vector<Tensor>& b_ih, const std::vector<Tensor>& b_hh,
+                                 const std::vector<Tensor>& w_hr, const std::vector<Tensor>& s0,
+                                 const std::optional<Tensor>& batch_sizes,
+                                 const std::optional<Tensor>& lengths,
+                                 const std::optional<Tensor>& resets, int64_t reverse,
+                                 const std::vector<Tensor>& packed, const Tensor& expected) {
+  static auto op = c10::Dispatcher::singleton()
+                       .findSchemaOrThrow("fastrnn::scan_packed", "")
+                       .typed<PackedOutputs(FASTRNN_PACKED_PARAMETERS)>();
+  return op.call(FASTRNN_SCAN_ARGUMENTS, packed, expected);
+}
+
 // Under autocast all operands take its dtype, as in torch.nn, whose GRU on CPUs alone computes in
 // the dtype of its state.
 template <c10::DeviceType device, c10::DispatchKey key>
@@ -318,6 +353,13 @@ TORCH_LIBRARY(fastrnn, m) {
       "scan(str cell, Tensor x, Tensor[] w_ih, Tensor[] w_hh, Tensor[] b_ih, Tensor[] b_hh, "
       "Tensor[] w_hr, Tensor[] s0, Tensor? batch_sizes, Tensor? lengths, Tensor? resets, "
       "int reverse, bool tape=False) -> (Tensor y, Tensor[] states, Tensor tape)");
+  // Without a tape, on weights that pack() packed while their fingerprint was `expected`: a tensor,
+  // as a number would be a constant of a traced graph.
+  m.def(
+      "scan_packed(str cell, Tensor x, Tensor[] w_ih, Tensor[] w_hh, Tensor[] b_ih, "
+      "Tensor[] b_hh, Tensor[] w_hr, Tensor[] s0, Tensor? batch_sizes, Tensor? lengths, "
+      "Tensor? resets, int reverse, Tensor[] packed, Tensor expected) "
+      "-> (Tensor y, Tensor[] states)");
   // Gradients of x, w_ih, w_hh, b_ih, b_hh, w_hr, s0; `needs` picks x, w_ih, w_hh, biases, w_hr,
   // s0.
   m.def(
@@ -329,12 +371,18 @@ TORCH_LIBRARY(fastrnn, m) {
 
 TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
   m.impl("scan", cpu);
+  m.impl("scan_packed", cpu_packed);
   m.impl("scan_backward", backward_cpu);
 }
 
 TORCH_LIBRARY_IMPL(fastrnn, CompositeExplicitAutograd, m) {
   m.impl("scan", elsewhere);
   m.impl("scan_backward", backward_elsewhere);
+}
+
+// Who asks for gradients has been refused; torch's own fallback would look again, slowly.
+TORCH_LIBRARY_IMPL(fastrnn, Autograd, m) {
+  m.impl("scan_packed", torch::CppFunction::makeFallthrough());
 }
 
 TORCH_LIBRARY_IMPL(fastrnn, AutocastCPU, m) {
@@ -345,10 +393,18 @@ TORCH_LIBRARY_IMPL(fastrnn, AutocastCUDA, m) {
   m.impl("scan", autocast<c10::DeviceType::CUDA, c10::DispatchKey::AutocastCUDA>);
 }
 
+void bind_stepper(py::module_& m);  // stepper_binding.cpp
+
 PYBIND11_MODULE(_C, m) {
+  bind_stepper(m);
   m.def("scan", scan_from_python, py::call_guard<py::gil_scoped_release>(),
         "torch.ops.fastrnn.scan without its tape.");
   m.def("step", step_from_python, "One step of a cell on plain tensors; None for others.");
+  m.def("scan_packed", packed_from_python, py::call_guard<py::gil_scoped_release>());
+  m.def("pack", pack, py::call_guard<py::gil_scoped_release>(), py::arg("cell"), py::arg("w_ih"),
+        py::arg("w_hh"), py::arg("b_ih") = std::nullopt, py::arg("b_hh") = std::nullopt,
+        py::arg("w_hr") = std::nullopt);
+  m.def("fingerprint", [](const std::vector<Tensor>& tensors) { return fingerprint(tensors); });
   m.attr("built_for") = FASTRNN_TORCH_VERSION;
   m.def("isas", compiled_isas, "Instruction sets compiled in that this machine has, best last.");
   m.def("isa", isa_in_use);

@@ -28,6 +28,7 @@ struct ScanInputs {
   TensorList w_ih, w_hh, b_ih, b_hh, w_hr, s0;
   const std::optional<Tensor>&batch_sizes, &lengths, &resets;
   int64_t reverse;
+  TensorList packed = {};  // the weights of each scan by pack(), or none
 };
 
 using ScanOutputs = std::tuple<Tensor, std::vector<Tensor>, Tensor>;  // y, states, tape
@@ -44,7 +45,7 @@ struct Problem {
   int64_t steps, batch, rows, inputs, hidden, lanes;
   at::ScalarType dtype;
   at::DeviceType device;
-  bool tape, backward, projected;
+  bool tape, backward, projected, frozen;
 };
 
 struct Choice {
@@ -73,6 +74,13 @@ std::vector<Tensor> python_differentiable_backward(const ScanInputs& in, const I
 ScanOutputs scan_cpu(const ScanInputs& in, bool tape);
 std::vector<Tensor> scan_backward_cpu(const ScanInputs& in, const Incoming& grads, const Tensor& y,
                                       const Tensor& tape, const Needs& needs);
+
+// One scan's weights in the layout of the CPU kernel, for `packed`: of the compute type, flat.
+Tensor pack(const std::string& cell, const Tensor& w_ih, const Tensor& w_hh,
+            const std::optional<Tensor>& b_ih, const std::optional<Tensor>& b_hh,
+            const std::optional<Tensor>& w_hr);
+// Changes when the tensors are replaced, written to in place, or (by samples) in other ways.
+int64_t fingerprint(TensorList tensors);
 
 // The facts of a cell; raises for an unknown one.
 const CellFacts& known_cell(std::string_view name);

@@ -62,6 +62,14 @@ struct Rows {
   }
 };
 
+// What sizes a lane's weights.
+struct LaneSizes {
+  int64_t inputs = 0;
+  int64_t hidden = 0;
+  int64_t recurrent = 0;   // Q
+  bool projected = false;  // only for cells that are `projectable`
+};
+
 // One scan. Weights and biases are in the compute type, states in the storage type.
 struct Lane {
   bool reverse = false;
@@ -70,6 +78,7 @@ struct Lane {
   const void* b_ih = nullptr;       // [G*H] or null
   const void* b_hh = nullptr;       // [G*H] or null
   const void* w_hr = nullptr;       // [Q, H] where state 0 is projected
+  const void* packed = nullptr;     // all of these by CompiledCell::pack, or null: pack in the call
   const void* s0[kMaxStates] = {};  // [B, Q] for state 0, [B, H] for others, or null for zeros
 };
 
@@ -158,6 +167,32 @@ inline int64_t packed_for_backward(const BackwardArgs& a, int64_t gates) {
   return a.lanes * recurrent * hidden * (gates + a.projected);
 }
 
+// One layer of a stepper at one step: its cells, or, after all of these, the projection of their
+// output. States are in the compute type, their rows `stride` apart, a multiple of kPadding.
+constexpr int64_t kPadding = 64;
+
+struct StepArgs {
+  LaneSizes sizes;
+  int64_t batch = 0;
+  const void* packed = nullptr;  // by CompiledCell::pack
+  const void* x = nullptr;       // [B, I], rows x_row apart
+  int64_t x_row = 0;
+  Storage x_storage = Storage::kSame;
+  void* converted = nullptr;  // room for [B, I] where x is stored in 16 bits
+  int64_t stride = 0;
+  const void* h = nullptr;   // [B, Q]
+  void* next_h = nullptr;    // [B, Q], elsewhere
+  void* s[kMaxStates] = {};  // [B, H] from state 1 on, changed in place
+  void* m = nullptr;         // [B, H] where state 0 is projected
+  void* y = nullptr;         // a copy of next_h, rows y_row apart, or null
+  int64_t y_row = 0;
+  Storage y_storage = Storage::kSame;
+  int32_t part = 0;  // which part of the units, or columns, of how many
+  int32_t parts = 1;
+  bool descending = false;  // over the weights, whose tail the step before left in the cache
+  bool project = false;
+};
+
 // How the CPU kernel works; chosen by fastrnn/plan.py.
 struct CpuPlan {
   int32_t packed_weights = 1;  // 0: few rows, weights are read once, as they lie
@@ -170,7 +205,8 @@ struct CpuPlan {
 };
 
 // A cell compiled for one instruction set; index 0 computes in float, 1 in double.
-// A kernel returns false when it ran out of memory.
+// A kernel returns false when it ran out of memory. What `pack` writes is for the kernels of the
+// same cell, type and instruction set.
 struct CompiledCell {
   const char* name;
   int32_t gates;
@@ -180,6 +216,9 @@ struct CompiledCell {
   bool projectable;  // reads state 0 through v alone, so that it need not be H wide
   bool (*forward[2])(const ForwardArgs&, const CpuPlan&);
   bool (*backward[2])(const BackwardArgs&, const CpuPlan&);
+  int64_t (*packed_bytes[2])(const LaneSizes&);
+  void (*pack[2])(const LaneSizes&, const Lane&, void* out);
+  void (*step[2])(const StepArgs&);
 };
 
 struct CompiledCells {

@@ -4,8 +4,33 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import Self
 
 built_for: str
+
+class Stepper:
+    def __new__(
+        cls,
+        cell: str,
+        layers: Sequence[Sequence[Tensor]],
+        batch_size: int,
+        threads: int,
+        release_gil: bool,
+    ) -> Self: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def input_size(self) -> int: ...
+    @property
+    def output_size(self) -> int: ...
+    @property
+    def threads(self) -> int: ...
+    def step(self, x: Any, out: Any = None) -> Any: ...
+    def reset(self) -> None: ...
+    def _read(self) -> list[Tensor]: ...
+    def _write(self, states: Sequence[Tensor]) -> None: ...
 
 def scan(
     cell: str,
@@ -24,6 +49,31 @@ def scan(
 def step(
     cell: str, input: Tensor, before: tuple[Tensor, ...], weights: tuple[Tensor | None, ...]
 ) -> tuple[Tensor, ...] | None: ...
+def scan_packed(
+    cell: str,
+    x: Tensor,
+    w_ih: Sequence[Tensor],
+    w_hh: Sequence[Tensor],
+    b_ih: Sequence[Tensor],
+    b_hh: Sequence[Tensor],
+    w_hr: Sequence[Tensor],
+    s0: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    reverse: int,
+    packed: Sequence[Tensor],
+    expected: Tensor,
+) -> tuple[Tensor, list[Tensor]]: ...
+def pack(
+    cell: str,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    w_hr: Tensor | None = None,
+) -> Tensor: ...
+def fingerprint(tensors: Sequence[Tensor]) -> int: ...
 def isas() -> list[str]: ...
 def isa() -> str: ...
 def vector_bytes() -> int: ...

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fastrnn import cells, functional, ops
 from fastrnn.cells import Cell
 from fastrnn.convert import detour, to_torch, twin_of
+from fastrnn.freeze import Freezable
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 
@@ -16,8 +17,18 @@ _WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 _CELL_OF_NONLINEARITY = {"tanh": cells.rnn_tanh, "relu": cells.rnn_relu}
 
 
+class _Cell(Freezable):
+    def _weights(self) -> list[list[Tensor]]:
+        own = self._parameters
+        weights = [own[n] if n in own else getattr(self, n) for n in _WEIGHTS]
+        return [[w for w in weights if w is not None]]
+
+    def _weight_names(self) -> list[str]:
+        return list(_WEIGHTS)
+
+
 @twin_of(nn.RNNCell)
-class RNNCell(nn.RNNCell):
+class RNNCell(_Cell, nn.RNNCell):
     """One step of an Elman network, a drop-in for `torch.nn.RNNCell`.
 
     https://docs.pytorch.org/docs/stable/generated/torch.nn.RNNCell.html
@@ -27,19 +38,21 @@ class RNNCell(nn.RNNCell):
         """`input` [B, I] or [I] and `hx` [B, H] or [H] to the next state."""
         if (other := detour(self, input)) is not None:
             return other(input, hx)
+        return _step(self, self._cell(), input, () if hx is None else (hx,))[0]
+
+    def _cell(self) -> Cell:
         if self.nonlinearity not in _CELL_OF_NONLINEARITY:
             raise RuntimeError(
                 f"Unknown nonlinearity: {self.nonlinearity}. Select from 'tanh' or 'relu'."
             )
-        cell = _CELL_OF_NONLINEARITY[self.nonlinearity]
-        return _step(self, "RNNCell", cell, input, () if hx is None else (hx,))[0]
+        return _CELL_OF_NONLINEARITY[self.nonlinearity]
 
     def __prepare_scriptable__(self) -> nn.Module:
         return to_torch(self)
 
 
 @twin_of(nn.LSTMCell)
-class LSTMCell(nn.LSTMCell):
+class LSTMCell(_Cell, nn.LSTMCell):
     """One step of long short-term memory, a drop-in for `torch.nn.LSTMCell`.
 
     https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTMCell.html
@@ -53,15 +66,18 @@ class LSTMCell(nn.LSTMCell):
             return other(input, hx)
         if type(hx) is not tuple and isinstance(hx, Tensor):
             raise TypeError("LSTMCell: hx must be a tuple of two Tensors, not a Tensor")
-        h, c = _step(self, "LSTMCell", cells.lstm, input, () if hx is None else hx)
+        h, c = _step(self, self._cell(), input, () if hx is None else hx)
         return h, c
+
+    def _cell(self) -> Cell:
+        return cells.lstm
 
     def __prepare_scriptable__(self) -> nn.Module:
         return to_torch(self)
 
 
 @twin_of(nn.GRUCell)
-class GRUCell(nn.GRUCell):
+class GRUCell(_Cell, nn.GRUCell):
     """One step of gated recurrent units, a drop-in for `torch.nn.GRUCell`.
 
     https://docs.pytorch.org/docs/stable/generated/torch.nn.GRUCell.html
@@ -71,13 +87,17 @@ class GRUCell(nn.GRUCell):
         """`input` [B, I] or [I] and `hx` [B, H] or [H] to the next state."""
         if (other := detour(self, input)) is not None:
             return other(input, hx)
-        return _step(self, "GRUCell", cells.gru, input, () if hx is None else (hx,))[0]
+        return _step(self, self._cell(), input, () if hx is None else (hx,))[0]
+
+    def _cell(self) -> Cell:
+        return cells.gru
 
     def __prepare_scriptable__(self) -> nn.Module:
         return to_torch(self)
 
 
-def _check_cell_dims(name: str, cell: Cell, input: Tensor, states: Sequence[Tensor]) -> None:
+def _check_cell_dims(cell: Cell, input: Tensor, states: Sequence[Tensor]) -> None:
+    name = {"lstm": "LSTMCell", "gru": "GRUCell"}.get(cell.name, "RNNCell")
     if input.dim() not in (1, 2):
         raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
     for k, s in enumerate(states):
@@ -87,13 +107,15 @@ def _check_cell_dims(name: str, cell: Cell, input: Tensor, states: Sequence[Tens
 
 
 def _step(
-    module: nn.RNNCellBase, name: str, cell: Cell, input: Tensor, hx: Sequence[Tensor]
+    module: RNNCell | LSTMCell | GRUCell, cell: Cell, input: Tensor, hx: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
     own = module._parameters
     weights = [own[n] if n in own else getattr(module, n) for n in _WEIGHTS]
-    if (after := ops.step(cell, input, hx, weights)) is not None:
-        return after
-    _check_cell_dims(name, cell, input, hx)
+    if module._frozen is None:
+        after = ops.step(cell, input, hx, weights)
+        if after is not None:
+            return after
+    _check_cell_dims(cell, input, hx)
     if input.size(-1) != module.input_size:
         raise RuntimeError(
             f"input has inconsistent input_size: got {input.size(-1)} expected {module.input_size}"
@@ -112,4 +134,15 @@ def _step(
                     f"hidden{k} has inconsistent size: got {list(s.size())} "
                     f"expected {list(expected)}"
                 )
-    return functional.rnn_cell(cell, input, hx, *weights)  # type: ignore[arg-type]
+    packed = module._frozen.layers[0] if module._frozen is not None else None
+    w_ih, w_hh, b_ih, b_hh = weights
+    return functional.rnn_cell(
+        cell,
+        input,
+        hx,
+        w_ih,  # type: ignore[arg-type]
+        w_hh,  # type: ignore[arg-type]
+        b_ih,
+        b_hh,
+        packed,
+    )

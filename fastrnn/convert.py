@@ -75,6 +75,7 @@ def _convert(module: nn.Module, target: type[nn.Module]) -> nn.Module:
             state[name] = state[name].copy()
     # The list of weights and the references to them are torch's alone.
     state.pop("_flat_weights", None)
+    state.pop("_frozen", None)
     if "_flat_weight_refs" in state:
         state["_flat_weight_refs"] = []
     made.__dict__.update(state)

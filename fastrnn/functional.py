@@ -36,6 +36,7 @@ def rnn(
     resets: Tensor | PackedSequence | None = None,
     name: str = "rnn",
     check: Check | None = None,
+    packed: Sequence[ops.Packed | None] = (),
 ) -> tuple[Tensor | PackedSequence, Tensor | tuple[Tensor, ...]]:
     """Run a stack of recurrent layers, `L` layers of `D` directions.
 
@@ -60,6 +61,7 @@ def rnn(
         name: how the layer calls itself in errors.
         check: `check(input, hx, batch_sizes, w_ih)`, with the first of the weights, in place of
             the check of dtype, device and sizes against `weights`.
+        packed: the weights of every layer once more, by `ops.pack`.
 
     Returns:
         The output, in the form of `input` with `D*H` features, and the final states in that of
@@ -138,6 +140,7 @@ def rnn(
         batch_sizes,
         lengths,
         resets,
+        packed,
     )
 
     if restore is not None:
@@ -160,6 +163,7 @@ def rnn_cell(
     w_hh: Tensor,
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
+    packed: ops.Packed | None = None,
 ) -> tuple[Tensor, ...]:
     """One time step.
 
@@ -168,6 +172,7 @@ def rnn_cell(
         input: [B, I], or [I] unbatched.
         states: `S` tensors [B, H], or [H] unbatched; none for zeros.
         w_ih, w_hh, b_ih, b_hh: [G*H, I], [G*H, H], [G*H] and [G*H]; biases may be None.
+        packed: the same by `ops.pack`.
 
     Returns:
         `S` next states, shaped as `states`.
@@ -194,7 +199,7 @@ def rnn_cell(
         check_states(states, input)
         states = [s.unsqueeze(0) if batched else s.expand(1, 1, -1) for s in states]
     x = input if batched else input.unsqueeze(0)
-    y, after = ops.scan(cell, x, (w_ih,), (w_hh,), biases[0], biases[1], (), states)
+    y, after = ops.scan(cell, x, (w_ih,), (w_hh,), biases[0], biases[1], (), states, packed=packed)
     # The first state is the output; views of tensors as small as these are half of the cost here.
     out = (y, *[s.squeeze(0) for s in after[1:]]) if len(after) > 1 else (y,)
     return out if batched else tuple(s.squeeze(0) for s in out)
@@ -210,6 +215,7 @@ def _stack(
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     resets: Tensor | None,
+    packed: Sequence[ops.Packed | None],
 ) -> tuple[Tensor, Sequence[Tensor]]:
     """Layers on canonical operands: `x` [T, B, I] or packed [R, I], `s0` `S` times [L*D, B, *]."""
     last = len(weights) - directions
@@ -232,6 +238,7 @@ def _stack(
             lengths,
             resets,
             0 if directions == 1 else 0b10,
+            packed[first // directions] if packed else None,
         )
         finals.append(final)
         if dropout and first < last:

@@ -8,18 +8,56 @@ opaque operator and runs as plain torch operations instead.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import has_torch_function
 
-from fastrnn import kernels, reference
+from fastrnn import kernels, plan, reference
 from fastrnn.cells import Cell
 from fastrnn.extension import _C
 
-__all__ = ["scan", "step"]
+__all__ = ["Packed", "pack", "scan", "step"]
+
+
+class Packed(NamedTuple):
+    """The weights of one layer in the layout of the CPU kernel, which knows them when it sees them
+    again by their fingerprint."""
+
+    weights: list[Tensor]  # P
+    fingerprint: Tensor  # one int64
+
+
+def pack(cell: Cell, weights: Sequence[Sequence[Tensor]]) -> Packed | None:
+    """Pack one layer: for every scan `[w_ih, w_hh, b_ih, b_hh, w_hr]`, as `functional.rnn` has it.
+
+    None where the CPU kernel would not run them.
+
+    Raises:
+        RuntimeError: for weights whose shapes do not fit together.
+    """
+    key = kernels.prepare(cell)
+    first = weights[0][0]
+    problem = plan.Problem(
+        cell=cell.name,
+        steps=1,
+        batch=1,
+        inputs=first.size(1),
+        hidden=weights[0][1].size(0) // len(cell.gates),
+        gates=len(cell.gates),
+        dtype=str(first.dtype).removeprefix("torch."),
+    )
+    device = kernels.device(first.device.type, compiled=key is not None)
+    if key is None or plan.refusal("cpu", problem, device) is not None:
+        return None
+    packed = []
+    for w_ih, w_hh, *rest in weights:
+        b_ih, b_hh = rest[:2] if len(rest) > 1 else (None, None)
+        packed.append(_C.pack(key, w_ih, w_hh, b_ih, b_hh, rest[-1] if len(rest) & 1 else None))
+    fingerprint = _C.fingerprint([t for group in zip(*weights, strict=True) for t in group])
+    return Packed(packed, torch.tensor(fingerprint))
 
 
 def scan(
@@ -35,17 +73,27 @@ def scan(
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
     reverse: int = 0,
+    packed: Packed | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Run `P` independent scans of one cell over the same input, on the kernel of the plan.
 
-    Arguments and results are those of `fastrnn.reference.scan`.
+    Arguments and results are those of `fastrnn.reference.scan`; `packed` are the same weights by
+    `pack`, which spares the CPU kernel the packing, and the caller the gradients.
 
     Raises:
-        RuntimeError: for shapes, dtypes or devices that do not fit together.
+        RuntimeError: for shapes, dtypes or devices that do not fit together; with `packed`, where
+            a gradient is asked for, or the weights have changed since.
         fastrnn.plan.KernelRefused: when a kernel was asked for by name and cannot run this.
     """
     arguments = (x, w_ih, w_hh, b_ih, b_hh, w_hr, s0, batch_sizes, lengths, resets, reverse)
     key = kernels.prepare(cell)
+    if packed is not None:
+        if torch.is_grad_enabled():
+            _refuse_gradients(x, *w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *s0)
+        if _can_use_packed(x):
+            if torch.compiler.is_compiling():
+                return torch.ops.fastrnn.scan_packed.default(key, *arguments, *packed)
+            return _C.scan_packed(key, *arguments, *packed)
     if torch.compiler.is_compiling() or has_torch_function((x, *w_ih, *w_hh, *s0)):
         if key is not None:
             y, states, _ = torch.ops.fastrnn.scan.default(key, *arguments)
@@ -73,6 +121,24 @@ def step(
         return None
     key = kernels.prepare(cell)
     return None if key is None else _C.step(key, x, tuple(states), tuple(weights))
+
+
+def _refuse_gradients(*tensors: Tensor) -> None:
+    if any(t.requires_grad for t in tensors):
+        raise RuntimeError(
+            "this layer is frozen and has no derivative, but its input, states or weights require "
+            "gradients. Call it under torch.no_grad() or torch.inference_mode(), or "
+            "fastrnn.unfreeze(module) to train it"
+        )
+
+
+def _can_use_packed(x: Tensor) -> bool:
+    """Whether the op will find the very tensors that were packed, and compute in their dtype."""
+    if torch._C._is_any_autocast_enabled():
+        return False
+    if torch.compiler.is_compiling():
+        return not torch.compiler.is_exporting()  # an exported program holds copies
+    return not has_torch_function((x,)) and not _transformed()
 
 
 def _transformed() -> bool:
@@ -132,6 +198,12 @@ def _scan_fake(
     last = [x.new_empty(lanes, batch, hidden if s else recurrent) for s in range(states)]
     width = states - 1 + kept + bool(w_hr)
     return y, last, x.new_empty(rows if tape else 0, lanes, width, hidden)
+
+
+@torch.library.register_fake("fastrnn::scan_packed")
+def _scan_packed_fake(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
+    y, states, _ = _scan_fake(*arguments[:-2])
+    return y, states
 
 
 @torch.library.register_fake("fastrnn::scan_backward")

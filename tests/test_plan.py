@@ -56,6 +56,7 @@ def test_never_more_parts_than_there_are(
 def test_few_rows_are_not_worth_packing() -> None:
     assert not choose(replace(LSTM, steps=1), TWO).packed_weights
     assert choose(LSTM, TWO).packed_weights
+    assert choose(replace(LSTM, steps=1, frozen=True), TWO).packed_weights
 
 
 @pytest.mark.parametrize("hidden", [1, 64, 512])
