@@ -11,8 +11,10 @@ on our own times.
 
 from __future__ import annotations
 
+import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,7 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     options = parser.getgroup("fastrnn")
     options.addoption("--full", action="store_true", help="every workload")
     options.addoption("--smoke", action="store_true", help="a few tiny workloads, for tests")
-    options.addoption("--seconds", type=float, default=0.15, help="of calls for each contender")
+    options.addoption("--seconds", type=float, default=0.1, help="of calls for each contender")
     options.addoption("--latency-calls", type=int, default=100_000, help="single steps timed")
     options.addoption("--threads", type=int, help="default: as many as torch would take")
     options.addoption("--device", choices=("cpu", "cuda"), default="cpu")
@@ -46,7 +48,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     option = metafunc.config.getoption
     chosen = SMOKE if option("smoke") else WORKLOADS
     if not (option("smoke") or option("full")):
-        chosen = tuple(w for w in WORKLOADS if w.quick)
+        chosen = tuple(replace(w, compiled_loop=False) for w in WORKLOADS if w.quick)
     if {"workload", "cell", "mode"} <= set(metafunc.fixturenames):
         rows = [(w, cell, mode) for w in chosen for mode in w.modes for cell in w.cells]
         names = [f"{w.name}-{cell}-{mode}" for w, cell, mode in rows]
@@ -62,17 +64,22 @@ def here(pytestconfig: pytest.Config) -> machine.Machine:
 
 
 @pytest.fixture(scope="session")
-def measured(pytestconfig: pytest.Config, here: machine.Machine) -> Iterator[list[Row]]:
-    """Takes the rows of the run, which are written when it ends, early or not."""
-    rows: list[Row] = []
-    yield rows
+def keep(pytestconfig: pytest.Config, here: machine.Machine) -> Callable[[Row], None]:
+    """Writes a row into the results, at once, so that a run that is cut short loses none."""
     device = pytestconfig.getoption("device")
-    command = " ".join(["python -m pytest", *pytestconfig.invocation_params.args])
+    command = f"python -m pytest {shlex.join(map(str, pytestconfig.invocation_params.args))}"
     run = store.conditions(here, command, device)
     folder = machine.slug(run.device, None if device == "cuda" else here.threads)
     path = pytestconfig.getoption("results") / folder / "suite.json"
     order = [w.name for w in WORKLOADS]
-    store.save(store.merge(store.load(path), run, rows, order), path)
+    before = store.load(path)
+    rows: list[Row] = []
+
+    def keep(row: Row) -> None:
+        rows.append(row)
+        store.save(store.merge(before, run, rows, order), path)
+
+    return keep
 
 
 class Progress:

@@ -19,7 +19,7 @@ def test_row(
     record_property: Callable[[str, object], None],
     pytestconfig: pytest.Config,
     here: Machine,
-    measured: list[race.Row],
+    keep: Callable[[race.Row], None],
     workload: Workload,
     cell: str,
     mode: str,
@@ -34,7 +34,7 @@ def test_row(
         latency_calls=option("latency_calls"),
         device=option("device"),
     )
-    measured.append(row)
+    keep(row)
     record_property("told", told(row))
     # The interleaved times are what the report uses; these serve to compare runs of ours.
     benchmark.group = f"{workload.name}, {mode}"

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             mode,
             here,
             seconds=given.seconds,
-            latency_calls=10_000 if given.stream else 0,
+            latency_calls=given.latency_calls,
             device=given.device,
         )
     except race.GateFailed as failure:
@@ -87,6 +87,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
     parser.add_argument("--threads", type=int, help="default: as many as torch would take")
     parser.add_argument("--seconds", type=float, default=0.5, help="of each contender, default 0.5")
+    parser.add_argument(
+        "--latency-calls",
+        type=int,
+        default=10_000,
+        metavar="N",
+        help="with --stream: steps timed one by one, default 10000",
+    )
     parser.add_argument(
         "--rivals",
         metavar="NAMES",

@@ -6,7 +6,7 @@ import importlib
 import os
 import sys
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,8 +29,7 @@ class Jax:
 
     name = "JAX"
 
-    def __init__(self) -> None:
-        self._threads: int | None = None
+    _threads: ClassVar[int | None] = None  # of this process: JAX takes a number once
 
     def available(self) -> str | None:
         return missing_package("jax")
@@ -50,7 +49,7 @@ class Jax:
 
     def prepare(self, case: Case) -> Prepared:
         # Both are read when JAX starts, and only then.
-        self._threads = case.threads
+        Jax._threads = case.threads
         os.environ["NPROC"] = str(case.threads)
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
         jax = importlib.import_module("jax")

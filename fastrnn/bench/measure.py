@@ -1,8 +1,8 @@
 """Time, memory and correctness of calls.
 
 Times are taken interleaved: a block of calls of each contender in turn, so that what else the
-machine does meets all alike. Before each block the pools of the contender before are given time to
-stop spinning, and calls that are not counted warm up threads and caches.
+machine does meets all alike. Before its turn the thread pools of the others must have stopped
+spinning, and calls that are not counted warm up its own threads and caches.
 """
 
 from __future__ import annotations
@@ -32,8 +32,11 @@ __all__ = [
 ]
 
 _BLOCK = 1e-3  # seconds of calls that are timed together: far above the clock's resolution
-_BLOCKS = 5  # of each turn
-_SETTLE = 4e-3  # seconds: thread pools spin about so long for another call before they sleep
+_BLOCKS = 10  # of each turn
+# Thread pools spin for another call before they sleep, OpenMP's 10 ms, ONNX Runtime's 40 ms, and
+# keep a core from whoever is next. Processor time is counted in ticks of 4 ms.
+_GLANCE = 8e-3  # seconds over which the process must use none
+_LONGEST_SPIN = 0.2
 _WARM_UP = 2e-3
 _LONG = 0.1  # seconds: of such a call, what a warm-up would save is less than one in a hundred
 _FEWEST = 3  # turns, however slow the calls are
@@ -106,7 +109,7 @@ def interleaved(
 
 
 def _turn(call: Callable[[], object], taken: _Taken, synchronize: Callable[[], object]) -> None:
-    time.sleep(_SETTLE)
+    _wait_for_idle_pools()
     if not taken.seconds or taken.seconds[-1] < _LONG:
         begin = time.perf_counter()
         while True:
@@ -120,6 +123,15 @@ def _turn(call: Callable[[], object], taken: _Taken, synchronize: Callable[[], o
         taken.spent += block
         if block > 10 * _BLOCK:
             break
+
+
+def _wait_for_idle_pools() -> None:
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < _LONGEST_SPIN:
+        used = time.process_time()
+        time.sleep(_GLANCE)
+        if time.process_time() - used < _GLANCE / 4:
+            return
 
 
 def _timed(call: Callable[[], object], calls: int, synchronize: Callable[[], object]) -> float:
@@ -142,7 +154,7 @@ def latencies(prepared: Mapping[str, Prepared], calls: int, turn: int = 1000) ->
     while len(next(iter(nanos.values()))) < calls:
         for name, each in prepared.items():
             with each.around():
-                time.sleep(_SETTLE)
+                _wait_for_idle_pools()
                 for _ in range(20):
                     each.call()
                 for _ in range(turn):
