@@ -60,7 +60,7 @@ def here(pytestconfig: pytest.Config) -> machine.Machine:
     """This machine, measured once with the number of threads of the run."""
     if threads := pytestconfig.getoption("threads"):
         torch.set_num_threads(threads)
-    return machine.measure()
+    return machine.measure(pytestconfig.getoption("device"))
 
 
 @pytest.fixture(scope="session")

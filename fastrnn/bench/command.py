@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     # Measuring is the long part and shows nothing until it ends.
     print("measuring the machine, then every contender in turn ...", file=sys.stderr, flush=True)
-    here = machine.measure()
+    here = machine.measure(given.device)
     try:
         row, _ = race.run(
             workload,

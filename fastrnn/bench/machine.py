@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -61,15 +62,20 @@ class Machine:
         return max(arithmetic, reading, key=lambda floor: floor.microseconds)
 
 
-def measure() -> Machine:
-    """Measure this machine with the current number of threads; about two seconds."""
+def measure(device: str = "cpu") -> Machine:
+    """Measure this machine with the current number of threads, or its GPU; about two seconds."""
+    threads = torch.get_num_threads() if device == "cpu" else 1
     sizes = _cache_sizes()
+    if device == "cuda":
+        sizes = {"L2": torch.cuda.get_device_properties(0).L2_cache_size}
     buffers = {name: [size // 2, size * 2 // 3] for name, size in sizes.items()}
     buffers["memory"] = [4 * max(sizes.values(), default=32 << 20)]
     return Machine(
-        threads=torch.get_num_threads(),
-        gflops=_peaks(),
-        bandwidth={name: max(map(_read_speed, each)) for name, each in buffers.items()},
+        threads=threads,
+        gflops=_peaks(device),
+        bandwidth={
+            name: max(_read_speed(size, device) for size in each) for name, each in buffers.items()
+        },
         cache_bytes=sizes,
     )
 
@@ -80,40 +86,38 @@ def slug(device: str, threads: int | None = None) -> str:
     return name if threads is None else f"{name}-{threads}-thread{'s' if threads > 1 else ''}"
 
 
-def _peaks() -> dict[str, float]:
-    """GFLOP/s of the best square product by each library that torch brings.
+def _peaks(device: str) -> dict[str, float]:
+    """GFLOP/s of the best square product by each library that torch brings, float32.
 
     torch.mm may be far from the peak on processors its library was not written for; oneDNN picks by
     instruction set.
     """
     found = {"torch.mm": 0.0}
-    for size in _SQUARES:
-        a, b, out = (torch.randn(size, size) for _ in range(3))
-        work = 2e-9 * size**3
-        products: dict[str, Callable[[], object]] = {
-            "torch.mm": lambda a=a, b=b, out=out: torch.mm(a, b, out=out)  # type: ignore[misc]
-        }
-        if torch.backends.mkldnn.is_available():
+    for size in _SQUARES if device == "cpu" else (8192,):
+        a, b, out = (torch.randn(size, size, device=device) for _ in range(3))
+        products = {"torch.mm": partial(torch.mm, a, b, out=out)}
+        if device == "cpu" and torch.backends.mkldnn.is_available():
             blocked = [t.to_mkldnn() for t in (a, b, torch.zeros(size))]
-            products["oneDNN"] = lambda blocked=blocked: torch._C._nn.mkldnn_linear(*blocked)  # type: ignore[misc]
+            products["oneDNN"] = partial(torch._C._nn.mkldnn_linear, *blocked)
         for name, product in products.items():
-            found[name] = max(found.get(name, 0.0), work / _best(product))
+            speed = 2e-9 * size**3 / _best(product, device)
+            found[name] = max(found.get(name, 0.0), speed)
     return found
 
 
-def _read_speed(size: int) -> float:
+def _read_speed(size: int, device: str) -> float:
     """GB/s of summing a buffer of `size` bytes over and over, in every thread.
 
-    One call reads the same buffer once per row, so that calling costs nothing beside it; each
-    thread has a buffer of its own size in its own cache, as rows are shared out.
+    One call reads the same buffer once per row, so that calling costs nothing beside it; rows are
+    shared out over threads, which all find the buffer in their own cache if it fits.
     """
-    buffer = torch.ones(size // 4)
+    buffer = torch.ones(size // 4, device=device)
     repeats = max(2 * torch.get_num_threads(), (64 << 20) // size)
     rows = buffer.expand(repeats, -1)
-    return 1e-9 * size * repeats / _best(lambda: torch.sum(rows, 1))
+    return 1e-9 * size * repeats / _best(partial(torch.sum, rows, 1), device)
 
 
-def _best(call: Callable[[], object]) -> float:
+def _best(call: Callable[[], object], device: str) -> float:
     """Least seconds of a call: ceilings are what the machine can do, not what it does mostly."""
     call()
     begin = time.perf_counter()
@@ -121,6 +125,8 @@ def _best(call: Callable[[], object]) -> float:
     while len(taken) < 3 or time.perf_counter() - begin < _SECONDS:
         start = time.perf_counter()
         call()
+        if device == "cuda":
+            torch.cuda.synchronize()
         taken.append(time.perf_counter() - start)
     return min(taken)
 

@@ -148,7 +148,7 @@ def _times(taken: _Taken) -> Times:
     return Times(statistics.median(micros), p20, p80, len(micros), taken.calls)
 
 
-def latencies(prepared: Mapping[str, Prepared], calls: int, turn: int = 1000) -> dict[str, Latency]:
+def latencies(prepared: Mapping[str, Prepared], calls: int, turn: int = 5000) -> dict[str, Latency]:
     """Latency of each over `calls` calls timed one by one, `turn` of each at a time."""
     nanos: dict[str, list[int]] = {name: [] for name in prepared}
     while len(next(iter(nanos.values()))) < calls:
