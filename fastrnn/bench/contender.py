@@ -264,7 +264,7 @@ class Stepper:
 
     def prepare(self, case: Case) -> Prepared:
         layer: Any = fastrnn.from_torch(case.module)
-        stepper = layer.stream(batch_size=case.workload.batch)
+        stepper = layer.stream(batch_size=case.workload.batch, threads=case.threads)
         assert isinstance(case.x, Tensor)
         x, out = case.x[0], torch.empty_like(case.gradient[0])
         return Prepared(
@@ -285,7 +285,7 @@ def _threads(number: int) -> Iterator[None]:
 
 
 def _freeze(module: nn.Module) -> nn.Module:
-    return fastrnn.freeze(fastrnn.from_torch(module))  # type: ignore[attr-defined]
+    return fastrnn.freeze(fastrnn.from_torch(module))  # type: ignore[attr-defined, unused-ignore]
 
 
 # The first that can run a case is what its row is about.
