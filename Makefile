@@ -1,6 +1,7 @@
 # make demo     train a model of torch.nn and the same model with its layers replaced, side by side
 # make test     the test suite; ARGS="-k lstm" passes options to pytest
-# make bench    fastrnn beside torch.nn on this machine, about two minutes
+# make bench    fastrnn beside its rivals on this machine, a few minutes; make bench-full: every workload,
+#               also with one thread; ARGS="-k speech" passes options to pytest
 # make lint     what CI checks besides
 # make format   rewrite the sources in the project's format
 # make clean    remove everything built, the virtual environment included
@@ -19,17 +20,19 @@ CPP = $(wildcard csrc/*.h csrc/*.cpp tests/cpp/*.h tests/cpp/*.cpp)
 
 GENERATOR = $(addprefix fastrnn/,cells.py codegen.py expression.py trace.py)
 
-.PHONY: demo test bench lint format clean in-place
+.PHONY: demo test bench bench-full lint format clean in-place
 
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
 BUILT := in-place
 TOOLS := in-place
+RIVALS := in-place
 BIN :=
 else
 PY := $(VENV)/bin/python
 BUILT := $(VENV)/.built
 TOOLS := $(VENV)/.tools
+RIVALS := $(VENV)/.rivals
 BIN := $(VENV)/bin/
 endif
 
@@ -41,8 +44,16 @@ test: $(BUILT)
 	$(PY) -m pytest $$($(PY) -c 'from importlib.util import find_spec as has; \
 	  print("-n $(JOBS)" * bool(has("xdist")), "--timeout 300" * bool(has("pytest_timeout")))') $(ARGS)
 
-bench: $(BUILT)
-	$(PY) benchmarks/compare.py --out build/benchmark $(ARGS)
+# pytest-benchmark's own tables are of our times only; the report has everything.
+bench: $(RIVALS)
+	$(PY) -m pytest benchmarks -q --benchmark-quiet $(ARGS)
+	$(PY) -m benchmarks.report
+
+bench-full: $(RIVALS)
+	$(PY) -m pytest benchmarks -q --benchmark-quiet --full $(ARGS)
+	$(PY) -m benchmarks.report
+	$(PY) -m pytest benchmarks -q --benchmark-quiet --full --threads 1 $(ARGS)
+	$(PY) -m benchmarks.report
 
 lint: $(TOOLS)
 	$(PY) -m ruff check .
@@ -83,5 +94,9 @@ $(BUILT): $(VENV)/.installed setup.py $(GENERATOR) $(wildcard csrc/*)
 
 $(TOOLS): $(BUILT)
 	$(PY) -m pip install --quiet --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+$(RIVALS): $(BUILT)
+	$(PY) -m pip install --quiet --no-build-isolation --editable '.[bench]'
 	@touch $@
 endif

@@ -1,4 +1,4 @@
-"""`python -m fastrnn info | cell | plan | demo`."""
+"""`python -m fastrnn info | cell | plan | demo | bench`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from fastrnn import demo
 
         return demo.main(rest)
+    if given.command == "bench":
+        from fastrnn.bench import command
+
+        return command.main(rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return {"info": _info, "cell": _cell, "plan": _plan}[given.command](given)
@@ -58,6 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="as JSON")
 
     commands.add_parser("demo", add_help=False, help="train a model of torch.nn and ours")
+    commands.add_parser(
+        "bench", add_help=False, help="time a layer of a given shape and its rivals"
+    )
     return parser
 
 

@@ -1,0 +1,263 @@
+"""Tables, plots and a page from what the suite measured on one machine.
+
+    python -m benchmarks.report [benchmarks/results/MACHINE] [--readme README.md]
+
+Without a folder, of the machine measured last. Writes speedup.svg beside the results, the page to
+build/benchmark/MACHINE.html, and with --readme the table of that file between its markers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+
+from fastrnn.bench import store
+from fastrnn.bench.race import TORCH, Row
+from fastrnn.bench.workload import BEST_RIVAL, CELLS
+
+BEGIN, END = "<!-- benchmarks/report.py -->", "<!-- end -->"
+TABLED = ("streaming", "layers", "packed")  # groups of the README's table
+SWEEPS = {"over H": "hidden", "over B": "batch", "over T": "steps"}
+TICKS = (0.5, 1, 2, 5, 10, 20, 50, 100)
+RESULTS = Path(__file__).parent / "results"
+PAGES = Path(__file__).parent.parent / "build" / "benchmark"
+TEMPLATE = Path(__file__).with_name("report.html.jinja")
+
+
+def against(mode: str) -> str:
+    """Whom a mode's figure is set against in tables and plots: training runs in few rivals."""
+    return TORCH if mode == "training" else BEST_RIVAL
+
+
+def shape(row: Row) -> str:
+    """(T, B, I, H) and what else there is to a row's layers."""
+    sizes = f"({row.steps}, {row.batch}, {row.inputs}, {row.hidden})"
+    layers = f", {row.layers} layers" if row.layers > 1 else ""
+    return sizes + layers + (", bidirectional" if row.bidirectional else "")
+
+
+def micros(value: float) -> str:
+    """A time in the unit that reads best."""
+    if value < 1000:
+        return f"{value:.3g} µs"
+    return f"{value / 1e3:.3g} ms" if value < 1e6 else f"{value / 1e6:.3g} s"
+
+
+def readme_table(results: store.Results) -> str:
+    """One line a workload: our time and how many times as fast it is, losses in italics."""
+    rows = {row.key[:3]: row for row, _ in results.rows if row.group in TABLED}
+    lines = [
+        "| T, B, I, H | inference, over the best rival: LSTM | GRU | RNN "
+        "| training, over torch.nn: LSTM | GRU | RNN |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in dict.fromkeys(name for name, _, _ in rows):
+        first = next(row for key, row in rows.items() if key[0] == name)
+        cells = []
+        for modes in (("inference", "step"), ("training",)):
+            for cell in CELLS:
+                found = [rows[name, cell, mode] for mode in modes if (name, cell, mode) in rows]
+                cells.append(_figure(found[0]) if found else "–")
+        lines.append(f"| {name} {shape(first)} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *(f"*{told}*" for told in _conditions(results, rows.values()))])
+
+
+def _figure(row: Row) -> str:
+    ratio = row.speedup(against(row.mode))
+    if ratio is None:
+        return micros(row.ours.median)
+    figure = f"{micros(row.ours.median)}, {ratio:.3g}×"
+    if ratio >= 1:
+        return figure
+    return f"*{figure} {row.rivals[0].name}*" if against(row.mode) == BEST_RIVAL else f"*{figure}*"
+
+
+def _conditions(results: store.Results, rows: Iterable[Row]) -> list[str]:
+    """A sentence for all runs under equal conditions that one of these rows is from."""
+    wanted = {row.key for row in rows}
+    numbers = sorted({number for row, number in results.rows if row.key in wanted})
+    alike: dict[str, list[store.Conditions]] = {}
+    for run in (results.runs[n] for n in numbers):
+        versions = ", ".join(f"{n} {v}" for n, v in run.versions.items() if v != "not installed")
+        about = f"{run.device} ({run.instruction_set}), {run.machine.threads} threads, float32"
+        alike.setdefault(f"{about}; {versions}", []).append(run)
+    told = []
+    for about, runs in alike.items():
+        commits, days, commands = (
+            list(dict.fromkeys(values))
+            for values in (
+                [run.commit for run in runs],
+                [run.date.split()[0] for run in runs],
+                [run.command for run in runs],
+            )
+        )
+        command = (
+            f"`{commands[0]}`" if len(commands) == 1 else "`python -m pytest benchmarks`, in parts"
+        )
+        told.append(f"{about}; commit {', '.join(commits)}, {', '.join(days)}; {command}")
+    return told
+
+
+def rewrite(text: str, table: str) -> str:
+    """`text` with the table between its markers replaced.
+
+    Raises:
+        ValueError: there is no such pair of markers.
+    """
+    pattern = re.compile(f"{re.escape(BEGIN)}\n.*?{re.escape(END)}", re.DOTALL)
+    if not pattern.search(text):
+        raise ValueError(f"there is no {BEGIN} … {END} to put the table into")
+    return pattern.sub(lambda _: f"{BEGIN}\n{table}\n{END}", text, count=1)
+
+
+def plot(results: store.Results, path: Path) -> bool:
+    """Speed-ups over H, B and T, and what a step costs over T; whether there was anything."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    # The same results give the same file.
+    matplotlib.rcParams.update({"svg.hashsalt": "fastrnn", "svg.fonttype": "none"})
+    from matplotlib import pyplot as plt
+
+    rows = [row for row, _ in results.rows if row.group in SWEEPS]
+    if not rows:
+        return False
+    figure, axes = plt.subplots(1, 4, figsize=(13, 3.6), layout="constrained")
+    for axis, (group, size) in zip(axes, SWEEPS.items(), strict=False):
+        for cell, colour in zip(CELLS, ("C0", "C1", "C2"), strict=True):
+            for mode, style in (("inference", "-"), ("training", "--")):
+                line = [r for r in rows if (r.group, r.cell, r.mode) == (group, cell, mode)]
+                line.sort(key=lambda r: getattr(r, size))
+                axis.plot(
+                    [getattr(r, size) for r in line],
+                    [r.speedup(against(mode)) or float("nan") for r in line],
+                    style,
+                    color=colour,
+                    marker="o",
+                    markersize=3,
+                    label=f"{cell.upper()}, {mode}",
+                )
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set(title=next((r.about for r in rows if r.group == group), group))
+        axis.set(xlabel=group.removeprefix("over "), yscale="log")
+        axis.set_yticks(TICKS, [f"{tick:g}" for tick in TICKS])
+    for cell in CELLS:
+        for mode, style in (("inference", "-"), ("training", "--")):
+            line = [r for r in rows if (r.group, r.cell, r.mode) == ("over T", cell, mode)]
+            line.sort(key=lambda r: r.steps)
+            axes[3].plot(
+                [r.steps for r in line],
+                [r.ours.median / r.steps for r in line],
+                style,
+                color=f"C{CELLS.index(cell)}",
+                marker="o",
+                markersize=3,
+            )
+    axes[3].set(title="a step of ours, µs: flat is linear in T", xlabel="T", ylim=(0, None))
+    for axis in axes:
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:.0f}")
+        axis.title.set_fontsize(9)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("times as fast")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8)
+    run = results.runs[-1]
+    figure.suptitle(
+        f"inference over the best of torch.nn and ONNX Runtime, training over torch.nn; "
+        f"{run.device}, {run.machine.threads} threads, float32, commit {run.commit}",
+        fontsize=9,
+    )
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+    return True
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row as the page shows it."""
+
+    row: Row
+    shape: str
+    rival: str
+    rival_micros: float | None
+    ratio: float | None
+    status: str
+    run: int
+
+
+def lines(results: store.Results) -> list[Line]:
+    """All rows, with the worst of their verdicts."""
+    found = []
+    for row, number in results.rows:
+        rival = row.rivals[0] if row.rivals else None
+        worst = [
+            s
+            for s in ("missed", "not measured", "within noise", "reached")
+            if s in {v.status for v in row.verdicts}
+        ]
+        found.append(
+            Line(
+                row,
+                shape(row),
+                rival.name if rival else "",
+                rival.median if rival else None,
+                row.speedup(),
+                worst[0] if worst else "",
+                number,
+            )
+        )
+    return found
+
+
+def page(results: store.Results, svg: str) -> str:
+    """The whole report as one HTML page that needs nothing else."""
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["micros"] = micros
+    shown = lines(results)
+    verdicts = [v for line in shown for v in line.row.verdicts]
+    return environment.from_string(TEMPLATE.read_text()).render(
+        runs=results.runs,
+        lines=shown,
+        counts={
+            status: sum(v.status == status for v in verdicts)
+            for status in ("reached", "within noise", "missed", "not measured")
+        },
+        losses=[line for line in shown if line.ratio is not None and line.ratio < 1],
+        # XML and document type do not belong inside a page.
+        svg=svg[svg.index("<svg") :] if svg else "",
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "results", type=Path, nargs="?", help="a machine's folder, by default the newest"
+    )
+    parser.add_argument("--html", type=Path, help="where to write the page")
+    parser.add_argument("--readme", type=Path, help="rewrite the table of this file")
+    given = parser.parse_args(argv)
+    written = sorted(RESULTS.glob("*/suite.json"), key=lambda file: file.stat().st_mtime)
+    folder = given.results or (written[-1].parent if written else RESULTS)
+    results = store.load(folder / "suite.json")
+    if not results.rows:
+        parser.error(f"{folder} has no suite.json with rows: run `make bench` first")
+    drawing = folder / "speedup.svg"
+    drawn = plot(results, drawing)
+    html = given.html or PAGES / f"{folder.name}.html"
+    html.parent.mkdir(parents=True, exist_ok=True)
+    html.write_text(page(results, drawing.read_text() if drawn else ""))
+    print(f"{html}: {len(results.rows)} rows" + (f"; {drawing}" if drawn else ""))
+    if given.readme:
+        given.readme.write_text(rewrite(given.readme.read_text(), readme_table(results)))
+        print(f"{given.readme}: table rewritten")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,53 @@
+"""Every row of the suite: gated, timed beside its rivals, and kept. No time makes it fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from fastrnn.bench import race
+from fastrnn.bench.machine import Machine
+from fastrnn.bench.workload import Workload
+
+ROUNDS = 5  # of pytest-benchmark's own timing
+
+
+def test_row(
+    benchmark: Any,
+    record_property: Callable[[str, object], None],
+    pytestconfig: pytest.Config,
+    here: Machine,
+    keep: Callable[[race.Row], None],
+    workload: Workload,
+    cell: str,
+    mode: str,
+) -> None:
+    option = pytestconfig.getoption
+    row, ours = race.run(
+        workload,
+        cell,
+        mode,
+        here,
+        seconds=option("seconds"),
+        latency_calls=option("latency_calls"),
+        device=option("device"),
+    )
+    keep(row)
+    record_property("told", told(row))
+    # The interleaved times are what the report uses; these serve to compare runs of ours.
+    benchmark.group = f"{workload.name}, {mode}"
+    benchmark.extra_info.update(row.as_json())
+    with ours.around():
+        benchmark.pedantic(ours.call, rounds=ROUNDS, iterations=row.ours.calls, warmup_rounds=1)
+
+
+def told(row: race.Row) -> str:
+    """A row in one line."""
+    line = f"{row.workload} {row.cell} {row.mode}: {row.ours.name} {row.ours.median:.4g} us"
+    if row.rivals:
+        line += f", {row.rivals[0].name} {row.rivals[0].median:.4g} us, {row.speedup():.2f} x"
+    return line + "".join(
+        f"; {v.status}: {v.against} {v.bound:.3g}" for v in row.verdicts if v.status != "reached"
+    )
