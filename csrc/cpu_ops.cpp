@@ -1,4 +1,5 @@
 // The CPU kernel on tensors: checks, row tables, memory, and the stretches of the way back.
+#include <ATen/EmptyTensor.h>
 #include <ATen/Functions.h>
 
 #include <algorithm>
@@ -11,14 +12,17 @@
 namespace fastrnn {
 namespace {
 
-// at::empty and at::zeros, from pages that cost little to touch first.
-Tensor fresh(at::IntArrayRef size, const at::TensorOptions& options) {
-  Tensor out = at::empty(size, options);
+// at::empty and at::zeros without the dispatcher, which takes longer than a small tensor is worth,
+// and from pages that cost little to touch first.
+Tensor fresh(at::IntArrayRef size, at::ScalarType type) {
+  Tensor out = at::detail::empty_cpu(size, type);
   if (out.nbytes() >= 2 * kHugePage) prefer_huge_pages(out.mutable_data_ptr(), out.nbytes());
   return out;
 }
-Tensor fresh_zeros(at::IntArrayRef size, const at::TensorOptions& options) {
-  return fresh(size, options).zero_();
+Tensor fresh_zeros(at::IntArrayRef size, at::ScalarType type) {
+  Tensor out = fresh(size, type);
+  if (out.nbytes() > 0) std::memset(out.mutable_data_ptr(), 0, out.nbytes());
+  return out;
 }
 
 // Buffers of a call, by their numbers of elements.
@@ -367,18 +371,18 @@ ScanOutputs scan_cpu(const ScanInputs& in, bool tape) {
   check_packed(cell, in, n, compute);
   const Operands operands(in, n, compute);
   const Tensor x = with_unit_stride(in.x);
-  const auto options = x.options();
+  const at::ScalarType stored = x.scalar_type();
 
   auto y_size = x.sizes().vec();
   y_size.back() = n.P * n.Q;
   ScanOutputs out;
   auto& [y, states, kept] = out;
-  y = in.lengths ? fresh_zeros(y_size, options) : fresh(y_size, options);
-  kept = fresh({tape ? n.R : 0, n.P, cell.tape_width(n.projected), n.H}, options);
+  y = in.lengths ? fresh_zeros(y_size, stored) : fresh(y_size, stored);
+  kept = fresh({tape ? n.R : 0, n.P, cell.tape_width(n.projected), n.H}, stored);
   if (in.lengths && tape) kept.zero_();
   std::vector<void*> finals(n.P * cell.states);
   for (int32_t s = 0; s < cell.states; ++s) {
-    states.push_back(fresh({n.P, n.B, n.width(s)}, options));
+    states.push_back(fresh({n.P, n.B, n.width(s)}, stored));
     for (int64_t p = 0; p < n.P; ++p)
       finals[p * cell.states + s] = static_cast<char*>(states.back().mutable_data_ptr()) +
                                     p * n.B * n.width(s) * static_cast<int64_t>(x.itemsize());
@@ -426,7 +430,6 @@ std::vector<Tensor> scan_backward_cpu(const ScanInputs& in, const Incoming& grad
         "] on the CPU, got ", each.sizes(), " on ", each.device());
   }
   const Operands operands(in, n, compute);
-  const auto options = in.x.options().dtype(compute);
   const int64_t S = cell.states, depth = cell.gates * n.H;
   const bool tied = cell.all_tied();
   const Tensor y_rows = y.contiguous(), tape_rows = tape.contiguous();
@@ -437,8 +440,8 @@ std::vector<Tensor> scan_backward_cpu(const ScanInputs& in, const Incoming& grad
   std::vector<void*> carried(n.P * S);
   for (int64_t s = 0; s < S; ++s) {
     const Tensor& last = grads.dstates[s];
-    ds[s] = last.defined() ? last.to(options, false, true).contiguous()
-                           : fresh_zeros({n.P, n.B, n.width(s)}, options);
+    ds[s] = last.defined() ? last.to(compute, false, true).contiguous()
+                           : fresh_zeros({n.P, n.B, n.width(s)}, compute);
     for (int64_t p = 0; p < n.P; ++p)
       carried[p * S + s] = static_cast<char*>(ds[s].mutable_data_ptr()) +
                            p * n.B * n.width(s) * static_cast<int64_t>(ds[s].itemsize());
@@ -463,11 +466,11 @@ std::vector<Tensor> scan_backward_cpu(const ScanInputs& in, const Incoming& grad
   const bool several = n.P > 1 || in.lengths;  // rows of dx that are added to, or never reached
   Gradients out;
   if (needs[kNeedX])
-    out.x = several ? fresh_zeros({n.R, n.I}, options) : fresh({n.R, n.I}, options);
+    out.x = several ? fresh_zeros({n.R, n.I}, compute) : fresh({n.R, n.I}, compute);
   const auto zeros = [&](bool needed, std::vector<Tensor>& to, at::IntArrayRef size) {
     std::vector<void*> pointers;
     for (int64_t p = 0; needed && p < n.P; ++p)
-      pointers.push_back(to.emplace_back(fresh_zeros(size, options)).mutable_data_ptr());
+      pointers.push_back(to.emplace_back(fresh_zeros(size, compute)).mutable_data_ptr());
     return pointers;
   };
   const auto dw_ih = zeros(needs[kNeedWih], out.w_ih, {depth, n.I});

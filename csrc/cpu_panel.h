@@ -42,8 +42,8 @@ FASTRNN_INLINE V broadcast(Scalar<V> value) {
 // Two units, each busy for four cycles with a multiply-add, want eight accumulators or more at a
 // time: a tile of few gets a second and a third set, over k.
 template <int kRows, int kVectors, class T>
-FASTRNN_INLINE void multiply(Vec<T> (&out)[kRows][kVectors], const T* panel, const T* const* rows,
-                             int64_t k0, int64_t k1) {
+FASTRNN_INLINE void multiply_block(Vec<T> (&out)[kRows][kVectors], const T* panel,
+                                   const T* const* rows, int64_t k0, int64_t k1) {
   using V = Vec<T>;
   constexpr int kWidth = kVectors * lanes<V>();
   constexpr int kTile = kRows * kVectors;
@@ -80,6 +80,33 @@ FASTRNN_INLINE void multiply(Vec<T> (&out)[kRows][kVectors], const T* panel, con
 #pragma GCC unroll 8
       for (int set = 1; set < kSets; ++set) out[r][v] = out[r][v] + acc[set][r][v];
     }
+}
+
+// The same for a sum of any length: a long one is taken in blocks, which keeps its rounding errors
+// small.
+constexpr int64_t kSumBlock = 256;
+
+template <int kRows, int kVectors, class T>
+__attribute__((noinline)) void multiply_blocks(Vec<T> (&out)[kRows][kVectors], const T* panel,
+                                               const T* const* rows, int64_t k0, int64_t k1) {
+  for (int64_t k = k0, end; k < k1; k = end) {
+    end = k1 - k < 2 * kSumBlock ? k1 : k + kSumBlock;
+    Vec<T> part[kRows][kVectors];
+    for (int r = 0; r < kRows; ++r)
+      for (int v = 0; v < kVectors; ++v) part[r][v] = splat<Vec<T>>(0);
+    multiply_block<kRows, kVectors, T>(part, panel, rows, k, end);
+    for (int r = 0; r < kRows; ++r)
+      for (int v = 0; v < kVectors; ++v) out[r][v] = out[r][v] + part[r][v];
+  }
+}
+
+template <int kRows, int kVectors, class T>
+FASTRNN_INLINE void multiply(Vec<T> (&out)[kRows][kVectors], const T* panel, const T* const* rows,
+                             int64_t k0, int64_t k1) {
+  if (k1 - k0 < 2 * kSumBlock)
+    multiply_block<kRows, kVectors, T>(out, panel, rows, k0, k1);
+  else
+    multiply_blocks<kRows, kVectors, T>(out, panel, rows, k0, k1);
 }
 
 // Lane l: the dot product of row l of `w` with `x` over [k0, k1); zero for l >= live.
@@ -203,8 +230,11 @@ void pack_transposed(const T* source, int64_t stride, int live, int64_t depth, T
   for (int64_t k = 0; k < depth; k += n) {
     const int columns = static_cast<int>(depth - k < n ? depth - k : n);
     V block[n];
-    for (int l = 0; l < n; ++l)
+    for (int l = 0; l < n; ++l) {
+      // Many streams at a time are more than the processor looks ahead for by itself.
+      if (l < live) __builtin_prefetch(source + l * stride + k + 8 * n);
       block[l] = l < live ? load<V>(source + l * stride + k, columns) : splat<V>(0);
+    }
     transpose<1>(block);
     for (int c = 0; c < columns; ++c) store(panel + ((k + c) * width + at) * n, block[c]);
   }

@@ -55,7 +55,7 @@ class KeptMemory {
   }
 
  private:
-  static constexpr size_t kMost = size_t{16} << 20;
+  static constexpr size_t kMost = size_t{64} << 20;
 
   static char* allocate(size_t bytes) {
     const size_t unit = bytes < kHugePage ? 128 : kHugePage;
