@@ -88,11 +88,22 @@ namespace {
 bool forked = false;
 const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
+// Lengths to one part in eight: a plan hardly depends on them, and asking for one takes longer than
+// a small batch does.
+int64_t about(int64_t n) {
+  int64_t step = 1;
+  while (n / step >= 16) step *= 2;
+  return n / step * step;
+}
+
 int available_threads() { return forked || at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
 }  // namespace
 
-const Choice& choose(const CellFacts& cell, const Problem& p) {
+const Choice& choose(const CellFacts& cell, const Problem& exact) {
+  Problem p = exact;
+  p.steps = about(p.steps);
+  p.rows = about(p.rows);
   thread_local std::map<PlanKey, Choice> known;
   thread_local int64_t epoch = 0;
   const int threads = available_threads();

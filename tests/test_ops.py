@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
-from fastrnn import _C, cells, kernels, ops, plan, reference
+from fastrnn import GRU, _C, cells, kernels, ops, plan, reference
 from tests.support import largest_error
 from tests.test_kernels import operands, planned, run
 
@@ -400,3 +400,14 @@ def test_each_new_plan_is_logged_once(
     logged = capsys.readouterr().err
     assert logged.count("kernel='cpu'") == 1
     assert "hidden=11" in logged
+
+
+def test_ragged_batches_share_plans(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FASTRNN_LOG", "plan")
+    layer = GRU(3, 29)
+    for steps in range(40, 80):
+        layer(torch.randn(steps, 2, 3), lengths=[steps, steps - 7])
+    plans = capsys.readouterr().err.count("Problem(")
+    assert 1 <= plans <= 2 * 8
