@@ -60,15 +60,23 @@ std::vector<Tensor> call_scan_backward(const ScanInputs& in, const Incoming& gra
                  in.lengths, in.resets, in.reverse, y, tape, needs);
 }
 
-// How often a tensor was changed in place, without keeping it alive.
-struct VersionOf : torch::CustomClassHolder {
-  explicit VersionOf(const Tensor& tensor)
-      : counter(tensor.unsafeGetTensorImpl()->version_counter()),
-        saved(counter.current_version()) {}
-  bool changed() const { return counter.current_version() != saved; }
+// What backward must know besides tensors; one object, because each entry of a context costs as
+// much as a small layer.
+struct Call : torch::CustomClassHolder {
+  Call(std::string cell, int64_t reverse, const Sizes& sizes, const Tensor& y)
+      : cell(std::move(cell)),
+        reverse(reverse),
+        sizes(sizes),
+        y_counter(y.unsafeGetTensorImpl()->version_counter()),
+        y_version(y_counter.current_version()) {}
+  // Whether y was changed in place, found out without keeping it alive.
+  bool y_changed() const { return y_counter.current_version() != y_version; }
 
-  c10::VariableVersion counter;
-  uint32_t saved;
+  std::string cell;
+  int64_t reverse;
+  Sizes sizes;
+  c10::VariableVersion y_counter;
+  uint32_t y_version;
 };
 
 std::optional<Tensor> optional(const Tensor& tensor) {
@@ -98,15 +106,13 @@ class ScanFunction : public torch::autograd::Function<ScanFunction> {
       saved.push_back(each ? *each : Tensor());
     // y is the caller's, who may change it in place, as torch.nn allows for most of its layers:
     // saved under a version of its own, and computed again if it was changed.
-    ctx->saved_data["y_version"] = c10::IValue::make_capsule(c10::make_intrusive<VersionOf>(y));
+    ctx->saved_data["call"] =
+        c10::IValue::make_capsule(c10::make_intrusive<Call>(cell, reverse, sizes, y));
     saved.push_back(y.variable_data());
     saved.push_back(tape);
     ctx->save_for_backward(std::move(saved));
     ctx->mark_non_differentiable({tape});
     ctx->set_materialize_grads(false);
-    ctx->saved_data["cell"] = cell;
-    ctx->saved_data["reverse"] = reverse;
-    ctx->saved_data["sizes"] = std::vector<int64_t>{sizes.lanes, sizes.b, sizes.w_hr, sizes.s0};
     variable_list out{y};
     out.insert(out.end(), states.begin(), states.end());
     out.push_back(tape);
@@ -116,16 +122,14 @@ class ScanFunction : public torch::autograd::Function<ScanFunction> {
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     // Operands have their final dtypes, even where backward() is called within autocast.
     c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    const std::string cell = ctx->saved_data["cell"].toStringRef();
-    const int64_t reverse = ctx->saved_data["reverse"].toInt();
-    const auto counts = ctx->saved_data["sizes"].toIntVector();
-    const Sizes sizes{counts[0], counts[1], counts[2], counts[3]};
+    const auto call = c10::static_intrusive_pointer_cast<Call>(ctx->saved_data["call"].toCapsule());
+    const Sizes& sizes = call->sizes;
     const variable_list saved = ctx->get_saved_variables();
     const size_t flat_size = saved.size() - 5;
     const auto batch_sizes = optional(saved[flat_size]), lengths = optional(saved[flat_size + 1]),
                resets = optional(saved[flat_size + 2]);
-    const ScanInputs in = unflattened(cell, TensorList(saved.data(), flat_size), sizes, batch_sizes,
-                                      lengths, resets, reverse);
+    const ScanInputs in = unflattened(call->cell, TensorList(saved.data(), flat_size), sizes,
+                                      batch_sizes, lengths, resets, call->reverse);
     Incoming incoming{grads[0], {grads.begin() + 1, grads.end() - 1}};
 
     auto wanted = [&](size_t first, int64_t count) {
@@ -143,9 +147,7 @@ class ScanFunction : public torch::autograd::Function<ScanFunction> {
     } else {
       at::AutoDispatchBelowADInplaceOrView below;
       Tensor y = saved[flat_size + 3], tape = saved[flat_size + 4];
-      const auto version =
-          c10::static_intrusive_pointer_cast<VersionOf>(ctx->saved_data["y_version"].toCapsule());
-      if (version->changed()) std::tie(y, std::ignore, tape) = call_scan(in, true);
+      if (call->y_changed()) std::tie(y, std::ignore, tape) = call_scan(in, true);
       found = call_scan_backward(in, incoming, y, tape, needs);
     }
 

@@ -27,6 +27,16 @@ inline void prefer_huge_pages(void* memory, size_t bytes) {
 #endif
 }
 
+// For std::free; null when there is no memory. Huge pages lie in one piece, so that a block as
+// large as a cache finds a place for all of it there.
+inline char* allocate(size_t bytes) {
+  const size_t unit = bytes < kHugePage ? 128 : kHugePage;
+  bytes = (bytes + unit - 1) / unit * unit;
+  char* block = static_cast<char*>(std::aligned_alloc(unit, bytes));
+  if (block) prefer_huge_pages(block, bytes);
+  return block;
+}
+
 // Working memory that a thread keeps from call to call, up to a limit; one user at a time, others
 // get memory of their own.
 class KeptMemory {
@@ -56,14 +66,6 @@ class KeptMemory {
 
  private:
   static constexpr size_t kMost = size_t{64} << 20;
-
-  static char* allocate(size_t bytes) {
-    const size_t unit = bytes < kHugePage ? 128 : kHugePage;
-    bytes = (bytes + unit - 1) / unit * unit;
-    char* block = static_cast<char*>(std::aligned_alloc(unit, bytes));
-    if (block) prefer_huge_pages(block, bytes);
-    return block;
-  }
 
   char* block_ = nullptr;
   size_t size_ = 0;

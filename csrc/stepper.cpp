@@ -9,6 +9,8 @@
 #include <cstring>
 #include <new>
 
+#include "memory.h"
+
 #ifdef __linux__
 #include <linux/futex.h>
 #include <sys/syscall.h>
@@ -93,7 +95,7 @@ Stepper::Stepper(const CompiledCell& cell, bool in_double, Storage storage, int6
       each = take(storage == Storage::kSame ? 0 : batch * inputs() * number_);
     x_copy_ = take(batch * inputs() * stored_);
     if (base) continue;
-    memory_.reset(static_cast<char*>(std::aligned_alloc(kLine, used)));
+    memory_.reset(allocate(used));
     if (!memory_) throw std::bad_alloc();
     std::memset(memory_.get(), 0, used);  // padding, states, and pages that are there
   }

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
-from fastrnn import GRU, _C, cells, kernels, ops, plan, reference
+from fastrnn import _C, GRU, cells, kernels, ops, plan, reference
 from tests.support import largest_error
 from tests.test_kernels import operands, planned, run
 
