@@ -104,9 +104,8 @@ def test_ragged_batches_resets_and_chunks(name: str, layout: str, way: str) -> N
             if not isinstance(resets, str):
                 given["resets"] = exact["resets"] = resets
             fields = regime(way, hidden, 1, torch.float64) | {"chunk_rows": chunk}
-            with planned(**fields, **({"batch_tile": 4} if batch > 5 else {})):
-                with kernels.use("triton"):
-                    ours = run(ops.scan, cell, given)
+            with planned(**fields | {"batch_tile": 4}), kernels.use("triton"):
+                ours = run(ops.scan, cell, given)
             for what, right in run(reference.scan, cell, exact).items():
                 assert largest_error(ours[what], right) < 1e-12, (what, resets, chunk)
 
