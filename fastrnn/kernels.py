@@ -172,8 +172,7 @@ def _triton_facts(kind: str, index: int | None, interpreted: bool) -> dict[str, 
         properties = getattr(torch, kind).get_device_properties(index)
         for name, known in {
             "shared_bytes": ("shared_memory_per_block_optin", "local_mem_size"),
-            "registers": ("regs_per_multiprocessor",),
-            "multiprocessors": ("multi_processor_count", "max_compute_units"),
+            "warp": ("warp_size",),
         }.items():
             values = [getattr(properties, k) for k in known if hasattr(properties, k)]
             facts |= {name: int(values[0])} if values else {}

@@ -150,8 +150,8 @@ class _Layer(Freezable, nn.RNNBase):
             release_gil: whether other Python threads may run during a step; see `Stepper`.
 
         Raises:
-            ValueError: for a bidirectional layer or one with heads, a batch or threads below one, or weights on
-                another device than the CPU.
+            ValueError: for a bidirectional layer or one with heads, a batch or threads below one,
+                or weights on another device than the CPU.
             fastrnn.plan.KernelRefused: for a cell of one's own that cannot be compiled.
 
         Example:

@@ -56,8 +56,6 @@ class Device:
     triton: str | None = "Triton is not installed"  # why this cell has no kernel in Triton
     interpreted: bool = False  # Triton runs in its interpreter
     shared_bytes: int = 48 << 10  # memory that the threads of a block may share
-    registers: int = 1 << 16  # of 32 bits, that a block may have
-    multiprocessors: int = 1
     warp: int = 32  # threads that run in step
 
 
@@ -195,10 +193,10 @@ def _cpu_chunk_rows(problem: Problem, device: Device) -> int:
 _TRITON_DEVICES = ("cuda", "xpu")  # torch calls AMD's GPUs cuda as well
 _TRITON_SIZES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 _MATRIX_ROWS = 16  # the least that a product of tiles takes
-# Of the 255 registers a thread can have, what addresses and the cell's arithmetic take; and the
-# weights it can hold besides where no matrix unit multiplies them.
-_OTHER_REGISTERS = 72
-_WEIGHT_REGISTERS = 80
+# Of the 255 registers of a thread, those for the blocks that a step holds, and for weights where
+# no matrix unit multiplies them; addresses and the cell's arithmetic take the others.
+_BLOCK_REGISTERS = 160
+_WEIGHT_REGISTERS = 128
 _TRITON_CHUNK_BYTES = 4 << 20  # of u: it should come from the cache
 _TRITON_STRETCH_BYTES = 64 << 20  # of du, whose products want many rows
 
@@ -231,22 +229,22 @@ def _triton_configure(problem: Problem, device: Device) -> Plan:
     weights = problem.gates * padded * padded
     # One row reads every weight once: multiplying and adding is quicker while registers hold them
     # all. Float64 has no matrix units in Triton.
-    held = min(16, max(4, _power_of_two(-(-weights * words // (32 * _WEIGHT_REGISTERS)))))
-    one_row = problem.batch == 1 and weights * words <= 32 * held * _WEIGHT_REGISTERS
+    warps = 4 if padded <= 32 or device.warp > 32 else 8
+    threads = warps * device.warp
+    one_row = problem.batch == 1 and weights * words <= threads * _WEIGHT_REGISTERS
     matrix_units = itemsize < 8 and not one_row
     batch_tile = _MATRIX_ROWS if matrix_units else 1
     # Blocks that live at once: inputs of this step and the next, sums, states before and after.
     blocks = (3 * problem.gates + (4 if problem.backward else 2) * problem.states) * words
     if matrix_units:
-        wanted = _warps(blocks * batch_tile * padded)
-        # Float32 is split in three for matrix units, which takes registers of its own.
         fits = (
-            wanted > 0
+            blocks * batch_tile * padded <= threads * _BLOCK_REGISTERS
             and weights * itemsize + 2 * batch_tile * padded * 4 <= device.shared_bytes
+            # Split in three for matrix units, weights of float32 take registers besides.
             and (itemsize < 4 or padded <= 64)
         )
     else:
-        wanted, fits = held, weights * words <= 32 * held * _WEIGHT_REGISTERS
+        fits = weights * words <= threads * _WEIGHT_REGISTERS
     row = problem.gates * problem.hidden * itemsize * problem.lanes
     most = _TRITON_STRETCH_BYTES if problem.backward else _TRITON_CHUNK_BYTES
     plan = Plan(
@@ -257,32 +255,22 @@ def _triton_configure(problem: Problem, device: Device) -> Plan:
     )
     if fits:
         return replace(
-            plan, resident=True, unit_tile=padded, depth_tile=padded, warps=wanted, stages=1
+            plan, resident=True, unit_tile=padded, depth_tile=padded, warps=warps, stages=1
         )
     if not matrix_units:
         return replace(plan, unit_tile=min(padded, 32), depth_tile=min(padded, 32), warps=8)
-    # A tile of the weights of every gate is under way for each stage, in half of what there is.
-    unit_tile, depth_tile, stages = min(padded, 64), min(padded, 64), 3
+    # Tiles of the weights of every gate are under way for each stage, in half of what there is.
+    unit_tile, depth_tile, stages = min(padded, 32), min(padded, 128), 3
     while stages * problem.gates * unit_tile * depth_tile * itemsize > device.shared_bytes // 2:
-        if depth_tile > 16:
+        if depth_tile > 32:
             depth_tile //= 2
-        elif unit_tile > 16:
-            unit_tile //= 2
         elif stages > 1:
             stages -= 1
+        elif unit_tile > 16:
+            unit_tile //= 2
         else:
             break
-    warps = _warps(blocks * batch_tile * unit_tile) or 16
-    return replace(plan, unit_tile=unit_tile, depth_tile=depth_tile, warps=warps, stages=stages)
-
-
-def _warps(registers: int) -> int:
-    """Warps for a program whose blocks take that many registers, 0 if they do not fit."""
-    for warps in (16, 8, 4):
-        each = registers // (32 * warps)
-        if (each >= 48 or warps == 4) and each <= min(255, (1 << 16) // (32 * warps)) - _OTHER_REGISTERS:
-            return warps
-    return 0
+    return replace(plan, unit_tile=unit_tile, depth_tile=depth_tile, warps=8, stages=stages)
 
 
 def _power_of_two(number: int) -> int:

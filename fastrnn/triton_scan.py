@@ -26,7 +26,16 @@ from fastrnn import codegen, jit
 from fastrnn.codegen import Derived
 from fastrnn.plan import Plan
 
-__all__ = ["Operands", "backward", "cell_module", "forward", "interpreted", "meta_arguments"]
+__all__ = [
+    "Operands",
+    "backward",
+    "cell_module",
+    "compile_options",
+    "forward",
+    "interpreted",
+    "meta_arguments",
+    "precision",
+]
 
 
 @dataclass(frozen=True)
@@ -104,6 +113,19 @@ def meta_arguments(
         "BK": plan.depth_tile,
     }
     return common | ({"DY": dy} if backward else {"BIAS": bias, "TAPE": tape})
+
+
+def compile_options(plan: Plan, nvidia: bool) -> dict[str, Any]:
+    """How a kernel is compiled, besides its arguments."""
+    options: dict[str, Any] = {
+        "num_warps": plan.warps,
+        "num_stages": plan.stages,
+        "enable_fp_fusion": True,
+    }
+    if nvidia and not plan.resident:
+        # Without this the compiler spills registers to make room for a second program.
+        options["maxnreg"] = min(255, (1 << 16) // (32 * plan.warps))
+    return options
 
 
 class _Scan:
@@ -192,7 +214,7 @@ class _Scan:
         from fastrnn import triton_sweep
 
         grid = (-(-self.batch // plan.batch_tile), self.lanes)
-        options = {"num_warps": plan.warps, "num_stages": plan.stages, "enable_fp_fusion": True}
+        options = compile_options(plan, _is_nvidia(self.given.x.device))
         with _on(self.given.x.device):
             getattr(triton_sweep, kernel)[grid](*arguments, **meta, **options)
 
@@ -295,7 +317,13 @@ def backward(
 
     found = _Gradients(scan, need_x, need_ih, need_hh, need_bias)
     meta = meta_arguments(
-        derived, plan, hidden, precision(x.dtype, _is_nvidia(x.device)), True, dy=dy is not None, **scan.flags()
+        derived,
+        plan,
+        hidden,
+        precision(x.dtype, _is_nvidia(x.device)),
+        True,
+        dy=dy is not None,
+        **scan.flags(),
     )
     kernel = "backward_resident" if plan.resident else "backward_streamed"
     y, tape = y.contiguous(), tape.contiguous()

@@ -1,5 +1,7 @@
 # mypy: ignore-errors
-# Triton's functions have no types: they are compiled, not run.
+# ruff: noqa: RUF005, SIM108
+# Triton's functions have no types: they are compiled, not run. It has no unpacking of tuples, and
+# what depends on a constant reads best as `if`.
 """The sweep in Triton, forward and backward, for any cell.
 
 A program runs one scan `p` and one tile of `BB` rows of the batch from the first step of a chunk to
@@ -186,9 +188,7 @@ def forward_resident(
         own = ahead
         later = tl.minimum(step + 1, high - 1)
         t_later = tl.where(backward, steps - 1 - later, later)
-        ahead = _gates(
-            u, _rows(first, t_later, b, batch, PACKED), n, t_later < stop, H, G
-        )
+        ahead = _gates(u, _rows(first, t_later, b, batch, PACKED), n, t_later < stop, H, G)
         recurrent = ()
         for g in tl.static_range(G):
             recurrent = recurrent + (_times(before[0], w[g], DOT, PRECISION),)
@@ -271,7 +271,7 @@ def forward_streamed(
         for n0 in tl.range(0, H, BN, num_stages=1):
             n = n0 + tl.arange(0, BN)
             recurrent = ()
-            for g in tl.static_range(G):
+            for _g in tl.static_range(G):
                 recurrent = recurrent + (tl.zeros((BB, BN), dtype),)
             for k0 in tl.range(0, H, BK):
                 k = k0 + tl.arange(0, BK)
@@ -538,7 +538,7 @@ def backward_streamed(
             carried = ()
             for j in tl.static_range(S):
                 carried = carried + (tl.load(lane + j * state + n[None, :], mask=here, other=0.0),)
-            kept, before, after, dafter, cut = _step_backward(
+            kept, before, after, dafter, _cut_here = _step_backward(
                 dy, y, tape, s0, carried, first, resets, rows, t, b, n, p, lanes, stop, steps,
                 batch, backward, H, S, K, DY, PACKED, RESETS,
             )  # fmt: skip

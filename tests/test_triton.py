@@ -36,9 +36,9 @@ ONE_ROW = {"batch_tile": 1, "matrix_units": False}
 def test_in_the_interpreter(part: str) -> None:
     """Everything below."""
     chosen = "not resident and not streamed" if part == "rest" else part
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen]
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen]
-        + [__file__],
+        [*command, __file__],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

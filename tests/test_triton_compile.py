@@ -8,6 +8,7 @@ instructions in it and the size of its code.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import re
 import subprocess
@@ -45,9 +46,7 @@ class Target:
 
     @property
     def device(self) -> plan.Device:
-        return plan.Device(
-            kind="cuda", triton=None, shared_bytes=self.shared_bytes, warp=self.warp
-        )
+        return plan.Device(kind="cuda", triton=None, shared_bytes=self.shared_bytes, warp=self.warp)
 
 
 TARGETS = [
@@ -71,6 +70,7 @@ POINTERS = {
 class Report:
     problem: plan.Problem
     plan: plan.Plan
+    packed: bool
     shared: int
     registers: int
     spilled: int  # instructions or registers
@@ -84,8 +84,8 @@ class Report:
         mix = " ".join(f"{name} {n}" for name, n in self.mix.items())
         return (
             f"{p.cell:8} {direction:8} H {p.hidden:4} {p.dtype:8} rows {q.batch_tile:2} "
-            f"{way:18} warps {q.warps:2}  shared {self.shared:6}  registers {self.registers:3}  "
-            f"spilled {self.spilled}  {mix}"
+            f"{way:18} {'packed ' * self.packed}warps {q.warps:2}  shared {self.shared:6}  "
+            f"registers {self.registers:3}  spilled {self.spilled}  {mix}"
         )
 
 
@@ -101,9 +101,7 @@ def compiled(target: Target, problem: plan.Problem, packed: bool = False) -> Rep
     assert chosen.kernel == "triton"
     precision = triton_scan.precision(getattr(torch, problem.dtype), target.backend == "cuda")
     direction = "backward" if problem.backward else "forward"
-    kernel = getattr(
-        triton_sweep, f"{direction}_{'resident' if chosen.resident else 'streamed'}"
-    )
+    kernel = getattr(triton_sweep, f"{direction}_{'resident' if chosen.resident else 'streamed'}")
     only = {} if problem.backward else {"bias": not all(derived.tied), "tape": problem.tape}
     meta = triton_scan.meta_arguments(
         derived, chosen, problem.hidden, precision, problem.backward,
@@ -130,16 +128,12 @@ def compiled(target: Target, problem: plan.Problem, packed: bool = False) -> Rep
     made = triton.compile(
         source,
         target=GPUTarget(target.backend, target.arch, target.warp),
-        options={
-            "num_warps": chosen.warps,
-            "num_stages": chosen.stages,
-            "enable_fp_fusion": True,
-        },
+        options=triton_scan.compile_options(chosen, target.backend == "cuda"),
     )
     shared = made.metadata.shared
     if target.backend == "hip":
-        return Report(problem, chosen, shared, *_amd(made.asm["amdgcn"]))
-    return Report(problem, chosen, shared, *_nvidia(made.asm["cubin"]))
+        return Report(problem, chosen, packed, shared, *_amd(made.asm["amdgcn"]))
+    return Report(problem, chosen, packed, shared, *_nvidia(made.asm["cubin"]))
 
 
 def _nvidia(cubin: bytes) -> tuple[int, int, dict[str, int]]:
@@ -177,20 +171,27 @@ def _output(*command: Any) -> str:
     ).stdout
 
 
-def problems(full: bool) -> Iterator[plan.Problem]:
-    """A problem for every kernel the plan can choose; `full`: more sizes and cells."""
-    dtypes = ["bfloat16", "float32"]
-    sizes = [64, 128, 256]
-    for cell in ["lstm", "gru", "rnn_tanh"] if full else ["lstm", "gru"]:
-        made = cells.get(cell)
-        for dtype in [*dtypes, "float64", "float16"] if full else dtypes:
-            for hidden in [16, 32, *sizes, 100, 512, 1000] if full else sizes:
-                for batch in (1, 64):
-                    for backward in (False, True):
-                        yield plan.Problem(
-                            cell, 100, batch, 64, hidden, len(made.gates), len(made.states),
-                            dtype=dtype, tape=True, backward=backward,
-                        )  # fmt: skip
+def problems(target: Target, full: bool) -> Iterator[tuple[plan.Problem, bool]]:
+    """A problem for every kernel that the plan can choose, and whether it is packed, with resets;
+    `full`: more cells, types and sizes."""
+    some = {"lstm": {"bfloat16": (64, 128, 256), "float32": (64, 256)}, "gru": {"bfloat16": (128,)}}
+    if full:
+        sizes = (1, 32, 64, 100, 128, 256, 512, 1000)
+        some = {cell: dict.fromkeys(POINTERS, sizes) for cell in ("lstm", "gru", "rnn_tanh")}
+    for cell, dtypes in some.items():
+        made, seen = cells.get(cell), set()
+        for dtype, sizes in dtypes.items():
+            for hidden, batch, backward in itertools.product(sizes, (1, 64), (False, True)):
+                problem = plan.Problem(
+                    cell, 100, batch, 64, hidden, len(made.gates), len(made.states),
+                    dtype=dtype, tape=True, backward=backward,
+                )  # fmt: skip
+                kernel = (dtype, hidden, backward, plan.choose(problem, target.device))
+                if kernel not in seen:
+                    seen.add(kernel)
+                    yield problem, False
+                    if hidden == 64 and (full or dtype == "bfloat16"):
+                        yield problem, True
 
 
 def verdict(target: Target, report: Report) -> str:
@@ -205,12 +206,40 @@ def main(names: list[str], full: bool) -> int:
         if names and target.name not in names:
             continue
         print(target.name)
-        for problem in problems(full):
-            report = compiled(target, problem)
+        for problem, packed in problems(target, full):
+            report = compiled(target, problem, packed)
             wrong = verdict(target, report)
             bad += bool(wrong)
             print(f"  {report.row}  {wrong}", flush=True)
     return bad
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda t: t.name)
+def test_kernels_fit_and_spill_nothing(target: Target) -> None:
+    """In a process of its own, where Triton is not the interpreter that other tests need."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.test_triton_compile", target.name],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+
+
+def test_what_a_batch_decides_is_no_constant_of_a_kernel() -> None:
+    from fastrnn import triton_sweep
+
+    if triton_scan.interpreted():
+        pytest.skip("needs Triton's compiler")
+    for name in ("forward", "backward"):
+        for way in ("resident", "streamed"):
+            kernel = getattr(triton_sweep, f"{name}_{way}")
+            free = {p.name for p in kernel.params if p.do_not_specialize}
+            assert free == set(triton_sweep._RUN_TIME)
+            constants = {p.name for p in kernel.params if p.is_constexpr}
+            assert not constants & {"T", "B", "I", "P", *triton_sweep._RUN_TIME}
 
 
 if __name__ == "__main__":
