@@ -197,6 +197,7 @@ _MATRIX_ROWS = 16  # the least that a product of tiles takes
 # no matrix unit multiplies them; addresses and the cell's arithmetic take the others.
 _BLOCK_REGISTERS = 160
 _WEIGHT_REGISTERS = 128
+_OTHER_SHARED_BYTES = 16 << 10
 _TRITON_CHUNK_BYTES = 4 << 20  # of u: it should come from the cache
 _TRITON_STRETCH_BYTES = 64 << 20  # of du, whose products want many rows
 
@@ -204,6 +205,8 @@ _TRITON_STRETCH_BYTES = 64 << 20  # of du, whose products want many rows
 def _triton_refuse(problem: Problem, device: Device) -> str | None:
     if device.triton is not None:
         return device.triton
+    if not device.compiled:  # what the operator knows of a cell comes with its code for CPUs
+        return f"there is no compiled code for cell {problem.cell!r}"
     if problem.dtype not in _TRITON_SIZES:
         return f"it computes {', '.join(_TRITON_SIZES)}, not {problem.dtype}"
     if device.kind == "cpu" and device.interpreted:
@@ -239,8 +242,9 @@ def _triton_configure(problem: Problem, device: Device) -> Plan:
     if matrix_units:
         fits = (
             blocks * batch_tile * padded <= threads * _BLOCK_REGISTERS
-            and weights * itemsize + 2 * batch_tile * padded * 4 <= device.shared_bytes
-            # Split in three for matrix units, weights of float32 take registers besides.
+            # Float32 is split in two parts for matrix units.
+            and weights * itemsize * (1 if itemsize < 4 else 2) + 2 * batch_tile * padded * 4
+            <= device.shared_bytes
             and (itemsize < 4 or padded <= 64)
         )
     else:
@@ -259,9 +263,13 @@ def _triton_configure(problem: Problem, device: Device) -> Plan:
         )
     if not matrix_units:
         return replace(plan, unit_tile=min(padded, 32), depth_tile=min(padded, 32), warps=8)
-    # Tiles of the weights of every gate are under way for each stage, in half of what there is.
-    unit_tile, depth_tile, stages = min(padded, 32), min(padded, 128), 3
-    while stages * problem.gates * unit_tile * depth_tile * itemsize > device.shared_bytes // 2:
+    # The tiles of the weights of every gate that are under way share the memory with one of h.
+    unit_tile, depth_tile, stages = min(padded, 32), min(padded, 128 if itemsize == 2 else 64), 3
+    tile = problem.gates * itemsize
+    while (
+        max(1, stages - 1) * tile * unit_tile * depth_tile + _OTHER_SHARED_BYTES
+        > device.shared_bytes
+    ):
         if depth_tile > 32:
             depth_tile //= 2
         elif stages > 1:

@@ -137,7 +137,8 @@ def compiled(target: Target, problem: plan.Problem, packed: bool = False) -> Rep
 
 
 def _nvidia(cubin: bytes) -> tuple[int, int, dict[str, int]]:
-    """Registers, spills and instructions. Spills show in the stack and in STL, not in REG."""
+    """Registers, spills and instructions. Spills show in the stack and in STL, not in REG; a few
+    registers that are put aside once, before the sweep, are none."""
     import triton.backends.nvidia
 
     tools = Path(triton.backends.nvidia.__file__).parent / "bin"
@@ -148,11 +149,28 @@ def _nvidia(cubin: bytes) -> tuple[int, int, dict[str, int]]:
         code = _output(tools / "nvdisasm", "-c", file.name)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
+    spilled = max(int(found[2]) - _STACK, 0) + _in_loops(code, r"\b(STL|LDL)\b")
     names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9]+)", code, re.M)
     counts = Counter(names)
     mix = {name: n for name, n in counts.items() if "MMA" in name or name in ("FFMA", "DFMA")}
     mix["all"] = len(names)
-    return int(found[1]), max(int(found[2]), counts["STL"]), mix
+    return int(found[1]), spilled, mix
+
+
+_STACK = 32  # bytes of a thread
+_RELOADS = 2  # of a spilled register in a step, of a thousand instructions: the allocator's noise
+
+
+def _in_loops(code: str, instruction: str) -> int:
+    """How many lines between a label and a jump back to it have the instruction."""
+    lines = code.splitlines()
+    labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"\s*(\.L_x_\d+):", line))}
+    inside: set[int] = set()
+    for i, line in enumerate(lines):
+        jump = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
+        if jump and labels.get(jump[1], i) < i - 1:
+            inside.update(range(labels[jump[1]], i))
+    return sum(bool(re.search(instruction, lines[i])) for i in inside)
 
 
 def _amd(assembly: str) -> tuple[int, int, dict[str, int]]:
@@ -174,7 +192,10 @@ def _output(*command: Any) -> str:
 def problems(target: Target, full: bool) -> Iterator[tuple[plan.Problem, bool]]:
     """A problem for every kernel that the plan can choose, and whether it is packed, with resets;
     `full`: more cells, types and sizes."""
-    some = {"lstm": {"bfloat16": (64, 128, 256), "float32": (64, 256)}, "gru": {"bfloat16": (128,)}}
+    some = {
+        "lstm": {"bfloat16": (64, 128, 256), "float32": (64, 256)},
+        "gru": {"bfloat16": (128,), "float32": (64,)},
+    }
     if full:
         sizes = (1, 32, 64, 100, 128, 256, 512, 1000)
         some = {cell: dict.fromkeys(POINTERS, sizes) for cell in ("lstm", "gru", "rnn_tanh")}
@@ -197,7 +218,7 @@ def problems(target: Target, full: bool) -> Iterator[tuple[plan.Problem, bool]]:
 def verdict(target: Target, report: Report) -> str:
     if report.shared > target.shared_bytes:
         return f"needs {report.shared} bytes of shared memory, of {target.shared_bytes}"
-    return f"spills ({report.spilled})" if report.spilled else ""
+    return f"spills ({report.spilled})" if report.spilled > _RELOADS else ""
 
 
 def main(names: list[str], full: bool) -> int:
