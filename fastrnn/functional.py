@@ -388,8 +388,9 @@ def _check_sizes(
 ) -> None:
     if not weights or len(weights) % (heads * (2 if bidirectional else 1)):
         raise ValueError(
-            f"weights must hold one list for every layer, direction and head, got {len(weights)} "
-            f"with bidirectional={bidirectional} and heads={heads}"
+            f"weights must hold one list for every layer and direction, got {len(weights)} "
+            f"with bidirectional={bidirectional}"
+            + (f", and for every one of heads={heads}" if heads > 1 else "")
         )
     check_dtype(input, weights[0][0])
     check_device(input, weights[0][0])

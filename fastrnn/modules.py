@@ -628,7 +628,7 @@ def _check_heads(heads: int, hidden_size: int, bidirectional: bool, proj_size: i
         raise ValueError(
             "heads are not projected; use proj_size=0, or a torch.nn.Linear behind the layer"
         )
-    if heads * (1 + bidirectional) > _MOST_SCANS:
+    if heads * (2 if bidirectional else 1) > _MOST_SCANS:
         raise ValueError(
             f"a layer runs at most {_MOST_SCANS} recurrences side by side, got heads={heads} with "
             f"bidirectional={bidirectional}"

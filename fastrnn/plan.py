@@ -264,7 +264,7 @@ def _triton_configure(problem: Problem, device: Device) -> Plan:
     if not matrix_units:
         return replace(plan, unit_tile=min(padded, 32), depth_tile=min(padded, 32), warps=8)
     # The tiles of the weights of every gate that are under way share the memory with one of h.
-    unit_tile, depth_tile, stages = min(padded, 32), min(padded, 128 if itemsize == 2 else 64), 3
+    unit_tile, depth_tile, stages = min(padded, 32), min(padded, 128 if itemsize == 2 else 32), 3
     tile = problem.gates * itemsize
     while (
         max(1, stages - 1) * tile * unit_tile * depth_tile + _OTHER_SHARED_BYTES
