@@ -237,8 +237,11 @@ def forward(
     b_ih, b_hh = (_stacked(b) if b else None for b in (given.b_ih, given.b_hh))
     apart = not all(derived.tied)
     if b_ih is not None and b_hh is not None:
-        tied = torch.tensor(derived.tied, device=x.device).repeat_interleave(hidden)
-        b_ih = torch.where(tied, b_ih + b_hh, b_ih) if apart else b_ih + b_hh
+        b_ih = b_ih.clone()
+        for g, tied in enumerate(derived.tied):
+            if tied:
+                part = slice(g * hidden, (g + 1) * hidden)
+                b_ih[:, part] += b_hh[:, part]
     meta = meta_arguments(
         derived,
         plan,
