@@ -1,6 +1,8 @@
-"""Every Triton kernel that the plan can choose is compiled for the GPUs it is meant for, without
-one: it must fit into shared memory and spill no registers.
+"""Triton kernels are compiled for the GPUs they are meant for, without one: they must fit into
+shared memory and spill no registers in the sweep, but for the few of `_STACK` and `_RELOADS`.
 
+The tests take a selection: both ways of the plan, in both directions. With `--full` it is every
+cell, type and size below, which takes many minutes.
 `python -m tests.test_triton_compile` prints what each needs: registers, shared memory, the matrix
 instructions in it and the size of its code.
 """
