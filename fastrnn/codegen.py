@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +41,7 @@ __all__ = [
     "header",
     "key",
     "struct_name",
+    "triton",
     "write_header",
 ]
 
@@ -409,6 +411,66 @@ def _cpp_number(label: str) -> str:
     if value in (float("inf"), float("-inf")):
         return ("-" if value < 0 else "") + "std::numeric_limits<double>::infinity()"
     return label
+
+
+def triton(derived: Derived) -> str:
+    """The cell's two functions as the source of a Triton module.
+
+    `forward(u, v, s)` gives the next states and then the kept values, and
+    `backward(kept, s, after, dafter)` the gradients of `u`, `v` and the states, all as tuples of
+    blocks. For a tied gate `v` is the sum of both projections, `u` is not read, and the gradients
+    of both are the same.
+    """
+    forward = _triton_function(derived, "forward", ("u", "v", "s"), derived.step)
+    backward = _triton_function(
+        derived, "backward", ("kept", "s", "after", "dafter"), derived.gradients
+    )
+    called = sorted({n.op for n in ordered([*derived.step, *derived.gradients])} - _OPERATORS)
+    return f"""\
+# {_one_line(derived.name)}: gates {" ".join(derived.gates)}, states {" ".join(derived.states)}; \
+keeps {" ".join(derived.kept) or "nothing"}
+import triton
+import triton.language as tl
+
+from fastrnn.triton_math import {", ".join([*called, "constant"])}
+
+
+{forward}
+
+{backward}"""
+
+
+_OPERATORS = frozenset(
+    {"input", "const", "add", "sub", "mul", "div", "neg", "lt", "le", "gt", "ge", "eq", "ne"}
+)
+
+
+def _triton_function(
+    derived: Derived, name: str, inputs: Sequence[str], outputs: Sequence[Expr]
+) -> str:
+    places = {f"{side}.{g}": f"{side}[{k}]" for side in "uv" for k, g in enumerate(derived.gates)}
+    places |= {f"a.{g}": f"v[{k}]" for k, g in enumerate(derived.gates)}
+    for k, state in enumerate(derived.states):
+        places |= {f"s.{state}": f"s[{k}]", f"next.{state}": f"after[{k}]"}
+        places[f"dnext.{state}"] = f"dafter[{k}]"
+    places |= {f"kept.{n}": f"kept[{k}]" for k, n in enumerate(derived.kept)}
+    constants: dict[str, str] = {}
+
+    def leaf(node: Expr) -> str:
+        if node.op == "input":
+            return places[node.label]
+        return constants.setdefault(node.label, f"c{len(constants)}")
+
+    lines, names = write(list(outputs), leaf)
+    body = [f"{c} = constant({_triton_number(v)}, s[0].dtype)" for v, c in constants.items()]
+    body += [f"{to} = {text}" for _, to, text in lines]
+    body += [f"return ({', '.join(names)},)"]
+    head = f"@triton.jit\ndef {name}({', '.join(inputs)}):\n"
+    return head + "".join(f"    {line}\n" for line in body)
+
+
+def _triton_number(label: str) -> str:
+    return label if math.isfinite(float(label)) else f'float("{float(label)}")'
 
 
 def header(deriveds: Sequence[Derived], names: Sequence[str] | None = None) -> str:

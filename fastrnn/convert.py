@@ -64,6 +64,8 @@ def _target(module: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) 
         raise TypeError(
             f"cannot convert this {source.__qualname__}: its forward was replaced on the instance"
         )
+    if getattr(module, "heads", 1) > 1:
+        raise TypeError(f"cannot convert this {source.__qualname__}: torch.nn has no heads")
     return classes[source]
 
 
@@ -99,7 +101,7 @@ def detour(module: nn.Module, input: Any, extras: dict[str, Any] | None = None) 
         torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
     ):
         known = [c for c in type(module).__mro__ if c in TO_TORCH]
-        if known and not extras:
+        if known and not extras and getattr(module, "heads", 1) == 1:
             return _convert(module, TO_TORCH[known[0]]).forward
     if isinstance(input, Proxy):
         tracer: Any = input.tracer

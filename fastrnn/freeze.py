@@ -37,7 +37,7 @@ class Freezable(nn.Module):
         raise NotImplementedError
 
     def _weights(self) -> list[list[Tensor]]:
-        """For every layer and direction what `functional.rnn` takes."""
+        """For every layer, direction and head what `functional.rnn` takes."""
         raise NotImplementedError
 
     def _weight_names(self) -> list[str]:
@@ -51,12 +51,12 @@ class Freezable(nn.Module):
         for each in parameters.values():
             if each is not None:
                 each.requires_grad_(False)
-        directions = 2 if getattr(self, "bidirectional", False) else 1
+        scans = (2 if getattr(self, "bidirectional", False) else 1) * getattr(self, "heads", 1)
         weights = self._weights()
         with torch.no_grad():
             layers = tuple(
-                ops.pack(self._cell(), weights[first : first + directions])
-                for first in range(0, len(weights), directions)
+                ops.pack(self._cell(), weights[first : first + scans])
+                for first in range(0, len(weights), scans)
             )
         self._frozen = Frozen(layers, tuple(sorted(trained)))
 

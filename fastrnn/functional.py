@@ -29,6 +29,7 @@ def rnn(
     hx: States | None = None,
     *,
     bidirectional: bool = False,
+    heads: int = 1,
     batch_first: bool = False,
     dropout: float = 0.0,
     training: bool = False,
@@ -44,10 +45,13 @@ def rnn(
         cell: the cell, with `G` gates and `S` states.
         input: [T, B, I]; [B, T, I] with `batch_first`; [T, I] unbatched; or a `PackedSequence`.
         weights: for every layer and direction `[w_ih, w_hh, b_ih, b_hh, w_hr]`, the biases and
-            the projection where there are such: what `all_weights` of torch's layers holds.
+            the projection where there are such: what `all_weights` of torch's layers holds. With
+            `heads`, such a list for every head of those, in turn, of H/heads units each.
         hx: initial states, [L*D, B, H] ([L*D, H] unbatched; state 0 as wide as the projection);
             one tensor for a cell of one state, a sequence of `S` otherwise. None for zeros.
         bidirectional: run a second direction from the end; outputs are concatenated.
+        heads: independent recurrences side by side over the same input; outputs and states are
+            concatenated.
         batch_first: whether `input`, the output and `resets` have the batch first. States do not.
         dropout: probability of zeroing outputs between layers, when `training`. Draws the same
             random numbers as torch.nn does.
@@ -107,7 +111,7 @@ def rnn(
             states = tuple(s.index_select(1, order) for s in states)
         given = states if len(cell.states) > 1 else states[0]
     if check is None:
-        _check_sizes(cell, x, given, batch_sizes, weights, bidirectional, batch_first)
+        _check_sizes(cell, x, given, batch_sizes, weights, bidirectional, heads, batch_first)
     else:
         check(x, given, batch_sizes, weights[0][0])
     if states:
@@ -128,14 +132,17 @@ def rnn(
     if resets is not None:
         resets = _check_resets(resets, x, batch_sizes, order, batch_first and batched)
     if not states and (batch_sizes is not None or (lengths is not None and x.size(0) == 0)):
-        states = _zeros(cell, x, weights, _batch_size(x, batch_sizes, order))
+        states = _zeros(cell, x, weights, heads, _batch_size(x, batch_sizes, order))
 
+    if heads > 1:
+        states = tuple(_split(s, heads) for s in states)
     y, final = _stack(
         cell,
         x,
         weights,
         states,
         2 if bidirectional else 1,
+        heads,
         dropout if training else 0.0,
         batch_sizes,
         lengths,
@@ -143,6 +150,8 @@ def rnn(
         packed,
     )
 
+    if heads > 1:
+        final = [_joined(s, heads) for s in final]
     if restore is not None:
         final = [s.index_select(1, restore) for s in final]
     if not batched:
@@ -211,20 +220,25 @@ def _stack(
     weights: Sequence[Sequence[Tensor]],
     s0: Sequence[Tensor],
     directions: int,
+    heads: int,
     dropout: float,
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     resets: Tensor | None,
     packed: Sequence[ops.Packed | None],
 ) -> tuple[Tensor, Sequence[Tensor]]:
-    """Layers on canonical operands: `x` [T, B, I] or packed [R, I], `s0` `S` times [L*D, B, *]."""
-    last = len(weights) - directions
+    """Layers on canonical operands: `x` [T, B, I] or packed [R, I], `s0` `S` times
+    [L*D*heads, B, *]."""
+    scans = directions * heads
+    last = len(weights) - scans
+    reverse = 0 if directions == 1 else (1 << heads) - 1 << heads  # the second half
+    reverse -= (reverse >> 63) << 64  # as a signed number of 64 bits
     finals = []
-    for first in range(0, len(weights), directions):
-        w_ih, w_hh, *rest = zip(*weights[first : first + directions], strict=True)
+    for first in range(0, len(weights), scans):
+        w_ih, w_hh, *rest = zip(*weights[first : first + scans], strict=True)
         b_ih, b_hh = rest[:2] if len(rest) > 1 else ((), ())
         w_hr = rest[-1] if len(rest) & 1 else ()
-        s = s0 if last == 0 else [h[first : first + directions] for h in s0]
+        s = s0 if last == 0 else [h[first : first + scans] for h in s0]
         x, final = ops.scan(
             cell,
             x,
@@ -237,8 +251,8 @@ def _stack(
             batch_sizes,
             lengths,
             resets,
-            0 if directions == 1 else 0b10,
-            packed[first // directions] if packed else None,
+            reverse,
+            packed[first // scans] if packed else None,
         )
         finals.append(final)
         if dropout and first < last:
@@ -328,10 +342,24 @@ def _states(cell: Cell, hx: States, rank: int) -> tuple[Tensor, ...]:
     return states
 
 
-def _widths(cell: Cell, weight: Sequence[Tensor]) -> list[int]:
+def _split(state: Tensor, heads: int) -> Tensor:
+    """[L*D, B, H] as [L*D*heads, B, H/heads]."""
+    count, batch, width = state.shape
+    apart = state.view(count, batch, heads, width // heads).transpose(1, 2)
+    return apart.reshape(count * heads, batch, width // heads)
+
+
+def _joined(state: Tensor, heads: int) -> Tensor:
+    """The inverse of `_split`."""
+    count, batch, width = state.shape
+    together = state.view(count // heads, heads, batch, width).transpose(1, 2)
+    return together.reshape(count // heads, batch, heads * width)
+
+
+def _widths(cell: Cell, weight: Sequence[Tensor], heads: int) -> list[int]:
     """Sizes of the states: what the recurrent weight takes for the first, `H` for the others."""
-    hidden = weight[1].size(0) // len(cell.gates)
-    return [weight[1].size(1)] + [hidden] * (len(cell.states) - 1)
+    hidden = weight[1].size(0) // len(cell.gates) * heads
+    return [weight[1].size(1) * heads] + [hidden] * (len(cell.states) - 1)
 
 
 def _batch_size(x: Tensor, batch_sizes: Tensor | None, order: Tensor | None) -> int:
@@ -342,9 +370,10 @@ def _batch_size(x: Tensor, batch_sizes: Tensor | None, order: Tensor | None) -> 
 
 
 def _zeros(
-    cell: Cell, x: Tensor, weights: Sequence[Sequence[Tensor]], batch: int
+    cell: Cell, x: Tensor, weights: Sequence[Sequence[Tensor]], heads: int, batch: int
 ) -> tuple[Tensor, ...]:
-    return tuple(x.new_zeros(len(weights), batch, n) for n in _widths(cell, weights[0]))
+    count = len(weights) // heads
+    return tuple(x.new_zeros(count, batch, n) for n in _widths(cell, weights[0], heads))
 
 
 def _check_sizes(
@@ -354,12 +383,14 @@ def _check_sizes(
     batch_sizes: Tensor | None,
     weights: Sequence[Sequence[Tensor]],
     bidirectional: bool,
+    heads: int,
     batch_first: bool,
 ) -> None:
-    if not weights or len(weights) % (2 if bidirectional else 1):
+    if not weights or len(weights) % (heads * (2 if bidirectional else 1)):
         raise ValueError(
             f"weights must hold one list for every layer and direction, got {len(weights)} "
             f"with bidirectional={bidirectional}"
+            + (f", and for every one of heads={heads}" if heads > 1 else "")
         )
     check_dtype(input, weights[0][0])
     check_device(input, weights[0][0])
@@ -368,8 +399,8 @@ def _check_sizes(
         return
     batch = input.size(0 if batch_first else 1) if batch_sizes is None else int(batch_sizes[0])
     states = [hx] if isinstance(hx, Tensor) else hx
-    for s, width in zip(states, _widths(cell, weights[0]), strict=True):
-        expected = (len(weights), batch, width)
+    for s, width in zip(states, _widths(cell, weights[0], heads), strict=True):
+        expected = (len(weights) // heads, batch, width)
         if s.size() != expected:
             raise RuntimeError(f"Expected hidden size {expected}, got {list(s.size())}")
 

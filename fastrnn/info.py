@@ -138,17 +138,25 @@ def text(facts: Facts) -> str:
 
 
 def support_markdown() -> str:
-    """Which kernel takes what, as a Markdown table; the same on every machine."""
+    """Which kernel takes what, as a Markdown table; the same on every machine. Each is asked about
+    the kind of device that it is for, unless the row is about devices."""
     names = list(plan.KERNELS)
     lines = [f"| | {' | '.join(f'`{name}`' for name in names)} |", "|---|" + "---|" * len(names)]
     for label, problem, device in _SUPPORT:
-        reasons = [plan.refusal(name, problem, device) for name in names]
+        devices = [
+            replace(device, kind="cuda", triton=None)
+            if name == "triton" and device.kind == "cpu" and "CPU" not in label
+            else device
+            for name in names
+        ]
+        reasons = [plan.refusal(n, problem, d) for n, d in zip(names, devices, strict=True)]
         lines.append(f"| {label} | {' | '.join('✓' if r is None else r for r in reasons)} |")
     return "\n".join(lines)
 
 
 _TYPICAL = Problem("lstm", 100, 32, 64, 256, gates=4, states=2, tape=True)
 _ANY_CPU = Device(threads=2, vector_bytes=32)
+_ANY_GPU = Device(kind="cuda", triton=None, shared_bytes=99 << 10)
 _SUPPORT: tuple[tuple[str, Problem, Device], ...] = (
     ("float32", _TYPICAL, _ANY_CPU),
     ("float64", replace(_TYPICAL, dtype="float64"), _ANY_CPU),
@@ -164,7 +172,9 @@ _SUPPORT: tuple[tuple[str, Problem, Device], ...] = (
         replace(_TYPICAL, cell="yours"),
         replace(_ANY_CPU, compiled=False),
     ),
-    ("tensors on a GPU", _TYPICAL, replace(_ANY_CPU, kind="cuda")),
+    ("tensors on a CPU", _TYPICAL, replace(_ANY_CPU, triton=None)),
+    ("tensors on a GPU", _TYPICAL, _ANY_GPU),
+    ("tensors on a GPU, no Triton", _TYPICAL, replace(_ANY_CPU, kind="cuda")),
 )
 
 
@@ -216,6 +226,18 @@ def plan_text(problem: Problem, device: Device, chosen: Plan) -> str:
                 f"over the batch x {chosen.split_units} over hidden units",
             ),
             ("weights", "packed for the sweep" if chosen.packed_weights else "read as they lie"),
+            ("chunk", f"{chosen.chunk_rows} of {problem.live_rows} rows"),
+        ]
+    if chosen.kernel == "triton":
+        rows += [
+            (
+                "weights",
+                "resident in every program"
+                if chosen.resident
+                else f"streamed in tiles of {chosen.unit_tile} x {chosen.depth_tile}, "
+                f"{chosen.stages} under way",
+            ),
+            ("programs", f"{chosen.batch_tile} rows of the batch each, {chosen.warps} warps"),
             ("chunk", f"{chosen.chunk_rows} of {problem.live_rows} rows"),
         ]
     return _columns(rows)

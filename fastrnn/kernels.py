@@ -6,6 +6,7 @@ and for the kernels that are written in Python.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 import threading
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastrnn import cells, codegen, jit, plan, reference
+from fastrnn import cells, codegen, jit, plan, reference, triton_scan
 from fastrnn.cells import Cell
 from fastrnn.extension import _C
 
@@ -145,16 +146,37 @@ def _find(key: str) -> None:
         prepare(cells.get(name))
 
 
-def device(kind: str = "cpu", threads: int | None = None, compiled: bool = True) -> plan.Device:
-    """What this machine offers to a call of `threads` threads, torch's number by default."""
+def device(
+    kind: str = "cpu", threads: int | None = None, compiled: bool = True, index: int | None = None
+) -> plan.Device:
+    """What this machine offers to a call of `threads` threads, torch's number by default, on the
+    current device of its kind or the one of that index."""
     return plan.Device(
         kind=kind,
+        **_triton_facts(kind, index, triton_scan.interpreted()),
         threads=torch.get_num_threads() if threads is None else threads,
         vector_bytes=_C.vector_bytes(),
         l2_bytes=_l2_bytes(),
         compiled=compiled,
         forced=_forced[-1] if _forced else os.environ.get("FASTRNN_KERNEL") or None,
     )
+
+
+@cache
+def _triton_facts(kind: str, index: int | None, interpreted: bool) -> dict[str, Any]:
+    """What `plan.Device` tells about Triton."""
+    if importlib.util.find_spec("triton") is None:
+        return {}
+    facts: dict[str, Any] = {"triton": None, "interpreted": interpreted}
+    if kind in ("cuda", "xpu") and getattr(torch, kind).is_available():
+        properties = getattr(torch, kind).get_device_properties(index)
+        for name, known in {
+            "shared_bytes": ("shared_memory_per_block_optin", "local_mem_size"),
+            "warp": ("warp_size",),
+        }.items():
+            values = [getattr(properties, k) for k in known if hasattr(properties, k)]
+            facts |= {name: int(values[0])} if values else {}
+    return facts
 
 
 @cache
@@ -190,10 +212,57 @@ def _plan(
     )
 
 
-def _reference_forward(
+def _forward(
     kernel: str, inputs: tuple[Any, ...], tape: bool
 ) -> tuple[Tensor, list[Tensor], Tensor]:
+    """The forward sweep of a kernel that is written in Python."""
     call = _Call(*inputs)
+    if kernel == "triton":
+        return triton_scan.forward(*_for_triton(call, tape=tape), tape)
+    return _reference_forward(call, tape)
+
+
+def _backward(
+    kernel: str,
+    inputs: tuple[Any, ...],
+    grads: list[Tensor | None],
+    y: Tensor,
+    tape: Tensor,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    call = _Call(*inputs)
+    if kernel == "triton":
+        return triton_scan.backward(
+            *_for_triton(call, tape=True, backward=True), grads, y, tape, needs
+        )
+    # By autograd of the reference, which needs no tape.
+    return _gradients(call, grads, needs, create_graph=False)
+
+
+def _for_triton(
+    call: _Call, *, tape: bool, backward: bool = False
+) -> tuple[codegen.Derived, plan.Plan, triton_scan.Operands]:
+    """The cell's derivation, the plan and the operands."""
+    cell, x = _prepared[call.cell], call.x
+    derived = codegen.derive(cell)
+    problem = plan.Problem(
+        cell=call.cell,
+        steps=x.size(0) if x.dim() == 3 else 1,
+        batch=call.s0[0].size(1) if call.s0 else x.size(-2),
+        inputs=x.size(-1),
+        hidden=call.w_hh[0].size(0) // len(cell.gates),
+        gates=len(cell.gates),
+        states=len(cell.states),
+        lanes=len(call.w_hh),
+        dtype=str(x.dtype).removeprefix("torch."),
+        tape=tape,
+        backward=backward,
+    )
+    chosen = plan.choose(problem, device(x.device.type, index=x.device.index))
+    return derived, chosen, triton_scan.Operands(*call[1:6], *call[7:])
+
+
+def _reference_forward(call: _Call, tape: bool) -> tuple[Tensor, list[Tensor], Tensor]:
     cell, x = _prepared[call.cell], call.x
     _, states, kept = _C.cell_facts(call.cell)
     hidden = call.w_hh[0].size(0) // len(cell.gates)
@@ -225,18 +294,6 @@ def _first_rows(call: _Call) -> list[int]:
         return [0, *call.batch_sizes.cumsum(0).tolist()]
     x = call.x
     return [t * x.size(1) for t in range(x.size(0))] if x.dim() == 3 else [0]
-
-
-def _reference_backward(
-    kernel: str,
-    inputs: tuple[Any, ...],
-    grads: list[Tensor | None],
-    y: Tensor,
-    tape: Tensor,
-    needs: Sequence[bool],
-) -> list[Tensor]:
-    """Gradients by autograd of the reference, which needs no tape."""
-    return _gradients(_Call(*inputs), grads, needs, create_graph=False)
 
 
 def _differentiable_backward(
@@ -288,4 +345,4 @@ def _gradients(
 
 
 _device = device  # `_plan` takes an argument of that name
-_C.set_callbacks(_plan, _find, _reference_forward, _reference_backward, _differentiable_backward)
+_C.set_callbacks(_plan, _find, _forward, _backward, _differentiable_backward)

@@ -37,10 +37,14 @@ _CELL_OF_MODE = {
 }
 
 
+_MOST_SCANS = 64  # of one call of the operator
+
+
 class _Layer(Freezable, nn.RNNBase):
     """What all layers share: parameters as torch.nn names them, and the call."""
 
     _name = "RNN"
+    heads = 1  # of modules that torch.nn made, and of those pickled before there were any
 
     def __init__(
         self,
@@ -54,6 +58,7 @@ class _Layer(Freezable, nn.RNNBase):
         dropout: float,
         bidirectional: bool,
         proj_size: int,
+        heads: int,
         device: Device,
         dtype: torch.dtype | None,
     ) -> None:
@@ -69,22 +74,30 @@ class _Layer(Freezable, nn.RNNBase):
         self.bidirectional = bidirectional
         self.proj_size = proj_size
         _check_arguments(input_size, hidden_size, num_layers, bias, batch_first, dropout, proj_size)
+        _check_heads(heads, hidden_size, bidirectional, proj_size)
+        if heads > 1:
+            self.heads = heads
         # RNNBase's own methods expect it. Weak references to parameters would keep
         # load_state_dict from swapping them, so it stays empty.
         self._flat_weight_refs: list[Any] = []
         self._flat_weights_names: list[str] = []
         self._all_weights: list[list[str]] = []
 
-        rows = len(cell.gates) * hidden_size
+        rows = len(cell.gates) * hidden_size // heads
         recurrent = proj_size or hidden_size
         directions = ("", "_reverse") if bidirectional else ("",)
         for layer in range(num_layers):
             width = input_size if layer == 0 else recurrent * len(directions)
-            shapes = {"weight_ih": (rows, width), "weight_hh": (rows, recurrent)}
+            shapes: dict[str, tuple[int, ...]] = {
+                "weight_ih": (rows, width),
+                "weight_hh": (rows, recurrent // heads),
+            }
             if bias:
-                shapes.update(bias_ih=(rows,), bias_hh=(rows,))  # type: ignore[arg-type]
+                shapes.update(bias_ih=(rows,), bias_hh=(rows,))
             if proj_size:
                 shapes["weight_hr"] = (proj_size, hidden_size)
+            if heads > 1:
+                shapes = {kind: (heads, *shape) for kind, shape in shapes.items()}
             for suffix in directions:
                 names = [f"{kind}_l{layer}{suffix}" for kind in shapes]
                 for name, shape in zip(names, shapes.values(), strict=True):
@@ -114,6 +127,7 @@ class _Layer(Freezable, nn.RNNBase):
             self._weights(),
             hx,
             bidirectional=self.bidirectional,
+            heads=self.heads,
             batch_first=self.batch_first,
             dropout=self.dropout,
             training=self.training,
@@ -136,8 +150,8 @@ class _Layer(Freezable, nn.RNNBase):
             release_gil: whether other Python threads may run during a step; see `Stepper`.
 
         Raises:
-            ValueError: for a bidirectional layer, a batch or threads below one, or weights on
-                another device than the CPU.
+            ValueError: for a bidirectional layer or one with heads, a batch or threads below one,
+                or weights on another device than the CPU.
             fastrnn.plan.KernelRefused: for a cell of one's own that cannot be compiled.
 
         Example:
@@ -152,6 +166,11 @@ class _Layer(Freezable, nn.RNNBase):
                 "a bidirectional layer needs the whole sequence before its first output, "
                 "so it cannot be streamed; use bidirectional=False"
             )
+        if self.heads > 1:
+            raise ValueError(
+                f"a stepper runs one recurrence per layer, not heads={self.heads}; call the layer "
+                "on one step at a time instead"
+            )
         return stepper(self._cell(), self._weights(), batch_size, threads, release_gil)
 
     def _cell(self) -> Cell:
@@ -161,10 +180,13 @@ class _Layer(Freezable, nn.RNNBase):
         # A look into `_parameters` first: nn.Module's attribute lookup takes longer than a
         # small cell. What is not there was parametrized, or set as a plain tensor.
         own = self._parameters
-        return [
+        weights: list[list[Tensor]] = [
             [own[n] if n in own else getattr(self, n) for n in names]  # type: ignore[misc]
             for names in self._all_weights
         ]
+        if self.heads == 1:
+            return weights
+        return [list(head) for each in weights for head in zip(*each, strict=True)]
 
     def _weight_names(self) -> list[str]:
         return self._flat_weights_names
@@ -219,6 +241,10 @@ class _Layer(Freezable, nn.RNNBase):
         self.__dict__.pop("_flat_weights", None)
         self._flat_weight_refs = []
 
+    def extra_repr(self) -> str:
+        """What differs from the defaults."""
+        return super().extra_repr() + (f", heads={self.heads}" if self.heads > 1 else "")
+
     def __prepare_scriptable__(self) -> nn.Module:
         return to_torch(self)
 
@@ -250,6 +276,10 @@ class RNN(_Plain):
         dropout: probability of zeroing outputs between layers while training.
         bidirectional: whether a second direction runs from the end; `D` = 2 then, else 1.
         device, dtype: of the parameters.
+        heads: independent recurrences of `H/heads` units each over the same input, their outputs
+            and states concatenated: a block-diagonal `weight_hh`. Every parameter then has a first
+            dimension of that size, so that the weights of head k are those of a small layer:
+            `weight_hh_l0` is [heads, G*H/heads, H/heads]. A keyword of ours alone.
 
     Call:
         `output, h_n = layer(input, hx=None, lengths=None, resets=None)` with `input`
@@ -277,6 +307,8 @@ class RNN(_Plain):
         _proj_size: int = 0,
         device: Device = None,
         dtype: torch.dtype | None = None,
+        *,
+        heads: int = 1,
         **unknown: Any,
     ) -> None:
         _refuse(unknown)
@@ -296,6 +328,7 @@ class RNN(_Plain):
             dropout,
             bidirectional,
             _proj_size,
+            heads,
             device,
             dtype,
         )
@@ -326,6 +359,8 @@ class GRU(_Plain):
         _proj_size: int = 0,
         device: Device = None,
         dtype: torch.dtype | None = None,
+        *,
+        heads: int = 1,
         **unknown: Any,
     ) -> None:
         _refuse(unknown)
@@ -340,6 +375,7 @@ class GRU(_Plain):
             dropout,
             bidirectional,
             _proj_size,
+            heads,
             device,
             dtype,
         )
@@ -403,6 +439,8 @@ class LSTM(_Several):
         proj_size: int = 0,
         device: Device = None,
         dtype: torch.dtype | None = None,
+        *,
+        heads: int = 1,
     ) -> None:
         super().__init__(
             cells.lstm,
@@ -415,6 +453,7 @@ class LSTM(_Several):
             dropout,
             bidirectional,
             proj_size,
+            heads,
             device,
             dtype,
         )
@@ -442,6 +481,7 @@ class Recurrent(_Several):
         cell: a cell made with `fastrnn.cell`, of `G` gates and `S` states.
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional: as in `RNN`.
         device, dtype: of the parameters, `weight_ih_l0` [G*H, I] and so on, in torch's names.
+        heads: as in `RNN`.
 
     Call:
         As `RNN`. `hx` and the final states are one tensor for a cell with one state, and tuples
@@ -476,6 +516,8 @@ class Recurrent(_Several):
         bidirectional: bool = False,
         device: Device = None,
         dtype: torch.dtype | None = None,
+        *,
+        heads: int = 1,
     ) -> None:
         if not isinstance(cell, Cell):
             raise TypeError(
@@ -493,6 +535,7 @@ class Recurrent(_Several):
             dropout,
             bidirectional,
             0,
+            heads,
             device,
             dtype,
         )
@@ -573,6 +616,22 @@ def _check_arguments(
         raise ValueError(
             "proj_size has to be smaller than hidden_size, "
             f"got proj_size={proj_size} and hidden_size={hidden_size}"
+        )
+
+
+def _check_heads(heads: int, hidden_size: int, bidirectional: bool, proj_size: int) -> None:
+    if not isinstance(heads, int) or isinstance(heads, bool) or heads < 1:
+        raise ValueError(f"heads should be a positive integer, got {heads!r}")
+    if hidden_size % heads:
+        raise ValueError(f"heads={heads} should divide hidden_size={hidden_size}")
+    if heads > 1 and proj_size:
+        raise ValueError(
+            "heads are not projected; use proj_size=0, or a torch.nn.Linear behind the layer"
+        )
+    if heads * (2 if bidirectional else 1) > _MOST_SCANS:
+        raise ValueError(
+            f"a layer runs at most {_MOST_SCANS} recurrences side by side, got heads={heads} with "
+            f"bidirectional={bidirectional}"
         )
 
 

@@ -53,11 +53,15 @@ class Device:
     l2_bytes: int = 1 << 20  # of one core
     compiled: bool = True  # this cell has compiled code for this device
     forced: str | None = None  # the one kernel the user allows
+    triton: str | None = "Triton is not installed"  # why this cell has no kernel in Triton
+    interpreted: bool = False  # Triton runs in its interpreter
+    shared_bytes: int = 48 << 10  # memory that the threads of a block may share
+    warp: int = 32  # threads that run in step
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a problem runs. Fields past `kernel` are for the CPU kernel."""
+    """How a problem runs. The first fields are for the CPU kernel, others for Triton's."""
 
     kernel: str
     packed_weights: bool = True  # False: few rows, weights are read once, as they lie
@@ -65,6 +69,13 @@ class Plan:
     split_slots: int = 1
     split_units: int = 1
     chunk_rows: int = 1  # rows a thread projects, or all differentiate, at a time
+    resident: bool = False  # the recurrent weights stay in a program for the whole sweep
+    matrix_units: bool = True  # products of tiles run there, which takes 16 rows or more
+    batch_tile: int = 1  # rows of the batch in a program
+    unit_tile: int = 1  # units that it computes at a time, all where weights are resident
+    depth_tile: int = 1  # units of the step before that it multiplies at a time
+    warps: int = 4
+    stages: int = 1  # tiles of weights that are under way at a time
     refused: tuple[tuple[str, str], ...] = ()  # kernels that came before, and why not them
 
     @property
@@ -177,6 +188,104 @@ def _cpu_chunk_rows(problem: Problem, device: Device) -> int:
     return max(1, device.l2_bytes // (_FORWARD_SHARE * row))
 
 
+# triton: one launch per chunk of steps, for any cell (fastrnn/triton_scan.py)
+
+_TRITON_DEVICES = ("cuda", "xpu")  # torch calls AMD's GPUs cuda as well
+_TRITON_SIZES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
+_MATRIX_ROWS = 16  # the least that a product of tiles takes
+# Of the 255 registers of a thread, those for the blocks that a step holds, and for weights where
+# no matrix unit multiplies them; addresses and the cell's arithmetic take the others.
+_BLOCK_REGISTERS = 160
+_WEIGHT_REGISTERS = 128
+_OTHER_SHARED_BYTES = 16 << 10
+_TRITON_CHUNK_BYTES = 4 << 20  # of u: it should come from the cache
+_TRITON_STRETCH_BYTES = 64 << 20  # of du, whose products want many rows
+
+
+def _triton_refuse(problem: Problem, device: Device) -> str | None:
+    if device.triton is not None:
+        return device.triton
+    if not device.compiled:  # what the operator knows of a cell comes with its code for CPUs
+        return f"there is no compiled code for cell {problem.cell!r}"
+    if problem.dtype not in _TRITON_SIZES:
+        return f"it computes {', '.join(_TRITON_SIZES)}, not {problem.dtype}"
+    if device.kind == "cpu" and device.interpreted:
+        if device.forced != "triton":
+            return "on CPUs it runs in Triton's interpreter, and only when it is asked for by name"
+        if problem.dtype == "bfloat16":
+            return "Triton's interpreter computes bfloat16 wrongly"
+    elif device.kind not in _TRITON_DEVICES:
+        return f"it runs on GPUs, the tensors are on {device.kind}"
+    if problem.projected:
+        return "it does not project the output (proj_size)"
+    if problem.hidden == 0:
+        return "there are no hidden units"
+    return None
+
+
+def _triton_configure(problem: Problem, device: Device) -> Plan:
+    """Tiles and warps. Of T and B only `batch_tile` depends on B, and takes one of few values, so
+    that nothing is compiled anew for the lengths and sizes of batches."""
+    itemsize = _TRITON_SIZES[problem.dtype]
+    words = max(1, problem.itemsize // 4)  # registers of a number as computed
+    padded = max(16, _power_of_two(problem.hidden))
+    weights = problem.gates * padded * padded
+    # One row reads every weight once: multiplying and adding is quicker while registers hold them
+    # all. Float64 has no matrix units in Triton.
+    warps = 4 if padded <= 32 or device.warp > 32 else 8
+    threads = warps * device.warp
+    one_row = problem.batch == 1 and weights * words <= threads * _WEIGHT_REGISTERS
+    matrix_units = itemsize < 8 and not one_row
+    batch_tile = _MATRIX_ROWS if matrix_units else 1
+    # Blocks that live at once: inputs of this step and the next, sums, states before and after.
+    blocks = (3 * problem.gates + (4 if problem.backward else 2) * problem.states) * words
+    if matrix_units:
+        fits = (
+            blocks * batch_tile * padded <= threads * _BLOCK_REGISTERS
+            # Float32 is split in two parts for matrix units.
+            and weights * itemsize * (1 if itemsize < 4 else 2) + 2 * batch_tile * padded * 4
+            <= device.shared_bytes
+            and (itemsize < 4 or padded <= 64)
+        )
+    else:
+        fits = weights * words <= threads * _WEIGHT_REGISTERS
+    row = problem.gates * problem.hidden * itemsize * problem.lanes
+    most = _TRITON_STRETCH_BYTES if problem.backward else _TRITON_CHUNK_BYTES
+    plan = Plan(
+        kernel="triton",
+        matrix_units=matrix_units,
+        batch_tile=batch_tile,
+        chunk_rows=max(1, most // row),
+    )
+    if fits:
+        return replace(
+            plan, resident=True, unit_tile=padded, depth_tile=padded, warps=warps, stages=1
+        )
+    if not matrix_units:
+        return replace(plan, unit_tile=min(padded, 32), depth_tile=min(padded, 32), warps=8)
+    # The tiles of the weights of every gate that are under way share the memory with one of h.
+    unit_tile, depth_tile, stages = min(padded, 32), min(padded, 128 if itemsize == 2 else 32), 3
+    tile = problem.gates * itemsize
+    while (
+        max(1, stages - 1) * tile * unit_tile * depth_tile + _OTHER_SHARED_BYTES
+        > device.shared_bytes
+    ):
+        if depth_tile > 32:
+            depth_tile //= 2
+        elif stages > 1:
+            stages -= 1
+        elif unit_tile > 16:
+            unit_tile //= 2
+        else:
+            break
+    return replace(plan, unit_tile=unit_tile, depth_tile=depth_tile, warps=8, stages=stages)
+
+
+def _power_of_two(number: int) -> int:
+    """The least power of two that is not less."""
+    return 1 << max(0, number - 1).bit_length()
+
+
 # reference: torch operations (fastrnn/reference.py); refuses nothing
 
 
@@ -194,6 +303,7 @@ _Configure = Callable[[Problem, Device], Plan]
 # In order of preference.
 _KERNELS: dict[str, tuple[_Refuse, _Configure]] = {
     "cpu": (_cpu_refuse, _cpu_configure),
+    "triton": (_triton_refuse, _triton_configure),
     "reference": (_reference_refuse, _reference_configure),
 }
 KERNELS = tuple(_KERNELS)

@@ -1,0 +1,276 @@
+"""The Triton kernels against the reference, in Triton's interpreter: values, gradients, tapes.
+
+The interpreter is chosen before Triton is imported, so these tests run in a process of their own,
+which the first test starts. bfloat16 is left out: the interpreter computes it wrongly.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import fastrnn
+from fastrnn import cells, codegen, kernels, ops, plan, reference, triton_scan
+from tests.support import flatten, largest_error
+from tests.test_kernels import BUILT_IN, check, linear, operands, planned, run, whole
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("needs Triton", allow_module_level=True)
+
+INTERPRETED = triton_scan.interpreted()
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
+
+TILES = {"batch_tile": 16, "matrix_units": True}
+ONE_ROW = {"batch_tile": 1, "matrix_units": False}
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is such a run")
+@pytest.mark.parametrize("part", ["resident", "streamed", "rest"])
+def test_in_the_interpreter(part: str) -> None:
+    """Everything below."""
+    chosen = "not resident and not streamed" if part == "rest" else part
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen]
+    result = subprocess.run(
+        [*command, __file__],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+
+
+SHAPES = [  # T, B, I, H, P
+    (1, 1, 1, 1, 1),
+    (2, 3, 1, 5, 2),
+    (7, 1, 3, 17, 1),
+    (2, 17, 2, 5, 1),
+    (2, 3, 4, 64, 1),
+    (3, 2, 2, 100, 1),
+]
+
+
+def regime(name: str, hidden: int, batch: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Fields of a plan, whatever a device would make of so small a problem."""
+    rows = TILES if batch > 1 and dtype != torch.float64 else ONE_ROW
+    if name == "streamed":
+        return {**rows, "resident": False, "unit_tile": 16, "depth_tile": 32}
+    padded = max(16, 1 << (hidden - 1).bit_length())
+    return {**rows, "resident": True, "unit_tile": padded, "depth_tile": padded}
+
+
+@interpreted
+@pytest.mark.parametrize("way", ["resident", "streamed"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", [*BUILT_IN, "linear"])
+def test_shapes(name: str, shape: tuple[int, ...], way: str) -> None:
+    large = shape[3] > 17
+    for dtype in (torch.float32,) if large else (torch.float64, torch.float32, torch.float16):
+        given = operands(cells.get(name), *shape, dtype=dtype)
+        with planned(**regime(way, shape[3], shape[1], dtype)):
+            check(cells.get(name), given, "triton")
+
+
+RAGGED = [(1, 2, 3, 1), (5, 7, 17, 2)]  # T, B, H, P
+
+
+@interpreted
+@pytest.mark.parametrize("way", ["resident", "streamed"])
+@pytest.mark.parametrize("layout", ["dense", "lengths", "packed"])
+@pytest.mark.parametrize("name", ["gru", "lstm", "linear"])
+def test_ragged_batches_resets_and_chunks(name: str, layout: str, way: str) -> None:
+    cell = cells.get(name)
+    for steps, batch, hidden, lanes in RAGGED:
+        given = operands(cell, steps, batch, 4, hidden, lanes)
+        lengths = torch.randint(0, steps + 1, (batch,))
+        lengths[torch.randint(0, batch, ())] = steps
+        shape: tuple[int, ...] = (steps, batch)
+        exact = given
+        if layout == "lengths":
+            given["lengths"] = lengths
+            given["x"][torch.arange(steps)[:, None] >= lengths] = torch.nan  # must not be read
+            exact = {**given, "x": given["x"].nan_to_num()}
+        elif layout == "packed":
+            lengths = lengths.clamp_min(1).sort(descending=True).values
+            given["batch_sizes"] = (lengths > torch.arange(steps)[:, None]).sum(1)
+            given["x"] = torch.randn(int(lengths.sum()), 4, dtype=torch.float64)
+            shape = given["x"].shape[:1]
+        for resets, chunk in ((None, 2 * batch), (torch.rand(shape) < 0.3, 1), ("none", 99)):
+            if not isinstance(resets, str):
+                given["resets"] = exact["resets"] = resets
+            fields = regime(way, hidden, 1, torch.float64) | {"chunk_rows": chunk}
+            with planned(**fields | {"batch_tile": 4}), kernels.use("triton"):
+                ours = run(ops.scan, cell, given)
+            for what, right in run(reference.scan, cell, exact).items():
+                assert largest_error(ours[what], right) < 1e-12, (what, resets, chunk)
+
+
+@interpreted
+@pytest.mark.parametrize("way", ["resident", "streamed"])
+def test_linear_cell_is_exact(way: str) -> None:
+    given = {k: whole(v) for k, v in operands(linear, 5, 18, 6, 37, 2, torch.float32).items()}
+    given["resets"] = torch.rand(5, 18) < 0.1
+    with planned(**regime(way, 37, 18, torch.float32), chunk_rows=36), kernels.use("triton"):
+        ours = run(ops.scan, linear, given)
+    for what, right in run(reference.scan, linear, given).items():
+        assert torch.equal(ours[what], right), what
+
+
+@interpreted
+@pytest.mark.parametrize("name", [*BUILT_IN, "linear"])
+def test_a_kernel_takes_the_tape_of_another(name: str) -> None:
+    cell = cells.get(name)
+    for extra in ({}, {"resets": torch.rand(4, 3) < 0.3}, {"lengths": torch.tensor([3, 0, 4])}):
+        given = {**operands(cell, 4, 3, 3, 19, lanes=2), **extra}
+        arguments = (
+            kernels.prepare(cell),
+            *(given[k] for k in ("x", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "s0")),
+            None,
+            given.get("lengths"),
+            given.get("resets"),
+            given["reverse"],
+        )
+        results = {}
+        for kernel in ("cpu", "triton"):
+            with kernels.use(kernel):
+                results[kernel] = torch.ops.fastrnn.scan(*arguments, tape=True)
+        for a, b in zip(flatten(results["cpu"]), flatten(results["triton"]), strict=True):
+            assert largest_error(a, b) < 1e-13
+        y, states, _ = results["cpu"]
+        incoming = (torch.randn_like(y), [torch.randn_like(s) for s in states])
+        gradients = {}
+        for writer, (y, _, tape) in results.items():
+            for reader in ("cpu", "triton"):
+                with kernels.use(reader):
+                    gradients[writer, reader] = torch.ops.fastrnn.scan_backward(
+                        arguments[0], *incoming, *arguments[1:], y, tape, [True] * 6
+                    )
+        right = gradients.pop(("cpu", "cpu"))
+        for pair, ours in gradients.items():
+            for k, (a, b) in enumerate(zip(ours, right, strict=True)):
+                assert largest_error(a, b) < 1e-12, (pair, k)
+
+
+@interpreted
+def test_only_wanted_gradients_and_none_that_is_absent() -> None:
+    cell = cells.get("lstm")
+    given = operands(cell, 3, 2, 3, 5, bias=False)
+    given["s0"] = []
+    arguments = (cell.name, *(given[k] for k in ("x", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr")))
+    arguments += (given["s0"], None, None, None, 0)
+    with kernels.use("triton"):
+        y, states, tape = torch.ops.fastrnn.scan(*arguments, tape=True)
+    for needs in ([True] + [False] * 5, [False, False, True, True, True, True]):
+        for dy, dstates in ((y, [None, None]), (None, [None, states[1]])):
+            found = {}
+            for kernel in ("triton", "cpu"):
+                with kernels.use(kernel):
+                    found[kernel] = torch.ops.fastrnn.scan_backward(
+                        cell.name, dy, dstates, *arguments[1:], y, tape, needs
+                    )
+            assert len(found["triton"]) == len(found["cpu"]) == 1
+            torch.testing.assert_close(found["triton"][0], found["cpu"][0])
+
+
+@interpreted
+def test_strided_empty_or_without_bias() -> None:
+    cell = cells.get("gru")
+    given = operands(cell, 3, 2, 4, 9)
+    given["x"] = torch.randn(4, 2, 3, 2, dtype=torch.float64).permute(2, 1, 0, 3)[..., 1]
+    given["w_hh"] = [w.t().contiguous().t() for w in given["w_hh"]]
+    check(cell, given, "triton")
+    check(cell, {**operands(cell, 3, 2, 4, 9, 2, bias=False), "s0": []}, "triton")
+    check(cell, operands(cell, 3, 0, 4, 9), "triton")
+    check(cell, operands(cell, 3, 2, 0, 9), "triton")
+    step = operands(cell, 1, 2, 4, 9)
+    check(cell, {**step, "x": step["x"][0]}, "triton")
+
+
+@interpreted
+def test_modules_from_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTRNN_KERNEL", "triton")
+    x = torch.randn(4, 3, 5)
+    for layer in (
+        fastrnn.LSTM(5, 6, num_layers=2, bidirectional=True),
+        fastrnn.GRU(5, 6, batch_first=True),
+        fastrnn.Recurrent(linear, 5, 6),
+    ):
+        kernels._C.forget_plans()
+        ours = flatten(layer(x))
+        ours += torch.autograd.grad(ours[0].sin().sum(), list(layer.parameters()))
+        with kernels.use("cpu"):
+            right = flatten(layer(x))
+            right += torch.autograd.grad(right[0].sin().sum(), list(layer.parameters()))
+        torch.testing.assert_close(ours, right, rtol=1e-4, atol=1e-5)
+    with pytest.raises(plan.KernelRefused, match="does not project the output"):
+        fastrnn.LSTM(5, 6, proj_size=2)(x)
+    with pytest.raises(plan.KernelRefused, match="computes bfloat16 wrongly"):
+        fastrnn.LSTM(5, 6, dtype=torch.bfloat16)(x.bfloat16())
+    monkeypatch.undo()
+    kernels._C.forget_plans()
+
+
+@cells.cell(gates="abcd", states="hcm")
+def every_function(u, v, h, c, m):  # type: ignore[no-untyped-def]
+    """Whatever a cell may call."""
+    a, b = u.a + v.a, u.b - v.b
+    c = 0.5 * c + torch.sin(a) * torch.cos(b) - torch.erf(u.c * v.c)
+    m = torch.maximum(0.9 * m, torch.minimum(torch.expm1(torch.tanh(a)), torch.log1p(b * b)))
+    n = torch.sqrt(1 + c * c) + torch.rsqrt(2 + m * m) + torch.log(1.5 + torch.abs(u.d))
+    h = torch.where((v.d > 0) & (a <= b), n**3, torch.sigmoid(n)) + (1 + b * b) ** -1.7
+    return torch.tanh(h) * torch.exp(-torch.relu(c)) + torch.sign(u.a) * 1e-3, c, m
+
+
+@interpreted
+def test_functions_a_cell_may_call() -> None:
+    for dtype in (torch.float64, torch.float32):
+        check(every_function, operands(every_function, 3, 2, 4, 5, dtype=dtype), "triton")
+
+
+@interpreted
+def test_functions_are_accurate_near_zero_and_far_away() -> None:
+    import triton
+
+    source = triton_scan._cell_module  # a module from a source file, as cells are
+    scale = torch.logspace(-30, 2.5, 4096, dtype=torch.float64)
+    points = torch.cat([-scale, scale, torch.tensor([0.0, -0.0], dtype=torch.float64)])
+    for name in ("tanh", "expm1", "sigmoid", "log1p", "exp"):
+        text = f"""import triton
+import triton.language as tl
+
+from fastrnn.triton_math import {name}
+
+
+@triton.jit
+def function(x, y, n, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(y + at, {name}(tl.load(x + at, mask=at < n, other=0.5)), mask=at < n)
+"""
+        function = source(text, name).function
+        for dtype, limit in ((torch.float32, 4), (torch.float64, 6)):
+            x = points.to(dtype)
+            x = x[x > -0.9] if name == "log1p" else x[x.abs() < 80]
+            y = torch.empty_like(x)
+            function[(1,)](x, y, x.numel(), N=triton.next_power_of_2(x.numel()))
+            right = getattr(torch, name)(x.double())
+            error = ((y.double() - right) / right.abs().clamp_min(1e-300)).abs()
+            assert error[right != 0].max() < limit * torch.finfo(dtype).eps, (name, dtype)
+
+
+def test_triton_is_not_imported_until_it_runs() -> None:
+    text = "import sys, fastrnn, torch; fastrnn.LSTM(2, 3)(torch.zeros(1, 1, 2));"
+    text += "sys.exit('triton' in sys.modules and 'torch._inductor' not in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", text]).returncode == 0
+
+
+def test_sources_are_kept_and_found_again() -> None:
+    derived = codegen.derive(cells.get("lstm"))
+    module = triton_scan.cell_module(derived)
+    assert module is triton_scan.cell_module(replace(derived))
+    assert isinstance(module.__file__, str) and os.path.isfile(module.__file__)
