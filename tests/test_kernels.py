@@ -10,11 +10,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
 
-from fastrnn import _C, cells, kernels, ops, plan, reference
+from fastrnn import _C, RNN, cells, kernels, ops, plan, reference
 from tests.support import LONG, flatten, largest_error, rms_error
 
 BUILT_IN = ["rnn_tanh", "rnn_relu", "lstm", "gru"]
@@ -387,3 +388,16 @@ def test_an_unknown_instruction_set_is_refused() -> None:
     )
     assert result.returncode != 0
     assert "FASTRNN_ISA=mmx" in result.stderr
+
+
+def test_long_sums_round_less_than_a_running_one() -> None:
+    inputs, hidden, rows = 4096, 32, 12
+    x, w = torch.rand(1, rows, inputs), torch.rand(hidden, inputs)
+    layer = RNN(inputs, hidden, nonlinearity="relu", bias=False)
+    with torch.no_grad():
+        layer.weight_ih_l0.copy_(w)
+        ours = layer(x)[0][0]
+    exact = x[0].double() @ w.double().T
+    running = numpy.cumsum((x[0][:, None] * w).numpy(), axis=-1, dtype=numpy.float32)[..., -1]
+    error = (ours - exact).abs().mean()
+    assert error < 0.5 * (torch.from_numpy(running) - exact).abs().mean()
