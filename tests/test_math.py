@@ -128,10 +128,12 @@ class Compiled:
 def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Compiled]:
     folder = tmp_path_factory.mktemp("math")
     source = ROOT / "tests" / "cpp" / "math_check.cpp"
+    # Before the threads start: parsing in two of them at once may fail (python/cpython#106905).
+    common = f"-std=c++17 -O3 {from_setup('CXX_FLAGS')} -shared"
 
     def build(isa: str, flags: str) -> Compiled:
         target = folder / f"{isa}.so"
-        options = f"-std=c++17 -O3 {from_setup('CXX_FLAGS')} {flags} -DFASTRNN_ISA={isa} -shared"
+        options = f"{common} {flags} -DFASTRNN_ISA={isa}"
         command = [*shlex.split(CXX), *options.split(), str(source), "-o", str(target)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr}"
