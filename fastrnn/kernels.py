@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastrnn import cells, codegen, jit, plan, reference, triton_scan
+from fastrnn import cells, codegen, gpu_scan, jit, plan, reference, triton_scan
 from fastrnn.cells import Cell
 from fastrnn.extension import _C
 
@@ -218,7 +218,7 @@ def _forward(
     """The forward sweep of a kernel that is written in Python."""
     call = _Call(*inputs)
     if kernel == "triton":
-        return triton_scan.forward(*_for_triton(call, tape=tape), tape)
+        return gpu_scan.forward(triton_scan.sweeps, *_for_gpu(call, tape=tape), tape)
     return _reference_forward(call, tape)
 
 
@@ -232,16 +232,16 @@ def _backward(
 ) -> list[Tensor]:
     call = _Call(*inputs)
     if kernel == "triton":
-        return triton_scan.backward(
-            *_for_triton(call, tape=True, backward=True), grads, y, tape, needs
+        return gpu_scan.backward(
+            triton_scan.sweeps, *_for_gpu(call, tape=True, backward=True), grads, y, tape, needs
         )
     # By autograd of the reference, which needs no tape.
     return _gradients(call, grads, needs, create_graph=False)
 
 
-def _for_triton(
+def _for_gpu(
     call: _Call, *, tape: bool, backward: bool = False
-) -> tuple[codegen.Derived, plan.Plan, triton_scan.Operands]:
+) -> tuple[codegen.Derived, plan.Plan, gpu_scan.Operands]:
     """The cell's derivation, the plan and the operands."""
     cell, x = _prepared[call.cell], call.x
     derived = codegen.derive(cell)
@@ -259,7 +259,7 @@ def _for_triton(
         backward=backward,
     )
     chosen = plan.choose(problem, device(x.device.type, index=x.device.index))
-    return derived, chosen, triton_scan.Operands(*call[1:6], *call[7:])
+    return derived, chosen, gpu_scan.Operands(*call[1:6], *call[7:])
 
 
 def _reference_forward(call: _Call, tape: bool) -> tuple[Tensor, list[Tensor], Tensor]:

@@ -1,0 +1,316 @@
+"""One scan on a GPU, whichever kernels sweep: memory, chunks of steps, and the products around.
+
+A sweep is two functions that launch kernels, `Sweeps`; `triton_scan.py` and `cuda_scan.py` have one
+pair each. Everything else of a call is here: the projection of the input a chunk at a time, the
+states that pass from chunk to chunk, and the gradients that follow from those of the gates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastrnn.codegen import Derived
+from fastrnn.plan import Plan
+
+__all__ = ["Operands", "Scan", "Sweeps", "backward", "forward"]
+
+
+@dataclass(frozen=True)
+class Operands:
+    """One scan, as `reference.scan` documents it; without a projection of state 0."""
+
+    x: Tensor
+    w_ih: Sequence[Tensor]
+    w_hh: Sequence[Tensor]
+    b_ih: Sequence[Tensor]
+    b_hh: Sequence[Tensor]
+    s0: Sequence[Tensor]
+    batch_sizes: Tensor | None
+    lengths: Tensor | None
+    resets: Tensor | None
+    reverse: int
+
+
+class Scan:
+    """What both directions need to know of a call.
+
+    Attributes:
+        derived, given, plan: what is computed, of what, and how.
+        gates, states, lanes, hidden, inputs, steps, batch, rows: G, S, P, H, I, T, B and the
+            number of rows, padded ones included.
+        compute: the dtype of sums and states.
+        w_ih, w_hh: [P, G*H, I] and [P, G*H, H].
+        first: of packed input the row at which each step begins [T+1], and the same on the device.
+        length: int64 [B], steps of each row of the batch, unless all have `steps`.
+        resets: uint8 [rows], whether an episode begins there.
+        reverse: a bit per lane.
+        chunk_steps, chunk_rows: steps that a launch takes, and the most rows that they have.
+    """
+
+    def __init__(self, derived: Derived, plan: Plan, given: Operands) -> None:
+        self.derived, self.plan, self.given = derived, plan, given
+        x = given.x
+        self.gates, self.states = len(derived.gates), len(derived.states)
+        self.lanes = len(given.w_hh)
+        self.hidden = given.w_hh[0].size(0) // self.gates
+        self.inputs = x.size(-1)
+        self.compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+        self.rows = x.shape[:-1].numel()
+        self.first: list[int] | None = None
+        self.first_on_device = self.length = None
+        if given.batch_sizes is not None:
+            sizes = given.batch_sizes
+            self.steps, self.batch = sizes.numel(), given.s0[0].size(1)
+            first = torch.zeros(self.steps + 1, dtype=torch.int64)
+            torch.cumsum(sizes, 0, out=first[1:])
+            self.first = first.tolist()
+            slots = torch.arange(self.batch)
+            length = (sizes > slots.unsqueeze(1)).sum(1)
+            self.first_on_device = first.to(x.device, non_blocking=True)
+            self.length = length.to(x.device, non_blocking=True)
+        else:
+            self.steps, self.batch = (x.size(0), x.size(1)) if x.dim() == 3 else (1, x.size(0))
+            self.length = given.lengths
+        self.resets = None if given.resets is None else given.resets.contiguous().view(torch.uint8)
+        self.reverse = given.reverse
+        self.backward_lanes = [bool(given.reverse >> p & 1) for p in range(self.lanes)]
+        self.chunk_steps = max(1, min(self.steps, plan.chunk_rows // max(1, self.batch)))
+        self.chunk_rows = min(self.rows, self.chunk_steps * self.batch)
+        self.w_hh = _stacked(given.w_hh)
+        self.w_ih = _stacked(given.w_ih)
+
+    def row(self, t: int) -> int:
+        return t * self.batch if self.first is None else self.first[t]
+
+    def stretch(self, begin: int, end: int, backward: bool) -> tuple[int, int]:
+        """First and past-the-last row of some steps of a scan."""
+        if backward:
+            begin, end = self.steps - end, self.steps - begin
+        return self.row(begin), self.row(end)
+
+    def x_rows(self, rows: tuple[int, int]) -> Tensor:
+        """[n, I] of the input, with zeros for what must not be read."""
+        x, (low, high) = self.given.x, rows
+        if x.dim() == 2:
+            return x[low:high]
+        batch = max(1, self.batch)
+        times = slice(low // batch, high // batch)
+        part = x[times]
+        if self.given.lengths is not None:
+            t = torch.arange(times.start, times.stop, device=x.device).unsqueeze(1)
+            part = torch.where((self.given.lengths > t).unsqueeze(-1), part, 0)
+        return part.reshape(high - low, self.inputs)
+
+
+class Sweeps(Protocol):
+    """The kernels: each call takes every lane through the steps `[begin, end)` of its own
+    direction, for rows that are stored from where the chunk begins on.
+
+    Tensors are contiguous. Row r of the batch's rows is row `r - scan.stretch(begin, end, ..)[0]`
+    of `u`, `du`, `dv` and `previous`. `scan.batch` is not 0.
+    """
+
+    def forward(
+        self,
+        scan: Scan,
+        begin: int,
+        end: int,
+        u: Tensor,
+        b_hh: Tensor | None,
+        carry: Tensor,
+        y: Tensor,
+        tape: Tensor | None,
+    ) -> None:
+        """Walk the steps in order.
+
+        Args:
+            u: [P, chunk_rows, G*H] input projections, biases in.
+            b_hh: [P, G*H] for gates that are not tied, or None.
+            carry: [S+1, P, B, H] in `scan.compute`: states before, and then after, the chunk;
+                the last is room for state 0.
+            y: [rows, P, H].
+            tape: [rows, P, S-1+K, H], or None.
+        """
+
+    def backward(
+        self,
+        scan: Scan,
+        begin: int,
+        end: int,
+        dy: Tensor | None,
+        s0: Tensor,
+        ds: Tensor,
+        y: Tensor,
+        tape: Tensor,
+        du: Tensor,
+        dv: Tensor,
+        previous: Tensor,
+    ) -> None:
+        """Walk the steps from the end.
+
+        Args:
+            dy: [rows, P, H], or None for zeros.
+            s0: [S, P, B, H] in `scan.compute`.
+            ds: the same: gradients of the states after, and then before, the chunk.
+            y, tape: as forward left them.
+            du, dv: [P, chunk_rows, G*H] gradients of the projections; one tensor where all gates
+                are tied.
+            previous: [P, chunk_rows, H], filled with state 0 before each step.
+        """
+
+
+def forward(
+    sweeps: Sweeps, derived: Derived, plan: Plan, given: Operands, tape: bool
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Output, final states and, where asked for, the tape, as `torch.ops.fastrnn.scan`."""
+    scan = Scan(derived, plan, given)
+    x, lanes, hidden = given.x, scan.lanes, scan.hidden
+    make = torch.empty if given.lengths is None else torch.zeros  # zeros past the end of a row
+    y = make(*x.shape[:-1], lanes * hidden, dtype=x.dtype, device=x.device)
+    width = scan.states - 1 + len(derived.kept)
+    saved = make(scan.rows if tape else 0, lanes, width, hidden, dtype=x.dtype, device=x.device)
+    carry = x.new_zeros(scan.states + 1, lanes, scan.batch, hidden, dtype=scan.compute)
+    for j, state in enumerate(given.s0):
+        carry[j] = state
+    # A gate that the cell knows by the sum of u and v takes both biases in u.
+    b_ih, b_hh = (_stacked(b) if b else None for b in (given.b_ih, given.b_hh))
+    if b_ih is not None and b_hh is not None:
+        b_ih = b_ih.clone()
+        for g, tied in enumerate(derived.tied):
+            if tied:
+                part = slice(g * hidden, (g + 1) * hidden)
+                b_ih[:, part] += b_hh[:, part]
+    u = x.new_empty(lanes, scan.chunk_rows, scan.gates * hidden)
+    for begin in range(0, scan.steps if scan.batch else 0, scan.chunk_steps):
+        end = min(scan.steps, begin + scan.chunk_steps)
+        _project(scan, u, b_ih, begin, end)
+        bias = None if all(derived.tied) else b_hh
+        sweeps.forward(scan, begin, end, u, bias, carry, y, saved if tape else None)
+    return y, [carry[j].to(x.dtype) for j in range(scan.states)], saved
+
+
+def _project(scan: Scan, u: Tensor, bias: Tensor | None, begin: int, end: int) -> None:
+    """u = x * w_ih^T + b for the rows of a chunk, of every scan in its direction."""
+    for p, lanes in _runs(scan.backward_lanes):
+        low, high = scan.stretch(begin, end, scan.backward_lanes[p])
+        x = scan.x_rows((low, high))
+        w = scan.w_ih[lanes].transpose(1, 2)
+        out = u[lanes, : high - low]
+        if w.size(0) == 1:
+            if bias is None:
+                torch.mm(x, w[0], out=out[0])
+            else:
+                torch.addmm(bias[p], x, w[0], out=out[0])
+        elif bias is None:
+            torch.bmm(x.expand(w.size(0), *x.shape), w, out=out)
+        else:
+            torch.baddbmm(bias[lanes].unsqueeze(1), x.expand(w.size(0), *x.shape), w, out=out)
+
+
+def backward(
+    sweeps: Sweeps,
+    derived: Derived,
+    plan: Plan,
+    given: Operands,
+    grads: Sequence[Tensor | None],
+    y: Tensor,
+    tape: Tensor,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Gradients of x, w_ih, w_hh, b_ih, b_hh and s0, those that `needs` picks, as
+    `torch.ops.fastrnn.scan_backward`."""
+    need_x, need_ih, need_hh, need_bias, _, need_s0 = needs
+    scan = Scan(derived, plan, given)
+    x, lanes, hidden, compute = given.x, scan.lanes, scan.hidden, scan.compute
+    dy = None if grads[0] is None else grads[0].contiguous()
+    s0 = x.new_zeros(scan.states, lanes, scan.batch, hidden, dtype=compute)
+    ds = torch.zeros_like(s0)
+    for j in range(scan.states):
+        if given.s0:
+            s0[j] = given.s0[j]
+        grad = grads[1 + j]
+        if grad is not None:
+            ds[j] = grad
+    make = torch.empty if given.lengths is None else torch.zeros  # rows past an end have none
+    depth = scan.gates * hidden
+    dv = make(lanes, scan.chunk_rows, depth, dtype=x.dtype, device=x.device)
+    du = dv if all(derived.tied) else make(dv.shape, dtype=x.dtype, device=x.device)
+    previous = make(lanes, scan.chunk_rows, hidden, dtype=x.dtype, device=x.device)
+
+    found = _Gradients(scan, need_x, need_ih, need_hh, need_bias)
+    y, tape = y.contiguous(), tape.contiguous()
+    for end in range(scan.steps if scan.batch else 0, 0, -scan.chunk_steps):
+        begin = max(0, end - scan.chunk_steps)
+        if given.lengths is not None and end < scan.steps:
+            for each in (dv, du, previous):
+                each.zero_()
+        sweeps.backward(scan, begin, end, dy, s0, ds, y, tape, du, dv, previous)
+        found.add(begin, end, du, dv, previous)
+    out = found.all()
+    if need_s0:
+        out += [ds[j].to(x.dtype) for j in range(len(given.s0))]
+    return out
+
+
+class _Gradients:
+    """Gradients of the weights, the biases and x, summed up over the stretches of the sweep."""
+
+    def __init__(
+        self, scan: Scan, need_x: bool, need_ih: bool, need_hh: bool, need_bias: bool
+    ) -> None:
+        self.scan = scan
+        lanes, depth, x = scan.lanes, scan.gates * scan.hidden, scan.given.x
+        biased = need_bias and bool(scan.given.b_ih)
+
+        def zeros(wanted: bool, *shape: int) -> Tensor | None:
+            return x.new_zeros(shape, dtype=scan.compute) if wanted else None
+
+        self.x = zeros(need_x, scan.rows, scan.inputs)
+        self.w_ih = zeros(need_ih, lanes, depth, scan.inputs)
+        self.w_hh = zeros(need_hh, lanes, depth, scan.hidden)
+        self.b_ih = zeros(biased, lanes, depth)
+        self.b_hh = zeros(biased, lanes, depth)
+
+    def add(self, begin: int, end: int, du: Tensor, dv: Tensor, previous: Tensor) -> None:
+        scan = self.scan
+        for p, lanes in _runs(scan.backward_lanes):
+            low, high = scan.stretch(begin, end, scan.backward_lanes[p])
+            count = high - low
+            u, v, h = (each[lanes, :count] for each in (du, dv, previous))
+            if self.w_ih is not None:
+                x = scan.x_rows((low, high))
+                self.w_ih[lanes] += torch.bmm(u.transpose(1, 2), x.expand(u.size(0), *x.shape))
+            if self.w_hh is not None:
+                self.w_hh[lanes] += torch.bmm(v.transpose(1, 2), h)
+            if self.b_ih is not None and self.b_hh is not None:
+                self.b_ih[lanes] += u.sum(1, dtype=scan.compute)
+                self.b_hh[lanes] += v.sum(1, dtype=scan.compute)
+            if self.x is not None:
+                for lane, gradient in enumerate(u, p):
+                    self.x[low:high] += torch.mm(gradient, scan.w_ih[lane])
+
+    def all(self) -> list[Tensor]:
+        dtype, shape = self.scan.given.x.dtype, self.scan.given.x.shape
+        out = [] if self.x is None else [self.x.view(shape).to(dtype)]
+        for group in (self.w_ih, self.w_hh, self.b_ih, self.b_hh):
+            out += [] if group is None else list(group.to(dtype).unbind(0))
+        return out
+
+
+def _runs(backward: Sequence[bool]) -> list[tuple[int, slice]]:
+    """Scans side by side that run in the same direction: `(first, slice)` each."""
+    edges = [p for p in range(len(backward)) if p == 0 or backward[p] != backward[p - 1]]
+    ends = [*edges[1:], len(backward)]
+    return [(p, slice(p, end)) for p, end in zip(edges, ends, strict=True)]
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """[P, ...], contiguous; without a copy for one scan."""
+    if len(tensors) == 1:
+        return tensors[0].unsqueeze(0).contiguous()
+    return torch.stack(list(tensors))
