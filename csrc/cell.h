@@ -13,11 +13,26 @@
 namespace fastrnn {
 inline namespace FASTRNN_ISA {
 
+// A bit for each gate that is tied. Device code cannot index kTied at run time, but it can this.
 template <class Cell>
-constexpr bool all_tied() {
-  for (bool tied : Cell::kTied)
-    if (!tied) return false;
-  return true;
+constexpr uint64_t tied_gates() {
+  static_assert(Cell::kGates <= 64, "a bit for each gate");
+  uint64_t gates = 0;
+  for (int g = 0; g < Cell::kGates; ++g) gates |= uint64_t{Cell::kTied[g]} << g;
+  return gates;
+}
+
+template <class Cell>
+inline constexpr uint64_t kTiedGates = tied_gates<Cell>();
+
+template <class Cell>
+FASTRNN_HD constexpr bool is_tied(int gate) {
+  return kTiedGates<Cell> >> gate & 1;
+}
+
+template <class Cell>
+FASTRNN_HD constexpr bool all_tied() {
+  return kTiedGates<Cell> == ~uint64_t{0} >> (64 - Cell::kGates);
 }
 
 }  // namespace FASTRNN_ISA

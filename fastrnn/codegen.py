@@ -393,14 +393,12 @@ def _cpp_function(
     read = {places[label].split("[")[0] for label in uses(roots)}
     parameters = [f"const V* {n if n in read else f'/*{n}*/'}" for n in inputs]
     parameters += [f"V* {n if group else f'/*{n}*/'}" for n, group in outputs.items()]
-    opening = f"  FASTRNN_INLINE static void {name}("
+    opening = f"  FASTRNN_HD FASTRNN_INLINE static void {name}("
     signature = f"{opening}{', '.join(parameters)}) {{"
     if len(signature) > 100:
-        comma = ",\n" + " " * len(opening)
         half = len(inputs)
-        signature = (
-            f"{opening}{', '.join(parameters[:half])}{comma}{', '.join(parameters[half:])}) {{"
-        )
+        parts = (", ".join(parameters[:half]), ", ".join(parameters[half:]))
+        signature = f"{opening}\n      {parts[0]},\n      {parts[1]}) {{"
     return "\n".join(["  template <class V>", signature, *(f"    {line}" for line in body), "  }"])
 
 
