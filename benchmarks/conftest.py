@@ -3,6 +3,7 @@
     python -m pytest benchmarks                    the short form, a few minutes
     python -m pytest benchmarks --full             every workload
     python -m pytest benchmarks --full -k speech   some of them; other rows stay as they are
+    python -m pytest benchmarks --device cuda      those of a GPU, what matters most first
 
 Results go to benchmarks/results/<machine>/suite.json, of which `python benchmarks/report.py` makes
 tables and plots. What pytest-benchmark offers besides (--benchmark-save, --benchmark-compare) works
@@ -20,7 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.workloads import SMOKE, WORKLOADS
+from benchmarks.workloads import GPU, SMOKE, WORKLOADS
 from fastrnn.bench import machine, store
 from fastrnn.bench.race import Row
 
@@ -47,7 +48,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test for each workload, cell and mode of the chosen form."""
     option = metafunc.config.getoption
     chosen = SMOKE if option("smoke") else WORKLOADS
-    if not (option("smoke") or option("full")):
+    if option("device") == "cuda" and not option("smoke"):
+        chosen = GPU
+    elif not (option("smoke") or option("full")):
         chosen = tuple(replace(w, compiled_loop=False) for w in WORKLOADS if w.quick)
     if {"workload", "cell", "mode"} <= set(metafunc.fixturenames):
         rows = [(w, cell, mode) for w in chosen for mode in w.modes for cell in w.cells]
@@ -71,7 +74,7 @@ def keep(pytestconfig: pytest.Config, here: machine.Machine) -> Callable[[Row], 
     run = store.conditions(here, command, device)
     folder = machine.slug(run.device, None if device == "cuda" else here.threads)
     path = pytestconfig.getoption("results") / folder / "suite.json"
-    order = [w.name for w in WORKLOADS]
+    order = [w.name for w in (*WORKLOADS, *GPU)]
     before = store.load(path)
     rows: list[Row] = []
 

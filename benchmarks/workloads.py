@@ -5,6 +5,8 @@ To add one, append it to `WORKLOADS`; `quick=True` puts it into `make bench`.
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastrnn.bench.workload import (
     BEST_RIVAL,
     MICROSECONDS,
@@ -14,7 +16,7 @@ from fastrnn.bench.workload import (
     Workload,
 )
 
-__all__ = ["SMOKE", "WORKLOADS"]
+__all__ = ["GPU", "SMOKE", "WORKLOADS"]
 
 ONE_THREAD = "fastrnn, 1 thread"
 
@@ -281,6 +283,70 @@ SWEEPS = (
 )
 
 WORKLOADS = (*STREAMING, *SEQUENCES, *BATCHES, *PACKED, *CHECKS, LINEAR, *SWEEPS)
+
+# Of a GPU. What matters most comes first, as a run may be cut off after some minutes.
+GPU_SHAPES = {(16, 256): 6.0, (64, 512): 4.0, (1, 256): 8.0, (64, 1024): 2.3, (128, 2048): 1.4}
+GPU_DTYPES = ("bfloat16", "float32", "float16")
+GPU_STEPS = 512
+
+
+def on_gpu(batch: int, hidden: int, dtype: str, **rest: Any) -> Workload:
+    """One shape; TF32 is a contender of the float32 row."""
+    wide = ", both directions" if rest.get("bidirectional") else ""
+    return Workload(
+        f"gpu-{batch}x{hidden}-{dtype}" + ("-bidirectional" if wide else ""),
+        *(GPU_STEPS, batch, hidden, hidden),
+        f"{batch} rows of {GPU_STEPS} steps, H = {hidden}, {dtype}{wide}",
+        dtype=dtype,
+        group="GPU",
+        **{"cells": ("lstm", "gru"), **rest},
+    )
+
+
+def of_lengths(steps: int, batch: int, hidden: int, dtype: str) -> Workload:
+    """A packed batch whose lengths fall evenly from all steps to nearly none."""
+    lengths = tuple(max(1, steps * (batch - row) // batch) for row in range(batch))
+    return Workload(
+        f"gpu-packed-{dtype}",
+        *(steps, batch, hidden, hidden),
+        f"{batch} sequences of {lengths[-1]} to {steps} steps as a packed sequence, {dtype}",
+        dtype=dtype,
+        lengths=lengths,
+        group="GPU",
+        cells=("lstm",),
+    )
+
+
+def gpu_targets(ratio: float, dtype: str) -> tuple[Target, ...]:
+    """Where cuDNN keeps weights on the chip, LSTM in float16, less is left to win."""
+    ratio = max(1.1, ratio / 4) if dtype == "float16" else ratio
+    return (Target("inference", "torch.nn", ratio, None, None),)
+
+
+GPU = (
+    *(
+        on_gpu(*shape, dtype, targets=gpu_targets(ratio, dtype))
+        for dtype in GPU_DTYPES[:2]
+        for shape, ratio in list(GPU_SHAPES.items())[:3]
+    ),
+    of_lengths(1000, 32, 256, "float32"),
+    *(
+        on_gpu(*shape, dtype, targets=gpu_targets(ratio, dtype))
+        for dtype in GPU_DTYPES[:2]
+        for shape, ratio in list(GPU_SHAPES.items())[3:]
+    ),
+    on_gpu(16, 256, "bfloat16", bidirectional=True),
+    *(
+        on_gpu(*shape, "float16", targets=gpu_targets(ratio, "float16"))
+        for shape, ratio in GPU_SHAPES.items()
+    ),
+    of_lengths(1000, 32, 256, "bfloat16"),
+    on_gpu(64, 512, "bfloat16", bidirectional=True),
+    on_gpu(16, 256, "float32", bidirectional=True),
+    on_gpu(64, 1024, "bfloat16", bidirectional=True),
+    on_gpu(64, 128, "bfloat16", cells=("lstm", "gru", "rnn")),
+    on_gpu(64, 128, "float32", cells=("lstm", "gru", "rnn")),
+)
 
 # Seconds in all, for tests of the suite itself; one of each kind of row and of target.
 SMOKE = (

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fastrnn
+from fastrnn import kernels, plan
 from fastrnn.bench.workload import GATES, Workload
 
 __all__ = [
     "OURS",
+    "OURS_ON_GPU",
     "Case",
     "CompiledLoop",
     "Contender",
@@ -140,7 +142,12 @@ def named_states(cell: str, states: object) -> Results:
 
 
 class TorchLayer:
-    """A module with the interface of `torch.nn`'s: torch's own, or ours made from it."""
+    """A module with the interface of `torch.nn`'s: torch's own, or ours made from it.
+
+    Args:
+        tf32: on a GPU float32 is multiplied as TF32, here and nowhere else.
+        kernel: the only one of ours that may run.
+    """
 
     def __init__(
         self,
@@ -150,19 +157,22 @@ class TorchLayer:
         modes: Sequence[str] = ("inference", "training", "step", "cell"),
         onednn: bool = True,
         tf32: bool = False,
+        kernel: str | None = None,
         missing: str | None = None,
     ) -> None:
-        self.name = name
+        self.name, self.tf32 = name, tf32
         self._convert, self._modes = convert, modes
-        self._onednn, self._tf32, self._missing = onednn, tf32, missing
+        self._onednn, self._kernel, self._missing = onednn, kernel, missing
 
     def available(self) -> str | None:
+        if self._kernel is not None and self._kernel not in plan.KERNELS:
+            return f"fastrnn {fastrnn.__version__} has no kernel {self._kernel!r}"
         return self._missing
 
     def supports(self, case: Case) -> str | None:
         if case.mode not in self._modes:
             return f"does not do mode {case.mode!r}"
-        if self._tf32 and case.workload.dtype != "float32":
+        if self.tf32 and case.workload.dtype != "float32":
             return f"TF32 is a way to compute float32, not {case.workload.dtype}"
         return None
 
@@ -204,12 +214,25 @@ class TorchLayer:
                 torch.backends.mkldnn.set_flags(False)
                 stack.callback(torch.backends.mkldnn.set_flags, True)
             if case.device == "cuda":
-                stack.enter_context(torch.backends.cudnn.flags(allow_tf32=self._tf32))
+                stack.enter_context(torch.backends.cudnn.flags(allow_tf32=self.tf32))
+                stack.enter_context(_tf32_products(self.tf32))
+            if self._kernel is not None:
+                stack.enter_context(kernels.use(self._kernel))
             torch.set_num_threads(case.threads)
             try:
                 yield
             finally:
                 torch.set_num_threads(threads)
+
+
+@contextmanager
+def _tf32_products(allow: bool) -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allow
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 _Around = Callable[[], AbstractContextManager[object]]
@@ -300,6 +323,12 @@ OURS: tuple[Contender, ...] = (
         if hasattr(fastrnn, "freeze")
         else f"fastrnn {fastrnn.__version__} has no freeze()",
     ),
+)
+OURS_ON_GPU: tuple[Contender, ...] = (
+    TorchLayer("fastrnn", fastrnn.from_torch),
+    TorchLayer("fastrnn with TF32", fastrnn.from_torch, tf32=True),
+    TorchLayer("fastrnn, cuda", fastrnn.from_torch, kernel="cuda"),
+    TorchLayer("fastrnn, triton", fastrnn.from_torch, kernel="triton"),
 )
 
 

@@ -21,8 +21,10 @@ from torch import Tensor
 from fastrnn.bench.contender import Prepared
 
 __all__ = [
+    "Clock",
     "Latency",
     "Times",
+    "gpu_clock",
     "interleaved",
     "kernels_of",
     "latencies",
@@ -71,6 +73,10 @@ class Latency:
     calls: int
 
 
+# Seconds that so many calls take together.
+Clock = Callable[[Callable[[], object], int], float]
+
+
 @dataclass
 class _Taken:
     calls: int
@@ -78,25 +84,39 @@ class _Taken:
     spent: float = 0.0
 
 
-def interleaved(
-    prepared: Mapping[str, Prepared],
-    seconds: float,
-    synchronize: Callable[[], object] = lambda: None,
-) -> dict[str, Times]:
-    """Times of each, in turns until each has spent `seconds` in calls or had three turns.
+def clock(call: Callable[[], object], calls: int) -> float:
+    """By the processor's clock."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return time.perf_counter() - start
 
-    `synchronize` waits for a device that runs calls later; it is part of what is timed.
-    """
+
+def gpu_clock(call: Callable[[], object], calls: int) -> float:
+    """Between two events of the current stream, so that waiting for the GPU is not counted; where
+    it waits for the processor to launch, that is."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(calls):
+        call()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) * 1e-3
+
+
+def interleaved(
+    prepared: Mapping[str, Prepared], seconds: float, clock: Clock = clock
+) -> dict[str, Times]:
+    """Times of each, in turns until each has spent `seconds` in calls or had three turns."""
     taken: dict[str, _Taken] = {}
     for name, each in prepared.items():
         with each.around():
-            each.call()
-            synchronize()
-            once = _timed(each.call, 1, synchronize)
+            clock(each.call, 1)
+            once = clock(each.call, 1)
             # Threads that sleep, and caches, make first calls many times as slow as others.
             many = max(1, int(20 * _BLOCK / once))
             times = 3 if once < _BLOCK else 1
-            once = min(_timed(each.call, many, synchronize) / many for _ in range(times))
+            once = min(clock(each.call, many) / many for _ in range(times))
         taken[name] = _Taken(max(1, int(_BLOCK / once)), [])
     turns = 0
     shuffled = random.Random(0)
@@ -105,22 +125,21 @@ def interleaved(
         for name in shuffled.sample(list(prepared), len(prepared)):
             if turns < _FEWEST or taken[name].spent < seconds:
                 with prepared[name].around():
-                    _turn(prepared[name].call, taken[name], synchronize)
+                    _turn(prepared[name].call, taken[name], clock)
         turns += 1
     return {name: _times(each) for name, each in taken.items()}
 
 
-def _turn(call: Callable[[], object], taken: _Taken, synchronize: Callable[[], object]) -> None:
+def _turn(call: Callable[[], object], taken: _Taken, clock: Clock) -> None:
     _wait_for_idle_pools()
     if not taken.seconds or taken.seconds[-1] < _LONG:
         begin = time.perf_counter()
         while True:
-            call()
+            clock(call, 1)
             if time.perf_counter() - begin > _WARM_UP:
                 break
-        synchronize()
     for _ in range(_BLOCKS):
-        block = _timed(call, taken.calls, synchronize)
+        block = clock(call, taken.calls)
         taken.seconds.append(block / taken.calls)
         taken.spent += block
         if block > 10 * _BLOCK:
@@ -134,14 +153,6 @@ def _wait_for_idle_pools() -> None:
         time.sleep(_GLANCE)
         if time.process_time() - used < _GLANCE / 4:
             return
-
-
-def _timed(call: Callable[[], object], calls: int, synchronize: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    for _ in range(calls):
-        call()
-    synchronize()
-    return time.perf_counter() - start
 
 
 def _times(taken: _Taken) -> Times:
@@ -171,13 +182,19 @@ def latencies(prepared: Mapping[str, Prepared], calls: int, turn: int = 5000) ->
     return found
 
 
-def peak_memory(call: Callable[[], object]) -> tuple[object, int | None]:
-    """What `call` returns, and by how many bytes it raised the memory of the process at most.
+def peak_memory(call: Callable[[], object], device: str = "cpu") -> tuple[object, int | None]:
+    """What `call` returns, and by how many bytes it raised the memory of the process at most, or on
+    a GPU that of torch's tensors.
 
     Resident pages of all allocators alike, ours in C++ and the rivals' arenas, as the system counts
     them: exact to a fraction of a MiB. What was allocated before the call is not in it. None where
     the system does not tell (it takes Linux).
     """
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = call()
+        return result, torch.cuda.max_memory_allocated() - before
     status = Path("/proc/self/status")
     try:
         # Pages the C library keeps for later would hide an allocation that reuses them.

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import torch
 from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn.bench import measure
 from fastrnn.bench.contender import (
     OURS,
+    OURS_ON_GPU,
     Case,
     CompiledLoop,
     Contender,
@@ -24,6 +24,7 @@ from fastrnn.bench.jax_rival import Jax
 from fastrnn.bench.machine import Machine
 from fastrnn.bench.onnx_rivals import OnnxRuntime, OpenVino
 from fastrnn.bench.workload import BEST_RIVAL, MICROSECONDS, PEAK, Target, Variant, Workload
+from fastrnn.plan import KernelRefused
 
 __all__ = ["ONE_THREAD", "RIVALS", "TORCH", "Entry", "GateFailed", "Row", "Verdict", "judge", "run"]
 
@@ -190,13 +191,17 @@ def run(
     gate = _Gate(case)
     ready: dict[str, _Ready] = {}
     refused: dict[str, str] = {}
-    for contender in OURS:
+    for contender in OURS if device == "cpu" else OURS_ON_GPU:
         reason = contender.available() or contender.supports(case)
         if reason is None:
             prepared = contender.prepare(case)
-            ready[contender.name] = _Ready(
-                "ours", prepared, *gate.check(contender.name, prepared, ours=True)
-            )
+            tf32 = getattr(contender, "tf32", False)
+            try:
+                checked_so = gate.check(contender.name, prepared, ours=True, tf32=tf32)
+            except KernelRefused as refusal:
+                refused[contender.name] = str(refusal)
+            else:
+                ready[contender.name] = _Ready("ours", prepared, *checked_so)
         elif contender.available():
             refused[contender.name] = reason
     for name, other in _variants(case):
@@ -221,8 +226,8 @@ def run(
         if reason is not None:
             refused[contender.name] = reason
     calls = {name: each.prepared for name, each in ready.items()}
-    synchronize = torch.cuda.synchronize if device == "cuda" else _nothing
-    times = measure.interleaved(calls, seconds, synchronize)
+    clock = measure.gpu_clock if device == "cuda" else measure.clock
+    times = measure.interleaved(calls, seconds, clock)
     delays: dict[str, measure.Latency] = {}
     if mode == "step" and latency_calls:
         by_time = sorted(times, key=lambda name: times[name].median)
@@ -258,10 +263,6 @@ class _Ready:
 _DROP_IN = next(each for each in OURS if each.name == "fastrnn")
 
 
-def _nothing() -> None:
-    """A CPU has nothing to wait for."""
-
-
 def _variants(case: Case) -> Iterator[tuple[str, Case]]:
     """Ours under other conditions: those the workload names, and one thread everywhere."""
     w = case.workload
@@ -285,22 +286,25 @@ class _Gate:
         else:
             exactly = replace(exactly, x=case.x.double())
         exactly = replace(exactly, gradient=case.gradient.double())
-        torchs = TorchLayer(TORCH)
-        self._exact, _ = self._results(torchs.prepare(exactly))
-        theirs, _ = self._results(torchs.prepare(case))
-        self._theirs = {n: measure.relative_error(theirs[n], e) for n, e in self._exact.items()}
+        self._exact, _ = self._results(TorchLayer(TORCH).prepare(exactly))
+        self._theirs = {False: self._errors(tf32=False)}
+
+    def _errors(self, tf32: bool) -> dict[str, float]:
+        """Of torch.nn."""
+        theirs, _ = self._results(TorchLayer(TORCH, tf32=tf32).prepare(self._case))
+        return {n: measure.relative_error(theirs[n], e) for n, e in self._exact.items()}
 
     def _results(self, prepared: Prepared) -> tuple[Results, int | None]:
         """Of the first call, or of a later step, which shows that the state is carried; and the
         memory of the first."""
         with prepared.around():
-            result, memory = measure.peak_memory(prepared.call)
+            result, memory = measure.peak_memory(prepared.call, self._case.device)
             for _ in range(_STEPS_GATED - 1 if self._case.mode == "step" else 0):
                 result = prepared.call()
             return prepared.read(result), memory
 
     def check(
-        self, name: str, prepared: Prepared, *, ours: bool = False
+        self, name: str, prepared: Prepared, *, ours: bool = False, tf32: bool = False
     ) -> tuple[float, int | None]:
         """Largest error of all results, and the memory of the first call.
 
@@ -308,10 +312,12 @@ class _Gate:
             GateFailed: an error exceeds the tolerance: for ours that of the tests, for a rival one
                 that tells another result from another rounding.
         """
+        if tf32 not in self._theirs:
+            self._theirs[tf32] = self._errors(tf32)
         results, memory = self._results(prepared)
         errors = {n: measure.relative_error(r, self._exact[n]) for n, r in results.items()}
         for what, error in errors.items():
-            theirs = self._theirs[what]
+            theirs = self._theirs[tf32][what]
             allowed = (
                 measure.limit(what, theirs, self._case.workload.dtype)
                 if ours

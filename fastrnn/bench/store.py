@@ -58,6 +58,8 @@ def conditions(machine: Machine, command: str, device: str = "cpu") -> Condition
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "not installed"
+    if device == "cuda":
+        versions |= _gpu_versions()
     return Conditions(
         device=torch.cuda.get_device_name() if device == "cuda" else processor(),
         instruction_set=_C.isa(),
@@ -69,12 +71,30 @@ def conditions(machine: Machine, command: str, device: str = "cpu") -> Condition
     )
 
 
-def _commit() -> str:
-    git = ["git", "describe", "--always", "--dirty"]
+def _gpu_versions() -> dict[str, str]:
     try:
-        return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = "not installed"
+    return {
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "CUDA": torch.version.cuda or "unknown",
+        "cuDNN": str(torch.backends.cudnn.version()),
+        "triton": triton,
+    }
+
+
+def _commit() -> str:
+    return _output("git", "describe", "--always", "--dirty")
+
+
+def _output(*command: str) -> str:
+    """The first line that a command prints."""
+    try:
+        said = subprocess.run(command, capture_output=True, text=True).stdout
     except OSError:
         return "unknown"
+    return next(iter(said.splitlines()), "unknown")
 
 
 def load(path: Path) -> Results:
