@@ -2,6 +2,7 @@
 
 #include <cstring>
 #include <limits>
+#include <string>
 
 #include "cuda_launch.h"
 #include "dev.cuh"
@@ -87,6 +88,18 @@ FASTRNN_EXPORT int fastrnn_cuda_resident_clusters(int blocks, int threads, int64
 }
 
 FASTRNN_EXPORT const char* fastrnn_cuda_error(int error) { return fastrnn::dev::error_text(error); }
+
+FASTRNN_EXPORT const char* fastrnn_cuda_cells() {
+  // A cell's name has no space in it.
+  static const std::string names = [] {
+    std::string all;
+#define FASTRNN_NAME(Cell) all += std::string(fastrnn::Cell::kName) + " ";
+    FASTRNN_CELLS(FASTRNN_NAME)
+#undef FASTRNN_NAME
+    return all;
+  }();
+  return names.c_str();
+}
 
 FASTRNN_EXPORT int fastrnn_cuda_simulated() {
 #ifdef FASTRNN_CUDASIM

@@ -95,6 +95,8 @@ int64_t fastrnn_cuda_workspace_bytes(const char* cell, const fastrnn::Sweep*,
 int fastrnn_cuda_resident_clusters(int blocks, int threads, int64_t shared_bytes);
 // The text of an error.
 const char* fastrnn_cuda_error(int error);
+// Names of the cells that it has kernels for, with a space after each.
+const char* fastrnn_cuda_cells();
 // Whether this library runs the kernels in the simulator of the tests, on memory of the CPU.
 int fastrnn_cuda_simulated();
 }
