@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,13 +17,14 @@ from torch import Tensor
 from fastrnn.codegen import Derived
 from fastrnn.plan import Plan
 
-__all__ = ["Operands", "Scan", "Sweeps", "backward", "forward"]
+__all__ = ["Operands", "Scan", "Sweeps", "backward", "forward", "tf32_allowed"]
 
 
 @dataclass(frozen=True)
 class Operands:
     """One scan, as `reference.scan` documents it; without a projection of state 0."""
 
+    cell: str  # the name under which the kernels know it
     x: Tensor
     w_ih: Sequence[Tensor]
     w_hh: Sequence[Tensor]
@@ -36,11 +37,19 @@ class Operands:
     reverse: int
 
 
+def tf32_allowed() -> bool:
+    """Whether float32 is multiplied by recurrent weights as TF32: where torch lets `nn.LSTM` do it,
+    by `torch.backends.cudnn.rnn.fp32_precision` or `torch.backends.cudnn.allow_tf32`."""
+    rnn: Any = torch.backends.cudnn.rnn  # its type does not tell of this
+    return bool(rnn.fp32_precision == "tf32")
+
+
 class Scan:
     """What both directions need to know of a call.
 
     Attributes:
         derived, given, plan: what is computed, of what, and how.
+        cell: the name under which the kernels know it.
         gates, states, lanes, hidden, inputs, steps, batch, rows: G, S, P, H, I, T, B and the
             number of rows, padded ones included.
         compute: the dtype of sums and states.
@@ -53,7 +62,7 @@ class Scan:
     """
 
     def __init__(self, derived: Derived, plan: Plan, given: Operands) -> None:
-        self.derived, self.plan, self.given = derived, plan, given
+        self.derived, self.plan, self.given, self.cell = derived, plan, given, given.cell
         x = given.x
         self.gates, self.states = len(derived.gates), len(derived.states)
         self.lanes = len(given.w_hh)

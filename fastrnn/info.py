@@ -144,8 +144,8 @@ def support_markdown() -> str:
     lines = [f"| | {' | '.join(f'`{name}`' for name in names)} |", "|---|" + "---|" * len(names)]
     for label, problem, device in _SUPPORT:
         devices = [
-            replace(device, kind="cuda", triton=None)
-            if name == "triton" and device.kind == "cpu" and "CPU" not in label
+            replace(_ANY_GPU, compiled=device.compiled)
+            if name in ("cuda", "triton") and device.kind == "cpu" and "CPU" not in label
             else device
             for name in names
         ]
@@ -156,7 +156,15 @@ def support_markdown() -> str:
 
 _TYPICAL = Problem("lstm", 100, 32, 64, 256, gates=4, states=2, tape=True)
 _ANY_CPU = Device(threads=2, vector_bytes=32)
-_ANY_GPU = Device(kind="cuda", triton=None, shared_bytes=99 << 10)
+_ANY_GPU = Device(
+    kind="cuda",
+    triton=None,
+    shared_bytes=99 << 10,
+    cuda=None,
+    cuda_cells=("rnn_tanh", "rnn_relu", "lstm", "gru"),
+    capability=80,
+    multiprocessors=108,
+)
 _SUPPORT: tuple[tuple[str, Problem, Device], ...] = (
     ("float32", _TYPICAL, _ANY_CPU),
     ("float64", replace(_TYPICAL, dtype="float64"), _ANY_CPU),
@@ -172,7 +180,7 @@ _SUPPORT: tuple[tuple[str, Problem, Device], ...] = (
         replace(_TYPICAL, cell="yours"),
         replace(_ANY_CPU, compiled=False),
     ),
-    ("tensors on a CPU", _TYPICAL, replace(_ANY_CPU, triton=None)),
+    ("tensors on a CPU", _TYPICAL, replace(_ANY_GPU, kind="cpu")),
     ("tensors on a GPU", _TYPICAL, _ANY_GPU),
     ("tensors on a GPU, no Triton", _TYPICAL, replace(_ANY_CPU, kind="cuda")),
 )
@@ -226,6 +234,19 @@ def plan_text(problem: Problem, device: Device, chosen: Plan) -> str:
                 f"over the batch x {chosen.split_units} over hidden units",
             ),
             ("weights", "packed for the sweep" if chosen.packed_weights else "read as they lie"),
+            ("chunk", f"{chosen.chunk_rows} of {problem.live_rows} rows"),
+        ]
+    if chosen.kernel == "cuda":
+        where = {
+            "step": "read from the cache at every step",
+            "block": "resident in one block",
+            "cluster": f"resident in clusters of {chosen.blocks} blocks",
+            "grid": f"resident in groups of {chosen.blocks} blocks of the grid",
+        }
+        rows += [
+            ("weights", where[chosen.regime]),
+            ("numbers", f"multiplied as {chosen.number}"),
+            ("blocks", f"{chosen.batch_tile} rows of the batch each, {chosen.warps} warps"),
             ("chunk", f"{chosen.chunk_rows} of {problem.live_rows} rows"),
         ]
     if chosen.kernel == "triton":

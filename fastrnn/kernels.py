@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastrnn import cells, codegen, gpu_scan, jit, plan, reference, triton_scan
+from fastrnn import cells, codegen, cuda_scan, gpu_scan, jit, plan, reference, triton_scan
 from fastrnn.cells import Cell
 from fastrnn.extension import _C
 
@@ -154,6 +155,8 @@ def device(
     return plan.Device(
         kind=kind,
         **_triton_facts(kind, index, triton_scan.interpreted()),
+        **_cuda_facts(kind, index, cuda_scan.library()),
+        tf32=gpu_scan.tf32_allowed(),
         threads=torch.get_num_threads() if threads is None else threads,
         vector_bytes=_C.vector_bytes(),
         l2_bytes=_l2_bytes(),
@@ -177,6 +180,40 @@ def _triton_facts(kind: str, index: int | None, interpreted: bool) -> dict[str, 
             values = [getattr(properties, k) for k in known if hasattr(properties, k)]
             facts |= {name: int(values[0])} if values else {}
     return facts
+
+
+# A simulator has the multiprocessors and clusters that tests ask for.
+_SIMULATED = {
+    "simulated": True,
+    "capability": 90,
+    "multiprocessors": 132,
+    "shared_bytes": 227 << 10,
+    "clusters": ((2, 66), (4, 32), (8, 15), (16, 6)),
+}
+
+
+@cache
+def _cuda_facts(kind: str, index: int | None, library: cuda_scan.Library | str) -> dict[str, Any]:
+    """What `plan.Device` tells about the CUDA kernels."""
+    if isinstance(library, str):
+        return {"cuda": library}
+    facts: dict[str, Any] = {"cuda": None, "cuda_cells": library.cells}
+    if library.simulated:
+        return facts | _SIMULATED
+    if kind != "cuda" or not torch.cuda.is_available():
+        return facts
+    if torch.version.hip is not None:
+        return {"cuda": "it runs on NVIDIA's GPUs, and torch is built for AMD's"}
+    with torch.cuda.device(index):
+        properties: Any = torch.cuda.get_device_properties(index)
+        shared = int(properties.shared_memory_per_block_optin)
+        counts = [(n, library.resident_clusters(n, 256, shared)) for n in (2, 4, 8, 16)]
+    return facts | {
+        "capability": 10 * properties.major + properties.minor,
+        "multiprocessors": properties.multi_processor_count,
+        "registers": int(properties.regs_per_multiprocessor),
+        "clusters": tuple((blocks, count) for blocks, count in counts if count > 0),
+    }
 
 
 @cache
@@ -217,8 +254,8 @@ def _forward(
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     """The forward sweep of a kernel that is written in Python."""
     call = _Call(*inputs)
-    if kernel == "triton":
-        return gpu_scan.forward(triton_scan.sweeps, *_for_gpu(call, tape=tape), tape)
+    if kernel in _SWEEPS:
+        return gpu_scan.forward(_SWEEPS[kernel], *_for_gpu(call, kernel, tape=tape), tape)
     return _reference_forward(call, tape)
 
 
@@ -231,16 +268,19 @@ def _backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     call = _Call(*inputs)
-    if kernel == "triton":
-        return gpu_scan.backward(
-            triton_scan.sweeps, *_for_gpu(call, tape=True, backward=True), grads, y, tape, needs
-        )
+    if kernel in _SWEEPS:
+        operands = _for_gpu(call, kernel, tape=True, backward=True)
+        return gpu_scan.backward(_SWEEPS[kernel], *operands, grads, y, tape, needs)
     # By autograd of the reference, which needs no tape.
     return _gradients(call, grads, needs, create_graph=False)
 
 
+# The kernels for GPUs, which are launched from Python.
+_SWEEPS: dict[str, gpu_scan.Sweeps] = {"cuda": cuda_scan.sweeps, "triton": triton_scan.sweeps}
+
+
 def _for_gpu(
-    call: _Call, *, tape: bool, backward: bool = False
+    call: _Call, kernel: str, *, tape: bool, backward: bool = False
 ) -> tuple[codegen.Derived, plan.Plan, gpu_scan.Operands]:
     """The cell's derivation, the plan and the operands."""
     cell, x = _prepared[call.cell], call.x
@@ -258,8 +298,10 @@ def _for_gpu(
         tape=tape,
         backward=backward,
     )
-    chosen = plan.choose(problem, device(x.device.type, index=x.device.index))
-    return derived, chosen, gpu_scan.Operands(*call[1:6], *call[7:])
+    # The kernel was chosen for the current device, which may be another one than the tensors'.
+    machine = replace(device(x.device.type, index=x.device.index), forced=kernel)
+    chosen = plan.choose(problem, machine)
+    return derived, chosen, gpu_scan.Operands(*call[:6], *call[7:])
 
 
 def _reference_forward(call: _Call, tape: bool) -> tuple[Tensor, list[Tensor], Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 __all__ = ["Device", "KernelRefused", "Plan", "Problem", "choose"]
 
@@ -57,11 +58,21 @@ class Device:
     interpreted: bool = False  # Triton runs in its interpreter
     shared_bytes: int = 48 << 10  # memory that the threads of a block may share
     warp: int = 32  # threads that run in step
+    cuda: str | None = "the CUDA kernels are not built"  # why they cannot run here
+    cuda_cells: tuple[str, ...] = ()  # those that they were built for
+    simulated: bool = False  # the CUDA kernels run on CPUs, in the simulator of the tests
+    tf32: bool = False  # float32 may be multiplied as TF32
+    capability: int = 0  # of CUDA, 90 for 9.0
+    multiprocessors: int = 0
+    registers: int = 64 << 10  # of a multiprocessor, 32 bits each
+    # (blocks, clusters of so many that run at the same time), one block to a multiprocessor
+    clusters: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a problem runs. The first fields are for the CPU kernel, others for Triton's."""
+    """How a problem runs. The first fields are for the CPU kernel, then come those of Triton's and,
+    at last, those that only the CUDA kernels have."""
 
     kernel: str
     packed_weights: bool = True  # False: few rows, weights are read once, as they lie
@@ -76,6 +87,9 @@ class Plan:
     depth_tile: int = 1  # units of the step before that it multiplies at a time
     warps: int = 4
     stages: int = 1  # tiles of weights that are under way at a time
+    number: str = ""  # how numbers are stored and multiplied: `Number` of csrc/sweep.h
+    regime: str = ""  # where the recurrent weights stay: `Regime` of csrc/sweep.h
+    blocks: int = 1  # that share the units of a tile of the batch
     refused: tuple[tuple[str, str], ...] = ()  # kernels that came before, and why not them
 
     @property
@@ -186,6 +200,154 @@ def _cpu_chunk_rows(problem: Problem, device: Device) -> int:
     if problem.backward:
         return max(device.l2_bytes // row, _BACKWARD_ROWS)
     return max(1, device.l2_bytes // (_FORWARD_SHARE * row))
+
+
+# cuda: the built-in cells in CUDA C++ (csrc/cuda_*.cu, fastrnn/cuda_scan.py)
+
+_CUDA_NUMBERS = {"float32": "", "float64": "float64", "bfloat16": "bfloat16", "float16": "float16"}
+_CUDA_STORED = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}  # bytes
+_CUDA_LANES = 64  # a bit for each says which way it runs
+_CUDA_CHUNK_BYTES = 64 << 20  # of u and du: a launch loads all weights, so it should be long
+_CUDA_TILES = (8, 16, 32)  # rows of the batch: columns of matrix products, 8 at a time
+_CUDA_CLUSTERS = (2, 4, 8, 16)
+_FEW_STEPS = 2  # which end before the weights would be loaded
+
+
+def _cuda_refuse(problem: Problem, device: Device) -> str | None:
+    if device.kind == "cpu" and device.simulated:
+        if device.forced != "cuda":
+            return "on CPUs it runs in a simulator, and only when it is asked for by name"
+    elif device.kind != "cuda":
+        return f"it runs on NVIDIA's GPUs, the tensors are on {device.kind}"
+    if device.cuda is not None:
+        return device.cuda
+    if problem.cell not in device.cuda_cells:
+        return f"it has no code for cell {problem.cell!r}; triton runs cells of one's own"
+    if problem.dtype not in _CUDA_NUMBERS:
+        return f"it computes {', '.join(_CUDA_NUMBERS)}, not {problem.dtype}"
+    if problem.projected:
+        return "it does not project the output (proj_size)"
+    if problem.hidden == 0:
+        return "there are no hidden units"
+    if problem.lanes > _CUDA_LANES:
+        return f"it runs {_CUDA_LANES} scans side by side at most, not {problem.lanes}"
+    if device.capability < 80:
+        major, minor = divmod(device.capability, 10)
+        return f"it needs compute capability 8.0, this GPU has {major}.{minor}"
+    return None
+
+
+def _cuda_configure(problem: Problem, device: Device) -> Plan:
+    # Nothing depends on the other fields, so that sequences of all lengths share a plan.
+    steps = min(problem.steps, _FEW_STEPS + 1)
+    relevant = replace(problem, steps=steps, inputs=0, rows=-1, tape=False, frozen=False)
+    return _cuda_best(relevant, replace(device, threads=1))
+
+
+@lru_cache(maxsize=1024)
+def _cuda_best(problem: Problem, device: Device) -> Plan:
+    """The regime of the least estimated time of a step."""
+    row = problem.gates * problem.hidden * problem.lanes * _CUDA_STORED[problem.dtype]
+    plans = [_cuda_step(problem, device)]
+    if problem.dtype != "float64" and problem.batch and problem.steps > _FEW_STEPS:
+        plans += _cuda_resident(problem, device)
+    best = min(plans, key=lambda plan: _cuda_cycles(problem, device, plan))
+    return replace(best, chunk_rows=max(1, _CUDA_CHUNK_BYTES // row))
+
+
+def _cuda_step(problem: Problem, device: Device) -> Plan:
+    number = _CUDA_NUMBERS[problem.dtype] or ("tf32" if device.tf32 else "float32")
+    return Plan(kernel="cuda", number=number, regime="step", batch_tile=8)
+
+
+def _cuda_resident(problem: Problem, device: Device) -> list[Plan]:
+    """Every plan whose blocks hold all weights of a lane and run at the same time."""
+    number = _CUDA_NUMBERS[problem.dtype] or ("tf32" if device.tf32 else "tf32x3")
+    resident = dict(device.clusters)
+    octets = -(-problem.hidden // _OCTET)
+    counts = {-(-octets // each) for each in range(1, octets + 1)}
+    found = []
+    for tile in _CUDA_TILES:
+        if tile > _CUDA_TILES[0] and tile >= 2 * problem.batch:
+            break
+        groups = problem.lanes * -(-problem.batch // tile)
+        for regime, choices in (
+            ("block", [1]),
+            ("cluster", [n for n in _CUDA_CLUSTERS if n <= octets and resident.get(n)]),
+            ("grid", [n for n in sorted(counts) if n > 1 and n * groups <= device.multiprocessors]),
+        ):
+            plan = Plan("cuda", number=number, regime=regime, batch_tile=tile, warps=_CUDA_WARPS)
+            found += [
+                replace(plan, blocks=n)
+                for n in choices
+                if _cuda_fits(problem, device, replace(plan, blocks=n))
+            ]
+    return found
+
+
+# What csrc/cuda_tile.cuh keeps on a multiprocessor.
+_OCTET = 8  # units that a warp owns at least
+_CUDA_WARPS = 8
+_CUDA_WEIGHT_REGISTERS = 128  # of a thread
+_CUDA_BYTES = {"bfloat16": 2, "float16": 2, "tf32": 4, "tf32x3": 8}  # of a weight as it is kept
+
+
+def _cuda_fits(problem: Problem, device: Device, plan: Plan) -> bool:
+    """Whether the registers and the shared memory of a block hold its weights and two tiles of what
+    is exchanged."""
+    size, depth = _CUDA_BYTES[plan.number], _cuda_depth(problem)
+    weights = _cuda_weights(problem, plan) * size
+    registers = plan.warps * 32 * _CUDA_WEIGHT_REGISTERS * 4
+    tile = 2 * plan.batch_tile * (depth * min(size, 4) + 16)
+    return max(0, weights - registers) + tile + _CUDA_OTHER_SHARED <= device.shared_bytes
+
+
+_CUDA_OTHER_SHARED = 8 << 10
+
+
+def _cuda_depth(problem: Problem) -> int:
+    """Terms of the sum that a step's product takes, filled up to whole tiles."""
+    units = -(-problem.hidden // 16) * 16
+    return units * (problem.gates if problem.backward else 1)
+
+
+def _cuda_weights(problem: Problem, plan: Plan) -> int:
+    """Weights that a block multiplies by, filled up to whole tiles."""
+    octets = -(-problem.hidden // _OCTET)
+    units = -(-octets // plan.blocks) * _OCTET
+    rows = -(-units // 16) * 16 if problem.backward else -(-units * problem.gates // 16) * 16
+    return rows * _cuda_depth(problem)
+
+
+# Cycles, estimated from published measurements of an H100 (docs of the project, gpu.md 3.4).
+_MATRIX_SPEED = {"bfloat16": 1300, "float16": 1300, "tf32": 650, "tf32x3": 220}  # terms a cycle
+_SHARED_SPEED = 128  # bytes a cycle
+_EXCHANGE = {"block": 60, "cluster": 250, "grid": 1400}
+_EXCHANGE_SPEED = {"block": 128, "cluster": 16, "grid": 35}  # bytes a cycle
+_CELL = 250  # of a step, for the cell's arithmetic and what else takes no part in the product
+_LAUNCH = 4000  # of a kernel for one step
+_CACHE_SPEED = 2000  # bytes a cycle, of weights that a step reads on the whole device
+
+
+def _cuda_cycles(problem: Problem, device: Device, plan: Plan) -> float:
+    """An estimate of a step's time."""
+    if plan.regime == "step":
+        weights = problem.lanes * problem.gates * problem.hidden**2
+        bytes_read = weights * _CUDA_STORED[problem.dtype] / _CACHE_SPEED
+        speed = _MATRIX_SPEED.get(plan.number, 64) * max(1, device.multiprocessors)
+        return _LAUNCH + max(bytes_read, weights * problem.batch / speed)
+    size, weights = _CUDA_BYTES[plan.number], _cuda_weights(problem, plan)
+    groups = problem.lanes * -(-problem.batch // plan.batch_tile)
+    at_once = device.multiprocessors // plan.blocks
+    if plan.regime == "cluster":
+        at_once = dict(device.clusters)[plan.blocks]
+    waves = -(-groups // max(1, at_once))
+    in_registers = plan.warps * 32 * _CUDA_WEIGHT_REGISTERS * 4
+    shared = max(0, weights * size - in_registers) / _SHARED_SPEED
+    product = weights * plan.batch_tile / _MATRIX_SPEED[plan.number]
+    exchanged = plan.batch_tile * _cuda_depth(problem) * min(size, 4)
+    exchange = _EXCHANGE[plan.regime] + exchanged / _EXCHANGE_SPEED[plan.regime]
+    return waves * (max(product, shared) + exchange + _CELL)
 
 
 # triton: one launch per chunk of steps, for any cell (fastrnn/triton_scan.py)
@@ -303,6 +465,7 @@ _Configure = Callable[[Problem, Device], Plan]
 # In order of preference.
 _KERNELS: dict[str, tuple[_Refuse, _Configure]] = {
     "cpu": (_cpu_refuse, _cpu_configure),
+    "cuda": (_cuda_refuse, _cuda_configure),
     "triton": (_triton_refuse, _triton_configure),
     "reference": (_reference_refuse, _reference_configure),
 }

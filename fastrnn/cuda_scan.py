@@ -1,0 +1,216 @@
+"""The sweep in CUDA C++: its library, and how a call of it is laid out.
+
+The library, `_cuda.so`, has no torch in it and is loaded when its kernels are first asked about.
+Environment: `FASTRNN_CUDA_LIBRARY` names another one, for instance that of the tests, which runs
+the same kernels on tensors of the CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrnn.gpu_scan import Scan
+from fastrnn.plan import Plan
+
+__all__ = ["Library", "library", "sweeps"]
+
+
+class Sweep(ctypes.Structure):
+    """`Sweep` of csrc/sweep.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("steps", "batch", "hidden", "lanes", "begin", "end")),
+        *((name, ctypes.c_int64) for name in ("base", "base_reverse", "chunk_rows")),
+        ("reverse", ctypes.c_uint64),
+        *((name, ctypes.c_void_p) for name in ("first", "length", "resets", "w_hh", "u", "b_hh")),
+        *((name, ctypes.c_void_p) for name in ("carry", "y", "tape", "dy", "s0", "ds", "du", "dv")),
+        *((name, ctypes.c_void_p) for name in ("previous", "workspace")),
+    )
+
+
+class CudaPlan(ctypes.Structure):
+    """`CudaPlan` of csrc/sweep.h."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_int32) for name in ("number", "regime", "batch_tile", "blocks", "warps")
+    )
+
+
+NUMBERS = {"float64": 0, "float32": 1, "tf32": 2, "tf32x3": 3, "bfloat16": 4, "float16": 5}
+REGIMES = {"step": 0, "block": 1, "cluster": 2, "grid": 3}
+
+
+class Library:
+    """The functions of csrc/sweep.h.
+
+    Attributes:
+        path: where it was loaded from.
+        simulated: whether it runs on the CPU, on its tensors.
+        cells: names of the cells that it has kernels for.
+
+    Raises:
+        OSError: if there is no such library, or it cannot be loaded.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        loaded = ctypes.CDLL(str(path))
+        text, number, size = ctypes.c_char_p, ctypes.c_int, ctypes.c_int64
+        call = (text, ctypes.POINTER(Sweep), ctypes.POINTER(CudaPlan))
+
+        def function(name: str, result: Any, *arguments: Any) -> Any:
+            found = getattr(loaded, f"fastrnn_cuda_{name}")
+            found.restype, found.argtypes = result, arguments
+            return found
+
+        self._forward = function("forward", number, *call, ctypes.c_void_p)
+        self._backward = function("backward", number, *call, ctypes.c_void_p)
+        self._workspace_bytes = function("workspace_bytes", size, *call, number)
+        self._resident_clusters = function("resident_clusters", number, number, number, size)
+        self._error = function("error", text, number)
+        self.simulated = bool(function("simulated", number)())
+        self.cells = tuple(function("cells", text)().decode().split())
+
+    def workspace_bytes(self, cell: str, sweep: Sweep, plan: CudaPlan, backward: bool) -> int:
+        return int(self._workspace_bytes(cell.encode(), sweep, plan, backward))
+
+    def launch(
+        self, cell: str, sweep: Sweep, plan: CudaPlan, backward: bool, stream: int | None
+    ) -> None:
+        """Launch the kernels of a sweep, without waiting for them.
+
+        Raises:
+            RuntimeError: with what CUDA says, if it does not take the launch.
+        """
+        call = self._backward if backward else self._forward
+        self._check(call(cell.encode(), sweep, plan, stream))
+
+    def resident_clusters(self, blocks: int, threads: int, shared_bytes: int) -> int:
+        """How many clusters of so many blocks the current device runs at the same time."""
+        count = int(self._resident_clusters(blocks, threads, shared_bytes))
+        return max(count, 0)
+
+    def _check(self, error: int) -> None:
+        if error:
+            text = self._error(error)
+            said = "no text" if text is None else text.decode(errors="replace")
+            raise RuntimeError(f"the CUDA kernels of fastrnn failed: {said} (error {error})")
+
+
+def library() -> Library | str:
+    """The kernels, or why there are none."""
+    return _library(os.environ.get("FASTRNN_CUDA_LIBRARY", ""))
+
+
+@functools.cache
+def _library(named: str) -> Library | str:
+    path = Path(named) if named else Path(__file__).with_name("_cuda.so")
+    if not named and not path.is_file():
+        return "fastrnn was built without its CUDA kernels; FASTRNN_CUDA=1 builds them, with nvcc"
+    try:
+        return Library(path)
+    except (OSError, AttributeError) as error:
+        return f"the library of CUDA kernels cannot be loaded: {error}"
+
+
+class _Sweeps:
+    """`gpu_scan.Sweeps` in CUDA C++."""
+
+    def forward(
+        self,
+        scan: Scan,
+        begin: int,
+        end: int,
+        u: Tensor,
+        b_hh: Tensor | None,
+        carry: Tensor,
+        y: Tensor,
+        tape: Tensor | None,
+    ) -> None:
+        _launch(scan, begin, end, False, u=u, b_hh=b_hh, carry=carry, y=y, tape=tape)
+
+    def backward(
+        self,
+        scan: Scan,
+        begin: int,
+        end: int,
+        dy: Tensor | None,
+        s0: Tensor,
+        ds: Tensor,
+        y: Tensor,
+        tape: Tensor,
+        du: Tensor,
+        dv: Tensor,
+        previous: Tensor,
+    ) -> None:
+        _launch(
+            scan, begin, end, True,
+            dy=dy, s0=s0, ds=ds, y=y, tape=tape, du=du, dv=dv, previous=previous,
+        )  # fmt: skip
+
+
+sweeps = _Sweeps()
+
+
+def _launch(scan: Scan, begin: int, end: int, backward: bool, **tensors: Tensor | None) -> None:
+    found = library()
+    assert isinstance(found, Library), found
+    tensors |= {
+        "w_hh": scan.w_hh,
+        "first": scan.first_on_device,
+        "length": scan.length,
+        "resets": scan.resets,
+    }
+    written = ("ds", "du", "dv", "previous") if backward else ("carry", "y", "tape")
+    # What is written was allocated for this call, and so is aligned.
+    held = {
+        name: tensor if name in written else _aligned(tensor)
+        for name, tensor in tensors.items()
+        if tensor is not None
+    }
+    sweep = Sweep(
+        steps=scan.steps,
+        batch=scan.batch,
+        hidden=scan.hidden,
+        lanes=scan.lanes,
+        begin=begin,
+        end=end,
+        base=scan.stretch(begin, end, False)[0],
+        base_reverse=scan.stretch(begin, end, True)[0],
+        chunk_rows=scan.chunk_rows,
+        reverse=scan.reverse,
+        **{name: tensor.data_ptr() for name, tensor in held.items()},
+    )
+    plan = cuda_plan(scan.plan)
+    x = scan.given.x
+    with _on(x.device):
+        size = found.workspace_bytes(scan.cell, sweep, plan, backward)
+        if size > 0:
+            held["workspace"] = torch.empty(size, dtype=torch.uint8, device=x.device)
+            sweep.workspace = held["workspace"].data_ptr()
+        stream = torch.cuda.current_stream().cuda_stream if x.is_cuda else None
+        found.launch(scan.cell, sweep, plan, backward, stream)
+
+
+def cuda_plan(plan: Plan) -> CudaPlan:
+    return CudaPlan(
+        NUMBERS[plan.number], REGIMES[plan.regime], plan.batch_tile, plan.blocks, plan.warps
+    )
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor, at an address that vectors of 16 bytes may be read from."""
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Kernels are launched on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
