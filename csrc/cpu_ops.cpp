@@ -80,7 +80,7 @@ void check_packed(const CellFacts& cell, const ScanInputs& in, const Shape& n,
   TORCH_CHECK(static_cast<int64_t>(in.packed.size()) == n.P,
               "scan: packed should hold one tensor per scan, ", n.P, ", got ", in.packed.size());
   const int64_t bytes =
-      cell.compiled->packed_bytes[compute == at::kDouble]({n.I, n.H, n.Q, n.projected});
+      cell.code().packed_bytes[compute == at::kDouble]({n.I, n.H, n.Q, n.projected});
   for (const Tensor& each : in.packed)
     TORCH_CHECK(each.is_cpu() && each.scalar_type() == compute && each.is_contiguous() &&
                     static_cast<int64_t>(each.nbytes()) == bytes,
@@ -97,7 +97,7 @@ void out_of_memory(bool done) {
 Tensor pack(const std::string& name, const Tensor& w_ih, const Tensor& w_hh,
             const std::optional<Tensor>& b_ih, const std::optional<Tensor>& b_hh,
             const std::optional<Tensor>& w_hr) {
-  const CellFacts& cell = known_cell(name);
+  const CellFacts& cell = known_cell(name, at::kCPU);
   const auto list = [](const std::optional<Tensor>& each) {
     return each ? std::vector<Tensor>{*each} : std::vector<Tensor>{};
   };
@@ -107,14 +107,14 @@ Tensor pack(const std::string& name, const Tensor& w_ih, const Tensor& w_hh,
   const ScanInputs in{name, x, w_ih, w_hh, bi, bh, hr, {}, none, none, none, 0};
   const Shape n = checked_shape(cell, in);
   TORCH_CHECK(x.is_cpu(), "pack: the weights should be on the CPU, are on ", x.device());
-  TORCH_CHECK(!n.projected || cell.projectable(), "pack: cell ", name, " cannot be projected");
+  TORCH_CHECK(!n.projected || cell.projectable, "pack: cell ", name, " cannot be projected");
   const at::ScalarType compute = compute_type(x.scalar_type());
   const Operands operands(in, n, compute);
   const LaneSizes sizes{n.I, n.H, n.Q, n.projected};
   const bool in_double = compute == at::kDouble;
-  const int64_t numbers = cell.compiled->packed_bytes[in_double](sizes) / at::elementSize(compute);
+  const int64_t numbers = cell.code().packed_bytes[in_double](sizes) / at::elementSize(compute);
   const Tensor packed = at::empty({numbers}, x.options().dtype(compute));
-  cell.compiled->pack[in_double](sizes, operands.lanes[0], packed.mutable_data_ptr());
+  cell.code().pack[in_double](sizes, operands.lanes[0], packed.mutable_data_ptr());
   return packed;
 }
 
@@ -142,7 +142,7 @@ int64_t fingerprint(TensorList tensors) {
 }
 
 ScanOutputs scan_cpu(const ScanInputs& in, bool tape) {
-  const CellFacts& cell = known_cell(in.cell);
+  const CellFacts& cell = known_cell(in.cell, at::kCPU);
   const Shape n = checked_shape(cell, in);
   const RowTables tables(n, in);
   const Choice& choice = choose(cell, problem_of(in, n, tables.live_rows(), tape, false));
@@ -178,13 +178,13 @@ ScanOutputs scan_cpu(const ScanInputs& in, bool tape) {
   args.y = y.mutable_data_ptr();
   args.tape = tape ? kept.mutable_data_ptr() : nullptr;
   args.final_states = finals.data();
-  out_of_memory(cell.compiled->forward[compute == at::kDouble](args, choice.cpu));
+  out_of_memory(cell.code().forward[compute == at::kDouble](args, choice.cpu));
   return out;
 }
 
 std::vector<Tensor> scan_backward_cpu(const ScanInputs& in, const Incoming& grads, const Tensor& y,
                                       const Tensor& tape, const Needs& needs) {
-  const CellFacts& cell = known_cell(in.cell);
+  const CellFacts& cell = known_cell(in.cell, at::kCPU);
   const Shape n = checked_shape(cell, in);
   const RowTables tables(n, in);
   const Choice& choice = choose(cell, problem_of(in, n, tables.live_rows(), true, true));
@@ -307,7 +307,7 @@ std::vector<Tensor> scan_backward_cpu(const ScanInputs& in, const Incoming& grad
     begin = tables.stretch_begin(end, most);
     args.begin = rest.begin = begin;
     args.end = rest.end = end;
-    out_of_memory(cell.compiled->backward[in_double](args, plan));
+    out_of_memory(cell.code().backward[in_double](args, plan));
     out_of_memory(run_gradients(in_double, rest, plan));
   }
 

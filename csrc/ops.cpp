@@ -68,12 +68,12 @@ class WithAutograd {
 
 }  // namespace
 
-const CellFacts& known_cell(std::string_view name) {
+const CellFacts& known_cell(std::string_view name, at::DeviceType device) {
   const CellFacts* cell = find_cell(std::string(name));
   if (!cell) {
-    // A program exported elsewhere knows cells that are declared but not yet compiled here.
+    // A program exported elsewhere knows cells that are declared but not yet used here.
     py::gil_scoped_acquire gil;
-    python().find(std::string(name));
+    python().find(std::string(name), c10::DeviceTypeName(device, /*lower_case=*/true));
     cell = find_cell(std::string(name));
   }
   TORCH_CHECK(cell, "fastrnn: no cell is registered under '", name,
@@ -124,7 +124,8 @@ const Choice& choose(const CellFacts& cell, const Problem& exact) {
       py::arg("device") = c10::DeviceTypeName(p.device, /*lower_case=*/true),
       py::arg("tape") = p.tape, py::arg("backward") = p.backward,
       py::arg("projected") = p.projected, py::arg("frozen") = p.frozen,
-      py::arg("projectable") = cell.projectable(), py::arg("threads") = threads);
+      py::arg("projectable") = cell.projectable, py::arg("compiled") = cell.compiled != nullptr,
+      py::arg("threads") = threads);
   auto [kernel, packed, lanes, slots, units, chunk_rows] =
       answer.cast<std::tuple<std::string, bool, int32_t, int32_t, int32_t, int64_t>>();
   return known.emplace(key, Choice{kernel, {packed, lanes, slots, units, chunk_rows}})
@@ -211,7 +212,7 @@ PackedOutputs cpu_packed(FASTRNN_PACKED_PARAMETERS) {
 
 // Devices and dtypes without a kernel of their own in C++.
 std::string kernel_elsewhere(const ScanInputs& in, bool tape, bool backward) {
-  const CellFacts& facts = known_cell(in.cell);
+  const CellFacts& facts = known_cell(in.cell, in.x.device().type());
   const Tensor& x = in.x;
   const int64_t steps = x.dim() == 3 ? x.size(0) : 1, batch = x.size(-2);
   return choose(facts,
@@ -421,7 +422,23 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", isa_in_use);
   m.def("vector_bytes", vector_bytes);
   m.def("forget_plans", forget_plans);
-  m.def("load_cells", load_cells, py::arg("path"), py::arg("symbol"));
+  m.def("add_cell_facts", add_cell_facts, py::arg("name"), py::arg("gates"), py::arg("states"),
+        py::arg("kept"), py::arg("tied"), py::arg("projectable"),
+        "Makes a cell known without code for CPUs, which load_cells may add.");
+  m.def(
+      "has_code",
+      [](const std::string& name) {
+        const CellFacts* cell = find_cell(name);
+        return cell && cell->compiled;
+      },
+      "Whether a cell is known and has code for CPUs.");
+  m.def(
+      "load_cells",
+      [](const std::string& path, const std::string& symbol) {
+        load_cells(path, symbol);
+        forget_plans();  // of cells that were known without code
+      },
+      py::arg("path"), py::arg("symbol"));
   m.def(
       "cell_facts",
       [](const std::string& name) -> py::object {

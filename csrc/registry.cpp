@@ -65,10 +65,27 @@ struct Registry {
   std::shared_mutex mutex;
   std::map<std::string, CellFacts, std::less<>> cells;
 
+  // A cell that is known stays in its place: others read it meanwhile.
+  CellFacts& add(const std::string& name, int32_t gates, int32_t states, int32_t kept,
+                 uint32_t tied, bool projectable) {
+    auto [place, added] = cells.try_emplace(name);
+    CellFacts& facts = place->second;
+    if (added) {
+      facts.name = name;
+      facts.gates = gates;
+      facts.states = states;
+      facts.kept = kept;
+      facts.tied = tied;
+      facts.projectable = projectable;
+    }
+    return facts;
+  }
+
   void add(const CompiledCells& from) {
     for (int32_t i = 0; i < from.count; ++i) {
       const CompiledCell& cell = from.cells[i];
-      cells[cell.name] = {cell.name, cell.gates, cell.states, cell.kept, cell.tied, &cell};
+      add(cell.name, cell.gates, cell.states, cell.kept, cell.tied, cell.projectable).compiled =
+          &cell;
     }
   }
 };
@@ -89,6 +106,23 @@ const CellFacts* find_cell(const std::string& name) {
   std::shared_lock lock(all.mutex);
   auto found = all.cells.find(name);
   return found == all.cells.end() ? nullptr : &found->second;
+}
+
+const CompiledCell& CellFacts::code() const {
+  const CompiledCell* found = compiled;
+  if (!found) throw std::runtime_error("there is no compiled code for cell '" + name + "'");
+  return *found;
+}
+
+void add_cell_facts(const std::string& name, int32_t gates, int32_t states, int32_t kept,
+                    uint32_t tied, bool projectable) {
+  if (gates < 1 || gates > kMaxGates || states < 1 || states > kMaxStates || kept < 0)
+    throw std::runtime_error("cell '" + name + "' should have at most " +
+                             std::to_string(kMaxGates) + " gates and " +
+                             std::to_string(kMaxStates) + " states");
+  Registry& all = registry();
+  std::unique_lock lock(all.mutex);
+  all.add(name, gates, states, kept, tied, projectable);
 }
 
 void load_cells(const std::string& path, const std::string& symbol) {

@@ -1,6 +1,7 @@
 // Which cells there are, and their compiled code for this machine.
 #pragma once
 
+#include <atomic>
 #include <string>
 #include <vector>
 
@@ -8,24 +9,29 @@
 
 namespace fastrnn {
 
-// What the op must know about a cell.
+// What the op must know about a cell. Code for CPUs may come later, or never.
 struct CellFacts {
   std::string name;
   int32_t gates = 0;
   int32_t states = 0;
   int32_t kept = 0;
   uint32_t tied = 0;
-  const CompiledCell* compiled = nullptr;
+  bool projectable = false;  // as in CompiledCell
+  std::atomic<const CompiledCell*> compiled{nullptr};
 
   bool all_tied() const { return tied == (gates >= 32 ? ~0u : (1u << gates) - 1); }
   // Values a row keeps per unit: states past the first, what the derivative needs, and state 0
   // before its projection.
   int64_t tape_width(bool projected) const { return states - 1 + kept + projected; }
-  bool projectable() const { return compiled->projectable; }
+  // Its code for CPUs; throws std::runtime_error where there is none.
+  const CompiledCell& code() const;
 };
 
 // The facts of a cell, or null. The pointer stays valid for good.
 const CellFacts* find_cell(const std::string& name);
+// Makes a cell known by its facts alone, unless it is known.
+void add_cell_facts(const std::string& name, int32_t gates, int32_t states, int32_t kept,
+                    uint32_t tied, bool projectable);
 // Adds the cells of a shared library; throws std::runtime_error when it cannot be loaded.
 void load_cells(const std::string& path, const std::string& symbol);
 

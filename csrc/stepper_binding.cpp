@@ -353,7 +353,7 @@ PyObject* make(PyTypeObject* type, PyObject* args, PyObject*) {
   if (!PyArg_ParseTuple(args, "sOLip", &name, &given, &batch, &threads, &release_gil))
     return nullptr;
   const auto layers = py::cast<std::vector<std::vector<at::Tensor>>>(py::handle(given));
-  const CellFacts& cell = known_cell(name);
+  const CellFacts& cell = known_cell(name, at::kCPU);
   TORCH_CHECK(batch >= 1 && threads >= 1 && !layers.empty() && layers[0].size() >= 2,
               "a stepper needs a batch, a thread and a layer");
   const at::ScalarType stored = layers[0][0].scalar_type();
@@ -375,7 +375,7 @@ PyObject* make(PyTypeObject* type, PyObject* args, PyObject*) {
     };
     const bool bias = count > 3, projected = count & 1;
     sizes.push_back({layer[0].size(1), layer[0].size(0) / cell.gates, layer[1].size(1), projected});
-    TORCH_CHECK(sizes.back().hidden == sizes[0].hidden && (!projected || cell.projectable()) &&
+    TORCH_CHECK(sizes.back().hidden == sizes[0].hidden && (!projected || cell.projectable) &&
                     (sizes.size() < 2 || sizes.back().inputs == sizes.end()[-2].recurrent),
                 "a stepper needs layers that fit onto each other");
     Lane lane;
@@ -389,8 +389,7 @@ PyObject* make(PyTypeObject* type, PyObject* args, PyObject*) {
   const Storage storage = stored == at::kBFloat16 ? Storage::kBfloat16
                           : stored == at::kHalf   ? Storage::kFloat16
                                                   : Storage::kSame;
-  auto stepper =
-      std::make_unique<Stepper>(*cell.compiled, in_double, storage, batch, sizes, threads);
+  auto stepper = std::make_unique<Stepper>(cell.code(), in_double, storage, batch, sizes, threads);
   for (size_t l = 0; l < lanes.size(); ++l) stepper->pack(static_cast<int64_t>(l), lanes[l]);
 
   PyObject* object = type->tp_alloc(type, 0);

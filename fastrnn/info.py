@@ -203,7 +203,7 @@ def plan_for(
         plan.KernelRefused: when FASTRNN_KERNEL asks for a kernel that cannot run it.
     """
     declared = cells.get(cell)
-    compiled = kernels.prepare(declared) is not None
+    known = kernels.prepare(declared, kind) is not None
     problem = Problem(
         cell,
         *shape,
@@ -214,7 +214,9 @@ def plan_for(
         tape=tape,
         backward=backward,
     )
-    device = kernels.device(kind, compiled=compiled)
+    device = kernels.device(kind, compiled=known)
+    if not known:
+        device = replace(device, triton=f"cell {cell!r} has no kernel in Triton")
     return problem, device, plan.choose(problem, device)
 
 

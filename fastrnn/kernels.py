@@ -49,7 +49,8 @@ class _Call(NamedTuple):
 
 _prepared: dict[str, Cell] = {name: cells.get(name) for name in cells.names()}
 _keys: dict[Cell, str] = {cell: name for name, cell in _prepared.items()}
-_not_compiled: dict[Cell, str] = {}  # why
+_compiled: set[Cell] = set(_keys)  # for CPUs
+_refused: dict[tuple[Cell, bool], str] = {}  # why: to be compiled for CPUs (True), or at all
 _preparing = threading.Lock()
 _forced: list[str] = []
 _logged: set[tuple[plan.Problem, plan.Device]] = set()
@@ -77,33 +78,43 @@ def use(kernel: str) -> Iterator[None]:
 
 
 @torch.compiler.assume_constant_result
-def prepare(cell: Cell) -> str | None:
-    """The name under which the op knows `cell`, or None where only the reference can run it.
+def prepare(cell: Cell, kind: str = "cpu") -> str | None:
+    """The name under which the op knows `cell`, or None where only the reference can run it on
+    devices of this kind.
 
-    A user's cell is derived and compiled on its first use; if that fails, a warning says why.
+    A user's cell is derived on its first use, and compiled on its first use on a CPU: kernels for
+    GPUs need no C++ compiler. If that fails, a warning says why.
 
     Raises:
         plan.KernelRefused: for such a cell, when a kernel was asked for by name.
     """
-    key = _keys.get(cell)
-    if key is not None:
-        return key
+    if cell in _compiled:
+        return _keys[cell]
+    forced = _asked_for()
+    compiled = kind == "cpu" and forced in (None, "cpu", "reference")
+    if not compiled and cell in _keys:
+        return _keys[cell]
     with _preparing:
-        if cell not in _keys and cell not in _not_compiled:
-            _prepare(cell)
-    forced = device().forced
-    if cell in _not_compiled and forced not in (None, "reference"):
-        raise plan.KernelRefused(
-            f"kernel {forced!r} was asked for but refuses: {_not_compiled[cell]}"
-        )
-    return _keys.get(cell)
+        if cell not in _compiled and (cell, compiled) not in _refused:
+            _prepare(cell, compiled)
+    reason = _refused.get((cell, compiled))
+    if reason is None:
+        return _keys[cell]
+    if forced not in (None, "reference"):
+        raise plan.KernelRefused(f"kernel {forced!r} was asked for but refuses: {reason}")
+    return None
 
 
-def _prepare(cell: Cell) -> None:
+def _prepare(cell: Cell, compiled: bool) -> None:
     try:
-        _keys[cell] = _load(cell)
+        _keys[cell] = _load(cell) if compiled else _add_facts(cell)
+        if compiled:
+            _compiled.add(cell)
     except (codegen.Underivable, jit.CompilationFailed) as error:
-        _not_compiled[cell] = f"cell {cell.name!r} is not compiled: {error}"
+        reason = f"cell {cell.name!r} is not compiled: {error}"
+        _refused[cell, compiled] = reason
+        if isinstance(error, codegen.Underivable):
+            _refused[cell, not compiled] = reason
         warnings.warn(
             f"cell {cell.name!r} runs as a loop of torch operations, many times slower than "
             f"compiled: {error}",
@@ -112,9 +123,23 @@ def _prepare(cell: Cell) -> None:
         )
 
 
+def _add_facts(cell: Cell) -> str:
+    """Make the op know a cell without code of its own for CPUs."""
+    key, derived = codegen.key(cell), codegen.derive(cell)
+    tied = sum(tied << gate for gate, tied in enumerate(derived.tied))
+    sizes = len(derived.gates), len(derived.states), len(derived.kept)
+    try:
+        _C.add_cell_facts(key, *sizes, tied, derived.projectable)
+    except RuntimeError as error:
+        raise codegen.Underivable(str(error)) from error
+    _prepared[key] = cell
+    return key
+
+
 def _load(cell: Cell) -> str:
+    """Compile a cell for this machine's processor, unless the op knows such code already."""
     key = codegen.key(cell)
-    if _C.cell_facts(key) is None:
+    if not _C.has_code(key):
         derived = codegen.derive(cell)
         library = jit.compile_cell(derived, key)
         try:
@@ -140,11 +165,19 @@ def _callers_level() -> int:
     return level
 
 
-def _find(key: str) -> None:
-    """Prepare the declared cell that an exported program knows by `key`, if there is one."""
+def _find(key: str, kind: str) -> None:
+    """Prepare the declared cell that an exported program knows by `key`, if there is one; if only
+    the reference can run it, the program has it run that."""
     name, _, digest = key.rpartition("-")
     if digest and name in cells.names():
-        prepare(cells.get(name))
+        cell = cells.get(name)
+        if prepare(cell, kind) is None and (cell, False) not in _refused:
+            _add_facts(cell)
+
+
+def _asked_for() -> str | None:
+    """The one kernel that the user allows."""
+    return _forced[-1] if _forced else os.environ.get("FASTRNN_KERNEL") or None
 
 
 def device(
@@ -161,7 +194,7 @@ def device(
         vector_bytes=_C.vector_bytes(),
         l2_bytes=_l2_bytes(),
         compiled=compiled,
-        forced=_forced[-1] if _forced else os.environ.get("FASTRNN_KERNEL") or None,
+        forced=_asked_for(),
     )
 
 
@@ -231,10 +264,11 @@ def _plan(
     dtype: str,
     device: str,
     threads: int,
+    compiled: bool,
     **rest: Any,
 ) -> tuple[str, bool, int, int, int, int]:
     problem = plan.Problem(dtype=_DTYPES.get(dtype, dtype), **rest)
-    machine = _device(device, threads)
+    machine = _device(device, threads, compiled)
     chosen = plan.choose(problem, machine)
     if "plan" in os.environ.get("FASTRNN_LOG", "") and (problem, machine) not in _logged:
         _logged.add((problem, machine))

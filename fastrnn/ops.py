@@ -38,8 +38,8 @@ def pack(cell: Cell, weights: Sequence[Sequence[Tensor]]) -> Packed | None:
     Raises:
         RuntimeError: for weights whose shapes do not fit together.
     """
-    key = kernels.prepare(cell)
     first = weights[0][0]
+    key = kernels.prepare(cell, first.device.type)
     problem = plan.Problem(
         cell=cell.name,
         steps=1,
@@ -86,7 +86,7 @@ def scan(
         fastrnn.plan.KernelRefused: when a kernel was asked for by name and cannot run this.
     """
     arguments = (x, w_ih, w_hh, b_ih, b_hh, w_hr, s0, batch_sizes, lengths, resets, reverse)
-    key = kernels.prepare(cell)
+    key = kernels.prepare(cell, x.device.type)
     if packed is not None:
         if torch.is_grad_enabled():
             _refuse_gradients(x, *w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *s0)
@@ -119,7 +119,7 @@ def step(
     """
     if torch.compiler.is_compiling() or _transformed():
         return None
-    key = kernels.prepare(cell)
+    key = kernels.prepare(cell, x.device.type)
     return None if key is None else _C.step(key, x, tuple(states), tuple(weights))
 
 

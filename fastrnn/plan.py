@@ -52,7 +52,7 @@ class Device:
     threads: int = 1
     vector_bytes: int = 16
     l2_bytes: int = 1 << 20  # of one core
-    compiled: bool = True  # this cell has compiled code for this device
+    compiled: bool = True  # this cell has compiled code for CPUs
     forced: str | None = None  # the one kernel the user allows
     triton: str | None = "Triton is not installed"  # why this cell has no kernel in Triton
     interpreted: bool = False  # Triton runs in its interpreter
@@ -367,8 +367,6 @@ _TRITON_STRETCH_BYTES = 64 << 20  # of du, whose products want many rows
 def _triton_refuse(problem: Problem, device: Device) -> str | None:
     if device.triton is not None:
         return device.triton
-    if not device.compiled:  # what the operator knows of a cell comes with its code for CPUs
-        return f"there is no compiled code for cell {problem.cell!r}"
     if problem.dtype not in _TRITON_SIZES:
         return f"it computes {', '.join(_TRITON_SIZES)}, not {problem.dtype}"
     if device.kind == "cpu" and device.interpreted:

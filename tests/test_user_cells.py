@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -156,3 +157,87 @@ def test_vmap_within_autocast_has_the_dtype_of_a_plain_call() -> None:
             batched = torch.func.vmap(lambda x, layer=layer: layer(x)[0])(x)
         assert plain.dtype == batched.dtype == dtype
         torch.testing.assert_close(batched[0], plain, atol=2e-2, rtol=2e-2)
+
+
+NO_COMPILER = """
+    import os, warnings
+    os.environ |= {"CXX": "no-such-compiler", "FASTRNN_CACHE": "CACHE"}
+    import torch
+    import fastrnn
+    from fastrnn import kernels, plan
+
+    @fastrnn.cell(gates="ab", states="hc")
+    def mine(u, v, h, c):
+        c = torch.sin(u.a + v.a) + 0.5 * c * v.b
+        return torch.tanh(c + u.b), c
+
+    layer = fastrnn.Recurrent(mine, 3, 4)
+    x = torch.ones(5, 2, 3)
+"""
+
+
+def without_compiler(code: str, cache: Path, **environment: str) -> None:
+    """Run it where there is no C++ compiler."""
+    opening = textwrap.dedent(NO_COMPILER).replace("CACHE", str(cache))
+    done = subprocess.run(
+        [sys.executable, "-c", opening + textwrap.dedent(code)],
+        env={**os.environ, **environment},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_a_compiler_a_cell_runs_as_operations_on_a_cpu(tmp_path: Path) -> None:
+    without_compiler(
+        """
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            y, _ = layer(x)
+            y.sum().backward()
+        assert [str(w.message) for w in caught if "runs as a loop" in str(w.message)], caught
+        with kernels.use("cpu"):
+            try:
+                layer(x)
+            except plan.KernelRefused as error:
+                assert "no-such-compiler" in str(error)
+            else:
+                raise AssertionError
+        """,
+        tmp_path,
+    )
+
+
+def test_elsewhere_no_compiler_is_asked_for(tmp_path: Path) -> None:
+    """As on a GPU: the operator knows the cell, and other kernels than the CPU's may run it."""
+    without_compiler(
+        """
+        warnings.simplefilter("error")
+        elsewhere = layer.to("meta")
+        y, states = elsewhere(x.to("meta"))
+        assert y.shape == (5, 2, 4)
+        key = kernels.prepare(mine, "cuda")
+        assert kernels._C.cell_facts(key) == (2, 2, len(fastrnn.codegen.derive(mine).kept))
+        assert not kernels._C.has_code(key)
+        """,
+        tmp_path,
+    )
+
+
+def test_facts_first_and_code_later() -> None:
+    cell = declared(lambda u, v, h: torch.sin(u.h + v.h) * 0.25, "facts_first")
+    key = kernels.prepare(cell, "cuda")
+    assert key is not None
+    assert not kernels._C.has_code(key)
+    given = operands(cell, 2, 2, 3, 4)
+    rest = [given[k] for k in ("x", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "s0")]
+    before, _, _ = torch.ops.fastrnn.scan(key, *rest, None, None, None, 0)  # by the reference
+    weights = [given[k][0] for k in ("w_ih", "w_hh", "b_ih", "b_hh")]
+    with pytest.raises(RuntimeError, match="no compiled code for cell 'facts_first-"):
+        kernels._C.pack(key, *weights)
+    assert kernels.prepare(cell) == key
+    assert kernels._C.has_code(key)
+    with kernels.use("cpu"):
+        after, _, _ = torch.ops.fastrnn.scan(key, *rest, None, None, None, 0)
+    torch.testing.assert_close(after, before)
