@@ -2,6 +2,8 @@
 # make test     the test suite; ARGS="-k lstm" passes options to pytest
 # make bench    fastrnn beside its rivals on this machine, a few minutes; make bench-full: every workload,
 #               also with one thread; ARGS="-k speech" passes options to pytest
+# make gpu      build, test and measure on this machine's NVIDIA GPU, 20 minutes;
+#               ARGS="--minutes 5 --only build,first" for less
 # make lint     what CI checks besides
 # make format   rewrite the sources in the project's format
 # make clean    remove everything built, the virtual environment included
@@ -16,23 +18,25 @@ TORCH ?= torch==2.13.0
 JOBS ?= 2
 ARGS ?=
 
-CPP = $(wildcard csrc/*.h csrc/*.cpp tests/cpp/*.h tests/cpp/*.cpp)
+CPP = $(wildcard $(foreach kind,h cpp cu cuh,csrc/*.$(kind) tests/cpp/*.$(kind) tests/cudasim/*.$(kind)))
 
 GENERATOR = $(addprefix fastrnn/,cells.py codegen.py expression.py trace.py)
 
-.PHONY: demo test bench bench-full lint format clean in-place
+.PHONY: demo test bench bench-full gpu lint format clean in-place
 
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
 BUILT := in-place
 TOOLS := in-place
 RIVALS := in-place
+INSTALLED :=
 BIN :=
 else
 PY := $(VENV)/bin/python
 BUILT := $(VENV)/.built
 TOOLS := $(VENV)/.tools
 RIVALS := $(VENV)/.rivals
+INSTALLED := $(VENV)/.installed
 BIN := $(VENV)/bin/
 endif
 
@@ -54,6 +58,10 @@ bench-full: $(RIVALS)
 	$(PY) -m benchmarks.report
 	$(PY) -m pytest benchmarks -q --benchmark-quiet --full --threads 1 $(ARGS)
 	$(PY) -m benchmarks.report
+
+# It builds by itself, for this GPU alone, as one of its steps.
+gpu: $(INSTALLED)
+	$(PY) -m benchmarks.gpu $(ARGS)
 
 lint: $(TOOLS)
 	$(PY) -m ruff check .

@@ -1,0 +1,183 @@
+"""Build, test and measure on the GPU of this machine.
+
+    python -m benchmarks.gpu [--out FOLDER] [--minutes 20] [--only tests-cuda-block,suite]
+
+The steps run in order, each in a process of its own that is stopped when its time is up, so none
+takes another down. All that they find goes to one folder, FOLDER/<device>: run.json says how each
+step ended, the others are what it measured, and *.log what it printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from benchmarks.gpu import results
+
+ROOT = Path(__file__).resolve().parents[2]
+NEEDED = ("ninja", "numpy", "pytest", "pytest_benchmark", "setuptools", "triton")
+REGIMES = ("step", "block", "cluster", "grid")  # of the kernels in CUDA
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command. `share`: of the time that is left, beside the shares of later steps.
+
+    `needs`: a program without which the step is skipped.
+    """
+
+    name: str
+    share: float
+    command: tuple[str, ...]
+    needs: str | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a step ended: "passed", "failed", "out of time" or "skipped"."""
+
+    name: str
+    status: str
+    seconds: float
+    command: str
+    told: str  # its last line
+
+
+def steps(folder: Path, out: Path) -> tuple[Step, ...]:
+    """All of them, in order."""
+    python = sys.executable
+
+    def tests(name: str, share: float, chosen: str, *before: str, needs: str = "") -> Step:
+        pytest = [python, "-m", "pytest", "tests/test_gpu.py", "-v", "-p", "no:cacheprovider"]
+        pytest += [f"--junitxml={folder / name}.xml", "-k", chosen]
+        return Step(name, share, (*before, *pytest), needs or None)
+
+    def sanitizer(tool: str) -> tuple[str, ...]:
+        return ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9")
+
+    def module(name: str) -> tuple[str, ...]:
+        return (python, "-m", f"benchmarks.gpu.{name}", str(folder / f"{name}.json"))
+
+    suite = [python, "-m", "pytest", "benchmarks", "--device", "cuda", "-q", "--benchmark-quiet"]
+    return (
+        Step("build", 4, (python, "setup.py", "--quiet", "build_ext", "--inplace")),
+        tests("first", 1, "first"),
+        *(tests(f"tests-cuda-{regime}", 1, f"cuda and {regime}") for regime in REGIMES),
+        tests("tests-triton", 2, "triton"),
+        tests("tests-whole", 2, "whole"),
+        Step("exchange", 1, module("exchange"), "nvcc"),
+        tests("memcheck", 1, "small", *sanitizer("memcheck"), needs="compute-sanitizer"),
+        tests("racecheck", 1, "small", *sanitizer("racecheck"), needs="compute-sanitizer"),
+        Step("baseline", 3, module("baseline")),
+        Step("suite", 6, (*suite, "-p", "no:cacheprovider", "--results", str(out))),
+    )
+
+
+def run(
+    chosen: Sequence[Step], folder: Path, minutes: float, environment: dict[str, str]
+) -> list[Outcome]:
+    """Run the steps one after the other, and keep what is known after each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + 60 * minutes
+    outcomes: list[Outcome] = []
+    for k, step in enumerate(chosen):
+        later = sum(each.share for each in chosen[k:])
+        allowed = max(1.0, (end - time.monotonic()) * step.share / later)
+        print(f"{step.name}: {allowed:.0f} s at most ...", flush=True)
+        outcomes.append(_run(step, folder, allowed, environment))
+        print(f"{step.name}: {outcomes[-1].status}; {outcomes[-1].told}", flush=True)
+        results.save(folder / "run.json", [asdict(each) for each in outcomes])
+    return outcomes
+
+
+def _run(step: Step, folder: Path, allowed: float, environment: dict[str, str]) -> Outcome:
+    command, log = shlex.join(step.command), folder / f"{step.name}.log"
+    if step.needs and not shutil.which(step.needs):
+        return Outcome(step.name, "skipped", 0, command, f"{step.needs} is not installed")
+    begin = time.monotonic()
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            step.command,
+            cwd=ROOT,
+            env={**environment, "FASTRNN_SECONDS": f"{allowed:.0f}"},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            status = "passed" if process.wait(allowed) == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            status = "out of time"
+        finally:
+            # Whatever it started goes with it, a kernel that hangs too.
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return Outcome(
+        step.name,
+        status,
+        round(time.monotonic() - begin, 1),
+        command,
+        lines[-1][:300] if lines else "it printed nothing",
+    )
+
+
+def folder_of(device: str) -> str:
+    """As `fastrnn.bench.machine.slug`, which cannot be imported before the build."""
+    return re.sub(r"\W+", "-", device.lower()).strip("-")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 where every step passed, 1 where one did not, 2 where there is no GPU or a package is
+    missing."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu",
+        description=(__doc__ or "").split("\n\n")[0],
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--minutes", type=float, default=20, help="of all steps together")
+    parser.add_argument("--only", metavar="NAMES", help="these steps, with commas between")
+    given = parser.parse_args(argv)
+    known = [step.name for step in steps(Path(), Path())]
+    wanted = given.only.split(",") if given.only else known
+    if unknown := [name for name in wanted if name not in known]:
+        parser.error(f"no step {', '.join(unknown)}; there are: {', '.join(known)}")
+
+    import torch
+
+    if not torch.cuda.is_available():
+        print("benchmarks.gpu: there is no GPU that torch can use", file=sys.stderr)
+        return 2
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        print(f"benchmarks.gpu: these packages are missing: {', '.join(missing)}", file=sys.stderr)
+        return 2
+    major, minor = torch.cuda.get_device_capability()
+    environment = {
+        **os.environ,
+        "FASTRNN_CUDA": "1",
+        "TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST", f"{major}.{minor}"),
+        # What torch asks for where results must not differ from run to run.
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    }
+    out = given.out.resolve()
+    folder = out / folder_of(torch.cuda.get_device_name())
+    chosen = [step for step in steps(folder, out) if step.name in wanted]
+    outcomes = run(chosen, folder, given.minutes, environment)
+    print(f"results are in {folder}")
+    return int(any(each.status == "failed" for each in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
