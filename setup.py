@@ -1,9 +1,9 @@
-"""Builds `fastrnn._C` with ninja.
+"""Builds `fastrnn._C` with ninja and, where nvcc is, the library of CUDA kernels beside it.
 
 `cpu_scan.cpp` is compiled once per instruction set, which setuptools' and torch's own builders
 cannot do, and the objects lie in `build/` under the versions of Python and torch, where they
 survive pip's temporary folders. Switches: CXX, MAX_JOBS, FASTRNN_CXXFLAGS, FASTRNN_LDFLAGS,
-FASTRNN_DEBUG=1.
+FASTRNN_DEBUG=1; of the CUDA kernels FASTRNN_CUDA=auto|0|1, NVCC, CUDA_HOME, TORCH_CUDA_ARCH_LIST.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -52,6 +53,21 @@ rule link
   description = link $out
 {builds}
 """
+CUDA_NINJA_FILE = """\
+rule cuda_compile
+  command = {nvcc} --generate-dependencies-with-compile --dependency-output $out.d {flags} -c $in $
+    -o $out
+  depfile = $out.d
+  deps = gcc
+  description = nvcc $out
+rule cuda_link
+  command = {nvcc} -shared -cudart static {link} $in -o $out
+  description = link $out
+{builds}
+"""
+# What the kernels are compiled for: 9.0 stands for 9.0a, as those of Hopper need.
+CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0a;10.0f;12.0+PTX"
+CUDA_OLDEST = 80
 
 
 class BuildExt(build_ext):
@@ -63,11 +79,21 @@ class BuildExt(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two builds would write the same objects
-            (folder / "build.ninja").write_text(ninja_file(folder))
+            cuda = cuda_ninja_file(folder)
+            (folder / "cuda.ninja").unlink(missing_ok=True)
+            if cuda:
+                (folder / "cuda.ninja").write_text(cuda)
+            rest = "include cuda.ninja\n" if cuda else ""
+            (folder / "build.ninja").write_text(ninja_file(folder) + rest)
             run_ninja(folder, verbose=self.verbose > 1)
             target = Path(self.get_ext_fullpath(ext.name))
             target.parent.mkdir(parents=True, exist_ok=True)
             self.copy_file(str(folder / "_C.so"), str(target))
+            kernels = target.with_name("_cuda.so")
+            if (folder / "cuda.ninja").exists():
+                self.copy_file(str(folder / "_cuda.so"), str(kernels))
+            elif kernels.exists():
+                kernels.unlink()  # of other sources, perhaps
 
 
 def write_cells(header: Path) -> None:
@@ -138,6 +164,90 @@ def ninja_file(folder: Path) -> str:
         libraries=" ".join(libraries),
         builds="\n".join(builds),
     )
+
+
+def cuda_ninja_file(folder: Path) -> str:
+    """What builds the CUDA kernels; nothing where they are not to be built."""
+    wanted = os.environ.get("FASTRNN_CUDA", "auto")
+    if wanted not in ("auto", "0", "1"):
+        raise SystemExit(f"FASTRNN_CUDA is auto, 0 or 1, not {wanted!r}")
+    if wanted == "0":
+        return ""
+    import torch
+
+    found = nvcc()
+    if found is None or (wanted == "auto" and torch.version.cuda is None):
+        if wanted == "1":
+            raise SystemExit(
+                "FASTRNN_CUDA=1, but there is no nvcc: install the CUDA toolkit, or name it in "
+                "NVCC or CUDA_HOME (of pip's packages: nvidia-cuda-nvcc nvidia-cuda-crt "
+                "nvidia-nvvm nvidia-cuda-cccl nvidia-cuda-runtime)"
+            )
+        return ""
+    sources = sorted(SOURCES.glob("*.cu"))
+    targets = cuda_targets(os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES)
+    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    flags = [
+        *cuda_flags(folder),
+        f"--threads {max(1, jobs // len(sources))}",
+        *targets,
+    ]
+    builds = [
+        f"build {path.stem}.cu.o: cuda_compile {escape(path)} | cells.gen.h" for path in sources
+    ]
+    builds.append(f"build _cuda.so: cuda_link {' '.join(f'{p.stem}.cu.o' for p in sources)}")
+    builds.append("default _C.so _cuda.so")
+    return CUDA_NINJA_FILE.format(
+        nvcc=quote(found),
+        flags=" ".join(flags),
+        # No symbol of the static runtime may meet those of torch's.
+        link="-Xlinker --exclude-libs,ALL",
+        builds="\n".join(builds),
+    )
+
+
+def cuda_flags(folder: Path) -> list[str]:
+    """How every CUDA source is compiled, whatever the GPU."""
+    # Not -I: <math.h> must stay the system's.
+    # As seen from the folder: nvcc cannot pass on a name with a space.
+    sources = Path(os.path.relpath(SOURCES, folder)).as_posix()
+    includes = [f"-Xcompiler -iquote,{path}" for path in (".", sources)]
+    return ["-std=c++17 -O3 -DNDEBUG -Xcompiler -fPIC,-fvisibility=hidden", *includes]
+
+
+def cuda_targets(architectures: str) -> list[str]:
+    """nvcc's arguments for a list like "8.0;9.0a+PTX"; GPUs that are too old are left out."""
+    targets = []
+    for name in re.split(r"[; ,]+", architectures.strip()):
+        parts = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name)
+        if parts is None:
+            raise SystemExit(
+                f"TORCH_CUDA_ARCH_LIST has {name!r}; what it may have are numbers as in "
+                f"{CUDA_ARCHITECTURES!r}"
+            )
+        number, variant = parts[1] + parts[2], parts[3]
+        if int(number) < CUDA_OLDEST:
+            continue
+        real = number + (variant or ("a" if number == "90" else ""))
+        targets.append(f"-gencode=arch=compute_{real},code=sm_{real}")
+        if parts[4]:
+            targets.append(f"-gencode=arch=compute_{real},code=compute_{real}")
+    if not targets:
+        raise SystemExit(
+            f"the CUDA kernels need compute capability 8.0, and TORCH_CUDA_ARCH_LIST has only "
+            f"{architectures!r}: add a newer one, or build without them, FASTRNN_CUDA=0"
+        )
+    return targets
+
+
+def nvcc() -> str | None:
+    """The compiler of CUDA sources: the one named, or that of the toolkit, or one on the path."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    given = [os.environ.get("NVCC"), *(f"{home}/bin/nvcc" for home in homes if home)]
+    for candidate in [*given, "nvcc", "/usr/local/cuda/bin/nvcc"]:
+        if candidate and (path := shutil.which(candidate)):
+            return path
+    return None
 
 
 def compiler() -> str:

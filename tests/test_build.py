@@ -29,7 +29,9 @@ def build() -> ModuleType:
 
 @pytest.fixture(autouse=True)
 def no_switches(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("CXX", "MAX_JOBS", "FASTRNN_CXXFLAGS", "FASTRNN_LDFLAGS", "FASTRNN_DEBUG"):
+    names = ("CXX", "MAX_JOBS", "FASTRNN_CXXFLAGS", "FASTRNN_LDFLAGS", "FASTRNN_DEBUG")
+    cuda = ("FASTRNN_CUDA", "NVCC", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST")
+    for name in (*names, *cuda):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -89,6 +91,71 @@ def test_missing_compiler(build: ModuleType, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("CXX", "tcc++")
     with pytest.raises(SystemExit, match=r"no tcc\+\+"):
         build.compiler()
+
+
+@pytest.fixture
+def toolkit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """An nvcc, and no other."""
+    fake = tmp_path / "bin" / "nvcc"
+    fake.parent.mkdir()
+    fake.write_text("#!/bin/sh\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    return str(fake)
+
+
+def test_cuda_kernels_are_built_where_nvcc_is_and_torch_has_use_for_them(
+    build: ModuleType, toolkit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = ROOT / "build" / "any"
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert build.cuda_ninja_file(folder) == ""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    ninja = build.cuda_ninja_file(folder)
+    assert f"command = {toolkit} " in ninja
+    sources = [path.stem for path in sorted((ROOT / "csrc").glob("*.cu"))]
+    assert f"build _cuda.so: cuda_link {' '.join(f'{s}.cu.o' for s in sources)}\n" in ninja
+    assert "-cudart static" in ninja and "-fPIC" in ninja
+    monkeypatch.setenv("FASTRNN_CUDA", "0")
+    assert build.cuda_ninja_file(folder) == ""
+    monkeypatch.setenv("FASTRNN_CUDA", "yes")
+    with pytest.raises(SystemExit, match="auto, 0 or 1, not 'yes'"):
+        build.cuda_ninja_file(folder)
+
+
+def test_cuda_kernels_that_are_asked_for_need_nvcc(
+    build: ModuleType, toolkit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = ROOT / "build" / "any"
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setenv("FASTRNN_CUDA", "1")
+    assert toolkit in build.cuda_ninja_file(folder)
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    with pytest.raises(SystemExit, match=r"there is no nvcc: .* nvidia-cuda-nvcc"):
+        build.cuda_ninja_file(folder)
+    monkeypatch.setenv("FASTRNN_CUDA", "auto")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert build.cuda_ninja_file(folder) == ""
+
+
+def test_gpus_to_build_for(
+    build: ModuleType, toolkit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def codes(architectures: str) -> list[str]:
+        return [t.rpartition("code=")[2] for t in build.cuda_targets(architectures)]
+
+    assert codes(build.CUDA_ARCHITECTURES) == [
+        *("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100f", "sm_120", "compute_120"),
+    ]
+    assert codes("7.5 8.0, 9.0+PTX") == ["sm_80", "sm_90a", "compute_90a"]
+    for wrong, reason in (("7.0;7.5", "need compute capability 8.0"), ("Hopper", "has 'Hopper'")):
+        with pytest.raises(SystemExit, match=reason):
+            build.cuda_targets(wrong)
+    monkeypatch.setenv("FASTRNN_CUDA", "1")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.9")
+    monkeypatch.setenv("MAX_JOBS", "1")
+    ninja = build.cuda_ninja_file(ROOT / "build" / "any")
+    assert "code=sm_89 " in ninja and "code=sm_80" not in ninja and "--threads 1 " in ninja
 
 
 def test_unchanged_cells_keep_their_time(tmp_path: Path) -> None:
