@@ -102,11 +102,7 @@ FASTRNN_EXPORT const char* fastrnn_cuda_cells() {
 }
 
 FASTRNN_EXPORT int fastrnn_cuda_simulated() {
-#ifdef FASTRNN_CUDASIM
-  return 1;
-#else
-  return 0;
-#endif
+  return fastrnn::dev::kSimulated ? 1 : 0;
 }
 
 }  // extern "C"
