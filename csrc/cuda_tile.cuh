@@ -1,0 +1,518 @@
+// The product that every persistent kernel repeats at each step, and how its operand travels.
+//
+// A group of blocks computes A * B again and again: A [rows, K] are recurrent weights, which stay
+// on chip for the whole launch, B [K, N] changes with every step. A block owns some rows of A, and
+// what it computes from its sums is its part of the next B, which all blocks of the group need.
+//
+// K is counted in bytes: a row of an mma's operands is 32 bytes of K for 16-bit numbers and for
+// TF32 alike, a fragment of A is 16 bytes per thread, and only the mma itself knows the type. A
+// chunk is 64 bytes of K: two mma in depth, and what one ldmatrix of B brings for 8 columns.
+#pragma once
+
+#include "dev.cuh"
+#include "sweep.h"
+
+namespace fastrnn {
+namespace tile {
+
+constexpr int kWarp = 32;
+constexpr int kMaxWarps = 8;  // of a block: a thread of 8 warps may have 255 registers
+constexpr int kThreads = kWarp * kMaxWarps;
+constexpr int kChunk = 64;             // bytes of K
+constexpr int kPiece = 16;             // bytes of K that travel as one
+constexpr int kRowPad = 16;            // bytes: rows of ldmatrix are an odd number of pieces apart
+constexpr int kFragment = kWarp * 16;  // bytes of a tile of A, 16 rows by half a chunk
+constexpr int kFlag = 128;             // bytes from a flag to the next, a line of the L2 cache
+
+// ---- Numbers -----------------------------------------------------------------------------------
+
+// How a number is stored (Stored), how it is multiplied (Operand, of which `rounded` makes one),
+// and the mma for it.
+template <Number number>
+struct Format;
+
+template <class T>
+struct Format16 {
+  using Stored = T;
+  using Operand = T;
+  __device__ __forceinline__ static void store(T* to, float x) { dev::store(to, x); }
+  template <int N>
+  __device__ __forceinline__ static void multiply(float (&d)[N][4], const uint32_t (&a)[4],
+                                                  const uint32_t (&b)[N][2]) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) dev::mma(d[j], a, b[j], T{});
+  }
+};
+
+template <>
+struct Format<Number::kBfloat16> : Format16<dev::bfloat16> {};
+template <>
+struct Format<Number::kFloat16> : Format16<dev::float16> {};
+
+__device__ __forceinline__ float as_float(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+__device__ __forceinline__ uint32_t as_bits(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+template <>
+struct Format<Number::kTf32> {
+  using Stored = float;
+  using Operand = float;
+  __device__ __forceinline__ static uint32_t weight_bits(float x) { return dev::to_tf32(x); }
+  __device__ __forceinline__ static void store(float* to, float x) {
+    dev::store(to, as_float(dev::to_tf32(x)));
+  }
+  template <int N>
+  __device__ __forceinline__ static void multiply(float (&d)[N][4], const uint32_t (&a)[4],
+                                                  const uint32_t (&b)[N][2]) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) dev::mma_tf32(d[j], a, b[j]);
+  }
+};
+
+// x = big + small, both TF32: the product of the small parts is below what a float holds. Weights
+// are kept whole and split at each use, which takes half the memory.
+template <>
+struct Format<Number::kTf32x3> {
+  using Stored = float;
+  using Operand = float;
+  __device__ __forceinline__ static uint32_t weight_bits(float x) { return as_bits(x); }
+  __device__ __forceinline__ static void store(float* to, float x) { dev::store(to, x); }
+  __device__ __forceinline__ static void split(uint32_t x, uint32_t& big, uint32_t& small) {
+    big = dev::to_tf32(as_float(x));
+    small = dev::to_tf32(as_float(x) - as_float(big));
+  }
+  template <int N>
+  __device__ __forceinline__ static void multiply(float (&d)[N][4], const uint32_t (&a)[4],
+                                                  const uint32_t (&b)[N][2]) {
+    uint32_t a_big[4], a_small[4];
+#pragma unroll
+    for (int r = 0; r < 4; ++r) split(a[r], a_big[r], a_small[r]);
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      uint32_t b_big[2], b_small[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) split(b[j][r], b_big[r], b_small[r]);
+      dev::mma_tf32(d[j], a_small, b_big);
+      dev::mma_tf32(d[j], a_big, b_small);
+      dev::mma_tf32(d[j], a_big, b_big);
+    }
+  }
+};
+
+// Two 16-bit numbers as a word, k and k + 1 of some that lie `stride` apart; zero from `depth` on.
+template <class T>
+__device__ __forceinline__ uint32_t pair_bits(const T* from, int64_t stride, int k, int depth) {
+  uint16_t low = 0, high = 0;
+  if (k < depth) memcpy(&low, from + k * stride, sizeof low);
+  if (k + 1 < depth) memcpy(&high, from + (k + 1) * stride, sizeof high);
+  return low | static_cast<uint32_t>(high) << 16;
+}
+
+constexpr int operand_bytes(Number number) {
+  return number == Number::kBfloat16 || number == Number::kFloat16 ? 2 : 4;
+}
+
+// Word w, of 32 bits of K, of a row of weights [depth]: one number or two, zero past its end.
+template <class F>
+__device__ __forceinline__ uint32_t weight_word(const typename F::Stored* row, int depth, int w) {
+  if constexpr (sizeof(typename F::Stored) == 4) {
+    return w < depth ? F::weight_bits(row[w]) : 0;
+  } else {
+    const int k = 2 * w;
+    if (depth % 2 == 0) {  // then all rows begin at whole words
+      return k < depth ? *reinterpret_cast<const uint32_t*>(row + k) : 0;
+    }
+    return pair_bits(row, 1, k, depth);
+  }
+}
+
+// ---- What goes where ---------------------------------------------------------------------------
+
+// How a group of blocks shares a product, and a block's shared memory. A *row group* is the rows
+// that one warp sums up, `tiles` times 16. Where a block has more warps than row groups, several
+// warps share a row group and each takes a slice of K.
+struct Layout {
+  int groups;     // row groups of a block
+  int active;     // blocks that have any: those of rank 0 and up
+  int slices;     // of K
+  int chunks;     // of a row of B
+  int depth;      // chunks of a slice; the last slices may have fewer or none
+  int resident;   // of these, how many stay in registers; the others lie in shared memory
+  int exchanged;  // bytes of a row of B that blocks compute and exchange, the rest is zero
+  int pitch;      // bytes from a row of B to the next
+  int tile;       // bytes of B in shared memory, all columns
+  // Places in shared memory: B (once or twice), weights, partial sums, a place for each warp to
+  // collect what it sends, and mbarriers.
+  int weights, partial, staging, staged, barriers;
+  int64_t bytes;  // of shared memory
+
+  constexpr int warps() const { return groups * slices; }
+};
+
+// What a launch needs to know of a kernel to lay it out.
+struct Need {
+  int64_t row_groups;  // of all blocks together
+  int64_t exchanged;   // bytes of a row of B
+  int tiles;           // of 16 rows, of a row group
+  int columns;         // N
+  int resident;        // chunks of a slice for which there are registers
+  int staged;          // bytes that a warp collects at a time
+};
+
+// The layout for `plan.blocks` blocks of at most `plan.warps` warps. A block holds at most
+// kMaxWarps row groups: `groups` is 0 where there are more. Whether `bytes` are there is for the
+// device to say.
+constexpr Layout lay_out(const Need& need, const CudaPlan& plan) {
+  Layout at{};
+  const int64_t groups = (need.row_groups + plan.blocks - 1) / plan.blocks;
+  if (groups > kMaxWarps) return at;
+  at.groups = static_cast<int>(groups);
+  at.active = static_cast<int>((need.row_groups + groups - 1) / groups);
+  const int warps = plan.warps < kMaxWarps ? plan.warps : kMaxWarps;
+  at.slices = warps > at.groups ? warps / at.groups : 1;
+  at.chunks = static_cast<int>((need.exchanged + kChunk - 1) / kChunk);
+  if (at.slices > at.chunks) at.slices = at.chunks;
+  at.depth = (at.chunks + at.slices - 1) / at.slices;
+  at.slices = (at.chunks + at.depth - 1) / at.depth;
+  at.resident = at.depth < need.resident ? at.depth : need.resident;
+  at.exchanged = static_cast<int>(need.exchanged);
+  at.pitch = at.chunks * kChunk + kRowPad;
+  const int64_t tile = int64_t{at.pitch} * need.columns;
+  at.tile = static_cast<int>(tile);
+  int64_t end = tile * (plan.regime == kGrid ? 1 : 2);
+  if (end > (int64_t{1} << 30)) end = int64_t{1} << 30;  // no device has as much
+  at.weights = static_cast<int>(end);
+  end += int64_t{2} * kFragment * need.tiles * (at.depth - at.resident) * at.warps();
+  at.partial = static_cast<int>(end);
+  end += int64_t{kFragment} * need.tiles * (need.columns / 8) * (at.slices - 1) * at.groups;
+  at.staging = static_cast<int>(end);
+  at.staged = need.staged;
+  end += int64_t{need.staged} * at.groups;
+  at.barriers = static_cast<int>(end);
+  at.bytes = end + 2 * sizeof(uint64_t);
+  return at;
+}
+
+// Registers for weights of a thread: of 255, less the sums, the operand under way, states and input
+// of the cell, which grow with the number of columns.
+constexpr int weight_registers(int column_tiles) { return column_tiles >= 4 ? 64 : 128; }
+
+constexpr int resident_chunks(int tiles, int column_tiles) {
+  const int chunks = weight_registers(column_tiles) / (8 * tiles);
+  return chunks > 0 ? chunks : 1;
+}
+
+// ---- The product -------------------------------------------------------------------------------
+
+// One warp's part of A * B: kTiles times 16 rows of A, a slice of K, and 8 * kColumns columns.
+//
+// Thread l of the warp holds, of tile m, the rows l/4 and l/4 + 8, and gets their sums in columns
+// 8j + 2(l%4) + {0, 1}: sum[m][j][0..1] for the first row and [2..3] for the second.
+template <Number number, int kTiles, int kColumns, int kResident>
+class Product {
+ public:
+  using Sums = float[kTiles][kColumns][4];
+
+  // Loads the weights. `word(row, w)` gives 32 bits of K, the w-th, of a row of this warp's row
+  // group: one number or two, and zero past the edges. Other threads do not see what lies in
+  // shared memory, so no barrier is needed.
+  template <class Word>
+  __device__ __forceinline__ void load(const Layout& at, char* shared, int warp, int slice,
+                                       Word word) {
+    const int lane = threadIdx.x % kWarp;
+    const int first = slice * at.depth;
+    const int rest = at.chunks - first;
+    chunks_ = rest < at.depth ? rest : at.depth;
+    operand_ = first * kChunk + lane % 8 * at.pitch + lane / 8 * 16;
+    columns_ = 8 * at.pitch;
+    spilled_ = reinterpret_cast<uint4*>(shared + at.weights) +
+               int64_t{warp} * (at.depth - at.resident) * 2 * kTiles * kWarp + lane;
+    const auto fragment = [&](int chunk, int half, int m, uint32_t (&a)[4]) {
+      const int row = 16 * m + lane / 4, w = (2 * (first + chunk) + half) * 8 + lane % 4;
+      a[0] = word(row, w);
+      a[1] = word(row + 8, w);
+      a[2] = word(row, w + 4);
+      a[3] = word(row + 8, w + 4);
+    };
+#pragma unroll
+    for (int c = 0; c < kResident; ++c) {
+      if (c >= chunks_) break;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m) fragment(c, half, m, held_[c][half][m]);
+      }
+    }
+    uint4* to = spilled_;
+    for (int c = kResident; c < chunks_; ++c) {
+      for (int half = 0; half < 2; ++half) {
+        for (int m = 0; m < kTiles; ++m, to += kWarp) {
+          uint32_t a[4];
+          fragment(c, half, m, a);
+          *to = make_uint4(a[0], a[1], a[2], a[3]);
+        }
+      }
+    }
+  }
+
+  // sum = A * B, with B at `operand` in shared memory.
+  __device__ __forceinline__ void run(const char* operand, Sums& sum) const {
+    float d[kChains][kTiles][kColumns][4] = {};
+    uint32_t b[2][kColumns][4];
+    const char* from = operand + operand_;
+    const int last = chunks_ - 1;
+    fetch(from, 0, b[0]);
+#pragma unroll
+    for (int c = 0; c < kResident; ++c) {
+      if (c > last) break;
+      // The operand of the next chunk is under way while this one is multiplied.
+      if (c + 1 < kResident) fetch(from, c < last ? c + 1 : last, b[(c + 1) % 2]);
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        multiply(d, (2 * c + half) % kChains, held_[c][half], b[c % 2], half);
+    }
+    const uint4* spilled = spilled_;
+#pragma unroll 2
+    for (int c = kResident; c <= last; ++c) {
+      fetch(from, c, b[0]);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint32_t a[kTiles][4];
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m, spilled += kWarp) {
+          const uint4 x = *spilled;
+          a[m][0] = x.x, a[m][1] = x.y, a[m][2] = x.z, a[m][3] = x.w;
+        }
+        multiply(d, half % kChains, a, b[0], half);
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          float x = d[0][m][j][r];
+#pragma unroll
+          for (int chain = 1; chain < kChains; ++chain) x += d[chain][m][j][r];
+          sum[m][j][r] = x;
+        }
+      }
+    }
+  }
+
+ private:
+  // Sums that do not wait for one another: an mma takes about four times as long as the next one
+  // has to wait to begin.
+  static constexpr int kChains = kTiles * kColumns >= 4 ? 1 : kTiles * kColumns >= 2 ? 2 : 4;
+
+  __device__ __forceinline__ void fetch(const char* from, int chunk,
+                                        uint32_t (&b)[kColumns][4]) const {
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) dev::ldmatrix4(b[j], from + chunk * kChunk + j * columns_);
+  }
+
+  __device__ __forceinline__ static void multiply(float (&d)[kChains][kTiles][kColumns][4],
+                                                  int chain, const uint32_t (&a)[kTiles][4],
+                                                  const uint32_t (&b)[kColumns][4], int half) {
+    uint32_t part[kColumns][2];
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+      part[j][0] = b[j][2 * half];
+      part[j][1] = b[j][2 * half + 1];
+    }
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) Format<number>::multiply(d[chain][m], a[m], part);
+  }
+
+  uint32_t held_[kResident][2][kTiles][4];
+  uint4* spilled_;  // this thread's first, a fragment after another
+  int chunks_;      // of this slice
+  int operand_;     // where this thread's row of ldmatrix begins in B
+  int columns_;     // bytes from 8 columns of B to the next
+};
+
+// Adds up the sums of the slices of a row group, always in the same order; slice 0 gets the result.
+// The partial sums are written again only after the next operand has arrived, which slice 0 has
+// helped to compute from these.
+template <int kTiles, int kColumns>
+__device__ __forceinline__ void add_slices(const Layout& at, char* shared, int group, int slice,
+                                           float (&sum)[kTiles][kColumns][4]) {
+  if (at.slices == 1) return;
+  const int lane = threadIdx.x % kWarp;
+  float4* partial = reinterpret_cast<float4*>(shared + at.partial) +
+                    group * (at.slices - 1) * kTiles * kColumns * kWarp + lane;
+  if (slice > 0) {
+    float4* to = partial + (slice - 1) * kTiles * kColumns * kWarp;
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) {
+        to[(m * kColumns + j) * kWarp] =
+            make_float4(sum[m][j][0], sum[m][j][1], sum[m][j][2], sum[m][j][3]);
+      }
+    }
+  }
+  dev::named_barrier(1 + group, at.slices * kWarp);
+  if (slice > 0) return;
+  for (int other = 1; other < at.slices; ++other, partial += kTiles * kColumns * kWarp) {
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) {
+        const float4 x = partial[(m * kColumns + j) * kWarp];
+        sum[m][j][0] += x.x, sum[m][j][1] += x.y, sum[m][j][2] += x.z, sum[m][j][3] += x.w;
+      }
+    }
+  }
+}
+
+// ---- The exchange ------------------------------------------------------------------------------
+
+// Bytes of working memory that a group of a grid needs: flags, which must be zero before the launch
+// and lie side by side for all groups, and B twice.
+__host__ __device__ constexpr int64_t flag_bytes(const Layout& at) { return int64_t{at.active} * kFlag; }
+__host__ __device__ constexpr int64_t area_bytes(const Layout& at, int columns) {
+  return int64_t{2} * columns * at.exchanged;
+}
+
+// How the operand of the next step gets from the warps that compute it to all blocks of the group.
+// Operand 0 lies in `first()` when the loop begins, `wait(i)` gives operand i, `send` takes pieces
+// of operand i + 1, and every thread calls `sent` after the last of them. All threads of a block
+// call `wait` and `sent` for the same operands.
+//
+// Two places for B are enough. A block writes into operand i + 1's place, or a peer's, after it has
+// received all of operand i. Each warp that read operand i - 1, from the same place, had a part in
+// some piece of operand i, which was sent only after that warp had finished reading.
+struct Exchange {
+  const Layout& at;
+  int regime;
+  int rank;            // of this block in its group
+  int columns;         // N
+  int operands;        // how many there will be: the loop's steps, operand 0 included
+  char* tiles;         // B in shared memory
+  uint64_t* barriers;  // of a cluster: one for each place, counting bytes
+  char* area;          // of a grid: B twice in global memory, rows `exchanged` bytes apart
+  char* flags;         // of a grid: the operand that a block has sent, one per block
+
+  __device__ __forceinline__ char* first() const { return tiles; }
+
+  // Before operand 0 is written. `begin` makes shared memory ready, a place that no piece reaches
+  // included; after `ready` no block is behind.
+  __device__ __forceinline__ void begin() const {
+    const int bytes = at.tile * (regime == kGrid ? 1 : 2);
+    for (int i = threadIdx.x * 16; i < bytes; i += blockDim.x * 16)
+      *reinterpret_cast<uint4*>(tiles + i) = make_uint4(0, 0, 0, 0);
+    if (regime == kCluster && threadIdx.x == 0) {
+      dev::barrier_init(&barriers[0], 1);
+      dev::barrier_init(&barriers[1], 1);
+      dev::barrier_fence_init();
+      if (operands > 1) dev::barrier_expect(&barriers[1], columns * at.exchanged);
+    }
+    __syncthreads();
+  }
+
+  __device__ __forceinline__ void ready() const {
+    if (regime == kCluster)
+      dev::cluster_sync();
+    else
+      __syncthreads();
+  }
+
+  // Before a block leaves: its peers may still write into its shared memory.
+  __device__ __forceinline__ void end() const {
+    if (regime == kCluster) dev::cluster_sync();
+  }
+
+  __device__ __forceinline__ const char* wait(int i) const {
+    if (regime == kGrid) {
+      if (i > 0) receive(i);
+      return tiles;
+    }
+    const int place = i & 1;
+    if (regime == kBlock) {
+      if (i > 0) __syncthreads();
+    } else {
+      if (i > 0) dev::barrier_wait(&barriers[place], (i - 1) >> 1 & 1);
+      // Its next phase: no byte for it is on the way before this warp has sent its part.
+      if (threadIdx.x == 0 && i + 2 < operands)
+        dev::barrier_expect(&barriers[place], columns * at.exchanged);
+    }
+    return tiles + place * at.tile;
+  }
+
+  // Where a warp writes what it is going to send of operand i, eight columns from `column` on: rows
+  // `pitch` bytes apart. A lone block writes into the operand itself, from `offset` on.
+  struct Place {
+    char* to;
+    int pitch;
+  };
+  template <int kPieces>
+  __device__ __forceinline__ Place place(int i, char* staging, int column, int offset) const {
+    if (regime != kBlock) return {staging, kPieces * kPiece};
+    return {tiles + (i & 1) * at.tile + column * at.pitch + offset, at.pitch};
+  }
+
+  // Sends, of eight columns from `column` on, kPieces pieces each, which lie in `staging`. Piece q
+  // goes to `offset(q)` in the row of B; one past the row's end does not go.
+  template <int kPieces, class Offset>
+  __device__ __forceinline__ void send(int i, const char* staging, int column,
+                                       Offset offset) const {
+    if (regime == kBlock) return;
+    __syncwarp();
+    const int peers = regime == kCluster ? at.active : 1;
+    for (int each = threadIdx.x % kWarp; each < 8 * kPieces * peers; each += kWarp) {
+      const int peer = each / (8 * kPieces), piece = each % (8 * kPieces);
+      const int n = column + piece / kPieces, to = offset(piece % kPieces);
+      if (to >= at.exchanged) continue;
+      const uint4 value = *reinterpret_cast<const uint4*>(staging + piece * kPiece);
+      if (regime == kCluster) {
+        const char* here = tiles + (i & 1) * at.tile + n * at.pitch + to;
+        dev::st_async16(dev::peer_address(here, peer), value,
+                        dev::peer_address(&barriers[i & 1], peer));
+      } else {
+        *reinterpret_cast<uint4*>(area + ((i & 1) * columns + n) * int64_t{at.exchanged} + to) =
+            value;
+      }
+    }
+    __syncwarp();  // before the next pieces are written over these
+  }
+
+  __device__ __forceinline__ void sent(int i) const {
+    if (regime != kGrid) return;
+    __syncthreads();
+    if (threadIdx.x == 0) dev::store_release(reinterpret_cast<uint32_t*>(flags + rank * kFlag), i);
+  }
+
+ private:
+  __device__ __forceinline__ void receive(int i) const {
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    if (warp == 0) {
+      for (int block = lane; block < at.active; block += kWarp) {
+        const uint32_t* flag = reinterpret_cast<const uint32_t*>(flags + block * kFlag);
+        while (dev::load_acquire(flag) < static_cast<uint32_t>(i)) {
+        }
+      }
+    }
+    __syncthreads();
+    const char* from = area + (i & 1) * columns * int64_t{at.exchanged};
+    for (int n = warp; n < columns; n += blockDim.x / kWarp) {
+      for (int k = lane * kPiece; k < at.exchanged; k += kWarp * kPiece)
+        dev::copy_async16(tiles + n * at.pitch + k, from + n * int64_t{at.exchanged} + k, true);
+    }
+    dev::copy_async_commit();
+    dev::copy_async_wait<0>();
+    __syncthreads();
+  }
+};
+
+}  // namespace tile
+}  // namespace fastrnn
