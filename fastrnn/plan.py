@@ -264,7 +264,7 @@ def _cuda_resident(problem: Problem, device: Device) -> list[Plan]:
     """Every plan whose blocks hold all weights of a lane and run at the same time."""
     number = _CUDA_NUMBERS[problem.dtype] or ("tf32" if device.tf32 else "tf32x3")
     resident = dict(device.clusters)
-    octets = -(-problem.hidden // _OCTET)
+    octets = -(-problem.hidden // 8)
     counts = {-(-octets // each) for each in range(1, octets + 1)}
     found = []
     for tile in _CUDA_TILES:
@@ -276,47 +276,97 @@ def _cuda_resident(problem: Problem, device: Device) -> list[Plan]:
             ("cluster", [n for n in _CUDA_CLUSTERS if n <= octets and resident.get(n)]),
             ("grid", [n for n in sorted(counts) if n > 1 and n * groups <= device.multiprocessors]),
         ):
-            plan = Plan("cuda", number=number, regime=regime, batch_tile=tile, warps=_CUDA_WARPS)
-            found += [
-                replace(plan, blocks=n)
-                for n in choices
-                if _cuda_fits(problem, device, replace(plan, blocks=n))
-            ]
+            for blocks in choices:
+                plan = Plan(
+                    "cuda",
+                    number=number,
+                    regime=regime,
+                    batch_tile=tile,
+                    blocks=blocks,
+                    warps=_CUDA_WARPS,
+                )
+                layout = _cuda_layout(problem, plan)
+                if layout is not None and layout.shared_bytes <= device.shared_bytes:
+                    found.append(plan)
     return found
 
 
-# What csrc/cuda_tile.cuh keeps on a multiprocessor.
-_OCTET = 8  # units that a warp owns at least
+# What csrc/cuda_tile.cuh makes of a plan: a test compares.
 _CUDA_WARPS = 8
-_CUDA_WEIGHT_REGISTERS = 128  # of a thread
-_CUDA_BYTES = {"bfloat16": 2, "float16": 2, "tf32": 4, "tf32x3": 8}  # of a weight as it is kept
+_CHUNK = 64  # bytes of an operand's row: two products in depth
+_FRAGMENT = 512  # bytes of 16 rows of weights by half a chunk
 
 
-def _cuda_fits(problem: Problem, device: Device, plan: Plan) -> bool:
-    """Whether the registers and the shared memory of a block hold its weights and two tiles of what
-    is exchanged."""
-    size, depth = _CUDA_BYTES[plan.number], _cuda_depth(problem)
-    weights = _cuda_weights(problem, plan) * size
-    registers = plan.warps * 32 * _CUDA_WEIGHT_REGISTERS * 4
-    tile = 2 * plan.batch_tile * (depth * min(size, 4) + 16)
-    return max(0, weights - registers) + tile + _CUDA_OTHER_SHARED <= device.shared_bytes
+@dataclass(frozen=True)
+class _Layout:
+    """How a block holds its weights.
+
+    Attributes:
+        rows: of weights, whole tiles of 16.
+        row_bytes: of a row, whole chunks.
+        spilled: bytes of weights that are in shared memory, because registers are full.
+        exchanged: bytes that blocks of a group exchange at each step.
+        shared_bytes: of shared memory, all told.
+    """
+
+    rows: int
+    row_bytes: int
+    spilled: int
+    exchanged: int
+    shared_bytes: int
 
 
-_CUDA_OTHER_SHARED = 8 << 10
+def _cuda_layout(problem: Problem, plan: Plan) -> _Layout | None:
+    """The layout of a block, or None where a block would have more rows than warps can take."""
+    size = min(4, _CUDA_STORED[problem.dtype])
+    octets, columns, gates = -(-problem.hidden // 8), plan.batch_tile, problem.gates
+    if problem.backward:
+        return _cuda_shares(plan, -(-octets // 2), gates * octets * 8 * size, 1, gates * 16 * size)
+    few = 1 if gates % 2 == 0 else 2
+    many = max(few, 8 // gates // few * few) if columns <= 16 else few
+    for each in (few, many):  # octets of a warp
+        found = _cuda_shares(
+            plan, -(-octets // each), octets * 8 * size, gates * each // 2, each * 8 * size
+        )
+        if found is not None:
+            return found
+    return None
 
 
-def _cuda_depth(problem: Problem) -> int:
-    """Terms of the sum that a step's product takes, filled up to whole tiles."""
-    units = -(-problem.hidden // 16) * 16
-    return units * (problem.gates if problem.backward else 1)
+def _cuda_shares(
+    plan: Plan, row_groups: int, exchanged: int, tiles: int, staged: int
+) -> _Layout | None:
+    """`lay_out` of csrc/cuda_tile.cuh.
 
-
-def _cuda_weights(problem: Problem, plan: Plan) -> int:
-    """Weights that a block multiplies by, filled up to whole tiles."""
-    octets = -(-problem.hidden // _OCTET)
-    units = -(-octets // plan.blocks) * _OCTET
-    rows = -(-units // 16) * 16 if problem.backward else -(-units * problem.gates // 16) * 16
-    return rows * _cuda_depth(problem)
+    Args:
+        row_groups: of all blocks, each the rows of one warp.
+        exchanged: bytes of an operand's row that have a meaning.
+        tiles: of 16 rows, in a row group.
+        staged: bytes that a warp sends for a row of the batch.
+    """
+    groups = -(-row_groups // plan.blocks)
+    if groups > _CUDA_WARPS:
+        return None
+    chunks = -(-exchanged // _CHUNK)
+    slices = min(max(1, min(plan.warps, _CUDA_WARPS) // groups), chunks)
+    depth = -(-chunks // slices)
+    slices = -(-chunks // depth)
+    registers = 64 if plan.batch_tile >= 32 else 128
+    spilled = 2 * _FRAGMENT * tiles * groups * slices
+    spilled *= max(0, depth - max(1, registers // (8 * tiles)))
+    operand = plan.batch_tile * (chunks * _CHUNK + 16)
+    sums = _FRAGMENT * tiles * (plan.batch_tile // 8) * (slices - 1) * groups
+    return _Layout(
+        rows=groups * tiles * 16,
+        row_bytes=chunks * _CHUNK,
+        spilled=spilled,
+        exchanged=plan.batch_tile * exchanged,
+        shared_bytes=operand * (1 if plan.regime == "grid" else 2)
+        + spilled
+        + sums
+        + 8 * staged * groups
+        + 16,
+    )
 
 
 # Cycles, estimated from published measurements of an H100 (docs of the project, gpu.md 3.4).
@@ -336,18 +386,19 @@ def _cuda_cycles(problem: Problem, device: Device, plan: Plan) -> float:
         bytes_read = weights * _CUDA_STORED[problem.dtype] / _CACHE_SPEED
         speed = _MATRIX_SPEED.get(plan.number, 64) * max(1, device.multiprocessors)
         return _LAUNCH + max(bytes_read, weights * problem.batch / speed)
-    size, weights = _CUDA_BYTES[plan.number], _cuda_weights(problem, plan)
+    layout = _cuda_layout(problem, plan)
+    assert layout is not None
     groups = problem.lanes * -(-problem.batch // plan.batch_tile)
     at_once = device.multiprocessors // plan.blocks
     if plan.regime == "cluster":
         at_once = dict(device.clusters)[plan.blocks]
     waves = -(-groups // max(1, at_once))
-    in_registers = plan.warps * 32 * _CUDA_WEIGHT_REGISTERS * 4
-    shared = max(0, weights * size - in_registers) / _SHARED_SPEED
-    product = weights * plan.batch_tile / _MATRIX_SPEED[plan.number]
-    exchanged = plan.batch_tile * _cuda_depth(problem) * min(size, 4)
-    exchange = _EXCHANGE[plan.regime] + exchanged / _EXCHANGE_SPEED[plan.regime]
-    return waves * (max(product, shared) + exchange + _CELL)
+    weights = layout.rows * layout.row_bytes // min(4, _CUDA_STORED[problem.dtype])
+    product = max(
+        weights * plan.batch_tile / _MATRIX_SPEED[plan.number], layout.spilled / _SHARED_SPEED
+    )
+    exchange = _EXCHANGE[plan.regime] + layout.exchanged / _EXCHANGE_SPEED[plan.regime]
+    return waves * (product + exchange + _CELL)
 
 
 # triton: one launch per chunk of steps, for any cell (fastrnn/triton_scan.py)
@@ -376,8 +427,8 @@ def _triton_refuse(problem: Problem, device: Device) -> str | None:
             return "Triton's interpreter computes bfloat16 wrongly"
     elif device.kind not in _TRITON_DEVICES:
         return f"it runs on GPUs, the tensors are on {device.kind}"
-    if problem.projected:
-        return "it does not project the output (proj_size)"
+    if problem.projected and not problem.projectable:
+        return f"cell {problem.cell!r} reads state 0 unit by unit, so it cannot be projected"
     if problem.hidden == 0:
         return "there are no hidden units"
     return None
@@ -417,7 +468,7 @@ def _triton_configure(problem: Problem, device: Device) -> Plan:
         batch_tile=batch_tile,
         chunk_rows=max(1, most // row),
     )
-    if fits:
+    if fits and not problem.projected:
         return replace(
             plan, resident=True, unit_tile=padded, depth_tile=padded, warps=warps, stages=1
         )
