@@ -1,0 +1,235 @@
+"""Compiles the CUDA kernels for the simulator: `build()`, or `python -m tests.cudasim.build`.
+
+What it returns has the C interface of csrc/sweep.h and is loaded where FASTRNN_CUDA_LIBRARY names
+it. Objects lie in build/cudasim under a hash of what they were made of.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import functools
+import hashlib
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+KERNELS = ROOT / "csrc"
+SIMULATOR = ROOT / "tests" / "cudasim"
+CACHE = ROOT / "build" / "cudasim"
+CXX = os.environ.get("CXX") or next(
+    (c for c in ("c++", "g++", "clang++") if shutil.which(c)), "c++"
+)
+FLAGS = "-std=c++17 -O2 -fPIC -fno-gnu-unique -fno-math-errno -fno-trapping-math -w"
+# The simulator itself must not be instrumented: it tells the sanitizers what they should know.
+SANITIZERS = {
+    None: ("", ""),
+    "address": ("-fsanitize=address -g1 -fno-omit-frame-pointer", "-DCUDASIM_ADDRESS"),
+    "thread": ("-fsanitize=thread -g1 -fno-omit-frame-pointer", "-DCUDASIM_THREAD"),
+}
+
+
+class Fault(NamedTuple):
+    """A mistake to plant: `file` of the sources with `right`, which it has once, made `wrong`."""
+
+    file: str
+    right: str
+    wrong: str
+
+
+def missing() -> str | None:
+    """Why the simulator cannot run here."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return f"the simulator of CUDA kernels runs on x86-64, not {platform.machine()}"
+    if not shutil.which(shlex.split(CXX)[0]):
+        return "no C++ compiler (Debian, Ubuntu: apt install g++)"
+    if cuda_headers() is None:
+        return (
+            "no headers of CUDA: install its toolkit, or name it in CUDA_HOME (of pip's packages: "
+            "nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl)"
+        )
+    return None
+
+
+@functools.cache
+def cuda_headers() -> Path | None:
+    """The folder of cuda_bf16.h and its like: of the toolkit named, of nvcc, of pip's packages."""
+    homes = [Path(home) for name in ("CUDA_HOME", "CUDA_PATH") if (home := os.environ.get(name))]
+    nvcc = os.environ.get("NVCC") or shutil.which("nvcc")
+    if nvcc:
+        # nvcc on the path may be a script: it knows its toolkit itself.
+        command = [nvcc, "-dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull]
+        try:
+            said = subprocess.run(command, capture_output=True, text=True).stderr
+        except OSError:
+            said = ""
+        homes += [Path(top) for top in re.findall(r"^#\$ TOP=(.*)$", said, re.MULTILINE)]
+    homes.append(Path("/usr/local/cuda"))
+    homes += [
+        Path(path) / "nvidia" / name for path in sys.path for name in ("cu13", "cuda_runtime")
+    ]
+    for home in homes:
+        if (home / "include" / "cuda_bf16.h").exists():
+            return (home / "include").resolve()
+    return None
+
+
+def build(
+    sources: Sequence[Path] | None = None,
+    sanitizer: str | None = None,
+    mutate: Iterable[Fault] = (),
+) -> Path:
+    """The library of `sources` (all kernels of csrc) and the simulator."""
+    reason = missing()
+    if reason:
+        raise RuntimeError(reason)
+    sources = sorted(KERNELS.glob("*.cu")) if sources is None else list(sources)
+    faults = list(mutate)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(CACHE / "lock", "w") as lock, tempfile.TemporaryDirectory() as scratch:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two builds would write the same objects
+        generate_cells()
+        folders = [KERNELS, SIMULATOR]
+        if faults:
+            copies = Path(scratch)
+            sources = plant(faults, sources, copies)
+            folders.insert(0, copies)
+        quoted = " ".join(f"-iquote {shlex.quote(str(path))}" for path in (CACHE, *folders))
+        include = f"{quoted} -isystem {shlex.quote(str(cuda_headers()))}"
+        kernel_flags, simulator_flags = SANITIZERS[sanitizer]
+        kernel = f"{FLAGS} {kernel_flags} -DFASTRNN_CUDASIM -DFASTRNN_ISA=cudasim -x c++ {include}"
+        jobs = [
+            (SIMULATOR / "cudasim.cpp", f"{FLAGS} {simulator_flags} {include}"),
+            *((source, kernel) for source in sources),
+        ]
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or 2)) as pool:
+            objects = list(pool.map(lambda job: compiled(*job), jobs))
+        library = CACHE / f"{digest(str(path) for path in objects)}.so"
+        if not library.exists():
+            fresh = library.with_suffix(f".{os.getpid()}")
+            run([*shlex.split(CXX), "-shared", "-Wl,-Bsymbolic", *shlex.split(kernel_flags),
+                 *map(str, objects), "-o", str(fresh)])  # fmt: skip
+            fresh.replace(library)
+        return library
+
+
+def plant(faults: Sequence[Fault], sources: Sequence[Path], copies: Path) -> list[Path]:
+    """Copies of the sources and their headers, with the faults; the copies of `sources`."""
+    for path in (*KERNELS.glob("*.h"), *KERNELS.glob("*.cuh"), *sources):
+        shutil.copy(path, copies)
+    for file, right, wrong in faults:
+        text = (copies / file).read_text(encoding="utf-8")
+        found = text.count(right)
+        if found != 1:
+            raise ValueError(f"{file} has {right!r} {found} times, a fault must be planted once")
+        (copies / file).write_text(text.replace(right, wrong), encoding="utf-8")
+    return [copies / path.name for path in sources]
+
+
+def generate_cells() -> None:
+    run([sys.executable, str(ROOT / "setup.py"), "generate", str(CACHE / "cells.gen.h")])
+
+
+def compiled(source: Path, flags: str) -> Path:
+    """The object of a source. What it depends on is known from when it was last compiled."""
+    # Copies with faults lie elsewhere every time: their folder is not part of their identity.
+    identity = digest(
+        [source.name, source.read_bytes(), re.sub(r"\S*/tmp\S*", "", flags), version()]
+    )
+    listing = CACHE / f"{source.stem}-{identity}.d"
+    made_of = functools.partial(object_of, source, identity)
+    if listing.exists():
+        out = made_of(listing.read_text(encoding="utf-8").split("\n"))
+        if out is not None and out.exists():
+            return out
+    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+        fresh, rule = Path(folder) / "fresh.o", Path(folder) / "rule"
+        run([*shlex.split(CXX), *shlex.split(flags), "-MMD", "-MF", str(rule), "-c", str(source),
+             "-o", str(fresh)])  # fmt: skip
+        depends = shlex.split(rule.read_text(encoding="utf-8").replace("\\\n", " "))[1:]
+        out = made_of(depends)
+        assert out is not None
+        listing.write_text("\n".join(depends), encoding="utf-8")
+        fresh.replace(out)
+        return out
+
+
+def object_of(source: Path, identity: str, depends: Sequence[str]) -> Path | None:
+    contents: list[str | bytes] = [identity]
+    for path in depends:
+        # The folder of copies that the listing was made of is gone: these copies lie beside.
+        file = Path(path) if Path(path).exists() else source.parent / Path(path).name
+        if not file.exists():
+            return None
+        contents += [file.name, file.read_bytes()]
+    return CACHE / f"{source.stem}-{digest(contents)}.o"
+
+
+def digest(parts: Iterable[str | bytes]) -> str:
+    found = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        found.update(len(data).to_bytes(8, "little") + data)
+    return found.hexdigest()[:24]
+
+
+@functools.cache
+def version() -> str:
+    return subprocess.run([*shlex.split(CXX), "--version"], capture_output=True, text=True).stdout
+
+
+def run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")
+
+
+def sanitized(sanitizer: str | None) -> tuple[list[str], dict[str, str]]:
+    """What to put before a command that loads such a library, and its environment."""
+    if sanitizer is None:
+        return [], {}
+
+    def preload(*names: str) -> str:
+        found = (
+            subprocess.run([*shlex.split(CXX), f"-print-file-name={name}"], capture_output=True,
+                           text=True).stdout.strip()
+            for name in names
+        )  # fmt: skip
+        return " ".join(found)
+
+    if sanitizer == "address":
+        return [], {
+            "LD_PRELOAD": preload("libasan.so", "libstdc++.so"),
+            "ASAN_OPTIONS": "detect_leaks=0:exitcode=66",
+        }
+    # Its shadow memory has no room for addresses that are random.
+    prefix = ["setarch", "-R"] if shutil.which("setarch") else []
+    return prefix, {
+        "LD_PRELOAD": preload("libtsan.so"),
+        "TSAN_OPTIONS": "ignore_noninstrumented_modules=1:exitcode=66",
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.cudasim.build", description=__doc__)
+    parser.add_argument("sources", nargs="*", type=Path, help="all kernels of csrc if none")
+    parser.add_argument("--sanitizer", choices=["address", "thread"])
+    given = parser.parse_args()
+    try:
+        print(build(given.sources or None, given.sanitizer))
+    except RuntimeError as error:
+        raise SystemExit(str(error)) from None
+
+
+if __name__ == "__main__":
+    main()
