@@ -7,6 +7,7 @@ it. Objects lie in build/cudasim under a hash of what they were made of.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import functools
 import hashlib
@@ -18,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -64,7 +65,8 @@ def missing() -> str | None:
 @functools.cache
 def cuda_headers() -> Path | None:
     """The folder of cuda_bf16.h and its like: of the toolkit named, of nvcc, of pip's packages."""
-    homes = [Path(home) for name in ("CUDA_HOME", "CUDA_PATH") if (home := os.environ.get(name))]
+    named = (os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH"))
+    homes = [Path(path) for path in named if path]
     nvcc = os.environ.get("NVCC") or shutil.which("nvcc")
     if nvcc:
         # nvcc on the path may be a script: it knows its toolkit itself.
@@ -96,31 +98,28 @@ def build(
     sources = sorted(KERNELS.glob("*.cu")) if sources is None else list(sources)
     faults = list(mutate)
     CACHE.mkdir(parents=True, exist_ok=True)
-    with open(CACHE / "lock", "w") as lock, tempfile.TemporaryDirectory() as scratch:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two builds would write the same objects
-        generate_cells()
+    generate_cells()
+    with tempfile.TemporaryDirectory() as scratch:
         folders = [KERNELS, SIMULATOR]
         if faults:
             copies = Path(scratch)
             sources = plant(faults, sources, copies)
-            folders.insert(0, copies)
+            folders[0] = copies
         quoted = " ".join(f"-iquote {shlex.quote(str(path))}" for path in (CACHE, *folders))
         include = f"{quoted} -isystem {shlex.quote(str(cuda_headers()))}"
         kernel_flags, simulator_flags = SANITIZERS[sanitizer]
-        kernel = f"{FLAGS} {kernel_flags} -DFASTRNN_CUDASIM -DFASTRNN_ISA=cudasim -x c++ {include}"
-        jobs = [
-            (SIMULATOR / "cudasim.cpp", f"{FLAGS} {simulator_flags} {include}"),
-            *((source, kernel) for source in sources),
-        ]
+        kernel = f"{FLAGS} {kernel_flags} -DFASTRNN_CUDASIM -DFASTRNN_ISA=cudasim -x c++"
+        simulator = f"{FLAGS} {simulator_flags} -fno-tree-loop-distribute-patterns"
+        jobs = [(SIMULATOR / "cudasim.cpp", simulator), *((source, kernel) for source in sources)]
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or 2)) as pool:
-            objects = list(pool.map(lambda job: compiled(*job), jobs))
-        library = CACHE / f"{digest(str(path) for path in objects)}.so"
-        if not library.exists():
-            fresh = library.with_suffix(f".{os.getpid()}")
-            run([*shlex.split(CXX), "-shared", "-Wl,-Bsymbolic", *shlex.split(kernel_flags),
-                 *map(str, objects), "-o", str(fresh)])  # fmt: skip
-            fresh.replace(library)
-        return library
+            objects = list(pool.map(lambda job: compiled(job[0], job[1], include), jobs))
+    library = CACHE / f"{digest(path.name for path in objects)}.so"
+    if not library.exists():
+        fresh = library.with_suffix(f".{os.getpid()}")
+        run([*shlex.split(CXX), "-shared", "-Wl,-Bsymbolic", *shlex.split(kernel_flags),
+             *map(str, objects), "-o", str(fresh)])  # fmt: skip
+        fresh.replace(library)
+    return library
 
 
 def plant(faults: Sequence[Fault], sources: Sequence[Path], copies: Path) -> list[Path]:
@@ -136,39 +135,53 @@ def plant(faults: Sequence[Fault], sources: Sequence[Path], copies: Path) -> lis
     return [copies / path.name for path in sources]
 
 
+@contextlib.contextmanager
+def locked(name: str) -> Iterator[None]:
+    """Of several that build at the same time one does it, and the others find it done."""
+    with open(CACHE / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def generate_cells() -> None:
-    run([sys.executable, str(ROOT / "setup.py"), "generate", str(CACHE / "cells.gen.h")])
+    """cells.gen.h, unless it has been made of the same modules."""
+    sources = [ROOT / "setup.py", *sorted((ROOT / "fastrnn").glob("*.py"))]
+    made_of, header = CACHE / "cells.gen.h.made_of", CACHE / "cells.gen.h"
+    with locked("cells"):
+        wanted = digest(path.read_bytes() for path in sources)
+        if made_of.exists() and header.exists() and made_of.read_text() == wanted:
+            return
+        run([sys.executable, str(ROOT / "setup.py"), "generate", str(header)])
+        made_of.write_text(wanted)
 
 
-def compiled(source: Path, flags: str) -> Path:
+def compiled(source: Path, flags: str, include: str) -> Path:
     """The object of a source. What it depends on is known from when it was last compiled."""
-    # Copies with faults lie elsewhere every time: their folder is not part of their identity.
-    identity = digest(
-        [source.name, source.read_bytes(), re.sub(r"\S*/tmp\S*", "", flags), version()]
-    )
+    identity = digest([source.name, source.read_bytes(), flags, version()])
     listing = CACHE / f"{source.stem}-{identity}.d"
-    made_of = functools.partial(object_of, source, identity)
-    if listing.exists():
-        out = made_of(listing.read_text(encoding="utf-8").split("\n"))
-        if out is not None and out.exists():
+    with locked(f"{source.stem}-{identity}"):
+        if listing.exists():
+            out = object_of(source, identity, listing.read_text(encoding="utf-8").split("\n"))
+            if out is not None and out.exists():
+                return out
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            fresh, rule = Path(folder) / "fresh.o", Path(folder) / "rule"
+            run([*shlex.split(f"{CXX} {flags} {include}"), "-MMD", "-MF", str(rule),
+                 "-c", str(source), "-o", str(fresh)])  # fmt: skip
+            depends = shlex.split(rule.read_text(encoding="utf-8").replace("\\\n", " "))[1:]
+            out = object_of(source, identity, depends)
+            assert out is not None
+            listing.write_text("\n".join(depends), encoding="utf-8")
+            fresh.replace(out)
             return out
-    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-        fresh, rule = Path(folder) / "fresh.o", Path(folder) / "rule"
-        run([*shlex.split(CXX), *shlex.split(flags), "-MMD", "-MF", str(rule), "-c", str(source),
-             "-o", str(fresh)])  # fmt: skip
-        depends = shlex.split(rule.read_text(encoding="utf-8").replace("\\\n", " "))[1:]
-        out = made_of(depends)
-        assert out is not None
-        listing.write_text("\n".join(depends), encoding="utf-8")
-        fresh.replace(out)
-        return out
 
 
 def object_of(source: Path, identity: str, depends: Sequence[str]) -> Path | None:
     contents: list[str | bytes] = [identity]
     for path in depends:
-        # The folder of copies that the listing was made of is gone: these copies lie beside.
-        file = Path(path) if Path(path).exists() else source.parent / Path(path).name
+        # Sources with faults lie in another folder every time, with their headers beside them.
+        beside = source.parent / Path(path).name
+        file = beside if beside.exists() else Path(path)
         if not file.exists():
             return None
         contents += [file.name, file.read_bytes()]

@@ -201,7 +201,7 @@ struct Machine {
   std::vector<Fiber*> ready;  // a ring of a power of two
   size_t ready_first = 0, ready_count = 0;
   size_t live = 0;  // threads that have not ended
-  List pollers;  // have found the same in a flag twice
+  List pollers;     // have found the same in a flag twice
   size_t polls = 0;
   std::vector<std::unique_ptr<Store>> stores;  // on their way
   Random random;
@@ -617,7 +617,7 @@ void meet(const char* name, unsigned mask, void* mine, void (*combine)(void** la
   if (!meeting->arrived) {
     meeting->mask = mask;
     meeting->name = name;
-    std::fill(meeting->lanes, meeting->lanes + 32, nullptr);
+    for (void*& lane : meeting->lanes) lane = nullptr;
   } else if (std::strcmp(meeting->name, name) != 0) {
     fail("lane %u is at %s, others of its warp are at %s", fiber->lane, name, meeting->name);
   }
@@ -638,6 +638,57 @@ void meet(const char* name, unsigned mask, void* mine, void (*combine)(void** la
     sleep(name);
   }
   if (orders) acquire(token);
+}
+
+namespace {
+
+struct Shuffled {
+  unsigned char value[16], result[16];
+  unsigned source;
+};
+
+struct Vote {
+  bool predicate;
+  unsigned result;
+};
+
+}  // namespace
+
+void shuffle_bytes(const char* name, unsigned mask, void* value, size_t bytes, unsigned source) {
+  Shuffled mine;
+  mine.source = source;
+  auto* data = static_cast<volatile unsigned char*>(value);
+  for (size_t i = 0; i < bytes; ++i) mine.value[i] = data[i];
+  meet(
+      name, mask, &mine,
+      [](void** lanes) {
+        for (int i = 0; i < 32; ++i) {
+          if (!lanes[i]) continue;
+          auto* to = static_cast<Shuffled*>(lanes[i]);
+          const auto* from = static_cast<const Shuffled*>(lanes[to->source % 32]);
+          // What a lane gives that does not take part is undefined.
+          for (int j = 0; j < 16; ++j) to->result[j] = from ? from->value[j] : 0xff;
+        }
+      },
+      false);
+  for (size_t i = 0; i < bytes; ++i) data[i] = mine.result[i];
+}
+
+unsigned ballot(unsigned mask, bool predicate) {
+  Vote mine{predicate, 0};
+  meet(
+      "__ballot_sync", mask, &mine,
+      [](void** lanes) {
+        unsigned result = 0;
+        for (int i = 0; i < 32; ++i) {
+          if (lanes[i] && static_cast<const Vote*>(lanes[i])->predicate) result |= 1u << i;
+        }
+        for (int i = 0; i < 32; ++i) {
+          if (lanes[i]) static_cast<Vote*>(lanes[i])->result = result;
+        }
+      },
+      false);
+  return mine.result;
 }
 
 // ---- Flags -------------------------------------------------------------------------------------

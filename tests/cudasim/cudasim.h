@@ -184,49 +184,15 @@ void st_async(uint32_t peer_data, const void* value, unsigned bytes, uint32_t pe
 
 // ---- Builtins of CUDA --------------------------------------------------------------------------
 
+// The value, of up to 16 bytes, becomes that of lane `source`.
+void shuffle_bytes(const char* name, unsigned mask, void* value, size_t bytes, unsigned source);
+unsigned ballot(unsigned mask, bool predicate);
+
 template <class T>
 T shuffle(const char* name, unsigned mask, T value, unsigned source) {
-  struct Offer {
-    T value, result;
-    unsigned source;
-  } offer{value, value, source};
-  meet(
-      name, mask, &offer,
-      [](void** lanes) {
-        for (int i = 0; i < 32; ++i) {
-          if (!lanes[i]) continue;
-          auto* mine = static_cast<Offer*>(lanes[i]);
-          auto* from = static_cast<Offer*>(lanes[mine->source % 32]);
-          // What a lane that does not take part would give is undefined.
-          if (from) {
-            mine->result = from->value;
-          } else {
-            std::memset(static_cast<void*>(&mine->result), 0xff, sizeof(T));
-          }
-        }
-      },
-      false);
-  return offer.result;
-}
-
-inline unsigned ballot(unsigned mask, int predicate) {
-  struct Offer {
-    int predicate;
-    unsigned result;
-  } offer{predicate, 0};
-  meet(
-      "__ballot_sync", mask, &offer,
-      [](void** lanes) {
-        unsigned result = 0;
-        for (int i = 0; i < 32; ++i) {
-          if (lanes[i] && static_cast<Offer*>(lanes[i])->predicate) result |= 1u << i;
-        }
-        for (int i = 0; i < 32; ++i) {
-          if (lanes[i]) static_cast<Offer*>(lanes[i])->result = result;
-        }
-      },
-      false);
-  return offer.result;
+  static_assert(sizeof(T) <= 16);
+  shuffle_bytes(name, mask, &value, sizeof(T), source);
+  return value;
 }
 
 }  // namespace sim
@@ -269,7 +235,7 @@ T __shfl_up_sync(unsigned mask, T value, unsigned distance, int width = 32) {
 }
 
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
-  return fastrnn::sim::ballot(mask, predicate);
+  return fastrnn::sim::ballot(mask, predicate != 0);
 }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, !predicate) == 0; }
