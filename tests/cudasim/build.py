@@ -90,25 +90,33 @@ def build(
     sources: Sequence[Path] | None = None,
     sanitizer: str | None = None,
     mutate: Iterable[Fault] = (),
+    cells: str | None = None,
 ) -> Path:
-    """The library of `sources` (all kernels of csrc) and the simulator."""
+    """The library of `sources` (all kernels of csrc) and the simulator. `cells` is the text of
+    cells.gen.h, by default that of the built-in cells."""
     reason = missing()
     if reason:
         raise RuntimeError(reason)
     sources = sorted(KERNELS.glob("*.cu")) if sources is None else list(sources)
     faults = list(mutate)
     CACHE.mkdir(parents=True, exist_ok=True)
-    generate_cells()
+    if cells is None:
+        generate_cells()
+    header = CACHE if cells is None else CACHE / f"cells-{digest([cells])}"
+    if cells is not None:
+        header.mkdir(exist_ok=True)
+        (header / "cells.gen.h").write_text(cells, encoding="utf-8")
     with tempfile.TemporaryDirectory() as scratch:
         folders = [KERNELS, SIMULATOR]
         if faults:
             copies = Path(scratch)
             sources = plant(faults, sources, copies)
             folders[0] = copies
-        quoted = " ".join(f"-iquote {shlex.quote(str(path))}" for path in (CACHE, *folders))
+        quoted = " ".join(f"-iquote {shlex.quote(str(path))}" for path in (header, *folders))
         include = f"{quoted} -isystem {shlex.quote(str(cuda_headers()))}"
         kernel_flags, simulator_flags = SANITIZERS[sanitizer]
         kernel = f"{FLAGS} {kernel_flags} -DFASTRNN_CUDASIM -DFASTRNN_ISA=cudasim -x c++"
+        kernel += "" if cells is None else f" -DFASTRNN_CELLS_OF={header.name.replace('-', '_')}"
         simulator = f"{FLAGS} {simulator_flags} -fno-tree-loop-distribute-patterns"
         jobs = [(SIMULATOR / "cudasim.cpp", simulator), *((source, kernel) for source in sources)]
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or 2)) as pool:

@@ -65,6 +65,33 @@ class Quiet {
   }
 };
 constexpr unsigned kNoOrder = 1;  // switching fibers orders nothing
+
+// What the sanitizer keeps of a thread takes a millisecond to make, so it serves again: in another
+// launch, or in another block of a launch that has very many.
+class Clocks {
+ public:
+  void begin_launch() {
+    used_ = 0;
+    release(&start_token_);
+  }
+  void begin_batch(size_t threads) {
+    constexpr size_t kEnough = 2048;
+    if (used_ + threads > kEnough) used_ = 0;
+  }
+  void* take() {
+    const Quiet quiet;
+    if (used_ == clocks_.size()) clocks_.push_back(__tsan_create_fiber(0));
+    return clocks_[used_++];
+  }
+  // Whatever was before the launch is before what the current thread does.
+  void begin_thread() { acquire(&start_token_); }
+
+ private:
+  std::vector<void*> clocks_;
+  size_t used_ = 0;
+  char start_token_ = 0;
+};
+Clocks clocks;
 #else
 void release(void*) {}
 void acquire(void*) {}
@@ -377,6 +404,9 @@ void fiber_main() {
   __sanitizer_finish_switch_fiber(nullptr, &stack, &bytes);
   if (!machine.stack) machine.stack = stack, machine.stack_bytes = bytes;
 #endif
+#if defined(CUDASIM_THREAD)
+  clocks.begin_thread();
+#endif
   machine.kernel(machine.context);
   finish_thread();
   std::abort();
@@ -391,10 +421,12 @@ void prepare_stack(Fiber& fiber) {
 }
 
 // Stacks with a page between them that may not be touched. New ones for every batch of blocks under
-// the thread sanitizer, which otherwise would take one thread's variables for another's.
+// the thread sanitizer, which otherwise would take one thread's variables for another's; made
+// quietly, or it would note down a write to every byte.
 class Stacks {
  public:
   char* at(size_t i) {
+    const Quiet quiet;
     while (i >= stacks_.size()) {
       void* p = mmap(nullptr, kStack + kPage, PROT_READ | PROT_WRITE,
                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -461,7 +493,7 @@ unsigned linear(const Fiber& fiber) {
 }  // namespace
 
 void fail(const char* format, ...) {
-  Quiet quiet;
+  const Quiet quiet;
   char text[8192];
   va_list arguments;
   va_start(arguments, format);
@@ -517,7 +549,7 @@ void finish_thread() {
   Block& block = *fiber->block;
   Cluster& cluster = *block.cluster;
   {
-    Quiet quiet;
+    const Quiet quiet;
     for (const Copy& copy : fiber->copies) {
       std::memcpy(copy.shared, copy.global ? copy.global : "\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0", 16);
     }
@@ -861,19 +893,19 @@ void check_shared(const char* what, const void* p, size_t bytes, size_t alignmen
 
 bool copy_begins(void* shared, const void* global, bool valid) {
   if (machine.early_one_in && machine.random.below(machine.early_one_in) == 0) return true;
-  Quiet quiet;
+  const Quiet quiet;
   current()->copies.push_back({shared, valid ? global : nullptr});
   return false;
 }
 
 void copy_async_commit() {
-  Quiet quiet;
+  const Quiet quiet;
   Fiber* fiber = current();
   fiber->group_end.push_back(fiber->landed + fiber->copies.size());
 }
 
 bool next_copy(int groups_left, Copy* copy) {
-  Quiet quiet;
+  const Quiet quiet;
   Fiber* fiber = current();
   const size_t groups = fiber->group_end.size(), left = static_cast<size_t>(groups_left);
   if (groups <= left) return false;
@@ -920,7 +952,7 @@ void count_bytes(MBarrier& b, int64_t bytes) {
 }
 
 void land_one() {
-  Quiet quiet;
+  const Quiet quiet;
   std::swap(machine.stores[machine.random.below(machine.stores.size())], machine.stores.back());
   const std::unique_ptr<Store> s = std::move(machine.stores.back());
   machine.stores.pop_back();
@@ -945,13 +977,13 @@ void land_one() {
 }  // namespace
 
 uint64_t new_barrier(uint64_t* b, unsigned count) {
-  Quiet quiet;
+  const Quiet quiet;
   if (count == 0 || count > kMaxBytes) fail("barrier_init for %u arrivals", count);
   auto& all = self->block->mbarriers;
   if (all.size() == all.capacity()) fail("more than %zu mbarriers in a block", all.capacity());
   all.emplace_back(b, count);
 #if defined(CUDASIM_THREAD)
-  all.back().agent = __tsan_create_fiber(0);
+  all.back().agent = clocks.take();
 #endif
   return kBarrierTag | (all.size() - 1);
 }
@@ -1019,7 +1051,7 @@ void st_async(uint32_t peer_data, const void* value, unsigned bytes, uint32_t pe
   __tsan_read_range(target->shared + barrier_offset, 8);
 #endif
   {
-    Quiet quiet;
+    const Quiet quiet;
     auto s = std::make_unique<Store>();
     s->target = target;
     s->offset = offset;
@@ -1044,6 +1076,9 @@ void run_together(unsigned first, unsigned count) {
   std::vector<Block> blocks(count);
   std::vector<Cluster> clusters(count / shape.cluster);
   machine.fibers = std::vector<Fiber>(static_cast<size_t>(count) * threads);
+#if defined(CUDASIM_THREAD)
+  clocks.begin_batch(machine.fibers.size());
+#endif
   machine.live = machine.fibers.size();
   size_t ring = 1;
   while (ring < machine.fibers.size()) ring *= 2;
@@ -1078,7 +1113,7 @@ void run_together(unsigned first, unsigned count) {
       if (j % 32 == 0) warp.lanes = &fiber;
       warp.exist |= 1u << (j % 32);
 #if defined(CUDASIM_THREAD)
-      fiber.tsan = __tsan_create_fiber(0);
+      fiber.tsan = clocks.take();
 #endif
       make_ready(&fiber);
     }
@@ -1087,10 +1122,6 @@ void run_together(unsigned first, unsigned count) {
   run_another();
   self = nullptr;
 #if defined(CUDASIM_THREAD)
-  for (const Fiber& fiber : machine.fibers) __tsan_destroy_fiber(fiber.tsan);
-  for (const Block& block : blocks) {
-    for (const MBarrier& b : block.mbarriers) __tsan_destroy_fiber(b.agent);
-  }
   stacks.drop();
 #endif
   machine.stores.clear();
@@ -1133,6 +1164,7 @@ int launch(const Shape& wanted, void (*kernel)(void*), void* context) {
   machine.early_one_in = machine.shuffled ? early[machine.random.below(4)] : 0;
 #if defined(CUDASIM_THREAD)
   machine.tsan = __tsan_get_current_fiber();
+  clocks.begin_launch();
 #endif
 #if defined(CUDASIM_ADDRESS)
   machine.stack = nullptr;
