@@ -150,7 +150,9 @@ class _Sweeps:
         du: Tensor,
         dv: Tensor,
         previous: Tensor,
+        dh: Tensor | None,
     ) -> None:
+        assert dh is None, "the plan asks for no projection"
         _launch(
             scan, begin, end, True,
             dy=dy, s0=s0, ds=ds, y=y, tape=tape, du=du, dv=dv, previous=previous,

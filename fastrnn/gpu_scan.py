@@ -22,7 +22,7 @@ __all__ = ["Operands", "Scan", "Sweeps", "backward", "forward", "tf32_allowed"]
 
 @dataclass(frozen=True)
 class Operands:
-    """One scan, as `reference.scan` documents it; without a projection of state 0."""
+    """One scan, as `reference.scan` documents it."""
 
     cell: str  # the name under which the kernels know it
     x: Tensor
@@ -30,6 +30,7 @@ class Operands:
     w_hh: Sequence[Tensor]
     b_ih: Sequence[Tensor]
     b_hh: Sequence[Tensor]
+    w_hr: Sequence[Tensor]
     s0: Sequence[Tensor]
     batch_sizes: Tensor | None
     lengths: Tensor | None
@@ -52,8 +53,9 @@ class Scan:
         cell: the name under which the kernels know it.
         gates, states, lanes, hidden, inputs, steps, batch, rows: G, S, P, H, I, T, B and the
             number of rows, padded ones included.
+        recurrent: Q, the width of state 0, which is the output: H unless it is projected.
         compute: the dtype of sums and states.
-        w_ih, w_hh: [P, G*H, I] and [P, G*H, H].
+        w_ih, w_hh, w_hr: [P, G*H, I], [P, G*H, Q] and, where state 0 is projected, [P, Q, H].
         first: of packed input the row at which each step begins [T+1], and the same on the device.
         length: int64 [B], steps of each row of the batch, unless all have `steps`.
         resets: uint8 [rows], whether an episode begins there.
@@ -67,6 +69,7 @@ class Scan:
         self.gates, self.states = len(derived.gates), len(derived.states)
         self.lanes = len(given.w_hh)
         self.hidden = given.w_hh[0].size(0) // self.gates
+        self.recurrent = given.w_hh[0].size(1)
         self.inputs = x.size(-1)
         self.compute = torch.float64 if x.dtype == torch.float64 else torch.float32
         self.rows = x.shape[:-1].numel()
@@ -84,7 +87,8 @@ class Scan:
             self.length = length.to(x.device, non_blocking=True)
         else:
             self.steps, self.batch = (x.size(0), x.size(1)) if x.dim() == 3 else (1, x.size(0))
-            self.length = given.lengths
+            if given.lengths is not None:
+                self.length = given.lengths.to(x.device).contiguous()
         self.resets = None if given.resets is None else given.resets.contiguous().view(torch.uint8)
         self.reverse = given.reverse
         self.backward_lanes = [bool(given.reverse >> p & 1) for p in range(self.lanes)]
@@ -92,6 +96,14 @@ class Scan:
         self.chunk_rows = min(self.rows, self.chunk_steps * self.batch)
         self.w_hh = _stacked(given.w_hh)
         self.w_ih = _stacked(given.w_ih)
+        self.w_hr = _stacked(given.w_hr) if given.w_hr else None
+
+    def width(self, state: int) -> int:
+        return self.hidden if state else self.recurrent
+
+    def slots(self) -> int:
+        """Values of [H] that a row of the tape holds."""
+        return self.states - 1 + len(self.derived.kept) + (self.w_hr is not None)
 
     def row(self, t: int) -> int:
         return t * self.batch if self.first is None else self.first[t]
@@ -110,9 +122,9 @@ class Scan:
         batch = max(1, self.batch)
         times = slice(low // batch, high // batch)
         part = x[times]
-        if self.given.lengths is not None:
+        if self.length is not None:
             t = torch.arange(times.start, times.stop, device=x.device).unsqueeze(1)
-            part = torch.where((self.given.lengths > t).unsqueeze(-1), part, 0)
+            part = torch.where((self.length > t).unsqueeze(-1), part, 0)
         return part.reshape(high - low, self.inputs)
 
 
@@ -141,9 +153,11 @@ class Sweeps(Protocol):
             u: [P, chunk_rows, G*H] input projections, biases in.
             b_hh: [P, G*H] for gates that are not tied, or None.
             carry: [S+1, P, B, H] in `scan.compute`: states before, and then after, the chunk;
-                the last is room for state 0.
-            y: [rows, P, H].
-            tape: [rows, P, S-1+K, H], or None.
+                the last is room for state 0. Where that is projected, Q wide and all others H,
+                rows are as wide as the wider.
+            y: [rows, P, Q].
+            tape: [rows, P, S-1+K, H], and one more value where state 0 is projected: what the
+                cell gave; or None.
         """
 
     def backward(
@@ -159,17 +173,19 @@ class Sweeps(Protocol):
         du: Tensor,
         dv: Tensor,
         previous: Tensor,
+        dh: Tensor | None,
     ) -> None:
         """Walk the steps from the end.
 
         Args:
-            dy: [rows, P, H], or None for zeros.
-            s0: [S, P, B, H] in `scan.compute`.
+            dy: [rows, P, Q], or None for zeros.
+            s0: [S, P, B, H] in `scan.compute`, as `carry`.
             ds: the same: gradients of the states after, and then before, the chunk.
             y, tape: as forward left them.
             du, dv: [P, chunk_rows, G*H] gradients of the projections; one tensor where all gates
                 are tied.
-            previous: [P, chunk_rows, H], filled with state 0 before each step.
+            previous: [P, chunk_rows, Q], filled with state 0 before each step.
+            dh: the same, with the gradient of state 0 after it; None unless it is projected.
         """
 
 
@@ -180,12 +196,13 @@ def forward(
     scan = Scan(derived, plan, given)
     x, lanes, hidden = given.x, scan.lanes, scan.hidden
     make = torch.empty if given.lengths is None else torch.zeros  # zeros past the end of a row
-    y = make(*x.shape[:-1], lanes * hidden, dtype=x.dtype, device=x.device)
-    width = scan.states - 1 + len(derived.kept)
-    saved = make(scan.rows if tape else 0, lanes, width, hidden, dtype=x.dtype, device=x.device)
-    carry = x.new_zeros(scan.states + 1, lanes, scan.batch, hidden, dtype=scan.compute)
+    y = make(*x.shape[:-1], lanes * scan.recurrent, dtype=x.dtype, device=x.device)
+    size = scan.rows if tape else 0, lanes, scan.slots(), hidden
+    saved = make(size, dtype=x.dtype, device=x.device)
+    widest = max(hidden, scan.recurrent)
+    carry = x.new_zeros(scan.states + 1, lanes, scan.batch, widest, dtype=scan.compute)
     for j, state in enumerate(given.s0):
-        carry[j] = state
+        carry[j, ..., : scan.width(j)] = state
     # A gate that the cell knows by the sum of u and v takes both biases in u.
     b_ih, b_hh = (_stacked(b) if b else None for b in (given.b_ih, given.b_hh))
     if b_ih is not None and b_hh is not None:
@@ -200,7 +217,9 @@ def forward(
         _project(scan, u, b_ih, begin, end)
         bias = None if all(derived.tied) else b_hh
         sweeps.forward(scan, begin, end, u, bias, carry, y, saved if tape else None)
-    return y, [carry[j].to(x.dtype) for j in range(scan.states)], saved
+    last = [carry[j, ..., : scan.width(j)] for j in range(scan.states)]
+    # A copy in every case: states are not to keep the rest of `carry` alive, nor share it.
+    return y, [state.to(x.dtype, copy=True).contiguous() for state in last], saved
 
 
 def _project(scan: Scan, u: Tensor, bias: Tensor | None, begin: int, end: int) -> None:
@@ -231,38 +250,42 @@ def backward(
     tape: Tensor,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    """Gradients of x, w_ih, w_hh, b_ih, b_hh and s0, those that `needs` picks, as
+    """Gradients of x, w_ih, w_hh, b_ih, b_hh, w_hr and s0, those that `needs` picks, as
     `torch.ops.fastrnn.scan_backward`."""
-    need_x, need_ih, need_hh, need_bias, _, need_s0 = needs
+    *need_rest, need_s0 = needs
     scan = Scan(derived, plan, given)
     x, lanes, hidden, compute = given.x, scan.lanes, scan.hidden, scan.compute
     dy = None if grads[0] is None else grads[0].contiguous()
-    s0 = x.new_zeros(scan.states, lanes, scan.batch, hidden, dtype=compute)
+    widest = max(hidden, scan.recurrent)
+    s0 = x.new_zeros(scan.states, lanes, scan.batch, widest, dtype=compute)
     ds = torch.zeros_like(s0)
     for j in range(scan.states):
         if given.s0:
-            s0[j] = given.s0[j]
+            s0[j, ..., : scan.width(j)] = given.s0[j]
         grad = grads[1 + j]
         if grad is not None:
-            ds[j] = grad
+            ds[j, ..., : scan.width(j)] = grad
     make = torch.empty if given.lengths is None else torch.zeros  # rows past an end have none
     depth = scan.gates * hidden
     dv = make(lanes, scan.chunk_rows, depth, dtype=x.dtype, device=x.device)
     du = dv if all(derived.tied) else make(dv.shape, dtype=x.dtype, device=x.device)
-    previous = make(lanes, scan.chunk_rows, hidden, dtype=x.dtype, device=x.device)
+    previous = make(lanes, scan.chunk_rows, scan.recurrent, dtype=x.dtype, device=x.device)
+    dh = None if scan.w_hr is None else make(previous.shape, dtype=x.dtype, device=x.device)
 
-    found = _Gradients(scan, need_x, need_ih, need_hh, need_bias)
+    found = _Gradients(scan, *need_rest)
     y, tape = y.contiguous(), tape.contiguous()
     for end in range(scan.steps if scan.batch else 0, 0, -scan.chunk_steps):
         begin = max(0, end - scan.chunk_steps)
         if given.lengths is not None and end < scan.steps:
-            for each in (dv, du, previous):
-                each.zero_()
-        sweeps.backward(scan, begin, end, dy, s0, ds, y, tape, du, dv, previous)
-        found.add(begin, end, du, dv, previous)
+            for each in (dv, du, previous, dh):
+                if each is not None:
+                    each.zero_()
+        sweeps.backward(scan, begin, end, dy, s0, ds, y, tape, du, dv, previous, dh)
+        found.add(begin, end, du, dv, previous, dh, tape)
     out = found.all()
     if need_s0:
-        out += [ds[j].to(x.dtype) for j in range(len(given.s0))]
+        for j in range(len(given.s0)):
+            out.append(ds[j, ..., : scan.width(j)].to(x.dtype, copy=True).contiguous())
     return out
 
 
@@ -270,7 +293,13 @@ class _Gradients:
     """Gradients of the weights, the biases and x, summed up over the stretches of the sweep."""
 
     def __init__(
-        self, scan: Scan, need_x: bool, need_ih: bool, need_hh: bool, need_bias: bool
+        self,
+        scan: Scan,
+        need_x: bool,
+        need_ih: bool,
+        need_hh: bool,
+        need_bias: bool,
+        need_hr: bool,
     ) -> None:
         self.scan = scan
         lanes, depth, x = scan.lanes, scan.gates * scan.hidden, scan.given.x
@@ -281,11 +310,22 @@ class _Gradients:
 
         self.x = zeros(need_x, scan.rows, scan.inputs)
         self.w_ih = zeros(need_ih, lanes, depth, scan.inputs)
-        self.w_hh = zeros(need_hh, lanes, depth, scan.hidden)
+        self.w_hh = zeros(need_hh, lanes, depth, scan.recurrent)
+        projected = need_hr and scan.w_hr is not None
+        self.w_hr = zeros(projected, lanes, scan.recurrent, scan.hidden)
         self.b_ih = zeros(biased, lanes, depth)
         self.b_hh = zeros(biased, lanes, depth)
 
-    def add(self, begin: int, end: int, du: Tensor, dv: Tensor, previous: Tensor) -> None:
+    def add(
+        self,
+        begin: int,
+        end: int,
+        du: Tensor,
+        dv: Tensor,
+        previous: Tensor,
+        dh: Tensor | None,
+        tape: Tensor,
+    ) -> None:
         scan = self.scan
         for p, lanes in _runs(scan.backward_lanes):
             low, high = scan.stretch(begin, end, scan.backward_lanes[p])
@@ -296,6 +336,9 @@ class _Gradients:
                 self.w_ih[lanes] += torch.bmm(u.transpose(1, 2), x.expand(u.size(0), *x.shape))
             if self.w_hh is not None:
                 self.w_hh[lanes] += torch.bmm(v.transpose(1, 2), h)
+            if self.w_hr is not None and dh is not None:
+                unprojected = tape[low:high, lanes, -1].transpose(0, 1)
+                self.w_hr[lanes] += torch.bmm(dh[lanes, :count].transpose(1, 2), unprojected)
             if self.b_ih is not None and self.b_hh is not None:
                 self.b_ih[lanes] += u.sum(1, dtype=scan.compute)
                 self.b_hh[lanes] += v.sum(1, dtype=scan.compute)
@@ -306,7 +349,7 @@ class _Gradients:
     def all(self) -> list[Tensor]:
         dtype, shape = self.scan.given.x.dtype, self.scan.given.x.shape
         out = [] if self.x is None else [self.x.view(shape).to(dtype)]
-        for group in (self.w_ih, self.w_hh, self.b_ih, self.b_hh):
+        for group in (self.w_ih, self.w_hh, self.b_ih, self.b_hh, self.w_hr):
             out += [] if group is None else list(group.to(dtype).unbind(0))
         return out
 

@@ -331,11 +331,13 @@ def _for_gpu(
         dtype=str(x.dtype).removeprefix("torch."),
         tape=tape,
         backward=backward,
+        projected=bool(call.w_hr),
+        projectable=derived.projectable,
     )
     # The kernel was chosen for the current device, which may be another one than the tensors'.
     machine = replace(device(x.device.type, index=x.device.index), forced=kernel)
     chosen = plan.choose(problem, machine)
-    return derived, chosen, gpu_scan.Operands(*call[:6], *call[7:])
+    return derived, chosen, gpu_scan.Operands(*call)
 
 
 def _reference_forward(call: _Call, tape: bool) -> tuple[Tensor, list[Tensor], Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib
 import importlib.util
 import os
 import re
@@ -22,13 +23,14 @@ from torch import Tensor
 
 from fastrnn import codegen, jit
 from fastrnn.codegen import Derived
-from fastrnn.gpu_scan import Scan
+from fastrnn.gpu_scan import Scan, tf32_allowed
 from fastrnn.plan import Plan
 
 __all__ = [
     "cell_module",
     "compile_options",
     "interpreted",
+    "kernel",
     "meta_arguments",
     "precision",
     "sweeps",
@@ -74,8 +76,10 @@ def meta_arguments(
     packed: bool = False,
     ragged: bool = False,
     resets: bool = False,
+    projected: int | None = None,
 ) -> dict[str, Any]:
-    """What a kernel is compiled for: its arguments of type `constexpr`."""
+    """What a kernel is compiled for: its arguments of type `constexpr`. `projected` is the width
+    of state 0 where it is projected."""
     cell = cell_module(derived)
     common = {
         "CELL": cell.backward if backward else cell.forward,
@@ -93,6 +97,11 @@ def meta_arguments(
         "BN": plan.unit_tile,
         "BK": plan.depth_tile,
     }
+    if not plan.resident:
+        common |= {
+            "Q": hidden if projected is None else projected,
+            "PROJECTED": projected is not None,
+        }
     return common | ({"DY": dy} if backward else {"BIAS": bias, "TAPE": tape})
 
 
@@ -124,11 +133,13 @@ class _Sweeps:
         y: Tensor,
         tape: Tensor | None,
     ) -> None:
-        kernel = "forward_resident" if scan.plan.resident else "forward_streamed"
         none = scan.w_hh  # any pointer, never followed
         meta = _meta(scan, bias=b_hh is not None, tape=tape is not None)
-        rest = (none if b_hh is None else b_hh, carry, y, none if tape is None else tape)
-        _launch(kernel, scan, meta, u, scan.w_hh, *rest, *_run_time(scan, begin, end))
+        rest = [none if b_hh is None else b_hh, carry, y, none if tape is None else tape]
+        if not scan.plan.resident:
+            size = scan.lanes, scan.batch, scan.hidden
+            rest += [none] * 2 if scan.w_hr is None else [scan.w_hr, carry.new_empty(size)]
+        _launch(False, scan, meta, u, scan.w_hh, *rest, *_run_time(scan, begin, end))
 
     def backward(
         self,
@@ -143,12 +154,15 @@ class _Sweeps:
         du: Tensor,
         dv: Tensor,
         previous: Tensor,
+        dh: Tensor | None,
     ) -> None:
-        kernel = "backward_resident" if scan.plan.resident else "backward_streamed"
+        none = scan.w_hh
         meta = _meta(scan, backward=True, dy=dy is not None)
-        rest = (s0, ds, y, tape, du, dv, previous)
+        rest = [s0, ds, y, tape, du, dv, previous]
+        if not scan.plan.resident:
+            rest += [none if scan.w_hr is None else scan.w_hr, none if dh is None else dh]
         first = y if dy is None else dy
-        _launch(kernel, scan, meta, first, scan.w_hh, *rest, *_run_time(scan, begin, end))
+        _launch(True, scan, meta, first, scan.w_hh, *rest, *_run_time(scan, begin, end))
 
 
 sweeps = _Sweeps()
@@ -164,6 +178,7 @@ def _meta(scan: Scan, **flags: bool) -> dict[str, Any]:
         packed=scan.first is not None,
         ragged=scan.length is not None,
         resets=scan.resets is not None,
+        projected=None if scan.w_hr is None else scan.recurrent,
         **flags,
     )
 
@@ -186,23 +201,28 @@ def _run_time(scan: Scan, begin: int, end: int) -> tuple[Any, ...]:
     )
 
 
-def _launch(kernel: str, scan: Scan, meta: dict[str, Any], *arguments: Any) -> None:
-    from fastrnn import triton_sweep
+def kernel(plan: Plan, backward: bool) -> Any:
+    """The kernel that a plan asks for."""
+    direction = "backward" if backward else "forward"
+    module = importlib.import_module(f"fastrnn.triton_{direction}")
+    return getattr(module, f"{direction}_{'resident' if plan.resident else 'streamed'}")
 
+
+def _launch(backward: bool, scan: Scan, meta: dict[str, Any], *arguments: Any) -> None:
     grid = (-(-scan.batch // scan.plan.batch_tile), scan.lanes)
     device = scan.given.x.device
     with _on(device):
-        getattr(triton_sweep, kernel)[grid](
+        kernel(scan.plan, backward)[grid](
             *arguments, **meta, **compile_options(scan.plan, _is_nvidia(device))
         )
 
 
 def precision(dtype: torch.dtype, nvidia: bool) -> str:
-    """How float32 is multiplied: with TF32 where torch does that too; otherwise in full, which on
-    NVIDIA's matrix units are three products of TF32 parts."""
-    if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
-        return "tf32"
-    return "tf32x3" if dtype == torch.float32 and nvidia else "ieee"
+    """How float32 is multiplied: on NVIDIA's matrix units as TF32 where torch may do that too, and
+    otherwise by three products of TF32 parts, nearly in full; elsewhere in full."""
+    if dtype != torch.float32 or not nvidia:
+        return "ieee"
+    return "tf32" if tf32_allowed() else "tf32x3"
 
 
 def _is_nvidia(device: torch.device) -> bool:

@@ -116,7 +116,7 @@ BF16 = replace(LSTM, dtype="bfloat16", batch=64)
         (BF16, replace(H200, kind="mps"), "on GPUs, the tensors are on mps"),
         (BF16, replace(H200, kind="cpu"), "on GPUs, the tensors are on cpu"),
         (replace(BF16, dtype="ComplexFloat"), H200, "not ComplexFloat"),
-        (replace(BF16, projected=True), H200, "does not project the output"),
+        (replace(BF16, projected=True, projectable=False), H200, "reads state 0 unit by unit"),
         (BF16, replace(H200, kind="cpu", interpreted=True, forced="triton"), "bfloat16 wrongly"),
     ],
 )

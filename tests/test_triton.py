@@ -15,11 +15,22 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pack_sequence
 
 import fastrnn
 from fastrnn import cells, codegen, kernels, ops, plan, reference, triton_scan
-from tests.support import flatten, largest_error
-from tests.test_kernels import BUILT_IN, check, linear, operands, planned, run, whole
+from tests.support import batches, flatten, largest_error
+from tests.test_kernels import (
+    BUILT_IN,
+    PLAIN,
+    check,
+    linear,
+    linear_projectable,
+    operands,
+    planned,
+    run,
+    whole,
+)
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton", allow_module_level=True)
@@ -77,17 +88,39 @@ def test_shapes(name: str, shape: tuple[int, ...], way: str) -> None:
             check(cells.get(name), given, "triton")
 
 
+@interpreted
+@pytest.mark.parametrize("name", ["rnn_tanh", "lstm", "linear_projectable"])
+def test_shapes_projected_and_streamed(name: str) -> None:
+    cell = cells.get(name)
+    for shape in ((1, 1, 1, 1, 1), (2, 3, 1, 5, 2), (3, 1, 3, 17, 1), (2, 17, 2, 33, 1)):
+        hidden, batch = shape[3], shape[1]
+        for projected, dtype in (
+            ((hidden + 1) // 2, torch.float64),
+            ((hidden + 1) // 3, torch.float32),  # no number at all for one unit
+            (hidden + 18, torch.float16),
+        ):
+            given = operands(cell, *shape, dtype=dtype, projected=projected)
+            with planned(**regime("streamed", hidden, batch, dtype)):
+                check(cell, given, "triton")
+
+
 RAGGED = [(1, 2, 3, 1), (5, 7, 17, 2)]  # T, B, H, P
+WAYS = [
+    *((name, way, None) for name in ("gru", "lstm", "linear") for way in ("resident", "streamed")),
+    ("linear_projectable", "streamed", 11),
+    ("linear_projectable", "streamed", 19),
+]
 
 
 @interpreted
-@pytest.mark.parametrize("way", ["resident", "streamed"])
 @pytest.mark.parametrize("layout", ["dense", "lengths", "packed"])
-@pytest.mark.parametrize("name", ["gru", "lstm", "linear"])
-def test_ragged_batches_resets_and_chunks(name: str, layout: str, way: str) -> None:
+@pytest.mark.parametrize(("name", "way", "projected"), WAYS)
+def test_ragged_batches_resets_and_chunks(
+    name: str, way: str, projected: int | None, layout: str
+) -> None:
     cell = cells.get(name)
     for steps, batch, hidden, lanes in RAGGED:
-        given = operands(cell, steps, batch, 4, hidden, lanes)
+        given = operands(cell, steps, batch, 4, hidden, lanes, projected=projected)
         lengths = torch.randint(0, steps + 1, (batch,))
         lengths[torch.randint(0, batch, ())] = steps
         shape: tuple[int, ...] = (steps, batch)
@@ -112,22 +145,26 @@ def test_ragged_batches_resets_and_chunks(name: str, layout: str, way: str) -> N
 
 
 @interpreted
-@pytest.mark.parametrize("way", ["resident", "streamed"])
-def test_linear_cell_is_exact(way: str) -> None:
-    given = {k: whole(v) for k, v in operands(linear, 5, 18, 6, 37, 2, torch.float32).items()}
+@pytest.mark.parametrize(
+    ("way", "projected"), [("resident", None), ("streamed", None), ("streamed", 21)]
+)
+def test_linear_cell_is_exact(way: str, projected: int | None) -> None:
+    cell = linear if projected is None else linear_projectable
+    given = operands(cell, 5, 18, 6, 37, 2, torch.float32, projected=projected)
+    given = {k: whole(v) for k, v in given.items()}
     given["resets"] = torch.rand(5, 18) < 0.1
     with planned(**regime(way, 37, 18, torch.float32), chunk_rows=36), kernels.use("triton"):
-        ours = run(ops.scan, linear, given)
-    for what, right in run(reference.scan, linear, given).items():
+        ours = run(ops.scan, cell, given)
+    for what, right in run(reference.scan, cell, given).items():
         assert torch.equal(ours[what], right), what
 
 
 @interpreted
-@pytest.mark.parametrize("name", [*BUILT_IN, "linear"])
-def test_a_kernel_takes_the_tape_of_another(name: str) -> None:
+@pytest.mark.parametrize(("name", "projected"), [*PLAIN, ("lstm", 11), ("linear_projectable", 11)])
+def test_a_kernel_takes_the_tape_of_another(name: str, projected: int | None) -> None:
     cell = cells.get(name)
     for extra in ({}, {"resets": torch.rand(4, 3) < 0.3}, {"lengths": torch.tensor([3, 0, 4])}):
-        given = {**operands(cell, 4, 3, 3, 19, lanes=2), **extra}
+        given = {**operands(cell, 4, 3, 3, 19, lanes=2, projected=projected), **extra}
         arguments = (
             kernels.prepare(cell),
             *(given[k] for k in ("x", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "s0")),
@@ -195,11 +232,16 @@ def test_strided_empty_or_without_bias() -> None:
 @interpreted
 def test_modules_from_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTRNN_KERNEL", "triton")
-    x = torch.randn(4, 3, 5)
-    for layer in (
-        fastrnn.LSTM(5, 6, num_layers=2, bidirectional=True),
-        fastrnn.GRU(5, 6, batch_first=True),
-        fastrnn.Recurrent(linear, 5, 6),
+    for layer, x in (
+        (fastrnn.LSTM(5, 6, num_layers=2, bidirectional=True), torch.randn(4, 3, 5)),
+        (fastrnn.LSTM(5, 6, num_layers=2, bidirectional=True, proj_size=2), torch.randn(4, 3, 5)),
+        (fastrnn.GRU(5, 6, batch_first=True), torch.randn(4, 3, 5)),
+        (fastrnn.Recurrent(linear, 5, 6), torch.randn(4, 3, 5)),
+        (fastrnn.LSTM(5, 12, heads=3, bidirectional=True), torch.randn(4, 17, 5)),
+        (
+            fastrnn.GRU(5, 8, 2, heads=2, bidirectional=True),
+            pack_sequence(batches([3, 5, 1], 5, torch.float32), enforce_sorted=False),
+        ),
     ):
         kernels._C.forget_plans()
         ours = flatten(layer(x))
@@ -208,10 +250,8 @@ def test_modules_from_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
             right = flatten(layer(x))
             right += torch.autograd.grad(right[0].sin().sum(), list(layer.parameters()))
         torch.testing.assert_close(ours, right, rtol=1e-4, atol=1e-5)
-    with pytest.raises(plan.KernelRefused, match="does not project the output"):
-        fastrnn.LSTM(5, 6, proj_size=2)(x)
     with pytest.raises(plan.KernelRefused, match="computes bfloat16 wrongly"):
-        fastrnn.LSTM(5, 6, dtype=torch.bfloat16)(x.bfloat16())
+        fastrnn.LSTM(5, 6, dtype=torch.bfloat16)(torch.zeros(4, 3, 5, dtype=torch.bfloat16))
     monkeypatch.undo()
     kernels._C.forget_plans()
 

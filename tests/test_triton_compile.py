@@ -96,25 +96,25 @@ def compiled(target: Target, problem: plan.Problem, packed: bool = False) -> Rep
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from fastrnn import triton_sweep
+    from fastrnn.triton_sweep import RUN_TIME
 
     derived = codegen.derive(cells.get(problem.cell))
     chosen = plan.choose(problem, target.device)
     assert chosen.kernel == "triton"
     precision = triton_scan.precision(getattr(torch, problem.dtype), target.backend == "cuda")
-    direction = "backward" if problem.backward else "forward"
-    kernel = getattr(triton_sweep, f"{direction}_{'resident' if chosen.resident else 'streamed'}")
+    kernel = triton_scan.kernel(chosen, problem.backward)
     only = {} if problem.backward else {"bias": not all(derived.tied), "tape": problem.tape}
     meta = triton_scan.meta_arguments(
         derived, chosen, problem.hidden, precision, problem.backward,
-        packed=packed, ragged=packed, resets=packed, **only,
+        packed=packed, ragged=packed, resets=packed,
+        projected=problem.hidden // 2 if problem.projected else None, **only,
     )  # fmt: skip
     stored = POINTERS[problem.dtype]
     computed = "*fp64" if problem.dtype == "float64" else "*fp32"
     types: dict[str, str] = dict.fromkeys(kernel.arg_names, stored)
-    types |= dict.fromkeys(("carry", "s0", "ds"), computed)
+    types |= dict.fromkeys(("carry", "unprojected", "s0", "ds"), computed)
     types |= {"first": "*i64", "length": "*i64", "resets": "*u8"}
-    types |= dict.fromkeys(triton_sweep._RUN_TIME, "i64")
+    types |= dict.fromkeys(RUN_TIME, "i64")
     types |= dict.fromkeys(("steps", "begin", "end"), "i32") | dict.fromkeys(meta, "constexpr")
     aligned = {
         (i,): [["tt.divisibility", 16]]
@@ -252,17 +252,16 @@ def test_kernels_fit_and_spill_nothing(target: Target) -> None:
 
 
 def test_what_a_batch_decides_is_no_constant_of_a_kernel() -> None:
-    from fastrnn import triton_sweep
+    from fastrnn.triton_sweep import RUN_TIME
 
     if triton_scan.interpreted():
         pytest.skip("needs Triton's compiler")
-    for name in ("forward", "backward"):
-        for way in ("resident", "streamed"):
-            kernel = getattr(triton_sweep, f"{name}_{way}")
-            free = {p.name for p in kernel.params if p.do_not_specialize}
-            assert free == set(triton_sweep._RUN_TIME)
-            constants = {p.name for p in kernel.params if p.is_constexpr}
-            assert not constants & {"T", "B", "I", "P", *triton_sweep._RUN_TIME}
+    for backward, resident in itertools.product((False, True), repeat=2):
+        kernel = triton_scan.kernel(plan.Plan("triton", resident=resident), backward)
+        free = {p.name for p in kernel.params if p.do_not_specialize}
+        assert free == set(RUN_TIME)
+        constants = {p.name for p in kernel.params if p.is_constexpr}
+        assert not constants & {"T", "B", "I", "P", *RUN_TIME}
 
 
 if __name__ == "__main__":
