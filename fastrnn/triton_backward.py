@@ -136,8 +136,8 @@ def backward_resident(
     state = lanes * batch * H  # from one state to the next
     lane = (p * batch + b[:, None]) * H
     for j in tl.static_range(S):
-        at = ds + lane + j * state + n[None, :]
-        carried = carried + (tl.load(at, mask=in_batch, other=0.0),)
+        ds_at = ds + lane + j * state + n[None, :]
+        carried = carried + (tl.load(ds_at, mask=in_batch, other=0.0),)
 
     for back in tl.range(0, high - low):
         step = high - 1 - back
