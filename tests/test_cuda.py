@@ -1,0 +1,511 @@
+"""The CUDA kernels against the reference, in the simulator: values, gradients, tapes.
+
+Which library of kernels is loaded is decided when they are first asked about, so these tests run in
+processes of their own, which the first test starts.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastrnn
+from fastrnn import _C, cells, codegen, cuda_scan, kernels, ops, plan, reference
+from tests.cudasim.build import build, missing
+from tests.support import flatten, largest_error, rms_error
+from tests.test_kernels import BUILT_IN, doubled, linear, operands, run, whole
+
+if "FASTRNN_CUDA_LIBRARY" not in os.environ and missing():
+    pytest.skip(str(missing()), allow_module_level=True)
+
+SIMULATED = "FASTRNN_CUDA_LIBRARY" in os.environ
+simulated = pytest.mark.skipif(not SIMULATED, reason="runs in a process of its own")
+
+PARTS = ["step", "block", "cluster", "grid"]
+
+
+def library() -> Path:
+    """The simulated kernels, of the built-in cells and the linear one."""
+    made = [cells.get(name) for name in BUILT_IN] + [linear]
+    names = [codegen.key(cell) for cell in made]
+    return build(cells=codegen.header([codegen.derive(cell) for cell in made], names))
+
+
+@pytest.mark.skipif(SIMULATED, reason="this is such a run")
+@pytest.mark.parametrize("part", [*PARTS, "rest"])
+def test_in_the_simulator(part: str) -> None:
+    """Everything below."""
+    chosen = " and ".join(f"not {p}" for p in PARTS) if part == "rest" else part
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen]
+    result = subprocess.run(
+        [*command, __file__],
+        env={**os.environ, "FASTRNN_CUDA_LIBRARY": str(library()), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+
+
+NUMBERS = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "tf32": torch.float32,
+    "tf32x3": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+# Forgiven beside twice the error of the reference in the same type. A number of TF32 has as many
+# digits as one of float16, so that is its rival.
+FLOORS = {
+    "float64": 1e-12,
+    "float32": 5e-6,
+    "tf32": 2e-3,
+    "tf32x3": 5e-6,
+    "bfloat16": 1e-2,
+    "float16": 2e-3,
+}
+RESIDENT = [n for n in NUMBERS if n not in ("float64", "float32")]
+WAYS = {
+    "step": [("step", 1)],
+    "block": [("block", 1)],
+    "cluster": [("cluster", 2), ("cluster", 4)],
+    "grid": [("grid", 2), ("grid", 3)],
+}
+
+
+def numbers(part: str) -> list[str]:
+    return list(NUMBERS) if part == "step" else RESIDENT
+
+
+def ways(part: str, hidden: int) -> list[tuple[str, int]]:
+    """Regimes, and blocks that each have units."""
+    return [(regime, n) for regime, n in WAYS[part] if n <= -(-hidden // 8)] or WAYS[part][:1]
+
+
+@contextmanager
+def running(
+    regime: str, blocks: int, number: str, batch_tile: int = 8, chunk_rows: int = 99999
+) -> Iterator[None]:
+    """The CUDA kernels, in this way, whatever a plan would make of the problem."""
+    choose = plan.choose
+
+    def chosen(problem: plan.Problem, device: plan.Device) -> plan.Plan:
+        made = choose(problem, device)
+        if made.kernel != "cuda":
+            return made
+        return replace(
+            made,
+            regime=regime,
+            blocks=blocks,
+            number=number,
+            batch_tile=batch_tile,
+            chunk_rows=chunk_rows,
+            warps=8,
+        )
+
+    plan.choose = chosen
+    try:
+        with kernels.use("cuda"):
+            yield
+    finally:
+        plan.choose = choose
+        _C.forget_plans()
+
+
+def converted(given: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    def to(value: Any) -> Any:
+        if isinstance(value, list):
+            return [to(v) for v in value]
+        is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
+        return value.to(dtype) if is_float else value
+
+    return {name: to(value) for name, value in given.items()}
+
+
+def agrees(
+    cell: cells.Cell,
+    given: dict[str, Any],
+    number: str,
+    ours: dict[str, torch.Tensor],
+    exact: dict[str, Any] | None = None,
+) -> None:
+    """The tolerance rule, with the reference in the same type as the rival; `exact` is what to
+    give the references, where it differs."""
+    exact = given if exact is None else exact
+    rival = exact if number != "tf32" else converted(exact, torch.float16)
+    theirs = run(reference.scan, cell, rival)
+    wanted = run(reference.scan, cell, doubled(exact))
+    assert ours.keys() == wanted.keys()
+    for what, right in wanted.items():
+        assert ours[what].dtype == NUMBERS[number]
+        assert ours[what].shape == right.shape, what
+        for error in (largest_error, lambda a, b: rms_error([a], [b])):
+            limit = 2 * error(theirs[what], right) + FLOORS[number]
+            assert error(ours[what], right) <= limit, what  # NaN fails
+
+
+SHAPES = [  # T, B, I, H, P
+    (1, 1, 1, 1, 1),
+    (2, 3, 1, 5, 2),
+    (5, 1, 3, 17, 1),
+    (2, 9, 2, 8, 1),
+    (4, 3, 2, 33, 2),
+]
+
+
+@simulated
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", [*BUILT_IN, "linear"])
+def test_shapes(name: str, shape: tuple[int, ...], part: str) -> None:
+    cell = cells.get(name)
+    for regime, blocks in ways(part, shape[3]):
+        for number in numbers(part):
+            given = operands(cell, *shape, dtype=NUMBERS[number])
+            with running(regime, blocks, number):
+                ours = run(ops.scan, cell, given)
+            agrees(cell, given, number, ours)
+
+
+LARGE = [  # T, B, I, H, P, rows of a tile
+    (3, 17, 2, 64, 1, 16),
+    (3, 2, 2, 100, 1, 8),
+    (2, 31, 2, 40, 1, 32),
+    (2, 15, 2, 65, 1, 16),
+]
+
+
+@simulated
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+@pytest.mark.parametrize("name", ["gru", "lstm"])
+def test_tiles(name: str, shape: tuple[int, ...], part: str) -> None:
+    cell = cells.get(name)
+    regime, blocks = ways(part, shape[3])[-1]
+    for number in ("bfloat16", "tf32x3"):
+        given = operands(cell, *shape[:5], dtype=NUMBERS[number])
+        with running(regime, blocks, number, batch_tile=shape[5]):
+            ours = run(ops.scan, cell, given)
+        agrees(cell, given, number, ours)
+
+
+RAGGED = [(1, 2, 3, 1), (5, 9, 17, 2)]  # T, B, H, P
+
+
+@simulated
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("layout", ["dense", "lengths", "packed"])
+@pytest.mark.parametrize("name", ["gru", "lstm", "linear"])
+def test_ragged_batches_resets_and_chunks(name: str, layout: str, part: str) -> None:
+    cell = cells.get(name)
+    number = "float64" if part == "step" else "tf32x3"
+    for steps, batch, hidden, lanes in RAGGED:
+        given = operands(cell, steps, batch, 4, hidden, lanes, NUMBERS[number])
+        lengths = torch.randint(0, steps + 1, (batch,))
+        lengths[torch.randint(0, batch, ())] = steps
+        shape: tuple[int, ...] = (steps, batch)
+        exact = given
+        if layout == "lengths":
+            given["lengths"] = lengths
+            given["x"][torch.arange(steps)[:, None] >= lengths] = torch.nan  # must not be read
+            exact = {**given, "x": given["x"].nan_to_num()}
+        elif layout == "packed":
+            lengths = lengths.clamp_min(1).sort(descending=True).values
+            given["batch_sizes"] = (lengths > torch.arange(steps)[:, None]).sum(1)
+            given["x"] = torch.randn(int(lengths.sum()), 4, dtype=given["x"].dtype)
+            shape = given["x"].shape[:1]
+        regime, blocks = ways(part, hidden)[0]
+        for resets, chunk in ((None, 2 * batch), (torch.rand(shape) < 0.3, 1), (None, 99)):
+            given["resets"] = exact["resets"] = resets
+            with running(regime, blocks, number, chunk_rows=chunk):
+                ours = run(ops.scan, cell, given)
+            agrees(cell, given, number, ours, exact)
+
+
+@simulated
+@pytest.mark.parametrize("part", PARTS)
+def test_linear_cell_is_exact(part: str) -> None:
+    for regime, blocks in WAYS[part]:
+        for number in numbers(part):
+            given = operands(linear, 5, 18, 6, 37, 2, NUMBERS[number])
+            given = {k: whole(v) for k, v in given.items()}
+            given["resets"] = torch.rand(5, 18) < 0.2
+            # Of bfloat16 one chunk, as what the products of chunks add up to is not whole there.
+            rows = 90 if number == "bfloat16" else 36
+            with running(regime, blocks, number, chunk_rows=rows, batch_tile=16):
+                ours = run(ops.scan, linear, given)
+            for what, right in run(reference.scan, linear, doubled(given)).items():
+                # What steps hand on to each other is whole in bfloat16 as well; the gradients of
+                # weights, sums of all steps, are rounded in the end.
+                assert right.abs().max() < 256 or " w_" in what or " b_" in what, what
+                assert torch.equal(ours[what], right.to(ours[what].dtype)), (what, blocks, number)
+
+
+@simulated
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("name", [*BUILT_IN, "linear"])
+def test_a_kernel_takes_the_tape_of_another(name: str, part: str) -> None:
+    cell = cells.get(name)
+    number = "float64" if part == "step" else "tf32x3"
+    tolerance = 1e-12 if part == "step" else 2e-5
+    for extra in ({}, {"resets": torch.rand(4, 3) < 0.3}, {"lengths": torch.tensor([3, 0, 4])}):
+        given = {**operands(cell, 4, 3, 3, 19, 2, NUMBERS[number]), **extra}
+        arguments = (
+            codegen.key(cell),
+            *(given[k] for k in ("x", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "s0")),
+            None,
+            given.get("lengths"),
+            given.get("resets"),
+            given["reverse"],
+        )
+
+        def using(kernel: str) -> Any:
+            regime, blocks = ways(part, 19)[0]
+            return running(regime, blocks, number) if kernel == "cuda" else kernels.use(kernel)
+
+        results = {}
+        for kernel in ("cpu", "cuda"):
+            with using(kernel):
+                kernels.prepare(cell)
+                results[kernel] = torch.ops.fastrnn.scan(*arguments, tape=True)
+        for a, b in zip(flatten(results["cpu"]), flatten(results["cuda"]), strict=True):
+            assert largest_error(a, b) < tolerance
+        y, states, _ = results["cpu"]
+        incoming = (torch.randn_like(y), [torch.randn_like(s) for s in states])
+        gradients = {}
+        for writer, (y, _, tape) in results.items():
+            for reader in ("cpu", "cuda"):
+                with using(reader):
+                    gradients[writer, reader] = torch.ops.fastrnn.scan_backward(
+                        arguments[0], *incoming, *arguments[1:], y, tape, [True] * 6
+                    )
+        right = gradients.pop(("cpu", "cpu"))
+        for pair, ours in gradients.items():
+            for k, (a, b) in enumerate(zip(ours, right, strict=True)):
+                assert largest_error(a, b) < tolerance, (pair, k)
+
+
+@simulated
+@pytest.mark.parametrize("part", PARTS)
+def test_every_schedule_gives_the_same_bits(part: str) -> None:
+    found = cuda_scan.library()
+    assert isinstance(found, cuda_scan.Library)
+    seed = ctypes.CDLL(str(found.path)).fastrnn_cudasim_seed
+    seed.argtypes = [ctypes.c_uint64]
+    cell = cells.get("lstm")
+    given = operands(cell, 4, 9, 3, 50, 2, torch.bfloat16)
+    given["resets"] = torch.rand(4, 9) < 0.2
+    regime, blocks = WAYS[part][-1]
+    results = []
+    try:
+        for number in range(4):
+            seed(number)
+            with running(regime, blocks, "bfloat16"):
+                results.append(run(ops.scan, cell, given))
+    finally:
+        seed(0)
+    for other in results[1:]:
+        for what, value in results[0].items():
+            assert torch.equal(value, other[what]), what
+
+
+@simulated
+@pytest.mark.parametrize("part", PARTS)
+def test_only_wanted_gradients_and_none_that_is_absent(part: str) -> None:
+    cell = cells.get("lstm")
+    number = "float64" if part == "step" else "tf32x3"
+    given = operands(cell, 3, 2, 3, 5, bias=False, dtype=NUMBERS[number])
+    given["s0"] = []
+    arguments = (cell.name, *(given[k] for k in ("x", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr")))
+    arguments += (given["s0"], None, None, None, 0)
+    regime, blocks = ways(part, 5)[0]
+    with running(regime, blocks, number):
+        y, states, tape = torch.ops.fastrnn.scan(*arguments, tape=True)
+    for needs in ([True] + [False] * 5, [False, False, True, True, True, True]):
+        for dy, dstates in ((y, [None, None]), (None, [None, states[1]])):
+            found = {}
+            for kernel in (running(regime, blocks, number), kernels.use("cpu")):
+                with kernel:
+                    found[kernel] = torch.ops.fastrnn.scan_backward(
+                        cell.name, dy, dstates, *arguments[1:], y, tape, needs
+                    )
+            ours, right = found.values()
+            assert len(ours) == len(right) == 1
+            torch.testing.assert_close(ours[0], right[0], rtol=1e-5, atol=1e-6)
+
+
+@simulated
+@pytest.mark.parametrize("part", PARTS)
+def test_strided_misaligned_empty_or_without_bias(part: str) -> None:
+    cell = cells.get("gru")
+    number = "float64" if part == "step" else "tf32x3"
+    dtype = NUMBERS[number]
+    given = operands(cell, 3, 2, 4, 9, dtype=dtype)
+    strided = {
+        **given,
+        "x": torch.randn(4, 2, 3, 2, dtype=dtype).permute(2, 1, 0, 3)[..., 1],
+        "w_hh": [w.t().contiguous().t() for w in given["w_hh"]],
+    }
+    flat = torch.empty(1 + given["w_hh"][0].numel(), dtype=dtype)  # as in a vector of parameters
+    flat[1:] = given["w_hh"][0].flatten()
+    misaligned = {**given, "w_hh": [flat[1:].view_as(given["w_hh"][0])]}
+    step = operands(cell, 1, 2, 4, 9, dtype=dtype)
+    regime, blocks = ways(part, 9)[0]
+    for case in (
+        strided,
+        misaligned,
+        {**operands(cell, 3, 2, 4, 9, 2, dtype, bias=False), "s0": []},
+        operands(cell, 3, 0, 4, 9, dtype=dtype),
+        operands(cell, 3, 2, 0, 9, dtype=dtype),
+        {**step, "x": step["x"][0]},
+    ):
+        with running(regime, blocks, number):
+            ours = run(ops.scan, cell, case)
+        agrees(cell, case, number, ours)
+
+
+@simulated
+def test_modules_from_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By plans as they are, for a device like an H100."""
+    x = torch.randn(4, 3, 5)
+    packed = torch.nn.utils.rnn.pack_sequence([x[:, 0], x[:3, 1], x[:1, 2]])
+    layers: list[tuple[torch.nn.Module, Any]] = [
+        (fastrnn.LSTM(5, 6, num_layers=2, bidirectional=True), x),
+        (fastrnn.GRU(5, 6, batch_first=True), x),
+        (fastrnn.RNN(5, 6), packed),
+        (fastrnn.LSTM(5, 12, heads=3, bidirectional=True), x),
+        (fastrnn.GRU(5, 80), x),
+    ]
+    monkeypatch.setenv("FASTRNN_KERNEL", "cuda")
+    for precision, tolerance in (("ieee", 2e-5), ("tf32", 5e-3)):
+        monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", precision)
+        for layer, given in layers:
+            kernels._C.forget_plans()
+            ours = flatten(layer(given))
+            ours += torch.autograd.grad(ours[0].sin().sum(), list(layer.parameters()))
+            with kernels.use("cpu"):
+                right = flatten(layer(given))
+                right += torch.autograd.grad(right[0].sin().sum(), list(layer.parameters()))
+            for a, b in zip(ours, right, strict=True):
+                assert largest_error(a, b) < tolerance
+    for layer, reason in (
+        (fastrnn.LSTM(5, 6, proj_size=2), "does not project the output"),
+        (fastrnn.Recurrent(unknown, 5, 6), "no code for cell"),
+    ):
+        with pytest.raises(plan.KernelRefused, match=reason):
+            layer(x)
+    monkeypatch.undo()
+    kernels._C.forget_plans()
+
+
+@cells.cell(gates="a", states="h")
+def unknown(u, v, h):  # type: ignore[no-untyped-def]
+    return torch.tanh(u.a + v.a) * 0.5 + h
+
+
+@simulated
+def test_an_error_of_the_library_is_raised() -> None:
+    cell = cells.get("lstm")
+    with running("cluster", 3, "float64"), pytest.raises(RuntimeError, match=r"failed: .*error 9"):
+        run(ops.scan, cell, operands(cell, 2, 2, 3, 40))
+
+
+@simulated
+@pytest.mark.parametrize("part", PARTS)
+def test_what_lies_around_outputs_is_not_written(part: str) -> None:
+    cell = cells.get("gru")
+    number = "float64" if part == "step" else "tf32x3"
+    given = operands(cell, 3, 5, 4, 13, 2, NUMBERS[number])
+    made: list[torch.Tensor] = []
+    empty = torch.empty
+
+    def guarded(*shape: Any, **options: Any) -> torch.Tensor:
+        if options.get("dtype") is None or not options["dtype"].is_floating_point:
+            return empty(*shape, **options)
+        shape = shape[0] if isinstance(shape[0], tuple) else shape
+        size = torch.Size(shape).numel()
+        around = empty(size + 32, **options).fill_(7)
+        made.append(around)
+        return around[16 : 16 + size].fill_(torch.nan).view(*shape)
+
+    regime, blocks = ways(part, 13)[0]
+    with pytest.MonkeyPatch.context() as patch, running(regime, blocks, number):
+        patch.setattr(torch, "empty", guarded)
+        ours = run(ops.scan, cell, given)
+    agrees(cell, given, number, ours)
+    assert made
+    for around in made:
+        assert (around[:16] == 7).all() and (around[-16:] == 7).all()
+
+
+def test_structures_are_laid_out_as_in_c(tmp_path: Path) -> None:
+    """csrc/sweep.h against its mirror in Python, by the C++ compiler."""
+    root = Path(__file__).resolve().parents[1]
+    lines = []
+    for structure in (cuda_scan.Sweep, cuda_scan.CudaPlan):
+        name = structure.__name__
+        lines.append(f'printf("{name} %zu\\n", sizeof(fastrnn::{name}));')
+        lines += [
+            f'printf("{name}.{field} %zu %zu\\n", offsetof(fastrnn::{name}, {field}), '
+            f"sizeof(fastrnn::{name}::{field}));"
+            for field, _ in structure._fields_
+        ]
+    enums = {"Number": cuda_scan.NUMBERS, "Regime": cuda_scan.REGIMES}
+    for kind, values in enums.items():
+        lines += [
+            f'printf("{kind}.{n} %d\\n", int(fastrnn::{kind}::k{n[0].upper()}{n[1:]}));'
+            for n in values
+        ]
+    source = tmp_path / "layout.cpp"
+    body = "\n  ".join(lines)
+    source.write_text(
+        f'#include "{root}/csrc/sweep.h"\n#include <cstdio>\nint main() {{\n  {body}\n}}\n'
+    )
+    program = tmp_path / "layout"
+    subprocess.run(["c++", "-std=c++17", "-w", str(source), "-o", str(program)], check=True)
+    said = subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout
+    expected = []
+    for structure in (cuda_scan.Sweep, cuda_scan.CudaPlan):
+        name = structure.__name__
+        expected.append(f"{name} {ctypes.sizeof(structure)}")
+        expected += [
+            f"{name}.{field} {getattr(structure, field).offset} {getattr(structure, field).size}"
+            for field, _ in structure._fields_
+        ]
+    for kind, values in enums.items():
+        expected += [f"{kind}.{n} {value}" for n, value in values.items()]
+    assert said.splitlines() == expected
+
+
+def test_tf32_where_torch_lets_its_rnn_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    rnn: Any = torch.backends.cudnn.rnn
+    for precision in ("ieee", "tf32"):
+        monkeypatch.setattr(rnn, "fp32_precision", precision)
+        assert kernels.device().tf32 is (precision == "tf32")
+    for allowed in (False, True):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+        assert kernels.device().tf32 is allowed
+
+
+def test_no_library_and_a_damaged_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "broken.so"
+    broken.write_text("no library")
+    monkeypatch.setenv("FASTRNN_CUDA_LIBRARY", str(broken))
+    monkeypatch.setenv("FASTRNN_KERNEL", "cuda")
+    found = cuda_scan.library()
+    assert isinstance(found, str) and "cannot be loaded" in found and str(broken) in found
+    kernels._C.forget_plans()
+    with pytest.raises(plan.KernelRefused, match="asked for but refuses"):
+        fastrnn.LSTM(2, 3)(torch.zeros(1, 1, 2))
+    monkeypatch.undo()
+    kernels._C.forget_plans()
