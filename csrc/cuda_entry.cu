@@ -48,6 +48,12 @@ FASTRNN_ABSENT int64_t persistent_forward_workspace_bytes(int, const Sweep&, con
 FASTRNN_ABSENT int64_t persistent_backward_workspace_bytes(int, const Sweep&, const CudaPlan&) {
   return 0;
 }
+FASTRNN_ABSENT int64_t persistent_forward_shared_bytes(int, const Sweep&, const CudaPlan&) {
+  return -1;
+}
+FASTRNN_ABSENT int64_t persistent_backward_shared_bytes(int, const Sweep&, const CudaPlan&) {
+  return -1;
+}
 FASTRNN_ABSENT int resident_clusters(int, int, int64_t) { return 0; }
 #undef FASTRNN_ABSENT
 
@@ -81,6 +87,14 @@ FASTRNN_EXPORT int64_t fastrnn_cuda_workspace_bytes(const char* cell, const fast
   if (plan->regime == fastrnn::kStep || !fastrnn::valid(index, *sweep, *plan)) return 0;
   return backward ? fastrnn::persistent_backward_workspace_bytes(index, *sweep, *plan)
                   : fastrnn::persistent_forward_workspace_bytes(index, *sweep, *plan);
+}
+
+FASTRNN_EXPORT int64_t fastrnn_cuda_shared_bytes(const char* cell, const fastrnn::Sweep* sweep,
+                                                 const fastrnn::CudaPlan* plan, int backward) {
+  const int index = fastrnn::cell_index(cell);
+  if (plan->regime == fastrnn::kStep || !fastrnn::valid(index, *sweep, *plan)) return -1;
+  return backward ? fastrnn::persistent_backward_shared_bytes(index, *sweep, *plan)
+                  : fastrnn::persistent_forward_shared_bytes(index, *sweep, *plan);
 }
 
 FASTRNN_EXPORT int fastrnn_cuda_resident_clusters(int blocks, int threads, int64_t shared_bytes) {

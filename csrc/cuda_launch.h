@@ -31,10 +31,12 @@ int launch_step_backward(int cell, const Sweep& sweep, const CudaPlan& plan, voi
 // csrc/cuda_persistent.cu
 int launch_persistent_forward(int cell, const Sweep& sweep, const CudaPlan& plan, void* stream);
 int64_t persistent_forward_workspace_bytes(int cell, const Sweep& sweep, const CudaPlan& plan);
+int64_t persistent_forward_shared_bytes(int cell, const Sweep& sweep, const CudaPlan& plan);
 int resident_clusters(int blocks, int threads, int64_t shared_bytes);
 
 // csrc/cuda_persistent_backward.cu
 int launch_persistent_backward(int cell, const Sweep& sweep, const CudaPlan& plan, void* stream);
 int64_t persistent_backward_workspace_bytes(int cell, const Sweep& sweep, const CudaPlan& plan);
+int64_t persistent_backward_shared_bytes(int cell, const Sweep& sweep, const CudaPlan& plan);
 
 }  // namespace fastrnn

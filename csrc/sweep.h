@@ -90,6 +90,10 @@ int fastrnn_cuda_backward(const char* cell, const fastrnn::Sweep*, const fastrnn
 // Bytes of `workspace` that a launch needs.
 int64_t fastrnn_cuda_workspace_bytes(const char* cell, const fastrnn::Sweep*,
                                      const fastrnn::CudaPlan*, int backward);
+// Bytes of shared memory of a block of a persistent kernel; negative where no block can do its part
+// of such a plan.
+int64_t fastrnn_cuda_shared_bytes(const char* cell, const fastrnn::Sweep*, const fastrnn::CudaPlan*,
+                                  int backward);
 // How many clusters of `blocks` blocks, each with `shared_bytes` of shared memory, run at the same
 // time on the current device; 0 where there are no clusters, negative for an error.
 int fastrnn_cuda_resident_clusters(int blocks, int threads, int64_t shared_bytes);
