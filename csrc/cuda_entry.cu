@@ -115,8 +115,6 @@ FASTRNN_EXPORT const char* fastrnn_cuda_cells() {
   return names.c_str();
 }
 
-FASTRNN_EXPORT int fastrnn_cuda_simulated() {
-  return fastrnn::dev::kSimulated ? 1 : 0;
-}
+FASTRNN_EXPORT int fastrnn_cuda_simulated() { return fastrnn::dev::kSimulated ? 1 : 0; }
 
 }  // extern "C"
