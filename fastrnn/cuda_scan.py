@@ -74,6 +74,7 @@ class Library:
         self._forward = function("forward", number, *call, ctypes.c_void_p)
         self._backward = function("backward", number, *call, ctypes.c_void_p)
         self._workspace_bytes = function("workspace_bytes", size, *call, number)
+        self._shared_bytes = function("shared_bytes", size, *call, number)
         self._resident_clusters = function("resident_clusters", number, number, number, size)
         self._error = function("error", text, number)
         self.simulated = bool(function("simulated", number)())
@@ -81,6 +82,10 @@ class Library:
 
     def workspace_bytes(self, cell: str, sweep: Sweep, plan: CudaPlan, backward: bool) -> int:
         return int(self._workspace_bytes(cell.encode(), sweep, plan, backward))
+
+    def shared_bytes(self, cell: str, sweep: Sweep, plan: CudaPlan, backward: bool) -> int:
+        """Of a block of a persistent kernel; negative where none can do its part of the plan."""
+        return int(self._shared_bytes(cell.encode(), sweep, plan, backward))
 
     def launch(
         self, cell: str, sweep: Sweep, plan: CudaPlan, backward: bool, stream: int | None
