@@ -227,9 +227,8 @@ struct Machine {
   std::vector<Fiber> fibers;
   std::vector<Fiber*> ready;  // a ring of a power of two
   size_t ready_first = 0, ready_count = 0;
-  size_t live = 0;  // threads that have not ended
-  List pollers;     // have found the same in a flag twice
-  size_t polls = 0;
+  size_t live = 0;                             // threads that have not ended
+  List pollers;                                // have found the same in a flag twice
   std::vector<std::unique_ptr<Store>> stores;  // on their way
   Random random;
   // How this launch is scheduled: seed 0 in turn, others at random, each in its own way.
@@ -239,6 +238,8 @@ struct Machine {
   unsigned land_one_in = 1;   // of the switches sees a store land
   unsigned early_one_in = 2;  // of the copies lands at once
   uint64_t progress = 0, releases = 0;
+  uint64_t progress_seen = 0;
+  size_t idle_polls = 0, idle_rounds = 0;  // since then
   void* stack_pointer = nullptr;
   bool failed = false;
   char end_token = 0;
@@ -333,8 +334,9 @@ void land_one();
 [[noreturn]] void deadlock();
 
 uint64_t favour_of(const Fiber* fiber) {
-  const uint64_t block = reinterpret_cast<uintptr_t>(fiber->block);
-  return (block ^ machine.favour) * 0x9e3779b97f4a7c15 >> 16;
+  const uint3 block = fiber->block->index;
+  const uint64_t id = block.x + (uint64_t{block.y} << 20) + (uint64_t{block.z} << 40);
+  return (id ^ machine.favour) * 0x9e3779b97f4a7c15 >> 16;
 }
 
 Fiber* take_ready() {
@@ -357,11 +359,15 @@ Fiber* take_ready() {
   return first;
 }
 
+void notice_progress() {
+  if (machine.progress == machine.progress_seen) return;
+  machine.progress_seen = machine.progress;
+  machine.idle_polls = machine.idle_rounds = 0;
+}
+
 // Gives the processor to a thread that is ready; returns when the current one is chosen again.
 void run_another() {
   if (!machine.stores.empty() && machine.random.below(machine.land_one_in) == 0) land_one();
-  static unsigned idle_rounds = 0;
-  static uint64_t progress = 0;
   while (machine.ready_count == 0) {
     if (!machine.stores.empty()) {
       land_one();
@@ -369,9 +375,8 @@ void run_another() {
     }
     // Those who poll may have found what they wanted: another chance, unless nothing has come of
     // it.
-    idle_rounds = machine.progress == progress ? idle_rounds + 1 : 0;
-    progress = machine.progress;
-    if (!machine.pollers.first || idle_rounds > 3) deadlock();
+    notice_progress();
+    if (!machine.pollers.first || ++machine.idle_rounds > 3) deadlock();
     wake(machine.pollers);
   }
   switch_to(take_ready());
@@ -736,10 +741,8 @@ void polled(const uint32_t* flag, uint32_t value) {
   if (fiber->flag != flag || fiber->flag_value != value) fiber->flag = flag;
   fiber->flag_value = value;
   fiber->flag_releases = machine.releases;
-  static uint64_t progress = 0;
-  if (machine.progress != progress) machine.polls = 0;
-  progress = machine.progress;
-  if (++machine.polls > 100000 + 1000 * machine.fibers.size()) {
+  notice_progress();
+  if (++machine.idle_polls > 100000 + 1000 * machine.fibers.size()) {
     fiber->waits = "load_acquire";
     fiber->waits_at = flag;
     deadlock();
@@ -1154,6 +1157,7 @@ int launch(const Shape& wanted, void (*kernel)(void*), void* context) {
   machine.kernel = kernel;
   machine.context = context;
   machine.failed = false;
+  ++machine.progress;
   machine.random.seed(seed_given, launches++);
   machine.shuffled = seed_given != 0;
   machine.choices = machine.shuffled && machine.random.below(2) ? 4 : 1;
