@@ -317,16 +317,39 @@ class _Layout:
 
 
 def _cuda_layout(problem: Problem, plan: Plan) -> _Layout | None:
-    """The layout of a block, or None where a block would have more rows than warps can take."""
+    """The layout of a block, or None where a block would have more rows than its warps can take:
+    `lay_out` of csrc/cuda_persistent.cu or csrc/cuda_persistent_backward.cu."""
     size = min(4, _CUDA_STORED[problem.dtype])
-    octets, columns, gates = -(-problem.hidden // 8), plan.batch_tile, problem.gates
+    columns, gates, octets = plan.batch_tile // 8, problem.gates, -(-problem.hidden // 8)
     if problem.backward:
-        return _cuda_shares(plan, -(-octets // 2), gates * octets * 8 * size, 1, gates * 16 * size)
+        choices = [1, 4] if gates == 1 and columns <= 2 else [1]
+        for tiles in choices:  # of 16 units, in a row group
+            found = _cuda_shares(
+                plan,
+                row_groups=-(-octets // (2 * tiles)),
+                exchanged=gates * octets * 8 * size,
+                tiles=tiles,
+                resident={1: 16, 2: 12, 4: 8}[columns] // tiles,
+                staged=64 * gates * size,
+                shared_out=True,
+            )
+            if found is not None:
+                return found
+        return None
     few = 1 if gates % 2 == 0 else 2
-    many = max(few, 8 // gates // few * few) if columns <= 16 else few
-    for each in (few, many):  # octets of a warp
+    many = 8 // gates // few * few
+    for each in [few, many] if many > few and columns <= 2 else [few]:  # octets of a row group
+        tiles = gates * each // 2
+        registers = {1: 128, 2: 96 if tiles > 2 else 112, 4: 48}[columns]
+        registers -= 32 if plan.number == "tf32x3" else 0
         found = _cuda_shares(
-            plan, -(-octets // each), octets * 8 * size, gates * each // 2, each * 8 * size
+            plan,
+            row_groups=-(-octets // each),
+            exchanged=octets * 8 * size,
+            tiles=tiles,
+            resident=max(1, registers // (8 * tiles)),
+            staged=64 * each * size,
+            shared_out=False,
         )
         if found is not None:
             return found
@@ -334,16 +357,16 @@ def _cuda_layout(problem: Problem, plan: Plan) -> _Layout | None:
 
 
 def _cuda_shares(
-    plan: Plan, row_groups: int, exchanged: int, tiles: int, staged: int
+    plan: Plan,
+    *,
+    row_groups: int,
+    exchanged: int,
+    tiles: int,
+    resident: int,
+    staged: int,
+    shared_out: bool,
 ) -> _Layout | None:
-    """`lay_out` of csrc/cuda_tile.cuh.
-
-    Args:
-        row_groups: of all blocks, each the rows of one warp.
-        exchanged: bytes of an operand's row that have a meaning.
-        tiles: of 16 rows, in a row group.
-        staged: bytes that a warp sends for a row of the batch.
-    """
+    """`lay_out` of csrc/cuda_tile.cuh, whose words these are."""
     groups = -(-row_groups // plan.blocks)
     if groups > _CUDA_WARPS:
         return None
@@ -351,21 +374,18 @@ def _cuda_shares(
     slices = min(max(1, min(plan.warps, _CUDA_WARPS) // groups), chunks)
     depth = -(-chunks // slices)
     slices = -(-chunks // depth)
-    registers = 64 if plan.batch_tile >= 32 else 128
-    spilled = 2 * _FRAGMENT * tiles * groups * slices
-    spilled *= max(0, depth - max(1, registers // (8 * tiles)))
+    spilled = 2 * _FRAGMENT * tiles * groups * slices * max(0, depth - resident)
     operand = plan.batch_tile * (chunks * _CHUNK + 16)
-    sums = _FRAGMENT * tiles * (plan.batch_tile // 8) * (slices - 1) * groups
+    sums = slices if shared_out and slices > 1 else slices - 1
+    sums *= _FRAGMENT * tiles * (plan.batch_tile // 8) * groups
+    staging = staged * groups * (slices if shared_out else 1)
+    operands = operand * (1 if plan.regime == "grid" else 2)
     return _Layout(
         rows=groups * tiles * 16,
         row_bytes=chunks * _CHUNK,
         spilled=spilled,
         exchanged=plan.batch_tile * exchanged,
-        shared_bytes=operand * (1 if plan.regime == "grid" else 2)
-        + spilled
-        + sums
-        + 8 * staged * groups
-        + 16,
+        shared_bytes=operands + spilled + sums + staging + 16,
     )
 
 

@@ -7,6 +7,7 @@ processes of their own, which the first test starts.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import subprocess
 import sys
@@ -446,6 +447,37 @@ def test_what_lies_around_outputs_is_not_written(part: str) -> None:
     assert made
     for around in made:
         assert (around[:16] == 7).all() and (around[-16:] == 7).all()
+
+
+@simulated
+def test_plans_know_what_a_block_holds() -> None:
+    """`plan._cuda_layout` against the library, for all that a plan may have to weigh."""
+    found = cuda_scan.library()
+    assert isinstance(found, cuda_scan.Library)
+    known = 0
+    for name, hidden, number, tile, (regime, blocks) in itertools.product(
+        BUILT_IN,
+        (1, 17, 64, 100, 128, 256, 512, 768, 1000, 1024, 2048),
+        RESIDENT,
+        (8, 16, 32),
+        [("block", 1), *(("cluster", n) for n in (2, 8)), *(("grid", n) for n in (5, 32, 128))],
+    ):
+        cell = cells.get(name)
+        dtype = str(NUMBERS[number]).removeprefix("torch.")
+        made = plan.Plan(
+            "cuda", number=number, regime=regime, batch_tile=tile, blocks=blocks, warps=8
+        )
+        sweep = cuda_scan.Sweep(steps=5, batch=70, hidden=hidden, lanes=1, end=5)
+        for backward in (False, True):
+            problem = plan.Problem(
+                name, 5, 70, 1, hidden, len(cell.gates), dtype=dtype, backward=backward
+            )
+            layout = plan._cuda_layout(problem, made)
+            ours = -1 if layout is None else layout.shared_bytes
+            theirs = found.shared_bytes(name, sweep, cuda_scan.cuda_plan(made), backward)
+            assert ours == theirs, (name, hidden, made, backward)
+            known += layout is not None
+    assert known > 1000
 
 
 def test_structures_are_laid_out_as_in_c(tmp_path: Path) -> None:
