@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 FAULTS = {
     name: index
@@ -27,7 +28,7 @@ FAULTS = {
 class Numbers:
     """An array of C's, which lies alone in memory: a sanitizer sees where it ends."""
 
-    def __init__(self, kind: type[ctypes._SimpleCData], values: Sequence[float]) -> None:
+    def __init__(self, kind: type[ctypes._SimpleCData[Any]], values: Sequence[float]) -> None:
         libc = ctypes.CDLL(None)
         libc.malloc.restype = ctypes.c_void_p
         self._free = libc.free
