@@ -40,14 +40,18 @@ FASTRNN_INLINE V broadcast(Scalar<V> value) {
 // acc[r][v] += sum over k in [k0, k1) of rows[r][k] * panel[k][v].
 //
 // Two units, each busy for four cycles with a multiply-add, want eight accumulators or more at a
-// time: a tile of few gets a second and a third set, over k.
+// time: a tile of few gets more sets of them, over k.
 template <int kRows, int kVectors, class T>
 FASTRNN_INLINE void multiply_block(Vec<T> (&out)[kRows][kVectors], const T* panel,
                                    const T* const* rows, int64_t k0, int64_t k1) {
   using V = Vec<T>;
   constexpr int kWidth = kVectors * lanes<V>();
   constexpr int kTile = kRows * kVectors;
-  constexpr int kSets = kTile <= kAccumulators / 4 ? 3 : kTile <= kAccumulators / 2 ? 2 : 1;
+  constexpr int kSets = kTile == 1                   ? 8
+                        : kTile == 2                 ? 4
+                        : kTile <= kAccumulators / 4 ? 3
+                        : kTile <= kAccumulators / 2 ? 2
+                                                     : 1;
   V acc[kSets][kRows][kVectors];  // indexed by constants only, so that it stays in registers
 #pragma GCC unroll 8
   for (int set = 0; set < kSets; ++set)
@@ -171,7 +175,11 @@ template <class F>
 FASTRNN_INLINE void for_each_band(int64_t begin, int64_t end, const F& f) {
   int64_t v = begin;
   for (; v + kBandVectors <= end; v += kBandVectors) f(v, Constant<kBandVectors>{});
-  for (; v < end; ++v) f(v, Constant<1>{});
+  if (v + 2 <= end) {
+    f(v, Constant<2>{});
+    v += 2;
+  }
+  if (v < end) f(v, Constant<1>{});
 }
 
 // Calls f(row, vector, sum over k < depth of rows[row * stride + k] * matrix[k][vector]) for
