@@ -1,9 +1,11 @@
 // The forward sweep in one launch: the recurrent weights stay on chip, the steps are a loop.
 
 #include <limits>
+#include <type_traits>
 
 #include "cell.h"
 #include "cuda_launch.h"
+#include "cuda_math.cuh"
 #include "cuda_rows.cuh"
 #include "cuda_tile.cuh"
 
@@ -29,13 +31,14 @@ struct Traits {
   static constexpr int kTiles = kHalves / 2;
   static constexpr int N = kColumnTiles;
   static constexpr int kColumns = 8 * kColumnTiles;
-  static constexpr int kResident = tile::resident_chunks(kTiles, kColumnTiles);
+  static constexpr int kResident = tile::resident_chunks(number, kTiles, kColumnTiles);
   static constexpr int kSize = tile::operand_bytes(number);
   static constexpr int kPieces = kOctets * 8 * kSize / tile::kPiece;  // of a column
   static constexpr int kTaped = kStates - 1 + kKept;
   using Format = tile::Format<number>;
   using Stored = typename Format::Stored;
   using Operand = typename Format::Operand;
+  using Value = std::conditional_t<number == Number::kBfloat16, Rough, Quick>;
   using Product = tile::Product<number, kTiles, N, kResident>;
 };
 
@@ -64,6 +67,7 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
   using Cell = typename X::Cell;
   using Format = typename X::Format;
   using Stored = typename X::Stored;
+  using Value = typename X::Value;
   constexpr int G = X::kGates, S = X::kStates, N = X::N, kOctets = X::kOctets;
   FASTRNN_SHARED(char, shared);
   const Layout& layout = launched.at;
@@ -124,12 +128,18 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
   typename X::Product product;
   if (computes) {
     const Stored* w_hh = static_cast<const Stored*>(sweep.w_hh) + at.weights(G, 0);
-    product.load(layout, shared, warp, slice, [&](int row, int w) {
-      const int half = row / 8, g = half % G;
-      const int n = unit - lane / 4 + half / G * 8 + row % 8;
-      if (n >= hidden) return 0u;
-      return tile::weight_word<Format>(w_hh + (int64_t{g} * hidden + n) * hidden, hidden, w);
-    });
+    const auto load = [&](auto aligned) {
+      product.load(layout, shared, warp, slice, [&](int row, int w) {
+        const int half = row / 8, g = half % G;
+        const int n = unit - lane / 4 + half / G * 8 + row % 8;
+        const Stored* from = w_hh + (int64_t{g} * hidden + n) * hidden;
+        return n < hidden ? tile::row_word<Format, aligned.value>(from, w, hidden) : 0u;
+      });
+    };
+    if (hidden % 2 == 0)
+      load(std::true_type{});
+    else
+      load(std::false_type{});
   }
 
   const bool owns = computes && slice == 0;
@@ -186,12 +196,14 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
 
   for (int i = 0; i < steps; ++i) {
     const int t = at.time(low + i);
-    bool cut[N][2] = {};
+    uint32_t cuts = 0;  // a bit for each column
+
     if (owns && sweep.resets != nullptr) {
 #pragma unroll
       for (int j = 0; j < N; ++j) {
 #pragma unroll
-        for (int e = 0; e < 2; ++e) cut[j][e] = at.cut(t, b0 + 8 * j + column + e, stop[j][e]);
+        for (int e = 0; e < 2; ++e)
+          cuts |= uint32_t{at.cut(t, b0 + 8 * j + column + e, stop[j][e])} << (2 * j + e);
       }
     }
     const char* operand = exchange.wait(i);
@@ -204,7 +216,7 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
         const int64_t row0 = at.row(t, b0);
 #pragma unroll
         for (int j = 0; j < N; ++j) {
-          float kept[kOctets][2][X::kKept + 1];
+          Value kept[kOctets][2][X::kKept + 1];
           const auto place = exchange.place<X::kPieces>(i + 1, staging, 8 * j, offset);
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
@@ -212,20 +224,22 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
                 reinterpret_cast<typename X::Operand*>(place.to + (column + e) * place.pitch);
 #pragma unroll
             for (int o = 0; o < kOctets; ++o) {
-              float us[G], vs[G], before[S], after[S];
+              const bool cut = cuts >> (2 * j + e) & 1;
+              Value us[G], vs[G], before[S], after[S];
 #pragma unroll
               for (int g = 0; g < G; ++g) {
                 const int half = o * G + g;
                 const float product_of_h = sum[half / 2][j][half % 2 * 2 + e];
-                us[g] = dev::to_float(u[o][g][j][e]);
-                vs[g] = (cut[j][e] ? 0 : product_of_h) + (is_tied<Cell>(g) ? us[g] : bias[o][g]);
+                const float own = dev::to_float(u[o][g][j][e]);
+                us[g] = own;
+                vs[g] = (cut ? 0 : product_of_h) + (is_tied<Cell>(g) ? own : bias[o][g]);
               }
 #pragma unroll
-              for (int k = 0; k < S; ++k) before[k] = cut[j][e] ? 0 : s[k][o][j][e];
+              for (int k = 0; k < S; ++k) before[k] = cut ? 0 : s[k][o][j][e];
               Cell::forward(us, vs, before, after, kept[o][e]);
               const bool here = t < stop[j][e] && unit + 8 * o < hidden;
 #pragma unroll
-              for (int k = 0; k < S; ++k) s[k][o][j][e] = here ? after[k] : s[k][o][j][e];
+              for (int k = 0; k < S; ++k) s[k][o][j][e] = here ? after[k].x : s[k][o][j][e];
               if (sends && (kOctets == 1 || offset + o * 8 * X::kSize < layout.exchanged))
                 Format::store(to + 8 * o + lane / 4, s[0][o][j][e]);
             }
@@ -250,7 +264,7 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
               if (sweep.tape == nullptr) continue;
 #pragma unroll
               for (int k = 0; k < X::kTaped; ++k) {
-                const float value = k < S - 1 ? s[k + 1][o][j][e] : kept[o][e][k - (S - 1)];
+                const float value = k < S - 1 ? s[k + 1][o][j][e] : kept[o][e][k - (S - 1)].x;
                 dev::store(tape + y_row * X::kTaped + k * hidden + 8 * o, value);
               }
             }

@@ -94,7 +94,7 @@ struct Format<Number::kTf32x3> {
                                                   const uint32_t (&b)[N][2]) {
     uint32_t a_big[4], a_small[4];
 #pragma unroll
-    for (int r = 0; r < 4; ++r) split(a[r], a_big[r], a_small[r]);
+    for (int r = 0; r < 4; ++r) split(dev::opaque(a[r]), a_big[r], a_small[r]);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       uint32_t b_big[2], b_small[2];
@@ -120,17 +120,27 @@ constexpr int operand_bytes(Number number) {
   return number == Number::kBfloat16 || number == Number::kFloat16 ? 2 : 4;
 }
 
-// Word w, of 32 bits of K, of a row of weights [depth]: one number or two, zero past its end.
-template <class F>
-__device__ __forceinline__ uint32_t weight_word(const typename F::Stored* row, int depth, int w) {
+// Word w, of 32 bits of K, of a row of weights [depth]: one number or two, zero past its end. Of
+// 16-bit numbers `aligned` says that the row begins at a whole word, which is so for even depths.
+template <class F, bool aligned>
+__device__ __forceinline__ uint32_t row_word(const typename F::Stored* row, int w, int depth) {
   if constexpr (sizeof(typename F::Stored) == 4) {
     return w < depth ? F::weight_bits(row[w]) : 0;
+  } else if constexpr (aligned) {
+    return 2 * w < depth ? reinterpret_cast<const uint32_t*>(row)[w] : 0;
   } else {
-    const int k = 2 * w;
-    if (depth % 2 == 0) {  // then all rows begin at whole words
-      return k < depth ? *reinterpret_cast<const uint32_t*>(row + k) : 0;
-    }
-    return pair_bits(row, 1, k, depth);
+    return pair_bits(row, 1, 2 * w, depth);
+  }
+}
+
+// The same of a column [depth], whose numbers lie `stride` apart, from number k on.
+template <class F>
+__device__ __forceinline__ uint32_t column_word(const typename F::Stored* column, int64_t stride,
+                                                int k, int depth) {
+  if constexpr (sizeof(typename F::Stored) == 4) {
+    return k < depth ? F::weight_bits(column[k * stride]) : 0;
+  } else {
+    return pair_bits(column, stride, k, depth);
   }
 }
 
@@ -159,12 +169,13 @@ struct Layout {
 
 // What a launch needs to know of a kernel to lay it out.
 struct Need {
-  int64_t row_groups;  // of all blocks together
-  int64_t exchanged;   // bytes of a row of B
-  int tiles;           // of 16 rows, of a row group
-  int columns;         // N
-  int resident;        // chunks of a slice for which there are registers
-  int staged;          // bytes that a warp collects at a time
+  int64_t row_groups;       // of all blocks together
+  int64_t exchanged;        // bytes of a row of B
+  int tiles;                // of 16 rows, of a row group
+  int columns;              // N
+  int resident;             // chunks of a slice for which there are registers
+  int staged;               // bytes that a warp collects at a time
+  bool shared_out = false;  // all warps of a row group get results: `share_out_slices`
 };
 
 // The layout for `plan.blocks` blocks of at most `plan.warps` warps. A block holds at most
@@ -192,21 +203,25 @@ constexpr Layout lay_out(const Need& need, const CudaPlan& plan) {
   at.weights = static_cast<int>(end);
   end += int64_t{2} * kFragment * need.tiles * (at.depth - at.resident) * at.warps();
   at.partial = static_cast<int>(end);
-  end += int64_t{kFragment} * need.tiles * (need.columns / 8) * (at.slices - 1) * at.groups;
+  const int written = need.shared_out && at.slices > 1 ? at.slices : at.slices - 1;
+  end += int64_t{kFragment} * need.tiles * (need.columns / 8) * written * at.groups;
   at.staging = static_cast<int>(end);
   at.staged = need.staged;
-  end += int64_t{need.staged} * at.groups;
+  end += int64_t{need.staged} * (need.shared_out ? at.warps() : at.groups);
   at.barriers = static_cast<int>(end);
   at.bytes = end + 2 * sizeof(uint64_t);
   return at;
 }
 
 // Registers for weights of a thread: of 255, less the sums, the operand under way, states and input
-// of the cell, which grow with the number of columns.
-constexpr int weight_registers(int column_tiles) { return column_tiles >= 4 ? 64 : 128; }
+// of the cell, which grow with the number of columns, and of a tile's rows.
+constexpr int weight_registers(Number number, int tiles, int column_tiles) {
+  const int most = column_tiles == 1 ? 128 : column_tiles > 2 ? 48 : tiles > 2 ? 96 : 112;
+  return number == Number::kTf32x3 ? most - 32 : most;
+}
 
-constexpr int resident_chunks(int tiles, int column_tiles) {
-  const int chunks = weight_registers(column_tiles) / (8 * tiles);
+constexpr int resident_chunks(Number number, int tiles, int column_tiles) {
+  const int chunks = weight_registers(number, tiles, column_tiles) / (8 * tiles);
   return chunks > 0 ? chunks : 1;
 }
 
@@ -266,18 +281,19 @@ class Product {
   // sum = A * B, with B at `operand` in shared memory.
   __device__ __forceinline__ void run(const char* operand, Sums& sum) const {
     float d[kChains][kTiles][kColumns][4] = {};
-    uint32_t b[2][kColumns][4];
+    uint32_t b[kBuffers][kColumns][4];
     const char* from = operand + operand_;
     const int last = chunks_ - 1;
-    fetch(from, 0, b[0]);
+    if (kBuffers > 1) fetch(from, 0, b[0]);
 #pragma unroll
     for (int c = 0; c < kResident; ++c) {
       if (c > last) break;
       // The operand of the next chunk is under way while this one is multiplied.
-      if (c + 1 < kResident) fetch(from, c < last ? c + 1 : last, b[(c + 1) % 2]);
+      const int next = c + kBuffers - 1;
+      if (next < kResident && next <= last) fetch(from, next, b[next % kBuffers]);
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        multiply(d, (2 * c + half) % kChains, held_[c][half], b[c % 2], half);
+        multiply(d, (2 * c + half) % kChains, held_[c][half], b[c % kBuffers], half);
     }
     const uint4* spilled = spilled_;
 #pragma unroll 2
@@ -310,6 +326,8 @@ class Product {
   }
 
  private:
+  // Many mma in a chunk leave the time, and no registers, to fetch its operand.
+  static constexpr int kBuffers = kTiles * kColumns >= 8 ? 1 : 2;
   // Sums that do not wait for one another: an mma takes about four times as long as the next one
   // has to wait to begin.
   static constexpr int kChains = kTiles * kColumns >= 4 ? 1 : kTiles * kColumns >= 2 ? 2 : 4;
@@ -363,6 +381,7 @@ __device__ __forceinline__ void add_slices(const Layout& at, char* shared, int g
   }
   dev::named_barrier(1 + group, at.slices * kWarp);
   if (slice > 0) return;
+#pragma unroll 1
   for (int other = 1; other < at.slices; ++other, partial += kTiles * kColumns * kWarp) {
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {
@@ -375,11 +394,54 @@ __device__ __forceinline__ void add_slices(const Layout& at, char* shared, int g
   }
 }
 
+// The same, and each slice gets a part of the result. An item is 8 rows and 8 columns, in the order
+// of the sums; a slice's item i is item slice + i * slices of them all, and `add(i, x)` gets what
+// this thread has of it, two columns of row lane / 4.
+template <int kTiles, int kColumns, class Add>
+__device__ __forceinline__ void share_out_slices(const Layout& at, char* shared, int group,
+                                                 int slice, const float (&sum)[kTiles][kColumns][4],
+                                                 Add add) {
+  constexpr int kItems = 2 * kTiles * kColumns;
+  if (at.slices == 1) {
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      const int octet = i / kColumns, r = octet % 2 * 2;
+      const float (&x)[4] = sum[octet / 2][i % kColumns];
+      add(i, make_float2(x[r], x[r + 1]));
+    }
+    return;
+  }
+  float2* partial = reinterpret_cast<float2*>(shared + at.partial) +
+                    group * at.slices * kItems * kWarp + threadIdx.x % kWarp;
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    const int octet = i / kColumns, r = octet % 2 * 2;
+    const float (&x)[4] = sum[octet / 2][i % kColumns];
+    partial[(slice * kItems + i) * kWarp] = make_float2(x[r], x[r + 1]);
+  }
+  dev::named_barrier(1 + group, at.slices * kWarp);
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    const int item = slice + i * at.slices;
+    if (item >= kItems) break;
+    float2 x = partial[item * kWarp];
+#pragma unroll
+    for (int other = 1; other < kMaxWarps; ++other) {
+      if (other >= at.slices) continue;
+      const float2 more = partial[(other * kItems + item) * kWarp];
+      x.x += more.x, x.y += more.y;
+    }
+    add(i, x);
+  }
+}
+
 // ---- The exchange ------------------------------------------------------------------------------
 
 // Bytes of working memory that a group of a grid needs: flags, which must be zero before the launch
 // and lie side by side for all groups, and B twice.
-__host__ __device__ constexpr int64_t flag_bytes(const Layout& at) { return int64_t{at.active} * kFlag; }
+__host__ __device__ constexpr int64_t flag_bytes(const Layout& at) {
+  return int64_t{at.active} * kFlag;
+}
 __host__ __device__ constexpr int64_t area_bytes(const Layout& at, int columns) {
   return int64_t{2} * columns * at.exchanged;
 }
@@ -456,9 +518,12 @@ struct Exchange {
     int pitch;
   };
   template <int kPieces>
-  __device__ __forceinline__ Place place(int i, char* staging, int column, int offset) const {
-    if (regime != kBlock) return {staging, kPieces * kPiece};
-    return {tiles + (i & 1) * at.tile + column * at.pitch + offset, at.pitch};
+  __device__ __forceinline__ Place place(int i, const char* staging, int column, int offset) const {
+    // A choice of numbers, not of pointers, lets the compiler see that this is shared memory.
+    const bool alone = regime == kBlock;
+    const int own = static_cast<int>(staging - tiles);
+    const int to = alone ? (i & 1) * at.tile + column * at.pitch + offset : own;
+    return {tiles + to, alone ? at.pitch : kPieces * kPiece};
   }
 
   // Sends, of eight columns from `column` on, kPieces pieces each, which lie in `staging`. Piece q
@@ -467,19 +532,24 @@ struct Exchange {
   __device__ __forceinline__ void send(int i, const char* staging, int column,
                                        Offset offset) const {
     if (regime == kBlock) return;
+    constexpr int kAll = 8 * kPieces;
+    constexpr int kAtOnce = kAll % kWarp == 0 ? kWarp : kAll % 16 == 0 ? 16 : 8;  // lanes, a peer
+    const int lane = threadIdx.x % kWarp, place = i & 1;
     __syncwarp();
-    const int peers = regime == kCluster ? at.active : 1;
-    for (int each = threadIdx.x % kWarp; each < 8 * kPieces * peers; each += kWarp) {
-      const int peer = each / (8 * kPieces), piece = each % (8 * kPieces);
+#pragma unroll
+    for (int first = 0; first < kAll; first += kAtOnce) {
+      const int piece = first + lane % kAtOnce;
       const int n = column + piece / kPieces, to = offset(piece % kPieces);
       if (to >= at.exchanged) continue;
       const uint4 value = *reinterpret_cast<const uint4*>(staging + piece * kPiece);
       if (regime == kCluster) {
-        const char* here = tiles + (i & 1) * at.tile + n * at.pitch + to;
-        dev::st_async16(dev::peer_address(here, peer), value,
-                        dev::peer_address(&barriers[i & 1], peer));
-      } else {
-        *reinterpret_cast<uint4*>(area + ((i & 1) * columns + n) * int64_t{at.exchanged} + to) =
+        const char* here = tiles + place * at.tile + n * at.pitch + to;
+        for (int peer = lane / kAtOnce; peer < at.active; peer += kWarp / kAtOnce) {
+          dev::st_async16(dev::peer_address(here, peer), value,
+                          dev::peer_address(&barriers[place], peer));
+        }
+      } else if (lane < kAtOnce) {
+        *reinterpret_cast<uint4*>(area + (place * columns + n) * int64_t{at.exchanged} + to) =
             value;
       }
     }

@@ -6,8 +6,10 @@
 // functions trap, so that every kernel compiles for every GPU.
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <tuple>
 #include <utility>
 
@@ -92,6 +94,48 @@ __device__ __forceinline__ uint32_t to_tf32(float x) {
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
   return bits;
 #endif
+}
+
+// The GPU's own functions, with errors of a few units in the last place; `rough_tanh` has 11 bits.
+__device__ __forceinline__ float exp2(float x) {
+#if defined(FASTRNN_CUDASIM)
+  return std::exp2(x);
+#else
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+__device__ __forceinline__ float reciprocal(float x) {
+#if defined(FASTRNN_CUDASIM)
+  return 1 / x;
+#else
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+__device__ __forceinline__ float tanh(float x) { return ::tanhf(x); }
+__device__ __forceinline__ float rough_tanh(float x) {
+#if defined(FASTRNN_CUDASIM)
+  const uint32_t bits = sim::to_tf32(std::tanh(x));
+  float y;
+  std::memcpy(&y, &bits, sizeof y);
+  return y;
+#else
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
+// The same bits, of which the compiler does not know that they are: what follows from them is
+// computed here, not before a loop, where it would take registers throughout.
+__device__ __forceinline__ uint32_t opaque(uint32_t bits) {
+#if !defined(FASTRNN_CUDASIM)
+  asm volatile("" : "+r"(bits));
+#endif
+  return bits;
 }
 
 // ---- Matrix products of a warp -----------------------------------------------------------------
