@@ -21,8 +21,7 @@ template <class Cell, Number number, class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     forward_step(const Sweep sweep, const int step, const bool odd) {
   constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kKept;
-  constexpr int kWidth = S - 1 + K, kEach = Shape::kPerThread;
-  constexpr bool kAhead = kEach * G <= 16;  // where registers can hold the inputs meanwhile
+  constexpr int kWidth = S - 1 + K, kKept = K > 0 ? K : 1;
   using Multiply = Product<number, Shape, G, false>;
   using Stored = typename Multiply::Stored;
   using Sum = typename Multiply::Sum;
@@ -64,66 +63,81 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   __syncthreads();
   product.start();
 
-  // Element i of this thread: its row and its unit, of the block.
-  const auto row_of = [](int i) { return (threadIdx.x + i * Shape::kThreads) / Shape::kUnits; };
-  const auto unit_of = [](int i) { return (threadIdx.x + i * Shape::kThreads) % Shape::kUnits; };
-  Sum ahead[kAhead ? kEach : 1][G] = {};
-  const auto inputs = [&](int i, Sum(&own)[G]) {
-    const auto& row = product.row(row_of(i));
-    const int n = part.first_unit + unit_of(i);
+  // What a unit of a row begins with: u, the part of v that is not the product, the states before.
+  struct Element {
+    Sum u[G], v[G], s[S];
+  };
+  const auto load_inputs = [&](int i, Element& e) {
+    const auto& row = product.row(part.row(i));
+    const int n = part.first_unit + part.unit(i);
     if (!row.alive || n >= hidden) return;
     const Stored* const from = u + lane.chunk_row(row.at) * G * hidden + n;
 #pragma unroll
-    for (int g = 0; g < G; ++g) own[g] = dev::to_float(from[g * sweep.hidden]);
-  };
-  if constexpr (kAhead) {
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) inputs(i, ahead[i]);
-  }
-  dev::wait_for_previous_launch();
-  product.run();
-
-#pragma unroll(kAhead ? kEach : 1)
-  for (int i = 0; i < kEach; ++i) {
-    const int r = row_of(i), n = part.first_unit + unit_of(i);
-    const int64_t b = part.first_row + r;
-    if (r >= part.rows || n >= hidden) continue;
-    const auto& row = product.row(r);
-    if (!row.alive) {
-      carry[lane.state(next_place, b) + n] = carry[lane.state(place, b) + n];
-      continue;
-    }
-    Sum own[G], v[G], s[S], next[S], kept[K > 0 ? K : 1];
-    if constexpr (kAhead) {
-#pragma unroll
-      for (int g = 0; g < G; ++g) own[g] = ahead[i][g];
-    } else {
-      inputs(i, own);
-    }
-#pragma unroll
     for (int g = 0; g < G; ++g) {
-      v[g] = product.sum(g, r, unit_of(i));
+      e.u[g] = dev::to_float(from[g * sweep.hidden]);
       if (is_tied<Cell>(g)) {
-        v[g] += own[g];
-      } else if (bias) {
-        v[g] += dev::to_float(bias[lane.bias(G, g) + n]);
+        e.v[g] = e.u[g];
+      } else {
+        e.v[g] = bias ? dev::to_float(bias[lane.bias(G, g) + n]) : Sum(0);
       }
     }
+  };
+  const auto load_states = [&](int i, Element& e) {
+    const int r = part.row(i), n = part.first_unit + part.unit(i);
+    if (r >= part.rows || n >= hidden) return;
+    const bool cut = product.row(r).cut;
 #pragma unroll
     for (int j = 0; j < S; ++j) {
-      s[j] = row.cut ? Sum(0) : carry[lane.state(j ? j : place, b) + n];
+      e.s[j] = cut ? Sum(0) : carry[lane.state(j ? j : place, part.first_row + r) + n];
     }
-    Cell::forward(own, v, s, next, kept);
+  };
+  const auto finish = [&](int i, Element& e) {
+    const int r = part.row(i), n = part.first_unit + part.unit(i);
+    const int64_t b = part.first_row + r;
+    if (r >= part.rows || n >= hidden) return;
+    const auto& row = product.row(r);
+    if (!row.alive) {
+      carry[lane.state(next_place, b) + n] = e.s[0];
+      return;
+    }
+    Sum next[S], kept[kKept];
+#pragma unroll
+    for (int g = 0; g < G; ++g) e.v[g] += product.sum(g, r, part.unit(i));
+    Cell::forward(e.u, e.v, e.s, next, kept);
     dev::store(y + lane.output(row.at) + n, next[0]);
 #pragma unroll
     for (int j = 0; j < S; ++j) carry[lane.state(j ? j : next_place, b) + n] = next[j];
     if (tape) {
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) {
-        dev::store(tape + lane.taped(row.at, kWidth, j) + n,
-                   j < S - 1 ? next[1 + j] : kept[j - (S - 1)]);
+        const Sum value =
+            j < S - 1 ? next[j < S - 1 ? 1 + j : 0] : kept[j < S - 1 ? 0 : j - (S - 1)];
+        dev::store(tape + lane.taped(row.at, kWidth, j) + n, value);
       }
     }
+  };
+
+  constexpr int kGroup = elements_at_a_time<Shape>(sizeof(Element));
+  Element ahead[kGroup] = {};
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) load_inputs(i, ahead[i]);
+  dev::wait_for_previous_launch();
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) load_states(i, ahead[i]);
+  product.run();
+#pragma unroll 1
+  for (int first = 0; first < Shape::kPerThread; first += kGroup) {
+    Element now[kGroup];
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      now[i] = ahead[i];
+      if (first + kGroup < Shape::kPerThread) {
+        load_inputs(first + kGroup + i, ahead[i]);
+        load_states(first + kGroup + i, ahead[i]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) finish(first + i, now[i]);
   }
 }
 
@@ -153,8 +167,11 @@ int launch_step_forward(int cell, const Sweep& sweep, const CudaPlan& plan, void
       using Cell = decltype(c);
       constexpr Number number = decltype(n)::kValue;
       if (plan.batch_tile <= 16) return step::forward<Cell, number, step::Small>(sweep, stream);
-      if (plan.batch_tile <= 32) return step::forward<Cell, number, step::Middle>(sweep, stream);
-      return step::forward<Cell, number, step::Large>(sweep, stream);
+      // Large tiles of sums in double would not fit in registers.
+      if constexpr (number != Number::kFloat64) {
+        if (plan.batch_tile > 32) return step::forward<Cell, number, step::Large>(sweep, stream);
+      }
+      return step::forward<Cell, number, step::Middle>(sweep, stream);
     });
   });
 }

@@ -115,6 +115,7 @@ class Product {
   static constexpr size_t kSharedBytes =
       kRowBytes +
       (Shape::kStages * kStageBytes > kSumBytes ? Shape::kStages * kStageBytes : kSumBytes);
+  static_assert(kSharedBytes <= 99 << 10, "every device has as much");
 
   // `weights` are [rows][hidden] of one lane; the depth is that of the sum.
   __device__ __forceinline__ Product(unsigned char* shared, const Stored* weights, int hidden,
@@ -137,29 +138,29 @@ class Product {
     bool any = false;
     for (int r = lane; r < Shape::kRows; r += 32) any |= rows_[r].operand || rows_[r].start;
     count_ = __ballot_sync(0xffffffffu, any) ? (depth_ + kDepth - 1) / kDepth : 0;
+#pragma unroll 1
     for (int i = 0; i < Shape::kStages - 1 && i < count_; ++i) copy_weights(i);
   }
 
   // The whole product. start() has begun to copy weights; operands are first read here.
   __device__ __forceinline__ void run() {
     if (count_ == 0) return;
-    for (int i = 0; i < Shape::kStages - 1; ++i) {
-      if (i < count_) copy_rows(i);
-      dev::copy_async_commit();
-    }
     Sum sums[kTiles][Shape::kTilesM][4] = {};
-    for (int i = 0; i < count_; ++i) {
-      dev::copy_async_wait<Shape::kStages - 2>();
-      // The stage is complete for all threads, and all are through with the one that is next
-      // written.
-      __syncthreads();
+#pragma unroll 1
+    for (int i = 1 - Shape::kStages; i < count_; ++i) {
+      if (i >= 0) {
+        dev::copy_async_wait<Shape::kStages - 2>();
+        // Stage i is complete for all threads, and all are through with the one that is next
+        // written.
+        __syncthreads();
+      }
       const int ahead = i + Shape::kStages - 1;
       if (ahead < count_) {
-        copy_weights(ahead);
+        if (i >= 0) copy_weights(ahead);
         copy_rows(ahead);
       }
       dev::copy_async_commit();
-      multiply(sums, stage(i), depth_ - i * kDepth);
+      if (i >= 0) multiply(sums, stage(i), depth_ - i * kDepth);
     }
     __syncthreads();  // the stages make room for sums
     put(sums);
@@ -195,6 +196,7 @@ class Product {
       dev::copy_async16(to, count > 0 ? from : weights_, count > 0);
       return;
     }
+#pragma unroll 1
     for (int e = 0; e < kChunk; ++e) {
       if (e < count) {
         to[e] = from[e];
@@ -233,6 +235,7 @@ class Product {
       const int r = c / kChunks, e = c % kChunks * kChunk, k = k0 + e;
       const TileRow& row = rows_[r];
       if (!kSame<Stored, Sum> && row.start) {
+#pragma unroll 1
         for (int x = 0; x < kChunk; ++x) {
           dev::store(to + r * kPitch + e + x, k + x < depth_ ? row.start[k + x] : Sum(0));
         }
@@ -398,6 +401,14 @@ class Product {
   int count_ = 0;  // stages' worth of the depth
 };
 
+// How many elements a thread has under way, so that their values fit in registers.
+template <class Shape>
+FASTRNN_HD constexpr int elements_at_a_time(int bytes_each) {
+  int count = Shape::kPerThread;
+  while (count > 1 && count * bytes_each > 128) count /= 2;
+  return count;
+}
+
 // ---- Launches ----------------------------------------------------------------------------------
 
 // Blocks along x: tiles of units of a tile of the batch side by side; along y: lanes.
@@ -408,7 +419,7 @@ dim3 grid(const Sweep& sweep) {
   return dim3(static_cast<unsigned>(units * rows), static_cast<unsigned>(sweep.lanes));
 }
 
-// A block's part of the sweep.
+// A block's part of the sweep, of which a thread has kPerThread elements: units of rows.
 template <class Shape>
 struct Part {
   int first_unit;
@@ -422,6 +433,14 @@ struct Part {
     first_row = int64_t{blockIdx.x / tiles} * Shape::kRows;
     const int64_t left = sweep.batch - first_row;
     rows = left < Shape::kRows ? static_cast<int>(left) : Shape::kRows;
+  }
+
+  // Row and unit of this thread's element i, counted in the block.
+  static __device__ __forceinline__ int row(int i) {
+    return (threadIdx.x + i * Shape::kThreads) / Shape::kUnits;
+  }
+  static __device__ __forceinline__ int unit(int i) {
+    return (threadIdx.x + i * Shape::kThreads) % Shape::kUnits;
   }
 };
 

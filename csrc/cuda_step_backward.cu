@@ -22,9 +22,7 @@ template <class Cell, Number number, class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     backward_step(const Sweep sweep, const int step) {
   constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kKept;
-  constexpr int kWidth = S - 1 + K, kEach = Shape::kPerThread;
-  constexpr int kValues = K + 2 * S + 1;
-  constexpr bool kAhead = kEach * kValues <= 32;  // where registers can hold them meanwhile
+  constexpr int kWidth = S - 1 + K, kKept = K > 0 ? K : 1;
   using Multiply = Product<number, Shape, 1, true>;
   using Stored = typename Multiply::Stored;
   using Sum = typename Multiply::Sum;
@@ -64,76 +62,87 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   __syncthreads();
   product.start();
 
-  // Element i of this thread: its row and its unit, of the block.
-  const auto row_of = [](int i) { return (threadIdx.x + i * Shape::kThreads) / Shape::kUnits; };
-  const auto unit_of = [](int i) { return (threadIdx.x + i * Shape::kThreads) % Shape::kUnits; };
-  // What the forward knew of an element, and the gradient of its output.
-  struct Known {
-    Sum kept[K > 0 ? K : 1], before[S], after[S], dy;
+  // What the forward knew of a unit of a row, and gradients of its states, without the product.
+  struct Element {
+    Sum kept[kKept], before[S], after[S], dy, d[S];
   };
-  const auto recall = [&](int i, Known& known) {
-    const auto& row = product.row(row_of(i));
-    const int n = part.first_unit + unit_of(i);
+  const auto load_known = [&](int i, Element& e) {
+    const auto& row = product.row(part.row(i));
+    const int n = part.first_unit + part.unit(i);
     if (!row.alive || n >= hidden) return;
     const auto taped = [&](int64_t at, int j) {
       return dev::to_float(tape[lane.taped(at, kWidth, j) + n]);
     };
 #pragma unroll
-    for (int j = 0; j < K; ++j) known.kept[j] = taped(row.at, S - 1 + j);
-    known.dy = dy ? dev::to_float(dy[lane.output(row.at) + n]) : Sum(0);
-    known.after[0] = dev::to_float(y[lane.output(row.at) + n]);
+    for (int j = 0; j < K; ++j) e.kept[j] = taped(row.at, S - 1 + j);
+    e.dy = dy ? dev::to_float(dy[lane.output(row.at) + n]) : Sum(0);
+    e.after[0] = dev::to_float(y[lane.output(row.at) + n]);
 #pragma unroll
-    for (int j = 1; j < S; ++j) known.after[j] = taped(row.at, j - 1);
+    for (int j = 1; j < S; ++j) e.after[j] = taped(row.at, j - 1);
 #pragma unroll
     for (int j = 0; j < S; ++j) {
       if (row.cut) {
-        known.before[j] = 0;
+        e.before[j] = 0;
       } else if (row.before < 0) {
-        known.before[j] = s0[lane.state(j, part.first_row + row_of(i)) + n];
+        e.before[j] = s0[lane.state(j, part.first_row + part.row(i)) + n];
+      } else if (j == 0) {
+        e.before[j] = dev::to_float(y[lane.output(row.before) + n]);
       } else {
-        known.before[j] =
-            j ? taped(row.before, j - 1) : dev::to_float(y[lane.output(row.before) + n]);
+        e.before[j] = taped(row.before, j - 1);
       }
     }
   };
-  Known ahead[kAhead ? kEach : 1] = {};
-  if constexpr (kAhead) {
+  const auto load_gradients = [&](int i, Element& e) {
+    const int r = part.row(i), n = part.first_unit + part.unit(i);
+    if (r >= part.rows || n >= hidden) return;
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) recall(i, ahead[i]);
-  }
-  dev::wait_for_previous_launch();
-  product.run();
-
-#pragma unroll(kAhead ? kEach : 1)
-  for (int i = 0; i < kEach; ++i) {
-    const int r = row_of(i), n = part.first_unit + unit_of(i);
+    for (int j = 0; j < S; ++j) e.d[j] = ds[lane.state(j, part.first_row + r) + n];
+  };
+  const auto finish = [&](int i, Element& e) {
+    const int r = part.row(i), n = part.first_unit + part.unit(i);
     const int64_t b = part.first_row + r;
-    if (r >= part.rows || n >= hidden) continue;
+    if (r >= part.rows || n >= hidden) return;
     const auto& row = product.row(r);
+    e.d[0] += product.sum(0, r, part.unit(i));
     if (!row.alive) {
-      if (row.operand) ds[lane.state(0, b) + n] += product.sum(0, r, unit_of(i));
-      continue;
+      if (row.operand) ds[lane.state(0, b) + n] = e.d[0];
+      return;
     }
-    Known known;
-    if constexpr (kAhead) {
-      known = ahead[i];
-    } else {
-      recall(i, known);
-    }
-    Sum dnext[S], gradient_u[G], gradient_v[G], passed[S];
-#pragma unroll
-    for (int j = 0; j < S; ++j) dnext[j] = ds[lane.state(j, b) + n];
-    dnext[0] += product.sum(0, r, unit_of(i)) + known.dy;
-    Cell::backward(known.kept, known.before, known.after, dnext, gradient_u, gradient_v, passed);
+    e.d[0] += e.dy;
+    Sum gradient_u[G], gradient_v[G], passed[S];
+    Cell::backward(e.kept, e.before, e.after, e.d, gradient_u, gradient_v, passed);
     const int64_t at = lane.chunk_row(row.at);
 #pragma unroll
     for (int g = 0; g < G; ++g) {
       dev::store(dv + (at * G + g) * hidden + n, gradient_v[g]);
       if constexpr (!all_tied<Cell>()) dev::store(du + (at * G + g) * hidden + n, gradient_u[g]);
     }
-    dev::store(previous + at * hidden + n, known.before[0]);
+    dev::store(previous + at * hidden + n, e.before[0]);
 #pragma unroll
     for (int j = 0; j < S; ++j) ds[lane.state(j, b) + n] = row.cut ? Sum(0) : passed[j];
+  };
+
+  constexpr int kGroup = elements_at_a_time<Shape>(sizeof(Element));
+  Element ahead[kGroup] = {};
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) load_known(i, ahead[i]);
+  dev::wait_for_previous_launch();
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) load_gradients(i, ahead[i]);
+  product.run();
+#pragma unroll 1
+  for (int first = 0; first < Shape::kPerThread; first += kGroup) {
+    Element now[kGroup];
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      now[i] = ahead[i];
+      if (first + kGroup < Shape::kPerThread) {
+        load_known(first + kGroup + i, ahead[i]);
+        load_gradients(first + kGroup + i, ahead[i]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) finish(first + i, now[i]);
   }
 }
 
@@ -158,8 +167,11 @@ int launch_step_backward(int cell, const Sweep& sweep, const CudaPlan& plan, voi
       using Cell = decltype(c);
       constexpr Number number = decltype(n)::kValue;
       if (plan.batch_tile <= 16) return step::backward<Cell, number, step::Small>(sweep, stream);
-      if (plan.batch_tile <= 32) return step::backward<Cell, number, step::Middle>(sweep, stream);
-      return step::backward<Cell, number, step::Large>(sweep, stream);
+      // Large tiles of sums in double would not fit in registers.
+      if constexpr (number != Number::kFloat64) {
+        if (plan.batch_tile > 32) return step::backward<Cell, number, step::Large>(sweep, stream);
+      }
+      return step::backward<Cell, number, step::Middle>(sweep, stream);
     });
   });
 }
