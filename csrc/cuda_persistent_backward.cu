@@ -1,0 +1,424 @@
+// The sweep from the end in one launch: the recurrent weights stay on chip, the steps are a loop.
+
+#include <limits>
+
+#include "cell.h"
+#include "cuda_launch.h"
+#include "cuda_rows.cuh"
+#include "cuda_tile.cuh"
+
+namespace fastrnn {
+namespace {
+
+using tile::kWarp;
+using tile::Layout;
+
+// ---- Traits ------------------------------------------------------------------------------------
+
+// A row group has kTiles times 16 units; its product adds up, over the gates of all units, what of
+// their gradients reaches state 0 of these. Of the result an *item* is 8 units in 8 columns, for a
+// warp: two numbers to a thread, those of unit lane / 4. Where several warps share a row group,
+// they share out its items.
+template <class Cell_, Number number_, int kTiles_, int kColumnTiles>
+struct Traits {
+  using Cell = Cell_;
+  static constexpr Number number = number_;
+  static constexpr int kGates = Cell::kGates, kStates = Cell::kStates, kKept = Cell::kKept;
+  static constexpr int kTiles = kTiles_, N = kColumnTiles;
+  static constexpr int kColumns = 8 * N;
+  static constexpr int kUnits = 16 * kTiles;
+  static constexpr int kItems = 2 * kTiles * N;  // of a row group
+  // Items whose values are loaded a whole step ahead.
+  static constexpr int kAhead = kItems < 4 ? kItems : 4;
+  static constexpr int kResident = (N == 1 ? 16 : N == 2 ? 12 : 8) / kTiles;
+  static constexpr int kSize = tile::operand_bytes(number);
+  static constexpr int kGatePieces = 8 * kSize / tile::kPiece;  // of an item's column, per gate
+  static constexpr int kPieces = kGates * kGatePieces;
+  static constexpr int kTaped = kStates - 1 + kKept;
+  using Format = tile::Format<number>;
+  using Stored = typename Format::Stored;
+  using Operand = typename Format::Operand;
+  using Product = tile::Product<number, kTiles, N, kResident>;
+};
+
+// What a launch knows that kernels need, besides the sweep.
+struct Launched {
+  Layout at;
+  int regime;
+  int tiles;    // of the batch
+  int blocks;   // of a group, those without units included
+  char* flags;  // of a grid
+  char* areas;
+};
+
+// What the cell's derivative reads at a step, as it is stored, for both numbers of an item.
+template <class X>
+struct Values {
+  typename X::Stored kept[2][X::kKept + 1], before[2][X::kStates], after[2][X::kStates], dy[2];
+  uint8_t resets[2];
+};
+
+// ---- Kernel ------------------------------------------------------------------------------------
+
+// A group of blocks takes one lane and one tile of N rows of the batch through all steps, from the
+// last. A block owns the columns of the weights for some units, in registers and then in shared
+// memory; its warps own the gradients of these units' states, in float. dv is what the blocks
+// exchange, as tile::Exchange has it; operand i is the dv of the step before in this loop:
+//   wait for dv of all units -> R^T * dv -> add up the slices -> cell -> send dv -> store it.
+// What the cell reads at the next step is loaded as soon as this step has used up its place.
+// Per step and group: 2*G*H*H*N FLOP; (S + K + 2)*H*N numbers in, (G + 1)*H*N out.
+template <class X>
+__global__ void __launch_bounds__(tile::kThreads, 1)
+    persistent_backward(const Sweep sweep, const Launched launched) {
+  using Cell = typename X::Cell;
+  using Format = typename X::Format;
+  using Stored = typename X::Stored;
+  constexpr int G = X::kGates, S = X::kStates, K = X::kKept, N = X::N, kItems = X::kItems;
+  FASTRNN_SHARED(char, shared);
+  const Layout& layout = launched.at;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int group = warp % layout.groups, slice = warp / layout.groups;
+  const int rank = blockIdx.x % launched.blocks, task = blockIdx.x / launched.blocks;
+  const Lane at(sweep, task / launched.tiles);
+  const int64_t b0 = int64_t{task % launched.tiles} * X::kColumns;
+  const int hidden = static_cast<int>(sweep.hidden), padded = (hidden + 7) / 8 * 8;
+
+  // Item i of this warp, if there is one, is item slice + i * slices of the row group: 8 columns
+  // for each of its octets of units.
+  const int first_unit = (rank * layout.groups + group) * X::kUnits;
+  const auto unit = [&](int i) { return first_unit + (slice + i * layout.slices) / N * 8; };
+  const auto column = [&](int i) { return (slice + i * layout.slices) % N * 8; };
+  const bool computes = first_unit < hidden;  // this warp
+  const auto owns = [&](int i) { return slice + i * layout.slices < kItems && unit(i) < hidden; };
+  const int pair = lane % 4 * 2;  // columns of this thread, of an item's: this one and the next
+  int longest = 0;
+  for (int n = lane; n < X::kColumns; n += kWarp) {
+    const int stop = at.stop(b0 + n);
+    longest = stop > longest ? stop : longest;
+  }
+#pragma unroll
+  for (int lanes = 1; lanes < kWarp; lanes *= 2) {
+    const int other = __shfl_xor_sync(0xffffffffu, longest, lanes);
+    longest = other > longest ? other : longest;
+  }
+  const int low = at.low(longest), high = at.high(longest), steps = high - low;
+  if (steps <= 0) return;  // and so does the whole group
+
+  const tile::Exchange exchange{layout,
+                                launched.regime,
+                                rank,
+                                X::kColumns,
+                                steps + 1,
+                                shared,
+                                reinterpret_cast<uint64_t*>(shared + layout.barriers),
+                                launched.areas + task * tile::area_bytes(layout, X::kColumns),
+                                launched.flags + task * tile::flag_bytes(layout)};
+  if (rank >= layout.active) {
+    exchange.ready();
+    exchange.end();
+    return;
+  }
+  exchange.begin();
+
+  typename X::Product product;
+  if (computes) {
+    const Stored* w_hh = static_cast<const Stored*>(sweep.w_hh) + at.weights(G, 0);
+    product.load(layout, shared, warp, slice, [&](int row, int w) {
+      const int n = first_unit + row, k = w * 4 / X::kSize;
+      const int g = k / padded, from = k % padded;
+      if (n >= hidden || g >= G) return 0u;
+      const Stored* weights = w_hh + (int64_t{g} * hidden) * hidden + n;
+      return tile::column_word<Format>(weights, hidden, from, hidden);
+    });
+  }
+
+  float ds[kItems][2][S] = {};
+  int stop[kItems][2];
+  uint32_t passes = 0;  // a bit per number: the step before in this loop passes its product on
+  float* states = static_cast<float*>(sweep.ds);
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int64_t b = b0 + column(i) + pair + e;
+      const int n = unit(i) + lane / 4;
+      stop[i][e] = owns(i) && n < hidden ? at.stop(b) : 0;
+      if (stop[i][e] == 0) continue;
+#pragma unroll
+      for (int k = 0; k < S; ++k) ds[i][e][k] = states[at.state(k, b) + n];
+    }
+  }
+
+  // Of step i of the loop its time, and where the rows of the tile begin then.
+  const auto time = [&](int i) { return at.time(high - 1 - i > 0 ? high - 1 - i : 0); };
+  const auto row = [&](int i) { return at.row(time(i), b0); };
+  Values<X> values[X::kAhead] = {};
+  const auto fetch = [&](int i, int t, int64_t row0, int64_t row0_before) {
+    Values<X>& to = values[i % X::kAhead];
+    const int n = unit(i) + lane / 4, c = column(i) + pair;
+    const Stored* y = static_cast<const Stored*>(sweep.y) + n;
+    const Stored* tape = static_cast<const Stored*>(sweep.tape) + n;
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      if (t >= stop[i][e]) continue;
+      const int64_t here = at.output(row0 + c + e), taped = at.taped(row0 + c + e, X::kTaped, 0);
+#pragma unroll
+      for (int k = 0; k < K; ++k) to.kept[e][k] = tape[taped + (S - 1 + k) * sweep.hidden];
+      to.after[e][0] = y[here];
+#pragma unroll
+      for (int k = 1; k < S; ++k) to.after[e][k] = tape[taped + (k - 1) * sweep.hidden];
+      if (sweep.dy != nullptr) to.dy[e] = static_cast<const Stored*>(sweep.dy)[here + n];
+      if (at.initial(t, stop[i][e])) {
+        // They came in as stored numbers, so that nothing is lost.
+        const float* s0 = static_cast<const float*>(sweep.s0) + n;
+#pragma unroll
+        for (int k = 0; k < S; ++k)
+          to.before[e][k] = dev::from_float<Stored>(s0[at.state(k, b0 + c + e)]);
+      } else {
+        to.before[e][0] = y[at.output(row0_before + c + e)];
+        const int64_t there = at.taped(row0_before + c + e, X::kTaped, 0);
+#pragma unroll
+        for (int k = 1; k < S; ++k) to.before[e][k] = tape[there + (k - 1) * sweep.hidden];
+      }
+      if (sweep.resets != nullptr) {
+        const int edge = at.reverse ? t + 1 : t;
+        const int64_t row_of_edge = at.reverse ? row0_before : row0;
+        to.resets[e] = edge < stop[i][e] ? sweep.resets[row_of_edge + c + e] : 0;
+      }
+    }
+  };
+  int64_t row0 = row(0), row0_before = row(1);
+#pragma unroll
+  for (int i = 0; i < X::kAhead; ++i) {
+    if (owns(i)) fetch(i, time(0), row0, row0_before);
+  }
+  char* staging = shared + layout.staging + warp * layout.staged;
+  const int gate_stride = launched.regime == kBlock ? padded : 8;  // where `place` says
+  exchange.ready();
+
+  // The product of the operand of step i, added to the gradients that it belongs to.
+  const auto add_product = [&](const char* operand) {
+    typename X::Product::Sums sum;
+    product.run(operand, sum);
+    tile::share_out_slices(layout, shared, group, slice, sum, [&](int i, float2 x) {
+      if (passes >> 2 * i & 1) ds[i][0][0] += x.x;
+      if (passes >> (2 * i + 1) & 1) ds[i][1][0] += x.y;
+    });
+  };
+
+  for (int step = 0; step < steps; ++step) {
+    const int t = time(step), t_before = time(step + 1);
+    const int64_t row0_later = row(step + 2);
+    const char* operand = exchange.wait(step);
+    if (computes) {
+      if (step > 0) add_product(operand);
+#pragma unroll
+      for (int i = 0; i < kItems; ++i) {
+        if (!owns(i)) break;
+        const int n = unit(i) + lane / 4, c = column(i) + pair;
+        const auto place =
+            exchange.place<X::kPieces>(step + 1, staging, column(i), unit(i) * X::kSize);
+        const Values<X>& given = values[i % X::kAhead];
+        float du[2][G], dv[2][G];
+        Stored previous[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const bool here = t < stop[i][e];
+          const bool cut = sweep.resets != nullptr && given.resets[e] != 0;
+          float kept[K + 1], before[S], after[S], dafter[S], dbefore[S];
+#pragma unroll
+          for (int k = 0; k < K; ++k) kept[k] = dev::to_float(given.kept[e][k]);
+#pragma unroll
+          for (int k = 0; k < S; ++k) {
+            before[k] = cut ? 0 : dev::to_float(given.before[e][k]);
+            after[k] = dev::to_float(given.after[e][k]);
+            dafter[k] = ds[i][e][k];
+          }
+          dafter[0] += dev::to_float(given.dy[e]);
+          previous[e] = cut ? Stored(0.0f) : given.before[e][0];
+          Cell::backward(kept, before, after, dafter, du[e], dv[e], dbefore);
+          auto* to = reinterpret_cast<typename X::Operand*>(place.to + (pair + e) * place.pitch);
+#pragma unroll
+          for (int g = 0; g < G; ++g) {
+            if (!here) dv[e][g] = 0;
+            Format::store(to + g * gate_stride + lane / 4, dv[e][g]);
+          }
+#pragma unroll
+          for (int k = 0; k < S; ++k) {
+            if (here) ds[i][e][k] = cut ? 0 : dbefore[k];
+          }
+          const uint32_t bit = 1u << (2 * i + e);
+          passes = here && !cut ? passes | bit : passes & ~bit;
+        }
+        exchange.send<X::kPieces>(step + 1, staging, column(i), [&](int piece) {
+          const int g = piece / X::kGatePieces, part = piece % X::kGatePieces;
+          return (g * padded + unit(i)) * X::kSize + part * tile::kPiece;
+        });
+        // The next item in this place: of this step still, or of the next.
+        if (i + X::kAhead < kItems && owns(i + X::kAhead)) {
+          fetch(i + X::kAhead, t, row0, row0_before);
+        } else if (step + 1 < steps) {
+          fetch(i % X::kAhead, t_before, row0_before, row0_later);
+        }
+        // Nobody waits for these.
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          if (t >= stop[i][e]) continue;
+          const int64_t into = at.chunk_row(row0 + c + e);
+          static_cast<Stored*>(sweep.previous)[into * hidden + n] = previous[e];
+#pragma unroll
+          for (int g = 0; g < G; ++g) {
+            const int64_t gate = (into * G + g) * hidden + n;
+            dev::store(static_cast<Stored*>(sweep.dv) + gate, dv[e][g]);
+            if (!all_tied<Cell>()) dev::store(static_cast<Stored*>(sweep.du) + gate, du[e][g]);
+          }
+        }
+      }
+    }
+    exchange.sent(step + 1);
+    row0 = row0_before;
+    row0_before = row0_later;
+  }
+  const char* operand = exchange.wait(steps);
+  if (computes) {
+    add_product(operand);
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        if (stop[i][e] == 0) continue;
+        const int64_t b = b0 + column(i) + pair + e;
+#pragma unroll
+        for (int k = 0; k < S; ++k) states[at.state(k, b) + unit(i) + lane / 4] = ds[i][e][k];
+      }
+    }
+  }
+  exchange.end();
+}
+
+// ---- Launch ------------------------------------------------------------------------------------
+
+template <class X>
+Layout lay_out(const Sweep& sweep, const CudaPlan& plan) {
+  const int64_t padded = (sweep.hidden + 7) / 8 * 8;
+  tile::Need need{(sweep.hidden + X::kUnits - 1) / X::kUnits,
+                  X::kGates * padded * X::kSize,
+                  X::kTiles,
+                  X::kColumns,
+                  X::kResident,
+                  8 * X::kPieces * tile::kPiece,
+                  true};
+  return tile::lay_out(need, plan);
+}
+
+// Calls `f` with the traits of the kernel for a plan. A row group has 16 units or, for a cell of
+// few values where a block would need too many warps for that, 64.
+template <class Cell, Number number, int N, class F>
+int with_tiles(const Sweep& sweep, const CudaPlan& plan, F f) {
+  using Few = Traits<Cell, number, 1, N>;
+  if constexpr (Cell::kGates == 1 && N <= 2) {
+    if (lay_out<Few>(sweep, plan).groups == 0) return f(Traits<Cell, number, 4, N>{});
+  }
+  return f(Few{});
+}
+
+template <class Cell, Number number, class F>
+int with_columns(const Sweep& sweep, const CudaPlan& plan, F f) {
+  if (plan.batch_tile == 8) return with_tiles<Cell, number, 1>(sweep, plan, f);
+  if (plan.batch_tile == 16) return with_tiles<Cell, number, 2>(sweep, plan, f);
+  if (plan.batch_tile == 32) return with_tiles<Cell, number, 4>(sweep, plan, f);
+  return kInvalidConfiguration;
+}
+
+template <class F>
+int with_traits(int cell, const Sweep& sweep, const CudaPlan& plan, F f) {
+  const bool one = plan.regime == kBlock && plan.blocks == 1;
+  if (!one && (plan.regime == kBlock || plan.blocks < 1)) return kInvalidConfiguration;
+  if (plan.warps < 1) return kInvalidConfiguration;
+  return with_cell(cell, [&](auto c) {
+    using Cell = decltype(c);
+    switch (plan.number) {
+      case Number::kTf32:
+        return with_columns<Cell, Number::kTf32>(sweep, plan, f);
+      case Number::kTf32x3:
+        return with_columns<Cell, Number::kTf32x3>(sweep, plan, f);
+      case Number::kBfloat16:
+        return with_columns<Cell, Number::kBfloat16>(sweep, plan, f);
+      case Number::kFloat16:
+        return with_columns<Cell, Number::kFloat16>(sweep, plan, f);
+      default:
+        return kInvalidConfiguration;
+    }
+  });
+}
+
+int64_t batch_tiles(const Sweep& sweep, const CudaPlan& plan) {
+  return (sweep.batch + plan.batch_tile - 1) / plan.batch_tile;
+}
+
+template <class X>
+int launch(const Sweep& sweep, const CudaPlan& plan, void* stream) {
+  const Layout at = lay_out<X>(sweep, plan);
+  const int64_t tiles = batch_tiles(sweep, plan), groups = sweep.lanes * tiles;
+  if (at.groups == 0 || groups * plan.blocks > std::numeric_limits<int32_t>::max())
+    return kInvalidConfiguration;
+  char* flags = static_cast<char*>(sweep.workspace);
+  const int64_t flag_bytes = groups * tile::flag_bytes(at);
+  if (plan.regime == kGrid) {
+    const int error = dev::clear(flags, flag_bytes, stream);
+    if (error != 0) return error;
+  }
+  const Launched launched{at,          plan.regime, static_cast<int>(tiles),
+                          plan.blocks, flags,       flags + flag_bytes};
+  dev::Launch how;
+  how.grid = dim3(static_cast<unsigned>(groups * plan.blocks));
+  how.block = dim3(kWarp * at.warps());
+  how.shared_bytes = at.bytes;
+  how.cluster = plan.regime == kCluster ? plan.blocks : 1;
+  how.cooperative = plan.regime == kGrid;
+  return dev::launch(persistent_backward<X>, how, stream, sweep, launched);
+}
+
+}  // namespace
+
+// ---- Entry -------------------------------------------------------------------------------------
+
+int launch_persistent_backward(int cell, const Sweep& sweep, const CudaPlan& plan, void* stream) {
+  return with_traits(cell, sweep, plan,
+                     [&](auto x) { return launch<decltype(x)>(sweep, plan, stream); });
+}
+
+int64_t persistent_backward_workspace_bytes(int cell, const Sweep& sweep, const CudaPlan& plan) {
+  int64_t bytes = 0;
+  if (plan.regime != kGrid) return bytes;
+  with_traits(cell, sweep, plan, [&](auto x) {
+    using X = decltype(x);
+    const Layout at = lay_out<X>(sweep, plan);
+    bytes = sweep.lanes * batch_tiles(sweep, plan) *
+            (tile::flag_bytes(at) + tile::area_bytes(at, X::kColumns));
+    return 0;
+  });
+  return bytes;
+}
+
+int64_t persistent_backward_shared_bytes(int cell, const Sweep& sweep, const CudaPlan& plan) {
+  int64_t bytes = -1;
+  with_traits(cell, sweep, plan, [&](auto x) {
+    const Layout at = lay_out<decltype(x)>(sweep, plan);
+    if (at.groups > 0) bytes = at.bytes;
+    return 0;
+  });
+  return bytes;
+}
+
+int64_t persistent_backward_shared_bytes(int cell, const Sweep& sweep, const CudaPlan& plan) {
+  int64_t bytes = -1;
+  with_traits(cell, sweep, plan, [&](auto x) {
+    const Layout at = lay_out<decltype(x)>(sweep, plan);
+    if (at.groups > 0) bytes = at.bytes;
+    return 0;
+  });
+  return bytes;
+}
+
+}  // namespace fastrnn
