@@ -41,7 +41,11 @@ SANITIZERS = {
 
 
 class Fault(NamedTuple):
-    """A mistake to plant: `file` of the sources with `right`, which it has once, made `wrong`."""
+    """A mistake to plant: `file` of the sources with `right`, which it has once, made `wrong`.
+
+    In `wrong`, PLANTED is true after fastrnn_cudasim_plant(n), with n the place of this fault among
+    all, from 1 on: so one library has many mistakes and makes one at a time.
+    """
 
     file: str
     right: str
@@ -134,11 +138,12 @@ def plant(faults: Sequence[Fault], sources: Sequence[Path], copies: Path) -> lis
     """Copies of the sources and their headers, with the faults; the copies of `sources`."""
     for path in (*KERNELS.glob("*.h"), *KERNELS.glob("*.cuh"), *sources):
         shutil.copy(path, copies)
-    for file, right, wrong in faults:
+    for number, (file, right, wrong) in enumerate(faults, 1):
         text = (copies / file).read_text(encoding="utf-8")
         found = text.count(right)
         if found != 1:
             raise ValueError(f"{file} has {right!r} {found} times, a fault must be planted once")
+        wrong = wrong.replace("PLANTED", f"(::fastrnn::sim::planted == {number})")
         (copies / file).write_text(text.replace(right, wrong), encoding="utf-8")
     return [copies / path.name for path in sources]
 

@@ -518,6 +518,7 @@ void fail(const char* format, ...) {
 
 Thread* self = nullptr;
 Shape shape{};
+int planted = 0;
 const BlockFacts& facts() { return *self->block; }
 
 // ---- Barriers ----------------------------------------------------------------------------------
@@ -1227,3 +1228,6 @@ extern "C" void fastrnn_cudasim_seed(uint64_t seed) {
   fastrnn::sim::seed_given = seed;
   fastrnn::sim::launches = 0;
 }
+
+// Which of the mistakes planted in the sources the following launches make; 0 for none.
+extern "C" void fastrnn_cudasim_plant(int fault) { fastrnn::sim::planted = fault; }

@@ -58,6 +58,7 @@ struct Shape {
 
 extern Thread* self;  // the thread that runs now
 extern Shape shape;   // of the kernel that runs now
+extern int planted;   // which mistake is made, of those planted in the sources; 0 for none
 const BlockFacts& facts();
 
 inline unsigned char* shared() { return facts().shared; }
