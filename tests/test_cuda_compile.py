@@ -1,0 +1,273 @@
+"""The CUDA kernels are compiled for the GPUs they are meant for, without one: no register may be
+spilled, and nothing else may be worth a warning of ptxas.
+
+The tests take the oldest GPUs and Hopper. `python -m tests.test_cuda_compile` takes all and prints
+what their kernels need; `sm_90a` and the like pick some; `--save` writes the table to
+benchmarks/results/cuda-compile.md. Objects lie in build/cuda-compile and are made anew only when
+their sources change.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from fastrnn import cuda_scan
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "build" / "cuda-compile"
+RESULTS = ROOT / "benchmarks" / "results" / "cuda-compile.md"
+TARGETS = ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100f", "sm_120"]
+IN_CI = ["sm_80", "sm_90a"]
+SECONDS = 900
+NINJA_FILE = """\
+rule nvcc
+  command = {nvcc} --generate-dependencies-with-compile --dependency-output $out.d {flags} $
+    -Xptxas -v,-warn-spills,-Werror -gencode=arch=$virtual,code=$target -c $in -o $out $
+    > $out.log 2>&1 || {{ cat $out.log; exit 1; }}
+  depfile = $out.d
+  deps = gcc
+  description = $out
+rule link
+  command = {nvcc} -shared -cudart static -Xlinker --exclude-libs,ALL $in -o $out
+  description = $out
+{builds}
+"""
+
+
+@cache
+def build() -> ModuleType:
+    """setup.py."""
+    spec = importlib.util.spec_from_file_location("fastrnn_setup", ROOT / "setup.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+SOURCES = sorted((ROOT / "csrc").glob("*.cu"))
+needs_nvcc = pytest.mark.skipif(
+    build().nvcc() is None and "CI" not in os.environ, reason="needs nvcc"
+)
+
+
+def make(*outputs: str) -> subprocess.CompletedProcess[str]:
+    """Compile or link what is not up to date, all of it even if some fails."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    builds = []
+    for target in TARGETS:
+        virtual = target.replace("sm", "compute")
+        for source in SOURCES:
+            builds.append(
+                f"build {target}/{source.stem}.o: nvcc {build().escape(source)}\n"
+                f"  target = {target}\n  virtual = {virtual}"
+            )
+        objects = " ".join(f"{target}/{source.stem}.o" for source in SOURCES)
+        builds.append(f"build {target}/_cuda.so: link {objects}")
+    nvcc = build().nvcc()
+    assert nvcc is not None, "there is no nvcc"
+    text = NINJA_FILE.format(
+        nvcc=build().quote(nvcc),
+        flags=" ".join(build().cuda_flags(FOLDER)),
+        builds="\n".join(builds),
+    )
+    (FOLDER / "build.ninja").write_text(text)
+    generate = [sys.executable, str(ROOT / "setup.py"), "generate", str(FOLDER / "cells.gen.h")]
+    subprocess.run(generate, check=True, timeout=SECONDS)
+    command = [sys.executable, "-m", "ninja", "-C", str(FOLDER), "-k", "0"]
+    jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
+    return subprocess.run(
+        [*command, *jobs, *outputs], capture_output=True, text=True, timeout=SECONDS
+    )
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What ptxas says of one: registers of a thread, bytes of shared memory that are not dynamic,
+    of stack and of spills."""
+
+    name: str
+    registers: int
+    shared: int
+    stack: int
+    spilled: int
+
+
+def kernels(target: str, source: Path) -> list[Kernel]:
+    """The kernels of a source, from the log of its last compilation."""
+    log = (FOLDER / target / f"{source.stem}.o.log").read_text()
+    found = []
+    for part in log.split("Compiling entry function '")[1:]:
+        used = re.search(r"Used (\d+) registers", part)
+        stack = re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part
+        )
+        assert used and stack, part
+        shared = re.search(r"(\d+) bytes smem", part)
+        found.append(
+            Kernel(
+                name=_plain(part.split("'")[0]),
+                registers=int(used[1]),
+                shared=int(shared[1]) if shared else 0,
+                stack=int(stack[1]),
+                spilled=int(stack[2]) + int(stack[3]),
+            )
+        )
+    return found
+
+
+@cache
+def _plain(mangled: str) -> str:
+    """`persistent_forward` of its mangled name: the last of the nested names."""
+    names, rest = [], mangled.removeprefix("_Z").removeprefix("N")
+    while length := re.match(r"\d+", rest):
+        begin, size = length.end(), int(length[0])
+        names.append(rest[begin : begin + size])
+        rest = rest[begin + size :]
+    return names[-1] if names else mangled
+
+
+def seconds(target: str, source: Path) -> float:
+    """How long it took to compile."""
+    taken = 0.0
+    for line in (FOLDER / ".ninja_log").read_text().splitlines()[1:]:
+        begin, end, _, output, _ = line.split("\t")
+        if output == f"{target}/{source.stem}.o":
+            taken = (int(end) - int(begin)) / 1000
+    return taken
+
+
+def table(targets: list[str]) -> str:
+    """A row for every template of a kernel, with all that it was compiled for together."""
+    lines = [
+        "| kernel | GPU | compiled for | registers | shared memory | stack | spilled | file took |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for source in SOURCES:
+        for target in targets:
+            if not (FOLDER / target / f"{source.stem}.o").exists():
+                lines.append(f"| {source.name} | {target} | *is not compiled* | | | | | |")
+                continue
+            made = kernels(target, source)
+            for name in sorted({kernel.name for kernel in made}):
+                same = [kernel for kernel in made if kernel.name == name]
+                registers = sorted(kernel.registers for kernel in same)
+                lines.append(
+                    f"| {name} | {target} | {len(same)} | {registers[0]}–{registers[-1]} | "
+                    f"{max(k.shared for k in same)} | {max(k.stack for k in same)} | "
+                    f"{max(k.spilled for k in same)} | {seconds(target, source):.0f} s |"
+                )
+    return "\n".join(lines)
+
+
+@needs_nvcc
+@pytest.mark.timeout(SECONDS)
+@pytest.mark.parametrize("target", IN_CI)
+def test_kernels_compile_and_spill_nothing(target: str) -> None:
+    done = make(*(f"{target}/{source.stem}.o" for source in SOURCES))
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    made = [kernel for source in SOURCES for kernel in kernels(target, source)]
+    assert {kernel.name for kernel in made} >= {"persistent_forward", "persistent_backward"}
+    for kernel in made:
+        assert kernel.spilled == 0, kernel
+        assert kernel.stack == 0, kernel
+
+
+@needs_nvcc
+@pytest.mark.timeout(SECONDS)
+def test_the_library_loads_where_no_gpu_is() -> None:
+    """In a process of its own, which sees no GPU even where there is one."""
+    done = make("sm_90a/_cuda.so")
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    library = FOLDER / "sm_90a" / "_cuda.so"
+    script = f"""
+from fastrnn import cuda_scan
+from fastrnn.cuda_scan import CudaPlan, Sweep
+found = cuda_scan.Library({str(library)!r})
+assert not found.simulated
+assert found.cells == ("rnn_tanh", "rnn_relu", "lstm", "gru"), found.cells
+assert found.resident_clusters(8, 256, 1 << 16) == 0
+sweep = Sweep(steps=3, batch=2, hidden=8, lanes=1, end=3)
+for regime in range(4):
+    for number in range(6):
+        plan = CudaPlan(number=number, regime=regime, batch_tile=8, blocks=1, warps=8)
+        for backward in (False, True):
+            found.workspace_bytes("lstm", sweep, plan, backward)
+            try:
+                found.launch("lstm", sweep, plan, backward, None)
+            except RuntimeError as error:
+                assert "error" in str(error) and "no text" not in str(error), error
+            else:
+                raise AssertionError(f"ran where no GPU is: {{number}} {{regime}}")
+try:
+    found.launch("no such cell", sweep, CudaPlan(), False, None)
+except RuntimeError as error:
+    assert "invalid argument" in str(error), error
+else:
+    raise AssertionError("ran a cell that it does not know")
+"""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "-1"}
+    environment.pop("FASTRNN_CUDA_LIBRARY", None)
+    ran = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+@needs_nvcc
+@pytest.mark.timeout(SECONDS)
+def test_the_library_keeps_to_itself() -> None:
+    """It exports its C interface alone, and needs neither torch nor a runtime of CUDA."""
+    done = make("sm_90a/_cuda.so")
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    library = str(FOLDER / "sm_90a" / "_cuda.so")
+    if shutil.which("nm") is None or shutil.which("ldd") is None:
+        pytest.skip("needs nm and ldd")
+
+    def says(*command: str) -> str:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    exported = {line.split()[-1] for line in says("nm", "-D", "--defined-only", library).split("\n")
+                if line}  # fmt: skip
+    declared = set(re.findall(r"\b(fastrnn_cuda_\w+)\(", (ROOT / "csrc/sweep.h").read_text()))
+    assert exported == declared
+    assert not re.search(r"torch|c10|libcud", says("ldd", library))
+    assert isinstance(ctypes.CDLL(library), ctypes.CDLL)
+    assert isinstance(cuda_scan.Library(library), cuda_scan.Library)
+
+
+def main(arguments: list[str]) -> int:
+    targets = [name for name in arguments if name != "--save"] or TARGETS
+    unknown = set(targets) - set(TARGETS)
+    if unknown:
+        print(f"no target {', '.join(sorted(unknown))}; there are: {', '.join(TARGETS)}")
+        return 2
+    done = make(*(f"{target}/{source.stem}.o" for target in targets for source in SOURCES))
+    text = table(targets)
+    print(done.stdout[-5000:] if done.returncode else "", text, sep="\n")
+    if "--save" in arguments:
+        nvcc = str(build().nvcc())
+        version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        release = re.search(r"release ([\d.]+, V[\d.]+)", version)
+        head = (
+            "# What the CUDA kernels need\n\n`python -m tests.test_cuda_compile --save`, nvcc "
+            f"{release[1] if release else ''}. Of all instances of a kernel the fewest and most "
+            "registers of a thread, and the largest of the others, in bytes.\n\n"
+        )
+        RESULTS.write_text(head + text + "\n")
+    return done.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
