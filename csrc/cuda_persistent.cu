@@ -409,8 +409,11 @@ int64_t persistent_forward_shared_bytes(int cell, const Sweep& sweep, const Cuda
 
 // All persistent kernels allow the same: a block on a multiprocessor.
 int resident_clusters(int blocks, int threads, int64_t shared_bytes) {
-  return dev::resident_clusters(persistent_forward<Traits<RnnRelu, Number::kBfloat16, 2, 1>>,
-                                blocks, threads, shared_bytes);
+  return with_cell(0, [&](auto cell) {
+    using Cell = decltype(cell);
+    using X = Traits<Cell, Number::kBfloat16, Cell::kGates % 2 == 0 ? 1 : 2, 1>;
+    return dev::resident_clusters(persistent_forward<X>, blocks, threads, shared_bytes);
+  });
 }
 
 }  // namespace fastrnn
