@@ -1,10 +1,10 @@
 """The CUDA kernels are compiled for the GPUs they are meant for, without one: no register may be
 spilled, and nothing else may be worth a warning of ptxas.
 
-The tests take the oldest GPUs and Hopper, and the two cells that need most. `python -m tests.test_cuda_compile` takes all and prints
-what the kernels need; `sm_90a` and the like pick some; `--save` writes the table to
-benchmarks/results/cuda-compile.md. Objects lie in build/cuda-compile and are made anew only when
-their sources change.
+The tests take the oldest GPUs and Hopper, and the two cells that need most. Of all that is compiled
+`python -m tests.test_cuda_compile` prints what it needs; `sm_90a` and the like pick some; `--save`
+writes the table to benchmarks/results/cuda-compile.md. Objects lie in build/cuda-compile and are
+made anew only when their sources change.
 """
 
 from __future__ import annotations
