@@ -16,9 +16,9 @@ using tile::Layout;
 // ---- Traits ------------------------------------------------------------------------------------
 
 // A row group has kTiles times 16 units; its product adds up, over the gates of all units, what of
-// their gradients reaches state 0 of these. Of the result an *item* is 8 units in 8 columns, for a
-// warp: two numbers to a thread, those of unit lane / 4. Where several warps share a row group,
-// they share out its items.
+// their gradients reaches state 0 of these. Of the result an *item* is 8 units in 8 columns, two
+// numbers to a thread. The warps of a row group, each with a slice of the product, share out the
+// items, because the cell's arithmetic takes as long as the product.
 template <class Cell_, Number number_, int kTiles_, int kColumnTiles>
 struct Traits {
   using Cell = Cell_;
@@ -27,14 +27,17 @@ struct Traits {
   static constexpr int kTiles = kTiles_, N = kColumnTiles;
   static constexpr int kColumns = 8 * N;
   static constexpr int kUnits = 16 * kTiles;
-  static constexpr int kItems = 2 * kTiles * N;  // of a row group
-  // Items whose values are loaded a whole step ahead.
-  static constexpr int kAhead = kItems < 4 ? kItems : 4;
-  static constexpr int kResident = (N == 1 ? 16 : N == 2 ? 12 : 8) / kTiles;
+  static constexpr int kItems = 2 * kTiles * N;
+  // Chunks for which there are registers, 8 per tile; splitting numbers in parts takes some.
+  static constexpr int kRoom = (N < 4 ? 12 : 8) - (number == Number::kTf32x3 ? 4 : 0);
+  static constexpr int kResident = kRoom / kTiles;
   static constexpr int kSize = tile::operand_bytes(number);
   static constexpr int kGatePieces = 8 * kSize / tile::kPiece;  // of an item's column, per gate
   static constexpr int kPieces = kGates * kGatePieces;
   static constexpr int kTaped = kStates - 1 + kKept;
+  // Of a row group in shared memory: gradients of states, and steps of the rows of the batch.
+  static constexpr int kGradients = kItems * kStates * kWarp * sizeof(float2);
+  static constexpr int kOwn = kGradients + kColumns * sizeof(int);
   using Format = tile::Format<number>;
   using Stored = typename Format::Stored;
   using Operand = typename Format::Operand;
@@ -56,16 +59,17 @@ template <class X>
 struct Values {
   typename X::Stored kept[2][X::kKept + 1], before[2][X::kStates], after[2][X::kStates], dy[2];
   uint8_t resets[2];
+  bool alive[2];
 };
 
 // ---- Kernel ------------------------------------------------------------------------------------
 
 // A group of blocks takes one lane and one tile of N rows of the batch through all steps, from the
 // last. A block owns the columns of the weights for some units, in registers and then in shared
-// memory; its warps own the gradients of these units' states, in float. dv is what the blocks
+// memory, where the gradients of these units' states lie too, in float. dv is what the blocks
 // exchange, as tile::Exchange has it; operand i is the dv of the step before in this loop:
 //   wait for dv of all units -> R^T * dv -> add up the slices -> cell -> send dv -> store it.
-// What the cell reads at the next step is loaded as soon as this step has used up its place.
+// What the cell reads of an item is loaded two items ahead: for most plans that is a whole step.
 // Per step and group: 2*G*H*H*N FLOP; (S + K + 2)*H*N numbers in, (G + 1)*H*N out.
 template <class X>
 __global__ void __launch_bounds__(tile::kThreads, 1)
@@ -73,7 +77,7 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
   using Cell = typename X::Cell;
   using Format = typename X::Format;
   using Stored = typename X::Stored;
-  constexpr int G = X::kGates, S = X::kStates, K = X::kKept, N = X::N, kItems = X::kItems;
+  constexpr int G = X::kGates, S = X::kStates, K = X::kKept, N = X::N;
   FASTRNN_SHARED(char, shared);
   const Layout& layout = launched.at;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -83,18 +87,13 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
   const int64_t b0 = int64_t{task % launched.tiles} * X::kColumns;
   const int hidden = static_cast<int>(sweep.hidden), padded = (hidden + 7) / 8 * 8;
 
-  // Item i of this warp, if there is one, is item slice + i * slices of the row group: 8 columns
-  // for each of its octets of units.
-  const int first_unit = (rank * layout.groups + group) * X::kUnits;
-  const auto unit = [&](int i) { return first_unit + (slice + i * layout.slices) / N * 8; };
-  const auto column = [&](int i) { return (slice + i * layout.slices) % N * 8; };
-  const bool computes = first_unit < hidden;  // this warp
-  const auto owns = [&](int i) { return slice + i * layout.slices < kItems && unit(i) < hidden; };
-  const int pair = lane % 4 * 2;  // columns of this thread, of an item's: this one and the next
+  char* own = shared + layout.own + group * X::kOwn;
+  int* stops = reinterpret_cast<int*>(own + X::kGradients);  // [N]
   int longest = 0;
   for (int n = lane; n < X::kColumns; n += kWarp) {
     const int stop = at.stop(b0 + n);
     longest = stop > longest ? stop : longest;
+    if (slice == 0) stops[n] = stop;
   }
 #pragma unroll
   for (int lanes = 1; lanes < kWarp; lanes *= 2) {
@@ -120,6 +119,8 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
   }
   exchange.begin();
 
+  const int first_unit = (rank * layout.groups + group) * X::kUnits;
+  const bool computes = first_unit < hidden;  // this warp
   typename X::Product product;
   if (computes) {
     const Stored* w_hh = static_cast<const Stored*>(sweep.w_hh) + at.weights(G, 0);
@@ -127,153 +128,166 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
       const int n = first_unit + row, k = w * 4 / X::kSize;
       const int g = k / padded, from = k % padded;
       if (n >= hidden || g >= G) return 0u;
-      const Stored* weights = w_hh + (int64_t{g} * hidden) * hidden + n;
+      const Stored* weights = w_hh + int64_t{g} * hidden * hidden + n;
       return tile::column_word<Format>(weights, hidden, from, hidden);
     });
   }
 
-  float ds[kItems][2][S] = {};
-  int stop[kItems][2];
-  uint32_t passes = 0;  // a bit per number: the step before in this loop passes its product on
+  // This warp's items are slice, slice + slices, ...: octets of units, N times 8 columns of each.
+  const auto item = [&](int i) { return slice + i * layout.slices; };
+  const auto unit = [&](int i) { return first_unit + item(i) / N * 8; };
+  const auto column = [&](int i) { return item(i) % N * 8; };
+  int items = 0;
+  while (item(items) < X::kItems && unit(items) < hidden) ++items;
+  const int pair = lane % 4 * 2;  // of an item's columns, this one and the next
+  const auto gradient = [&](int i, int k) -> float2& {
+    return reinterpret_cast<float2*>(own)[(item(i) * S + k) * kWarp + lane];
+  };
   float* states = static_cast<float*>(sweep.ds);
+#pragma unroll 1
+  for (int i = 0; i < items; ++i) {
+    const int n = unit(i) + lane / 4;
+    const int64_t b = b0 + column(i) + pair;
 #pragma unroll
-  for (int i = 0; i < kItems; ++i) {
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int64_t b = b0 + column(i) + pair + e;
-      const int n = unit(i) + lane / 4;
-      stop[i][e] = owns(i) && n < hidden ? at.stop(b) : 0;
-      if (stop[i][e] == 0) continue;
-#pragma unroll
-      for (int k = 0; k < S; ++k) ds[i][e][k] = states[at.state(k, b) + n];
+    for (int k = 0; k < S; ++k) {
+      float2 x = make_float2(0, 0);
+      if (n < hidden && b < sweep.batch) x.x = states[at.state(k, b) + n];
+      if (n < hidden && b + 1 < sweep.batch) x.y = states[at.state(k, b + 1) + n];
+      gradient(i, k) = x;
     }
   }
 
-  // Of step i of the loop its time, and where the rows of the tile begin then.
-  const auto time = [&](int i) { return at.time(high - 1 - i > 0 ? high - 1 - i : 0); };
-  const auto row = [&](int i) { return at.row(time(i), b0); };
-  Values<X> values[X::kAhead] = {};
-  const auto fetch = [&](int i, int t, int64_t row0, int64_t row0_before) {
-    Values<X>& to = values[i % X::kAhead];
+  // Of a step of the loop its time, and where the rows of the tile begin then.
+  const auto time = [&](int step) { return at.time(high - 1 - step > 0 ? high - 1 - step : 0); };
+  const auto row = [&](int step) { return at.row(time(step), b0); };
+  const auto fetch = [&](Values<X>& to, int i, int t, int64_t row0, int64_t row0_before) {
     const int n = unit(i) + lane / 4, c = column(i) + pair;
     const Stored* y = static_cast<const Stored*>(sweep.y) + n;
     const Stored* tape = static_cast<const Stored*>(sweep.tape) + n;
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      if (t >= stop[i][e]) continue;
-      const int64_t here = at.output(row0 + c + e), taped = at.taped(row0 + c + e, X::kTaped, 0);
+      const int stop = stops[c + e];
+      to.alive[e] = t < stop && n < hidden;
+      if (!to.alive[e]) continue;
+      const int64_t here = at.output(row0 + c + e), taped = here * X::kTaped;
 #pragma unroll
-      for (int k = 0; k < K; ++k) to.kept[e][k] = tape[taped + (S - 1 + k) * sweep.hidden];
+      for (int k = 0; k < K; ++k) to.kept[e][k] = tape[taped + (S - 1 + k) * hidden];
       to.after[e][0] = y[here];
 #pragma unroll
-      for (int k = 1; k < S; ++k) to.after[e][k] = tape[taped + (k - 1) * sweep.hidden];
+      for (int k = 1; k < S; ++k) to.after[e][k] = tape[taped + (k - 1) * hidden];
       if (sweep.dy != nullptr) to.dy[e] = static_cast<const Stored*>(sweep.dy)[here + n];
-      if (at.initial(t, stop[i][e])) {
+      if (at.initial(t, stop)) {
         // They came in as stored numbers, so that nothing is lost.
         const float* s0 = static_cast<const float*>(sweep.s0) + n;
 #pragma unroll
         for (int k = 0; k < S; ++k)
           to.before[e][k] = dev::from_float<Stored>(s0[at.state(k, b0 + c + e)]);
       } else {
-        to.before[e][0] = y[at.output(row0_before + c + e)];
-        const int64_t there = at.taped(row0_before + c + e, X::kTaped, 0);
+        const int64_t there = at.output(row0_before + c + e);
+        to.before[e][0] = y[there];
 #pragma unroll
-        for (int k = 1; k < S; ++k) to.before[e][k] = tape[there + (k - 1) * sweep.hidden];
+        for (int k = 1; k < S; ++k) to.before[e][k] = tape[there * X::kTaped + (k - 1) * hidden];
       }
       if (sweep.resets != nullptr) {
         const int edge = at.reverse ? t + 1 : t;
         const int64_t row_of_edge = at.reverse ? row0_before : row0;
-        to.resets[e] = edge < stop[i][e] ? sweep.resets[row_of_edge + c + e] : 0;
+        to.resets[e] = edge < stop ? sweep.resets[row_of_edge + c + e] : 0;
       }
     }
   };
   int64_t row0 = row(0), row0_before = row(1);
-#pragma unroll
-  for (int i = 0; i < X::kAhead; ++i) {
-    if (owns(i)) fetch(i, time(0), row0, row0_before);
-  }
+  Values<X> even = {}, odd = {};
+  if (items > 0) fetch(even, 0, time(0), row0, row0_before);
+  if (items > 1) fetch(odd, 1, time(0), row0, row0_before);
   char* staging = shared + layout.staging + warp * layout.staged;
   const int gate_stride = launched.regime == kBlock ? padded : 8;  // where `place` says
+  uint32_t passes = 0;  // a bit per number: the product of the next operand is part of it
+  const auto add_product = [&](int i, float2 x) {
+    const float2 sum = tile::sum_of<X::kItems>(layout, shared, group, item(i));
+    if (passes >> 2 * i & 1) x.x += sum.x;
+    if (passes >> 2 * i & 2) x.y += sum.y;
+    return x;
+  };
   exchange.ready();
 
-  // The product of the operand of step i, added to the gradients that it belongs to.
-  const auto add_product = [&](const char* operand) {
-    typename X::Product::Sums sum;
-    product.run(operand, sum);
-    tile::share_out_slices(layout, shared, group, slice, sum, [&](int i, float2 x) {
-      if (passes >> 2 * i & 1) ds[i][0][0] += x.x;
-      if (passes >> (2 * i + 1) & 1) ds[i][1][0] += x.y;
-    });
-  };
-
   for (int step = 0; step < steps; ++step) {
-    const int t = time(step), t_before = time(step + 1);
+    const int t = time(step);
     const int64_t row0_later = row(step + 2);
     const char* operand = exchange.wait(step);
-    if (computes) {
-      if (step > 0) add_product(operand);
+    if (computes && step > 0) {
+      typename X::Product::Sums sum;
+      product.run(operand, sum);
+      tile::share_sums(layout, shared, group, slice, sum);
+    }
+    const auto process = [&](Values<X>& given, int i) {
+      const int n = unit(i) + lane / 4, c = column(i) + pair;
+      float2 ds[S];
 #pragma unroll
-      for (int i = 0; i < kItems; ++i) {
-        if (!owns(i)) break;
-        const int n = unit(i) + lane / 4, c = column(i) + pair;
-        const auto place =
-            exchange.place<X::kPieces>(step + 1, staging, column(i), unit(i) * X::kSize);
-        const Values<X>& given = values[i % X::kAhead];
-        float du[2][G], dv[2][G];
-        Stored previous[2];
+      for (int k = 0; k < S; ++k) ds[k] = gradient(i, k);
+      if (step > 0) ds[0] = add_product(i, ds[0]);
+      const auto place =
+          exchange.place<X::kPieces>(step + 1, staging, column(i), unit(i) * X::kSize);
+      float du[2][G], dv[2][G];
+      Stored previous[2];
+      const bool alive[2] = {given.alive[0], given.alive[1]};
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const bool here = t < stop[i][e];
-          const bool cut = sweep.resets != nullptr && given.resets[e] != 0;
-          float kept[K + 1], before[S], after[S], dafter[S], dbefore[S];
+      for (int e = 0; e < 2; ++e) {
+        const bool cut = sweep.resets != nullptr && given.resets[e] != 0;
+        float kept[K + 1], before[S], after[S], dafter[S], dbefore[S];
 #pragma unroll
-          for (int k = 0; k < K; ++k) kept[k] = dev::to_float(given.kept[e][k]);
+        for (int k = 0; k < K; ++k) kept[k] = dev::to_float(given.kept[e][k]);
 #pragma unroll
-          for (int k = 0; k < S; ++k) {
-            before[k] = cut ? 0 : dev::to_float(given.before[e][k]);
-            after[k] = dev::to_float(given.after[e][k]);
-            dafter[k] = ds[i][e][k];
-          }
-          dafter[0] += dev::to_float(given.dy[e]);
-          previous[e] = cut ? Stored(0.0f) : given.before[e][0];
-          Cell::backward(kept, before, after, dafter, du[e], dv[e], dbefore);
-          auto* to = reinterpret_cast<typename X::Operand*>(place.to + (pair + e) * place.pitch);
-#pragma unroll
-          for (int g = 0; g < G; ++g) {
-            if (!here) dv[e][g] = 0;
-            Format::store(to + g * gate_stride + lane / 4, dv[e][g]);
-          }
-#pragma unroll
-          for (int k = 0; k < S; ++k) {
-            if (here) ds[i][e][k] = cut ? 0 : dbefore[k];
-          }
-          const uint32_t bit = 1u << (2 * i + e);
-          passes = here && !cut ? passes | bit : passes & ~bit;
+        for (int k = 0; k < S; ++k) {
+          before[k] = cut ? 0 : dev::to_float(given.before[e][k]);
+          after[k] = dev::to_float(given.after[e][k]);
+          dafter[k] = e == 0 ? ds[k].x : ds[k].y;
         }
-        exchange.send<X::kPieces>(step + 1, staging, column(i), [&](int piece) {
-          const int g = piece / X::kGatePieces, part = piece % X::kGatePieces;
-          return (g * padded + unit(i)) * X::kSize + part * tile::kPiece;
-        });
-        // The next item in this place: of this step still, or of the next.
-        if (i + X::kAhead < kItems && owns(i + X::kAhead)) {
-          fetch(i + X::kAhead, t, row0, row0_before);
-        } else if (step + 1 < steps) {
-          fetch(i % X::kAhead, t_before, row0_before, row0_later);
+        dafter[0] += dev::to_float(given.dy[e]);
+        previous[e] = cut ? Stored(0.0f) : given.before[e][0];
+        Cell::backward(kept, before, after, dafter, du[e], dv[e], dbefore);
+        auto* to = reinterpret_cast<typename X::Operand*>(place.to + (pair + e) * place.pitch);
+#pragma unroll
+        for (int g = 0; g < G; ++g) {
+          if (!alive[e]) dv[e][g] = 0;
+          Format::store(to + g * gate_stride + lane / 4, dv[e][g]);
         }
-        // Nobody waits for these.
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          if (t >= stop[i][e]) continue;
-          const int64_t into = at.chunk_row(row0 + c + e);
-          static_cast<Stored*>(sweep.previous)[into * hidden + n] = previous[e];
+        for (int k = 0; k < S; ++k) {
+          if (alive[e]) (e == 0 ? ds[k].x : ds[k].y) = cut ? 0 : dbefore[k];
+        }
+        const uint32_t bit = 1u << (2 * i + e);
+        passes = alive[e] && !cut ? passes | bit : passes & ~bit;
+      }
+      exchange.send<X::kPieces>(step + 1, staging, column(i), [&](int piece) {
+        const int g = piece / X::kGatePieces, part = piece % X::kGatePieces;
+        return (g * padded + unit(i)) * X::kSize + part * tile::kPiece;
+      });
 #pragma unroll
-          for (int g = 0; g < G; ++g) {
-            const int64_t gate = (into * G + g) * hidden + n;
-            dev::store(static_cast<Stored*>(sweep.dv) + gate, dv[e][g]);
-            if (!all_tied<Cell>()) dev::store(static_cast<Stored*>(sweep.du) + gate, du[e][g]);
-          }
+      for (int k = 0; k < S; ++k) gradient(i, k) = ds[k];
+      // The next item in this place: of this step still, or of the next.
+      const bool still = i + 2 < items;
+      if (still || step + 1 < steps) {
+        fetch(given, still ? i + 2 : i % 2, still ? t : time(step + 1), still ? row0 : row0_before,
+              still ? row0_before : row0_later);
+      }
+      // Nobody waits for these.
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        if (!alive[e]) continue;
+        const int64_t into = at.chunk_row(row0 + c + e) * hidden;
+        static_cast<Stored*>(sweep.previous)[into + n] = previous[e];
+#pragma unroll
+        for (int g = 0; g < G; ++g) {
+          const int64_t gate = into * G + g * hidden + n;
+          dev::store(static_cast<Stored*>(sweep.dv) + gate, dv[e][g]);
+          if (!all_tied<Cell>()) dev::store(static_cast<Stored*>(sweep.du) + gate, du[e][g]);
         }
       }
+    };
+#pragma unroll 1
+    for (int i = 0; i < items; i += 2) {
+      process(even, i);
+      if (i + 1 < items) process(odd, i + 1);
     }
     exchange.sent(step + 1);
     row0 = row0_before;
@@ -281,16 +295,19 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
   }
   const char* operand = exchange.wait(steps);
   if (computes) {
-    add_product(operand);
+    typename X::Product::Sums sum;
+    product.run(operand, sum);
+    tile::share_sums(layout, shared, group, slice, sum);
+  }
+#pragma unroll 1
+  for (int i = 0; i < items; ++i) {
+    const int n = unit(i) + lane / 4;
+    const int64_t b = b0 + column(i) + pair;
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        if (stop[i][e] == 0) continue;
-        const int64_t b = b0 + column(i) + pair + e;
-#pragma unroll
-        for (int k = 0; k < S; ++k) states[at.state(k, b) + unit(i) + lane / 4] = ds[i][e][k];
-      }
+    for (int k = 0; k < S; ++k) {
+      const float2 x = k == 0 ? add_product(i, gradient(i, 0)) : gradient(i, k);
+      if (n < hidden && b < sweep.batch) states[at.state(k, b) + n] = x.x;
+      if (n < hidden && b + 1 < sweep.batch) states[at.state(k, b + 1) + n] = x.y;
     }
   }
   exchange.end();
@@ -307,7 +324,7 @@ Layout lay_out(const Sweep& sweep, const CudaPlan& plan) {
                   X::kColumns,
                   X::kResident,
                   8 * X::kPieces * tile::kPiece,
-                  true};
+                  X::kOwn};
   return tile::lay_out(need, plan);
 }
 
@@ -396,16 +413,6 @@ int64_t persistent_backward_workspace_bytes(int cell, const Sweep& sweep, const 
     const Layout at = lay_out<X>(sweep, plan);
     bytes = sweep.lanes * batch_tiles(sweep, plan) *
             (tile::flag_bytes(at) + tile::area_bytes(at, X::kColumns));
-    return 0;
-  });
-  return bytes;
-}
-
-int64_t persistent_backward_shared_bytes(int cell, const Sweep& sweep, const CudaPlan& plan) {
-  int64_t bytes = -1;
-  with_traits(cell, sweep, plan, [&](auto x) {
-    const Layout at = lay_out<decltype(x)>(sweep, plan);
-    if (at.groups > 0) bytes = at.bytes;
     return 0;
   });
   return bytes;

@@ -160,8 +160,8 @@ struct Layout {
   int pitch;      // bytes from a row of B to the next
   int tile;       // bytes of B in shared memory, all columns
   // Places in shared memory: B (once or twice), weights, partial sums, a place for each warp to
-  // collect what it sends, and mbarriers.
-  int weights, partial, staging, staged, barriers;
+  // collect what it sends, what row groups keep, and mbarriers.
+  int weights, partial, staging, staged, own, barriers;
   int64_t bytes;  // of shared memory
 
   constexpr int warps() const { return groups * slices; }
@@ -169,13 +169,13 @@ struct Layout {
 
 // What a launch needs to know of a kernel to lay it out.
 struct Need {
-  int64_t row_groups;       // of all blocks together
-  int64_t exchanged;        // bytes of a row of B
-  int tiles;                // of 16 rows, of a row group
-  int columns;              // N
-  int resident;             // chunks of a slice for which there are registers
-  int staged;               // bytes that a warp collects at a time
-  bool shared_out = false;  // all warps of a row group get results: `share_out_slices`
+  int64_t row_groups;  // of all blocks together
+  int64_t exchanged;   // bytes of a row of B
+  int tiles;           // of 16 rows, of a row group
+  int columns;         // N
+  int resident;        // chunks of a slice for which there are registers
+  int staged;          // bytes that a warp collects at a time
+  int own = 0;         // bytes that a row group keeps; then all its warps take part: `share_sums`
 };
 
 // The layout for `plan.blocks` blocks of at most `plan.warps` warps. A block holds at most
@@ -203,21 +203,26 @@ constexpr Layout lay_out(const Need& need, const CudaPlan& plan) {
   at.weights = static_cast<int>(end);
   end += int64_t{2} * kFragment * need.tiles * (at.depth - at.resident) * at.warps();
   at.partial = static_cast<int>(end);
-  const int written = need.shared_out && at.slices > 1 ? at.slices : at.slices - 1;
+  const int written = need.own > 0 ? at.slices : at.slices - 1;
   end += int64_t{kFragment} * need.tiles * (need.columns / 8) * written * at.groups;
   at.staging = static_cast<int>(end);
   at.staged = need.staged;
-  end += int64_t{need.staged} * (need.shared_out ? at.warps() : at.groups);
+  end += int64_t{need.staged} * (need.own > 0 ? at.warps() : at.groups);
+  at.own = static_cast<int>(end);
+  end += int64_t{need.own} * at.groups;
   at.barriers = static_cast<int>(end);
   at.bytes = end + 2 * sizeof(uint64_t);
   return at;
 }
 
 // Registers for weights of a thread: of 255, less the sums, the operand under way, states and input
-// of the cell, which grow with the number of columns, and of a tile's rows.
+// of the cell, which grow with the number of columns and of tiles. That no kernel spills is the
+// measure; tests compile them all.
 constexpr int weight_registers(Number number, int tiles, int column_tiles) {
-  const int most = column_tiles == 1 ? 128 : column_tiles > 2 ? 48 : tiles > 2 ? 96 : 112;
-  return number == Number::kTf32x3 ? most - 32 : most;
+  constexpr int kWhole[3][4] = {{128, 128, 96, 96}, {96, 96, 96, 64}, {48, 48, 24, 32}};
+  constexpr int kSplit[3][4] = {{96, 96, 72, 32}, {64, 64, 48, 32}, {32, 32, 24, 32}};
+  const auto& registers = number == Number::kTf32x3 ? kSplit : kWhole;
+  return registers[column_tiles / 2][tiles < 4 ? tiles - 1 : 3];
 }
 
 constexpr int resident_chunks(Number number, int tiles, int column_tiles) {
@@ -296,7 +301,7 @@ class Product {
         multiply(d, (2 * c + half) % kChains, held_[c][half], b[c % kBuffers], half);
     }
     const uint4* spilled = spilled_;
-#pragma unroll 2
+#pragma unroll (number == Number::kTf32x3 ? 1 : 2)
     for (int c = kResident; c <= last; ++c) {
       fetch(from, c, b[0]);
 #pragma unroll
@@ -327,7 +332,7 @@ class Product {
 
  private:
   // Many mma in a chunk leave the time, and no registers, to fetch its operand.
-  static constexpr int kBuffers = kTiles * kColumns >= 8 ? 1 : 2;
+  static constexpr int kBuffers = kTiles * kColumns >= 8 || number == Number::kTf32x3 ? 1 : 2;
   // Sums that do not wait for one another: an mma takes about four times as long as the next one
   // has to wait to begin.
   static constexpr int kChains = kTiles * kColumns >= 4 ? 1 : kTiles * kColumns >= 2 ? 2 : 4;
@@ -394,45 +399,40 @@ __device__ __forceinline__ void add_slices(const Layout& at, char* shared, int g
   }
 }
 
-// The same, and each slice gets a part of the result. An item is 8 rows and 8 columns, in the order
-// of the sums; a slice's item i is item slice + i * slices of them all, and `add(i, x)` gets what
-// this thread has of it, two columns of row lane / 4.
-template <int kTiles, int kColumns, class Add>
-__device__ __forceinline__ void share_out_slices(const Layout& at, char* shared, int group,
-                                                 int slice, const float (&sum)[kTiles][kColumns][4],
-                                                 Add add) {
-  constexpr int kItems = 2 * kTiles * kColumns;
-  if (at.slices == 1) {
+// Another way to add up slices, for results that are shared out over the warps of a row group. An
+// *item* is 8 rows of the result in 8 columns; this thread has two columns of row lane / 4, as in
+// the sums. `sum_of` gives an item to one warp, after `share_sums` by all of the row group.
+template <int kTiles, int kColumns>
+__device__ __forceinline__ void share_sums(const Layout& at, char* shared, int group, int slice,
+                                           const float (&sum)[kTiles][kColumns][4]) {
+  float2* to = reinterpret_cast<float2*>(shared + at.partial) +
+               (group * at.slices + slice) * 2 * kTiles * kColumns * kWarp + threadIdx.x % kWarp;
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      const int octet = i / kColumns, r = octet % 2 * 2;
-      const float (&x)[4] = sum[octet / 2][i % kColumns];
-      add(i, make_float2(x[r], x[r + 1]));
+  for (int octet = 0; octet < 2 * kTiles; ++octet) {
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+      const int r = octet % 2 * 2;
+      to[(octet * kColumns + j) * kWarp] =
+          make_float2(sum[octet / 2][j][r], sum[octet / 2][j][r + 1]);
     }
-    return;
   }
-  float2* partial = reinterpret_cast<float2*>(shared + at.partial) +
-                    group * at.slices * kItems * kWarp + threadIdx.x % kWarp;
+  if (at.slices > 1) dev::named_barrier(1 + group, at.slices * kWarp);
+}
+
+template <int kItems>
+__device__ __forceinline__ float2 sum_of(const Layout& at, const char* shared, int group,
+                                         int item) {
+  const float2* from = reinterpret_cast<const float2*>(shared + at.partial) +
+                       (group * at.slices * kItems + item) * kWarp + threadIdx.x % kWarp;
+  float2 sum = *from;
 #pragma unroll
-  for (int i = 0; i < kItems; ++i) {
-    const int octet = i / kColumns, r = octet % 2 * 2;
-    const float (&x)[4] = sum[octet / 2][i % kColumns];
-    partial[(slice * kItems + i) * kWarp] = make_float2(x[r], x[r + 1]);
-  }
-  dev::named_barrier(1 + group, at.slices * kWarp);
-#pragma unroll
-  for (int i = 0; i < kItems; ++i) {
-    const int item = slice + i * at.slices;
-    if (item >= kItems) break;
-    float2 x = partial[item * kWarp];
-#pragma unroll
-    for (int other = 1; other < kMaxWarps; ++other) {
-      if (other >= at.slices) continue;
-      const float2 more = partial[(other * kItems + item) * kWarp];
-      x.x += more.x, x.y += more.y;
+  for (int slice = 1; slice < kMaxWarps; ++slice) {
+    if (slice < at.slices) {
+      const float2 more = from[slice * kItems * kWarp];
+      sum.x += more.x, sum.y += more.y;
     }
-    add(i, x);
   }
+  return sum;
 }
 
 // ---- The exchange ------------------------------------------------------------------------------

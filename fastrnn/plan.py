@@ -329,9 +329,9 @@ def _cuda_layout(problem: Problem, plan: Plan) -> _Layout | None:
                 row_groups=-(-octets // (2 * tiles)),
                 exchanged=gates * octets * 8 * size,
                 tiles=tiles,
-                resident={1: 16, 2: 12, 4: 8}[columns] // tiles,
+                resident=((8 if columns == 4 else 12) - 4 * (plan.number == "tf32x3")) // tiles,
                 staged=64 * gates * size,
-                shared_out=True,
+                own=512 * tiles * columns * problem.states + 4 * plan.batch_tile,
             )
             if found is not None:
                 return found
@@ -349,7 +349,7 @@ def _cuda_layout(problem: Problem, plan: Plan) -> _Layout | None:
             tiles=tiles,
             resident=max(1, registers // (8 * tiles)),
             staged=64 * each * size,
-            shared_out=False,
+            own=0,
         )
         if found is not None:
             return found
@@ -364,7 +364,7 @@ def _cuda_shares(
     tiles: int,
     resident: int,
     staged: int,
-    shared_out: bool,
+    own: int,
 ) -> _Layout | None:
     """`lay_out` of csrc/cuda_tile.cuh, whose words these are."""
     groups = -(-row_groups // plan.blocks)
@@ -376,9 +376,9 @@ def _cuda_shares(
     slices = -(-chunks // depth)
     spilled = 2 * _FRAGMENT * tiles * groups * slices * max(0, depth - resident)
     operand = plan.batch_tile * (chunks * _CHUNK + 16)
-    sums = slices if shared_out and slices > 1 else slices - 1
+    sums = slices if own else slices - 1
     sums *= _FRAGMENT * tiles * (plan.batch_tile // 8) * groups
-    staging = staged * groups * (slices if shared_out else 1)
+    staging = staged * groups * (slices if own else 1) + own * groups
     operands = operand * (1 if plan.regime == "grid" else 2)
     return _Layout(
         rows=groups * tiles * 16,
