@@ -257,7 +257,17 @@ def _cuda_best(problem: Problem, device: Device) -> Plan:
 
 def _cuda_step(problem: Problem, device: Device) -> Plan:
     number = _CUDA_NUMBERS[problem.dtype] or ("tf32" if device.tf32 else "float32")
-    return Plan(kernel="cuda", number=number, regime="step", batch_tile=8)
+    return Plan("cuda", number=number, regime="step", batch_tile=_cuda_step_tile(problem, device))
+
+
+def _cuda_step_tile(problem: Problem, device: Device) -> int:
+    """Rows of the batch that a block of csrc/cuda_step*.cu works on: every tile reads all weights,
+    so there should be few, but blocks enough for the whole device."""
+    if problem.batch <= 16:
+        return 16
+    blocks = problem.lanes * -(-problem.batch // 64) * -(-problem.hidden // 32)
+    many = problem.batch > 32 and 4 * blocks >= 3 * device.multiprocessors
+    return 64 if many and problem.dtype != "float64" else 32
 
 
 def _cuda_resident(problem: Problem, device: Device) -> list[Plan]:

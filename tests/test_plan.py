@@ -321,6 +321,25 @@ def test_what_must_run_at_once_does(device: Device, dtype: str, gates: int, lane
     assert ("cluster" in seen) == bool(device.clusters)
 
 
+@pytest.mark.parametrize(
+    ("batch", "hidden", "dtype", "tile"),
+    [
+        (1, 4096, "float32", 16),
+        (16, 64, "float64", 16),
+        (17, 4096, "float32", 32),
+        (64, 256, "bfloat16", 32),  # larger tiles would leave most multiprocessors without a block
+        (128, 2048, "bfloat16", 64),
+        (4096, 1024, "float32", 64),
+        (4096, 1024, "float64", 32),
+    ],
+)
+def test_tiles_of_a_launch_a_step(batch: int, hidden: int, dtype: str, tile: int) -> None:
+    problem = replace(LONG, batch=batch, hidden=hidden, dtype=dtype, steps=1)
+    for backward in (False, True):
+        chosen = choose(replace(problem, backward=backward), HOPPER)
+        assert (chosen.regime, chosen.batch_tile) == ("step", tile)
+
+
 def test_a_chunk_on_a_gpu_is_of_a_bounded_size() -> None:
     for hidden, lanes in ((64, 1), (1024, 2), (4096, 8)):
         problem = replace(LONG, hidden=hidden, lanes=lanes)
