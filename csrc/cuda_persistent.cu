@@ -322,7 +322,10 @@ template <class Cell, Number number, class F>
 int with_columns(const Sweep& sweep, const CudaPlan& plan, F f) {
   if (plan.batch_tile == 8) return with_octets<Cell, number, 1>(sweep, plan, f);
   if (plan.batch_tile == 16) return with_octets<Cell, number, 2>(sweep, plan, f);
-  if (plan.batch_tile == 32) return with_octets<Cell, number, 4>(sweep, plan, f);
+  if constexpr (number !=
+                Number::kTf32x3) {  // split weights leave no registers for so many columns
+    if (plan.batch_tile == 32) return with_octets<Cell, number, 4>(sweep, plan, f);
+  }
   return kInvalidConfiguration;
 }
 

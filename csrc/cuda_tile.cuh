@@ -220,7 +220,7 @@ constexpr Layout lay_out(const Need& need, const CudaPlan& plan) {
 // measure; tests compile them all.
 constexpr int weight_registers(Number number, int tiles, int column_tiles) {
   constexpr int kWhole[3][4] = {{128, 128, 96, 96}, {96, 96, 96, 64}, {48, 48, 24, 32}};
-  constexpr int kSplit[3][4] = {{96, 96, 72, 32}, {64, 64, 48, 32}, {32, 32, 24, 32}};
+  constexpr int kSplit[3][4] = {{96, 96, 72, 32}, {64, 64, 48, 32}, {}};
   const auto& registers = number == Number::kTf32x3 ? kSplit : kWhole;
   return registers[column_tiles / 2][tiles < 4 ? tiles - 1 : 3];
 }
@@ -301,7 +301,7 @@ class Product {
         multiply(d, (2 * c + half) % kChains, held_[c][half], b[c % kBuffers], half);
     }
     const uint4* spilled = spilled_;
-#pragma unroll (number == Number::kTf32x3 ? 1 : 2)
+#pragma unroll(number == Number::kTf32x3 ? 1 : 2)
     for (int c = kResident; c <= last; ++c) {
       fetch(from, c, b[0]);
 #pragma unroll

@@ -305,6 +305,14 @@ def _cuda_resident(problem: Problem, device: Device) -> list[Plan]:
 _CUDA_WARPS = 8
 _CHUNK = 64  # bytes of an operand's row: two products in depth
 _FRAGMENT = 512  # bytes of 16 rows of weights by half a chunk
+# Of a thread, for weights: by whether they are split for each use, columns and, in order, tiles.
+_CUDA_REGISTERS = {
+    (False, 1): (128, 128, 96, 96),
+    (False, 2): (96, 96, 96, 64),
+    (False, 4): (48, 48, 24, 32),
+    (True, 1): (96, 96, 72, 32),
+    (True, 2): (64, 64, 48, 32),
+}
 
 
 @dataclass(frozen=True)
@@ -346,12 +354,14 @@ def _cuda_layout(problem: Problem, plan: Plan) -> _Layout | None:
             if found is not None:
                 return found
         return None
+    split = plan.number == "tf32x3"
+    if split and columns > 2:
+        return None
     few = 1 if gates % 2 == 0 else 2
     many = 8 // gates // few * few
     for each in [few, many] if many > few and columns <= 2 else [few]:  # octets of a row group
         tiles = gates * each // 2
-        registers = {1: 128, 2: 96 if tiles > 2 else 112, 4: 48}[columns]
-        registers -= 32 if plan.number == "tf32x3" else 0
+        registers = _CUDA_REGISTERS[split, columns][min(tiles, 4) - 1]
         found = _cuda_shares(
             plan,
             row_groups=-(-octets // each),

@@ -202,7 +202,8 @@ def test_tiles(name: str, shape: tuple[int, ...], part: str) -> None:
         if name == "rnn_relu" and FLOORS[number] > 1e-4:
             continue  # an error of rounding turns a unit on or off, and its gradient with it
         given = operands(cell, *shape[:5], dtype=NUMBERS[number])
-        with running(regime, blocks, number, batch_tile=shape[5]):
+        tile = min(shape[5], 16) if number == "tf32x3" else shape[5]  # it has no wider ones
+        with running(regime, blocks, number, batch_tile=tile):
             ours = run(ops.scan, cell, given)
         agrees(cell, given, number, ours)
 
