@@ -233,10 +233,11 @@ struct Machine {
   Random random;
   // How this launch is scheduled: seed 0 in turn, others at random, each in its own way.
   bool shuffled = false;
-  unsigned choices = 1;  // of so many threads that are ready, the block first in `favour` runs
+  unsigned choices = 1;  // of so many threads that are ready, the one that is favoured runs
   uint64_t favour = 0;
-  unsigned land_one_in = 1;   // of the switches sees a store land
-  unsigned early_one_in = 2;  // of the copies lands at once
+  bool favours_warps = false;  // not blocks
+  unsigned land_one_in = 1;    // of the switches sees a store land
+  unsigned early_one_in = 2;   // of the copies lands at once
   uint64_t progress = 0, releases = 0;
   uint64_t progress_seen = 0;
   size_t idle_polls = 0, idle_rounds = 0;  // since then
@@ -333,9 +334,14 @@ void wake(List& list) {
 void land_one();
 [[noreturn]] void deadlock();
 
+unsigned linear(const Fiber& fiber) {
+  return fiber.index.x + shape.block.x * (fiber.index.y + shape.block.y * fiber.index.z);
+}
+
 uint64_t favour_of(const Fiber* fiber) {
   const uint3 block = fiber->block->index;
-  const uint64_t id = block.x + (uint64_t{block.y} << 20) + (uint64_t{block.z} << 40);
+  uint64_t id = block.x + (uint64_t{block.y} << 20) + (uint64_t{block.z} << 40);
+  if (machine.favours_warps) id = id * 64 + linear(*fiber) / 32;
   return (id ^ machine.favour) * 0x9e3779b97f4a7c15 >> 16;
 }
 
@@ -458,10 +464,6 @@ std::string place(const Block* block) {
   std::snprintf(text, sizeof text, "block (%u, %u, %u)", block->index.x, block->index.y,
                 block->index.z);
   return text;
-}
-
-unsigned linear(const Fiber& fiber) {
-  return fiber.index.x + shape.block.x * (fiber.index.y + shape.block.y * fiber.index.z);
 }
 
 [[noreturn]] void deadlock() {
@@ -1161,8 +1163,10 @@ int launch(const Shape& wanted, void (*kernel)(void*), void* context) {
   ++machine.progress;
   machine.random.seed(seed_given, launches++);
   machine.shuffled = seed_given != 0;
-  machine.choices = machine.shuffled && machine.random.below(2) ? 4 : 1;
+  static constexpr unsigned choices[] = {1, 4, 16, 64};
+  machine.choices = machine.shuffled ? choices[machine.random.below(4)] : 1;
   machine.favour = machine.random.next();
+  machine.favours_warps = machine.random.below(2) != 0;
   static constexpr unsigned odds[] = {1, 8, 128, 100000};
   machine.land_one_in = machine.shuffled ? odds[machine.random.below(4)] : 64;
   static constexpr unsigned early[] = {0, 1, 2, 4};  // 0: none
