@@ -87,6 +87,7 @@ class Plan:
     depth_tile: int = 1  # units of the step before that it multiplies at a time
     warps: int = 4
     stages: int = 1  # tiles of weights that are under way at a time
+    registers: int = 240  # of a thread, at most
     number: str = ""  # how numbers are stored and multiplied: `Number` of csrc/sweep.h
     regime: str = ""  # where the recurrent weights stay: `Regime` of csrc/sweep.h
     blocks: int = 1  # that share the units of a tile of the batch
@@ -493,10 +494,10 @@ def _triton_configure(problem: Problem, device: Device) -> Plan:
     if matrix_units:
         fits = (
             blocks * batch_tile * padded <= threads * _BLOCK_REGISTERS
-            # Float32 is split in two parts for matrix units.
+            # Float32 is split in two parts for matrix units, which take registers as well.
             and weights * itemsize * (1 if itemsize < 4 else 2) + 2 * batch_tile * padded * 4
             <= device.shared_bytes
-            and (itemsize < 4 or padded <= 64)
+            and (itemsize < 4 or padded <= (64 if device.tf32 else 32))
         )
     else:
         fits = weights * words <= threads * _WEIGHT_REGISTERS
@@ -509,13 +510,18 @@ def _triton_configure(problem: Problem, device: Device) -> Plan:
         chunk_rows=max(1, most // row),
     )
     if fits and not problem.projected:
-        return replace(
-            plan, resident=True, unit_tile=padded, depth_tile=padded, warps=warps, stages=1
-        )
+        plan = replace(plan, resident=True, unit_tile=padded, depth_tile=padded, warps=warps)
+        if not matrix_units or padded < 128 or device.warp > 32:
+            return plan
+        # All the registers that there are: a few more for each thread, or twice the threads.
+        if problem.backward:
+            return replace(plan, warps=16, registers=128)
+        return replace(plan, registers=255)
     if not matrix_units:
         return replace(plan, unit_tile=min(padded, 32), depth_tile=min(padded, 32), warps=8)
     # The tiles of the weights of every gate that are under way share the memory with one of h.
-    unit_tile, depth_tile, stages = min(padded, 32), min(padded, 128 if itemsize == 2 else 32), 3
+    unit_tile = min(padded, 32)
+    depth_tile, stages = (min(padded, 64), 4) if itemsize == 2 else (min(padded, 32), 2)
     tile = problem.gates * itemsize
     while (
         max(1, stages - 1) * tile * unit_tile * depth_tile + _OTHER_SHARED_BYTES

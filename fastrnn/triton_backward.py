@@ -203,6 +203,8 @@ def backward_streamed(
     base_reverse: tl.int64,
     chunk_rows: tl.int64,
     reverse: tl.int64,
+    hidden: tl.int32,
+    width: tl.int32,
     CELL: tl.constexpr,
     H: tl.constexpr,
     Q: tl.constexpr,
@@ -265,7 +267,7 @@ def backward_streamed(
             here = alive & (n < H)[None, :]
             if PROJECTED:
                 total = tl.zeros((BB, BN), dtype)
-                for k0 in tl.range(0, Q, BK):
+                for k0 in tl.range(0, width, BK):
                     k = k0 + tl.arange(0, BK)
                     d = tl.load(lane + k[None, :], mask=alive & (k < Q)[None, :], other=0.0)
                     at_w = w_hr + (p * Q + k[:, None]) * H + n[None, :]
@@ -301,7 +303,7 @@ def backward_streamed(
             k = k0 + tl.arange(0, BN)
             here = alive & (k < Q)[None, :]
             total = tl.zeros((BB, BN), dtype)
-            for n0 in tl.range(0, H, BK):
+            for n0 in tl.range(0, hidden, BK):
                 n = n0 + tl.arange(0, BK)
                 inside = alive & (n < H)[None, :]
                 at = (into + rows)[:, None] * (G * H) + n[None, :]

@@ -169,6 +169,8 @@ def forward_streamed(
     base_reverse: tl.int64,
     chunk_rows: tl.int64,
     reverse: tl.int64,
+    hidden: tl.int32,
+    width: tl.int32,
     CELL: tl.constexpr,
     H: tl.constexpr,
     Q: tl.constexpr,
@@ -216,7 +218,7 @@ def forward_streamed(
             recurrent = ()
             for _g in tl.static_range(G):
                 recurrent = recurrent + (tl.zeros((BB, BN), dtype),)
-            for k0 in tl.range(0, Q, BK):
+            for k0 in tl.range(0, width, BK):
                 k = k0 + tl.arange(0, BK)
                 row_inside = (b < batch)[:, None] & (k < Q)[None, :]
                 h = tl.load(h_before + k[None, :], mask=row_inside, other=0.0)
@@ -273,7 +275,7 @@ def forward_streamed(
             for q0 in tl.range(0, Q, BN, num_stages=1):
                 q = q0 + tl.arange(0, BN)
                 total = tl.zeros((BB, BN), dtype)
-                for n0 in tl.range(0, H, BK):
+                for n0 in tl.range(0, hidden, BK):
                     n = n0 + tl.arange(0, BK)
                     here = alive[:, None] & (n < H)[None, :]
                     m = tl.load(own_m + n[None, :], mask=here, other=0.0)

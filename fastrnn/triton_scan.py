@@ -113,9 +113,9 @@ def compile_options(plan: Plan, nvidia: bool) -> dict[str, Any]:
         "enable_fp_fusion": True,
     }
     if nvidia:
-        # Of 255. Without a limit the compiler spills to make room for a second program on the
-        # multiprocessor, and with the highest one it spills some before the sweep begins.
-        options["maxnreg"] = 240
+        # Without a limit the compiler spills to make room for a second program on the
+        # multiprocessor.
+        options["maxnreg"] = plan.registers
     return options
 
 
@@ -184,7 +184,7 @@ def _meta(scan: Scan, **flags: bool) -> dict[str, Any]:
 
 
 def _run_time(scan: Scan, begin: int, end: int) -> tuple[Any, ...]:
-    """Arguments of a launch from `first` to `reverse`."""
+    """Arguments of a launch from `first` on."""
     none = scan.w_hh
     return (
         none if scan.first_on_device is None else scan.first_on_device,
@@ -198,6 +198,7 @@ def _run_time(scan: Scan, begin: int, end: int) -> tuple[Any, ...]:
         scan.stretch(begin, end, True)[0],
         scan.chunk_rows,
         scan.reverse,
+        *(() if scan.plan.resident else (scan.hidden, scan.recurrent)),
     )
 
 

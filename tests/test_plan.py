@@ -146,7 +146,8 @@ def test_triton_on_gpus_and_in_its_interpreter_only_by_name() -> None:
         (replace(BF16, hidden=128), RTX, False),
         (replace(BF16, hidden=256, gates=1, states=1), H200, True),  # 128 KB
         (replace(BF16, hidden=256), H200, False),
-        (replace(LSTM, batch=64), H200, True),
+        (replace(LSTM, batch=64), replace(H200, tf32=True), True),
+        (replace(LSTM, batch=64), H200, False),  # its parts leave too few registers
         (replace(LSTM, batch=64, hidden=128), H200, False),
         (replace(LSTM, hidden=64), MI300, True),  # one row: in registers
         (replace(LSTM, hidden=32, dtype="float64"), H200, True),

@@ -7,12 +7,14 @@ which the first test starts. bfloat16 is left out: the interpreter computes it w
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import subprocess
 import sys
 from dataclasses import replace
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch.nn.utils.rnn import pack_sequence
@@ -301,6 +303,146 @@ def function(x, y, n, N: tl.constexpr):
             right = getattr(torch, name)(x.double())
             error = ((y.double() - right) / right.abs().clamp_min(1e-300)).abs()
             assert error[right != 0].max() < limit * torch.finfo(dtype).eps, (name, dtype)
+
+
+class Pointer:
+    """Stands for a tensor of any size: nothing is there."""
+
+    def __init__(self, base: int, dtype: torch.dtype, count: int) -> None:
+        self.base, self.dtype, self.count = base, dtype, count
+
+    def data_ptr(self) -> int:
+        return self.base
+
+
+class NoMemory:
+    """In place of the interpreter's memory: tells which elements of what are touched."""
+
+    def __init__(self) -> None:
+        self.pointers: dict[str, Pointer] = {}
+        self.touched: dict[str, tuple[int, int]] = {}
+        self.batch = 0
+
+    def new(self, name: str, dtype: torch.dtype, *size: int) -> Pointer:
+        base = (1 + len(self.pointers)) << 48
+        self.pointers[name] = Pointer(base, dtype, math.prod(size))
+        return self.pointers[name]
+
+    def touch(self, addresses: Any, mask: Any) -> str:
+        """The tensor that the addresses lie in."""
+        addresses, mask = numpy.broadcast_arrays(addresses, mask)
+        inside = addresses[mask].astype(numpy.int64)
+        number = int(addresses.flat[0]) >> 48
+        name = list(self.pointers)[number - 1]
+        if inside.size:
+            pointer = self.pointers[name]
+            offsets = (inside - pointer.base) // pointer.dtype.itemsize
+            low, high = self.touched.get(name, (1 << 60, 0))
+            self.touched[name] = min(low, int(offsets.min())), max(high, int(offsets.max()))
+        return name
+
+    def load(self, addresses: Any, mask: Any, other: Any, dtype: Any) -> Any:
+        if self.touch(addresses, mask) == "first":
+            return (addresses.astype(numpy.int64) - self.pointers["first"].base) // 8 * self.batch
+        return numpy.zeros(addresses.shape, dtype)
+
+    def store(self, addresses: Any, values: Any, mask: Any) -> None:
+        self.touch(addresses, mask)
+
+
+def number(value: int, annotation: Any) -> Any:
+    """A number of the width that the kernel asks for, which the interpreter would take from it."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    if annotation is not tl.int64:
+        return value
+    handle = interpreter.TensorHandle(numpy.array([value], dtype=numpy.int64), tl.int64)
+    return tl.tensor(handle, tl.int64)
+
+
+def run_last_program(
+    patch: pytest.MonkeyPatch,
+    kernel: Any,
+    arguments: dict[str, Any],
+    memory: NoMemory,
+    grid: tuple[int, int, int],
+) -> None:
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    set_dimensions, set_index = builder.set_grid_dim, builder.set_grid_idx
+    patch.setattr(interpreter, "_interpreter", memory)
+    patch.setattr(interpreter.GridExecutor, "_init_args_hst", lambda _, *given: given)
+    patch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *_: None)
+    patch.setattr(builder, "set_grid_dim", lambda *_: set_dimensions(*grid))
+    patch.setattr(builder, "set_grid_idx", lambda *_: set_index(*(n - 1 for n in grid)))
+    kernel[(1,)](**arguments)
+
+
+@interpreted
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("projected", [None, 7])
+@pytest.mark.parametrize("backward", [False, True])
+def test_tensors_of_more_elements_than_32_bits_count(
+    backward: bool, projected: int | None, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last program of a grid touches the last element of every tensor, and none past it."""
+    from fastrnn.triton_sweep import RUN_TIME
+
+    derived = codegen.derive(cells.get("lstm"))
+    steps, batch, lanes, hidden = 6, (1 << 29) - 3, 2, 5
+    recurrent, depth, rows = projected or hidden, 4 * hidden, steps * batch
+    slots = 1 + len(derived.kept) + (projected is not None)
+    widest = max(hidden, recurrent)
+    stored, summed = torch.float16, torch.float32
+    for way in ("resident", "streamed") if projected is None else ("streamed",):
+        for begin in (0, steps - 1):
+            memory = NoMemory()
+            memory.batch = batch
+            new, chunk = memory.new, (lanes, rows)
+            for name, dtype, *size in (
+                ("u", stored, *chunk, depth), ("dy", stored, rows, lanes, recurrent),
+                ("w_hh", stored, lanes, depth, recurrent), ("b_hh", stored, lanes, depth),
+                ("carry", summed, 3, lanes, batch, widest), ("s0", summed, 2, lanes, batch, widest),
+                ("ds", summed, 2, lanes, batch, widest), ("y", stored, rows, lanes, recurrent),
+                ("tape", stored, rows, lanes, slots, hidden), ("du", stored, *chunk, depth),
+                ("dv", stored, *chunk, depth), ("previous", stored, *chunk, recurrent),
+                ("dh", stored, *chunk, recurrent), ("w_hr", stored, lanes, recurrent, hidden),
+                ("unprojected", summed, lanes, batch, hidden), ("first", torch.int64, steps + 1),
+                ("length", torch.int64, batch), ("resets", torch.uint8, rows),
+            ):  # fmt: skip
+                new(name, dtype, *size)
+            chosen = plan.Plan("triton", **regime(way, hidden, 16, torch.float32))
+            kernel = triton_scan.kernel(chosen, backward)
+            values = (steps, batch, begin, begin + 1, 0, 0, rows, 0, hidden, recurrent)
+            given = memory.pointers | {
+                name: number(value, kernel.fn.__annotations__.get(name))
+                for name, value in zip(RUN_TIME, values, strict=True)
+            }
+            flags = {} if backward else {"tape": True}
+            given |= triton_scan.meta_arguments(
+                derived, chosen, hidden, "ieee", backward, packed=packed, projected=projected,
+                resets=packed, **flags,
+            )  # fmt: skip
+            arguments = {name: given[name] for name in kernel.arg_names}
+            with monkeypatch.context() as patch:
+                run_last_program(patch, kernel, arguments, memory, (-(-batch // 16), lanes, 1))
+            for name, (low, high) in memory.touched.items():
+                assert 0 <= low <= high < memory.pointers[name].count, (way, name)
+            to_the_end = {"y", "tape", "dv" if backward else "u"} if begin else set()
+            to_the_end |= {"ds"} if backward else set() if projected else {"carry"}
+            to_the_end |= {"s0"} if backward and not begin else set()
+            to_the_end |= {"resets"} if packed and begin else set()
+            if backward and projected:
+                to_the_end.discard("y")  # of the step before alone
+            for name in to_the_end:
+                count = memory.pointers[name].count
+                if name == "carry" and way == "resident":
+                    count = count // 3 * 2
+                if name in ("ds", "s0"):  # whose last state is H wide
+                    count -= widest - hidden
+                assert memory.touched[name][1] == count - 1 > 1 << 31, (way, name)
 
 
 def test_triton_is_not_imported_until_it_runs() -> None:
