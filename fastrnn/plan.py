@@ -410,7 +410,7 @@ def _cuda_shares(
     )
 
 
-# Cycles, estimated from published measurements of an H100 (docs of the project, gpu.md 3.4).
+# Cycles, estimated from published measurements of an H100.
 _MATRIX_SPEED = {"bfloat16": 1300, "float16": 1300, "tf32": 650, "tf32x3": 220}  # terms a cycle
 _SHARED_SPEED = 128  # bytes a cycle
 _EXCHANGE = {"block": 60, "cluster": 250, "grid": 1400}
