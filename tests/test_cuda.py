@@ -506,7 +506,9 @@ def test_plans_know_what_a_block_holds() -> None:
         sweep = cuda_scan.Sweep(steps=5, batch=70, hidden=hidden, lanes=1, end=5)
         for backward in (False, True):
             problem = plan.Problem(
-                name, 5, 70, 1, hidden, len(cell.gates), dtype=dtype, backward=backward
+                *(name, 5, 70, 1, hidden, len(cell.gates), len(cell.states)),
+                dtype=dtype,
+                backward=backward,
             )
             layout = plan._cuda_layout(problem, made)
             ours = -1 if layout is None else layout.shared_bytes
