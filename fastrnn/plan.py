@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-__all__ = ["Device", "KernelRefused", "Plan", "Problem", "choose"]
+__all__ = ["Device", "KernelRefused", "Plan", "Problem", "alternatives", "choose"]
 
 
 @dataclass(frozen=True)
@@ -450,7 +450,9 @@ _MATRIX_ROWS = 16  # the least that a product of tiles takes
 # Of the 255 registers of a thread, those for the blocks that a step holds, and for weights where
 # no matrix unit multiplies them; addresses and the cell's arithmetic take the others.
 _BLOCK_REGISTERS = 160
+_PARTS_REGISTERS = 96  # the same for float32 in parts
 _WEIGHT_REGISTERS = 128
+_REGISTERS = 64 << 10  # of a multiprocessor of NVIDIA's
 _OTHER_SHARED_BYTES = 16 << 10
 _TRITON_CHUNK_BYTES = 4 << 20  # of u: it should come from the cache
 _TRITON_STRETCH_BYTES = 64 << 20  # of du, whose products want many rows
@@ -491,13 +493,15 @@ def _triton_configure(problem: Problem, device: Device) -> Plan:
     batch_tile = _MATRIX_ROWS if matrix_units else 1
     # Blocks that live at once: inputs of this step and the next, sums, states before and after.
     blocks = (3 * problem.gates + (4 if problem.backward else 2) * problem.states) * words
+    # Float32 is split in two parts for matrix units, which take registers as well.
+    in_parts = itemsize == 4 and not device.tf32
     if matrix_units:
         fits = (
-            blocks * batch_tile * padded <= threads * _BLOCK_REGISTERS
-            # Float32 is split in two parts for matrix units, which take registers as well.
+            blocks * batch_tile * padded
+            <= threads * (_PARTS_REGISTERS if in_parts else _BLOCK_REGISTERS)
             and weights * itemsize * (1 if itemsize < 4 else 2) + 2 * batch_tile * padded * 4
             <= device.shared_bytes
-            and (itemsize < 4 or padded <= (64 if device.tf32 else 32))
+            and (itemsize < 4 or padded <= (32 if in_parts else 64))
         )
     else:
         fits = weights * words <= threads * _WEIGHT_REGISTERS
@@ -522,6 +526,8 @@ def _triton_configure(problem: Problem, device: Device) -> Plan:
     # The tiles of the weights of every gate that are under way share the memory with one of h.
     unit_tile = min(padded, 32)
     depth_tile, stages = (min(padded, 64), 4) if itemsize == 2 else (min(padded, 32), 2)
+    if in_parts and problem.projected:  # two products more
+        depth_tile = 16
     tile = problem.gates * itemsize
     while (
         max(1, stages - 1) * tile * unit_tile * depth_tile + _OTHER_SHARED_BYTES
@@ -536,6 +542,22 @@ def _triton_configure(problem: Problem, device: Device) -> Plan:
         else:
             break
     return replace(plan, unit_tile=unit_tile, depth_tile=depth_tile, warps=8, stages=stages)
+
+
+def alternatives(chosen: Plan) -> list[Plan]:
+    """A plan for Triton, and others for the same memory that may be quicker: which one is depends
+    on what no number here tells."""
+    found = [chosen]
+    if chosen.warps >= 8:
+        found.append(replace(chosen, warps=chosen.warps // 2, registers=240))
+    if chosen.warps <= 8:
+        warps = 2 * chosen.warps
+        found.append(replace(chosen, warps=warps, registers=min(240, _REGISTERS // (32 * warps))))
+    if chosen.stages > 1:
+        found.append(replace(chosen, stages=chosen.stages - 1))
+    if not chosen.resident and chosen.depth_tile > 16:
+        found.append(replace(chosen, depth_tile=chosen.depth_tile // 2))
+    return found
 
 
 def _power_of_two(number: int) -> int:

@@ -14,6 +14,7 @@ import importlib.util
 import os
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrnn import codegen, jit
+from fastrnn import codegen, jit, triton_tune
 from fastrnn.codegen import Derived
 from fastrnn.gpu_scan import Scan, tf32_allowed
-from fastrnn.plan import Plan
+from fastrnn.plan import Plan, alternatives
 
 __all__ = [
     "cell_module",
@@ -134,12 +135,12 @@ class _Sweeps:
         tape: Tensor | None,
     ) -> None:
         none = scan.w_hh  # any pointer, never followed
-        meta = _meta(scan, bias=b_hh is not None, tape=tape is not None)
+        flags = {"bias": b_hh is not None, "tape": tape is not None}
         rest = [none if b_hh is None else b_hh, carry, y, none if tape is None else tape]
         if not scan.plan.resident:
             size = scan.lanes, scan.batch, scan.hidden
             rest += [none] * 2 if scan.w_hr is None else [scan.w_hr, carry.new_empty(size)]
-        _launch(False, scan, meta, u, scan.w_hh, *rest, *_run_time(scan, begin, end))
+        _launch(False, scan, flags, u, scan.w_hh, *rest, *_run_time(scan, begin, end))
 
     def backward(
         self,
@@ -157,24 +158,25 @@ class _Sweeps:
         dh: Tensor | None,
     ) -> None:
         none = scan.w_hh
-        meta = _meta(scan, backward=True, dy=dy is not None)
         rest = [s0, ds, y, tape, du, dv, previous]
         if not scan.plan.resident:
             rest += [none if scan.w_hr is None else scan.w_hr, none if dh is None else dh]
         first = y if dy is None else dy
-        _launch(True, scan, meta, first, scan.w_hh, *rest, *_run_time(scan, begin, end))
+        flags = {"dy": dy is not None}
+        _launch(True, scan, flags, first, scan.w_hh, *rest, *_run_time(scan, begin, end))
 
 
 sweeps = _Sweeps()
 
 
-def _meta(scan: Scan, **flags: bool) -> dict[str, Any]:
+def _meta(scan: Scan, plan: Plan, backward: bool, **flags: bool) -> dict[str, Any]:
     x = scan.given.x
     return meta_arguments(
         scan.derived,
-        scan.plan,
+        plan,
         scan.hidden,
         precision(x.dtype, _is_nvidia(x.device)),
+        backward,
         packed=scan.first is not None,
         ragged=scan.length is not None,
         resets=scan.resets is not None,
@@ -209,13 +211,57 @@ def kernel(plan: Plan, backward: bool) -> Any:
     return getattr(module, f"{direction}_{'resident' if plan.resident else 'streamed'}")
 
 
-def _launch(backward: bool, scan: Scan, meta: dict[str, Any], *arguments: Any) -> None:
-    grid = (-(-scan.batch // scan.plan.batch_tile), scan.lanes)
+def _launch(backward: bool, scan: Scan, flags: dict[str, bool], *arguments: Any) -> None:
     device = scan.given.x.device
-    with _on(device):
-        kernel(scan.plan, backward)[grid](
-            *arguments, **meta, **compile_options(scan.plan, _is_nvidia(device))
+
+    def run(plan: Plan) -> None:
+        grid = (-(-scan.batch // plan.batch_tile), scan.lanes)
+        meta = _meta(scan, plan, backward, **flags)
+        kernel(plan, backward)[grid](
+            *arguments, **meta, **compile_options(plan, _is_nvidia(device))
         )
+
+    with _on(device):
+        chosen = scan.plan
+        if triton_tune.wanted() and device.type != "cpu":
+            # `carry` and `ds`, which a launch changes.
+            chosen = _fastest(backward, scan, run, arguments[3])
+        run(chosen)
+
+
+_tuner = triton_tune.Tuner()
+
+
+def _fastest(backward: bool, scan: Scan, run: Callable[[Plan], None], changed: Tensor) -> Plan:
+    """The plan that is known to run such a launch fastest, or is found to now."""
+    triton, errors = (importlib.import_module(name) for name in ("triton", "triton.errors"))
+    x, library = scan.given.x, getattr(torch, scan.given.x.device.type)
+    before = changed.clone()
+
+    def seconds(plan: Plan) -> float:
+        took = []
+        try:
+            for _ in range(5):  # the first compiles
+                changed.copy_(before)
+                start, end = (library.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                run(plan)
+                end.record()
+                end.synchronize()
+                took.append(start.elapsed_time(end) / 1e3)
+        except errors.TritonError as error:
+            raise RuntimeError(str(error)) from error
+        finally:
+            changed.copy_(before)
+        return min(took)
+
+    capturing = getattr(library, "is_current_stream_capturing", lambda: False)()
+    key = (
+        *(library.get_device_name(x.device), triton.__version__, scan.cell, backward, scan.hidden),
+        *(scan.recurrent, str(x.dtype), precision(x.dtype, _is_nvidia(x.device))),
+    )
+    plans = alternatives(scan.plan)
+    return _tuner.best(key, plans, None if capturing else seconds)
 
 
 def precision(dtype: torch.dtype, nvidia: bool) -> str:
