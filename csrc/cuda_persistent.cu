@@ -275,6 +275,7 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
     if (sends) exchange.sent(i + 1);
   }
 
+  exchange.settle();
   if (owns) {
 #pragma unroll
     for (int o = 0; o < kOctets; ++o) {

@@ -489,6 +489,14 @@ struct Exchange {
       __syncthreads();
   }
 
+  // Before a block changes what all blocks made operand 0 of. Where there is another operand, or
+  // a cluster or a block that was `ready`, all have; else the blocks of a grid wait for each other.
+  __device__ __forceinline__ void settle() const {
+    if (regime != kGrid || operands > 1) return;
+    sent(1);
+    await(1);
+  }
+
   // Before a block leaves: its peers may still write into its shared memory.
   __device__ __forceinline__ void end() const {
     if (regime == kCluster) dev::cluster_sync();
@@ -563,9 +571,10 @@ struct Exchange {
   }
 
  private:
-  __device__ __forceinline__ void receive(int i) const {
-    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    if (warp == 0) {
+  // Until all blocks of a grid's group have sent operand i.
+  __device__ __forceinline__ void await(int i) const {
+    if (threadIdx.x < kWarp) {
+      const int lane = threadIdx.x;
       for (int block = lane; block < at.active; block += kWarp) {
         const uint32_t* flag = reinterpret_cast<const uint32_t*>(flags + block * kFlag);
         while (dev::load_acquire(flag) < static_cast<uint32_t>(i)) {
@@ -573,6 +582,11 @@ struct Exchange {
       }
     }
     __syncthreads();
+  }
+
+  __device__ __forceinline__ void receive(int i) const {
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    await(i);
     const char* from = area + (i & 1) * columns * int64_t{at.exchanged};
     for (int n = warp; n < columns; n += blockDim.x / kWarp) {
       for (int k = lane * kPiece; k < at.exchanged; k += kWarp * kPiece)
