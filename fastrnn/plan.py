@@ -453,7 +453,7 @@ _BLOCK_REGISTERS = 160
 _PARTS_REGISTERS = 96  # the same for float32 in parts
 _WEIGHT_REGISTERS = 128
 _REGISTERS = 64 << 10  # of a multiprocessor of NVIDIA's
-_OTHER_SHARED_BYTES = 16 << 10
+_OTHER_SHARED_BYTES = 8 << 10
 _TRITON_CHUNK_BYTES = 4 << 20  # of u: it should come from the cache
 _TRITON_STRETCH_BYTES = 64 << 20  # of du, whose products want many rows
 
@@ -523,14 +523,14 @@ def _triton_configure(problem: Problem, device: Device) -> Plan:
         return replace(plan, registers=255)
     if not matrix_units:
         return replace(plan, unit_tile=min(padded, 32), depth_tile=min(padded, 32), warps=8)
-    # The tiles of the weights of every gate that are under way share the memory with one of h.
+    # Of the weights of every gate, and of what they are multiplied by.
     unit_tile = min(padded, 32)
     depth_tile, stages = (min(padded, 64), 4) if itemsize == 2 else (min(padded, 32), 2)
     if in_parts and problem.projected:  # two products more
         depth_tile = 16
-    tile = problem.gates * itemsize
     while (
-        max(1, stages - 1) * tile * unit_tile * depth_tile + _OTHER_SHARED_BYTES
+        stages * depth_tile * (problem.gates * unit_tile + batch_tile) * itemsize
+        + _OTHER_SHARED_BYTES
         > device.shared_bytes
     ):
         if depth_tile > 32:

@@ -21,8 +21,9 @@ projected, `n` a unit, `b` a row of the batch, `t` the position in time, `step` 
 scan's own direction. Row `r` of the batch's rows begins at `first[t]` for packed input and at
 `t * B` for dense; row `b` lives while `t < stop[b]`.
 
-What a program wrote to global memory before a `tl.debug_barrier` all of its threads read after it,
-on GPUs of every maker; no other program touches its rows of the states. Where a tile is read and
+What a program wrote to global memory before a `tl.debug_barrier` all of its threads read after it:
+the barrier orders all kinds of memory among the threads of a block, on AMD's GPUs by fences for the
+workgroup. No other program touches its rows of the states. Where a tile is read and
 written in one place a barrier comes between: several threads may hold the same number, and one that
 is late must not read what another has written.
 """
