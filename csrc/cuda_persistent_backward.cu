@@ -4,6 +4,7 @@
 
 #include "cell.h"
 #include "cuda_launch.h"
+#include "cuda_math.cuh"
 #include "cuda_rows.cuh"
 #include "cuda_tile.cuh"
 
@@ -28,7 +29,8 @@ struct Traits {
   static constexpr int kColumns = 8 * N;
   static constexpr int kUnits = 16 * kTiles;
   static constexpr int kItems = 2 * kTiles * N;
-  // Chunks for which there are registers, 8 per tile; splitting numbers in parts takes some.
+  // Chunks for which there are registers, eight of these for each tile; splitting numbers in parts
+  // takes some.
   static constexpr int kRoom = (N < 4 ? 12 : 8) - (number == Number::kTf32x3 ? 4 : 0);
   static constexpr int kResident = kRoom / kTiles;
   static constexpr int kSize = tile::operand_bytes(number);
@@ -227,13 +229,13 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
       if (step > 0) ds[0] = add_product(i, ds[0]);
       const auto place =
           exchange.place<X::kPieces>(step + 1, staging, column(i), unit(i) * X::kSize);
-      float du[2][G], dv[2][G];
+      Quick du[2][G], dv[2][G];
       Stored previous[2];
       const bool alive[2] = {given.alive[0], given.alive[1]};
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const bool cut = sweep.resets != nullptr && given.resets[e] != 0;
-        float kept[K + 1], before[S], after[S], dafter[S], dbefore[S];
+        Quick kept[K + 1], before[S], after[S], dafter[S], dbefore[S];
 #pragma unroll
         for (int k = 0; k < K; ++k) kept[k] = dev::to_float(given.kept[e][k]);
 #pragma unroll
@@ -242,18 +244,18 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
           after[k] = dev::to_float(given.after[e][k]);
           dafter[k] = e == 0 ? ds[k].x : ds[k].y;
         }
-        dafter[0] += dev::to_float(given.dy[e]);
+        dafter[0] = dafter[0] + dev::to_float(given.dy[e]);
         previous[e] = cut ? Stored(0.0f) : given.before[e][0];
         Cell::backward(kept, before, after, dafter, du[e], dv[e], dbefore);
         auto* to = reinterpret_cast<typename X::Operand*>(place.to + (pair + e) * place.pitch);
 #pragma unroll
         for (int g = 0; g < G; ++g) {
           if (!alive[e]) dv[e][g] = 0;
-          Format::store(to + g * gate_stride + lane / 4, dv[e][g]);
+          Format::store(to + g * gate_stride + lane / 4, dv[e][g].x);
         }
 #pragma unroll
         for (int k = 0; k < S; ++k) {
-          if (alive[e]) (e == 0 ? ds[k].x : ds[k].y) = cut ? 0 : dbefore[k];
+          if (alive[e]) (e == 0 ? ds[k].x : ds[k].y) = cut ? 0 : dbefore[k].x;
         }
         const uint32_t bit = 1u << (2 * i + e);
         passes = alive[e] && !cut ? passes | bit : passes & ~bit;
@@ -279,8 +281,8 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
 #pragma unroll
         for (int g = 0; g < G; ++g) {
           const int64_t gate = into * G + g * hidden + n;
-          dev::store(static_cast<Stored*>(sweep.dv) + gate, dv[e][g]);
-          if (!all_tied<Cell>()) dev::store(static_cast<Stored*>(sweep.du) + gate, du[e][g]);
+          dev::store(static_cast<Stored*>(sweep.dv) + gate, dv[e][g].x);
+          if (!all_tied<Cell>()) dev::store(static_cast<Stored*>(sweep.du) + gate, du[e][g].x);
         }
       }
     };
