@@ -331,11 +331,11 @@ Layout lay_out(const Sweep& sweep, const CudaPlan& plan) {
 }
 
 // Calls `f` with the traits of the kernel for a plan. A row group has 16 units or, for a cell of
-// few values where a block would need too many warps for that, 64.
+// one gate and 8 columns where a block would need too many warps for that, 64.
 template <class Cell, Number number, int N, class F>
 int with_tiles(const Sweep& sweep, const CudaPlan& plan, F f) {
   using Few = Traits<Cell, number, 1, N>;
-  if constexpr (Cell::kGates == 1 && N <= 2) {
+  if constexpr (Cell::kGates == 1 && N == 1) {
     if (lay_out<Few>(sweep, plan).groups == 0) return f(Traits<Cell, number, 4, N>{});
   }
   return f(Few{});

@@ -341,7 +341,7 @@ def _cuda_layout(problem: Problem, plan: Plan) -> _Layout | None:
     size = min(4, _CUDA_STORED[problem.dtype])
     columns, gates, octets = plan.batch_tile // 8, problem.gates, -(-problem.hidden // 8)
     if problem.backward:
-        choices = [1, 4] if gates == 1 and columns <= 2 else [1]
+        choices = [1, 4] if gates == columns == 1 else [1]
         for tiles in choices:  # of 16 units, in a row group
             found = _cuda_shares(
                 plan,
