@@ -44,11 +44,19 @@ TILES = {"batch_tile": 16, "matrix_units": True}
 ONE_ROW = {"batch_tile": 1, "matrix_units": False}
 
 
+PARTS = {  # which run side by side
+    "resident": "resident",
+    "streamed": "streamed and not project",
+    "projected": "project",
+    "rest": "not resident and not streamed and not project",
+}
+
+
 @pytest.mark.skipif(INTERPRETED, reason="this is such a run")
-@pytest.mark.parametrize("part", ["resident", "streamed", "rest"])
+@pytest.mark.parametrize("part", PARTS)
 def test_in_the_interpreter(part: str) -> None:
     """Everything below."""
-    chosen = "not resident and not streamed" if part == "rest" else part
+    chosen = PARTS[part]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen]
     result = subprocess.run(
         [*command, __file__],
