@@ -348,7 +348,7 @@ def _cuda_layout(problem: Problem, plan: Plan) -> _Layout | None:
                 row_groups=-(-octets // (2 * tiles)),
                 exchanged=gates * octets * 8 * size,
                 tiles=tiles,
-                resident=((8 if columns == 4 else 12) - 4 * (plan.number == "tf32x3")) // tiles,
+                resident=({1: 12, 2: 10, 4: 8}[columns] - 4 * (plan.number == "tf32x3")) // tiles,
                 staged=64 * gates * size,
                 own=512 * tiles * columns * problem.states + 4 * plan.batch_tile,
             )
@@ -504,7 +504,11 @@ def _triton_configure(problem: Problem, device: Device) -> Plan:
             and (itemsize < 4 or padded <= (32 if in_parts else 64))
         )
     else:
-        fits = weights * words <= threads * _WEIGHT_REGISTERS
+        # The weights of a gate pass through shared memory on their way into registers.
+        fits = (
+            weights * words <= threads * _WEIGHT_REGISTERS
+            and padded * padded * problem.itemsize <= device.shared_bytes
+        )
     row = problem.gates * problem.hidden * itemsize * problem.lanes
     most = _TRITON_STRETCH_BYTES if problem.backward else _TRITON_CHUNK_BYTES
     plan = Plan(
