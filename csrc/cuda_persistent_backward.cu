@@ -31,7 +31,7 @@ struct Traits {
   static constexpr int kItems = 2 * kTiles * N;
   // Chunks for which there are registers, eight of these for each tile; splitting numbers in parts
   // takes some.
-  static constexpr int kRoom = (N < 4 ? 12 : 8) - (number == Number::kTf32x3 ? 4 : 0);
+  static constexpr int kRoom = (N == 4 ? 8 : 14 - 2 * N) - (number == Number::kTf32x3 ? 4 : 0);
   static constexpr int kResident = kRoom / kTiles;
   static constexpr int kSize = tile::operand_bytes(number);
   static constexpr int kGatePieces = 8 * kSize / tile::kPiece;  // of an item's column, per gate
@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
   for (int step = 0; step < steps; ++step) {
     const int t = time(step);
     const int64_t row0_later = row(step + 2);
-    const char* operand = exchange.wait(step);
+    const char* operand = exchange.wait(step, computes);
     if (computes && step > 0) {
       typename X::Product::Sums sum;
       product.run(operand, sum);
@@ -295,7 +295,7 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
     row0 = row0_before;
     row0_before = row0_later;
   }
-  const char* operand = exchange.wait(steps);
+  const char* operand = exchange.wait(steps, computes);
   if (computes) {
     typename X::Product::Sums sum;
     product.run(operand, sum);
