@@ -46,7 +46,7 @@ demo: $(BUILT)
 # Plugins are used where they are installed: an environment used as it is may lack them.
 test: $(BUILT)
 	$(PY) -m pytest $$($(PY) -c 'from importlib.util import find_spec as has; \
-	  print("-n $(JOBS)" * bool(has("xdist")), "--timeout 300" * bool(has("pytest_timeout")))') $(ARGS)
+	  print("-n $(JOBS)" * bool(has("xdist")), "--timeout 900" * bool(has("pytest_timeout")))') $(ARGS)
 
 # pytest-benchmark's own tables are of our times only; the report has everything.
 bench: $(RIVALS)

@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
           cuts |= uint32_t{at.cut(t, b0 + 8 * j + column + e, stop[j][e])} << (2 * j + e);
       }
     }
-    const char* operand = exchange.wait(i);
+    const char* operand = exchange.wait(i, computes);
     const bool sends = i + 1 < steps;
     if (computes) {
       typename X::Product::Sums sum;

@@ -502,7 +502,9 @@ struct Exchange {
     if (regime == kCluster) dev::cluster_sync();
   }
 
-  __device__ __forceinline__ const char* wait(int i) const {
+  // A warp without units does not wait for a cluster's operands: nothing that it sends would keep
+  // the others from coming two phases further, which looks as if none had passed.
+  __device__ __forceinline__ const char* wait(int i, bool computes) const {
     if (regime == kGrid) {
       if (i > 0) receive(i);
       return tiles;
@@ -511,7 +513,7 @@ struct Exchange {
     if (regime == kBlock) {
       if (i > 0) __syncthreads();
     } else {
-      if (i > 0) dev::barrier_wait(&barriers[place], (i - 1) >> 1 & 1);
+      if (i > 0 && computes) dev::barrier_wait(&barriers[place], (i - 1) >> 1 & 1);
       // Its next phase: no byte for it is on the way before this warp has sent its part.
       if (threadIdx.x == 0 && i + 2 < operands)
         dev::barrier_expect(&barriers[place], columns * at.exchanged);

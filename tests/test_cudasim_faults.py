@@ -65,8 +65,8 @@ FAULTS = [
         "cluster",
         Fault(
             TILE,
-            "if (i > 0) dev::barrier_wait(",
-            "if (i > 0 && !PLANTED) dev::barrier_wait(",
+            "if (i > 0 && computes) dev::barrier_wait(",
+            "if (i > 0 && computes && !PLANTED) dev::barrier_wait(",
         ),
     ),
     Planted(
