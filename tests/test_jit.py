@@ -41,6 +41,7 @@ FASTRNN_CELLS(FASTRNN_ENTRY)
 MATH = """
 #pragma once
 #include <cmath>
+#define FASTRNN_HD
 #define FASTRNN_INLINE inline
 namespace fastrnn {
 inline namespace FASTRNN_ISA {
