@@ -31,7 +31,7 @@ struct Traits {
   static constexpr int kItems = 2 * kTiles * N;
   // Chunks for which there are registers, eight of these for each tile; splitting numbers in parts
   // takes some.
-  static constexpr int kRoom = (N == 4 ? 8 : 14 - 2 * N) - (number == Number::kTf32x3 ? 4 : 0);
+  static constexpr int kRoom = (N == 4 ? 8 : 10) - (number == Number::kTf32x3 ? 4 : 0);
   static constexpr int kResident = kRoom / kTiles;
   static constexpr int kSize = tile::operand_bytes(number);
   static constexpr int kGatePieces = 8 * kSize / tile::kPiece;  // of an item's column, per gate

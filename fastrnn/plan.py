@@ -348,7 +348,7 @@ def _cuda_layout(problem: Problem, plan: Plan) -> _Layout | None:
                 row_groups=-(-octets // (2 * tiles)),
                 exchanged=gates * octets * 8 * size,
                 tiles=tiles,
-                resident=({1: 12, 2: 10, 4: 8}[columns] - 4 * (plan.number == "tf32x3")) // tiles,
+                resident=((8 if columns == 4 else 10) - 4 * (plan.number == "tf32x3")) // tiles,
                 staged=64 * gates * size,
                 own=512 * tiles * columns * problem.states + 4 * plan.batch_tile,
             )
