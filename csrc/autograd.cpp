@@ -97,10 +97,11 @@ class ScanFunction : public torch::autograd::Function<ScanFunction> {
   static variable_list forward(AutogradContext* ctx, const std::string& cell, const Sizes& sizes,
                                TensorList flat, const std::optional<Tensor>& batch_sizes,
                                const std::optional<Tensor>& lengths,
-                               const std::optional<Tensor>& resets, int64_t reverse) {
+                               const std::optional<Tensor>& resets, int64_t reverse,
+                               bool recompute) {
     at::AutoDispatchBelowADInplaceOrView below;
     const ScanInputs in = unflattened(cell, flat, sizes, batch_sizes, lengths, resets, reverse);
-    auto [y, states, tape] = call_scan(in, true);
+    auto [y, states, tape] = call_scan(in, !recompute);
     variable_list saved = flat.vec();
     for (const auto& each : {batch_sizes, lengths, resets})
       saved.push_back(each ? *each : Tensor());
@@ -151,7 +152,7 @@ class ScanFunction : public torch::autograd::Function<ScanFunction> {
       found = call_scan_backward(in, incoming, y, tape, needs);
     }
 
-    variable_list out(kFlatArgument + flat_size + 4);
+    variable_list out(kFlatArgument + flat_size + 5);
     auto next = found.begin();
     auto place = [&](bool present, size_t first, int64_t count) {
       for (size_t i = first; present && i < first + count; ++i) out[kFlatArgument + i] = *next++;
@@ -173,7 +174,7 @@ ScanOutputs scan_autograd(std::string_view cell, const Tensor& x, TensorList w_i
                           TensorList b_ih, TensorList b_hh, TensorList w_hr, TensorList s0,
                           const std::optional<Tensor>& batch_sizes,
                           const std::optional<Tensor>& lengths, const std::optional<Tensor>& resets,
-                          int64_t reverse, bool tape) {
+                          int64_t reverse, bool tape, bool recompute) {
   const ScanInputs in{cell, x,  w_ih,        w_hh,    b_ih,   b_hh,
                       w_hr, s0, batch_sizes, lengths, resets, reverse};
   TORCH_CHECK(b_ih.size() == b_hh.size(), "scan: b_ih and b_hh come together, got ", b_ih.size(),
@@ -189,7 +190,7 @@ ScanOutputs scan_autograd(std::string_view cell, const Tensor& x, TensorList w_i
                     static_cast<int64_t>(w_hr.size()), static_cast<int64_t>(s0.size())};
   const variable_list flat = flattened(in);
   variable_list out = ScanFunction::apply(std::string(cell), sizes, TensorList(flat), batch_sizes,
-                                          lengths, resets, reverse);
+                                          lengths, resets, reverse, recompute);
   return {out.front(), {out.begin() + 1, out.end() - 1}, out.back()};
 }
 

@@ -34,29 +34,6 @@ bool valid(int cell, const Sweep& s, const CudaPlan& plan) {
 
 }  // namespace
 
-// Where the library has no persistent kernels.
-#define FASTRNN_ABSENT __attribute__((weak))
-FASTRNN_ABSENT int launch_persistent_forward(int, const Sweep&, const CudaPlan&, void*) {
-  return kNotSupported;
-}
-FASTRNN_ABSENT int launch_persistent_backward(int, const Sweep&, const CudaPlan&, void*) {
-  return kNotSupported;
-}
-FASTRNN_ABSENT int64_t persistent_forward_workspace_bytes(int, const Sweep&, const CudaPlan&) {
-  return 0;
-}
-FASTRNN_ABSENT int64_t persistent_backward_workspace_bytes(int, const Sweep&, const CudaPlan&) {
-  return 0;
-}
-FASTRNN_ABSENT int64_t persistent_forward_shared_bytes(int, const Sweep&, const CudaPlan&) {
-  return -1;
-}
-FASTRNN_ABSENT int64_t persistent_backward_shared_bytes(int, const Sweep&, const CudaPlan&) {
-  return -1;
-}
-FASTRNN_ABSENT int resident_clusters(int, int, int64_t) { return 0; }
-#undef FASTRNN_ABSENT
-
 }  // namespace fastrnn
 
 #define FASTRNN_EXPORT __attribute__((visibility("default")))
@@ -79,6 +56,20 @@ FASTRNN_EXPORT int fastrnn_cuda_backward(const char* cell, const fastrnn::Sweep*
   const auto launch = plan->regime == fastrnn::kStep ? fastrnn::launch_step_backward
                                                      : fastrnn::launch_persistent_backward;
   return sweep->begin == sweep->end ? 0 : launch(index, *sweep, *plan, stream);
+}
+
+FASTRNN_EXPORT int fastrnn_cuda_previous(const char* cell, const fastrnn::Sweep* sweep,
+                                         const fastrnn::CudaPlan* plan, void* stream) {
+  const int index = fastrnn::cell_index(cell);
+  if (!fastrnn::valid(index, *sweep, *plan)) return fastrnn::kInvalidValue;
+  return sweep->begin == sweep->end ? 0 : fastrnn::launch_previous(index, *sweep, *plan, stream);
+}
+
+FASTRNN_EXPORT int fastrnn_cuda_replay(const char* cell, const fastrnn::Sweep* sweep,
+                                       const fastrnn::CudaPlan* plan, void* stream) {
+  const int index = fastrnn::cell_index(cell);
+  if (!fastrnn::valid(index, *sweep, *plan)) return fastrnn::kInvalidValue;
+  return sweep->begin == sweep->end ? 0 : fastrnn::launch_replay(index, *sweep, *plan, stream);
 }
 
 FASTRNN_EXPORT int64_t fastrnn_cuda_workspace_bytes(const char* cell, const fastrnn::Sweep* sweep,

@@ -28,6 +28,10 @@ int with_cell(int cell, F f) {
 int launch_step_forward(int cell, const Sweep& sweep, const CudaPlan& plan, void* stream);
 int launch_step_backward(int cell, const Sweep& sweep, const CudaPlan& plan, void* stream);
 
+// csrc/cuda_replay.cu
+int launch_previous(int cell, const Sweep& sweep, const CudaPlan& plan, void* stream);
+int launch_replay(int cell, const Sweep& sweep, const CudaPlan& plan, void* stream);
+
 // csrc/cuda_persistent.cu
 int launch_persistent_forward(int cell, const Sweep& sweep, const CudaPlan& plan, void* stream);
 int64_t persistent_forward_workspace_bytes(int cell, const Sweep& sweep, const CudaPlan& plan);

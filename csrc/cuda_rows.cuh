@@ -79,7 +79,8 @@ struct Lane {
 
   // The offset of value j of a row's `width` values of [H] in `tape`.
   __device__ __forceinline__ int64_t taped(int64_t row, int width, int j) const {
-    return ((row * sweep.lanes + p) * width + j) * sweep.hidden;
+    const int64_t r = row - (reverse ? sweep.tape_base_reverse : sweep.tape_base);
+    return ((r * sweep.lanes + p) * width + j) * sweep.hidden;
   }
 
   // The offset of state j of a row of the batch, [H], in `carry`, `s0` and `ds`.

@@ -181,17 +181,20 @@ using PackedOutputs = std::tuple<Tensor, std::vector<Tensor>>;  // y, states
 
 }  // namespace
 
-ScanOutputs call_scan(const ScanInputs& in, bool tape) {
+ScanOutputs call_scan(const ScanInputs& in, bool tape, bool recompute) {
   static auto op = c10::Dispatcher::singleton()
                        .findSchemaOrThrow("fastrnn::scan", "")
-                       .typed<ScanOutputs(FASTRNN_SCAN_PARAMETERS, bool)>();
+                       .typed<ScanOutputs(FASTRNN_SCAN_PARAMETERS, bool, bool)>();
   return op.call(in.cell, in.x, in.w_ih, in.w_hh, in.b_ih, in.b_hh, in.w_hr, in.s0, in.batch_sizes,
-                 in.lengths, in.resets, in.reverse, tape);
+                 in.lengths, in.resets, in.reverse, tape, recompute);
 }
 
 namespace {
 
-ScanOutputs cpu(FASTRNN_SCAN_PARAMETERS, bool tape) { return scan_cpu(FASTRNN_SCAN_INPUTS, tape); }
+// `recompute` is for autograd, which stands before these.
+ScanOutputs cpu(FASTRNN_SCAN_PARAMETERS, bool tape, bool) {
+  return scan_cpu(FASTRNN_SCAN_INPUTS, tape);
+}
 
 // A frozen layer: the weights are there for their sizes, and for kernels other than the CPU's.
 PackedOutputs cpu_packed(FASTRNN_PACKED_PARAMETERS) {
@@ -222,7 +225,7 @@ std::string kernel_elsewhere(const ScanInputs& in, bool tape, bool backward) {
       .kernel;
 }
 
-ScanOutputs elsewhere(FASTRNN_SCAN_PARAMETERS, bool tape) {
+ScanOutputs elsewhere(FASTRNN_SCAN_PARAMETERS, bool tape, bool) {
   const ScanInputs in = FASTRNN_SCAN_INPUTS;
   return python_forward(kernel_elsewhere(in, tape, false), in, tape);
 }
@@ -244,7 +247,10 @@ Incoming incoming(const std::optional<Tensor>& dy,
       Needs needs
 
 std::vector<Tensor> backward_cpu(FASTRNN_BACKWARD_PARAMETERS()) {
-  return scan_backward_cpu(FASTRNN_SCAN_INPUTS, incoming(dy, dstates), y, tape, needs);
+  const ScanInputs in = FASTRNN_SCAN_INPUTS;
+  const bool missing = tape.size(0) == 0 && y.numel() > 0;
+  return scan_backward_cpu(in, incoming(dy, dstates), y,
+                           missing ? std::get<2>(scan_cpu(in, true)) : tape, needs);
 }
 
 std::vector<Tensor> backward_elsewhere(FASTRNN_BACKWARD_PARAMETERS()) {
@@ -259,8 +265,8 @@ std::pair<Tensor, std::vector<Tensor>> scan_from_python(
     const std::vector<Tensor>& w_hh, const std::vector<Tensor>& b_ih,
     const std::vector<Tensor>& b_hh, const std::vector<Tensor>& w_hr, const std::vector<Tensor>& s0,
     const std::optional<Tensor>& batch_sizes, const std::optional<Tensor>& lengths,
-    const std::optional<Tensor>& resets, int64_t reverse) {
-  auto [y, states, tape] = call_scan(FASTRNN_SCAN_INPUTS, false);
+    const std::optional<Tensor>& resets, int64_t reverse, bool recompute) {
+  auto [y, states, tape] = call_scan(FASTRNN_SCAN_INPUTS, false, recompute);
   return {y, states};
 }
 
@@ -339,7 +345,7 @@ PackedOutputs packed_from_python(const std::string& cell, const Tensor& x,
 // Under autocast all operands take its dtype, as in torch.nn, whose GRU on CPUs alone computes in
 // the dtype of its state.
 template <c10::DeviceType device, c10::DispatchKey key>
-ScanOutputs autocast(FASTRNN_SCAN_PARAMETERS, bool tape) {
+ScanOutputs autocast(FASTRNN_SCAN_PARAMETERS, bool tape, bool recompute) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
   at::ScalarType type = at::autocast::get_autocast_dtype(device);
   if (device == c10::DeviceType::CPU && cell == "gru" &&
@@ -354,17 +360,19 @@ ScanOutputs autocast(FASTRNN_SCAN_PARAMETERS, bool tape) {
   const auto ih = cast_all(w_ih), hh = cast_all(w_hh), bi = cast_all(b_ih), bh = cast_all(b_hh),
              hr = cast_all(w_hr), s = cast_all(s0);
   return call_scan({cell, cast(x), ih, hh, bi, bh, hr, s, batch_sizes, lengths, resets, reverse},
-                   tape);
+                   tape, recompute);
 }
 
 }  // namespace
 
 TORCH_LIBRARY(fastrnn, m) {
-  // fastrnn/reference.py documents the arguments; `tape` asks for what scan_backward needs.
+  // fastrnn/reference.py documents the arguments; `tape` asks for what scan_backward needs. With
+  // `recompute` autograd keeps no tape, and gives scan_backward one without rows.
   m.def(
       "scan(str cell, Tensor x, Tensor[] w_ih, Tensor[] w_hh, Tensor[] b_ih, Tensor[] b_hh, "
       "Tensor[] w_hr, Tensor[] s0, Tensor? batch_sizes, Tensor? lengths, Tensor? resets, "
-      "int reverse, bool tape=False) -> (Tensor y, Tensor[] states, Tensor tape)");
+      "int reverse, bool tape=False, bool recompute=False) "
+      "-> (Tensor y, Tensor[] states, Tensor tape)");
   // Without a tape, on weights that pack() packed while their fingerprint was `expected`: a tensor,
   // as a number would be a constant of a traced graph.
   m.def(

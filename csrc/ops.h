@@ -59,7 +59,7 @@ const Choice& choose(const CellFacts& cell, const Problem& problem);
 void forget_plans();
 
 // The op through the dispatcher.
-ScanOutputs call_scan(const ScanInputs& in, bool tape);
+ScanOutputs call_scan(const ScanInputs& in, bool tape, bool recompute = false);
 
 // Implementations that live in Python (fastrnn/kernels.py), by name of the kernel.
 ScanOutputs python_forward(const std::string& kernel, const ScanInputs& in, bool tape);

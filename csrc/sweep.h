@@ -39,7 +39,10 @@ struct Sweep {
   // `resets`.
   int64_t base = 0;
   int64_t base_reverse = 0;
-  int64_t chunk_rows = 0;           // rows of `u`, `du`, `dv`, `previous` per lane
+  int64_t chunk_rows = 0;  // rows of `u`, `du`, `dv`, `previous` per lane
+  // Row r of the tape is row r - tape_base of `tape`: not 0 for the tape of a chunk.
+  int64_t tape_base = 0;
+  int64_t tape_base_reverse = 0;
   uint64_t reverse = 0;             // a bit per lane
   const int64_t* first = nullptr;   // [T+1] row at which a step begins, packed; null: t*B
   const int64_t* length = nullptr;  // [B] steps of each row of the batch; null: T
@@ -52,6 +55,8 @@ struct Sweep {
                                // the last is room for another state 0
   void* y = nullptr;           // [rows, P, H], stored; only read on the way back
   void* tape = nullptr;        // [rows, P, W, H], stored, or null; only read on the way back
+  // Recomputation of a tape that was not kept; u, b_hh, carry, y and tape are as forward has them.
+  const void* v = nullptr;  // [P, chunk_rows, G*H], stored: `previous` times the recurrent weights
   // Backward, from step end-1 to begin.
   const void* dy = nullptr;  // [rows, P, H], stored, or null for zeros
   const void* s0 = nullptr;  // [S, P, B, H], of sums
@@ -67,7 +72,8 @@ struct Sweep {
 struct CudaPlan {
   Number number = Number::kFloat32;
   int32_t regime = 0;      // Regime
-  int32_t batch_tile = 8;  // rows of the batch that a group of blocks works on, a multiple of 8
+  int32_t batch_tile = 8;  // rows of the batch that a group of blocks works on: 8, 16 or 32; of
+                           // kStep 16, 32 or 64
   int32_t blocks = 1;      // of a group, which shares the hidden units of a tile
   int32_t warps = 4;       // of a block
 };
@@ -87,6 +93,13 @@ int fastrnn_cuda_forward(const char* cell, const fastrnn::Sweep*, const fastrnn:
                          void* stream);
 int fastrnn_cuda_backward(const char* cell, const fastrnn::Sweep*, const fastrnn::CudaPlan*,
                           void* stream);
+// Recomputation: `previous`, state 0 before each step, from y and state 0 of s0; then, when `v` is
+// there, the tape (where there is one) and the states past the first in `carry`, before the chunk
+// and then after it.
+int fastrnn_cuda_previous(const char* cell, const fastrnn::Sweep*, const fastrnn::CudaPlan*,
+                          void* stream);
+int fastrnn_cuda_replay(const char* cell, const fastrnn::Sweep*, const fastrnn::CudaPlan*,
+                        void* stream);
 // Bytes of `workspace` that a launch needs.
 int64_t fastrnn_cuda_workspace_bytes(const char* cell, const fastrnn::Sweep*,
                                      const fastrnn::CudaPlan*, int backward);

@@ -45,6 +45,7 @@ def scan(
     lengths: Tensor | None,
     resets: Tensor | None,
     reverse: int,
+    recompute: bool,
 ) -> tuple[Tensor, list[Tensor]]: ...
 def step(
     cell: str, input: Tensor, before: tuple[Tensor, ...], weights: tuple[Tensor | None, ...]

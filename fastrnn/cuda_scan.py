@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrnn.gpu_scan import Scan
+from fastrnn.gpu_scan import Scan, Tape
 from fastrnn.plan import Plan
 
 __all__ = ["Library", "library", "sweeps"]
@@ -29,9 +29,11 @@ class Sweep(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("steps", "batch", "hidden", "lanes", "begin", "end")),
         *((name, ctypes.c_int64) for name in ("base", "base_reverse", "chunk_rows")),
+        *((name, ctypes.c_int64) for name in ("tape_base", "tape_base_reverse")),
         ("reverse", ctypes.c_uint64),
         *((name, ctypes.c_void_p) for name in ("first", "length", "resets", "w_hh", "u", "b_hh")),
-        *((name, ctypes.c_void_p) for name in ("carry", "y", "tape", "dy", "s0", "ds", "du", "dv")),
+        *((name, ctypes.c_void_p) for name in ("carry", "y", "tape", "v", "dy", "s0", "ds")),
+        *((name, ctypes.c_void_p) for name in ("du", "dv")),
         *((name, ctypes.c_void_p) for name in ("previous", "workspace")),
     )
 
@@ -71,8 +73,8 @@ class Library:
             found.restype, found.argtypes = result, arguments
             return found
 
-        self._forward = function("forward", number, *call, ctypes.c_void_p)
-        self._backward = function("backward", number, *call, ctypes.c_void_p)
+        kinds = ("forward", "backward", "previous", "replay")
+        self._launch = {kind: function(kind, number, *call, ctypes.c_void_p) for kind in kinds}
         self._workspace_bytes = function("workspace_bytes", size, *call, number)
         self._shared_bytes = function("shared_bytes", size, *call, number)
         self._resident_clusters = function("resident_clusters", number, number, number, size)
@@ -88,15 +90,15 @@ class Library:
         return int(self._shared_bytes(cell.encode(), sweep, plan, backward))
 
     def launch(
-        self, cell: str, sweep: Sweep, plan: CudaPlan, backward: bool, stream: int | None
+        self, kind: str, cell: str, sweep: Sweep, plan: CudaPlan, stream: int | None
     ) -> None:
-        """Launch the kernels of a sweep, without waiting for them.
+        """Launch the kernels of a sweep, "forward" or "backward", or those that make its tape
+        again, "previous" and "replay", without waiting for them.
 
         Raises:
             RuntimeError: with what CUDA says, if it does not take the launch.
         """
-        call = self._backward if backward else self._forward
-        self._check(call(cell.encode(), sweep, plan, stream))
+        self._check(self._launch[kind](cell.encode(), sweep, plan, stream))
 
     def resident_clusters(self, blocks: int, threads: int, shared_bytes: int) -> int:
         """How many clusters of so many blocks the current device runs at the same time."""
@@ -127,7 +129,7 @@ def _library(named: str) -> Library | str:
 
 
 class _Sweeps:
-    """`gpu_scan.Sweeps` in CUDA C++."""
+    """`gpu_scan.ReplayingSweeps` in CUDA C++."""
 
     def forward(
         self,
@@ -140,7 +142,8 @@ class _Sweeps:
         y: Tensor,
         tape: Tensor | None,
     ) -> None:
-        _launch(scan, begin, end, False, u=u, b_hh=b_hh, carry=carry, y=y, tape=tape)
+        given = None if tape is None else Tape(tape)
+        _launch("forward", scan, begin, end, given, u=u, b_hh=b_hh, carry=carry, y=y)
 
     def backward(
         self,
@@ -151,7 +154,7 @@ class _Sweeps:
         s0: Tensor,
         ds: Tensor,
         y: Tensor,
-        tape: Tensor,
+        tape: Tape,
         du: Tensor,
         dv: Tensor,
         previous: Tensor,
@@ -159,27 +162,59 @@ class _Sweeps:
     ) -> None:
         assert dh is None, "the plan asks for no projection"
         _launch(
-            scan, begin, end, True,
-            dy=dy, s0=s0, ds=ds, y=y, tape=tape, du=du, dv=dv, previous=previous,
+            "backward", scan, begin, end, tape,
+            dy=dy, s0=s0, ds=ds, y=y, du=du, dv=dv, previous=previous,
+        )  # fmt: skip
+
+    def previous(
+        self, scan: Scan, begin: int, end: int, s0: Tensor, y: Tensor, previous: Tensor
+    ) -> None:
+        _launch("previous", scan, begin, end, None, s0=s0, y=y, previous=previous)
+
+    def replay(
+        self,
+        scan: Scan,
+        begin: int,
+        end: int,
+        u: Tensor,
+        v: Tensor,
+        b_hh: Tensor | None,
+        previous: Tensor,
+        carry: Tensor,
+        tape: Tape | None,
+    ) -> None:
+        _launch(
+            "replay", scan, begin, end, tape,
+            u=u, v=v, b_hh=b_hh, previous=previous, carry=carry,
         )  # fmt: skip
 
 
 sweeps = _Sweeps()
 
 
-def _launch(scan: Scan, begin: int, end: int, backward: bool, **tensors: Tensor | None) -> None:
+# What each kind of launch writes; that was allocated for this call, and so is aligned.
+_WRITTEN = {
+    "forward": ("carry", "y", "tape"),
+    "backward": ("ds", "du", "dv", "previous"),
+    "previous": ("previous",),
+    "replay": ("carry", "tape"),
+}
+
+
+def _launch(
+    kind: str, scan: Scan, begin: int, end: int, tape: Tape | None, **tensors: Tensor | None
+) -> None:
     found = library()
     assert isinstance(found, Library), found
     tensors |= {
+        "tape": None if tape is None else tape.values,
         "w_hh": scan.w_hh,
         "first": scan.first_on_device,
         "length": scan.length,
         "resets": scan.resets,
     }
-    written = ("ds", "du", "dv", "previous") if backward else ("carry", "y", "tape")
-    # What is written was allocated for this call, and so is aligned.
     held = {
-        name: tensor if name in written else _aligned(tensor)
+        name: tensor if name in _WRITTEN[kind] else _aligned(tensor)
         for name, tensor in tensors.items()
         if tensor is not None
     }
@@ -193,18 +228,21 @@ def _launch(scan: Scan, begin: int, end: int, backward: bool, **tensors: Tensor 
         base=scan.stretch(begin, end, False)[0],
         base_reverse=scan.stretch(begin, end, True)[0],
         chunk_rows=scan.chunk_rows,
+        tape_base=0 if tape is None else tape.base[0],
+        tape_base_reverse=0 if tape is None else tape.base[1],
         reverse=scan.reverse,
         **{name: tensor.data_ptr() for name, tensor in held.items()},
     )
     plan = cuda_plan(scan.plan)
     x = scan.given.x
     with _on(x.device):
-        size = found.workspace_bytes(scan.cell, sweep, plan, backward)
-        if size > 0:
-            held["workspace"] = torch.empty(size, dtype=torch.uint8, device=x.device)
-            sweep.workspace = held["workspace"].data_ptr()
+        if kind in ("forward", "backward"):
+            size = found.workspace_bytes(scan.cell, sweep, plan, kind == "backward")
+            if size > 0:
+                held["workspace"] = torch.empty(size, dtype=torch.uint8, device=x.device)
+                sweep.workspace = held["workspace"].data_ptr()
         stream = torch.cuda.current_stream().cuda_stream if x.is_cuda else None
-        found.launch(scan.cell, sweep, plan, backward, stream)
+        found.launch(kind, scan.cell, sweep, plan, stream)
 
 
 def cuda_plan(plan: Plan) -> CudaPlan:

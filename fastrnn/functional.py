@@ -35,6 +35,7 @@ def rnn(
     training: bool = False,
     lengths: Tensor | Sequence[int] | None = None,
     resets: Tensor | PackedSequence | None = None,
+    recompute: bool = False,
     name: str = "rnn",
     check: Check | None = None,
     packed: Sequence[ops.Packed | None] = (),
@@ -62,6 +63,9 @@ def rnn(
         resets: bool, one per step: [T, B], [B, T] with `batch_first`, [T] unbatched; packed as
             the input is. An episode begins there: no state crosses from the step before, in
             either direction.
+        recompute: keep only the output of every layer for the way back, which computes the cells'
+            values anew from it: less memory for more time. The CUDA kernels do so for a chunk of
+            steps at a time, the others for a layer at a time.
         name: how the layer calls itself in errors.
         check: `check(input, hx, batch_sizes, w_ih)`, with the first of the weights, in place of
             the check of dtype, device and sizes against `weights`.
@@ -147,6 +151,7 @@ def rnn(
         batch_sizes,
         lengths,
         resets,
+        recompute,
         packed,
     )
 
@@ -225,6 +230,7 @@ def _stack(
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     resets: Tensor | None,
+    recompute: bool,
     packed: Sequence[ops.Packed | None],
 ) -> tuple[Tensor, Sequence[Tensor]]:
     """Layers on canonical operands: `x` [T, B, I] or packed [R, I], `s0` `S` times
@@ -253,6 +259,7 @@ def _stack(
             resets,
             reverse,
             packed[first // scans] if packed else None,
+            recompute,
         )
         finals.append(final)
         if dropout and first < last:

@@ -2,14 +2,15 @@
 
 A sweep is two functions that launch kernels, `Sweeps`; `triton_scan.py` and `cuda_scan.py` have one
 pair each. Everything else of a call is here: the projection of the input a chunk at a time, the
-states that pass from chunk to chunk, and the gradients that follow from those of the gates.
+states that pass from chunk to chunk, the gradients that follow from those of the gates, and the
+tapes of chunks where none was kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -17,7 +18,16 @@ from torch import Tensor
 from fastrnn.codegen import Derived
 from fastrnn.plan import Plan
 
-__all__ = ["Operands", "Scan", "Sweeps", "backward", "forward", "tf32_allowed"]
+__all__ = [
+    "Operands",
+    "ReplayingSweeps",
+    "Scan",
+    "Sweeps",
+    "Tape",
+    "backward",
+    "forward",
+    "tf32_allowed",
+]
 
 
 @dataclass(frozen=True)
@@ -128,12 +138,27 @@ class Scan:
         return part.reshape(high - low, self.inputs)
 
 
+@dataclass(frozen=True)
+class Tape:
+    """What the way back needs of some rows.
+
+    Attributes:
+        values: [rows, P, S-1+K, H], and one more value where state 0 is projected: what the cell
+            gave.
+        base: the row of the batch's rows that is the first of these, for lanes forward in time and
+            for those backward.
+    """
+
+    values: Tensor
+    base: tuple[int, int] = (0, 0)
+
+
 class Sweeps(Protocol):
     """The kernels: each call takes every lane through the steps `[begin, end)` of its own
     direction, for rows that are stored from where the chunk begins on.
 
     Tensors are contiguous. Row r of the batch's rows is row `r - scan.stretch(begin, end, ..)[0]`
-    of `u`, `du`, `dv` and `previous`. `scan.batch` is not 0.
+    of `u`, `v`, `du`, `dv` and `previous`. `scan.batch` is not 0.
     """
 
     def forward(
@@ -156,8 +181,7 @@ class Sweeps(Protocol):
                 the last is room for state 0. Where that is projected, Q wide and all others H,
                 rows are as wide as the wider.
             y: [rows, P, Q].
-            tape: [rows, P, S-1+K, H], and one more value where state 0 is projected: what the
-                cell gave; or None.
+            tape: `Tape.values`, of all rows; or None.
         """
 
     def backward(
@@ -169,7 +193,7 @@ class Sweeps(Protocol):
         s0: Tensor,
         ds: Tensor,
         y: Tensor,
-        tape: Tensor,
+        tape: Tape,
         du: Tensor,
         dv: Tensor,
         previous: Tensor,
@@ -181,11 +205,45 @@ class Sweeps(Protocol):
             dy: [rows, P, Q], or None for zeros.
             s0: [S, P, B, H] in `scan.compute`, as `carry`.
             ds: the same: gradients of the states after, and then before, the chunk.
-            y, tape: as forward left them.
+            y, tape: as forward left them; of the tape the rows of the steps and, before the
+                first, the states.
             du, dv: [P, chunk_rows, G*H] gradients of the projections; one tensor where all gates
                 are tied.
             previous: [P, chunk_rows, Q], filled with state 0 before each step.
             dh: the same, with the gradient of state 0 after it; None unless it is projected.
+        """
+
+
+@runtime_checkable
+class ReplayingSweeps(Sweeps, Protocol):
+    """Kernels that make the tape of a chunk again."""
+
+    def previous(
+        self, scan: Scan, begin: int, end: int, s0: Tensor, y: Tensor, previous: Tensor
+    ) -> None:
+        """Fill `previous`, as `backward` does, from `y` and the initial state."""
+
+    def replay(
+        self,
+        scan: Scan,
+        begin: int,
+        end: int,
+        u: Tensor,
+        v: Tensor,
+        b_hh: Tensor | None,
+        previous: Tensor,
+        carry: Tensor,
+        tape: Tape | None,
+    ) -> None:
+        """Walk the steps in order, from `previous` and its product `v` with the recurrent weights.
+
+        Args:
+            u, b_hh: as in `forward`; `v` is as `u`.
+            previous: as `backward` has it.
+            carry: [S, P, B, H] in `scan.compute`: of the states past the first those before, and
+                then after, the chunk.
+            tape: filled for the steps and, where they have a step before, with the states there;
+                or None.
         """
 
 
@@ -203,23 +261,29 @@ def forward(
     carry = x.new_zeros(scan.states + 1, lanes, scan.batch, widest, dtype=scan.compute)
     for j, state in enumerate(given.s0):
         carry[j, ..., : scan.width(j)] = state
-    # A gate that the cell knows by the sum of u and v takes both biases in u.
-    b_ih, b_hh = (_stacked(b) if b else None for b in (given.b_ih, given.b_hh))
-    if b_ih is not None and b_hh is not None:
-        b_ih = b_ih.clone()
-        for g, tied in enumerate(derived.tied):
-            if tied:
-                part = slice(g * hidden, (g + 1) * hidden)
-                b_ih[:, part] += b_hh[:, part]
+    b_ih, b_hh = _biases(scan)
     u = x.new_empty(lanes, scan.chunk_rows, scan.gates * hidden)
     for begin in range(0, scan.steps if scan.batch else 0, scan.chunk_steps):
         end = min(scan.steps, begin + scan.chunk_steps)
         _project(scan, u, b_ih, begin, end)
-        bias = None if all(derived.tied) else b_hh
-        sweeps.forward(scan, begin, end, u, bias, carry, y, saved if tape else None)
+        sweeps.forward(scan, begin, end, u, b_hh, carry, y, saved if tape else None)
     last = [carry[j, ..., : scan.width(j)] for j in range(scan.states)]
     # A copy in every case: states are not to keep the rest of `carry` alive, nor share it.
     return y, [state.to(x.dtype, copy=True).contiguous() for state in last], saved
+
+
+def _biases(scan: Scan) -> tuple[Tensor | None, Tensor | None]:
+    """[P, G*H] to be added to u, and to v: a gate that the cell knows by the sum of the two takes
+    both biases in u."""
+    given, tied = scan.given, scan.derived.tied
+    if not given.b_ih:
+        return None, None
+    b_ih, b_hh = _stacked(given.b_ih).clone(), _stacked(given.b_hh)
+    for g in range(scan.gates):
+        if tied[g]:
+            part = slice(g * scan.hidden, (g + 1) * scan.hidden)
+            b_ih[:, part] += b_hh[:, part]
+    return b_ih, None if all(tied) else b_hh
 
 
 def _project(scan: Scan, u: Tensor, bias: Tensor | None, begin: int, end: int) -> None:
@@ -251,7 +315,8 @@ def backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """Gradients of x, w_ih, w_hh, b_ih, b_hh, w_hr and s0, those that `needs` picks, as
-    `torch.ops.fastrnn.scan_backward`."""
+    `torch.ops.fastrnn.scan_backward`. A tape without rows is made again, a chunk at a time, by
+    kernels that can."""
     *need_rest, need_s0 = needs
     scan = Scan(derived, plan, given)
     x, lanes, hidden, compute = given.x, scan.lanes, scan.hidden, scan.compute
@@ -265,28 +330,98 @@ def backward(
         grad = grads[1 + j]
         if grad is not None:
             ds[j, ..., : scan.width(j)] = grad
-    make = torch.empty if given.lengths is None else torch.zeros  # rows past an end have none
     depth = scan.gates * hidden
-    dv = make(lanes, scan.chunk_rows, depth, dtype=x.dtype, device=x.device)
-    du = dv if all(derived.tied) else make(dv.shape, dtype=x.dtype, device=x.device)
-    previous = make(lanes, scan.chunk_rows, scan.recurrent, dtype=x.dtype, device=x.device)
-    dh = None if scan.w_hr is None else make(previous.shape, dtype=x.dtype, device=x.device)
+
+    def room(width: int) -> Tensor:
+        size = lanes, scan.chunk_rows, width
+        return torch.empty(size, dtype=x.dtype, device=x.device)
+
+    dv = room(depth)
+    du = dv if all(derived.tied) else room(depth)
+    previous = room(scan.recurrent)
+    dh = None if scan.w_hr is None else room(scan.recurrent)
 
     found = _Gradients(scan, *need_rest)
-    y, tape = y.contiguous(), tape.contiguous()
-    for end in range(scan.steps if scan.batch else 0, 0, -scan.chunk_steps):
-        begin = max(0, end - scan.chunk_steps)
-        if given.lengths is not None and end < scan.steps:
+    y, whole = y.contiguous(), Tape(tape.contiguous())
+    steps = scan.steps if scan.batch else 0
+    chunks = [(max(0, end - scan.chunk_steps), end) for end in range(steps, 0, -scan.chunk_steps)]
+    replay = None
+    if chunks and scan.slots() and not tape.size(0):
+        assert isinstance(sweeps, ReplayingSweeps), "these need a tape"
+        v = room(depth) if du is dv else du
+        replay = _Replay(sweeps, scan, chunks, s0, y, dv, v, previous)
+    for begin, end in chunks:
+        found_tape = whole if replay is None else replay.tape(begin, end)
+        if given.lengths is not None:  # rows past an end have no gradient
             for each in (dv, du, previous, dh):
                 if each is not None:
                     each.zero_()
-        sweeps.backward(scan, begin, end, dy, s0, ds, y, tape, du, dv, previous, dh)
-        found.add(begin, end, du, dv, previous, dh, tape)
+        sweeps.backward(scan, begin, end, dy, s0, ds, y, found_tape, du, dv, previous, dh)
+        found.add(begin, end, du, dv, previous, dh, whole.values)
     out = found.all()
     if need_s0:
         for j in range(len(given.s0)):
             out.append(ds[j, ..., : scan.width(j)].to(x.dtype, copy=True).contiguous())
     return out
+
+
+class _Replay:
+    """Tapes of chunks, made again from the output: given that, the projections of all steps are
+    products of matrices, and the cell is left. Only its states past the first pass from step to
+    step, so a first walk through the chunks finds those at which each begins.
+
+    Args:
+        chunks: steps `(begin, end)`, the last chunk first.
+        s0: [S, P, B, H] in `scan.compute`.
+        u, v, previous: room for these.
+    """
+
+    def __init__(
+        self,
+        sweeps: ReplayingSweeps,
+        scan: Scan,
+        chunks: Sequence[tuple[int, int]],
+        s0: Tensor,
+        y: Tensor,
+        u: Tensor,
+        v: Tensor,
+        previous: Tensor,
+    ) -> None:
+        self._sweeps, self._scan, self._s0, self._y = sweeps, scan, s0, y
+        self._u, self._v, self._previous = u, v, previous
+        self._b_ih, self._b_hh = _biases(scan)
+        # The step before a chunk's first has its states there, too.
+        rows = min(scan.rows, scan.chunk_rows + scan.batch)
+        self._values = y.new_empty(rows, scan.lanes, scan.slots(), scan.hidden)
+        carry = s0.clone()
+        self._before = {0: carry}
+        if scan.states > 1:
+            for begin, end in reversed(chunks[1:]):
+                carry = carry.clone()
+                self._walk(begin, end, carry, None)
+                self._before[end] = carry
+
+    def tape(self, begin: int, end: int) -> Tape:
+        """That of a chunk, until the next is asked for."""
+        scan = self._scan
+        start = max(0, begin - 1)
+        tape = Tape(
+            self._values, (scan.stretch(start, end, False)[0], scan.stretch(begin, end, True)[0])
+        )
+        before = self._before.pop(begin) if scan.states > 1 else self._before[0]
+        self._walk(begin, end, before, tape)
+        return tape
+
+    def _walk(self, begin: int, end: int, carry: Tensor, tape: Tape | None) -> None:
+        scan, u, v, previous = self._scan, self._u, self._v, self._previous
+        _project(scan, u, self._b_ih, begin, end)
+        self._sweeps.previous(scan, begin, end, self._s0, self._y, previous)
+        for p, lanes in _runs(scan.backward_lanes):
+            low, high = scan.stretch(begin, end, scan.backward_lanes[p])
+            count = high - low
+            w_hh = scan.w_hh[lanes].transpose(1, 2)
+            torch.bmm(previous[lanes, :count], w_hh, out=v[lanes, :count])
+        self._sweeps.replay(scan, begin, end, u, v, self._b_hh, previous, carry, tape)
 
 
 class _Gradients:

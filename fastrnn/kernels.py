@@ -303,6 +303,9 @@ def _backward(
 ) -> list[Tensor]:
     call = _Call(*inputs)
     if kernel in _SWEEPS:
+        replays = isinstance(_SWEEPS[kernel], gpu_scan.ReplayingSweeps)
+        if tape.size(2) and not tape.size(0) and y.numel() and not replays:
+            tape = _forward(kernel, inputs, True)[2]
         operands = _for_gpu(call, kernel, tape=True, backward=True)
         return gpu_scan.backward(_SWEEPS[kernel], *operands, grads, y, tape, needs)
     # By autograd of the reference, which needs no tape.

@@ -44,7 +44,9 @@ class _Layer(Freezable, nn.RNNBase):
     """What all layers share: parameters as torch.nn names them, and the call."""
 
     _name = "RNN"
-    heads = 1  # of modules that torch.nn made, and of those pickled before there were any
+    # Of modules that torch.nn made, and of those pickled before there were any.
+    heads = 1
+    recompute = False
 
     def __init__(
         self,
@@ -59,6 +61,7 @@ class _Layer(Freezable, nn.RNNBase):
         bidirectional: bool,
         proj_size: int,
         heads: int,
+        recompute: bool,
         device: Device,
         dtype: torch.dtype | None,
     ) -> None:
@@ -77,6 +80,8 @@ class _Layer(Freezable, nn.RNNBase):
         _check_heads(heads, hidden_size, bidirectional, proj_size)
         if heads > 1:
             self.heads = heads
+        if recompute:
+            self.recompute = True
         # RNNBase's own methods expect it. Weak references to parameters would keep
         # load_state_dict from swapping them, so it stays empty.
         self._flat_weight_refs: list[Any] = []
@@ -133,6 +138,7 @@ class _Layer(Freezable, nn.RNNBase):
             training=self.training,
             lengths=lengths,
             resets=resets,
+            recompute=self.recompute,
             name=self._name,
             check=self._check,
             packed=self._frozen.layers if self._frozen is not None else (),
@@ -243,7 +249,8 @@ class _Layer(Freezable, nn.RNNBase):
 
     def extra_repr(self) -> str:
         """What differs from the defaults."""
-        return super().extra_repr() + (f", heads={self.heads}" if self.heads > 1 else "")
+        heads = f", heads={self.heads}" if self.heads > 1 else ""
+        return super().extra_repr() + heads + (", recompute=True" if self.recompute else "")
 
     def __prepare_scriptable__(self) -> nn.Module:
         return to_torch(self)
@@ -280,6 +287,9 @@ class RNN(_Plain):
             and states concatenated: a block-diagonal `weight_hh`. Every parameter then has a first
             dimension of that size, so that the weights of head k are those of a small layer:
             `weight_hh_l0` is [heads, G*H/heads, H/heads]. A keyword of ours alone.
+        recompute: whether training keeps only outputs between the way there and the way back, and
+            computes the rest again; see `functional.rnn`. An attribute, which may be set at any
+            time, also on a layer that replaced one of torch.nn. A keyword of ours alone.
 
     Call:
         `output, h_n = layer(input, hx=None, lengths=None, resets=None)` with `input`
@@ -309,6 +319,7 @@ class RNN(_Plain):
         dtype: torch.dtype | None = None,
         *,
         heads: int = 1,
+        recompute: bool = False,
         **unknown: Any,
     ) -> None:
         _refuse(unknown)
@@ -329,6 +340,7 @@ class RNN(_Plain):
             bidirectional,
             _proj_size,
             heads,
+            recompute,
             device,
             dtype,
         )
@@ -361,6 +373,7 @@ class GRU(_Plain):
         dtype: torch.dtype | None = None,
         *,
         heads: int = 1,
+        recompute: bool = False,
         **unknown: Any,
     ) -> None:
         _refuse(unknown)
@@ -376,6 +389,7 @@ class GRU(_Plain):
             bidirectional,
             _proj_size,
             heads,
+            recompute,
             device,
             dtype,
         )
@@ -441,6 +455,7 @@ class LSTM(_Several):
         dtype: torch.dtype | None = None,
         *,
         heads: int = 1,
+        recompute: bool = False,
     ) -> None:
         super().__init__(
             cells.lstm,
@@ -454,6 +469,7 @@ class LSTM(_Several):
             bidirectional,
             proj_size,
             heads,
+            recompute,
             device,
             dtype,
         )
@@ -481,7 +497,7 @@ class Recurrent(_Several):
         cell: a cell made with `fastrnn.cell`, of `G` gates and `S` states.
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional: as in `RNN`.
         device, dtype: of the parameters, `weight_ih_l0` [G*H, I] and so on, in torch's names.
-        heads: as in `RNN`.
+        heads, recompute: as in `RNN`.
 
     Call:
         As `RNN`. `hx` and the final states are one tensor for a cell with one state, and tuples
@@ -518,6 +534,7 @@ class Recurrent(_Several):
         dtype: torch.dtype | None = None,
         *,
         heads: int = 1,
+        recompute: bool = False,
     ) -> None:
         if not isinstance(cell, Cell):
             raise TypeError(
@@ -536,6 +553,7 @@ class Recurrent(_Several):
             bidirectional,
             0,
             heads,
+            recompute,
             device,
             dtype,
         )

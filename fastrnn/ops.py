@@ -74,11 +74,13 @@ def scan(
     resets: Tensor | None = None,
     reverse: int = 0,
     packed: Packed | None = None,
+    recompute: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:
     """Run `P` independent scans of one cell over the same input, on the kernel of the plan.
 
     Arguments and results are those of `fastrnn.reference.scan`; `packed` are the same weights by
-    `pack`, which spares the CPU kernel the packing, and the caller the gradients.
+    `pack`, which spares the CPU kernel the packing, and the caller the gradients. With `recompute`
+    nothing is kept for a gradient but the operands and the output.
 
     Raises:
         RuntimeError: for shapes, dtypes or devices that do not fit together; with `packed`, where
@@ -96,10 +98,10 @@ def scan(
             return _C.scan_packed(key, *arguments, *packed)
     if torch.compiler.is_compiling() or has_torch_function((x, *w_ih, *w_hh, *s0)):
         if key is not None:
-            y, states, _ = torch.ops.fastrnn.scan.default(key, *arguments)
+            y, states, _ = torch.ops.fastrnn.scan.default(key, *arguments, False, recompute)
             return y, states
     elif key is not None and not _transformed():
-        return _C.scan(key, *arguments)
+        return _C.scan(key, *arguments, recompute)
     return _as_operations(cell, *arguments)
 
 
@@ -180,6 +182,7 @@ def _scan_fake(
     resets: Tensor | None,
     reverse: int,
     tape: bool = False,
+    recompute: bool = False,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     for tensors in (w_ih, w_hh, b_ih, b_hh, w_hr, s0):
         for each in tensors:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastrnn import codegen, jit, triton_tune
 from fastrnn.codegen import Derived
-from fastrnn.gpu_scan import Scan, tf32_allowed
+from fastrnn.gpu_scan import Scan, Tape, tf32_allowed
 from fastrnn.plan import Plan, alternatives
 
 __all__ = [
@@ -151,14 +151,14 @@ class _Sweeps:
         s0: Tensor,
         ds: Tensor,
         y: Tensor,
-        tape: Tensor,
+        tape: Tape,
         du: Tensor,
         dv: Tensor,
         previous: Tensor,
         dh: Tensor | None,
     ) -> None:
         none = scan.w_hh
-        rest = [s0, ds, y, tape, du, dv, previous]
+        rest = [s0, ds, y, tape.values, du, dv, previous]
         if not scan.plan.resident:
             rest += [none if scan.w_hr is None else scan.w_hr, none if dh is None else dh]
         first = y if dy is None else dy

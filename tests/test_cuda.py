@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,25 @@ def test_many_steps(part: str) -> None:
 RAGGED = [(1, 2, 3, 1), (5, 9, 17, 2)]  # T, B, H, P
 
 
+def ragged(
+    cell: cells.Cell, shape: tuple[int, ...], layout: str, dtype: torch.dtype
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Operands, and what to give the references in their place."""
+    steps, batch, hidden, lanes = shape
+    given = operands(cell, steps, batch, 4, hidden, lanes, dtype)
+    lengths = torch.randint(0, steps + 1, (batch,))
+    lengths[torch.randint(0, batch, ())] = steps
+    if layout == "lengths":
+        given["lengths"] = lengths
+        given["x"][torch.arange(steps)[:, None] >= lengths] = torch.nan  # must not be read
+        return given, {**given, "x": given["x"].nan_to_num()}
+    if layout == "packed":
+        lengths = lengths.clamp_min(1).sort(descending=True).values
+        given["batch_sizes"] = (lengths > torch.arange(steps)[:, None]).sum(1)
+        given["x"] = torch.randn(int(lengths.sum()), 4, dtype=dtype)
+    return given, given
+
+
 @simulated
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("layout", ["dense", "lengths", "packed"])
@@ -246,27 +266,36 @@ RAGGED = [(1, 2, 3, 1), (5, 9, 17, 2)]  # T, B, H, P
 def test_ragged_batches_resets_and_chunks(name: str, layout: str, part: str) -> None:
     cell = cells.get(name)
     number = "float64" if part == "step" else "tf32x3"
-    for steps, batch, hidden, lanes in RAGGED:
-        given = operands(cell, steps, batch, 4, hidden, lanes, NUMBERS[number])
-        lengths = torch.randint(0, steps + 1, (batch,))
-        lengths[torch.randint(0, batch, ())] = steps
-        shape: tuple[int, ...] = (steps, batch)
-        exact = given
-        if layout == "lengths":
-            given["lengths"] = lengths
-            given["x"][torch.arange(steps)[:, None] >= lengths] = torch.nan  # must not be read
-            exact = {**given, "x": given["x"].nan_to_num()}
-        elif layout == "packed":
-            lengths = lengths.clamp_min(1).sort(descending=True).values
-            given["batch_sizes"] = (lengths > torch.arange(steps)[:, None]).sum(1)
-            given["x"] = torch.randn(int(lengths.sum()), 4, dtype=given["x"].dtype)
-            shape = given["x"].shape[:1]
-        regime, blocks = ways(part, hidden)[0]
-        for resets, chunk in ((None, 2 * batch), (torch.rand(shape) < 0.3, 1), (None, 99)):
+    for shape in RAGGED:
+        given, exact = ragged(cell, shape, layout, NUMBERS[number])
+        regime, blocks = ways(part, shape[2])[0]
+        flags = torch.rand(given["x"].shape[:-1]) < 0.3
+        for resets, chunk in ((None, 2 * shape[1]), (flags, 1), (None, 99)):
             given["resets"] = exact["resets"] = resets
             with running(regime, blocks, number, chunk_rows=chunk):
                 ours = run(ops.scan, cell, given)
             agrees(cell, given, number, ours, exact)
+
+
+@simulated
+@pytest.mark.parametrize("part", ["step", "grid"])
+@pytest.mark.parametrize("layout", ["dense", "lengths", "packed"])
+@pytest.mark.parametrize("name", [*BUILT_IN, "linear"])
+def test_tapes_made_again(name: str, layout: str, part: str) -> None:
+    """Nothing was kept but the output: the tape of a chunk follows from it."""
+    cell = cells.get(name)
+    for shape in RAGGED:
+        for number in numbers(part):
+            if name == "rnn_relu" and FLOORS[number] > 1e-4:
+                continue  # as in test_tiles
+            given, exact = ragged(cell, shape, layout, NUMBERS[number])
+            regime, blocks = ways(part, shape[2])[-1]
+            flags = torch.rand(given["x"].shape[:-1]) < 0.3
+            for resets, chunk in ((None, 2 * shape[1]), (flags, 1), (flags, 99)):
+                given["resets"] = exact["resets"] = resets
+                with running(regime, blocks, number, chunk_rows=chunk):
+                    ours = run(partial(ops.scan, recompute=True), cell, given)
+                agrees(cell, given, number, ours, exact)
 
 
 @simulated
@@ -279,13 +308,16 @@ def test_linear_cell_is_exact(part: str) -> None:
             given["resets"] = torch.rand(5, 18) < 0.2
             # Of bfloat16 one chunk, as what the products of chunks add up to is not whole there.
             rows = 90 if number == "bfloat16" else 36
-            with running(regime, blocks, number, chunk_rows=rows, batch_tile=16):
-                ours = run(ops.scan, linear, given)
-            for what, right in run(reference.scan, linear, doubled(given)).items():
-                # What steps hand on to each other is whole in bfloat16 as well; the gradients of
-                # weights, sums of all steps, are rounded in the end.
-                assert right.abs().max() < 256 or " w_" in what or " b_" in what, what
-                assert torch.equal(ours[what], right.to(ours[what].dtype)), (what, blocks, number)
+            exact = run(reference.scan, linear, doubled(given))
+            for scan in (ops.scan, partial(ops.scan, recompute=True)):
+                with running(regime, blocks, number, chunk_rows=rows, batch_tile=16):
+                    ours = run(scan, linear, given)
+                for what, right in exact.items():
+                    # What steps hand on to each other is whole in bfloat16 as well; the gradients
+                    # of weights, sums of all steps, are rounded in the end.
+                    assert right.abs().max() < 256 or " w_" in what or " b_" in what, what
+                    same = torch.equal(ours[what], right.to(ours[what].dtype))
+                    assert same, (what, blocks, number)
 
 
 @simulated
@@ -487,7 +519,7 @@ def test_what_lies_around_outputs_is_not_written(part: str) -> None:
 
 @simulated
 def test_plans_know_what_a_block_holds() -> None:
-    """`plan._cuda_layout` against the library, for all that a plan may have to weigh."""
+    """`plan.cuda.lay_out` against the library, for all that a plan may have to weigh."""
     found = cuda_scan.library()
     assert isinstance(found, cuda_scan.Library)
     known = 0
@@ -510,7 +542,7 @@ def test_plans_know_what_a_block_holds() -> None:
                 dtype=dtype,
                 backward=backward,
             )
-            layout = plan._cuda_layout(problem, made)
+            layout = plan.cuda.lay_out(problem, made)
             ours = -1 if layout is None else layout.shared_bytes
             theirs = found.shared_bytes(name, sweep, cuda_scan.cuda_plan(made), backward)
             assert ours == theirs, (name, hidden, made, backward)

@@ -223,16 +223,16 @@ sweep = Sweep(steps=3, batch=2, hidden=8, lanes=1, end=3)
 for regime in range(4):
     for number in range(6):
         plan = CudaPlan(number=number, regime=regime, batch_tile=8, blocks=1, warps=8)
-        for backward in (False, True):
-            found.workspace_bytes("lstm", sweep, plan, backward)
+        for kind in ("forward", "backward", "previous", "replay"):
+            found.workspace_bytes("lstm", sweep, plan, kind == "backward")
             try:
-                found.launch("lstm", sweep, plan, backward, None)
+                found.launch(kind, "lstm", sweep, plan, None)
             except RuntimeError as error:
                 assert "error" in str(error) and "no text" not in str(error), error
             else:
                 raise AssertionError(f"ran where no GPU is: {{number}} {{regime}}")
 try:
-    found.launch("no such cell", sweep, CudaPlan(), False, None)
+    found.launch("forward", "no such cell", sweep, CudaPlan(), None)
 except RuntimeError as error:
     assert "invalid argument" in str(error), error
 else:

@@ -265,7 +265,7 @@ def test_cuda_comes_before_triton_and_on_cpus_only_by_name() -> None:
         (replace(LONG, dtype="float64"), "H200", "step"),
         (replace(LONG, batch=0), "H200", "step"),
         (replace(LONG, batch=256), "H200", "cluster"),  # several one after another
-        (replace(LONG, batch=4096), "H200", "step"),  # a product that fills the chip
+        (replace(LONG, batch=4096, hidden=1024), "H200", "step"),  # a product that fills the chip
     ],
     ids=str,
 )
@@ -328,7 +328,7 @@ def test_what_must_run_at_once_does(device: Device, dtype: str, gates: int, lane
         (1, 4096, "float32", 16),
         (16, 64, "float64", 16),
         (17, 4096, "float32", 32),
-        (64, 256, "bfloat16", 32),  # larger tiles would leave most multiprocessors without a block
+        (64, 256, "bfloat16", 16),  # larger tiles would leave most multiprocessors without a block
         (128, 2048, "bfloat16", 64),
         (4096, 1024, "float32", 64),
         (4096, 1024, "float64", 32),

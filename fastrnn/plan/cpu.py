@@ -1,0 +1,78 @@
+"""Plans of the CPU kernel: a SIMD sweep in C++ (csrc/cpu_scan.cpp)."""
+
+from __future__ import annotations
+
+import math
+
+from fastrnn.plan.problem import Device, Plan, Problem
+
+__all__ = ["configure", "refuse", "step_threads"]
+
+_DTYPES = ("float32", "float64", "bfloat16", "float16")
+# A weight read as it lies costs one pass; packing costs about three more before any row is done.
+_UNPACKED_ROWS = 3
+# Below this many multiply-adds the wake-up and hand-over of threads cost more than they save.
+_WORK_FOR_THREADS = 1 << 17
+_STEP_WORK_FOR_UNIT_SPLIT = 1 << 13
+_FORWARD_SHARE = 4  # of the cache: u for a quarter, weights and h for the rest
+# Read from a core's cache in about 0.9 us; handing a part over to another thread takes 0.2.
+_STEP_BYTES_PER_THREAD = 1 << 17
+_BACKWARD_ROWS = 512  # depth at which the products for weight gradients are efficient
+
+
+def refuse(problem: Problem, device: Device) -> str | None:
+    if device.kind != "cpu":
+        return f"it runs on CPUs, the tensors are on {device.kind}"
+    if not device.compiled:
+        return f"there is no compiled code for cell {problem.cell!r}"
+    if problem.dtype not in _DTYPES:
+        return f"it computes {', '.join(_DTYPES)}, not {problem.dtype}"
+    if problem.projected and not problem.projectable:
+        return f"cell {problem.cell!r} reads state 0 unit by unit, so it cannot be projected"
+    return None
+
+
+def configure(problem: Problem, device: Device) -> Plan:
+    lanes, slots, units = _split(problem, device)
+    return Plan(
+        kernel="cpu",
+        packed_weights=(problem.frozen or problem.backward or problem.live_rows > _UNPACKED_ROWS),
+        split_lanes=lanes,
+        split_slots=slots,
+        split_units=units,
+        chunk_rows=_chunk_rows(problem, device),
+    )
+
+
+def _split(problem: Problem, device: Device) -> tuple[int, int, int]:
+    """Threads over lanes, slots and units. Lanes and slots need no exchange, so they come first;
+    units are shared only when a step is worth a hand-over."""
+    depth = problem.hidden if problem.backward else problem.hidden + problem.inputs
+    per_row = problem.gates * problem.hidden * depth
+    if device.threads <= 1 or per_row * problem.live_rows * problem.lanes < _WORK_FOR_THREADS:
+        return 1, 1, 1
+    lanes = math.gcd(problem.lanes, device.threads)
+    left = device.threads // lanes
+    slots = min(left, problem.batch)
+    if slots < left and problem.steps > 1:
+        slots = 1 if problem.batch < 2 * left else slots
+    left //= slots
+    vectors = -(-problem.hidden * problem.itemsize // device.vector_bytes)
+    unit_vectors = max(1, 4 // problem.gates) if not problem.backward else 1
+    panels = -(-vectors // unit_vectors)
+    step_work = problem.gates * problem.hidden * problem.hidden * problem.batch // slots
+    units = min(left, panels) if step_work >= _STEP_WORK_FOR_UNIT_SPLIT else 1
+    return lanes, slots, units
+
+
+def step_threads(weight_bytes: int, device: Device) -> int:
+    """Threads for a stepper, of those it may have: each should read enough weights in a step."""
+    return max(1, min(device.threads, weight_bytes // _STEP_BYTES_PER_THREAD))
+
+
+def _chunk_rows(problem: Problem, device: Device) -> int:
+    """What is projected or differentiated at a time should stay in a core's cache."""
+    row = max(1, problem.gates * problem.hidden * problem.itemsize)
+    if problem.backward:
+        return max(device.l2_bytes // row, _BACKWARD_ROWS)
+    return max(1, device.l2_bytes // (_FORWARD_SHARE * row))

@@ -1,0 +1,256 @@
+"""Plans of the CUDA kernels, for the built-in cells (csrc/cuda_*.cu, fastrnn/cuda_scan.py)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from fastrnn.plan.problem import Device, Plan, Problem
+
+__all__ = ["Layout", "configure", "cycles", "lay_out", "refuse"]
+
+_NUMBERS = {"float32": "", "float64": "float64", "bfloat16": "bfloat16", "float16": "float16"}
+_STORED = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}  # bytes
+_LANES = 64  # a bit for each says which way it runs
+_CHUNK_BYTES = 64 << 20  # of u and du: a launch loads all weights, so it should be long
+_TILES = (8, 16, 32)  # rows of the batch: columns of matrix products, 8 at a time
+_CLUSTERS = (2, 4, 8, 16)
+# Of a launch a step, rows of the batch in a block, and its units forward and backward.
+_STEP_UNITS = {16: (8, 16), 32: (16, 16), 64: (32, 32)}
+_FEW_STEPS = 2  # which end before the weights would be loaded
+
+
+def refuse(problem: Problem, device: Device) -> str | None:
+    if device.kind == "cpu" and device.simulated:
+        if device.forced != "cuda":
+            return "on CPUs it runs in a simulator, and only when it is asked for by name"
+    elif device.kind != "cuda":
+        return f"it runs on NVIDIA's GPUs, the tensors are on {device.kind}"
+    if device.cuda is not None:
+        return device.cuda
+    if problem.cell not in device.cuda_cells:
+        return f"it has no code for cell {problem.cell!r}; triton runs cells of one's own"
+    if problem.dtype not in _NUMBERS:
+        return f"it computes {', '.join(_NUMBERS)}, not {problem.dtype}"
+    if problem.projected:
+        return "it does not project the output (proj_size)"
+    if problem.hidden == 0:
+        return "there are no hidden units"
+    if problem.lanes > _LANES:
+        return f"it runs {_LANES} scans side by side at most, not {problem.lanes}"
+    if device.capability < 80:
+        major, minor = divmod(device.capability, 10)
+        return f"it needs compute capability 8.0, this GPU has {major}.{minor}"
+    return None
+
+
+def configure(problem: Problem, device: Device) -> Plan:
+    # Nothing depends on the other fields, so that sequences of all lengths share a plan.
+    steps = min(problem.steps, _FEW_STEPS + 1)
+    relevant = replace(problem, steps=steps, inputs=0, rows=-1, tape=False, frozen=False)
+    return _best(relevant, replace(device, threads=1))
+
+
+@lru_cache(maxsize=1024)
+def _best(problem: Problem, device: Device) -> Plan:
+    """The regime of the least estimated time of a step."""
+    row = problem.gates * problem.hidden * problem.lanes * _STORED[problem.dtype]
+    plans = _steps(problem, device)
+    if problem.dtype != "float64" and problem.batch and problem.steps > _FEW_STEPS:
+        plans += _resident(problem, device)
+    best = min(plans, key=lambda plan: cycles(problem, device, plan))
+    return replace(best, chunk_rows=max(1, _CHUNK_BYTES // row))
+
+
+def _steps(problem: Problem, device: Device) -> list[Plan]:
+    """A launch a step, with tiles of the batch of several sizes."""
+    number = _NUMBERS[problem.dtype] or ("tf32" if device.tf32 else "tf32x3")
+    if number == "tf32x3" and problem.steps <= _FEW_STEPS and problem.batch <= 16:
+        number = "float32"  # a small product may as well be exact
+    tiles = [rows for rows in _STEP_UNITS if rows == 16 or rows < 2 * problem.batch]
+    if problem.dtype == "float64":
+        tiles = [rows for rows in tiles if rows < 64]
+    return [Plan("cuda", number=number, regime="step", batch_tile=rows) for rows in tiles]
+
+
+def _resident(problem: Problem, device: Device) -> list[Plan]:
+    """Every plan whose blocks hold all weights of a lane and run at the same time."""
+    number = _NUMBERS[problem.dtype] or ("tf32" if device.tf32 else "tf32x3")
+    resident = dict(device.clusters)
+    octets = -(-problem.hidden // 8)
+    counts = {-(-octets // each) for each in range(1, octets + 1)}
+    found = []
+    for tile in _TILES:
+        if tile > _TILES[0] and tile >= 2 * problem.batch:
+            break
+        groups = problem.lanes * -(-problem.batch // tile)
+        for regime, choices in (
+            ("block", [1]),
+            ("cluster", [n for n in _CLUSTERS if n <= octets and resident.get(n)]),
+            ("grid", [n for n in sorted(counts) if n > 1 and n * groups <= device.multiprocessors]),
+        ):
+            for blocks in choices:
+                plan = Plan(
+                    "cuda",
+                    number=number,
+                    regime=regime,
+                    batch_tile=tile,
+                    blocks=blocks,
+                    warps=_WARPS,
+                )
+                layout = lay_out(problem, plan)
+                if layout is not None and layout.shared_bytes <= device.shared_bytes:
+                    found.append(plan)
+    return found
+
+
+# What csrc/cuda_tile.cuh makes of a plan: a test compares.
+_WARPS = 8
+_CHUNK = 64  # bytes of an operand's row: two products in depth
+_FRAGMENT = 512  # bytes of 16 rows of weights by half a chunk
+# Of a thread, for weights: by whether they are split for each use, columns and, in order, tiles.
+_REGISTERS = {
+    (False, 1): (128, 128, 96, 96),
+    (False, 2): (96, 96, 96, 64),
+    (False, 4): (48, 48, 24, 32),
+    (True, 1): (96, 96, 72, 32),
+    (True, 2): (64, 64, 48, 32),
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a block holds its weights.
+
+    Attributes:
+        rows: of weights, whole tiles of 16.
+        row_bytes: of a row, whole chunks.
+        spilled: bytes of weights that are in shared memory, because registers are full.
+        exchanged: bytes that blocks of a group exchange at each step.
+        shared_bytes: of shared memory, all told.
+    """
+
+    rows: int
+    row_bytes: int
+    spilled: int
+    exchanged: int
+    shared_bytes: int
+
+
+def lay_out(problem: Problem, plan: Plan) -> Layout | None:
+    """The layout of a block, or None where a block would have more rows than its warps can take:
+    `lay_out` of csrc/cuda_persistent.cu or csrc/cuda_persistent_backward.cu."""
+    size = min(4, _STORED[problem.dtype])
+    columns, gates, octets = plan.batch_tile // 8, problem.gates, -(-problem.hidden // 8)
+    if problem.backward:
+        choices = [1, 4] if gates == columns == 1 else [1]
+        for tiles in choices:  # of 16 units, in a row group
+            found = _shares(
+                plan,
+                row_groups=-(-octets // (2 * tiles)),
+                exchanged=gates * octets * 8 * size,
+                tiles=tiles,
+                resident=((8 if columns == 4 else 10) - 4 * (plan.number == "tf32x3")) // tiles,
+                staged=64 * gates * size,
+                own=512 * tiles * columns * problem.states + 4 * plan.batch_tile,
+            )
+            if found is not None:
+                return found
+        return None
+    split = plan.number == "tf32x3"
+    if split and columns > 2:
+        return None
+    few = 1 if gates % 2 == 0 else 2
+    many = 8 // gates // few * few
+    for each in [few, many] if many > few and columns <= 2 else [few]:  # octets of a row group
+        tiles = gates * each // 2
+        registers = _REGISTERS[split, columns][min(tiles, 4) - 1]
+        found = _shares(
+            plan,
+            row_groups=-(-octets // each),
+            exchanged=octets * 8 * size,
+            tiles=tiles,
+            resident=max(1, registers // (8 * tiles)),
+            staged=64 * each * size,
+            own=0,
+        )
+        if found is not None:
+            return found
+    return None
+
+
+def _shares(
+    plan: Plan,
+    *,
+    row_groups: int,
+    exchanged: int,
+    tiles: int,
+    resident: int,
+    staged: int,
+    own: int,
+) -> Layout | None:
+    """`lay_out` of csrc/cuda_tile.cuh, whose words these are."""
+    groups = -(-row_groups // plan.blocks)
+    if groups > _WARPS:
+        return None
+    chunks = -(-exchanged // _CHUNK)
+    slices = min(max(1, min(plan.warps, _WARPS) // groups), chunks)
+    depth = -(-chunks // slices)
+    slices = -(-chunks // depth)
+    spilled = 2 * _FRAGMENT * tiles * groups * slices * max(0, depth - resident)
+    operand = plan.batch_tile * (chunks * _CHUNK + 16)
+    sums = slices if own else slices - 1
+    sums *= _FRAGMENT * tiles * (plan.batch_tile // 8) * groups
+    staging = staged * groups * (slices if own else 1) + own * groups
+    operands = operand * (1 if plan.regime == "grid" else 2)
+    return Layout(
+        rows=groups * tiles * 16,
+        row_bytes=chunks * _CHUNK,
+        spilled=spilled,
+        exchanged=plan.batch_tile * exchanged,
+        shared_bytes=operands + spilled + sums + staging + 16,
+    )
+
+
+# Cycles, estimated from published measurements of an H100.
+_MATRIX_SPEED = {"bfloat16": 1300, "float16": 1300, "tf32": 650, "tf32x3": 220}  # terms a cycle
+_OTHER_SPEED = 64
+_SHARED_SPEED = 128  # bytes a cycle
+_EXCHANGE = {"block": 60, "cluster": 250, "grid": 1400}
+_EXCHANGE_SPEED = {"block": 128, "cluster": 16, "grid": 35}  # bytes a cycle
+_CELL = 250  # of a step, for the cell's arithmetic and what else takes no part in the product
+_LAUNCH = 4000  # of a kernel for one step
+_CACHE_SPEED = 2000  # bytes a cycle, of weights that a step reads on the whole device
+
+
+def cycles(problem: Problem, device: Device, plan: Plan) -> float:
+    """An estimate of a step's time."""
+    if plan.regime == "step":
+        return _step_cycles(problem, device, plan)
+    layout = lay_out(problem, plan)
+    assert layout is not None
+    groups = problem.lanes * -(-problem.batch // plan.batch_tile)
+    at_once = device.multiprocessors // plan.blocks
+    if plan.regime == "cluster":
+        at_once = dict(device.clusters)[plan.blocks]
+    waves = -(-groups // max(1, at_once))
+    weights = layout.rows * layout.row_bytes // min(4, _STORED[problem.dtype])
+    product = max(
+        weights * plan.batch_tile / _MATRIX_SPEED[plan.number], layout.spilled / _SHARED_SPEED
+    )
+    exchange = _EXCHANGE[plan.regime] + layout.exchanged / _EXCHANGE_SPEED[plan.regime]
+    return waves * (product + exchange + _CELL)
+
+
+def _step_cycles(problem: Problem, device: Device, plan: Plan) -> float:
+    size, multiprocessors = _STORED[problem.dtype], max(1, device.multiprocessors)
+    units = _STEP_UNITS[plan.batch_tile][problem.backward]
+    tiles = -(-problem.batch // plan.batch_tile) * -(-problem.hidden // units)
+    waves = -(-problem.lanes * tiles // multiprocessors)
+    row = problem.gates * problem.hidden  # of weights, of a unit
+    depth = row if problem.backward else problem.hidden
+    rows = min(plan.batch_tile, problem.batch)
+    read = (units * row + rows * depth) * size / _EXCHANGE_SPEED["grid"]
+    product = plan.batch_tile * units * row / _MATRIX_SPEED.get(plan.number, _OTHER_SPEED)
+    all_weights = problem.lanes * row * problem.hidden * size / _CACHE_SPEED
+    return _LAUNCH + max(waves * max(read, product), all_weights)
