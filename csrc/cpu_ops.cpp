@@ -183,12 +183,16 @@ ScanOutputs scan_cpu(const ScanInputs& in, bool tape) {
 }
 
 std::vector<Tensor> scan_backward_cpu(const ScanInputs& in, const Incoming& grads, const Tensor& y,
-                                      const Tensor& tape, const Needs& needs) {
+                                      const Tensor& given_tape, const Needs& needs) {
   const CellFacts& cell = known_cell(in.cell, at::kCPU);
   const Shape n = checked_shape(cell, in);
   const RowTables tables(n, in);
   const Choice& choice = choose(cell, problem_of(in, n, tables.live_rows(), true, true));
-  if (choice.kernel != "cpu") return python_backward(choice.kernel, in, grads, y, tape, needs);
+  if (choice.kernel != "cpu")
+    return python_backward(choice.kernel, in, grads, y, given_tape, needs);
+  const CpuPlan plan = choice.cpu;  // a copy: another choice may end the life of this one
+  const bool kept = n.R == 0 || given_tape.size(0) > 0;
+  const Tensor tape = kept ? given_tape : std::get<2>(scan_cpu(in, true));
 
   const at::ScalarType stored = in.x.scalar_type(), compute = compute_type(stored);
   TORCH_CHECK(tape.sizes() == at::IntArrayRef({n.R, n.P, cell.tape_width(n.projected), n.H}) &&
@@ -229,7 +233,6 @@ std::vector<Tensor> scan_backward_cpu(const ScanInputs& in, const Incoming& grad
                            p * n.B * n.width(s) * static_cast<int64_t>(ds[s].itemsize());
   }
 
-  const CpuPlan plan = choice.cpu;
   const int64_t most = std::min(std::max(plan.chunk_rows, n.B), tables.live_rows());
   BackwardArgs args;
   operands.fill(args, n, tables, storage_of(stored));

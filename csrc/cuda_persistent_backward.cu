@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
   const auto fetch = [&](Values<X>& to, int i, int t, int64_t row0, int64_t row0_before) {
     const int n = unit(i) + lane / 4, c = column(i) + pair;
     const Stored* y = static_cast<const Stored*>(sweep.y) + n;
-    const Stored* tape = static_cast<const Stored*>(sweep.tape) + n;
+    const Stored* tape = static_cast<const Stored*>(sweep.tape) + at.tape_origin(X::kTaped) + n;
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int stop = stops[c + e];

@@ -79,8 +79,13 @@ struct Lane {
 
   // The offset of value j of a row's `width` values of [H] in `tape`.
   __device__ __forceinline__ int64_t taped(int64_t row, int width, int j) const {
-    const int64_t r = row - (reverse ? sweep.tape_base_reverse : sweep.tape_base);
-    return ((r * sweep.lanes + p) * width + j) * sweep.hidden;
+    return tape_origin(width) + output(row) * width + j * sweep.hidden;
+  }
+
+  // The offset in `tape` at which row 0 of the first lane would lie.
+  __device__ __forceinline__ int64_t tape_origin(int width) const {
+    const int64_t base = reverse ? sweep.tape_base_reverse : sweep.tape_base;
+    return -base * sweep.lanes * width * sweep.hidden;
   }
 
   // The offset of state j of a row of the batch, [H], in `carry`, `s0` and `ds`.

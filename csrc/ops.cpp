@@ -247,10 +247,7 @@ Incoming incoming(const std::optional<Tensor>& dy,
       Needs needs
 
 std::vector<Tensor> backward_cpu(FASTRNN_BACKWARD_PARAMETERS()) {
-  const ScanInputs in = FASTRNN_SCAN_INPUTS;
-  const bool missing = tape.size(0) == 0 && y.numel() > 0;
-  return scan_backward_cpu(in, incoming(dy, dstates), y,
-                           missing ? std::get<2>(scan_cpu(in, true)) : tape, needs);
+  return scan_backward_cpu(FASTRNN_SCAN_INPUTS, incoming(dy, dstates), y, tape, needs);
 }
 
 std::vector<Tensor> backward_elsewhere(FASTRNN_BACKWARD_PARAMETERS()) {

@@ -288,6 +288,8 @@ def test_tapes_made_again(name: str, layout: str, part: str) -> None:
         for number in numbers(part):
             if name == "rnn_relu" and FLOORS[number] > 1e-4:
                 continue  # as in test_tiles
+            if shape[0] == 1 and "float16" in number:
+                continue  # an error is no measure of another where there are so few numbers
             given, exact = ragged(cell, shape, layout, NUMBERS[number])
             regime, blocks = ways(part, shape[2])[-1]
             flags = torch.rand(given["x"].shape[:-1]) < 0.3

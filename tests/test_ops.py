@@ -177,9 +177,9 @@ def test_an_unknown_cell_is_refused() -> None:
 
 def test_backward_refuses_a_foreign_tape() -> None:
     arguments = call("gru", False)
-    y, _, tape = scan(*arguments)
+    y, _, tape = scan(*arguments, tape=True)
     with pytest.raises(RuntimeError, match="tape=True"):
-        scan_backward("gru", y, [None], *arguments[1:], y, tape, [True] * 6)
+        scan_backward("gru", y, [None], *arguments[1:], y, tape[1:], [True] * 6)
 
 
 def test_backward_refuses_gradients_that_do_not_fit() -> None:

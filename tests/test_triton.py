@@ -248,6 +248,7 @@ def test_modules_from_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
         (fastrnn.GRU(5, 6, batch_first=True), torch.randn(4, 3, 5)),
         (fastrnn.Recurrent(linear, 5, 6), torch.randn(4, 3, 5)),
         (fastrnn.LSTM(5, 12, heads=3, bidirectional=True), torch.randn(4, 17, 5)),
+        (fastrnn.LSTM(5, 6, 2, recompute=True), torch.randn(4, 3, 5)),
         (
             fastrnn.GRU(5, 8, 2, heads=2, bidirectional=True),
             pack_sequence(batches([3, 5, 1], 5, torch.float32), enforce_sorted=False),
