@@ -1,17 +1,15 @@
 // The forward sweep in one launch: the recurrent weights stay on chip, the steps are a loop.
 
-#include <limits>
 #include <type_traits>
 
-#include "cell.h"
-#include "cuda_launch.h"
 #include "cuda_math.cuh"
+#include "cuda_persistent.cuh"
 #include "cuda_rows.cuh"
-#include "cuda_tile.cuh"
 
 namespace fastrnn {
 namespace {
 
+using persistent::Launched;
 using tile::kWarp;
 using tile::Layout;
 
@@ -40,16 +38,12 @@ struct Traits {
   using Operand = typename Format::Operand;
   using Value = std::conditional_t<number == Number::kBfloat16, Rough, Quick>;
   using Product = tile::Product<number, kTiles, N, kResident>;
-};
 
-// What a launch knows that kernels need, besides the sweep.
-struct Launched {
-  Layout at;
-  int regime;
-  int tiles;    // of the batch
-  int blocks;   // of a group, those without units included
-  char* flags;  // of a grid
-  char* areas;
+  static tile::Need need(int64_t hidden) {
+    const int64_t octets = (hidden + 7) / 8;
+    return {(octets + kOctets - 1) / kOctets, octets * 8 * kSize, kTiles, kColumns, kResident,
+            8 * kPieces * tile::kPiece};
+  }
 };
 
 // ---- Kernel ------------------------------------------------------------------------------------
@@ -298,117 +292,43 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
 
 // ---- Launch ------------------------------------------------------------------------------------
 
-template <class X>
-Layout lay_out(const Sweep& sweep, const CudaPlan& plan) {
-  const int64_t octets = (sweep.hidden + 7) / 8;
-  return tile::lay_out({(octets + X::kOctets - 1) / X::kOctets, octets * 8 * X::kSize, X::kTiles,
-                        X::kColumns, X::kResident, 8 * X::kPieces * tile::kPiece},
-                       plan);
-}
-
-// Calls `f` with the traits of the kernel for a plan. A row group has as few units as make whole
-// tiles, or, where a block would need too many warps for that, as many as make up to four tiles.
-template <class Cell, Number number, int N, class F>
-int with_octets(const Sweep& sweep, const CudaPlan& plan, F f) {
-  constexpr int kFew = Cell::kGates % 2 == 0 ? 1 : 2;
-  constexpr int kMany = 8 / Cell::kGates / kFew * kFew;
-  using Few = Traits<Cell, number, kFew, N>;
-  if constexpr (kMany > kFew && N <= 2) {
-    if (lay_out<Few>(sweep, plan).groups == 0) return f(Traits<Cell, number, kMany, N>{});
-  }
-  return f(Few{});
-}
-
-template <class Cell, Number number, class F>
-int with_columns(const Sweep& sweep, const CudaPlan& plan, F f) {
-  if (plan.batch_tile == 8) return with_octets<Cell, number, 1>(sweep, plan, f);
-  if (plan.batch_tile == 16) return with_octets<Cell, number, 2>(sweep, plan, f);
-  if constexpr (number !=
-                Number::kTf32x3) {  // split weights leave no registers for so many columns
-    if (plan.batch_tile == 32) return with_octets<Cell, number, 4>(sweep, plan, f);
-  }
-  return kInvalidConfiguration;
-}
-
-template <class F>
-int with_traits(int cell, const Sweep& sweep, const CudaPlan& plan, F f) {
-  const bool one = plan.regime == kBlock && plan.blocks == 1;
-  if (!one && (plan.regime == kBlock || plan.blocks < 1)) return kInvalidConfiguration;
-  if (plan.warps < 1) return kInvalidConfiguration;
-  return with_cell(cell, [&](auto c) {
-    using Cell = decltype(c);
-    switch (plan.number) {
-      case Number::kTf32:
-        return with_columns<Cell, Number::kTf32>(sweep, plan, f);
-      case Number::kTf32x3:
-        return with_columns<Cell, Number::kTf32x3>(sweep, plan, f);
-      case Number::kBfloat16:
-        return with_columns<Cell, Number::kBfloat16>(sweep, plan, f);
-      case Number::kFloat16:
-        return with_columns<Cell, Number::kFloat16>(sweep, plan, f);
-      default:
-        return kInvalidConfiguration;
+// A row group has as few units as make whole tiles, or, where a block would need too many warps for
+// that, as many as make up to four tiles.
+struct Choice {
+  template <class Cell, Number number, int N, class F>
+  static int with_traits(const Sweep& sweep, const CudaPlan& plan, F f) {
+    constexpr int kFew = Cell::kGates % 2 == 0 ? 1 : 2;
+    constexpr int kMany = 8 / Cell::kGates / kFew * kFew;
+    using Few = Traits<Cell, number, kFew, N>;
+    if constexpr (number == Number::kTf32x3 && N > 2) {
+      return kInvalidConfiguration;  // split weights leave no registers for so many columns
+    } else {
+      if constexpr (kMany > kFew && N <= 2) {
+        if (persistent::lay_out<Few>(sweep, plan).groups == 0)
+          return f(Traits<Cell, number, kMany, N>{});
+      }
+      return f(Few{});
     }
-  });
-}
-
-int64_t batch_tiles(const Sweep& sweep, const CudaPlan& plan) {
-  return (sweep.batch + plan.batch_tile - 1) / plan.batch_tile;
-}
-
-template <class X>
-int launch(const Sweep& sweep, const CudaPlan& plan, void* stream) {
-  const Layout at = lay_out<X>(sweep, plan);
-  const int64_t tiles = batch_tiles(sweep, plan), groups = sweep.lanes * tiles;
-  if (at.groups == 0 || groups * plan.blocks > std::numeric_limits<int32_t>::max())
-    return kInvalidConfiguration;
-  char* flags = static_cast<char*>(sweep.workspace);
-  const int64_t flag_bytes = groups * tile::flag_bytes(at);
-  if (plan.regime == kGrid) {
-    const int error = dev::clear(flags, flag_bytes, stream);
-    if (error != 0) return error;
   }
-  const Launched launched{at,          plan.regime, static_cast<int>(tiles),
-                          plan.blocks, flags,       flags + flag_bytes};
-  dev::Launch how;
-  how.grid = dim3(static_cast<unsigned>(groups * plan.blocks));
-  how.block = dim3(kWarp * at.warps());
-  how.shared_bytes = at.bytes;
-  how.cluster = plan.regime == kCluster ? plan.blocks : 1;
-  how.cooperative = plan.regime == kGrid;
-  return dev::launch(persistent_forward<X>, how, stream, sweep, launched);
-}
+};
 
 }  // namespace
 
 // ---- Entry -------------------------------------------------------------------------------------
 
 int launch_persistent_forward(int cell, const Sweep& sweep, const CudaPlan& plan, void* stream) {
-  return with_traits(cell, sweep, plan,
-                     [&](auto x) { return launch<decltype(x)>(sweep, plan, stream); });
+  return persistent::with_traits<Choice>(cell, sweep, plan, [&](auto x) {
+    using X = decltype(x);
+    return persistent::launch<X>(persistent_forward<X>, sweep, plan, stream);
+  });
 }
 
 int64_t persistent_forward_workspace_bytes(int cell, const Sweep& sweep, const CudaPlan& plan) {
-  int64_t bytes = 0;
-  if (plan.regime != kGrid) return bytes;
-  with_traits(cell, sweep, plan, [&](auto x) {
-    using X = decltype(x);
-    const Layout at = lay_out<X>(sweep, plan);
-    bytes = sweep.lanes * batch_tiles(sweep, plan) *
-            (tile::flag_bytes(at) + tile::area_bytes(at, X::kColumns));
-    return 0;
-  });
-  return bytes;
+  return persistent::workspace_bytes<Choice>(cell, sweep, plan);
 }
 
 int64_t persistent_forward_shared_bytes(int cell, const Sweep& sweep, const CudaPlan& plan) {
-  int64_t bytes = -1;
-  with_traits(cell, sweep, plan, [&](auto x) {
-    const Layout at = lay_out<decltype(x)>(sweep, plan);
-    if (at.groups > 0) bytes = at.bytes;
-    return 0;
-  });
-  return bytes;
+  return persistent::shared_bytes<Choice>(cell, sweep, plan);
 }
 
 // All persistent kernels allow the same: a block on a multiprocessor.

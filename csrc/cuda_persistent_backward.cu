@@ -1,16 +1,13 @@
 // The sweep from the end in one launch: the recurrent weights stay on chip, the steps are a loop.
 
-#include <limits>
-
-#include "cell.h"
-#include "cuda_launch.h"
 #include "cuda_math.cuh"
+#include "cuda_persistent.cuh"
 #include "cuda_rows.cuh"
-#include "cuda_tile.cuh"
 
 namespace fastrnn {
 namespace {
 
+using persistent::Launched;
 using tile::kWarp;
 using tile::Layout;
 
@@ -44,16 +41,17 @@ struct Traits {
   using Stored = typename Format::Stored;
   using Operand = typename Format::Operand;
   using Product = tile::Product<number, kTiles, N, kResident>;
-};
 
-// What a launch knows that kernels need, besides the sweep.
-struct Launched {
-  Layout at;
-  int regime;
-  int tiles;    // of the batch
-  int blocks;   // of a group, those without units included
-  char* flags;  // of a grid
-  char* areas;
+  static tile::Need need(int64_t hidden) {
+    const int64_t padded = (hidden + 7) / 8 * 8;
+    return {(hidden + kUnits - 1) / kUnits,
+            kGates * padded * kSize,
+            kTiles,
+            kColumns,
+            kResident,
+            8 * kPieces * tile::kPiece,
+            kOwn};
+  }
 };
 
 // What the cell's derivative reads at a step, as it is stored, for both numbers of an item.
@@ -317,117 +315,36 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
 
 // ---- Launch ------------------------------------------------------------------------------------
 
-template <class X>
-Layout lay_out(const Sweep& sweep, const CudaPlan& plan) {
-  const int64_t padded = (sweep.hidden + 7) / 8 * 8;
-  tile::Need need{(sweep.hidden + X::kUnits - 1) / X::kUnits,
-                  X::kGates * padded * X::kSize,
-                  X::kTiles,
-                  X::kColumns,
-                  X::kResident,
-                  8 * X::kPieces * tile::kPiece,
-                  X::kOwn};
-  return tile::lay_out(need, plan);
-}
-
-// Calls `f` with the traits of the kernel for a plan. A row group has 16 units or, for a cell of
-// one gate and 8 columns where a block would need too many warps for that, 64.
-template <class Cell, Number number, int N, class F>
-int with_tiles(const Sweep& sweep, const CudaPlan& plan, F f) {
-  using Few = Traits<Cell, number, 1, N>;
-  if constexpr (Cell::kGates == 1 && N == 1) {
-    if (lay_out<Few>(sweep, plan).groups == 0) return f(Traits<Cell, number, 4, N>{});
-  }
-  return f(Few{});
-}
-
-template <class Cell, Number number, class F>
-int with_columns(const Sweep& sweep, const CudaPlan& plan, F f) {
-  if (plan.batch_tile == 8) return with_tiles<Cell, number, 1>(sweep, plan, f);
-  if (plan.batch_tile == 16) return with_tiles<Cell, number, 2>(sweep, plan, f);
-  if (plan.batch_tile == 32) return with_tiles<Cell, number, 4>(sweep, plan, f);
-  return kInvalidConfiguration;
-}
-
-template <class F>
-int with_traits(int cell, const Sweep& sweep, const CudaPlan& plan, F f) {
-  const bool one = plan.regime == kBlock && plan.blocks == 1;
-  if (!one && (plan.regime == kBlock || plan.blocks < 1)) return kInvalidConfiguration;
-  if (plan.warps < 1) return kInvalidConfiguration;
-  return with_cell(cell, [&](auto c) {
-    using Cell = decltype(c);
-    switch (plan.number) {
-      case Number::kTf32:
-        return with_columns<Cell, Number::kTf32>(sweep, plan, f);
-      case Number::kTf32x3:
-        return with_columns<Cell, Number::kTf32x3>(sweep, plan, f);
-      case Number::kBfloat16:
-        return with_columns<Cell, Number::kBfloat16>(sweep, plan, f);
-      case Number::kFloat16:
-        return with_columns<Cell, Number::kFloat16>(sweep, plan, f);
-      default:
-        return kInvalidConfiguration;
+// A row group has 16 units or, for a cell of one gate and 8 columns where a block would need too
+// many warps for that, 64.
+struct Choice {
+  template <class Cell, Number number, int N, class F>
+  static int with_traits(const Sweep& sweep, const CudaPlan& plan, F f) {
+    using Few = Traits<Cell, number, 1, N>;
+    if constexpr (Cell::kGates == 1 && N == 1) {
+      if (persistent::lay_out<Few>(sweep, plan).groups == 0) return f(Traits<Cell, number, 4, N>{});
     }
-  });
-}
-
-int64_t batch_tiles(const Sweep& sweep, const CudaPlan& plan) {
-  return (sweep.batch + plan.batch_tile - 1) / plan.batch_tile;
-}
-
-template <class X>
-int launch(const Sweep& sweep, const CudaPlan& plan, void* stream) {
-  const Layout at = lay_out<X>(sweep, plan);
-  const int64_t tiles = batch_tiles(sweep, plan), groups = sweep.lanes * tiles;
-  if (at.groups == 0 || groups * plan.blocks > std::numeric_limits<int32_t>::max())
-    return kInvalidConfiguration;
-  char* flags = static_cast<char*>(sweep.workspace);
-  const int64_t flag_bytes = groups * tile::flag_bytes(at);
-  if (plan.regime == kGrid) {
-    const int error = dev::clear(flags, flag_bytes, stream);
-    if (error != 0) return error;
+    return f(Few{});
   }
-  const Launched launched{at,          plan.regime, static_cast<int>(tiles),
-                          plan.blocks, flags,       flags + flag_bytes};
-  dev::Launch how;
-  how.grid = dim3(static_cast<unsigned>(groups * plan.blocks));
-  how.block = dim3(kWarp * at.warps());
-  how.shared_bytes = at.bytes;
-  how.cluster = plan.regime == kCluster ? plan.blocks : 1;
-  how.cooperative = plan.regime == kGrid;
-  return dev::launch(persistent_backward<X>, how, stream, sweep, launched);
-}
+};
 
 }  // namespace
 
 // ---- Entry -------------------------------------------------------------------------------------
 
 int launch_persistent_backward(int cell, const Sweep& sweep, const CudaPlan& plan, void* stream) {
-  return with_traits(cell, sweep, plan,
-                     [&](auto x) { return launch<decltype(x)>(sweep, plan, stream); });
+  return persistent::with_traits<Choice>(cell, sweep, plan, [&](auto x) {
+    using X = decltype(x);
+    return persistent::launch<X>(persistent_backward<X>, sweep, plan, stream);
+  });
 }
 
 int64_t persistent_backward_workspace_bytes(int cell, const Sweep& sweep, const CudaPlan& plan) {
-  int64_t bytes = 0;
-  if (plan.regime != kGrid) return bytes;
-  with_traits(cell, sweep, plan, [&](auto x) {
-    using X = decltype(x);
-    const Layout at = lay_out<X>(sweep, plan);
-    bytes = sweep.lanes * batch_tiles(sweep, plan) *
-            (tile::flag_bytes(at) + tile::area_bytes(at, X::kColumns));
-    return 0;
-  });
-  return bytes;
+  return persistent::workspace_bytes<Choice>(cell, sweep, plan);
 }
 
 int64_t persistent_backward_shared_bytes(int cell, const Sweep& sweep, const CudaPlan& plan) {
-  int64_t bytes = -1;
-  with_traits(cell, sweep, plan, [&](auto x) {
-    const Layout at = lay_out<decltype(x)>(sweep, plan);
-    if (at.groups > 0) bytes = at.bytes;
-    return 0;
-  });
-  return bytes;
+  return persistent::shared_bytes<Choice>(cell, sweep, plan);
 }
 
 }  // namespace fastrnn
