@@ -406,29 +406,15 @@ __device__ __forceinline__ uint32_t peer_address(const void* shared, unsigned ra
 }
 
 // Stores into a block of the cluster, at some time; then counts the bytes on the barrier, which
-// must lie in the same block. `peer_data` is aligned to the size of the store.
+// must lie in the same block. `peer_data` is aligned to 16 bytes.
 __device__ __forceinline__ void st_async16(uint32_t peer_data, uint4 value, uint32_t peer_barrier) {
 #if defined(FASTRNN_CUDASIM)
-  sim::st_async(peer_data, &value, 16, peer_barrier);
+  sim::st_async16(peer_data, &value, peer_barrier);
 #elif defined(FASTRNN_CLUSTERS)
   asm volatile(
       "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1,%2,%3,%4}, "
       "[%5];" ::"r"(peer_data),
       "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(peer_barrier)
-      : "memory");
-#else
-  __trap();
-#endif
-}
-
-__device__ __forceinline__ void st_async8(uint32_t peer_data, uint2 value, uint32_t peer_barrier) {
-#if defined(FASTRNN_CUDASIM)
-  sim::st_async(peer_data, &value, 8, peer_barrier);
-#elif defined(FASTRNN_CLUSTERS)
-  asm volatile(
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1,%2}, "
-      "[%3];" ::"r"(peer_data),
-      "r"(value.x), "r"(value.y), "r"(peer_barrier)
       : "memory");
 #else
   __trap();

@@ -106,6 +106,7 @@ class Quiet {
 constexpr size_t kMaxShared = 232448;
 constexpr unsigned kMaxThreads = 1024, kMaxCluster = 16, kBarriers = 16;
 constexpr size_t kStack = 256 * 1024, kPage = 4096;
+constexpr unsigned kStoreBytes = 16;  // of a store into another block
 
 struct Fiber : Thread {
   void* stack_pointer = nullptr;
@@ -198,8 +199,8 @@ struct Cluster {
 
 struct Store {
   Block* target;
-  uint32_t offset, barrier_offset, bytes;
-  unsigned char value[16];
+  uint32_t offset, barrier_offset;
+  unsigned char value[kStoreBytes];
   const Fiber* from;
 };
 
@@ -971,12 +972,12 @@ void land_one() {
   const Fiber* fiber = current();
   __tsan_switch_to_fiber(b.agent, kNoOrder);
   acquire(s.get());
-  __tsan_write_range(data, s->bytes);
+  __tsan_write_range(data, kStoreBytes);
   release(&b.token);
   __tsan_switch_to_fiber(fiber ? fiber->tsan : machine.tsan, kNoOrder);
 #endif
-  for (unsigned i = 0; i < s->bytes; ++i) data[i] = s->value[i];
-  count_bytes(b, -static_cast<int64_t>(s->bytes));
+  for (unsigned i = 0; i < kStoreBytes; ++i) data[i] = s->value[i];
+  count_bytes(b, -int64_t{kStoreBytes});
   end_phase_if_complete(b);
 }
 
@@ -1033,27 +1034,26 @@ uint32_t peer_address(const void* shared, unsigned rank) {
   return kPeerTag | rank << kOffsetBits | static_cast<uint32_t>(at - self->block->shared);
 }
 
-void st_async(uint32_t peer_data, const void* value, unsigned bytes, uint32_t peer_barrier) {
+void st_async16(uint32_t peer_data, const void* value, uint32_t peer_barrier) {
   constexpr uint32_t offset_mask = (1u << kOffsetBits) - 1;
   const auto& blocks = self->block->cluster->blocks;
   const uint32_t rank = (peer_data & ~kPeerTag) >> kOffsetBits;
   const uint32_t offset = peer_data & offset_mask, barrier_offset = peer_barrier & offset_mask;
   if ((peer_data & 0xf0000000) != kPeerTag || rank >= blocks.size() ||
-      offset + bytes > shape.shared_bytes || offset % bytes != 0) {
-    fail("st_async: %08x is no aligned address of %u bytes in a block of the cluster", peer_data,
-         bytes);
+      offset + kStoreBytes > shape.shared_bytes || offset % kStoreBytes != 0) {
+    fail("st_async16: %08x is no aligned address in a block of the cluster", peer_data);
   }
   if (peer_data >> kOffsetBits != peer_barrier >> kOffsetBits || barrier_offset % 8 != 0 ||
       barrier_offset + 8 > shape.shared_bytes) {
-    fail("st_async: %08x is no barrier in the block of %08x", peer_barrier, peer_data);
+    fail("st_async16: %08x is no barrier in the block of %08x", peer_barrier, peer_data);
   }
   Block* target = blocks[rank];
   if (target->live == 0) {
-    fail("st_async into the shared memory of %s, which has ended", place(target).c_str());
+    fail("st_async16 into the shared memory of %s, which has ended", place(target).c_str());
   }
 #if defined(CUDASIM_THREAD)
   // What it overwrites must not be in use from now on, and the barrier must be there.
-  __tsan_write_range(target->shared + offset, bytes);
+  __tsan_write_range(target->shared + offset, kStoreBytes);
   __tsan_read_range(target->shared + barrier_offset, 8);
 #endif
   {
@@ -1062,9 +1062,8 @@ void st_async(uint32_t peer_data, const void* value, unsigned bytes, uint32_t pe
     s->target = target;
     s->offset = offset;
     s->barrier_offset = barrier_offset;
-    s->bytes = bytes;
     s->from = current();
-    std::memcpy(s->value, value, bytes);
+    std::memcpy(s->value, value, kStoreBytes);
     release(s.get());
     machine.stores.push_back(std::move(s));
   }

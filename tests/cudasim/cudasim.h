@@ -181,7 +181,7 @@ inline void barrier_wait(uint64_t* b, unsigned parity) {
 }
 
 uint32_t peer_address(const void* shared, unsigned rank);
-void st_async(uint32_t peer_data, const void* value, unsigned bytes, uint32_t peer_barrier);
+void st_async16(uint32_t peer_data, const void* value, uint32_t peer_barrier);
 
 // ---- Builtins of CUDA --------------------------------------------------------------------------
 
