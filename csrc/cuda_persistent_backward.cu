@@ -28,7 +28,9 @@ struct Traits {
   static constexpr int kItems = 2 * kTiles * N;
   // Chunks for which there are registers, eight of these for each tile; splitting numbers in parts
   // takes some.
-  static constexpr int kRoom = (N == 4 ? 8 : 10) - (number == Number::kTf32x3 ? 4 : 0);
+  static constexpr bool kSplit = number == Number::kTf32x3;
+  static constexpr int kRoom =
+      (N == 4 ? 8 : 10) - (kSplit ? 4 : 0) - (kSplit && kItems >= 16 ? 2 : 0);
   static constexpr int kResident = kRoom / kTiles;
   static constexpr int kSize = tile::operand_bytes(number);
   static constexpr int kGatePieces = 8 * kSize / tile::kPiece;  // of an item's column, per gate
@@ -50,7 +52,8 @@ struct Traits {
             kColumns,
             kResident,
             8 * kPieces * tile::kPiece,
-            kOwn};
+            kOwn,
+            true};
   }
 };
 
@@ -210,15 +213,19 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
   };
   exchange.ready();
 
-  for (int step = 0; step < steps; ++step) {
-    const int t = time(step);
-    const int64_t row0_later = row(step + 2);
+  for (int step = 0;; ++step) {
     const char* operand = exchange.wait(step, computes);
     if (computes && step > 0) {
       typename X::Product::Sums sum;
-      product.run(operand, sum);
+      if (launched.regime == kGrid)
+        product.run_in_place(operand, sum);
+      else
+        product.run(operand, sum);
       tile::share_sums(layout, shared, group, slice, sum);
     }
+    if (step == steps) break;
+    const int t = time(step);
+    const int64_t row0_later = row(step + 2);
     const auto process = [&](Values<X>& given, int i) {
       const int n = unit(i) + lane / 4, c = column(i) + pair;
       float2 ds[S];
@@ -293,12 +300,6 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
     row0 = row0_before;
     row0_before = row0_later;
   }
-  const char* operand = exchange.wait(steps, computes);
-  if (computes) {
-    typename X::Product::Sums sum;
-    product.run(operand, sum);
-    tile::share_sums(layout, shared, group, slice, sum);
-  }
 #pragma unroll 1
   for (int i = 0; i < items; ++i) {
     const int n = unit(i) + lane / 4;
@@ -315,12 +316,17 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
 
 // ---- Launch ------------------------------------------------------------------------------------
 
-// A row group has 16 units or, for a cell of one gate and 8 columns where a block would need too
-// many warps for that, 64.
+// A row group has 16 units. It has 32 where a block of a grid has more than 16, so that its warps,
+// which read the operand each for themselves, read it once; and, for a cell of one gate and 8
+// columns, 64 where a block would need too many warps for less.
 struct Choice {
   template <class Cell, Number number, int N, class F>
   static int with_traits(const Sweep& sweep, const CudaPlan& plan, F f) {
     using Few = Traits<Cell, number, 1, N>;
+    using Two = Traits<Cell, number, 2, N>;
+    if (plan.regime == kGrid && persistent::lay_out<Few>(sweep, plan).groups != 1 &&
+        persistent::lay_out<Two>(sweep, plan).groups != 0)
+      return f(Two{});
     if constexpr (Cell::kGates == 1 && N == 1) {
       if (persistent::lay_out<Few>(sweep, plan).groups == 0) return f(Traits<Cell, number, 4, N>{});
     }

@@ -158,7 +158,7 @@ struct Layout {
   int resident;   // of these, how many stay in registers; the others lie in shared memory
   int exchanged;  // bytes of a row of B that blocks compute and exchange, the rest is zero
   int pitch;      // bytes from a row of B to the next
-  int tile;       // bytes of B in shared memory, all columns
+  int tile;       // bytes of B in shared memory, all columns; 0 where it stays in global memory
   // Places in shared memory: B (once or twice), weights, partial sums, a place for each warp to
   // collect what it sends, what row groups keep, and mbarriers.
   int weights, partial, staging, staged, own, barriers;
@@ -176,6 +176,7 @@ struct Need {
   int resident;        // chunks of a slice for which there are registers
   int staged;          // bytes that a warp collects at a time
   int own = 0;         // bytes that a row group keeps; then all its warps take part: `share_sums`
+  bool in_place = false;  // of a grid's B, warps read their slices where it lies, in global memory
 };
 
 // The layout for `plan.blocks` blocks of at most `plan.warps` warps. A block holds at most
@@ -196,7 +197,8 @@ constexpr Layout lay_out(const Need& need, const CudaPlan& plan) {
   at.resident = at.depth < need.resident ? at.depth : need.resident;
   at.exchanged = static_cast<int>(need.exchanged);
   at.pitch = at.chunks * kChunk + kRowPad;
-  const int64_t tile = int64_t{at.pitch} * need.columns;
+  const bool in_place = need.in_place && plan.regime == kGrid;
+  const int64_t tile = in_place ? 0 : int64_t{at.pitch} * need.columns;
   at.tile = static_cast<int>(tile);
   int64_t end = tile * (plan.regime == kGrid ? 1 : 2);
   if (end > (int64_t{1} << 30)) end = int64_t{1} << 30;  // no device has as much
@@ -236,6 +238,11 @@ constexpr int resident_chunks(Number number, int tiles, int column_tiles) {
 //
 // Thread l of the warp holds, of tile m, the rows l/4 and l/4 + 8, and gets their sums in columns
 // 8j + 2(l%4) + {0, 1}: sum[m][j][0..1] for the first row and [2..3] for the second.
+//
+// An mma adds up its terms in any order of K, as long as A and B agree. What ldmatrix brings of B
+// from shared memory is in the order that the mma is defined with. Where B is read in place, a
+// thread's words of two mma lie side by side instead, so that it reads 16 bytes, and four threads
+// the 64 of a chunk.
 template <Number number, int kTiles, int kColumns, int kResident>
 class Product {
  public:
@@ -247,20 +254,28 @@ class Product {
   template <class Word>
   __device__ __forceinline__ void load(const Layout& at, char* shared, int warp, int slice,
                                        Word word) {
+    const bool in_place = at.tile == 0;
     const int lane = threadIdx.x % kWarp;
     const int first = slice * at.depth;
     const int rest = at.chunks - first;
     chunks_ = rest < at.depth ? rest : at.depth;
-    operand_ = first * kChunk + lane % 8 * at.pitch + lane / 8 * 16;
-    columns_ = 8 * at.pitch;
+    const int pitch = in_place ? at.exchanged : at.pitch;
+    const int row = in_place ? lane / 4 : lane % 8, piece = in_place ? lane % 4 : lane / 8;
+    operand_ = first * kChunk + row * pitch + piece * kPiece;
+    columns_ = 8 * pitch;
+    whole_ =
+        chunks_ - (first * kChunk + chunks_ * kChunk - kChunk + piece * kPiece >= at.exchanged);
     spilled_ = reinterpret_cast<uint4*>(shared + at.weights) +
                int64_t{warp} * (at.depth - at.resident) * 2 * kTiles * kWarp + lane;
     const auto fragment = [&](int chunk, int half, int m, uint32_t (&a)[4]) {
-      const int row = 16 * m + lane / 4, w = (2 * (first + chunk) + half) * 8 + lane % 4;
+      const int row = 16 * m + lane / 4;
+      const int w =
+          16 * (first + chunk) + (in_place ? lane % 4 * 4 + 2 * half : 8 * half + lane % 4);
+      const int next = in_place ? w + 1 : w + 4;
       a[0] = word(row, w);
       a[1] = word(row + 8, w);
-      a[2] = word(row, w + 4);
-      a[3] = word(row + 8, w + 4);
+      a[2] = word(row, next);
+      a[3] = word(row + 8, next);
     };
 #pragma unroll
     for (int c = 0; c < kResident; ++c) {
@@ -307,14 +322,87 @@ class Product {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         uint32_t a[kTiles][4];
-#pragma unroll
-        for (int m = 0; m < kTiles; ++m, spilled += kWarp) {
-          const uint4 x = *spilled;
-          a[m][0] = x.x, a[m][1] = x.y, a[m][2] = x.z, a[m][3] = x.w;
-        }
+        take(spilled, a);
         multiply(d, half % kChains, a, b[0], half);
       }
     }
+    add_chains(d, sum);
+  }
+
+  // The same with B at `operand` in global memory, where `Need` said so: rows `exchanged` bytes
+  // apart. It takes hundreds of cycles to come, so several chunks are under way.
+  __device__ __forceinline__ void run_in_place(const char* operand, Sums& sum) const {
+    float d[kChains][kTiles][kColumns][4] = {};
+    uint32_t b[kAhead][kColumns][4];
+    const char* from = operand + operand_;
+    const int last = chunks_ - 1;
+#pragma unroll
+    for (int c = 0; c < kAhead; ++c) fetch_in_place(from, c, b[c]);
+#pragma unroll
+    for (int c = 0; c < kResident; ++c) {
+      if (c > last) break;
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        multiply(d, (2 * c + half) % kChains, held_[c][half], b[c % kAhead], half);
+      fetch_in_place(from, c + kAhead, b[c % kAhead]);
+    }
+    const uint4* spilled = spilled_;
+#pragma unroll 1
+    for (int first = kResident; first <= last; first += kAhead) {
+#pragma unroll
+      for (int ahead = 0; ahead < kAhead; ++ahead) {
+        if (first + ahead > last) break;
+        auto& now = b[(kResident + ahead) % kAhead];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          uint32_t a[kTiles][4];
+          take(spilled, a);
+          multiply(d, half % kChains, a, now, half);
+        }
+        fetch_in_place(from, first + ahead + kAhead, now);
+      }
+    }
+    add_chains(d, sum);
+  }
+
+ private:
+  // Many mma in a chunk leave the time, and no registers, to fetch its operand.
+  static constexpr int kBuffers = kTiles * kColumns >= 8 || number == Number::kTf32x3 ? 1 : 2;
+  // Sums that do not wait for one another: an mma takes about four times as long as the next one
+  // has to wait to begin.
+  static constexpr int kChains = kTiles * kColumns >= 4 ? 1 : kTiles * kColumns >= 2 ? 2 : 4;
+
+  // Chunks of an operand that are read in place before they are needed: 32 registers.
+  static constexpr int kAhead = 8 / kColumns;
+
+  __device__ __forceinline__ void fetch(const char* from, int chunk,
+                                        uint32_t (&b)[kColumns][4]) const {
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) dev::ldmatrix4(b[j], from + chunk * kChunk + j * columns_);
+  }
+
+  // Zeros past the end of the slice, or of the rows.
+  __device__ __forceinline__ void fetch_in_place(const char* from, int chunk,
+                                                 uint32_t (&b)[kColumns][4]) const {
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+      uint4 x = make_uint4(0, 0, 0, 0);
+      if (chunk < whole_) x = dev::load_shared_by_all(from + chunk * kChunk + j * columns_);
+      b[j][0] = x.x, b[j][1] = x.y, b[j][2] = x.z, b[j][3] = x.w;
+    }
+  }
+
+  // The next weights of those in shared memory.
+  __device__ __forceinline__ static void take(const uint4*& from, uint32_t (&a)[kTiles][4]) {
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m, from += kWarp) {
+      const uint4 x = *from;
+      a[m][0] = x.x, a[m][1] = x.y, a[m][2] = x.z, a[m][3] = x.w;
+    }
+  }
+
+  __device__ __forceinline__ static void add_chains(const float (&d)[kChains][kTiles][kColumns][4],
+                                                    Sums& sum) {
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
@@ -328,19 +416,6 @@ class Product {
         }
       }
     }
-  }
-
- private:
-  // Many mma in a chunk leave the time, and no registers, to fetch its operand.
-  static constexpr int kBuffers = kTiles * kColumns >= 8 || number == Number::kTf32x3 ? 1 : 2;
-  // Sums that do not wait for one another: an mma takes about four times as long as the next one
-  // has to wait to begin.
-  static constexpr int kChains = kTiles * kColumns >= 4 ? 1 : kTiles * kColumns >= 2 ? 2 : 4;
-
-  __device__ __forceinline__ void fetch(const char* from, int chunk,
-                                        uint32_t (&b)[kColumns][4]) const {
-#pragma unroll
-    for (int j = 0; j < kColumns; ++j) dev::ldmatrix4(b[j], from + chunk * kChunk + j * columns_);
   }
 
   __device__ __forceinline__ static void multiply(float (&d)[kChains][kTiles][kColumns][4],
@@ -359,7 +434,8 @@ class Product {
   uint32_t held_[kResident][2][kTiles][4];
   uint4* spilled_;  // this thread's first, a fragment after another
   int chunks_;      // of this slice
-  int operand_;     // where this thread's row of ldmatrix begins in B
+  int whole_;       // of these, how many have a piece of this thread
+  int operand_;     // where in B this thread begins to read
   int columns_;     // bytes from 8 columns of B to the next
 };
 
@@ -451,6 +527,9 @@ __host__ __device__ constexpr int64_t area_bytes(const Layout& at, int columns) 
 // of operand i + 1, and every thread calls `sent` after the last of them. All threads of a block
 // call `wait` and `sent` for the same operands.
 //
+// Of a grid operand i lies in global memory, and is copied from there into shared memory unless it
+// is read in place; operand 0 is not there then.
+//
 // Two places for B are enough. A block writes into operand i + 1's place, or a peer's, after it has
 // received all of operand i. Each warp that read operand i - 1, from the same place, had a part in
 // some piece of operand i, which was sent only after that warp had finished reading.
@@ -506,6 +585,8 @@ struct Exchange {
   // the others from coming two phases further, which looks as if none had passed.
   __device__ __forceinline__ const char* wait(int i, bool computes) const {
     if (regime == kGrid) {
+      if (i > 0) await(i);
+      if (at.tile == 0) return arrived(i);
       if (i > 0) receive(i);
       return tiles;
     }
@@ -586,10 +667,13 @@ struct Exchange {
     __syncthreads();
   }
 
+  __device__ __forceinline__ const char* arrived(int i) const {
+    return area + (i & 1) * columns * int64_t{at.exchanged};
+  }
+
   __device__ __forceinline__ void receive(int i) const {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    await(i);
-    const char* from = area + (i & 1) * columns * int64_t{at.exchanged};
+    const char* from = arrived(i);
     for (int n = warp; n < columns; n += blockDim.x / kWarp) {
       for (int k = lane * kPiece; k < at.exchanged; k += kWarp * kPiece)
         dev::copy_async16(tiles + n * at.pitch + k, from + n * int64_t{at.exchanged} + k, true);

@@ -259,6 +259,15 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* p) {
 #endif
 }
 
+// 16 bytes as they are in the L2 cache: what other multiprocessors write does not reach the first.
+__device__ __forceinline__ uint4 load_shared_by_all(const void* p) {
+#if defined(FASTRNN_CUDASIM)
+  return *static_cast<const uint4*>(p);
+#else
+  return __ldcg(static_cast<const uint4*>(p));
+#endif
+}
+
 __device__ __forceinline__ void store_release(uint32_t* p, uint32_t value) {
 #if defined(FASTRNN_CUDASIM)
   __atomic_store_n(p, value, __ATOMIC_RELEASE);

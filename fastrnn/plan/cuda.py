@@ -126,7 +126,7 @@ class Layout:
         rows: of weights, whole tiles of 16.
         row_bytes: of a row, whole chunks.
         spilled: bytes of weights that are in shared memory, because registers are full.
-        exchanged: bytes that blocks of a group exchange at each step.
+        exchanged: bytes that it receives at each step.
         shared_bytes: of shared memory, all told.
     """
 
@@ -144,15 +144,19 @@ def lay_out(problem: Problem, plan: Plan) -> Layout | None:
     columns, gates, octets = plan.batch_tile // 8, problem.gates, -(-problem.hidden // 8)
     if problem.backward:
         choices = [1, 4] if gates == columns == 1 else [1]
+        if plan.regime == "grid" and octets > 2 * plan.blocks:
+            choices.insert(0, 2)
         for tiles in choices:  # of 16 units, in a row group
+            parts = (6 if tiles * columns >= 8 else 4) if plan.number == "tf32x3" else 0
             found = _shares(
                 plan,
                 row_groups=-(-octets // (2 * tiles)),
                 exchanged=gates * octets * 8 * size,
                 tiles=tiles,
-                resident=((8 if columns == 4 else 10) - 4 * (plan.number == "tf32x3")) // tiles,
+                resident=((8 if columns == 4 else 10) - parts) // tiles,
                 staged=64 * gates * size,
                 own=512 * tiles * columns * problem.states + 4 * plan.batch_tile,
+                in_place=plan.regime == "grid",
             )
             if found is not None:
                 return found
@@ -188,6 +192,7 @@ def _shares(
     resident: int,
     staged: int,
     own: int,
+    in_place: bool = False,
 ) -> Layout | None:
     """`lay_out` of csrc/cuda_tile.cuh, whose words these are."""
     groups = -(-row_groups // plan.blocks)
@@ -202,12 +207,12 @@ def _shares(
     sums = slices if own else slices - 1
     sums *= _FRAGMENT * tiles * (plan.batch_tile // 8) * groups
     staging = staged * groups * (slices if own else 1) + own * groups
-    operands = operand * (1 if plan.regime == "grid" else 2)
+    operands = 0 if in_place else operand * (1 if plan.regime == "grid" else 2)
     return Layout(
         rows=groups * tiles * 16,
         row_bytes=chunks * _CHUNK,
         spilled=spilled,
-        exchanged=plan.batch_tile * exchanged,
+        exchanged=plan.batch_tile * exchanged * (groups if in_place else 1),
         shared_bytes=operands + spilled + sums + staging + 16,
     )
 
