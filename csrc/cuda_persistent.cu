@@ -42,7 +42,7 @@ struct Traits {
   static tile::Need need(int64_t hidden) {
     const int64_t octets = (hidden + 7) / 8;
     return {(octets + kOctets - 1) / kOctets, octets * 8 * kSize, kTiles, kColumns, kResident,
-            8 * kPieces * tile::kPiece};
+            tile::staged_bytes<kPieces>()};
   }
 };
 
@@ -214,8 +214,7 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
           const auto place = exchange.place<X::kPieces>(i + 1, staging, 8 * j, offset);
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            auto* to =
-                reinterpret_cast<typename X::Operand*>(place.to + (column + e) * place.pitch);
+            auto* to = reinterpret_cast<typename X::Operand*>(place.to + e * place.pitch);
 #pragma unroll
             for (int o = 0; o < kOctets; ++o) {
               const bool cut = cuts >> (2 * j + e) & 1;

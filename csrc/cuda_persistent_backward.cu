@@ -51,7 +51,7 @@ struct Traits {
             kTiles,
             kColumns,
             kResident,
-            8 * kPieces * tile::kPiece,
+            tile::staged_bytes<kPieces>(),
             kOwn,
             true};
   }
@@ -252,7 +252,7 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
         dafter[0] = dafter[0] + dev::to_float(given.dy[e]);
         previous[e] = cut ? Stored(0.0f) : given.before[e][0];
         Cell::backward(kept, before, after, dafter, du[e], dv[e], dbefore);
-        auto* to = reinterpret_cast<typename X::Operand*>(place.to + (pair + e) * place.pitch);
+        auto* to = reinterpret_cast<typename X::Operand*>(place.to + e * place.pitch);
 #pragma unroll
         for (int g = 0; g < G; ++g) {
           if (!alive[e]) dv[e][g] = 0;

@@ -522,6 +522,19 @@ __host__ __device__ constexpr int64_t area_bytes(const Layout& at, int columns) 
   return int64_t{2} * columns * at.exchanged;
 }
 
+// A warp collects what it sends in eight rows of kPieces. At one time it writes eight numbers side
+// by side into rows 0, 2, 4 and 6, or 1, 3, 5 and 7, and it reads eight pieces in the order of
+// rows. Gaps before some rows, bytes before row n all told, keep either from meeting in a bank.
+template <int kPieces>
+__host__ __device__ constexpr int staged_gaps(int n) {
+  constexpr int kTogether = kPieces % 2 != 0 ? 8 : kPieces % 4 != 0 ? 4 : 2;
+  return n / kTogether * 32;
+}
+template <int kPieces>
+constexpr int staged_bytes() {
+  return 8 * kPieces * kPiece + staged_gaps<kPieces>(7);
+}
+
 // How the operand of the next step gets from the warps that compute it to all blocks of the group.
 // Operand 0 lies in `first()` when the loop begins, `wait(i)` gives operand i, `send` takes pieces
 // of operand i + 1, and every thread calls `sent` after the last of them. All threads of a block
@@ -602,19 +615,23 @@ struct Exchange {
     return tiles + place * at.tile;
   }
 
-  // Where a warp writes what it is going to send of operand i, eight columns from `column` on: rows
-  // `pitch` bytes apart. A lone block writes into the operand itself, from `offset` on.
+  // Where a thread writes what its warp is going to send of operand i, eight columns from `column`
+  // on: it has two of them, 2 (lane % 4) and the next, whose rows are `pitch` bytes apart. A lone
+  // block writes into the operand itself, from `offset` on.
   struct Place {
     char* to;
     int pitch;
   };
   template <int kPieces>
   __device__ __forceinline__ Place place(int i, const char* staging, int column, int offset) const {
-    // A choice of numbers, not of pointers, lets the compiler see that this is shared memory.
     const bool alone = regime == kBlock;
+    const int pair = threadIdx.x % 4 * 2;
+    // A choice of numbers, not of pointers, lets the compiler see that this is shared memory.
     const int own = static_cast<int>(staging - tiles);
-    const int to = alone ? (i & 1) * at.tile + column * at.pitch + offset : own;
-    return {tiles + to, alone ? at.pitch : kPieces * kPiece};
+    const int first = alone ? (i & 1) * at.tile + column * at.pitch + offset : own;
+    const int pitch = alone ? at.pitch : kPieces * kPiece;
+    const int gaps = alone ? 0 : staged_gaps<kPieces>(pair);
+    return {tiles + first + pair * pitch + gaps, pitch};
   }
 
   // Sends, of eight columns from `column` on, kPieces pieces each, which lie in `staging`. Piece q
@@ -630,9 +647,10 @@ struct Exchange {
 #pragma unroll
     for (int first = 0; first < kAll; first += kAtOnce) {
       const int piece = first + lane % kAtOnce;
-      const int n = column + piece / kPieces, to = offset(piece % kPieces);
+      const int row = piece / kPieces, n = column + row, to = offset(piece % kPieces);
       if (to >= at.exchanged) continue;
-      const uint4 value = *reinterpret_cast<const uint4*>(staging + piece * kPiece);
+      const char* from = staging + piece * kPiece + staged_gaps<kPieces>(row);
+      const uint4 value = *reinterpret_cast<const uint4*>(from);
       if (regime == kCluster) {
         const char* here = tiles + place * at.tile + n * at.pitch + to;
         for (int peer = lane / kAtOnce; peer < at.active; peer += kWarp / kAtOnce) {

@@ -154,7 +154,7 @@ def lay_out(problem: Problem, plan: Plan) -> Layout | None:
                 exchanged=gates * octets * 8 * size,
                 tiles=tiles,
                 resident=((8 if columns == 4 else 10) - parts) // tiles,
-                staged=64 * gates * size,
+                staged=_staged(gates * size // 2),
                 own=512 * tiles * columns * problem.states + 4 * plan.batch_tile,
                 in_place=plan.regime == "grid",
             )
@@ -175,12 +175,17 @@ def lay_out(problem: Problem, plan: Plan) -> Layout | None:
             exchanged=octets * 8 * size,
             tiles=tiles,
             resident=max(1, registers // (8 * tiles)),
-            staged=64 * each * size,
+            staged=_staged(each * size // 2),
             own=0,
         )
         if found is not None:
             return found
     return None
+
+
+def _staged(pieces: int) -> int:
+    """`staged_bytes` of csrc/cuda_tile.cuh."""
+    return 8 * 16 * pieces + 32 * (3, 0, 1, 0)[pieces % 4]
 
 
 def _shares(
