@@ -35,8 +35,8 @@ FLAGS = "-std=c++17 -O2 -fPIC -fno-gnu-unique -fno-math-errno -fno-trapping-math
 # The simulator itself must not be instrumented: it tells the sanitizers what they should know.
 SANITIZERS = {
     None: ("", ""),
-    "address": ("-fsanitize=address -g1 -fno-omit-frame-pointer", "-DCUDASIM_ADDRESS"),
-    "thread": ("-fsanitize=thread -g1 -fno-omit-frame-pointer", "-DCUDASIM_THREAD"),
+    "address": ("-O1 -fsanitize=address -g1 -fno-omit-frame-pointer", "-DCUDASIM_ADDRESS"),
+    "thread": ("-O1 -fsanitize=thread -g1 -fno-omit-frame-pointer", "-DCUDASIM_THREAD"),
 }
 
 
