@@ -214,7 +214,9 @@ class TorchLayer:
                 torch.backends.mkldnn.set_flags(False)
                 stack.callback(torch.backends.mkldnn.set_flags, True)
             if case.device == "cuda":
-                stack.enter_context(torch.backends.cudnn.flags(allow_tf32=self.tf32))
+                # Without `enabled` these flags would turn cuDNN off.
+                flags = torch.backends.cudnn.flags(enabled=True, allow_tf32=self.tf32)
+                stack.enter_context(flags)
                 stack.enter_context(_tf32_products(self.tf32))
             if self._kernel is not None:
                 stack.enter_context(kernels.use(self._kernel))

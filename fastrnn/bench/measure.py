@@ -220,10 +220,11 @@ def relative_error(result: Tensor, exact: Tensor) -> float:
     return (error / exact.abs().amax().clamp_min(1)).item()
 
 
-def limit(what: str, theirs: float, dtype: str) -> float:
+def limit(what: str, theirs: float, dtype: str, tf32: bool = False) -> float:
     """Error allowed to a result of that name where torch.nn's is `theirs`: twice as much, and a
-    floor."""
-    values, gradients = _FLOORS[dtype]
+    floor. That of `tf32` is float16's, which has as many digits: where torch.nn may multiply so it
+    need not do it, and then is nearer."""
+    values, gradients = _FLOORS["float16" if tf32 else dtype]
     return 2 * theirs + (gradients if what.startswith("gradient") else values)
 
 
@@ -231,9 +232,12 @@ def kernels_of(call: Callable[[], object]) -> tuple[str, ...]:
     """Names of the GPU kernels that a call runs, each once, in order; none without a GPU."""
     if not torch.cuda.is_available():
         return ()
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         call()
         torch.cuda.synchronize()
-    return tuple(dict.fromkeys(event.name for event in profiled.events() or ()))
+    # Beside them are the calls of CUDA's runtime that launched them.
+    ran = [e for e in profiled.events() or () if e.device_type == DeviceType.CUDA]
+    return tuple(dict.fromkeys(event.name for event in ran))

@@ -242,12 +242,17 @@ def run(
             error=each.error,
             memory=each.memory,
             latency=delays.get(name),
-            kernels=measure.kernels_of(each.prepared.call) if device == "cuda" else (),
+            kernels=_kernels(each.prepared) if device == "cuda" else (),
         )
         for name, each in ready.items()
     )
     row = _row(case, machine, entries, refused)
     return row, ready[row.ours.name].prepared
+
+
+def _kernels(prepared: Prepared) -> tuple[str, ...]:
+    with prepared.around():
+        return measure.kernels_of(prepared.call)
 
 
 @dataclass(frozen=True)
@@ -319,7 +324,7 @@ class _Gate:
         for what, error in errors.items():
             theirs = self._theirs[tf32][what]
             allowed = (
-                measure.limit(what, theirs, self._case.workload.dtype)
+                measure.limit(what, theirs, self._case.workload.dtype, tf32)
                 if ours
                 else _RIVALS_LIMIT + 10 * theirs
             )

@@ -127,7 +127,10 @@ def save(results: Results, path: Path) -> None:
     runs = ",\n  ".join(json.dumps(_rounded(asdict(run))) for run in results.runs)
     rows = ",\n  ".join(json.dumps([n, _rounded(row.as_json())]) for row, n in results.rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'{{"runs": [\n  {runs}\n],\n"rows": [\n  {rows}\n]}}\n')
+    # At once and whole: a run may be stopped at any time.
+    fresh = path.with_name(f".{path.name}")
+    fresh.write_text(f'{{"runs": [\n  {runs}\n],\n"rows": [\n  {rows}\n]}}\n')
+    fresh.replace(path)
 
 
 def _rounded(value: Any) -> Any:
