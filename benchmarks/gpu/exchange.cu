@@ -233,7 +233,6 @@ void print(const char* way, int blocks, int groups, int bytes, double nanosecond
         "{\"way\": \"%s\", \"blocks\": %d, \"groups\": %d, \"bytes\": %d, \"ns\": %.1f, "
         "\"right\": %s}\n",
         way, blocks, groups, bytes, nanoseconds, right ? "true" : "false");
-  std::fflush(stdout);
 }
 
 void clusters(const Memory& memory, int groups) {
@@ -305,6 +304,7 @@ void count_resident_clusters() {
 }
 
 int main() {
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);  // whoever reads gets each line at once
   cudaDeviceProp device;
   if (cudaGetDeviceProperties(&device, 0) != cudaSuccess) {
     std::fprintf(stderr, "there is no GPU\n");

@@ -1,4 +1,4 @@
-"""Compile exchange.cu for this GPU, run it, and keep the lines it prints.
+"""Compile exchange.cu for this GPU, run it, and keep each line that it prints at once.
 
 python -m benchmarks.gpu.exchange FILE
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from benchmarks.gpu import results
@@ -33,18 +34,22 @@ def main() -> int:
     from benchmarks.gpu.baseline import NO_MACHINE
     from fastrnn.bench import store
 
-    path = Path(sys.argv[1]).resolve()
-    program = path.with_name("exchange")
+    path = Path(sys.argv[1])
+    conditions = asdict(store.conditions(NO_MACHINE, "python -m benchmarks.gpu.exchange", "cuda"))
+    rows = []
     major, minor = torch.cuda.get_device_capability()
     architecture = f"{major}{minor}" + ("a" if major == 9 else "")
-    subprocess.run(compile_command(architecture, program), check=True)
-    ran = subprocess.run([str(program)], stdout=subprocess.PIPE, text=True)
-    program.unlink()
-    print(ran.stdout, end="")
-    rows = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
-    conditions = store.conditions(NO_MACHINE, "python -m benchmarks.gpu.exchange", "cuda")
-    results.save(path, rows, asdict(conditions))
-    return ran.returncode
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "exchange"
+        if subprocess.run(compile_command(architecture, program)).returncode:
+            return 1
+        with subprocess.Popen([program], stdout=subprocess.PIPE, text=True) as running:
+            assert running.stdout is not None
+            for line in running.stdout:
+                print(line, end="", flush=True)
+                rows.append(json.loads(line))
+                results.save(path, rows, conditions)
+    return running.returncode
 
 
 if __name__ == "__main__":
