@@ -25,7 +25,7 @@ import fastrnn
 from fastrnn import _C, cells, codegen, cuda_scan, kernels, ops, plan, reference
 from tests.cudasim.build import build, missing
 from tests.support import flatten, largest_error, rms_error
-from tests.test_kernels import BUILT_IN, doubled, linear, operands, run, whole
+from tests.test_kernels import BUILT_IN, converted, doubled, linear, operands, run, whole
 
 if "FASTRNN_CUDA_LIBRARY" not in os.environ and missing():
     pytest.skip(str(missing()), allow_module_level=True)
@@ -122,16 +122,6 @@ def running(
     finally:
         plan.choose = choose
         _C.forget_plans()
-
-
-def converted(given: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    def to(value: Any) -> Any:
-        if isinstance(value, list):
-            return [to(v) for v in value]
-        is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
-        return value.to(dtype) if is_float else value
-
-    return {name: to(value) for name, value in given.items()}
 
 
 def agrees(

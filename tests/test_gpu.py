@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import fastrnn
-from fastrnn import cells, codegen, kernels, ops, reference
+from fastrnn import cells, codegen, cuda_scan, kernels, ops, plan, reference
 from tests.support import flatten, largest_error
 from tests.test_kernels import BUILT_IN, check, linear, operands, planned, run, whole
 
@@ -37,6 +37,16 @@ SHAPES: dict[str, list[tuple[tuple[int, ...], int]]] = {
     "cluster": [((5, 9, 4, 17, 2), 2), ((9, 3, 8, 64, 1), 4), ((40, 17, 8, 250, 2), 8)],
     "grid": [((5, 9, 4, 17, 2), 3), ((9, 3, 8, 64, 1), 2), ((40, 17, 8, 250, 2), 16)],
 }
+
+
+TILES = {regime: (16, 32, 64) if regime == "step" else (8, 16, 32) for regime in SHAPES}
+
+
+@pytest.fixture(autouse=True)
+def float32_in_full() -> Iterator[None]:
+    """Not as TF32, which torch lets recurrent layers do unless it is told otherwise."""
+    with tf32(False):
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +73,8 @@ def tf32(allow: bool) -> Iterator[None]:
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = allow
     try:
-        with torch.backends.cudnn.flags(allow_tf32=allow):
+        # Without `enabled` these flags would turn cuDNN off.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=allow):
             yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
@@ -75,7 +86,13 @@ def dtype_of(number: str) -> torch.dtype:
     return dtype
 
 
-def forced(regime: str, number: str, blocks: int, batch_tile: int = 8) -> dict[str, Any]:
+def rival_of(number: str) -> torch.dtype:
+    """In which the reference has as many digits: TF32 has those of float16, but whether cuBLAS
+    makes use of it is up to cuBLAS."""
+    return torch.float16 if number == "tf32" else dtype_of(number)
+
+
+def forced(regime: str, number: str, blocks: int, batch_tile: int) -> dict[str, Any]:
     """Fields of a plan, whatever the device would make of so small a problem."""
     if regime == "cluster" and CAPABILITY < (9, 0):
         pytest.skip("there are no clusters before compute capability 9.0")
@@ -83,8 +100,36 @@ def forced(regime: str, number: str, blocks: int, batch_tile: int = 8) -> dict[s
         pytest.skip("float64 stays in the cache")
     if number == "float32" and regime != "step":
         number = "tf32x3"
-    rest = {"batch_tile": batch_tile, "blocks": blocks, "warps": 8}
-    return {"regime": regime, "number": number, **({} if regime == "step" else rest)}
+        batch_tile = min(batch_tile, 16)  # it has no wider ones
+    return {
+        "regime": regime,
+        "number": number,
+        "batch_tile": batch_tile,
+        "blocks": blocks,
+        "warps": 8,
+    }
+
+
+def fits(name: str, shape: tuple[int, ...], fields: dict[str, Any]) -> bool:
+    """Whether a block has shared memory for such a plan, both ways."""
+    library = cuda_scan.library()
+    assert isinstance(library, cuda_scan.Library), library
+    steps, batch, _, hidden, lanes = shape
+    sweep = cuda_scan.Sweep(steps=steps, batch=batch, hidden=hidden, lanes=lanes, end=steps)
+    wanted = cuda_scan.cuda_plan(plan.Plan("cuda", **fields))
+    most = torch.cuda.get_device_properties().shared_memory_per_block_optin
+    needed = [library.shared_bytes(name, sweep, wanted, backward) for backward in (False, True)]
+    return fields["regime"] == "step" or all(0 <= each <= most for each in needed)
+
+
+def decided_by_rounding(name: str, number: str, hidden: int) -> bool:
+    """Whether some unit is so near to 0 that rounding turns it on or off, and its gradient too."""
+    return name == "rnn_relu" and number not in ("float64", "float32") and hidden > 60
+
+
+def few(regime: str, number: str) -> dict[str, Any]:
+    """The least tile, and blocks."""
+    return forced(regime, number, 1 if regime in ("step", "block") else 2, TILES[regime][0])
 
 
 # The kernels, by regime
@@ -95,19 +140,26 @@ def forced(regime: str, number: str, blocks: int, batch_tile: int = 8) -> dict[s
 @pytest.mark.parametrize("regime", SHAPES)
 def test_cuda_shapes(regime: str, name: str, number: str) -> None:
     for shape, blocks in SHAPES[regime]:
+        if decided_by_rounding(name, number, shape[3]):
+            continue
         given = moved(operands(cells.get(name), *shape, dtype=dtype_of(number)))
-        for tile in (8, 16, 32):
-            with tf32(number == "tf32"), planned(**forced(regime, number, blocks, tile)):
-                check(cells.get(name), given, "cuda")
+        plans = [forced(regime, number, blocks, tile) for tile in TILES[regime]]
+        plans = [fields for fields in plans if fits(name, shape, fields)]
+        assert plans, shape
+        for fields in plans:
+            with tf32(number == "tf32"), planned(**fields):
+                check(cells.get(name), given, "cuda", rival_of(number))
 
 
 @pytest.mark.parametrize("number", NUMBERS)
 @pytest.mark.parametrize("name", [*BUILT_IN, "linear"])
 def test_triton_shapes(name: str, number: str) -> None:
     for shape in ((1, 1, 1, 1, 1), (5, 9, 4, 17, 2), (9, 3, 8, 64, 1), (3, 17, 8, 130, 1)):
+        if decided_by_rounding(name, number, shape[3]):
+            continue
         given = moved(operands(cells.get(name), *shape, dtype=dtype_of(number)))
         with tf32(number == "tf32"):
-            check(cells.get(name), given, "triton")
+            check(cells.get(name), given, "triton", rival_of(number))
 
 
 def ragged(layout: str, cell: cells.Cell, hidden: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -137,7 +189,7 @@ def test_cuda_ragged(regime: str, name: str, layout: str, number: str) -> None:
     cell = cells.get(name)
     for hidden, chunk in ((17, 11), (64, 22), (64, 999)):
         given = ragged(layout, cell, hidden, dtype_of(number))
-        with planned(**forced(regime, number, 1 if regime == "block" else 2), chunk_rows=chunk):
+        with planned(**few(regime, number), chunk_rows=chunk):
             check(cell, given, "cuda")
 
 
@@ -168,7 +220,7 @@ def test_triton_is_exact_for_a_linear_cell() -> None:
 def test_small(way: str) -> None:
     for name in ("lstm", "gru"):
         given = moved(operands(cells.get(name), 3, 3, 2, 17, dtype=torch.bfloat16))
-        fields = {} if way == "triton" else forced(way, "bfloat16", 1 if way == "block" else 2)
+        fields = {} if way == "triton" else few(way, "bfloat16")
         with planned(**fields):
             check(cells.get(name), given, "triton" if way == "triton" else "cuda")
 
@@ -204,9 +256,8 @@ def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
 
 def test_first_library() -> None:
     """Beside torch's own copy of CUDA's runtime."""
-    from fastrnn import cuda_scan
-
     library = cuda_scan.library()
+    assert isinstance(library, cuda_scan.Library), library
     assert not library.simulated
     assert set(BUILT_IN) <= set(library.cells)
 
@@ -318,7 +369,7 @@ def test_whole_sizes(kernel: str, size: tuple[int, int], number: str) -> None:
         with tf32(number == "tf32"):
             mine, torchs = both_ways(ours, x), both_ways(theirs, x)
         exact = both_ways(theirs.double(), x.double())
-        floor = {torch.float32: 5e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+        floor = {torch.float32: 5e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[rival_of(number)]
         for a, b, right in zip(mine, torchs, exact, strict=True):
             assert largest_error(a, right) <= 2 * largest_error(b, right) + floor
 

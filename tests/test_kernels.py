@@ -98,7 +98,7 @@ def run(scan: Any, cell: cells.Cell, given: dict[str, Any]) -> dict[str, Tensor]
     found = {"y": y, **{f"state {s}": value for s, value in enumerate(states)}}
     generator = torch.Generator().manual_seed(1)
     total = sum(
-        (value * torch.randint(-2, 3, value.shape, generator=generator).to(value.dtype)).sum()
+        (value * torch.randint(-2, 3, value.shape, generator=generator).to(value)).sum()
         for value in found.values()
     )
     assert isinstance(total, Tensor)
@@ -110,28 +110,41 @@ def run(scan: Any, cell: cells.Cell, given: dict[str, Any]) -> dict[str, Tensor]
     return found
 
 
-def doubled(given: dict[str, Any]) -> dict[str, Any]:
-    def up(value: Any) -> Any:
+def converted(given: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    def to(value: Any) -> Any:
         if isinstance(value, list):
-            return [up(v) for v in value]
-        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+            return [to(v) for v in value]
+        is_float = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(dtype) if is_float else value
 
-    return {name: up(value) for name, value in given.items()}
+    return {name: to(value) for name, value in given.items()}
 
 
-def check(cell: cells.Cell, given: dict[str, Any], kernel: str = "cpu") -> None:
-    """The tolerance rule, with the reference in the same dtype as the rival."""
+def doubled(given: dict[str, Any]) -> dict[str, Any]:
+    return converted(given, torch.float64)
+
+
+def check(
+    cell: cells.Cell,
+    given: dict[str, Any],
+    kernel: str = "cpu",
+    rival: torch.dtype | None = None,
+) -> None:
+    """The tolerance rule, with the reference as the rival: in the same dtype, or in one that has as
+    many digits as the kernel computes with."""
     with kernels.use(kernel):
         ours = run(ops.scan, cell, given)
-    theirs = run(reference.scan, cell, given)
+    dtype = given["x"].dtype
+    rival = rival or dtype
+    theirs = run(reference.scan, cell, converted(given, rival))
     exact = run(reference.scan, cell, doubled(given))
     floor = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
     assert ours.keys() == exact.keys()
     for what, right in exact.items():
-        assert ours[what].dtype == theirs[what].dtype
+        assert ours[what].dtype == dtype
         assert ours[what].shape == right.shape, what
         for error in (largest_error, lambda a, b: rms_error([a], [b])):
-            limit = 2 * error(theirs[what], right) + floor[ours[what].dtype]
+            limit = 2 * error(theirs[what], right) + floor[rival]
             assert error(ours[what], right) <= limit, what  # NaN fails
 
 
