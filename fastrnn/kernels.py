@@ -187,8 +187,8 @@ def device(
     current device of its kind or the one of that index."""
     return plan.Device(
         kind=kind,
-        **_triton_facts(kind, index, triton_scan.interpreted()),
-        **_cuda_facts(kind, index, cuda_scan.library()),
+        **_triton_facts(kind, index, triton_scan.interpreted())
+        | _cuda_facts(kind, index, cuda_scan.library()),
         tf32=gpu_scan.tf32_allowed(),
         threads=torch.get_num_threads() if threads is None else threads,
         vector_bytes=_C.vector_bytes(),
@@ -244,6 +244,7 @@ def _cuda_facts(kind: str, index: int | None, library: cuda_scan.Library | str) 
     return facts | {
         "capability": 10 * properties.major + properties.minor,
         "multiprocessors": properties.multi_processor_count,
+        "shared_bytes": shared,
         "registers": int(properties.regs_per_multiprocessor),
         "clusters": tuple((blocks, count) for blocks, count in counts if count > 0),
     }

@@ -232,12 +232,11 @@ def kernels_of(call: Callable[[], object]) -> tuple[str, ...]:
     """Names of the GPU kernels that a call runs, each once, in order; none without a GPU."""
     if not torch.cuda.is_available():
         return ()
-    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         call()
         torch.cuda.synchronize()
     # Beside them are the calls of CUDA's runtime that launched them.
-    ran = [e for e in profiled.events() or () if e.device_type == DeviceType.CUDA]
+    ran = [e for e in profiled.events() or () if e.device_type.name == "CUDA"]
     return tuple(dict.fromkeys(event.name for event in ran))
