@@ -18,6 +18,7 @@ namespace persistent {
 struct Launched {
   tile::Layout at;
   int regime;
+  int first;    // group of this launch
   int tiles;    // of the batch
   int blocks;   // of a group, those without units included
   char* flags;  // of a grid
@@ -78,23 +79,31 @@ template <class X>
 int launch(void (*kernel)(Sweep, Launched), const Sweep& sweep, const CudaPlan& plan,
            void* stream) {
   const tile::Layout at = lay_out<X>(sweep, plan);
-  const int64_t blocks = groups(sweep, plan) * plan.blocks;
-  if (at.groups == 0 || blocks > std::numeric_limits<int32_t>::max()) return kInvalidConfiguration;
+  const int64_t all = groups(sweep, plan);
+  const bool too_many = all * plan.blocks > std::numeric_limits<int32_t>::max();
+  if (at.groups == 0 || too_many || plan.groups < 1) return kInvalidConfiguration;
   char* flags = static_cast<char*>(sweep.workspace);
-  const int64_t flag_bytes = groups(sweep, plan) * tile::flag_bytes(at);
+  const int64_t flag_bytes = all * tile::flag_bytes(at);
   if (plan.regime == kGrid) {
     const int error = dev::clear(flags, flag_bytes, stream);
     if (error != 0) return error;
   }
   const int tiles = static_cast<int>(batch_tiles(sweep, plan));
-  const Launched launched{at, plan.regime, tiles, plan.blocks, flags, flags + flag_bytes};
+  Launched launched{at, plan.regime, 0, tiles, plan.blocks, flags, flags + flag_bytes};
   dev::Launch how;
-  how.grid = dim3(static_cast<unsigned>(blocks));
   how.block = dim3(tile::kWarp * at.warps());
   how.shared_bytes = at.bytes;
   how.cluster = plan.regime == kCluster ? plan.blocks : 1;
   how.cooperative = plan.regime == kGrid;
-  return dev::launch(kernel, how, stream, sweep, launched);
+  const int64_t at_once = plan.regime == kGrid ? plan.groups : all;
+  for (int64_t first = 0; first < all; first += at_once) {
+    launched.first = static_cast<int>(first);
+    const int64_t now = all - first < at_once ? all - first : at_once;
+    how.grid = dim3(static_cast<unsigned>(now * plan.blocks));
+    const int error = dev::launch(kernel, how, stream, sweep, launched);
+    if (error != 0) return error;
+  }
+  return 0;
 }
 
 template <class Choice>

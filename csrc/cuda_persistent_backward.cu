@@ -85,7 +85,8 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
   const Layout& layout = launched.at;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int group = warp % layout.groups, slice = warp / layout.groups;
-  const int rank = blockIdx.x % launched.blocks, task = blockIdx.x / launched.blocks;
+  const int rank = blockIdx.x % launched.blocks;
+  const int task = launched.first + static_cast<int>(blockIdx.x) / launched.blocks;
   const Lane at(sweep, task / launched.tiles);
   const int64_t b0 = int64_t{task % launched.tiles} * X::kColumns;
   const int hidden = static_cast<int>(sweep.hidden), padded = (hidden + 7) / 8 * 8;

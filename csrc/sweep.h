@@ -76,6 +76,7 @@ struct CudaPlan {
                            // kStep 16, 32 or 64
   int32_t blocks = 1;      // of a group, which shares the hidden units of a tile
   int32_t warps = 4;       // of a block
+  int32_t groups = 1;      // of kGrid, that run at the same time; the others follow
 };
 
 enum Regime : int32_t {

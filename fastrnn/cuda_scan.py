@@ -42,7 +42,8 @@ class CudaPlan(ctypes.Structure):
     """`CudaPlan` of csrc/sweep.h."""
 
     _fields_ = tuple(
-        (name, ctypes.c_int32) for name in ("number", "regime", "batch_tile", "blocks", "warps")
+        (name, ctypes.c_int32)
+        for name in ("number", "regime", "batch_tile", "blocks", "warps", "groups")
     )
 
 
@@ -246,9 +247,8 @@ def _launch(
 
 
 def cuda_plan(plan: Plan) -> CudaPlan:
-    return CudaPlan(
-        NUMBERS[plan.number], REGIMES[plan.regime], plan.batch_tile, plan.blocks, plan.warps
-    )
+    sizes = plan.batch_tile, plan.blocks, plan.warps, plan.groups
+    return CudaPlan(NUMBERS[plan.number], REGIMES[plan.regime], *sizes)
 
 
 def _aligned(tensor: Tensor) -> Tensor:

@@ -113,6 +113,7 @@ def running(
             batch_tile=batch_tile,
             chunk_rows=chunk_rows,
             warps=8,
+            groups=2,
         )
 
     plan.choose = chosen

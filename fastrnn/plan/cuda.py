@@ -74,7 +74,7 @@ def _steps(problem: Problem, device: Device) -> list[Plan]:
 
 
 def _resident(problem: Problem, device: Device) -> list[Plan]:
-    """Every plan whose blocks hold all weights of a lane and run at the same time."""
+    """Every plan whose groups hold all weights of a lane, and run each at the same time."""
     number = _NUMBERS[problem.dtype] or ("tf32" if device.tf32 else "tf32x3")
     resident = dict(device.clusters)
     octets = -(-problem.hidden // 8)
@@ -83,11 +83,10 @@ def _resident(problem: Problem, device: Device) -> list[Plan]:
     for tile in _TILES:
         if tile > _TILES[0] and tile >= 2 * problem.batch:
             break
-        groups = problem.lanes * -(-problem.batch // tile)
         for regime, choices in (
             ("block", [1]),
             ("cluster", [n for n in _CLUSTERS if n <= octets and resident.get(n)]),
-            ("grid", [n for n in sorted(counts) if n > 1 and n * groups <= device.multiprocessors]),
+            ("grid", [n for n in sorted(counts) if 1 < n <= device.multiprocessors]),
         ):
             for blocks in choices:
                 plan = Plan(
@@ -97,6 +96,7 @@ def _resident(problem: Problem, device: Device) -> list[Plan]:
                     batch_tile=tile,
                     blocks=blocks,
                     warps=_WARPS,
+                    groups=device.multiprocessors // blocks,
                 )
                 layout = lay_out(problem, plan)
                 if layout is not None and layout.shared_bytes <= device.shared_bytes:
@@ -240,7 +240,7 @@ def cycles(problem: Problem, device: Device, plan: Plan) -> float:
     layout = lay_out(problem, plan)
     assert layout is not None
     groups = problem.lanes * -(-problem.batch // plan.batch_tile)
-    at_once = device.multiprocessors // plan.blocks
+    at_once = plan.groups
     if plan.regime == "cluster":
         at_once = dict(device.clusters)[plan.blocks]
     waves = -(-groups // max(1, at_once))
