@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 TILE, STEP = "cuda_tile.cuh", "cuda_step.cuh"
 FORWARD, BACKWARD = "cuda_persistent.cu", "cuda_persistent_backward.cu"
+LAUNCH = "cuda_persistent.cuh"
 CELL = "lstm"  # two states, and values that it keeps
 SEEDS = range(1, 7)
 BLOCKS = {"step": 1, "block": 1, "cluster": 3, "grid": 3}
@@ -134,7 +135,28 @@ FAULTS = [
     Planted(
         "the other area",
         "grid",
-        Fault(TILE, "from = area + (i & 1) *", "from = area + ((i & 1) ^ PLANTED) *"),
+        Fault(TILE, "return area + (i & 1) *", "return area + ((i & 1) ^ PLANTED) *"),
+    ),
+    Planted(
+        "an operand that others are still writing",
+        "grid",
+        Fault(TILE, "if (i > 0) await(i);", "if (i > 0 && !PLANTED) await(i);"),
+        race=True,
+    ),
+    Planted(
+        "terms in another order than the weights",
+        "grid",
+        Fault(TILE, "= in_place ? w + 1 : w + 4;", "= in_place && !PLANTED ? w + 1 : w + 4;"),
+    ),
+    Planted(
+        "a group left out by the second launch",
+        "grid",
+        Fault(
+            LAUNCH,
+            "launched.first = static_cast<int>(first);",
+            "launched.first = PLANTED ? 0 : static_cast<int>(first);",
+        ),
+        given={"batch": 20},
     ),
     Planted(
         "copies nobody waited for",
@@ -324,9 +346,9 @@ FAULTS = [
         "block",
         Fault(
             BACKWARD,
-            "operand = exchange.wait(steps, computes);",
-            "operand = PLANTED ? exchange.first() + (steps & 1) * layout.tile"
-            " : exchange.wait(steps, computes);",
+            "operand = exchange.wait(step, computes);",
+            "operand = PLANTED && step == steps ? exchange.first() + (steps & 1) * layout.tile"
+            " : exchange.wait(step, computes);",
         ),
         race=True,
     ),

@@ -305,13 +305,12 @@ def test_what_must_run_at_once_does(device: Device, dtype: str, gates: int, lane
                 asked = replace(problem, hidden=hidden, batch=batch, backward=backward)
                 chosen = choose(asked, device)
                 seen.add(chosen.regime)
-                groups = lanes * -(-batch // chosen.batch_tile)
                 octets = -(-hidden // 8)
                 if chosen.regime != "step":
                     assert chosen.batch_tile in (8, 16, 32)
                     assert chosen.blocks <= octets, "each has units"
                 if chosen.regime == "grid":
-                    assert groups * chosen.blocks <= device.multiprocessors
+                    assert 0 < chosen.groups * chosen.blocks <= device.multiprocessors
                 if chosen.regime == "cluster":
                     assert dict(device.clusters)[chosen.blocks] > 0
                 assert (chosen.blocks > 1) == (chosen.regime in ("grid", "cluster"))
