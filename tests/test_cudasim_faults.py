@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
@@ -34,7 +36,7 @@ class Planted(NamedTuple):
     fault: Fault
     race: bool = False  # to be found by the thread sanitizer as well; a few stand for all
     outside: bool = False  # touches what lies outside: to be found by the address sanitizer
-    given: dict[str, Any] = {}  # of the case  # noqa: RUF012
+    given: Mapping[str, Any] = MappingProxyType({})  # fields of the case
 
 
 FAULTS = [
