@@ -1,0 +1,114 @@
+"""All kernels under the sanitizers: every cell, regime and type of number, a case for each tile.
+
+`python -m tests.cudasim.sanitize` takes half an hour on two cores; `--save` writes what came of it
+to benchmarks/results/cuda-sanitizers.md. Not a part of the tests, which have a few such cases.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from fastrnn import cells, codegen
+from tests.cudasim.build import ROOT, build, version
+from tests.cudasim.sweeps import Case, said
+from tests.test_cuda import PARTS, numbers
+from tests.test_kernels import BUILT_IN
+
+RESULTS = ROOT / "benchmarks" / "results" / "cuda-sanitizers.md"
+SANITIZERS = ["address", "thread"]
+BLOCKS = {"step": 1, "block": 1, "cluster": 3, "grid": 3}
+TILES = {"step": (16, 32, 64)}
+LAYOUTS = ["dense", "lengths", "packed"]
+# Units of which a lone block's warps take the most rows that they can, and tiles that allow it.
+MANY = {"rnn_tanh": (136, [8]), "rnn_relu": (136, [8]), "lstm": (72, [8, 16])}
+COMPLAINTS = ("WARNING: ThreadSanitizer", "ERROR: AddressSanitizer", "WRONG", "cudasim:")
+
+
+def cases(cell: str, regimes: Sequence[str] = PARTS) -> list[Case]:
+    """Two lanes in opposite directions, three launches, and of each tile another layout."""
+    found = []
+    for regime in regimes:
+        for number in numbers(regime):
+            for seed, layout in enumerate(LAYOUTS):
+                tile = TILES.get(regime, (8, 16, 32))[seed]
+                if number == "tf32x3" and regime != "step":
+                    tile = min(tile, 16)  # it has no wider ones
+                found.append(
+                    Case(
+                        *(0, cell, regime, BLOCKS[regime], number, seed),
+                        batch=9,
+                        lanes=2,
+                        tile=tile,
+                        chunk=2,
+                        layout=layout,
+                    )
+                )
+    if cell in MANY and "block" in regimes:
+        hidden, tiles = MANY[cell]
+        found += [
+            Case(0, cell, "block", 1, number, 1, hidden=hidden, tile=tile, chunk=2)
+            for number in numbers("block")
+            for tile in tiles
+        ]
+    return found
+
+
+def complaints(heard: str, given: Sequence[Case]) -> list[str]:
+    """The parts of what was heard in which something is wrong; the last one if the rest lacks."""
+    parts = heard.split("=== ")[1:]
+    found = [part for part in parts if any(words in part for words in COMPLAINTS)]
+    if len(parts) != len(given) + 1 and not found:
+        found.append(parts[-1] if parts else heard)
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.cudasim.sanitize", description=__doc__)
+    parser.add_argument("--sanitizer", choices=SANITIZERS, help="only this one")
+    parser.add_argument("--cell", choices=BUILT_IN, help="only this one")
+    parser.add_argument("--regime", choices=PARTS, help="only this one")
+    parser.add_argument("--save", action="store_true", help=f"write {RESULTS.relative_to(ROOT)}")
+    options = parser.parse_args()
+    names = [options.cell] if options.cell else BUILT_IN
+    regimes = [options.regime] if options.regime else PARTS
+    whole = not (options.sanitizer or options.cell or options.regime)
+    if options.save and not whole:
+        parser.error("only what ran whole is saved")
+    header = codegen.header(
+        [codegen.derive(cells.get(name)) for name in BUILT_IN],
+        [codegen.key(cells.get(name)) for name in BUILT_IN],
+    )
+    rows, failed = [], False
+    for sanitizer in [options.sanitizer] if options.sanitizer else SANITIZERS:
+        library = build(None, sanitizer, (), header)
+        jobs = [(name, regime, cases(name, [regime])) for name in names for regime in regimes]
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or 2)) as pool:
+            heard = pool.map(lambda job: said(library, sanitizer, job[2], False), jobs)  # noqa: B023
+            for (name, regime, given), text in zip(jobs, heard, strict=True):
+                found = complaints(text, given)
+                failed |= bool(found)
+                rows.append(
+                    f"| {sanitizer} | {name} | {regime} | {len(given)} | {len(found) or 'none'} |"
+                )
+                print(rows[-1], *(part[:3000] for part in found), sep="\n", flush=True)
+    if options.save:
+        compiler = version().splitlines()[0]
+        RESULTS.write_text(
+            "# The CUDA kernels under the sanitizers\n\n"
+            f"`python -m tests.cudasim.sanitize --save`, {datetime.date.today()}, {compiler}, in "
+            "the simulator. A case is values and gradients, in three launches, of two lanes in "
+            "opposite directions: with resets; with lengths too; packed.\n\n"
+            "| sanitizer | cell | regime | cases | complaints |\n|---|---|---|---|---|\n"
+            + "\n".join(rows)
+            + "\n"
+        )
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
