@@ -22,7 +22,8 @@ pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 TILE, STEP = "cuda_tile.cuh", "cuda_step.cuh"
 FORWARD, BACKWARD = "cuda_persistent.cu", "cuda_persistent_backward.cu"
-LAUNCH = "cuda_persistent.cuh"
+LAUNCH, REPLAY = "cuda_persistent.cuh", "cuda_replay.cu"
+AGAIN = {"chunk": 2}  # then tapes are made again, too
 CELL = "lstm"  # two states, and values that it keeps
 SEEDS = range(1, 7)
 BLOCKS = {"step": 1, "block": 1, "cluster": 3, "grid": 3}
@@ -159,6 +160,34 @@ FAULTS = [
             "launched.first = PLANTED ? 0 : static_cast<int>(first);",
         ),
         given={"batch": 20},
+    ),
+    Planted(
+        "a tape in which an episode begins with the states before",
+        "step",
+        Fault(REPLAY, "s[k] = cut ? Sum(0) : s[k];", "s[k] = cut && !PLANTED ? Sum(0) : s[k];"),
+        given=AGAIN,
+    ),
+    Planted(
+        "a tape without the states before a chunk",
+        "step",
+        Fault(REPLAY, "begin > 0 && at.time(", "begin > 0 && !PLANTED && at.time("),
+        given=AGAIN,
+    ),
+    Planted(
+        "chunks whose tapes all begin with the first states",
+        "step",
+        Fault(
+            REPLAY,
+            "carry[at.state(k, b) + n] = s[k];",
+            "if (!PLANTED) carry[at.state(k, b) + n] = s[k];",
+        ),
+        given=AGAIN,
+    ),
+    Planted(
+        "a step before the first",
+        "step",
+        Fault(REPLAY, "if (at.initial(t, stop)) {", "if (at.initial(t, stop) && !PLANTED) {"),
+        given=AGAIN,
     ),
     Planted(
         "copies nobody waited for",
