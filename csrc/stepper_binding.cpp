@@ -1,6 +1,7 @@
 // The stepper as a Python type. A step of a small layer takes less time than pybind11 needs to
 // call a function, so this one is bound by hand: no argument is converted, no memory is taken.
 #include <ATen/Functions.h>
+#include <ATen/core/grad_mode.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
