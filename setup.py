@@ -25,6 +25,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT / "csrc"
+KERNELS = "_cuda.so"  # beside the extension
 # These alone have torch in reach: what lies below them is compiled without its headers.
 BINDING = ("autograd.cpp", "cpu_ops.cpp", "ops.cpp", "stepper_binding.cpp")
 ISA_FLAGS = {
@@ -88,12 +89,23 @@ class BuildExt(build_ext):
             run_ninja(folder, verbose=self.verbose > 1)
             target = Path(self.get_ext_fullpath(ext.name))
             target.parent.mkdir(parents=True, exist_ok=True)
-            self.copy_file(str(folder / "_C.so"), str(target))
-            kernels = target.with_name("_cuda.so")
-            if (folder / "cuda.ninja").exists():
-                self.copy_file(str(folder / "_cuda.so"), str(kernels))
-            elif kernels.exists():
-                kernels.unlink()  # of other sources, perhaps
+            # Also over a newer file, which may be for another torch.
+            shutil.copy(folder / "_C.so", target)
+            copy_kernels(folder if cuda else None, target.parent)
+
+    def copy_extensions_to_source(self) -> None:
+        """The last part of a build with --inplace, which knows of extensions alone."""
+        super().copy_extensions_to_source()
+        built = Path(self.build_lib, "fastrnn")
+        copy_kernels(built if (built / KERNELS).exists() else None, ROOT / "fastrnn")
+
+
+def copy_kernels(built: Path | None, to: Path) -> None:
+    """The CUDA kernels; where none were built, those that are there were of other sources."""
+    if built is None:
+        (to / KERNELS).unlink(missing_ok=True)
+    else:
+        shutil.copy(built / KERNELS, to / KERNELS)
 
 
 def write_cells(header: Path) -> None:

@@ -12,6 +12,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from setuptools import Distribution
 
 from fastrnn import extension
 
@@ -136,6 +137,23 @@ def test_cuda_kernels_that_are_asked_for_need_nvcc(
     monkeypatch.setenv("FASTRNN_CUDA", "auto")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert build.cuda_ninja_file(folder) == ""
+
+
+def test_cuda_kernels_go_with_the_extension_into_the_sources(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    command = build.BuildExt(Distribution())
+    command.extensions, command.build_lib = [], str(tmp_path / "lib")
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    built, there = (tmp_path / part / "fastrnn" / "_cuda.so" for part in ("lib", "."))
+    for path in (built, there):
+        path.parent.mkdir(parents=True)
+        path.write_text(f"in {path.parent}")
+    command.copy_extensions_to_source()
+    assert there.read_text() == built.read_text()
+    built.unlink()
+    command.copy_extensions_to_source()
+    assert not there.exists(), "they are not of these sources"
 
 
 def test_gpus_to_build_for(
