@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -77,7 +77,6 @@ def use(kernel: str) -> Iterator[None]:
         _C.forget_plans()
 
 
-@torch.compiler.assume_constant_result
 def prepare(cell: Cell, kind: str = "cpu") -> str | None:
     """The name under which the op knows `cell`, or None where only the reference can run it on
     devices of this kind.
@@ -88,6 +87,24 @@ def prepare(cell: Cell, kind: str = "cpu") -> str | None:
     Raises:
         plan.KernelRefused: for such a cell, when a kernel was asked for by name.
     """
+    if torch.compiler.is_compiling():
+        # In parts: to the compiler of torch 2.11 the cell as a whole is no constant.
+        return _prepared_once(cell.name, cell.gates, cell.states, cell.function, kind)
+    return _prepared_now(cell, kind)
+
+
+@torch.compiler.assume_constant_result
+def _prepared_once(
+    name: str,
+    gates: tuple[str, ...],
+    states: tuple[str, ...],
+    function: Callable[..., Any],
+    kind: str,
+) -> str | None:
+    return _prepared_now(Cell(name, gates, states, function), kind)
+
+
+def _prepared_now(cell: Cell, kind: str) -> str | None:
     if cell in _compiled:
         return _keys[cell]
     forced = _asked_for()

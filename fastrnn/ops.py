@@ -89,7 +89,7 @@ def scan(
     """
     arguments = (x, w_ih, w_hh, b_ih, b_hh, w_hr, s0, batch_sizes, lengths, resets, reverse)
     key = kernels.prepare(cell, x.device.type)
-    if packed is not None:
+    if packed is not None and key is not None:
         if torch.is_grad_enabled():
             _refuse_gradients(x, *w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *s0)
         if _can_use_packed(x):
@@ -139,7 +139,9 @@ def _can_use_packed(x: Tensor) -> bool:
     if torch._C._is_any_autocast_enabled():
         return False
     if torch.compiler.is_compiling():
-        return not torch.compiler.is_exporting()  # an exported program holds copies
+        # An exported program holds copies. What `is_exporting` returns, which in torch 2.11 is true
+        # in whatever is compiled.
+        return not torch.compiler._is_exporting_flag
     return not has_torch_function((x,)) and not _transformed()
 
 
