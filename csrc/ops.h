@@ -39,7 +39,7 @@ struct Incoming {
   std::vector<Tensor> dstates;  // S
 };
 
-// Numbers that decide a plan; fastrnn/plan.py's Problem, and the threads there are.
+// Numbers that decide a plan; fastrnn/plan's Problem, and the threads there are.
 struct Problem {
   std::string_view cell;
   int64_t steps, batch, rows, inputs, hidden, lanes;
@@ -53,7 +53,7 @@ struct Choice {
   CpuPlan cpu;
 };
 
-// The plan for a problem, remembered per thread; asks fastrnn/plan.py the first time.
+// The plan for a problem, remembered per thread; asks fastrnn/plan the first time.
 const Choice& choose(const CellFacts& cell, const Problem& problem);
 // Forgets all plans, in every thread.
 void forget_plans();

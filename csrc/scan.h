@@ -193,7 +193,7 @@ struct StepArgs {
   bool project = false;
 };
 
-// How the CPU kernel works; chosen by fastrnn/plan.py.
+// How the CPU kernel works; chosen by fastrnn/plan.
 struct CpuPlan {
   int32_t packed_weights = 1;  // 0: few rows, weights are read once, as they lie
   int32_t split_lanes = 1;     // threads over lanes x slots x units

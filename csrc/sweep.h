@@ -68,7 +68,7 @@ struct Sweep {
   void* workspace = nullptr;
 };
 
-// How it runs; chosen by fastrnn/plan.py.
+// How it runs; chosen by fastrnn/plan.
 struct CudaPlan {
   Number number = Number::kFloat32;
   int32_t regime = 0;      // Regime

@@ -1,4 +1,4 @@
-"""The table of kernels: what the plans of `plan.py` run, and what this machine offers them.
+"""The table of kernels: what plans run, and what this machine offers them.
 
 The compiled library calls back into this file to plan a call the first time it sees its shape,
 and for the kernels that are written in Python.

@@ -14,7 +14,7 @@ its last, so a chunk is one launch and no program waits for another. Two ways:
 
 The cell's functions come in as `CELL`. Everything with one item per gate or state is a tuple. `T`,
 `B` and everything else that a batch decides are run-time values; a kernel is compiled once for a
-cell, an H and the tile that `plan.py` chose. Offsets are 64 bits wide.
+cell, an H and the tile that `plan/triton.py` chose. Offsets are 64 bits wide.
 
 Names: `G` gates, `S` states, `K` kept values, `Q` numbers of state 0, which are H unless it is
 projected, `n` a unit, `b` a row of the batch, `t` the position in time, `step` the position in the

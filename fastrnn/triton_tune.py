@@ -1,6 +1,6 @@
 """Which of a few plans runs fastest on a GPU: measured once for a kernel, and kept on disk.
 
-`plan.py` chooses from numbers alone, and `plan.alternatives` names what else would do. On a GPU,
+`plan` chooses from numbers alone, and `plan.alternatives` names what else would do. On a GPU,
 where `FASTRNN_TUNE=1` asks for it, the first launch of a kernel times them all, and what is found
 holds for that kind of device, cell, H and dtype from then on, in later processes too: neither the
 number of steps nor the batch is looked at, so that a model runs on the same kernels throughout.

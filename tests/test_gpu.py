@@ -107,6 +107,7 @@ def forced(regime: str, number: str, blocks: int, batch_tile: int) -> dict[str, 
         "batch_tile": batch_tile,
         "blocks": blocks,
         "warps": 8,
+        "groups": torch.cuda.get_device_properties().multi_processor_count // blocks,
     }
 
 
@@ -191,6 +192,25 @@ def test_cuda_ragged(regime: str, name: str, layout: str, number: str) -> None:
         given = ragged(layout, cell, hidden, dtype_of(number))
         with planned(**few(regime, number), chunk_rows=chunk):
             check(cell, given, "cuda")
+
+
+@pytest.mark.parametrize("number", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("layout", ["dense", "lengths", "packed"])
+@pytest.mark.parametrize("name", ["gru", "lstm"])
+@pytest.mark.parametrize("regime", SHAPES)
+def test_cuda_tapes_made_again(regime: str, name: str, layout: str, number: str) -> None:
+    cell = cells.get(name)
+    for hidden, chunk in ((17, 11), (64, 22), (64, 999)):
+        given = ragged(layout, cell, hidden, dtype_of(number))
+        with planned(**few(regime, number), chunk_rows=chunk):
+            check(cell, given, "cuda", recompute=True)
+
+
+def test_cuda_grid_of_groups_that_follow_each_other() -> None:
+    for number in ("tf32", "bfloat16"):
+        given = moved(operands(cells.get("lstm"), 5, 50, 4, 64, 2, dtype_of(number)))
+        with planned(**few("grid", number) | {"groups": 3}), tf32(number == "tf32"):
+            check(cells.get("lstm"), given, "cuda", rival_of(number))
 
 
 @pytest.mark.parametrize("number", ["float32", "bfloat16"])
@@ -351,6 +371,23 @@ def test_whole_two_streams(kernel: str) -> None:
             torch.cuda.synchronize()
             for mine, wanted in zip(ours, right, strict=True):
                 close(mine, wanted)
+
+
+def test_whole_recompute(kernel: str) -> None:
+    """What waits for the way back is a fraction, and gradients are as good."""
+    for layer in layers():
+        x = torch.randn(100, 20, 32, device="cuda")
+        kept = []
+        for recompute in (False, True):
+            layer.recompute = recompute
+            before = torch.cuda.memory_allocated()
+            waiting = layer(x)
+            kept.append(torch.cuda.memory_allocated() - before)
+            del waiting
+        again = both_ways(layer, x)
+        layer.recompute = False
+        close(again, both_ways(layer, x))
+        assert kept[1] < kept[0] / 2
 
 
 SIZES = [(1, 256), (16, 256), (64, 512), (64, 1024), (128, 2048)]  # B, H

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy
@@ -129,11 +130,12 @@ def check(
     given: dict[str, Any],
     kernel: str = "cpu",
     rival: torch.dtype | None = None,
+    recompute: bool = False,
 ) -> None:
     """The tolerance rule, with the reference as the rival: in the same dtype, or in one that has as
     many digits as the kernel computes with."""
     with kernels.use(kernel):
-        ours = run(ops.scan, cell, given)
+        ours = run(partial(ops.scan, recompute=recompute), cell, given)
     dtype = given["x"].dtype
     rival = rival or dtype
     theirs = run(reference.scan, cell, converted(given, rival))
