@@ -1,7 +1,7 @@
 """All kernels under the sanitizers: every cell, regime and type of number, a case for each tile.
 
-`python -m tests.cudasim.sanitize` takes half an hour on two cores; `--save` writes what came of it
-to benchmarks/results/cuda-sanitizers.md. Not a part of the tests, which have a few such cases.
+`python -m tests.cudasim.sanitize` takes some ten minutes on two cores; `--save` writes what came
+of it to benchmarks/results/cuda-sanitizers.md. No part of the tests, which have a few such cases.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SANITIZERS = ["address", "thread"]
 BLOCKS = {"step": 1, "block": 1, "cluster": 3, "grid": 3}
 TILES = {"step": (16, 32, 64)}
 LAYOUTS = ["dense", "lengths", "packed"]
-# Units of which a lone block's warps take the most rows that they can, and tiles that allow it.
+# So many units that the warps of a lone block take more rows each, and tiles that allow it.
 MANY = {"rnn_tanh": (136, [8]), "rnn_relu": (136, [8]), "lstm": (72, [8, 16])}
 COMPLAINTS = ("WARNING: ThreadSanitizer", "ERROR: AddressSanitizer", "WRONG", "cudasim:")
 
@@ -101,8 +101,9 @@ def main() -> int:
         RESULTS.write_text(
             "# The CUDA kernels under the sanitizers\n\n"
             f"`python -m tests.cudasim.sanitize --save`, {datetime.date.today()}, {compiler}, in "
-            "the simulator. A case is values and gradients, in three launches, of two lanes in "
-            "opposite directions: with resets; with lengths too; packed.\n\n"
+            "the simulator. A case is values and gradients, three launches each, with resets: of "
+            "two lanes in opposite directions, dense, with lengths or packed; or of one lane, "
+            "dense, with so many units that a lone block's warps take more rows each.\n\n"
             "| sanitizer | cell | regime | cases | complaints |\n|---|---|---|---|---|\n"
             + "\n".join(rows)
             + "\n"
