@@ -139,7 +139,7 @@ class Layout:
 
 def lay_out(problem: Problem, plan: Plan) -> Layout | None:
     """The layout of a block, or None where a block would have more rows than its warps can take:
-    `lay_out` of csrc/cuda_persistent.cu or csrc/cuda_persistent_backward.cu."""
+    `need` of the traits in csrc/cuda_persistent.cu or csrc/cuda_persistent_backward.cu."""
     size = min(4, _STORED[problem.dtype])
     columns, gates, octets = plan.batch_tile // 8, problem.gates, -(-problem.hidden // 8)
     if problem.backward:
