@@ -353,6 +353,14 @@ def test_cases_are_the_same_every_time_and_leave_the_random_state() -> None:
         assert torch.equal(a, b)
 
 
+def test_switches_of_a_gpu_leave_cudnn_on() -> None:
+    case = replace(Case.build(SMALL, "lstm", "inference", 1), device="cuda")
+    for tf32 in (False, True):
+        with TorchLayer("torch.nn", tf32=tf32).prepare(case).around():
+            assert torch.backends.cudnn.enabled
+            assert torch.backends.cudnn.allow_tf32 == tf32
+
+
 def test_denormal_states() -> None:
     (work,) = (w for w in workloads.WORKLOADS if w.name == "denormal")
     case = Case.build(replace(work, steps=3), "lstm", "inference", 1)

@@ -59,6 +59,12 @@ def test_steps_survive_each_other(tmp_path: Path) -> None:
     assert (tmp_path / "device" / "dies.log").read_text() == "a last word\n"
 
 
+def test_nothing_follows_a_build_that_fails(tmp_path: Path) -> None:
+    steps = (Step("build", 1, python("raise SystemExit(1)")), Step("works", 1, python("")))
+    outcomes = driver.run(steps, tmp_path, 0.2, dict(os.environ))
+    assert [each.name for each in outcomes] == ["build"]
+
+
 def test_what_a_step_writes_can_be_read(tmp_path: Path) -> None:
     rows = [{"a": 1.5, "kernels": ["x"]}, {"a": None}]
     results.save(tmp_path / "new" / "rows.json", rows, {"device": "some"})
