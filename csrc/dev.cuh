@@ -264,7 +264,12 @@ __device__ __forceinline__ uint4 load_shared_by_all(const void* p) {
 #if defined(FASTRNN_CUDASIM)
   return *static_cast<const uint4*>(p);
 #else
-  return __ldcg(static_cast<const uint4*>(p));
+  // Not __ldcg, of which not every toolkit says that it reads anew each time.
+  uint4 value;
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(__cvta_generic_to_global(p)));
+  return value;
 #endif
 }
 

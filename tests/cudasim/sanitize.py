@@ -101,9 +101,10 @@ def main() -> int:
         RESULTS.write_text(
             "# The CUDA kernels under the sanitizers\n\n"
             f"`python -m tests.cudasim.sanitize --save`, {datetime.date.today()}, {compiler}, in "
-            "the simulator. A case is values and gradients, three launches each, with resets: of "
-            "two lanes in opposite directions, dense, with lengths or packed; or of one lane, "
-            "dense, with so many units that a lone block's warps take more rows each.\n\n"
+            "the simulator. A case is values and gradients, three launches each, with resets, from "
+            "a tape that was kept and from one made again: of two lanes in opposite directions, "
+            "dense, with lengths or packed; or of one lane, dense, with so many units that a lone "
+            "block's warps take more rows each.\n\n"
             "| sanitizer | cell | regime | cases | complaints |\n|---|---|---|---|---|\n"
             + "\n".join(rows)
             + "\n"
