@@ -8,8 +8,8 @@
 #include <limits>
 
 #include "cell.h"
+#include "cuda_exchange.cuh"
 #include "cuda_launch.h"
-#include "cuda_tile.cuh"
 
 namespace fastrnn {
 namespace persistent {

@@ -20,7 +20,7 @@ from tests.test_kernels import BUILT_IN
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
-TILE, STEP = "cuda_tile.cuh", "cuda_step.cuh"
+TILE, EXCHANGE, STEP = "cuda_tile.cuh", "cuda_exchange.cuh", "cuda_step.cuh"
 FORWARD, BACKWARD = "cuda_persistent.cu", "cuda_persistent_backward.cu"
 LAUNCH, REPLAY = "cuda_persistent.cuh", "cuda_replay.cu"
 AGAIN = {"chunk": 2}  # then tapes are made again, too
@@ -44,7 +44,7 @@ FAULTS = [
     Planted(
         "a block's steps without a barrier",
         "block",
-        Fault(TILE, "if (i > 0) __syncthreads();", "if (i > 0 && !PLANTED) __syncthreads();"),
+        Fault(EXCHANGE, "if (i > 0) __syncthreads();", "if (i > 0 && !PLANTED) __syncthreads();"),
     ),
     Planted(
         "slices added before they are there",
@@ -65,13 +65,13 @@ FAULTS = [
     Planted(
         "a wait for the wrong phase",
         "cluster",
-        Fault(TILE, "(i - 1) >> 1 & 1", "((i - 1) >> 1 & 1) ^ PLANTED"),
+        Fault(EXCHANGE, "(i - 1) >> 1 & 1", "((i - 1) >> 1 & 1) ^ PLANTED"),
     ),
     Planted(
         "no wait for the peers",
         "cluster",
         Fault(
-            TILE,
+            EXCHANGE,
             "if (i > 0 && computes) dev::barrier_wait(",
             "if (i > 0 && computes && !PLANTED) dev::barrier_wait(",
         ),
@@ -80,7 +80,7 @@ FAULTS = [
         "a phase that expects too little",
         "cluster",
         Fault(
-            TILE,
+            EXCHANGE,
             "if (operands > 1) dev::barrier_expect(&barriers[1], columns * at.exchanged);",
             "if (operands > 1)"
             " dev::barrier_expect(&barriers[1], columns * at.exchanged - (PLANTED ? 16 : 0));",
@@ -89,13 +89,13 @@ FAULTS = [
     Planted(
         "later phases that expect nothing",
         "cluster",
-        Fault(TILE, "&& i + 2 < operands)", "&& i + 2 < operands && !PLANTED)"),
+        Fault(EXCHANGE, "&& i + 2 < operands)", "&& i + 2 < operands && !PLANTED)"),
     ),
     Planted(
         "one buffer for all steps",
         "cluster",
         Fault(
-            TILE,
+            EXCHANGE,
             "const char* here = tiles + place * at.tile +",
             "const char* here = tiles + (PLANTED ? 0 : place) * at.tile +",
         ),
@@ -105,7 +105,7 @@ FAULTS = [
         "peers that are not ready",
         "cluster",
         Fault(
-            TILE,
+            EXCHANGE,
             "dev::cluster_sync();\n    else",
             "PLANTED ? void() : dev::cluster_sync();\n    else",
         ),
@@ -114,7 +114,7 @@ FAULTS = [
         "pieces read before other lanes wrote them",
         "cluster",
         Fault(
-            TILE,
+            EXCHANGE,
             "__syncwarp();\n#pragma unroll\n    for (int first",
             "if (!PLANTED) __syncwarp();\n#pragma unroll\n    for (int first",
         ),
@@ -123,13 +123,13 @@ FAULTS = [
     Planted(
         "a flag of the step before",
         "grid",
-        Fault(TILE, "static_cast<uint32_t>(i)) {", "static_cast<uint32_t>(i - PLANTED)) {"),
+        Fault(EXCHANGE, "static_cast<uint32_t>(i)) {", "static_cast<uint32_t>(i - PLANTED)) {"),
     ),
     Planted(
         "a flag that does not speak for all warps",
         "grid",
         Fault(
-            TILE,
+            EXCHANGE,
             "__syncthreads();\n    if (threadIdx.x == 0) dev::store_release(",
             "if (!PLANTED) __syncthreads();\n    if (threadIdx.x == 0) dev::store_release(",
         ),
@@ -138,12 +138,12 @@ FAULTS = [
     Planted(
         "the other area",
         "grid",
-        Fault(TILE, "return area + (i & 1) *", "return area + ((i & 1) ^ PLANTED) *"),
+        Fault(EXCHANGE, "return area + (i & 1) *", "return area + ((i & 1) ^ PLANTED) *"),
     ),
     Planted(
         "an operand that others are still writing",
         "grid",
-        Fault(TILE, "if (i > 0) await(i);", "if (i > 0 && !PLANTED) await(i);"),
+        Fault(EXCHANGE, "if (i > 0) await(i);", "if (i > 0 && !PLANTED) await(i);"),
         race=True,
     ),
     Planted(
@@ -192,7 +192,7 @@ FAULTS = [
     Planted(
         "copies nobody waited for",
         "grid",
-        Fault(TILE, "dev::copy_async_wait<0>();", "if (!PLANTED) dev::copy_async_wait<0>();"),
+        Fault(EXCHANGE, "dev::copy_async_wait<0>();", "if (!PLANTED) dev::copy_async_wait<0>();"),
     ),
     Planted(
         "stages nobody waited for",

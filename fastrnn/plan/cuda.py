@@ -184,7 +184,7 @@ def lay_out(problem: Problem, plan: Plan) -> Layout | None:
 
 
 def _staged(pieces: int) -> int:
-    """`staged_bytes` of csrc/cuda_tile.cuh."""
+    """`staged_bytes` of csrc/cuda_exchange.cuh."""
     return 8 * 16 * pieces + 32 * (3, 0, 1, 0)[pieces % 4]
 
 
