@@ -249,7 +249,8 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
             if (t >= stop[j][e]) continue;
             const int n = 8 * j + column + e;
             Stored* y = static_cast<Stored*>(sweep.y) + at.output(row0) + unit;
-            Stored* tape = static_cast<Stored*>(sweep.tape) + at.taped(row0, X::kTaped, 0) + unit;
+            // All rows are there, on the way forward: no `tape_base`.
+            Stored* tape = static_cast<Stored*>(sweep.tape) + at.output(row0) * X::kTaped + unit;
             const int y_row = n * static_cast<int>(sweep.lanes) * hidden;
 #pragma unroll
             for (int o = 0; o < kOctets; ++o) {
