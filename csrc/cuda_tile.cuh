@@ -221,7 +221,7 @@ constexpr Layout lay_out(const Need& need, const CudaPlan& plan) {
 // of the cell, which grow with the number of columns and of tiles. That no kernel spills is the
 // measure; tests compile them all.
 constexpr int weight_registers(Number number, int tiles, int column_tiles) {
-  constexpr int kWhole[3][4] = {{128, 128, 96, 96}, {96, 96, 96, 64}, {48, 48, 24, 32}};
+  constexpr int kWhole[3][4] = {{128, 128, 96, 96}, {96, 96, 72, 64}, {48, 48, 24, 32}};
   constexpr int kSplit[3][4] = {{96, 96, 72, 32}, {64, 64, 48, 32}, {}};
   const auto& registers = number == Number::kTf32x3 ? kSplit : kWhole;
   return registers[column_tiles / 2][tiles < 4 ? tiles - 1 : 3];

@@ -111,7 +111,7 @@ _FRAGMENT = 512  # bytes of 16 rows of weights by half a chunk
 # Of a thread, for weights: by whether they are split for each use, columns and, in order, tiles.
 _REGISTERS = {
     (False, 1): (128, 128, 96, 96),
-    (False, 2): (96, 96, 96, 64),
+    (False, 2): (96, 96, 72, 64),
     (False, 4): (48, 48, 24, 32),
     (True, 1): (96, 96, 72, 32),
     (True, 2): (64, 64, 48, 32),
