@@ -372,8 +372,10 @@ class Product {
   // has to wait to begin.
   static constexpr int kChains = kTiles * kColumns >= 4 ? 1 : kTiles * kColumns >= 2 ? 2 : 4;
 
-  // Chunks of an operand that are read in place before they are needed: 32 registers.
-  static constexpr int kAhead = 8 / kColumns;
+  // Chunks of an operand that are read in place before they are needed: 32 registers, or half of
+  // that where numbers are split and sums are many.
+  static constexpr bool kFull = number == Number::kTf32x3 && kTiles * kColumns >= 8;
+  static constexpr int kAhead = (kFull ? 4 : 8) / kColumns;
 
   __device__ __forceinline__ void fetch(const char* from, int chunk,
                                         uint32_t (&b)[kColumns][4]) const {
