@@ -72,15 +72,16 @@ def test_one_scan_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def scan(*arguments: Any) -> Any:
         calls.append(arguments)
-        return reference.scan(*arguments[:-1])
+        return reference.scan(*arguments[:-2])
 
     monkeypatch.setattr(ops, "scan", scan)
     _, theirs, _ = twins("GRU", 3, 5, num_layers=3, bidirectional=True)
     x, resets = torch.randn(4, 2, 3, dtype=F64), torch.zeros(4, 2, dtype=torch.bool)
-    F.rnn(cells.gru, x, theirs.all_weights, bidirectional=True, lengths=[4, 1], resets=resets)
+    options: dict[str, Any] = {"bidirectional": True, "recompute": True}
+    F.rnn(cells.gru, x, theirs.all_weights, lengths=[4, 1], resets=resets, **options)
     assert len(calls) == 3
-    for _, _, w_ih, _, _, _, _, _, _, lengths, flags, reverse, packed in calls:
-        assert len(w_ih) == 2 and reverse == 0b10 and packed is None
+    for _, _, w_ih, _, _, _, _, _, _, lengths, flags, reverse, packed, recompute in calls:
+        assert len(w_ih) == 2 and reverse == 0b10 and packed is None and recompute is True
         assert lengths.tolist() == [4, 1] and flags is resets
 
 
