@@ -10,7 +10,6 @@ namespace fastrnn {
 // The errors that launchers return on their own account, which are CUDA's.
 constexpr int kInvalidValue = 1;          // cudaErrorInvalidValue
 constexpr int kInvalidConfiguration = 9;  // cudaErrorInvalidConfiguration: the plan does not fit
-constexpr int kNotSupported = 801;        // cudaErrorNotSupported
 
 // Whatever a launcher compiles once per cell: `with_cell(cell, [&](auto c) { ... decltype(c) ...
 // })` calls it with an object of the cell of that index, which is one of FASTRNN_CELLS.

@@ -1,8 +1,6 @@
 // The tape of steps whose output is known, for a way back that kept nothing else. No unit waits for
 // another here: the products with the recurrent weights are one for all steps, and the host's.
 
-#include <type_traits>
-
 #include "cell.h"
 #include "cuda_launch.h"
 #include "cuda_rows.cuh"

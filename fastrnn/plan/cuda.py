@@ -62,9 +62,13 @@ def _best(problem: Problem, device: Device) -> Plan:
     return replace(best, chunk_rows=max(1, _CHUNK_BYTES // row))
 
 
+def _number(problem: Problem, device: Device) -> str:
+    return _NUMBERS[problem.dtype] or ("tf32" if device.tf32 else "tf32x3")
+
+
 def _steps(problem: Problem, device: Device) -> list[Plan]:
     """A launch a step, with tiles of the batch of several sizes."""
-    number = _NUMBERS[problem.dtype] or ("tf32" if device.tf32 else "tf32x3")
+    number = _number(problem, device)
     if number == "tf32x3" and problem.steps <= _FEW_STEPS and problem.batch <= 16:
         number = "float32"  # a small product may as well be exact
     tiles = [rows for rows in _STEP_UNITS if rows == 16 or rows < 2 * problem.batch]
@@ -75,7 +79,7 @@ def _steps(problem: Problem, device: Device) -> list[Plan]:
 
 def _resident(problem: Problem, device: Device) -> list[Plan]:
     """Every plan whose groups hold all weights of a lane, and run each at the same time."""
-    number = _NUMBERS[problem.dtype] or ("tf32" if device.tf32 else "tf32x3")
+    number = _number(problem, device)
     resident = dict(device.clusters)
     octets = -(-problem.hidden // 8)
     counts = {-(-octets // each) for each in range(1, octets + 1)}
