@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT / "csrc"
 KERNELS = "_cuda.so"  # beside the extension
 # These alone have torch in reach: what lies below them is compiled without its headers.
-BINDING = ("autograd.cpp", "cpu_ops.cpp", "ops.cpp", "stepper_binding.cpp")
+BINDING = ("autograd.cpp", "cpu_ops.cpp", "fingerprint.cpp", "ops.cpp", "stepper_binding.cpp")
 ISA_FLAGS = {
     "baseline": "",
     "avx2": "-mavx2 -mfma -mf16c",

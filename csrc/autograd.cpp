@@ -43,21 +43,22 @@ ScanInputs unflattened(std::string_view cell, TensorList flat, const Sizes& n,
 
 std::vector<Tensor> call_scan_backward(const ScanInputs& in, const Incoming& grads, const Tensor& y,
                                        const Tensor& tape, const Needs& needs) {
-  static auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("fastrnn::scan_backward", "")
-          .typed<std::vector<Tensor>(
-              std::string_view, const std::optional<Tensor>&,
-              const c10::List<std::optional<Tensor>>&, const Tensor&, TensorList, TensorList,
-              TensorList, TensorList, TensorList, TensorList, const std::optional<Tensor>&,
-              const std::optional<Tensor>&, const std::optional<Tensor>&, int64_t, const Tensor&,
-              const Tensor&, std::array<bool, kNeeds>)>();
+  static auto op = c10::Dispatcher::singleton()
+                       .findSchemaOrThrow("fastrnn::scan_backward", "")
+                       .typed<std::vector<Tensor>(
+                           std::string_view, const std::optional<Tensor>&,
+                           const c10::List<std::optional<Tensor>>&, const Tensor&, TensorList,
+                           TensorList, const OptionalList&, const OptionalList&,
+                           const OptionalList&, const OptionalList&, const std::optional<Tensor>&,
+                           const std::optional<Tensor>&, const std::optional<Tensor>&, int64_t,
+                           const Tensor&, const Tensor&, std::array<bool, kNeeds>)>();
   c10::List<std::optional<Tensor>> dstates;
   for (const Tensor& each : grads.dstates)
     dstates.push_back(each.defined() ? std::optional<Tensor>(each) : std::nullopt);
   return op.call(in.cell, grads.dy.defined() ? std::optional<Tensor>(grads.dy) : std::nullopt,
-                 dstates, in.x, in.w_ih, in.w_hh, in.b_ih, in.b_hh, in.w_hr, in.s0, in.batch_sizes,
-                 in.lengths, in.resets, in.reverse, y, tape, needs);
+                 dstates, in.x, in.w_ih, in.w_hh, or_none(in.b_ih), or_none(in.b_hh),
+                 or_none(in.w_hr), or_none(in.s0), in.batch_sizes, in.lengths, in.resets,
+                 in.reverse, y, tape, needs);
 }
 
 // What backward must know besides tensors; one object, because each entry of a context costs as
@@ -170,31 +171,55 @@ class ScanFunction : public torch::autograd::Function<ScanFunction> {
   static constexpr size_t kFlatArgument = 2;  // `cell` and `sizes` come before
 };
 
-ScanOutputs scan_autograd(std::string_view cell, const Tensor& x, TensorList w_ih, TensorList w_hh,
-                          TensorList b_ih, TensorList b_hh, TensorList w_hr, TensorList s0,
-                          const std::optional<Tensor>& batch_sizes,
-                          const std::optional<Tensor>& lengths, const std::optional<Tensor>& resets,
-                          int64_t reverse, bool tape, bool recompute) {
-  const ScanInputs in{cell, x,  w_ih,        w_hh,    b_ih,   b_hh,
-                      w_hr, s0, batch_sizes, lengths, resets, reverse};
-  TORCH_CHECK(b_ih.size() == b_hh.size(), "scan: b_ih and b_hh come together, got ", b_ih.size(),
-              " and ", b_hh.size());
+std::vector<Tensor> scan_autograd(std::string_view cell, const Tensor& x, TensorList w_ih,
+                                  TensorList w_hh, const OptionalList& b_ih,
+                                  const OptionalList& b_hh, const OptionalList& w_hr,
+                                  const OptionalList& s0, const std::optional<Tensor>& batch_sizes,
+                                  const std::optional<Tensor>& lengths,
+                                  const std::optional<Tensor>& resets, int64_t reverse, bool tape,
+                                  bool recompute) {
+  const ScanInputs in{
+      cell,         x,           w_ih,    w_hh,   or_empty(b_ih), or_empty(b_hh), or_empty(w_hr),
+      or_empty(s0), batch_sizes, lengths, resets, reverse};
+  TORCH_CHECK(in.b_ih.size() == in.b_hh.size(), "scan: b_ih and b_hh come together, got ",
+              in.b_ih.size(), " and ", in.b_hh.size());
   bool differentiable = x.requires_grad();
-  for (TensorList list : {w_ih, w_hh, b_ih, b_hh, w_hr, s0})
+  for (TensorList list : {in.w_ih, in.w_hh, in.b_ih, in.b_hh, in.w_hr, in.s0})
     for (const Tensor& each : list) differentiable |= each.requires_grad();
   if (!differentiable || !at::GradMode::is_enabled()) {
     at::AutoDispatchBelowADInplaceOrView below;
-    return call_scan(in, tape);
+    return as_list(call_scan(in, tape));
   }
-  const Sizes sizes{static_cast<int64_t>(w_hh.size()), static_cast<int64_t>(b_ih.size()),
-                    static_cast<int64_t>(w_hr.size()), static_cast<int64_t>(s0.size())};
+  const Sizes sizes{static_cast<int64_t>(in.w_hh.size()), static_cast<int64_t>(in.b_ih.size()),
+                    static_cast<int64_t>(in.w_hr.size()), static_cast<int64_t>(in.s0.size())};
   const variable_list flat = flattened(in);
-  variable_list out = ScanFunction::apply(std::string(cell), sizes, TensorList(flat), batch_sizes,
-                                          lengths, resets, reverse, recompute);
-  return {out.front(), {out.begin() + 1, out.end() - 1}, out.back()};
+  return ScanFunction::apply(std::string(cell), sizes, TensorList(flat), batch_sizes, lengths,
+                             resets, reverse, recompute);
 }
 
+// Shares memory and the count of changes with y, as a view does.
+Tensor transposed_alias(const Tensor& y) {
+  at::AutoDispatchBelowADInplaceOrView below;
+  Tensor turned = y.transpose(0, 1);
+  if (!y.is_inference())
+    turned.unsafeGetTensorImpl()->set_version_counter(y.unsafeGetTensorImpl()->version_counter());
+  return turned;
+}
+
+class TransposeFunction : public torch::autograd::Function<TransposeFunction> {
+ public:
+  static Tensor forward(AutogradContext*, const Tensor& y) { return transposed_alias(y); }
+  static variable_list backward(AutogradContext*, variable_list grads) {
+    return {grads[0].defined() ? grads[0].transpose(0, 1) : Tensor()};
+  }
+};
+
 }  // namespace
+
+Tensor transposed(const Tensor& y) {
+  return y.requires_grad() && at::GradMode::is_enabled() ? TransposeFunction::apply(y)
+                                                         : transposed_alias(y);
+}
 
 TORCH_LIBRARY_IMPL(fastrnn, Autograd, m) { m.impl("scan", scan_autograd); }
 

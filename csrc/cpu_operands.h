@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/Functions.h>
+#include <c10/util/DimVector.h>
 
 #include <algorithm>
 #include <numeric>
@@ -14,8 +15,14 @@ namespace fastrnn {
 struct Shape {
   int64_t T, B, R, I, H, Q, P;
   bool projected;
+  bool step;  // x is [B, I], one step of one scan, and its states are [B, *]
 
   int64_t width(int64_t state) const { return state ? H : Q; }
+  c10::DimVector state_size(int64_t state) const {
+    c10::DimVector size{P, B, width(state)};
+    if (step) size.erase(size.begin());
+    return size;
+  }
 };
 
 // Checks what memory safety needs; modules have said it in torch.nn's words before.
@@ -30,6 +37,9 @@ inline Shape checked_shape(const CellFacts& cell, const ScanInputs& in) {
   TORCH_CHECK(P >= 1 && P <= 64, "scan: 1 to 64 scans side by side, got ", P);
   TORCH_CHECK(!in.batch_sizes || x.dim() == 2, "scan: packed x should be [R, I], got ", x.sizes());
   Shape n;
+  n.step = one_step(in);
+  TORCH_CHECK(!n.step || P == 1, "scan: one step [B, I] is that of one scan, got ", P,
+              " sets of weights; pass x as [1, B, I]");
   n.I = x.size(-1);
   n.P = P;
   n.R = x.dim() == 3 ? x.size(0) * x.size(1) : x.size(0);
@@ -70,9 +80,8 @@ inline Shape checked_shape(const CellFacts& cell, const ScanInputs& in) {
               "scan: s0 should hold ", cell.states, " states, got ", in.s0.size());
   for (size_t s = 0; s < in.s0.size(); ++s) {
     const Tensor& each = in.s0[s];
-    TORCH_CHECK(
-        each.dim() == 3 && each.size(0) == P && each.size(1) == n.B && each.size(2) == n.width(s),
-        "scan: state ", s, " should be [", P, ", ", n.B, ", ", n.width(s), "], got ", each.sizes());
+    TORCH_CHECK(each.sizes() == n.state_size(s), "scan: state ", s, " should be ",
+                at::IntArrayRef(n.state_size(s)), ", got ", each.sizes());
     TORCH_CHECK(each.scalar_type() == x.scalar_type() && each.device() == x.device(),
                 "scan: state ", s, " is ", each.scalar_type(), " on ", each.device(), " but x is ",
                 x.scalar_type(), " on ", x.device());

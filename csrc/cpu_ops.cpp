@@ -118,29 +118,6 @@ Tensor pack(const std::string& name, const Tensor& w_ih, const Tensor& w_hh,
   return packed;
 }
 
-int64_t fingerprint(TensorList tensors) {
-  constexpr int64_t kSamples = 8;
-  uint64_t hash = 14695981039346656037u;
-  const auto add = [&](uint64_t value) {
-    hash = (hash ^ value) * 0x9e3779b97f4a7c15u;
-    hash ^= hash >> 32;
-  };
-  for (const Tensor& each : tensors) {
-    const auto* impl = each.unsafeGetTensorImpl();
-    add(each.is_inference() ? 0 : impl->version_counter().current_version());
-    const char* data = static_cast<const char*>(each.const_data_ptr());
-    add(reinterpret_cast<uintptr_t>(data));
-    if (!each.is_cpu() || !each.is_non_overlapping_and_dense()) continue;
-    const int64_t size = static_cast<int64_t>(each.itemsize()), last = each.numel() - 1;
-    for (int64_t k = 0; k < kSamples && last >= 0; ++k) {
-      uint64_t bits = 0;
-      std::memcpy(&bits, data + last * k / (kSamples - 1) * size, std::min<int64_t>(size, 8));
-      add(bits);
-    }
-  }
-  return static_cast<int64_t>(hash);
-}
-
 ScanOutputs scan_cpu(const ScanInputs& in, bool tape) {
   const CellFacts& cell = known_cell(in.cell, at::kCPU);
   const Shape n = checked_shape(cell, in);
@@ -164,7 +141,7 @@ ScanOutputs scan_cpu(const ScanInputs& in, bool tape) {
   if (in.lengths && tape) kept.zero_();
   std::vector<void*> finals(n.P * cell.states);
   for (int32_t s = 0; s < cell.states; ++s) {
-    states.push_back(fresh({n.P, n.B, n.width(s)}, stored));
+    states.push_back(fresh(n.state_size(s), stored));
     for (int64_t p = 0; p < n.P; ++p)
       finals[p * cell.states + s] = static_cast<char*>(states.back().mutable_data_ptr()) +
                                     p * n.B * n.width(s) * static_cast<int64_t>(x.itemsize());
@@ -209,11 +186,10 @@ std::vector<Tensor> scan_backward_cpu(const ScanInputs& in, const Incoming& grad
               grads.dstates.size());
   for (int32_t s = 0; s < cell.states; ++s) {
     const Tensor& each = grads.dstates[s];
-    const int64_t width = s ? n.H : n.Q;
-    TORCH_CHECK(
-        !each.defined() || (each.sizes() == at::IntArrayRef({n.P, n.B, width}) && each.is_cpu()),
-        "scan_backward: the gradient of state ", s, " should be [", n.P, ", ", n.B, ", ", width,
-        "] on the CPU, got ", each.sizes(), " on ", each.device());
+    TORCH_CHECK(!each.defined() || (each.sizes() == n.state_size(s) && each.is_cpu()),
+                "scan_backward: the gradient of state ", s, " should be ",
+                at::IntArrayRef(n.state_size(s)), " on the CPU, got ", each.sizes(), " on ",
+                each.device());
   }
   const Operands operands(in, n, compute);
   const int64_t S = cell.states, depth = cell.gates * n.H;
@@ -227,7 +203,7 @@ std::vector<Tensor> scan_backward_cpu(const ScanInputs& in, const Incoming& grad
   for (int64_t s = 0; s < S; ++s) {
     const Tensor& last = grads.dstates[s];
     ds[s] = last.defined() ? last.to(compute, false, true).contiguous()
-                           : fresh_zeros({n.P, n.B, n.width(s)}, compute);
+                           : fresh_zeros(n.state_size(s), compute);
     for (int64_t p = 0; p < n.P; ++p)
       carried[p * S + s] = static_cast<char*>(ds[s].mutable_data_ptr()) +
                            p * n.B * n.width(s) * static_cast<int64_t>(ds[s].itemsize());

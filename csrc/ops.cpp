@@ -6,6 +6,7 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <pthread.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -13,6 +14,7 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <atomic>
 #include <map>
 
@@ -167,50 +169,64 @@ std::vector<Tensor> Gradients::flat(const Needs& needs) const {
 
 namespace {
 
-using PackedOutputs = std::tuple<Tensor, std::vector<Tensor>>;  // y, states
-
-#define FASTRNN_SCAN_PARAMETERS                                                                 \
-  std::string_view cell, const Tensor &x, TensorList w_ih, TensorList w_hh, TensorList b_ih,    \
-      TensorList b_hh, TensorList w_hr, TensorList s0, const std::optional<Tensor>&batch_sizes, \
+#define FASTRNN_SCAN_PARAMETERS                                                     \
+  std::string_view cell, const Tensor &x, TensorList w_ih, TensorList w_hh,         \
+      const OptionalList &b_ih, const OptionalList &b_hh, const OptionalList &w_hr, \
+      const OptionalList &s0, const std::optional<Tensor>&batch_sizes,              \
       const std::optional<Tensor>&lengths, const std::optional<Tensor>&resets, int64_t reverse
-#define FASTRNN_SCAN_ARGUMENTS \
-  cell, x, w_ih, w_hh, b_ih, b_hh, w_hr, s0, batch_sizes, lengths, resets, reverse
-#define FASTRNN_SCAN_INPUTS \
-  ScanInputs { FASTRNN_SCAN_ARGUMENTS }
+#define FASTRNN_SCAN_INPUTS                                                            \
+  ScanInputs {                                                                         \
+    cell, x, w_ih, w_hh, or_empty(b_ih), or_empty(b_hh), or_empty(w_hr), or_empty(s0), \
+        batch_sizes, lengths, resets, reverse                                          \
+  }
 #define FASTRNN_PACKED_PARAMETERS FASTRNN_SCAN_PARAMETERS, TensorList packed, const Tensor &expected
+
+ScanOutputs from_list(std::vector<Tensor> list) {
+  ScanOutputs out;
+  auto& [y, states, tape] = out;
+  y = std::move(list.front());
+  tape = std::move(list.back());
+  states.assign(std::make_move_iterator(list.begin() + 1), std::make_move_iterator(list.end() - 1));
+  return out;
+}
 
 }  // namespace
 
 ScanOutputs call_scan(const ScanInputs& in, bool tape, bool recompute) {
   static auto op = c10::Dispatcher::singleton()
                        .findSchemaOrThrow("fastrnn::scan", "")
-                       .typed<ScanOutputs(FASTRNN_SCAN_PARAMETERS, bool, bool)>();
-  return op.call(in.cell, in.x, in.w_ih, in.w_hh, in.b_ih, in.b_hh, in.w_hr, in.s0, in.batch_sizes,
-                 in.lengths, in.resets, in.reverse, tape, recompute);
+                       .typed<std::vector<Tensor>(FASTRNN_SCAN_PARAMETERS, bool, bool)>();
+  return from_list(op.call(in.cell, in.x, in.w_ih, in.w_hh, or_none(in.b_ih), or_none(in.b_hh),
+                           or_none(in.w_hr), or_none(in.s0), in.batch_sizes, in.lengths, in.resets,
+                           in.reverse, tape, recompute));
 }
 
 namespace {
 
 // `recompute` is for autograd, which stands before these.
-ScanOutputs cpu(FASTRNN_SCAN_PARAMETERS, bool tape, bool) {
-  return scan_cpu(FASTRNN_SCAN_INPUTS, tape);
+std::vector<Tensor> cpu(FASTRNN_SCAN_PARAMETERS, bool tape, bool) {
+  return as_list(scan_cpu(FASTRNN_SCAN_INPUTS, tape));
 }
 
 // A frozen layer: the weights are there for their sizes, and for kernels other than the CPU's.
-PackedOutputs cpu_packed(FASTRNN_PACKED_PARAMETERS) {
-  std::vector<Tensor> weights;
-  for (TensorList list : {w_ih, w_hh, b_ih, b_hh, w_hr})
+ScanOutputs scan_frozen(const ScanInputs& in, const Tensor& expected) {
+  c10::SmallVector<Tensor, 4> weights;
+  for (TensorList list : {in.w_ih, in.w_hh, in.b_ih, in.b_hh, in.w_hr})
     weights.insert(weights.end(), list.begin(), list.end());
-  TORCH_CHECK(expected.is_cpu() && expected.scalar_type() == at::kLong && expected.numel() == 1,
-              "scan_packed: expected should be one int64 on the CPU, got ", expected.scalar_type(),
-              " ", expected.sizes());
   TORCH_CHECK(
-      fingerprint(weights) == *expected.const_data_ptr<int64_t>(),
+      unchanged(weights, expected, in.x.numel() / std::max<int64_t>(in.x.size(-1), 1)),
       "fastrnn: the weights of a frozen layer were changed or replaced after freezing. Call "
       "fastrnn.freeze(module) again to take the new ones over, or fastrnn.unfreeze(module) "
       "before changing them");
-  auto [y, states, tape] = scan_cpu({FASTRNN_SCAN_ARGUMENTS, packed}, false);
-  return {y, states};
+  ScanOutputs out = scan_cpu(in, false);
+  std::get<2>(out).reset();
+  return out;
+}
+
+std::vector<Tensor> cpu_packed(FASTRNN_PACKED_PARAMETERS) {
+  ScanInputs in = FASTRNN_SCAN_INPUTS;
+  in.packed = packed;
+  return as_list(scan_frozen(in, expected));
 }
 
 // Devices and dtypes without a kernel of their own in C++.
@@ -225,9 +241,9 @@ std::string kernel_elsewhere(const ScanInputs& in, bool tape, bool backward) {
       .kernel;
 }
 
-ScanOutputs elsewhere(FASTRNN_SCAN_PARAMETERS, bool tape, bool) {
+std::vector<Tensor> elsewhere(FASTRNN_SCAN_PARAMETERS, bool tape, bool) {
   const ScanInputs in = FASTRNN_SCAN_INPUTS;
-  return python_forward(kernel_elsewhere(in, tape, false), in, tape);
+  return as_list(python_forward(kernel_elsewhere(in, tape, false), in, tape));
 }
 
 Incoming incoming(const std::optional<Tensor>& dy,
@@ -238,19 +254,19 @@ Incoming incoming(const std::optional<Tensor>& dy,
   return grads;
 }
 
-#define FASTRNN_BACKWARD_PARAMETERS(...)                                                        \
-  std::string_view cell, const std::optional<Tensor>&dy,                                        \
-      const c10::List<std::optional<Tensor>>&dstates, const Tensor &x, TensorList w_ih,         \
-      TensorList w_hh, TensorList b_ih, TensorList b_hh, TensorList w_hr, TensorList s0,        \
-      const std::optional<Tensor>&batch_sizes, const std::optional<Tensor>&lengths,             \
-      const std::optional<Tensor>&resets, int64_t reverse, const Tensor &y, const Tensor &tape, \
-      Needs needs
+#define FASTRNN_BACKWARD_PARAMETERS                                                              \
+  std::string_view cell, const std::optional<Tensor>&dy,                                         \
+      const c10::List<std::optional<Tensor>>&dstates, const Tensor &x, TensorList w_ih,          \
+      TensorList w_hh, const OptionalList &b_ih, const OptionalList &b_hh,                       \
+      const OptionalList &w_hr, const OptionalList &s0, const std::optional<Tensor>&batch_sizes, \
+      const std::optional<Tensor>&lengths, const std::optional<Tensor>&resets, int64_t reverse,  \
+      const Tensor &y, const Tensor &tape, Needs needs
 
-std::vector<Tensor> backward_cpu(FASTRNN_BACKWARD_PARAMETERS()) {
+std::vector<Tensor> backward_cpu(FASTRNN_BACKWARD_PARAMETERS) {
   return scan_backward_cpu(FASTRNN_SCAN_INPUTS, incoming(dy, dstates), y, tape, needs);
 }
 
-std::vector<Tensor> backward_elsewhere(FASTRNN_BACKWARD_PARAMETERS()) {
+std::vector<Tensor> backward_elsewhere(FASTRNN_BACKWARD_PARAMETERS) {
   const ScanInputs in = FASTRNN_SCAN_INPUTS;
   return python_backward(kernel_elsewhere(in, true, true), in, incoming(dy, dstates), y, tape,
                          needs);
@@ -263,7 +279,9 @@ std::pair<Tensor, std::vector<Tensor>> scan_from_python(
     const std::vector<Tensor>& b_hh, const std::vector<Tensor>& w_hr, const std::vector<Tensor>& s0,
     const std::optional<Tensor>& batch_sizes, const std::optional<Tensor>& lengths,
     const std::optional<Tensor>& resets, int64_t reverse, bool recompute) {
-  auto [y, states, tape] = call_scan(FASTRNN_SCAN_INPUTS, false, recompute);
+  auto [y, states, tape] =
+      call_scan({cell, x, w_ih, w_hh, b_ih, b_hh, w_hr, s0, batch_sizes, lengths, resets, reverse},
+                false, recompute);
   return {y, states};
 }
 
@@ -278,11 +296,30 @@ const Tensor* plain_tensor(py::handle object, at::IntArrayRef size, at::ScalarTy
   return fits ? &t : nullptr;
 }
 
-// One step of a cell on x [B, I] and states [B, H], with weights w_ih, w_hh, b_ih, b_hh: the tuple
-// of next states; the views and checks of Python take longer than a small cell. None where
-// anything asks for a closer look.
+// Whether a caller asks for gradients that a frozen layer does not have.
+bool wants_gradients(const ScanInputs& in) {
+  if (!at::GradMode::is_enabled()) return false;
+  bool wanted = in.x.requires_grad();
+  for (TensorList list : {in.w_ih, in.w_hh, in.b_ih, in.b_hh, in.s0})
+    for (const Tensor& each : list) wanted |= each.requires_grad();
+  return wanted;
+}
+
+std::vector<Tensor> call_packed(const ScanInputs& in, const Tensor& expected) {
+  static auto op = c10::Dispatcher::singleton()
+                       .findSchemaOrThrow("fastrnn::scan_packed", "")
+                       .typed<std::vector<Tensor>(FASTRNN_PACKED_PARAMETERS)>();
+  return op.call(in.cell, in.x, in.w_ih, in.w_hh, or_none(in.b_ih), or_none(in.b_hh),
+                 or_none(in.w_hr), or_none(in.s0), in.batch_sizes, in.lengths, in.resets,
+                 in.reverse, in.packed, expected);
+}
+
+// One step of a cell on x [B, I] and states [B, H], with weights w_ih, w_hh, b_ih, b_hh and, of a
+// frozen cell, what pack() made of them: the tuple of next states; the views and checks of Python
+// take longer than a small cell. None where anything asks for a closer look.
 py::object step_from_python(const std::string& cell, py::handle input, py::tuple before,
-                            py::tuple weights) {
+                            py::tuple weights, const std::optional<std::vector<Tensor>>& packed,
+                            const std::optional<Tensor>& expected) {
   const CellFacts* facts = find_cell(cell);
   if (!facts || at::impl::torch_function_mode_enabled() ||
       at::autocast::is_autocast_enabled(at::kCPU) || !THPVariable_Check(input.ptr()) ||
@@ -306,18 +343,28 @@ py::object step_from_python(const std::string& cell, py::handle input, py::tuple
     if (!state) return py::none();
     s0[s] = *state;
   }
+  const TensorList none;
+  const std::optional<Tensor> absent;
+  ScanInputs in{cell,
+                *x,
+                *w_ih,
+                *w_hh,
+                biased ? TensorList(*b_ih) : none,
+                biased ? TensorList(*b_hh) : none,
+                none,
+                TensorList(s0.data(), before.size()),
+                absent,
+                absent,
+                absent,
+                0};
+  if (packed) in.packed = *packed;
+  if (packed && (wants_gradients(in) || c10::impl::TorchDispatchModeTLS::any_modes_set()))
+    return py::none();
   std::vector<Tensor> states;
   Tensor y;
   {
     py::gil_scoped_release release;
-    for (size_t s = 0; s < before.size(); ++s) s0[s] = s0[s].unsqueeze(0);
-    const TensorList none, all(s0.data(), before.size());
-    const std::optional<Tensor> absent;
-    std::tie(y, states, std::ignore) =
-        call_scan({cell, *x, *w_ih, *w_hh, biased ? TensorList(*b_ih) : none,
-                   biased ? TensorList(*b_hh) : none, none, all, absent, absent, absent, 0},
-                  false);
-    for (size_t s = 1; s < states.size(); ++s) states[s] = states[s].select(0, 0);
+    std::tie(y, states, std::ignore) = packed ? scan_frozen(in, *expected) : call_scan(in, false);
   }
   py::tuple after(states.size());
   after[0] = std::move(y);
@@ -325,28 +372,30 @@ py::object step_from_python(const std::string& cell, py::handle input, py::tuple
   return after;
 }
 
-PackedOutputs packed_from_python(const std::string& cell, const Tensor& x,
-                                 const std::vector<Tensor>& w_ih, const std::vector<Tensor>& w_hh,
-                                 const std::vector<Tensor>& b_ih, const std::vector<Tensor>& b_hh,
-                                 const std::vector<Tensor>& w_hr, const std::vector<Tensor>& s0,
-                                 const std::optional<Tensor>& batch_sizes,
-                                 const std::optional<Tensor>& lengths,
-                                 const std::optional<Tensor>& resets, int64_t reverse,
-                                 const std::vector<Tensor>& packed, const Tensor& expected) {
-  static auto op = c10::Dispatcher::singleton()
-                       .findSchemaOrThrow("fastrnn::scan_packed", "")
-                       .typed<PackedOutputs(FASTRNN_PACKED_PARAMETERS)>();
-  return op.call(FASTRNN_SCAN_ARGUMENTS, packed, expected);
+std::pair<Tensor, std::vector<Tensor>> packed_from_python(
+    const std::string& cell, const Tensor& x, const std::vector<Tensor>& w_ih,
+    const std::vector<Tensor>& w_hh, const std::vector<Tensor>& b_ih,
+    const std::vector<Tensor>& b_hh, const std::vector<Tensor>& w_hr, const std::vector<Tensor>& s0,
+    const std::optional<Tensor>& batch_sizes, const std::optional<Tensor>& lengths,
+    const std::optional<Tensor>& resets, int64_t reverse, const std::vector<Tensor>& packed,
+    const Tensor& expected) {
+  std::vector<Tensor> list = call_packed(
+      {cell, x, w_ih, w_hh, b_ih, b_hh, w_hr, s0, batch_sizes, lengths, resets, reverse, packed},
+      expected);
+  Tensor y = std::move(list.front());
+  list.erase(list.begin());
+  return {std::move(y), std::move(list)};
 }
 
 // Under autocast all operands take its dtype, as in torch.nn, whose GRU on CPUs alone computes in
 // the dtype of its state.
 template <c10::DeviceType device, c10::DispatchKey key>
-ScanOutputs autocast(FASTRNN_SCAN_PARAMETERS, bool tape, bool recompute) {
+std::vector<Tensor> autocast(FASTRNN_SCAN_PARAMETERS, bool tape, bool recompute) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
   at::ScalarType type = at::autocast::get_autocast_dtype(device);
+  const ScanInputs in = FASTRNN_SCAN_INPUTS;
   if (device == c10::DeviceType::CPU && cell == "gru" &&
-      (s0.empty() ? x : s0[0]).scalar_type() == at::kFloat)
+      (in.s0.empty() ? x : in.s0[0]).scalar_type() == at::kFloat)
     type = at::kFloat;
   auto cast = [&](const Tensor& each) { return at::autocast::cached_cast(type, each, device); };
   auto cast_all = [&](TensorList list) {
@@ -354,34 +403,36 @@ ScanOutputs autocast(FASTRNN_SCAN_PARAMETERS, bool tape, bool recompute) {
     for (const Tensor& each : list) out.push_back(cast(each));
     return out;
   };
-  const auto ih = cast_all(w_ih), hh = cast_all(w_hh), bi = cast_all(b_ih), bh = cast_all(b_hh),
-             hr = cast_all(w_hr), s = cast_all(s0);
-  return call_scan({cell, cast(x), ih, hh, bi, bh, hr, s, batch_sizes, lengths, resets, reverse},
-                   tape, recompute);
+  const auto ih = cast_all(in.w_ih), hh = cast_all(in.w_hh), bi = cast_all(in.b_ih),
+             bh = cast_all(in.b_hh), hr = cast_all(in.w_hr), s = cast_all(in.s0);
+  const Tensor cast_x = cast(x);
+  return as_list(
+      call_scan({cell, cast_x, ih, hh, bi, bh, hr, s, batch_sizes, lengths, resets, reverse}, tape,
+                recompute));
 }
 
 }  // namespace
 
 TORCH_LIBRARY(fastrnn, m) {
-  // fastrnn/reference.py documents the arguments; `tape` asks for what scan_backward needs. With
-  // `recompute` autograd keeps no tape, and gives scan_backward one without rows.
+  // fastrnn/reference.py documents the arguments. Gives y, the S states and the tape, which is
+  // what scan_backward needs and has no rows unless `tape` asks for it. With `recompute` autograd
+  // keeps no tape, and gives scan_backward one without rows. Lists that may be empty are optional,
+  // since ahead-of-time compiled programs pass an empty list as none.
   m.def(
-      "scan(str cell, Tensor x, Tensor[] w_ih, Tensor[] w_hh, Tensor[] b_ih, Tensor[] b_hh, "
-      "Tensor[] w_hr, Tensor[] s0, Tensor? batch_sizes, Tensor? lengths, Tensor? resets, "
-      "int reverse, bool tape=False, bool recompute=False) "
-      "-> (Tensor y, Tensor[] states, Tensor tape)");
-  // Without a tape, on weights that pack() packed while their fingerprint was `expected`: a tensor,
-  // as a number would be a constant of a traced graph.
+      "scan(str cell, Tensor x, Tensor[] w_ih, Tensor[] w_hh, Tensor[]? b_ih, Tensor[]? b_hh, "
+      "Tensor[]? w_hr, Tensor[]? s0, Tensor? batch_sizes, Tensor? lengths, Tensor? resets, "
+      "int reverse, bool tape=False, bool recompute=False) -> Tensor[]");
+  // Gives y and the states, by weights that pack() packed; `expected` is what fingerprint() said of
+  // them then: a tensor, as a number would be a constant of a traced graph.
   m.def(
-      "scan_packed(str cell, Tensor x, Tensor[] w_ih, Tensor[] w_hh, Tensor[] b_ih, "
-      "Tensor[] b_hh, Tensor[] w_hr, Tensor[] s0, Tensor? batch_sizes, Tensor? lengths, "
-      "Tensor? resets, int reverse, Tensor[] packed, Tensor expected) "
-      "-> (Tensor y, Tensor[] states)");
+      "scan_packed(str cell, Tensor x, Tensor[] w_ih, Tensor[] w_hh, Tensor[]? b_ih, "
+      "Tensor[]? b_hh, Tensor[]? w_hr, Tensor[]? s0, Tensor? batch_sizes, Tensor? lengths, "
+      "Tensor? resets, int reverse, Tensor[] packed, Tensor expected) -> Tensor[]");
   // Gradients of x, w_ih, w_hh, b_ih, b_hh, w_hr, s0; `needs` picks x, w_ih, w_hh, biases, w_hr,
   // s0.
   m.def(
       "scan_backward(str cell, Tensor? dy, Tensor?[] dstates, Tensor x, Tensor[] w_ih, "
-      "Tensor[] w_hh, Tensor[] b_ih, Tensor[] b_hh, Tensor[] w_hr, Tensor[] s0, "
+      "Tensor[] w_hh, Tensor[]? b_ih, Tensor[]? b_hh, Tensor[]? w_hr, Tensor[]? s0, "
       "Tensor? batch_sizes, Tensor? lengths, Tensor? resets, int reverse, Tensor y, Tensor tape, "
       "bool[6] needs) -> Tensor[]");
 }
@@ -416,12 +467,18 @@ PYBIND11_MODULE(_C, m) {
   bind_stepper(m);
   m.def("scan", scan_from_python, py::call_guard<py::gil_scoped_release>(),
         "torch.ops.fastrnn.scan without its tape.");
-  m.def("step", step_from_python, "One step of a cell on plain tensors; None for others.");
+  m.def("step", step_from_python, "One step of a cell on plain tensors; None for others.",
+        py::arg("cell"), py::arg("input"), py::arg("before"), py::arg("weights"),
+        py::arg("packed") = std::nullopt, py::arg("expected") = std::nullopt);
+  m.def("transposed", transposed, py::call_guard<py::gil_scoped_release>(),
+        "`y.transpose(0, 1)` that is no view to autograd.");
   m.def("scan_packed", packed_from_python, py::call_guard<py::gil_scoped_release>());
   m.def("pack", pack, py::call_guard<py::gil_scoped_release>(), py::arg("cell"), py::arg("w_ih"),
         py::arg("w_hh"), py::arg("b_ih") = std::nullopt, py::arg("b_hh") = std::nullopt,
         py::arg("w_hr") = std::nullopt);
-  m.def("fingerprint", [](const std::vector<Tensor>& tensors) { return fingerprint(tensors); });
+  m.def(
+      "fingerprint", [](const std::vector<Tensor>& tensors) { return fingerprint(tensors); },
+      "What scan_packed expects of its weights.");
   m.attr("built_for") = FASTRNN_TORCH_VERSION;
   m.def("isas", compiled_isas, "Instruction sets compiled in that this machine has, best last.");
   m.def("isa", isa_in_use);

@@ -33,6 +33,28 @@ struct ScanInputs {
 
 using ScanOutputs = std::tuple<Tensor, std::vector<Tensor>, Tensor>;  // y, states, tape
 
+// These as the one list that the schema returns, without a tape that is undefined: inductor's C++
+// wrapper takes no list beside other results.
+inline std::vector<Tensor> as_list(ScanOutputs out) {
+  auto& [y, states, tape] = out;
+  std::vector<Tensor> list;
+  list.reserve(states.size() + 2);
+  list.push_back(std::move(y));
+  for (Tensor& each : states) list.push_back(std::move(each));
+  if (tape.defined()) list.push_back(std::move(tape));
+  return list;
+}
+
+// Whether x is one step [B, I] of a cell: its states then have no dimension of scans.
+inline bool one_step(const ScanInputs& in) { return in.x.dim() == 2 && !in.batch_sizes; }
+
+// Lists as the schema has them: ahead-of-time compiled programs pass an empty list as none.
+using OptionalList = std::optional<TensorList>;
+inline TensorList or_empty(const OptionalList& list) { return list.value_or(TensorList()); }
+inline OptionalList or_none(TensorList list) {
+  return list.empty() ? OptionalList() : OptionalList(list);
+}
+
 // Gradients that arrive; undefined stands for zeros.
 struct Incoming {
   Tensor dy;
@@ -79,8 +101,14 @@ std::vector<Tensor> scan_backward_cpu(const ScanInputs& in, const Incoming& grad
 Tensor pack(const std::string& cell, const Tensor& w_ih, const Tensor& w_hh,
             const std::optional<Tensor>& b_ih, const std::optional<Tensor>& b_hh,
             const std::optional<Tensor>& w_hr);
-// Changes when the tensors are replaced, written to in place, or (by samples) in other ways.
-int64_t fingerprint(TensorList tensors);
+// What tells whether tensors are still those they were: int64, see fingerprint.cpp.
+Tensor fingerprint(TensorList tensors);
+// Whether they are, for a call of that many rows; it reads no more of them than such a call pays
+// for, so what was written past torch's count of changes is found within kRowsToReadAll rows.
+bool unchanged(TensorList tensors, const Tensor& fingerprint, int64_t rows);
+
+// `y.transpose(0, 1)` that is no view to autograd: in place changes of it are those of y.
+Tensor transposed(const Tensor& y);
 
 // The facts of a cell that is to run on such a device; raises for an unknown one.
 const CellFacts& known_cell(std::string_view name, at::DeviceType device);

@@ -10,6 +10,7 @@ from fastrnn import cells, functional, ops
 from fastrnn.cells import Cell
 from fastrnn.convert import detour, to_torch, twin_of
 from fastrnn.freeze import Freezable
+from fastrnn.stream import Stepper, stepper
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 
@@ -25,6 +26,18 @@ class _Cell(Freezable):
 
     def _weight_names(self) -> list[str]:
         return list(_WEIGHTS)
+
+    def stream(self, batch_size: int = 1, *, threads: int = 1, release_gil: bool = True) -> Stepper:
+        """A stepper: this cell with a copy of its weights and states of its own, for inference
+        one step at a time; arguments and errors are those of `fastrnn.LSTM.stream`.
+
+        Example:
+            >>> import numpy, fastrnn
+            >>> stepper = fastrnn.LSTMCell(8, 16).stream()
+            >>> y = stepper.step(numpy.zeros((1, 8), "float32"))  # the next h
+            >>> h, c = stepper.state  # [1, B, H] each
+        """
+        return stepper(self._cell(), self._weights(), batch_size, threads, release_gil)
 
 
 @twin_of(nn.RNNCell)
@@ -111,10 +124,10 @@ def _step(
 ) -> tuple[Tensor, ...]:
     own = module._parameters
     weights = [own[n] if n in own else getattr(module, n) for n in _WEIGHTS]
-    if module._frozen is None:
-        after = ops.step(cell, input, hx, weights)
-        if after is not None:
-            return after
+    packed = module._frozen.layers[0] if module._frozen is not None else None
+    after = ops.step(cell, input, hx, weights, packed)
+    if after is not None:
+        return after
     _check_cell_dims(cell, input, hx)
     if input.size(-1) != module.input_size:
         raise RuntimeError(
@@ -134,7 +147,6 @@ def _step(
                     f"hidden{k} has inconsistent size: got {list(s.size())} "
                     f"expected {list(expected)}"
                 )
-    packed = module._frozen.layers[0] if module._frozen is not None else None
     w_ih, w_hh, b_ih, b_hh = weights
     return functional.rnn_cell(
         cell,

@@ -164,9 +164,12 @@ def rnn(
     last = final[0] if len(final) == 1 else tuple(final)
     if batch_sizes is not None:
         return PackedSequence(y, batch_sizes, order, restore), last
+    if not batched:
+        return (y.transpose(0, 1) if batch_first else y).squeeze(batch_dim), last
     if batch_first:
-        y = y.transpose(0, 1)
-    return (y if batched else y.squeeze(batch_dim)), last
+        # A view of one state's output torch.nn does not give, of several it does.
+        y = ops.transposed(y) if len(cell.states) == 1 else y.transpose(0, 1)
+    return y, last
 
 
 def rnn_cell(
@@ -211,11 +214,10 @@ def rnn_cell(
     batched = input.dim() == 2
     if states:
         check_states(states, input)
-        states = [s.unsqueeze(0) if batched else s.expand(1, 1, -1) for s in states]
+        states = [s if batched else s.unsqueeze(0) for s in states]
     x = input if batched else input.unsqueeze(0)
     y, after = ops.scan(cell, x, (w_ih,), (w_hh,), biases[0], biases[1], (), states, packed=packed)
-    # The first state is the output; views of tensors as small as these are half of the cost here.
-    out = (y, *[s.squeeze(0) for s in after[1:]]) if len(after) > 1 else (y,)
+    out = (y, *after[1:])  # the first state is the output
     return out if batched else tuple(s.squeeze(0) for s in out)
 
 
@@ -416,7 +418,7 @@ def _check_lengths(lengths: Tensor | Sequence[int], x: Tensor, batched: bool) ->
     """`lengths` as int64 [B] beside `x` [T, B, I]."""
     steps, batch = x.size(0), x.size(1)
     try:
-        length = torch.as_tensor(lengths)
+        length = torch.as_tensor(lengths, device=None if isinstance(lengths, Tensor) else "cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"lengths must be a tensor or sequence of integers, one for each of the {batch} "

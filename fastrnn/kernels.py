@@ -93,7 +93,6 @@ def prepare(cell: Cell, kind: str = "cpu") -> str | None:
     return _prepared_now(cell, kind)
 
 
-@torch.compiler.assume_constant_result
 def _prepared_once(
     name: str,
     gates: tuple[str, ...],
@@ -102,6 +101,11 @@ def _prepared_once(
     kind: str,
 ) -> str | None:
     return _prepared_now(Cell(name, gates, states, function), kind)
+
+
+# All that `torch.compiler.assume_constant_result` does, but for importing the compiler, which takes
+# a second.
+_prepared_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _prepared_now(cell: Cell, kind: str) -> str | None:
@@ -306,9 +310,11 @@ def _forward(
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     """The forward sweep of a kernel that is written in Python."""
     call = _Call(*inputs)
-    if kernel in _SWEEPS:
-        return gpu_scan.forward(_SWEEPS[kernel], *_for_gpu(call, kernel, tape=tape), tape)
-    return _reference_forward(call, tape)
+    if kernel not in _SWEEPS:
+        return _reference_forward(call, tape)
+    given = _with_scans(call)
+    y, states, kept = gpu_scan.forward(_SWEEPS[kernel], *_for_gpu(given, kernel, tape=tape), tape)
+    return y, [s[0] for s in states] if given is not call else states, kept
 
 
 def _backward(
@@ -320,14 +326,28 @@ def _backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     call = _Call(*inputs)
-    if kernel in _SWEEPS:
-        replays = isinstance(_SWEEPS[kernel], gpu_scan.ReplayingSweeps)
-        if tape.size(2) and not tape.size(0) and y.numel() and not replays:
-            tape = _forward(kernel, inputs, True)[2]
+    if kernel not in _SWEEPS:
+        # By autograd of the reference, which needs no tape.
+        return _gradients(call, grads, needs, create_graph=False)
+    replays = isinstance(_SWEEPS[kernel], gpu_scan.ReplayingSweeps)
+    if tape.size(2) and not tape.size(0) and y.numel() and not replays:
+        tape = _forward(kernel, inputs, True)[2]
+    given = _with_scans(call)
+    if given is call:
         operands = _for_gpu(call, kernel, tape=True, backward=True)
         return gpu_scan.backward(_SWEEPS[kernel], *operands, grads, y, tape, needs)
-    # By autograd of the reference, which needs no tape.
-    return _gradients(call, grads, needs, create_graph=False)
+    operands = _for_gpu(given, kernel, tape=True, backward=True)
+    grads = [grads[0], *[None if g is None else g.unsqueeze(0) for g in grads[1:]]]
+    found = gpu_scan.backward(_SWEEPS[kernel], *operands, grads, y, tape, needs)
+    states = len(call.s0) if needs[5] else 0
+    return found[: len(found) - states] + [g[0] for g in found[len(found) - states :]]
+
+
+def _with_scans(call: _Call) -> _Call:
+    """One step [B, I] as the sweeps know it, with states [1, B, *]; other calls as they are."""
+    if call.x.dim() == 3 or call.batch_sizes is not None:
+        return call
+    return call._replace(s0=[s.unsqueeze(0) for s in call.s0])
 
 
 # The kernels for GPUs, which are launched from Python.

@@ -27,7 +27,7 @@ class Packed(NamedTuple):
     again by their fingerprint."""
 
     weights: list[Tensor]  # P
-    fingerprint: Tensor  # one int64
+    fingerprint: Tensor  # int64; it also remembers what was compared last
 
 
 def pack(cell: Cell, weights: Sequence[Sequence[Tensor]]) -> Packed | None:
@@ -56,8 +56,7 @@ def pack(cell: Cell, weights: Sequence[Sequence[Tensor]]) -> Packed | None:
     for w_ih, w_hh, *rest in weights:
         b_ih, b_hh = rest[:2] if len(rest) > 1 else (None, None)
         packed.append(_C.pack(key, w_ih, w_hh, b_ih, b_hh, rest[-1] if len(rest) & 1 else None))
-    fingerprint = _C.fingerprint([t for group in zip(*weights, strict=True) for t in group])
-    return Packed(packed, torch.tensor(fingerprint))
+    return Packed(packed, _C.fingerprint([t for g in zip(*weights, strict=True) for t in g]))
 
 
 def scan(
@@ -94,19 +93,35 @@ def scan(
             _refuse_gradients(x, *w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *s0)
         if _can_use_packed(x):
             if torch.compiler.is_compiling():
-                return torch.ops.fastrnn.scan_packed.default(key, *arguments, *packed)
+                y, *states = torch.ops.fastrnn.scan_packed.default(
+                    key, *_optional(*arguments), *packed
+                )
+                return y, states
             return _C.scan_packed(key, *arguments, *packed)
     if torch.compiler.is_compiling() or has_torch_function((x, *w_ih, *w_hh, *s0)):
         if key is not None:
-            y, states, _ = torch.ops.fastrnn.scan.default(key, *arguments, False, recompute)
+            y, *states, _ = torch.ops.fastrnn.scan.default(
+                key, *_optional(*arguments), False, recompute
+            )
             return y, states
     elif key is not None and not _transformed():
         return _C.scan(key, *arguments, recompute)
     return _as_operations(cell, *arguments)
 
 
+def _optional(
+    x: Tensor, w_ih: Sequence[Tensor], w_hh: Sequence[Tensor], *rest: Any
+) -> tuple[Any, ...]:
+    """Arguments of `scan` as its schema has them, with None for the lists that are empty."""
+    return x, w_ih, w_hh, *[None if isinstance(a, Sequence) and not a else a for a in rest]
+
+
 def step(
-    cell: Cell, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor | None]
+    cell: Cell,
+    x: Tensor,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    packed: Packed | None = None,
 ) -> tuple[Tensor, ...] | None:
     """One time step in one call, for what most calls look like: `scan` serves them all.
 
@@ -114,15 +129,32 @@ def step(
         x: [B, I].
         states: `S` tensors [B, H], none for zeros.
         weights: w_ih, w_hh, b_ih, b_hh; both biases may be None.
+        packed: the same by `pack`.
 
     Returns:
         `S` next states [B, H]; None, with nothing done, where an operand is not a plain dense
-        tensor of the size and dtype that the others ask for, on a CPU, or a transform is active.
+        tensor of the size and dtype that the others ask for, on a CPU, a transform is active, or
+        gradients are asked for by `packed` weights.
+
+    Raises:
+        RuntimeError: where the weights have changed since they were packed.
     """
     if torch.compiler.is_compiling() or _transformed():
         return None
     key = kernels.prepare(cell, x.device.type)
-    return None if key is None else _C.step(key, x, tuple(states), tuple(weights))
+    if key is None:
+        return None
+    if packed is None:
+        return _C.step(key, x, tuple(states), tuple(weights))
+    return _C.step(key, x, tuple(states), tuple(weights), *packed)
+
+
+def transposed(y: Tensor) -> Tensor:
+    """`y` [T, B, *] as [B, T, *] on the same memory, and no view to autograd: `detach_` and changes
+    in place work on it as on the output of torch.nn's GRU and RNN."""
+    if torch.compiler.is_compiling() or has_torch_function((y,)) or _transformed():
+        return y.transpose(0, 1)
+    return _C.transposed(y)
 
 
 def _refuse_gradients(*tensors: Tensor) -> None:
@@ -175,19 +207,19 @@ def _scan_fake(
     x: Tensor,
     w_ih: list[Tensor],
     w_hh: list[Tensor],
-    b_ih: list[Tensor],
-    b_hh: list[Tensor],
-    w_hr: list[Tensor],
-    s0: list[Tensor],
+    b_ih: list[Tensor] | None,
+    b_hh: list[Tensor] | None,
+    w_hr: list[Tensor] | None,
+    s0: list[Tensor] | None,
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     resets: Tensor | None,
     reverse: int,
     tape: bool = False,
     recompute: bool = False,
-) -> tuple[Tensor, list[Tensor], Tensor]:
+) -> list[Tensor]:
     for tensors in (w_ih, w_hh, b_ih, b_hh, w_hr, s0):
-        for each in tensors:
+        for each in tensors or ():
             torch._check(
                 each.device == x.device,
                 lambda each=each: (
@@ -197,18 +229,18 @@ def _scan_fake(
     gates, states, kept = _C.cell_facts(cell)
     lanes, hidden = len(w_hh), w_hh[0].size(0) // gates
     recurrent = w_hr[0].size(0) if w_hr else hidden
-    batch = s0[0].size(1) if s0 else x.size(-2)
+    batch = s0[0].size(-2) if s0 else x.size(-2)
     rows = x.size(0) * x.size(1) if x.dim() == 3 else x.size(0)
     y = x.new_empty(*x.shape[:-1], lanes * recurrent)
-    last = [x.new_empty(lanes, batch, hidden if s else recurrent) for s in range(states)]
+    before = (batch,) if x.dim() == 2 and batch_sizes is None else (lanes, batch)
+    last = [x.new_empty(*before, hidden if s else recurrent) for s in range(states)]
     width = states - 1 + kept + bool(w_hr)
-    return y, last, x.new_empty(rows if tape else 0, lanes, width, hidden)
+    return [y, *last, x.new_empty(rows if tape else 0, lanes, width, hidden)]
 
 
 @torch.library.register_fake("fastrnn::scan_packed")
-def _scan_packed_fake(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
-    y, states, _ = _scan_fake(*arguments[:-2])
-    return y, states
+def _scan_packed_fake(*arguments: Any) -> list[Tensor]:
+    return _scan_fake(*arguments[:-2])[:-1]
 
 
 @torch.library.register_fake("fastrnn::scan_backward")
@@ -219,10 +251,10 @@ def _scan_backward_fake(
     x: Tensor,
     w_ih: list[Tensor],
     w_hh: list[Tensor],
-    b_ih: list[Tensor],
-    b_hh: list[Tensor],
-    w_hr: list[Tensor],
-    s0: list[Tensor],
+    b_ih: list[Tensor] | None,
+    b_hh: list[Tensor] | None,
+    w_hr: list[Tensor] | None,
+    s0: list[Tensor] | None,
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     resets: Tensor | None,
@@ -237,5 +269,5 @@ def _scan_backward_fake(
         t.new_empty(t.shape)
         for group, want in zip(groups, wanted, strict=True)
         if want
-        for t in group
+        for t in group or ()
     ]

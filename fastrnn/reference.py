@@ -36,7 +36,8 @@ def scan(
 
     Args:
         cell: the cell, with `G` gates and `S` states.
-        x: input, [T, B, I] dense, [R, I] packed (with `batch_sizes`), or [B, I] for one step.
+        x: input, [T, B, I] dense, [R, I] packed (with `batch_sizes`), or [B, I] for one step of
+            one scan, whose states are [B, *] then.
         w_ih, w_hh: `P` weights each, [G*H, I] and [G*H, Q], where `Q` is the projection size
             if there is one and `H` otherwise.
         b_ih, b_hh: `P` biases each, [G*H], or none.
@@ -56,6 +57,9 @@ def scan(
         `y`, `x`'s shape with `P*Q` in place of `I`, and the `S` final states, shaped as `s0`.
     """
     packed = batch_sizes is not None
+    one_step = x.dim() == 2 and not packed
+    if one_step:
+        s0 = [s.unsqueeze(0) for s in s0]
     steps = _steps(x, batch_sizes)
     sizes = [s.size(-2) for s in steps]
     batch = sizes[0] if sizes else (s0[0].size(1) if s0 else 0)
@@ -110,6 +114,8 @@ def scan(
         finals.append(states)
     y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
     y = y.reshape(*x.shape[:-1], y.size(-1))
+    if one_step:
+        return y, finals[0]
     return y, [torch.stack(list(s)) for s in zip(*finals, strict=True)]
 
 

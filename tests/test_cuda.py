@@ -373,7 +373,7 @@ def test_a_kernel_takes_the_tape_of_another(name: str, part: str) -> None:
         y, states, _ = results["cpu"]
         incoming = (torch.randn_like(y), [torch.randn_like(s) for s in states])
         gradients = {}
-        for writer, (y, _, tape) in results.items():
+        for writer, (y, *_, tape) in results.items():
             for reader in ("cpu", "cuda"):
                 with using(reader):
                     gradients[writer, reader] = torch.ops.fastrnn.scan_backward(
@@ -420,7 +420,7 @@ def test_only_wanted_gradients_and_none_that_is_absent(part: str) -> None:
     arguments += (given["s0"], None, None, None, 0)
     regime, blocks = ways(part, 5)[0]
     with running(regime, blocks, number):
-        y, states, tape = torch.ops.fastrnn.scan(*arguments, tape=True)
+        y, *states, tape = torch.ops.fastrnn.scan(*arguments, tape=True)
     for needs in ([True] + [False] * 5, [False, False, True, True, True, True]):
         for dy, dstates in ((y, [None, None]), (None, [None, states[1]])):
             found = {}

@@ -315,9 +315,9 @@ def test_a_kernel_takes_the_tape_of_another(name: str, projected: int | None) ->
                 tapes[kernel] = torch.ops.fastrnn.scan(*arguments, tape=True)
         for a, b in zip(flatten(tapes["cpu"]), flatten(tapes["reference"]), strict=True):
             assert largest_error(a, b) < 1e-13
-        y, states, _ = tapes["reference"]
+        y, *states, _ = tapes["reference"]
         incoming = (torch.randn_like(y), [torch.randn_like(s) for s in states])
-        for writer, (y, _, tape) in tapes.items():
+        for writer, (y, *_, tape) in tapes.items():
             for reader in ("cpu", "reference"):
                 with kernels.use(reader):
                     gradients[writer, reader] = torch.ops.fastrnn.scan_backward(

@@ -59,7 +59,7 @@ def test_opcheck(name: str, layout: str) -> None:
     opcheck(scan, call(name, True, **extra))
     arguments = call(name, False, **extra)
     opcheck(scan, arguments)
-    y, states, tape = scan(*arguments, tape=True)
+    y, *states, tape = scan(*arguments, tape=True)
     gradients = torch.randn_like(y), [torch.randn_like(states[0]), *[None] * (len(states) - 1)]
     for needs in ([True] * 6, [False, True, False, True, False, False]):
         opcheck(scan_backward, (arguments[0], *gradients, *arguments[1:], y, tape, needs))
@@ -67,7 +67,7 @@ def test_opcheck(name: str, layout: str) -> None:
 
 def test_only_the_gradients_asked_for_are_computed() -> None:
     arguments = call("gru", False)
-    y, _, tape = scan(*arguments, tape=True)
+    y, *_, tape = scan(*arguments, tape=True)
     full = scan_backward("gru", torch.ones_like(y), [None], *arguments[1:], y, tape, [True] * 6)
     assert [tuple(g.shape) for g in full] == [
         (4, 3, 5),
@@ -128,7 +128,7 @@ def test_double_backward(name: str, layout: str) -> None:
     def function(*tensors: Tensor) -> tuple[Tensor, ...]:
         rest = iter(tensors)
         groups = [[next(rest) for _ in range(n)] for n in sizes]
-        y, states, _ = scan(name, groups[0][0], *groups[1:], *arguments[8:])
+        y, *states, _ = scan(name, groups[0][0], *groups[1:], *arguments[8:])
         return y, *states
 
     assert torch.autograd.gradcheck(function, flat, fast_mode=True)
@@ -177,14 +177,14 @@ def test_an_unknown_cell_is_refused() -> None:
 
 def test_backward_refuses_a_foreign_tape() -> None:
     arguments = call("gru", False)
-    y, _, tape = scan(*arguments, tape=True)
+    y, *_, tape = scan(*arguments, tape=True)
     with pytest.raises(RuntimeError, match="tape=True"):
         scan_backward("gru", y, [None], *arguments[1:], y, tape[1:], [True] * 6)
 
 
 def test_backward_refuses_gradients_that_do_not_fit() -> None:
     arguments = call("lstm", False)
-    y, states, tape = scan(*arguments, tape=True)
+    y, *states, tape = scan(*arguments, tape=True)
     for dy, dstates, match in [
         (y[:1], [None, None], "dy should be like y"),
         (y, [None], "dstates should hold 2"),
@@ -203,7 +203,7 @@ def test_backward_within_autocast_is_that_without(layout: str, kernel: str) -> N
         torch.manual_seed(0)
         arguments = call("lstm", True, **LAYOUTS[layout]())
         with kernels.use(kernel):
-            y, _, _ = scan(*arguments)
+            y, *_ = scan(*arguments)
             y.mul_(2)
             with torch.autocast("cpu", torch.bfloat16, enabled=within):
                 y.sum().backward()
@@ -215,7 +215,7 @@ def test_backward_within_autocast_is_that_without(layout: str, kernel: str) -> N
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_batched_gradients(name: str) -> None:
     arguments = call(name, True)
-    y, _, _ = scan(*arguments)
+    y, *_ = scan(*arguments)
     leaves = [arguments[1], *arguments[3]]
     directions = torch.randn(3, *y.shape)
     batched = torch.autograd.grad(y, leaves, directions, is_grads_batched=True, retain_graph=True)
@@ -228,12 +228,12 @@ def test_batched_gradients(name: str) -> None:
 def test_autocast_computes_in_its_dtype(name: str) -> None:
     arguments = call(name, True)
     with torch.autocast("cpu", torch.bfloat16):
-        y, states, _ = scan(*arguments)
+        y, *states, _ = scan(*arguments)
     # torch.nn's GRU alone stays in the dtype of its state.
     assert y.dtype == (torch.float32 if name == "gru" else torch.bfloat16)
     assert {s.dtype for s in states} == {y.dtype}
     y.sum().backward()
-    full, _, _ = scan(*call(name, False))
+    full, *_ = scan(*call(name, False))
     assert all(t.grad.dtype == torch.float32 for t in arguments[2])
     assert y.shape == full.shape
 

@@ -192,7 +192,7 @@ def test_a_kernel_takes_the_tape_of_another(name: str, projected: int | None) ->
         y, states, _ = results["cpu"]
         incoming = (torch.randn_like(y), [torch.randn_like(s) for s in states])
         gradients = {}
-        for writer, (y, _, tape) in results.items():
+        for writer, (y, *_, tape) in results.items():
             for reader in ("cpu", "triton"):
                 with kernels.use(reader):
                     gradients[writer, reader] = torch.ops.fastrnn.scan_backward(
@@ -212,7 +212,7 @@ def test_only_wanted_gradients_and_none_that_is_absent() -> None:
     arguments = (cell.name, *(given[k] for k in ("x", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr")))
     arguments += (given["s0"], None, None, None, 0)
     with kernels.use("triton"):
-        y, states, tape = torch.ops.fastrnn.scan(*arguments, tape=True)
+        y, *states, tape = torch.ops.fastrnn.scan(*arguments, tape=True)
     for needs in ([True] + [False] * 5, [False, False, True, True, True, True]):
         for dy, dstates in ((y, [None, None]), (None, [None, states[1]])):
             found = {}
