@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.utils import parametrize
 
@@ -75,9 +75,11 @@ def _convert(module: nn.Module, target: type[nn.Module]) -> nn.Module:
     for name in ("_parameters", "_buffers", "_modules", "_all_weights", "_flat_weights_names"):
         if name in state:
             state[name] = state[name].copy()
-    # The list of weights and the references to them are torch's alone.
-    state.pop("_flat_weights", None)
-    state.pop("_frozen", None)
+    # The list of weights and the references to them are torch's alone; what was written into it
+    # is ours.
+    written = _written(module) if isinstance(module, nn.RNNBase) else {}
+    for name in ("_flat_weights", "_frozen", "_written"):
+        state.pop(name, None)
     if "_flat_weight_refs" in state:
         state["_flat_weight_refs"] = []
     made.__dict__.update(state)
@@ -87,7 +89,26 @@ def _convert(module: nn.Module, target: type[nn.Module]) -> nn.Module:
             parametrize._inject_property(made, name)
     if isinstance(made, nn.RNNBase):
         made._init_flat_weights()
+        for name, value in written.items():
+            made._flat_weights[made._flat_weights_names.index(name)] = cast(Tensor, value)
     return made
+
+
+def _written(layer: nn.RNNBase) -> dict[str, Tensor | None]:
+    """Entries of `_flat_weights` that a user wrote: torch.nn computes with them until one of the
+    layer's own weights is replaced."""
+    if isinstance(layer, tuple(TO_TORCH)):
+        return dict(layer._written_entries())  # type: ignore[operator]
+    # A parametrized weight is left alone: computing it may change its state.
+    computed = getattr(layer, "parametrizations", {})
+    names = layer._flat_weights_names
+    plain = {k: getattr(layer, n, None) for k, n in enumerate(names) if n not in computed}
+    for k, own in plain.items():
+        known = layer._flat_weight_refs[k]
+        if own is not None and (known is None or known() is not own):
+            return {}
+    entries = layer._flat_weights
+    return {names[k]: entries[k] for k, own in plain.items() if entries[k] is not own}
 
 
 def detour(module: nn.Module, input: Any, extras: dict[str, Any] | None = None) -> Any:

@@ -8,9 +8,10 @@ tied, replaced or functionalised between two calls, and nothing here may remembe
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Number
-from typing import Any, cast
+from operator import is_
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,13 @@ _CELL_OF_MODE = {
 _MOST_SCANS = 64  # of one call of the operator
 
 
+class Written(NamedTuple):
+    """What was written into `_flat_weights`, by name, and the layer's own weights at that time."""
+
+    entries: dict[str, Tensor | None]
+    own: list[Tensor | None]
+
+
 class _Layer(Freezable, nn.RNNBase):
     """What all layers share: parameters as torch.nn names them, and the call."""
 
@@ -47,6 +55,7 @@ class _Layer(Freezable, nn.RNNBase):
     # Of modules that torch.nn made, and of those pickled before there were any.
     heads = 1
     recompute = False
+    _written: Written | None = None
 
     def __init__(
         self,
@@ -186,8 +195,12 @@ class _Layer(Freezable, nn.RNNBase):
         # A look into `_parameters` first: nn.Module's attribute lookup takes longer than a
         # small cell. What is not there was parametrized, or set as a plain tensor.
         own = self._parameters
-        weights: list[list[Tensor]] = [
-            [own[n] if n in own else getattr(self, n) for n in names]  # type: ignore[misc]
+        written = self._written_entries()
+        weights: list[list[Any]] = [
+            [
+                written[n] if n in written else own[n] if n in own else getattr(self, n)
+                for n in names
+            ]
             for names in self._all_weights
         ]
         if self.heads == 1:
@@ -219,22 +232,34 @@ class _Layer(Freezable, nn.RNNBase):
             functional.check_dtype(input, weight)
         functional.check_input(input, self.input_size, batch_sizes)
 
-    # No list of weights is kept, so there is nothing to bring up to date.
+    # torch.nn computes with the entries of its list `_flat_weights`, which users write: with
+    # dropped weights, with those of another layer. No list is kept here, but what was written into
+    # it is, until one of the layer's own weights is replaced: then all count again, as in torch.nn.
+
+    def _own_weights(self) -> list[Tensor | None]:
+        return [getattr(self, n, None) for n in self._flat_weights_names]
+
+    def _written_entries(self) -> Mapping[str, Any]:
+        if self._written is None:
+            return {}
+        own = self._own_weights()
+        return self._written.entries if all(map(is_, own, self._written.own)) else {}
 
     @property
     def _flat_weights(self) -> list[Tensor | None]:
-        return [getattr(self, n, None) for n in self._flat_weights_names]
+        return FlatWeights(self)
 
     @_flat_weights.setter
     def _flat_weights(self, values: Sequence[Tensor | None]) -> None:
-        for name, value in zip(self._flat_weights_names, values, strict=True):
-            if getattr(self, name, None) is not value:
-                setattr(self, name, value)
+        own = self._own_weights()
+        entries = zip(self._flat_weights_names, values, own, strict=True)
+        written = {name: value for name, value, weight in entries if value is not weight}
+        self._written = Written(written, own) if written else None
 
     __setattr__ = nn.Module.__setattr__  # type: ignore[assignment]
 
     def _init_flat_weights(self) -> None:
-        pass
+        self._written = None
 
     def _update_flat_weights(self) -> None:
         pass
@@ -254,6 +279,26 @@ class _Layer(Freezable, nn.RNNBase):
 
     def __prepare_scriptable__(self) -> nn.Module:
         return to_torch(self)
+
+
+class FlatWeights(list[Tensor | None]):
+    """The weights that a layer computes with; an entry that is written is the layer's from then
+    on, as it is in torch.nn."""
+
+    def __init__(self, layer: _Layer) -> None:
+        written = layer._written_entries()
+        names = layer._flat_weights_names
+        super().__init__(
+            written.get(n, own) for n, own in zip(names, layer._own_weights(), strict=True)
+        )
+        self._layer = layer
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        super().__setitem__(index, value)
+        self._layer._flat_weights = self
+
+    def __reduce__(self) -> tuple[type[list[Tensor | None]], tuple[list[Tensor | None]]]:
+        return list, (list(self),)
 
 
 class _Plain(_Layer):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
+import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -300,14 +301,116 @@ def test_forked_process(name: str) -> None:
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_flat_weights(name: str) -> None:
-    """Never a list of its own: a view of the parameters, and setting it sets them."""
+    """Never a list of its own: a view of the parameters."""
     ours, _, _ = twins(name, 3, 5, num_layers=2)
     assert all(a is b for a, b in zip(ours._flat_weights, ours.parameters(), strict=True))
-    other = [nn.Parameter(p.detach() * 2) for p in ours.parameters()]
-    ours._flat_weights = other
-    assert all(a is b for a, b in zip(ours.parameters(), other, strict=True))
     replica = ours._replicate_for_data_parallel()
-    assert replica._flat_weights == [None] * len(other)
+    assert replica._flat_weights == [None] * len(list(ours.parameters()))
+
+
+def _parameter_like(weight: Tensor) -> nn.Parameter:
+    return nn.Parameter(torch.randn(weight.shape, dtype=weight.dtype))
+
+
+def _one_entry(module: nn.Module) -> None:
+    torch.manual_seed(1)
+    index = module._flat_weights_names.index("weight_hh_l1")
+    module._flat_weights[index] = _parameter_like(module.weight_hh_l1)
+
+
+def _some_entries(module: nn.Module) -> None:
+    torch.manual_seed(1)
+    module._flat_weights[2:4] = [_parameter_like(w) for w in module._flat_weights[2:4]]
+
+
+def _whole_list(module: nn.Module) -> None:
+    torch.manual_seed(1)
+    module._flat_weights = [_parameter_like(w) for w in module._flat_weights]
+
+
+def _dropped(module: nn.Module) -> None:
+    torch.manual_seed(1)
+    module._flat_weights = [nn.functional.dropout(w, 0.3) for w in module._flat_weights]
+
+
+def _its_own_again(module: nn.Module) -> None:
+    _whole_list(module)
+    module._flat_weights = list(module.parameters())
+
+
+def _then_a_weight_is_replaced(module: nn.Module) -> None:
+    _one_entry(module)
+    module.weight_ih_l0 = _parameter_like(module.weight_ih_l0)
+
+
+def _then_its_dtype_changes(module: nn.Module) -> None:
+    _one_entry(module)
+    module.to(torch.float32).to(F64)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("when", ["before replace_", "after replace_", "before restore_"])
+@pytest.mark.parametrize(
+    "write",
+    [
+        _one_entry,
+        _some_entries,
+        _whole_list,
+        _dropped,
+        _its_own_again,
+        _then_a_weight_is_replaced,
+        _then_its_dtype_changes,
+    ],
+)
+def test_written_flat_weights_are_computed_with(
+    write: Callable[[nn.Module], None], when: str, name: str
+) -> None:
+    """torch.nn computes with what stands in the list, and leaves the parameters alone."""
+    theirs = getattr(nn, name)(3, 5, num_layers=2, bidirectional=True, dtype=F64)
+    ours = copy.deepcopy(theirs)
+    if when == "before replace_":
+        write(ours)
+        fastrnn.replace_(ours)
+    else:
+        fastrnn.replace_(ours)
+        write(ours)
+    if when == "before restore_":
+        fastrnn.restore_(ours)
+    write(theirs)
+    x = torch.randn(4, 2, 3, dtype=F64)
+    results = [flatten(m(x)) for m in (ours, theirs)]
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+    for y, *_ in results:
+        y.square().sum().backward()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+        assert (a.grad is None) == (b.grad is None)
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad)
+    for a, b in zip(ours._flat_weights, theirs._flat_weights, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_written_flat_weights_travel() -> None:
+    ours = fastrnn.GRU(3, 5, num_layers=2)
+    _one_entry(ours)
+    x = torch.randn(4, 2, 3)
+    for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert torch.equal(other(x)[0], ours(x)[0])
+    frozen = fastrnn.freeze(copy.deepcopy(ours))
+    with torch.no_grad():
+        torch.testing.assert_close(frozen(x)[0], ours(x)[0])
+
+
+def test_a_deleted_weight_that_torch_still_computes_with() -> None:
+    """It stands in torch.nn's list; so it does after `replace_`."""
+    theirs = nn.GRU(3, 5)
+    del theirs.weight_hh_l0
+    x = torch.randn(4, 2, 3)
+    before = theirs(x)[0]
+    fastrnn.replace_(theirs)
+    torch.testing.assert_close(theirs(x)[0], before)
 
 
 @pytest.mark.parametrize("name", NAMES)
