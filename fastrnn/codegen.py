@@ -187,11 +187,12 @@ def _tie(
 
 def _agree(algebra: Algebra, some: tuple[Expr, ...], others: tuple[Expr, ...]) -> bool:
     """Whether two lists of expressions have the same values, at random points of all scales."""
-    random = torch.Generator().manual_seed(0)
-    scale = torch.logspace(-3, 3, 997, dtype=torch.float64)
+    cpu: Any = {"dtype": torch.float64, "device": "cpu"}
+    random = torch.Generator("cpu").manual_seed(0)
+    scale = torch.logspace(-3, 3, 997, **cpu)
     inputs = {"": scale}  # gives the shape to constants
     for label in sorted(uses(some) | uses(others)):
-        inputs[label] = scale * torch.randn(len(scale), generator=random, dtype=torch.float64)
+        inputs[label] = scale * torch.randn(len(scale), generator=random, **cpu)
     left, right = evaluate(some, inputs), evaluate(others, inputs)
     return all(
         torch.allclose(a, b, rtol=1e-6, atol=1e-9, equal_nan=True)

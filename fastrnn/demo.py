@@ -62,7 +62,9 @@ class Corpus:
         text = "".join(c for c in text.replace("    ", "\t") if c in "\t\n" or " " <= c <= "~")
         symbols = "".join(sorted(set(text)))
         number = {c: k for k, c in enumerate(symbols)}
-        return cls(torch.tensor([number[c] for c in text], dtype=torch.int64), symbols)
+        return cls(
+            torch.tensor([number[c] for c in text], dtype=torch.int64, device="cpu"), symbols
+        )
 
     @classmethod
     def standard_library(cls) -> Corpus:
@@ -82,7 +84,8 @@ class Corpus:
 
     def encode(self, text: str) -> Tensor:
         """int64 [1, characters]; characters outside the alphabet are left out."""
-        return torch.tensor([[self.symbols.index(c) for c in text if c in self.symbols]])
+        found = [self.symbols.index(c) for c in text if c in self.symbols]
+        return torch.tensor([found], device="cpu")
 
     def decode(self, codes: Sequence[int]) -> str:
         return "".join(self.symbols[c] for c in codes).replace("\t", "    ")
@@ -184,8 +187,8 @@ def run(
 
 def _batches(corpus: Corpus, options: Options) -> Iterator[Tensor]:
     """Random windows [B, T + 1], the same for the same seed."""
-    random = torch.Generator().manual_seed(options.seed)
-    span = torch.arange(options.window + 1)
+    random = torch.Generator("cpu").manual_seed(options.seed)
+    span = torch.arange(options.window + 1, device="cpu")
     last = len(corpus.codes) - options.window
     if last < 1:
         raise ValueError(
@@ -193,7 +196,7 @@ def _batches(corpus: Corpus, options: Options) -> Iterator[Tensor]:
             f"a window takes {options.window + 1}: give a longer text or a smaller --window"
         )
     while True:
-        starts = torch.randint(last, (options.batch, 1), generator=random)
+        starts = torch.randint(last, (options.batch, 1), generator=random, device="cpu")
         yield corpus.codes[starts + span].to(options.device)
 
 
@@ -238,7 +241,7 @@ def weights_difference(fast: NextCharacter, batch: Tensor) -> float:
 
 def _largest(values: Iterable[float]) -> float:
     """Largest magnitude; NaN if there is one, which the built-in max may overlook."""
-    return float(torch.tensor(list(values), dtype=torch.float64).abs().max())
+    return float(torch.tensor(list(values), dtype=torch.float64, device="cpu").abs().max())
 
 
 @torch.no_grad()

@@ -158,7 +158,10 @@ class Algebra:
         if op == "negate":
             return args[0].args[0] if args[0].op == "negate" else None
         if args and op not in MASKS and all(v is not None for v in values):
-            inputs = {str(k): torch.tensor(v, dtype=torch.float64) for k, v in enumerate(values)}
+            inputs = {
+                str(k): torch.tensor(v, dtype=torch.float64, device="cpu")
+                for k, v in enumerate(values)
+            }
             raw = Expr(op, tuple(Expr("input", (), k) for k in inputs), label)
             return self.const(evaluate([raw], inputs)[0].item())
         if op == "neg":

@@ -88,10 +88,10 @@ class Scan:
         if given.batch_sizes is not None:
             sizes = given.batch_sizes
             self.steps, self.batch = sizes.numel(), given.s0[0].size(1)
-            first = torch.zeros(self.steps + 1, dtype=torch.int64)
+            first = torch.zeros(self.steps + 1, dtype=torch.int64, device="cpu")
             torch.cumsum(sizes, 0, out=first[1:])
             self.first = first.tolist()
-            slots = torch.arange(self.batch)
+            slots = torch.arange(self.batch, device="cpu")
             length = (sizes > slots.unsqueeze(1)).sum(1)
             self.first_on_device = first.to(x.device, non_blocking=True)
             self.length = length.to(x.device, non_blocking=True)

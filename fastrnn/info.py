@@ -305,9 +305,9 @@ def self_check() -> SelfCheck:
     """Compare our LSTM with torch's; leaves the random state as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        theirs = nn.LSTM(24, 40, bidirectional=True)
-        ours = LSTM(24, 40, bidirectional=True)
-        x = torch.randn(50, 6, 24)
+        theirs = nn.LSTM(24, 40, bidirectional=True, device="cpu")
+        ours = LSTM(24, 40, bidirectional=True, device="cpu")
+        x = torch.randn(50, 6, 24, device="cpu")
     ours.load_state_dict(theirs.state_dict())
     exact = _outputs_and_gradients(copy.deepcopy(theirs).double(), x.double())
     errors, milliseconds = [], []

@@ -49,7 +49,9 @@ def _read(algebra: Algebra, cell: Cell, shape: tuple[int, ...]) -> tuple[Expr, .
         after, back = torch.func.vjp(step, *flat[:-states])[:2]
         return (*after, *back(flat[-states:]))
 
-    inputs = [torch.zeros(shape, dtype=torch.float64) for _ in range(2 * gates + 2 * states)]
+    inputs = [
+        torch.zeros(shape, dtype=torch.float64, device="cpu") for _ in range(2 * gates + 2 * states)
+    ]
     try:
         after = step(*(x.clone() for x in inputs[:-states]))
         _check_states(cell, after, shape)

@@ -69,8 +69,8 @@ class Case:
                 module = getattr(nn, cell.upper())(
                     w.inputs, w.hidden, w.layers, bidirectional=w.bidirectional, **made
                 )
-            padded = torch.randn(w.steps, w.batch, w.inputs) * w.input_scale
-            gradient = torch.randn(w.steps, w.batch, w.directions * w.hidden)
+            padded = torch.randn(w.steps, w.batch, w.inputs, device="cpu") * w.input_scale
+            gradient = torch.randn(w.steps, w.batch, w.directions * w.hidden, device="cpu")
         padded, gradient = padded.to(device, dtype), gradient.to(device, dtype)
         if w.input_scale != 1:
             for name, parameter in module.named_parameters():
@@ -78,8 +78,9 @@ class Case:
                     nn.init.zeros_(parameter)
         x: Tensor | PackedSequence = padded
         if w.lengths:
-            x = pack_padded_sequence(padded, torch.tensor(w.lengths))
-            gradient = pack_padded_sequence(gradient, torch.tensor(w.lengths)).data
+            lengths = torch.tensor(w.lengths, device="cpu")
+            x = pack_padded_sequence(padded, lengths)
+            gradient = pack_padded_sequence(gradient, lengths).data
         elif mode == "cell":
             x, gradient = padded[0], gradient[0]
         return cls(workload, cell, mode, threads, device, module, x, gradient)

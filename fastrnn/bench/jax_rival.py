@@ -155,4 +155,4 @@ def _to_jax(weight: Tensor) -> Any:
 
 
 def _to_torch(array: Any) -> Tensor:
-    return torch.tensor(importlib.import_module("numpy").asarray(array))
+    return torch.tensor(importlib.import_module("numpy").asarray(array), device="cpu")

@@ -97,7 +97,7 @@ def _peaks(device: str) -> dict[str, float]:
         a, b, out = (torch.randn(size, size, device=device) for _ in range(3))
         products = {"torch.mm": partial(torch.mm, a, b, out=out)}
         if device == "cpu" and torch.backends.mkldnn.is_available():
-            blocked = [t.to_mkldnn() for t in (a, b, torch.zeros(size))]
+            blocked = [t.to_mkldnn() for t in (a, b, torch.zeros(size, device="cpu"))]
             products["oneDNN"] = partial(torch._C._nn.mkldnn_linear, *blocked)
         for name, product in products.items():
             speed = 2e-9 * size**3 / _best(product, device)

@@ -33,8 +33,8 @@ def graph(case: Case) -> bytes:
     w, directions = case.workload, case.workload.directions
     states = ("h", "c") if case.cell == "lstm" else ("h",)
     constants = [
-        array(torch.tensor([0, 0, -1]).numpy(), "rows"),
-        array(torch.tensor([1]).numpy(), "axis"),
+        array(torch.tensor([0, 0, -1], device="cpu").numpy(), "rows"),
+        array(torch.tensor([1], device="cpu").numpy(), "axis"),
     ]
     given = [_value(onnx, "x", [w.steps, w.batch, w.inputs])]
     if w.lengths:
@@ -117,7 +117,7 @@ def _arrays(case: Case) -> tuple[dict[str, Any], tuple[str, ...]]:
 def _results(case: Case, found: dict[str, Any]) -> Results:
     results = {name: torch.from_numpy(array.copy()) for name, array in found.items()}
     if case.workload.lengths:
-        lengths = torch.tensor(case.workload.lengths)
+        lengths = torch.tensor(case.workload.lengths, device="cpu")
         results["output"] = pack_padded_sequence(results["output"], lengths).data
     return results
 
@@ -125,7 +125,7 @@ def _results(case: Case, found: dict[str, Any]) -> Results:
 def _state_sets(case: Case, states: Sequence[str]) -> list[dict[str, Any]]:
     """Two sets of zero states."""
     shape = (case.workload.directions, case.workload.batch, case.workload.hidden)
-    return [{s: torch.zeros(shape).numpy() for s in states} for _ in range(2)]
+    return [{s: torch.zeros(shape, device="cpu").numpy() for s in states} for _ in range(2)]
 
 
 class OnnxRuntime:
