@@ -101,8 +101,9 @@ def freeze(module: _Module) -> _Module:
 
     `load_state_dict`, `.to`, `copy.deepcopy` and pickling pack anew what they change. Weights that
     are changed in any other way (in place, by an optimizer, by assigning a Parameter) make the
-    next call raise. Writing through `.data` or NumPy, past torch's count of changes, is found by
-    samples only: call `freeze` again after it.
+    next call raise. What is written past torch's count of changes (through `.data`, NumPy, DLPack)
+    the next call finds in a tensor of up to 16 KiB, as biases are. A larger one is read block by
+    block, all of it within 64 rows (time steps of all sequences), so that looking stays cheap.
 
     Where the CPU kernel does not run (other devices, autocast, `torch.func`, a kernel forced by
     name), the layer works as before, from its Parameters.

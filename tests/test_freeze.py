@@ -137,6 +137,10 @@ def optimised(module: nn.Module) -> None:
         lambda m: m.bias_hh_l0[0].zero_(),
         lambda m: m.weight_hh_l0.numpy().fill(0),
         lambda m: m.weight_hh_l0.data.mul_(2),
+        lambda m: m.weight_hh_l0.data[3, 1].add_(1),
+        lambda m: m.weight_hh_l0.view(-1)[7:8].zero_(),
+        lambda m: m.bias_hh_l0.numpy().__setitem__(5, 3),
+        lambda m: torch.from_dlpack(m.bias_ih_l0)[2:3].fill_(3),
         lambda m: setattr(m.weight_ih_l0, "data", m.weight_ih_l0.data.clone()),
         lambda m: m.reset_parameters(),
         lambda m: parametrize.register_parametrization(m, "weight_hh_l0", nn.Tanh()),
@@ -159,6 +163,41 @@ def test_a_change_is_found_out(change: Callable[[nn.Module], object], compiled: 
         if not parametrize.is_parametrized(module):
             assert_same(fastrnn.freeze(module)(x), expected)
         assert_same(fastrnn.unfreeze(module)(x), expected)
+
+
+@pytest.mark.parametrize("steps", [1, 7, 64])
+@pytest.mark.parametrize("where", [0, 11_111, -1])
+def test_one_number_of_a_large_weight_is_found_out(where: int, steps: int) -> None:
+    """Past torch's count of changes: while at most 64 rows are computed."""
+    module = fastrnn.freeze(fastrnn.LSTM(16, 65))
+    assert module.weight_hh_l0.nbytes > 16 << 10
+    x = torch.randn(steps, 1, 16)
+    for _ in range(3):
+        module(x)
+    module.weight_hh_l0.data.view(-1)[where] += 1
+    with pytest.raises(RuntimeError, match=CHANGED):
+        for _ in range(-(-64 // steps)):
+            module(x)
+
+
+@pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
+def test_a_change_of_a_cell_is_found_out(name: str) -> None:
+    cell = fastrnn.freeze(getattr(fastrnn, name)(5, 9))
+    x = torch.randn(3, 5)
+    cell(x)
+    cell.bias_hh.numpy()[4] += 1
+    with pytest.raises(RuntimeError, match=CHANGED):
+        cell(x)
+    fastrnn.freeze(cell)(x)
+    with pytest.raises(RuntimeError, match="frozen and has no derivative"):
+        cell(x.clone().requires_grad_())
+
+
+@pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
+def test_a_cell_takes_the_short_way(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = fastrnn.freeze(getattr(fastrnn, name)(5, 9))
+    monkeypatch.setattr(fastrnn.functional, "rnn_cell", None)
+    cell(torch.randn(3, 5), cell(torch.randn(3, 5)))
 
 
 def reloaded(module: nn.Module, assign: bool) -> nn.Module:

@@ -26,7 +26,7 @@ from torch import Tensor
 import fastrnn
 from fastrnn import kernels, plan, stream
 from fastrnn.extension import _C
-from tests.support import DTYPES, assert_matches, flatten, twins
+from tests.support import CELLS, DTYPES, assert_matches, flatten, twins
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -88,6 +88,22 @@ def test_step_by_step_is_the_whole_sequence(
     assert_close(stepper.state, last)
     stepper.reset()
     assert_close(stepped(stepper, x), layer(x)[0])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", CELLS)
+def test_a_cell_step_by_step(name: str, batch: int, bias: bool) -> None:
+    cell = getattr(fastrnn, name)(3, 17, bias=bias, dtype=torch.float64)
+    stepper = cell.stream(batch, threads=1, release_gil=False)
+    states = None
+    for x in torch.randn(5, batch, 3, dtype=torch.float64):
+        states = cell(x, states)
+        assert_close(stepper.step(x), flatten(states)[0])
+    for ours, theirs in zip(flatten(stepper.state), flatten(states), strict=True):
+        assert_close(ours, theirs.unsqueeze(0))
+    with pytest.raises(ValueError, match="batch_size should be a positive integer"):
+        cell.stream(0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
