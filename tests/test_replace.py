@@ -512,7 +512,7 @@ def test_report_reads_as_a_table() -> None:
     assert str(report).splitlines() == [
         "replaced  encoder  torch.nn.LSTM -> fastrnn.LSTM",
         f"skipped   decode   {__name__}.MyLSTM: is a subclass of torch.nn.LSTM: "
-        "its forward may be its own",
+        "its forward may be its own; subclasses=True takes those that build on torch's",
     ]
     assert str(fastrnn.replace_(nn.Linear(2, 2))) == "no recurrent modules found"
 
