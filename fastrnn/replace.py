@@ -8,8 +8,10 @@ attributes, and every reference to it, wherever it is held.
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -21,6 +23,18 @@ from fastrnn.modules import Recurrent
 from fastrnn.rebase import obstacle
 
 __all__ = ["Replaced", "Report", "Skipped", "replace_", "restore_"]
+
+# Packages that go by the class of a layer, and what to do there; said where they are imported.
+_BY_CLASS = {
+    "opacus": "its PrivacyEngine refuses fastrnn's layers; "
+    "opacus.validators.ModuleValidator.fix(model) puts its own in their place",
+    "ptflops": "counts nothing in fastrnn's layers and cells; restore_(model) before counting",
+    "thop": "counts nothing in fastrnn's layers and cells; restore_(model) before counting",
+}
+_OF_TRANSFORMERS = (
+    "initialises torch.nn.LSTM, but no fastrnn.LSTM; call replace_ on a model that was loaded, "
+    "not in its __init__"
+)
 
 _NAMES = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
 
@@ -48,16 +62,20 @@ class Report:
     Attributes:
         replaced: (name, class before, class after), in the order of `model.named_modules()`.
         skipped: (name, class, reason) of the recurrent modules left alone.
+        notes: (package, what it does and the way out) for packages in use that go by the class of
+            a layer, where some were replaced.
     """
 
     replaced: tuple[Replaced, ...]
     skipped: tuple[Skipped, ...]
+    notes: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
         if not self.replaced and not self.skipped:
             return "no recurrent modules found"
         rows = [("replaced", r.name, f"{r.before} -> {r.after}") for r in self.replaced]
         rows += [("skipped", s.name, f"{s.type}: {s.reason}") for s in self.skipped]
+        rows += [("note", package, text) for package, text in self.notes]
         width = max(len(name or "(model)") for _, name, _ in rows)
         return "\n".join(f"{kind:<8}  {name or '(model)':<{width}}  {s}" for kind, name, s in rows)
 
@@ -100,7 +118,21 @@ def replace_(
         >>> print(fastrnn.replace_(model))
         replaced  rnn  torch.nn.GRU -> fastrnn.GRU
     """
-    return _change(model, FROM_TORCH, filter_fn, subclasses)
+    report = _change(model, FROM_TORCH, filter_fn, subclasses)
+    return replace(report, notes=_notes(model)) if report.replaced else report
+
+
+def _notes(model: nn.Module) -> tuple[tuple[str, str], ...]:
+    if "opacus.validators" in sys.modules:
+        importlib.import_module("fastrnn.integrations.opacus")
+    notes = [(package, text) for package, text in _BY_CLASS.items() if package in sys.modules]
+    kinds = {base for module in model.modules() for base in type(module).__mro__}
+    if any(
+        kind.__name__ == "PreTrainedModel" and kind.__module__.startswith("transformers.")
+        for kind in kinds
+    ):
+        notes.append(("transformers", _OF_TRANSFORMERS))
+    return tuple(notes)
 
 
 def restore_(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = None) -> Report:
@@ -123,7 +155,8 @@ def _change(
     replaced: list[Replaced] = []
     skipped: list[Skipped] = []
     # A list, as the filter is the user's and may change the model while we walk it.
-    for name, module in list(model.named_modules()):
+    walk = list(model.named_modules())
+    for name, module in walk:
         kind = parametrize.type_before_parametrizations(module)
         reason = _refusal(module, kind, targets, subclasses)
         target = None if reason else _target(kind, targets)
@@ -134,7 +167,27 @@ def _change(
         elif target:
             _become(module, converted(module, target))
             replaced.append(Replaced(name, _label(kind), _label(target)))
+    for name, module in walk:
+        if other := _wrapper(module):
+            replaced.append(Replaced(name, _label(type(module)), _label(other)))
+            module.__class__ = other
+    order = {name: place for place, (name, _) in enumerate(walk)}
+    replaced.sort(key=lambda each: order[each.name])
     return Report(tuple(replaced), tuple(skipped))
+
+
+def _wrapper(module: nn.Module) -> type | None:
+    """The class that a module needs for the layer it now holds, if that is another."""
+    if "torchrl.modules.tensordict_module.rnn" not in sys.modules:
+        return None
+    from fastrnn.integrations.torchrl import WRAPPERS
+
+    for theirs, ours, name in WRAPPERS:
+        if type(module) in (theirs, ours):
+            held = any(kind in TO_TORCH for kind in type(getattr(module, name)).__mro__)
+            wanted = ours if held else theirs
+            return wanted if type(module) is not wanted else None
+    return None
 
 
 def _target(kind: type, targets: Mapping[type, type]) -> type | None:
