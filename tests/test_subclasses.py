@@ -490,6 +490,17 @@ def test_script_of_a_subclass_by_itself(name: str, heir: str) -> None:
     torch.testing.assert_close(flat(scripted(ours)(x)), flat(scripted(theirs)(x)))
 
 
+def test_scripting_leaves_torchs_modules_in_the_model() -> None:
+    """What docs/drop-in.md warns of; torch.jit.script writes them there itself."""
+    model = Holder(fastrnn.GRU(*SIZES))
+    weight = model.inner.weight_hh_l0
+    scripted(model)
+    assert type(model.inner) is nn.GRU
+    assert model.inner.weight_hh_l0 is weight
+    fastrnn.replace_(model)
+    assert type(model.inner) is fastrnn.GRU
+
+
 class CallsSuper(fastrnn.GRUCell):
     def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(input)
@@ -506,7 +517,7 @@ def test_script_refuses_super_as_for_torchs(kind: type[nn.Module]) -> None:
         scripted(kind(*SIZES))
 
 
-def test_script_of_a_parametrized_subclass_and_of_heads() -> None:
+def test_script_of_a_subclass_with_heads_is_refused() -> None:
     class Inherits(fastrnn.GRU):
         pass
 
