@@ -65,10 +65,10 @@ def to_torch(module: nn.Module) -> nn.Module:
 
 
 def scriptable(module: nn.Module) -> nn.Module:
-    """What TorchScript takes in the place of one of our layers or cells, on the same Parameters.
+    """The module that TorchScript compiles in the place of one of our layers or cells.
 
-    torch.nn's own module; for a subclass of ours the same subclass of torch.nn's class, so that
-    TorchScript compiles of it what it compiles there.
+    It is torch.nn's own on the same Parameters; for a subclass of ours it is of the same subclass
+    of torch.nn's class, so TorchScript takes and refuses the same methods.
     """
     kind = parametrize.type_before_parametrizations(module)
     ours = next(base for base in kind.__mro__ if base in TO_TORCH)

@@ -20,11 +20,14 @@ from torch import nn
 
 __all__ = ["obstacle", "rebased"]
 
-# What a class gets from Python, not from its author.
+# A class gets these from Python, not from its author.
 _NOT_COPIED = ("__dict__", "__weakref__")
-# What a subclass may have of its own: the forward of ours does not build on it.
+# A subclass may have its own of these: the forward of ours does not build on them.
 _FREE = ("__init__", "forward", "reset_parameters", "extra_repr", "flatten_parameters")
-_DUNDERS = ("__setattr__", "__setstate__", "__getattribute__")
+_DUNDERS = (
+    *("__setattr__", "__getattribute__"),
+    *("__getstate__", "__setstate__", "__reduce__", "__reduce_ex__"),
+)
 
 
 def rebased(kind: type, old: type, new: type, **extra: Any) -> type:
@@ -123,6 +126,10 @@ def obstacle(module: nn.Module, kind: type, old: type, new: type) -> str | None:
         if (callable(value) or isinstance(value, property)) and not name.startswith("__")
     }
     inner = inner.union(_DUNDERS).difference(_FREE)
+    for each in kind.__mro__:
+        # typing.Generic looks at type parameters only.
+        if "__init_subclass__" in vars(each) and each.__module__ not in ("builtins", "typing"):
+            return f"{each.__qualname__} acts on every class made from it (__init_subclass__)"
     made = {each.__name__ for each in (*theirs, old) if issubclass(each, old)}
     for each in theirs:
         where = each.__qualname__
@@ -130,11 +137,9 @@ def obstacle(module: nn.Module, kind: type, old: type, new: type) -> str | None:
         if "forward" in members and (reason := _own_forward(members["forward"])):
             return f"{where}.forward {reason}"
         if changed := sorted(inner.intersection(members)):
-            return f"{where} has its own {changed[0]}, which fastrnn's forward may not go through"
+            return f"{where} has its own {changed[0]}, which fastrnn's layer may not go through"
         if taken := sorted(names.intersection(members)):
             return f"{where} has its own {taken[0]}, a name that fastrnn's layer uses itself"
-        if "__init_subclass__" in members:
-            return f"{where} acts on every class made from it (__init_subclass__)"
         if issubclass(each, old) and not issubclass(new, old):
             if type(each) not in (type, abc.ABCMeta):
                 return f"{where} has a metaclass, {type(each).__qualname__}"

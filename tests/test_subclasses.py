@@ -345,6 +345,21 @@ class Registering(nn.GRU):
         raise AssertionError("a class was made from it")
 
 
+class Registry:
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        assert cls.__name__ == "Registered" and not hasattr(cls, "seen"), "a class was made from it"
+        cls.seen = True
+
+
+class Registered(nn.LSTMCell, Registry):
+    pass
+
+
+class Reducing(nn.GRU):
+    def __reduce__(self) -> Any:
+        return Reducing, SIZES
+
+
 class Meta(type(nn.Module)):  # type: ignore[misc]
     pass
 
@@ -366,6 +381,8 @@ class Slotted(nn.GRU):
         (Streaming, r"Streaming has its own stream, a name that fastrnn's layer uses itself"),
         (NamesItself, r"NamesItself\.forward names a class where it calls super\(\.\.\.\)"),
         (Registering, r"Registering acts on every class made from it"),
+        (Registered, r"Registry acts on every class made from it"),
+        (Reducing, r"Reducing has its own __reduce__"),
         (WithMeta, r"WithMeta has a metaclass, Meta"),
         (Slotted, r"Slotted has __slots__"),
     ],

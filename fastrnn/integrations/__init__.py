@@ -1,1 +1,1 @@
-"""What packages need that go by the class of a layer: a module a package, imported on demand."""
+"""Adapters for packages that go by the class of a layer: one module each, imported on demand."""

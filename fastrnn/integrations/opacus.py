@@ -1,4 +1,4 @@
-"""What Opacus needs to know of our layers and cells: that it cannot train them, and what it can.
+"""Opacus learns here that it cannot train our layers and cells, and which of its own it can.
 
 Opacus looks for `nn.LSTM` and `nn.GRU` by exact class, to replace them by layers of its own made
 of `nn.Linear`, and takes per-sample gradients by hooks, which see the first output of a module

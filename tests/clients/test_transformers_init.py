@@ -1,4 +1,4 @@
-"""transformers initialises `nn.LSTM`, by class: which models are safe, what serves the others."""
+"""transformers initialises `nn.LSTM`, by class: which models are safe, what the others need."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Served(Headed):
 
 
 class Reset(Headed):
-    """With the recipe for layers that transformers knows not, torch.nn.GRU included."""
+    """With the recipe for layers that transformers does not know, torch.nn.GRU included."""
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -100,7 +100,7 @@ def test_a_model_replaced_after_loading(checkpoint: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("layer", ["fastrnn.LSTM", "torch.nn.GRU"])
-def test_what_transformers_knows_not_stays_uninitialised(layer: str, checkpoint: Path) -> None:
+def test_layers_unknown_to_transformers_stay_uninitialised(layer: str, checkpoint: Path) -> None:
     """Why the recipes are needed. Uninitialised memory is NaN in the tests."""
     assert any(w.isnan().any() for w in weights(load(Headed, checkpoint, layer)))
 
