@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fastrnn import cells, functional, ops
 from fastrnn.cells import Cell
-from fastrnn.convert import detour, to_torch, twin_of
+from fastrnn.convert import detour, scriptable, twin_of
 from fastrnn.freeze import Freezable
 from fastrnn.stream import Stepper, stepper
 
@@ -61,7 +61,7 @@ class RNNCell(_Cell, nn.RNNCell):
         return _CELL_OF_NONLINEARITY[self.nonlinearity]
 
     def __prepare_scriptable__(self) -> nn.Module:
-        return to_torch(self)
+        return scriptable(self)
 
 
 @twin_of(nn.LSTMCell)
@@ -86,7 +86,7 @@ class LSTMCell(_Cell, nn.LSTMCell):
         return cells.lstm
 
     def __prepare_scriptable__(self) -> nn.Module:
-        return to_torch(self)
+        return scriptable(self)
 
 
 @twin_of(nn.GRUCell)
@@ -106,7 +106,7 @@ class GRUCell(_Cell, nn.GRUCell):
         return cells.gru
 
     def __prepare_scriptable__(self) -> nn.Module:
-        return to_torch(self)
+        return scriptable(self)
 
 
 def _check_cell_dims(cell: Cell, input: Tensor, states: Sequence[Tensor]) -> None:

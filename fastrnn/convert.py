@@ -6,6 +6,7 @@ formats that know torch's own operators only.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -14,7 +15,19 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.utils import parametrize
 
-__all__ = ["FROM_TORCH", "TO_TORCH", "detour", "from_torch", "to_torch", "twin_of"]
+from fastrnn.rebase import rebased
+
+__all__ = [
+    "FROM_TORCH",
+    "TO_TORCH",
+    "converted",
+    "detour",
+    "from_torch",
+    "on_fastrnn",
+    "scriptable",
+    "to_torch",
+    "twin_of",
+]
 
 _Class = TypeVar("_Class", bound=type[nn.Module])
 
@@ -43,33 +56,85 @@ def from_torch(module: nn.Module) -> nn.Module:
         TypeError: for anything but `nn.RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell`. A subclass may
             have changed the forward, and so may an instance that was given one of its own.
     """
-    return _convert(module, _target(module, FROM_TORCH))
+    return converted(module, _target(module, FROM_TORCH))
 
 
 def to_torch(module: nn.Module) -> nn.Module:
     """The torch.nn module for a fastrnn layer or cell: the inverse of `from_torch`."""
-    return _convert(module, _target(module, TO_TORCH))
+    return converted(module, _target(module, TO_TORCH))
+
+
+def scriptable(module: nn.Module) -> nn.Module:
+    """The module that TorchScript compiles in the place of one of our layers or cells.
+
+    It is torch.nn's own on the same Parameters; for a subclass of ours it is of the same subclass
+    of torch.nn's class, so TorchScript takes and refuses the same methods.
+    """
+    kind = parametrize.type_before_parametrizations(module)
+    ours = next(base for base in kind.__mro__ if base in TO_TORCH)
+    if kind is ours:
+        return to_torch(module)
+    _refuse(module, kind)
+    return converted(module, _on_torch(kind))
+
+
+@functools.cache
+def _on_torch(kind: type) -> type:
+    if "_made_from" in vars(kind):  # by `on_fastrnn`
+        return cast(type, vars(kind)["_made_from"])
+    ours = next(base for base in kind.__mro__ if base in TO_TORCH)
+    theirs = TO_TORCH[ours]
+    made: Any = rebased(kind, ours, theirs)
+    if issubclass(theirs, nn.RNNBase) and made.forward is theirs.forward:
+        # TorchScript finds the two signatures of a layer's forward by the name of its class, and
+        # the source of the class by name and module.
+        made.__name__ = made.__qualname__ = theirs.__name__
+        made.__module__ = theirs.__module__
+    return cast(type, made)
+
+
+@functools.cache
+def on_fastrnn(kind: type) -> type:
+    """A subclass of one of torch.nn's layers or cells with fastrnn's in the place of that.
+
+    Its modules are copied and pickled by the name of `kind`; whoever loads them makes the class
+    anew. `rebase.obstacle` tells for which classes that works.
+    """
+    theirs = next(base for base in kind.__mro__ if base in FROM_TORCH)
+    return rebased(kind, theirs, FROM_TORCH[theirs], __reduce_ex__=_by_origin, _made_from=kind)
+
+
+def _by_origin(self: Any, protocol: Any) -> tuple[Any, ...]:
+    return _empty_on_fastrnn, (type(self)._made_from,), self.__getstate__()
+
+
+def _empty_on_fastrnn(kind: type) -> Any:
+    made: Any = on_fastrnn(kind)
+    return made.__new__(made)
 
 
 def _target(module: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) -> type[nn.Module]:
-    source = type(module)
-    if parametrize.is_parametrized(module):
-        source = source.__bases__[0]
+    source = parametrize.type_before_parametrizations(module)
     if source not in classes:
         raise TypeError(
             f"cannot convert {source.__module__}.{source.__qualname__}: it is none of "
             f"{', '.join(f'{c.__module__}.{c.__qualname__}' for c in classes)}"
         )
+    _refuse(module, source)
+    return classes[source]
+
+
+def _refuse(module: nn.Module, source: type) -> None:
     if "forward" in module.__dict__:
         raise TypeError(
             f"cannot convert this {source.__qualname__}: its forward was replaced on the instance"
         )
     if getattr(module, "heads", 1) > 1:
         raise TypeError(f"cannot convert this {source.__qualname__}: torch.nn has no heads")
-    return classes[source]
 
 
-def _convert(module: nn.Module, target: type[nn.Module]) -> nn.Module:
+def converted(module: nn.Module, target: type[nn.Module]) -> nn.Module:
+    """A module of class `target` on the Parameters, attributes and hooks of `module`."""
     made: nn.Module = target.__new__(target)
     state = dict(module.__dict__)
     for name in ("_parameters", "_buffers", "_modules", "_all_weights", "_flat_weights_names"):
@@ -123,7 +188,7 @@ def detour(module: nn.Module, input: Any, extras: dict[str, Any] | None = None) 
     ):
         known = [c for c in type(module).__mro__ if c in TO_TORCH]
         if known and not extras and getattr(module, "heads", 1) == 1:
-            return _convert(module, TO_TORCH[known[0]]).forward
+            return converted(module, TO_TORCH[known[0]]).forward
     if isinstance(input, Proxy):
         tracer: Any = input.tracer
         path = tracer.path_of_module(module)

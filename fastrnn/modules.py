@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import cells, functional
 from fastrnn.cells import Cell
-from fastrnn.convert import detour, to_torch, twin_of
+from fastrnn.convert import detour, scriptable, twin_of
 from fastrnn.freeze import Freezable
 from fastrnn.stream import Stepper, stepper
 
@@ -278,7 +278,7 @@ class _Layer(Freezable, nn.RNNBase):
         return super().extra_repr() + heads + (", recompute=True" if self.recompute else "")
 
     def __prepare_scriptable__(self) -> nn.Module:
-        return to_torch(self)
+        return scriptable(self)
 
 
 class FlatWeights(list[Tensor | None]):

@@ -2,9 +2,11 @@ import copy
 import gc
 import io
 import pickle
+import sys
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
@@ -512,9 +514,40 @@ def test_report_reads_as_a_table() -> None:
     assert str(report).splitlines() == [
         "replaced  encoder  torch.nn.LSTM -> fastrnn.LSTM",
         f"skipped   decode   {__name__}.MyLSTM: is a subclass of torch.nn.LSTM: "
-        "its forward may be its own",
+        "its forward may be its own; subclasses=True takes those that build on torch's",
     ]
     assert str(fastrnn.replace_(nn.Linear(2, 2))) == "no recurrent modules found"
+
+
+def test_report_notes_packages_that_go_by_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fastrnn.replace_(nn.Sequential(nn.GRU(*SIZES))).notes == ()
+    monkeypatch.setitem(sys.modules, "thop", ModuleType("thop"))
+    report = fastrnn.replace_(nn.Sequential(nn.GRU(*SIZES)))
+    ((package, text),) = report.notes
+    assert package == "thop"
+    assert "restore_(model) before counting" in text
+    assert str(report).splitlines() == [
+        "replaced  0     torch.nn.GRU -> fastrnn.GRU",
+        f"note      thop  {text}",
+    ]
+    assert fastrnn.replace_(nn.Linear(2, 2)).notes == ()  # nothing to warn of
+    model = nn.Sequential(fastrnn.GRU(*SIZES))
+    assert fastrnn.replace_(model).notes == ()
+    assert fastrnn.restore_(model).notes == ()
+
+
+def test_report_notes_models_of_transformers() -> None:
+    base = type("PreTrainedModel", (nn.Module,), {"__module__": "transformers.modeling_utils"})
+    model = type("Mine", (base,), {})()
+    model.rnn = nn.LSTM(*SIZES)
+    assert (
+        "call replace_ on a model that was loaded"
+        in dict(fastrnn.replace_(model).notes)["transformers"]
+    )
+
+
+def test_restore_leaves_heads_alone() -> None:
+    assert "has heads" in reason(fastrnn.GRU(4, 8, heads=2), fastrnn.restore_)
 
 
 def test_twice_is_once() -> None:

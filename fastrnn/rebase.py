@@ -1,0 +1,192 @@
+"""A user's class made again over another base: their methods on our layer, or on torch.nn's.
+
+A subclass `S` of `nn.LSTM` cannot be given fastrnn's forward and stay what it is, as `nn.LSTM` is
+among its bases. So the class is built a second time, from the same functions, with fastrnn's layer
+in that place. Zero-argument `super()` finds its class in a cell of the function's closure, hence
+functions that use it are made again with a cell that holds the new class.
+"""
+
+from __future__ import annotations
+
+import abc
+import ast
+import functools
+import inspect
+import textwrap
+import types
+from typing import Any
+
+from torch import nn
+
+__all__ = ["obstacle", "rebased"]
+
+# A class gets these from Python, not from its author.
+_NOT_COPIED = ("__dict__", "__weakref__")
+# A subclass may have its own of these: the forward of ours does not build on them.
+_FREE = ("__init__", "forward", "reset_parameters", "extra_repr", "flatten_parameters")
+_DUNDERS = (
+    *("__setattr__", "__getattribute__"),
+    *("__getstate__", "__setstate__", "__reduce__", "__reduce_ex__"),
+)
+
+
+def rebased(kind: type, old: type, new: type, **extra: Any) -> type:
+    """`kind`, a subclass of `old`, with `new` in the place of `old`.
+
+    Classes between the two are made again too; those that do not derive from `old` are used as
+    they are. Where `new` derives from `old`, as our cells do from torch's, nothing needs to be
+    made again: a subclass of both has `new` right before `old`, and stays a subclass of `kind`.
+
+    Args:
+        kind, old, new: see above.
+        extra: attributes of the class that is returned.
+    """
+    if issubclass(new, old):
+        namespace = {"__module__": kind.__module__, "__doc__": kind.__doc__}
+        made = _made(kind, (kind, new), {**namespace, **extra})
+    else:
+        cells: dict[type, types.CellType] = {}
+        made = _again(kind, {old: new}, cells)
+        for name, value in extra.items():
+            setattr(made, name, value)
+    return made
+
+
+def _made(kind: type, bases: tuple[type, ...], namespace: dict[str, Any]) -> type:
+    meta: Any = type(kind)
+    made: type = meta(kind.__name__, bases, namespace)
+    made.__qualname__ = kind.__qualname__
+    return made
+
+
+def _again(kind: type, done: dict[type, type], cells: dict[type, types.CellType]) -> type:
+    if kind in done:
+        return done[kind]
+    old = next(iter(done))
+    if not issubclass(kind, old):
+        return kind
+    bases = tuple(_again(base, done, cells) for base in kind.__bases__)
+    cells[kind] = types.CellType()
+    namespace = {
+        name: _moved(value, cells) for name, value in vars(kind).items() if name not in _NOT_COPIED
+    }
+    made = _made(kind, bases, namespace)
+    cells[kind].cell_contents = made
+    done[kind] = made
+    return made
+
+
+def _moved(value: Any, cells: dict[type, types.CellType]) -> Any:
+    """A member of a class with `__class__` in its closures, and in those of what it wraps, new."""
+    if isinstance(value, types.FunctionType):
+        closure = tuple(_moved_cell(cell, cells) for cell in value.__closure__ or ())
+        if all(a is b for a, b in zip(closure, value.__closure__ or (), strict=True)):
+            return value
+        made = types.FunctionType(
+            value.__code__, value.__globals__, value.__name__, value.__defaults__, closure
+        )
+        functools.update_wrapper(made, value)
+        made.__kwdefaults__ = value.__kwdefaults__
+        if "__wrapped__" in vars(value):
+            made.__wrapped__ = _moved(vars(value)["__wrapped__"], cells)  # type: ignore[attr-defined]
+        else:
+            del made.__wrapped__  # type: ignore[attr-defined]
+        return made
+    if isinstance(value, (staticmethod, classmethod)):
+        return type(value)(_moved(value.__func__, cells))
+    if isinstance(value, property):
+        get, change, remove = (_moved(f, cells) for f in (value.fget, value.fset, value.fdel))
+        return property(get, change, remove, value.__doc__)
+    return value
+
+
+def _moved_cell(cell: types.CellType, cells: dict[type, types.CellType]) -> types.CellType:
+    try:
+        content = cell.cell_contents
+    except ValueError:  # empty
+        return cell
+    if isinstance(content, type):
+        return cells.get(content, cell)
+    moved = _moved(content, cells) if isinstance(content, types.FunctionType) else content
+    return cell if moved is content else types.CellType(moved)
+
+
+def obstacle(module: nn.Module, kind: type, old: type, new: type) -> str | None:
+    """Why `module` of class `kind`, a subclass of `old`, cannot run on `new`; None if it can.
+
+    It can where its forward is inherited or calls `super().forward`, and nothing it adds meets
+    what `new` needs. In doubt it cannot.
+    """
+    theirs = kind.__mro__[: kind.__mro__.index(old)]
+    names = set(dir(new)) - set(dir(old)) - {"_flat_weights"}
+    inner = {
+        name
+        for base in old.__mro__[: old.__mro__.index(nn.Module)]
+        for name, value in vars(base).items()
+        if (callable(value) or isinstance(value, property)) and not name.startswith("__")
+    }
+    inner = inner.union(_DUNDERS).difference(_FREE)
+    for each in kind.__mro__:
+        # typing.Generic looks at type parameters only.
+        if "__init_subclass__" in vars(each) and each.__module__ not in ("builtins", "typing"):
+            return f"{each.__qualname__} acts on every class made from it (__init_subclass__)"
+    made = {each.__name__ for each in (*theirs, old) if issubclass(each, old)}
+    for each in theirs:
+        where = each.__qualname__
+        members = vars(each)
+        if "forward" in members and (reason := _own_forward(members["forward"])):
+            return f"{where}.forward {reason}"
+        if changed := sorted(inner.intersection(members)):
+            return f"{where} has its own {changed[0]}, which fastrnn's layer may not go through"
+        if taken := sorted(names.intersection(members)):
+            return f"{where} has its own {taken[0]}, a name that fastrnn's layer uses itself"
+        if issubclass(each, old) and not issubclass(new, old):
+            if type(each) not in (type, abc.ABCMeta):
+                return f"{where} has a metaclass, {type(each).__qualname__}"
+            if members.get("__slots__"):
+                return f"{where} has __slots__"
+            named = [n for n, f in members.items() if n != "__init__" and _names(f, made)]
+            if named:
+                return (
+                    f"{where}.{named[0]} names a class where it calls super(...), and would find "
+                    "the class it was made in; super() without arguments would do"
+                )
+    held = {*vars(module), *module._parameters, *module._buffers, *module._modules}
+    if taken := sorted(names.intersection(held)):
+        return f"has its own attribute {taken[0]}, a name that fastrnn's layer uses itself"
+    return None
+
+
+def _names(member: Any, classes: set[str]) -> bool:
+    """Whether a method calls `super` and names one of the classes, as `super(S, self)` does.
+
+    A constructor may: it does not run again.
+    """
+    for part in ("__func__", "fget", "__wrapped__"):
+        member = getattr(member, part, member)
+    if not isinstance(member, types.FunctionType):
+        return False
+    code = member.__code__
+    return "super" in code.co_names and not classes.isdisjoint((*code.co_names, *code.co_freevars))
+
+
+def _own_forward(forward: Any) -> str | None:
+    """Why a forward does not delegate, or None if it does."""
+    if not isinstance(forward, types.FunctionType) or hasattr(forward, "__wrapped__"):
+        return "is wrapped, so what it calls cannot be seen"
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+    except (OSError, SyntaxError):
+        return "has no source to be read, so what it calls cannot be seen"
+    if any(_is_super_forward(node) for node in ast.walk(tree)):
+        return None
+    return "does not call super().forward"
+
+
+def _is_super_forward(node: ast.AST) -> bool:
+    match node:
+        case ast.Call(
+            func=ast.Attribute(attr="forward", value=ast.Call(func=ast.Name(id="super")))
+        ):
+            return True
+    return False

@@ -1,0 +1,216 @@
+"""TorchRL's recurrent modules around our layers: the keys and the numbers of its own."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fastrnn
+
+modules = pytest.importorskip("torchrl.modules")
+tensordict = pytest.importorskip("tensordict")
+
+from fastrnn.integrations import torchrl as ours  # noqa: E402
+
+B, T, F, H = 4, 9, 3, 5
+STATES = {"LSTM": ["h", "c"], "GRU": ["h"]}
+
+
+def module(kind: str, **options: Any) -> Any:
+    states = STATES[kind]
+    return getattr(modules, f"{kind}Module")(
+        input_size=F,
+        hidden_size=H,
+        in_keys=["x", *states],
+        out_keys=["y", *(("next", s) for s in states)],
+        **options,
+    )
+
+
+def rollout(
+    kind: str, *shape: int, layers: int = 1, stored: bool = True, begins: float = 0.3
+) -> Any:
+    random = torch.Generator().manual_seed(1)
+    shape = shape or (B, T)
+    data = {
+        "x": torch.randn(*shape, F, generator=random),
+        "is_init": torch.rand(*shape, 1, generator=random) < begins,
+    }
+    for state in STATES[kind]:
+        data[state] = torch.randn(*shape, layers, H, generator=random) * stored
+    return tensordict.TensorDict(data, shape)
+
+
+@pytest.fixture
+def whole() -> Iterator[None]:
+    with modules.set_recurrent_mode(True):
+        yield
+
+
+def assert_same(a: Any, b: Any) -> None:
+    assert set(a.keys(True, True)) == set(b.keys(True, True))
+    for key in a.keys(True, True):
+        torch.testing.assert_close(a[key], b[key], atol=1e-6, rtol=1e-5)
+
+
+def replaced(theirs: Any) -> Any:
+    twin = copy.deepcopy(theirs)
+    fastrnn.replace_(twin)
+    return twin
+
+
+@pytest.mark.parametrize("kind", STATES)
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("stored", [False, True], ids=["zeros", "stored states"])
+@pytest.mark.parametrize("shape", [(T,), (B, T), (2, B, T)], ids=str)
+def test_episodes_begin_in_mid_row(
+    kind: str, layers: int, stored: bool, shape: tuple[int, ...], whole: None
+) -> None:
+    theirs = module(kind, num_layers=layers)
+    mine = replaced(theirs)
+    data = rollout(kind, *shape, layers=layers, stored=stored)
+    assert data["is_init"][..., 1:, :].any()
+    results = [m(data.clone()) for m in (mine, theirs)]
+    assert_same(*results)
+    for m, result in zip((mine, theirs), results, strict=True):
+        sum((result[key] ** 2).sum() for key in m.out_keys).backward()
+    torch.testing.assert_close(
+        [p.grad for p in mine.parameters()], [p.grad for p in theirs.parameters()]
+    )
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_it_is_one_call_with_lengths(
+    kind: str, whole: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = replaced(module(kind))
+    calls = []
+    layer = getattr(mine, kind.lower())
+    layer.register_forward_pre_hook(lambda m, a, k: calls.append(sorted(k)), with_kwargs=True)
+    mine(rollout(kind))
+    assert calls == [["lengths"]]
+
+
+@pytest.mark.parametrize("kind", STATES)
+@pytest.mark.parametrize("begins", [0.0, 0.3, 1.0])
+def test_no_episode_some_and_only_episodes_of_one_step(
+    kind: str, begins: float, whole: None
+) -> None:
+    theirs = module(kind)
+    data = rollout(kind, begins=begins)
+    assert_same(replaced(theirs)(data.clone()), theirs(data.clone()))
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_without_states(kind: str, whole: None) -> None:
+    theirs = module(kind)
+    data = rollout(kind).exclude(*STATES[kind])
+    assert_same(replaced(theirs)(data.clone()), theirs(data.clone()))
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_bidirectional(kind: str, whole: None) -> None:
+    theirs = module(kind, bidirectional=True)
+    data = rollout(kind, layers=2)
+    assert_same(replaced(theirs)(data.clone()), theirs(data.clone()))
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_step_by_step(kind: str) -> None:
+    theirs = module(kind)
+    data = rollout(kind)[:, 0]
+    assert_same(replaced(theirs)(data.clone()), theirs(data.clone()))
+
+
+@pytest.mark.parametrize("kind", STATES)
+@pytest.mark.parametrize("backend", ["pad", "scan"])
+def test_backends(kind: str, backend: str, whole: None) -> None:
+    if backend == "scan":
+        pytest.importorskip("hoptorch")
+    theirs = module(kind, recurrent_backend=backend)
+    data = rollout(kind)
+    assert_same(replaced(theirs)(data.clone()), theirs(data.clone()))
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_compiled(kind: str, whole: None) -> None:
+    pytest.importorskip("hoptorch")
+    theirs = module(kind)
+    torch._dynamo.reset()
+    data = rollout(kind)
+    with torch.no_grad():
+        compiled = torch.compile(replaced(theirs), backend="eager")(data.clone())
+        assert_same(compiled, theirs(data.clone()))
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_there_and_back(kind: str, whole: None) -> None:
+    model = nn.Sequential(nn.Identity(), module(kind))
+    wrapper, layer = model[1], getattr(model[1], kind.lower())
+    report = fastrnn.replace_(model)
+    assert type(model[1]) is getattr(ours, f"{kind}Module")
+    assert isinstance(wrapper, getattr(modules, f"{kind}Module"))
+    assert getattr(wrapper, kind.lower()) is layer
+    assert [(r.name, r.after) for r in report.replaced] == [
+        ("1", f"fastrnn.integrations.torchrl.{kind}Module"),
+        (f"1.{kind.lower()}", f"fastrnn.{kind}"),
+    ]
+    data = rollout(kind)
+    assert_same(pickle.loads(pickle.dumps(wrapper))(data.clone()), wrapper(data.clone()))
+    back = fastrnn.restore_(model)
+    assert len(back.replaced) == 2
+    assert type(model[1]) is getattr(modules, f"{kind}Module")
+    assert type(layer) is getattr(nn, kind)
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_made_around_a_layer_of_ours(kind: str, whole: None) -> None:
+    states = STATES[kind]
+    layer = getattr(fastrnn, kind)(F, H, batch_first=True)
+    keys = {"in_keys": ["x", *states], "out_keys": ["y", *(("next", s) for s in states)]}
+    mine = getattr(ours, f"{kind}Module")(**{kind.lower(): layer}, **keys)
+    theirs = getattr(modules, f"{kind}Module")(**{kind.lower(): fastrnn.to_torch(layer)}, **keys)
+    data = rollout(kind)
+    assert_same(mine(data.clone()), theirs(data.clone()))
+    # TorchRL's own class takes the layer for its Python one, until replace_ has seen it.
+    plain = getattr(modules, f"{kind}Module")(**{kind.lower(): layer}, **keys)
+    with pytest.raises(TypeError, match="mask"):
+        plain(data.clone())
+    fastrnn.replace_(plain)
+    assert_same(plain(data.clone()), theirs(data.clone()))
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_torchrls_own_python_layer_is_left_alone(kind: str) -> None:
+    theirs = module(kind, python_based=True)
+    report = fastrnn.replace_(theirs)
+    assert report.replaced == ()
+    assert type(theirs) is getattr(modules, f"{kind}Module")
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_changing_the_layer_later(kind: str, whole: None) -> None:
+    theirs = module(kind)
+    mine = replaced(theirs)
+    mine.make_cudnn_based()
+    data = rollout(kind)
+    assert_same(mine(data.clone()), theirs(data.clone()))
+
+
+def test_the_adapter_is_not_imported_without_torchrl() -> None:
+    assert "fastrnn.integrations.torchrl" in sys.modules  # by this test
+    import subprocess
+
+    program = (
+        "import sys, torch, fastrnn; fastrnn.replace_(torch.nn.GRU(2, 3)); print(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "torchrl" not in done.stdout

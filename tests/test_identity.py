@@ -1,0 +1,118 @@
+"""What `isinstance` says of our modules, and why: docs/drop-in.md rests on the facts below."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastrnn
+
+SIZES = (3, 5)
+
+
+class Asks(nn.Module):
+    """A forward that branches on the class of a layer it holds, as users write it."""
+
+    def __init__(self, rnn: nn.Module) -> None:
+        super().__init__()
+        self.rnn = rnn
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.rnn, nn.LSTM):
+            x = x + 1
+        if isinstance(self.rnn, (nn.RNN, nn.LSTM)):
+            x = x + 10
+        if isinstance(self.rnn, nn.RNN | nn.LSTM):
+            x = x + 100
+        if isinstance(self.rnn, nn.RNNBase):
+            x = x + 1000
+        if isinstance(self.rnn, (nn.LSTMCell, nn.GRUCell)):
+            x = x + 10000
+        if issubclass(type(self.rnn), nn.LSTM):
+            x = x + 100000
+        return x
+
+
+def answers(rnn: nn.Module) -> tuple[float, float]:
+    """The sum of what is true, eagerly and compiled."""
+    model = Asks(rnn)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    return model(torch.zeros(1)).item(), compiled(torch.zeros(1)).item()
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"), [("LSTM", 1000), ("GRU", 1000), ("LSTMCell", 10000), ("RNNCell", 0)]
+)
+def test_eager_and_compiled_code_get_the_same_answers(kind: str, expected: float) -> None:
+    assert answers(getattr(fastrnn, kind)(*SIZES)) == (expected, expected)
+
+
+# The two facts that decide against `isinstance(layer, nn.LSTM)` being True. Where torch changes one
+# of them, the test fails, and the decision can be taken anew.
+
+
+class Claims(fastrnn.LSTM):
+    """Says to `isinstance` that it is torch.nn's, and nothing else about it is."""
+
+    @property
+    def __class__(self) -> Any:
+        return nn.LSTM
+
+    @__class__.setter
+    def __class__(self, kind: Any) -> None: ...
+
+
+class ClaimsToOthers(fastrnn.LSTM):
+    """Says so to all but Dynamo's check of what it refuses."""
+
+    @property
+    def __class__(self) -> Any:
+        caller = __import__("sys")._getframe(1)
+        return type(self) if caller.f_code.co_name == "wrap_module" else nn.LSTM
+
+    @__class__.setter
+    def __class__(self, kind: Any) -> None: ...
+
+
+def test_dynamo_refuses_whatever_is_an_instance() -> None:
+    assert isinstance(Claims(*SIZES), nn.LSTM)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="RNN, GRU, or LSTM"):
+        answers(Claims(*SIZES))
+
+
+def test_a_claim_that_dynamos_check_does_not_see_splits_eager_from_compiled() -> None:
+    """Dynamo asks the object for one class, but its type for a tuple or a union of them."""
+    assert answers(ClaimsToOthers(*SIZES)) == (1111, 1001)
+
+
+def test_torchs_classes_take_no_other_metaclass() -> None:
+    class Meta(type):
+        pass
+
+    with pytest.raises(TypeError, match="__class__ assignment"):
+        nn.LSTM.__class__ = Meta  # type: ignore[assignment]
+
+
+def test_what_asks_torchs_own_attribute_works_for_both() -> None:
+    for layer in (nn.LSTM(*SIZES), fastrnn.LSTM(*SIZES)):
+        assert isinstance(layer, nn.RNNBase) and layer.mode == "LSTM"
+
+
+def test_snippets_of_the_page_run_in_order(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "drop-in.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 4
+    names: dict[str, object] = {"__name__": __name__}
+    for number, block in enumerate(blocks):
+        file = tmp_path / f"snippet_{number}.py"  # `replace_` reads the source of a forward
+        file.write_text(block)
+        try:
+            exec(compile(block, str(file), "exec"), names)
+        except ModuleNotFoundError as error:
+            assert error.name == "transformers"
