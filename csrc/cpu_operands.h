@@ -25,6 +25,18 @@ struct Shape {
   }
 };
 
+// The dispatcher looks into x and the weights, but into no optional list: what it would have done
+// for a tensor in one is done or refused here.
+inline void check_plain(const Tensor& each, const char* name) {
+  constexpr c10::DispatchKeySet unusual{c10::DispatchKey::Python, c10::DispatchKey::ZeroTensor,
+                                        c10::DispatchKey::FuncTorchBatched,
+                                        c10::DispatchKey::FuncTorchGradWrapper};
+  TORCH_CHECK(!each.key_set().has_any(unusual), "scan: ", name,
+              " is a tensor subclass or transformed, but x and the weights are not; convert it, or "
+              "them");
+}
+inline Tensor resolved(const Tensor& each) { return each.is_neg() ? each.resolve_neg() : each; }
+
 // Checks what memory safety needs; modules have said it in torch.nn's words before.
 inline Shape checked_shape(const CellFacts& cell, const ScanInputs& in) {
   const Tensor& x = in.x;
@@ -51,6 +63,7 @@ inline Shape checked_shape(const CellFacts& cell, const ScanInputs& in) {
     TORCH_CHECK((optional && tensors.empty()) || static_cast<int64_t>(tensors.size()) == P,
                 "scan: ", name, " should hold one tensor per scan, ", P, ", got ", tensors.size());
     for (const Tensor& each : tensors) {
+      check_plain(each, name);
       TORCH_CHECK(each.sizes() == size, "scan: ", name, " should be ", size, ", got ",
                   each.sizes());
       TORCH_CHECK(each.scalar_type() == x.scalar_type(), "scan: ", name, " is ", each.scalar_type(),
@@ -80,6 +93,7 @@ inline Shape checked_shape(const CellFacts& cell, const ScanInputs& in) {
               "scan: s0 should hold ", cell.states, " states, got ", in.s0.size());
   for (size_t s = 0; s < in.s0.size(); ++s) {
     const Tensor& each = in.s0[s];
+    check_plain(each, "s0");
     TORCH_CHECK(each.sizes() == n.state_size(s), "scan: state ", s, " should be ",
                 at::IntArrayRef(n.state_size(s)), ", got ", each.sizes());
     TORCH_CHECK(each.scalar_type() == x.scalar_type() && each.device() == x.device(),
@@ -178,7 +192,7 @@ inline Storage storage_of(at::ScalarType type) {
 inline std::vector<Tensor> as_computed(TensorList tensors, at::ScalarType compute) {
   std::vector<Tensor> out;
   out.reserve(tensors.size());
-  for (const Tensor& each : tensors) out.push_back(each.to(compute).contiguous());
+  for (const Tensor& each : tensors) out.push_back(resolved(each).to(compute).contiguous());
   return out;
 }
 
@@ -189,7 +203,7 @@ inline Tensor with_unit_stride(const Tensor& x) {
 inline std::vector<Tensor> contiguous(TensorList tensors) {
   std::vector<Tensor> out;
   out.reserve(tensors.size());
-  for (const Tensor& each : tensors) out.push_back(each.contiguous());
+  for (const Tensor& each : tensors) out.push_back(resolved(each).contiguous());
   return out;
 }
 

@@ -205,7 +205,18 @@ namespace {
 
 // `recompute` is for autograd, which stands before these.
 std::vector<Tensor> cpu(FASTRNN_SCAN_PARAMETERS, bool tape, bool) {
-  return as_list(scan_cpu(FASTRNN_SCAN_INPUTS, tape));
+  const ScanInputs in = FASTRNN_SCAN_INPUTS;
+  // Of x and weights made in inference mode the dispatcher knows no autograd, and it does not look
+  // at the others.
+  if (x.is_inference() && at::GradMode::is_enabled() &&
+      !c10::impl::tls_is_dispatch_key_excluded(c10::DispatchKey::AutogradCPU))
+    for (TensorList list : {in.b_ih, in.b_hh, in.w_hr, in.s0})
+      for (const Tensor& each : list)
+        TORCH_CHECK(!each.requires_grad(),
+                    "scan: a bias or state requires gradients, but x and the weights are inference "
+                    "tensors, which cannot be saved for backward; clone them outside "
+                    "torch.inference_mode()");
+  return as_list(scan_cpu(in, tape));
 }
 
 // A frozen layer: the weights are there for their sizes, and for kernels other than the CPU's.

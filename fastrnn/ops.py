@@ -98,7 +98,8 @@ def scan(
                 )
                 return y, states
             return _C.scan_packed(key, *arguments, *packed)
-    if torch.compiler.is_compiling() or has_torch_function((x, *w_ih, *w_hh, *s0)):
+    every = (x, *w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *s0)
+    if torch.compiler.is_compiling() or has_torch_function(every):
         if key is not None:
             y, *states, _ = torch.ops.fastrnn.scan.default(
                 key, *_optional(*arguments), False, recompute

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from fastrnn import _C, GRU, cells, kernels, ops, plan, reference
-from tests.support import largest_error
+from tests.support import flatten, largest_error, mapped
 from tests.test_kernels import operands, planned, run
 
 BUILT_IN = ["rnn_tanh", "rnn_relu", "lstm", "gru"]
@@ -23,8 +23,12 @@ scan_backward = torch.ops.fastrnn.scan_backward.default
 
 
 def call(name: str, grad: bool, **extra: Any) -> tuple[Any, ...]:
-    """Arguments of the op, positional, of two lanes."""
-    given = {**operands(cells.get(name), 4, 3, 5, 6, lanes=2, dtype=torch.float32), **extra}
+    """Arguments of the op, positional, of two lanes; of one for a single step."""
+    one_step = "x" in extra and "batch_sizes" not in extra
+    lanes = 1 if one_step else 2
+    given = {**operands(cells.get(name), 4, 3, 5, 6, lanes=lanes, dtype=torch.float32), **extra}
+    if one_step:
+        given["s0"] = [s[0] for s in given["s0"]]
 
     def leaf(value: Any) -> Any:
         if isinstance(value, list):
@@ -167,7 +171,39 @@ def test_operands_that_do_not_fit_are_refused() -> None:
 def test_operands_on_two_devices_are_refused() -> None:
     for name in ("w_ih", "w_hh", "b_hh", "s0"):
         given = operands(cells.get("lstm"), 4, 3, 5, 6, dtype=torch.float32)
-        refused("is on meta but x is on cpu", **{name: [t.to("meta") for t in given[name]]})
+        refused("on meta but x is", **{name: [t.to("meta") for t in given[name]]})
+
+
+def test_what_the_dispatcher_does_not_see() -> None:
+    """It looks into no optional list: a bias or a state of a special kind must not be misread."""
+    given = operands(cells.get("lstm"), 4, 3, 5, 6, dtype=torch.float32)
+    negative = [torch._neg_view(t) for t in given["s0"]]
+    assert negative[0].is_neg()
+    for ours, wanted in zip(
+        flatten(ops.scan(cells.get("lstm"), **{**given, "s0": negative})),
+        flatten(ops.scan(cells.get("lstm"), **{**given, "s0": [-t for t in given["s0"]]})),
+        strict=True,
+    ):
+        assert torch.equal(ours, wanted)
+    with torch.inference_mode():
+        inside = {k: mapped(v, torch.clone) if k != "reverse" else v for k, v in given.items()}
+    inside["b_ih"] = [b.clone().requires_grad_() for b in given["b_ih"]]
+    with pytest.raises(RuntimeError, match="inference tensors, which cannot be saved"):
+        ops.scan(cells.get("lstm"), **inside)
+    with torch.no_grad():
+        ops.scan(cells.get("lstm"), **inside)
+
+    class Wrapper(Tensor):
+        @staticmethod
+        def __new__(cls: type, inner: Tensor) -> Any:
+            return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+        @classmethod
+        def __torch_dispatch__(cls, function: Any, *rest: Any) -> Any:
+            raise NotImplementedError(function)
+
+    for name in ("b_hh", "s0"):
+        refused("is a tensor subclass", **{name: [Wrapper(t) for t in given[name]]})
 
 
 def test_an_unknown_cell_is_refused() -> None:
