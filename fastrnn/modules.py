@@ -116,7 +116,7 @@ class _Layer(Freezable, nn.RNNBase):
         self,
         input: Sequences,
         hx: functional.States | None = None,
-        # Meant as keywords, but the ONNX exporter passes every argument by position.
+        *,
         lengths: Lengths = None,
         resets: Resets = None,
     ) -> tuple[Sequences, Tensor | tuple[Tensor, ...]]:
@@ -143,6 +143,13 @@ class _Layer(Freezable, nn.RNNBase):
             check=self._check,
             packed=self._frozen.layers if self._frozen is not None else (),
         )
+
+    def _slow_forward(self, *arguments: Any, **keywords: Any) -> Any:
+        # What nn.Module calls in place of forward while TorchScript traces. The ONNX exporter that
+        # does so passes the defaults of all parameters by position, of those for keywords too.
+        while len(arguments) > 2 and arguments[-1] is None:
+            arguments = arguments[:-1]
+        return super()._slow_forward(*arguments, **keywords)  # type: ignore[no-untyped-call]
 
     def stream(self, batch_size: int = 1, *, threads: int = 1, release_gil: bool = True) -> Stepper:
         """A stepper: these layers with a copy of their weights and states of its own, for
@@ -292,14 +299,16 @@ class RNN(_Plain):
             time, also on a layer that replaced one of torch.nn. A keyword of ours alone.
 
     Call:
-        `output, h_n = layer(input, hx=None, lengths=None, resets=None)` with `input`
+        `output, h_n = layer(input, hx=None, *, lengths=None, resets=None)` with `input`
         [T, B, I], [T, I] or a `PackedSequence`; `hx` and `h_n` [num_layers*D, B, H]; `output`
         [T, B, D*H]. `lengths` [B] takes rows of different lengths unsorted, `resets` (bool,
-        [T, B]) marks steps where an episode begins. Both are described in `functional.rnn`.
+        [T, B]) marks steps where an episode begins; both are given by keyword, and described in
+        `functional.rnn`.
 
     Raises:
-        As torch.nn does: `TypeError` and `ValueError` for arguments; from a call `ValueError` for
-        wrong dimensions or dtype of the input, `RuntimeError` for wrong sizes.
+        As torch.nn does, and a message begins with torch.nn's sentence where it has one:
+        `TypeError` and `ValueError` for arguments; from a call `ValueError` for wrong dimensions
+        or dtype of the input, `RuntimeError` for wrong sizes.
 
     https://docs.pytorch.org/docs/stable/generated/torch.nn.RNN.html
     """
