@@ -187,6 +187,8 @@ class _Layer(Freezable, nn.RNNBase):
         return stepper(self._cell(), self._weights(), batch_size, threads, release_gil)
 
     def _cell(self) -> Cell:
+        if self.mode not in _CELL_OF_MODE:
+            raise AssertionError(f"mode must be RNN_TANH or RNN_RELU, got {self.mode}")
         return _CELL_OF_MODE[self.mode]
 
     def _weights(self) -> list[list[Tensor]]:
@@ -216,7 +218,6 @@ class _Layer(Freezable, nn.RNNBase):
             self.check_input(input, batch_sizes)
         else:
             self.check_forward_args(input, cast(Tensor, hx), batch_sizes)
-        functional.check_device(input, weight)
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         """Raise what torch.nn raises for an input of wrong dtype or shape."""
@@ -270,9 +271,10 @@ class _Plain(_Layer):
         """Raise what torch.nn raises for an input of wrong dtype or shape."""
         super().check_input(input, batch_sizes)
         if self.proj_size > 0:
+            expected = self.get_expected_hidden_size(input, batch_sizes)
             raise RuntimeError(
-                f"Expected hidden size to be hidden_size, but {self._name} was given "
-                f"proj_size={self.proj_size}; projections are for LSTM"
+                f"Expected hidden size {expected}, got {[*expected[:2], self.hidden_size]}: "
+                f"{self._name} was given proj_size={self.proj_size}, and projections are for LSTM"
             )
 
 
@@ -331,7 +333,7 @@ class RNN(_Plain):
         recompute: bool = False,
         **unknown: Any,
     ) -> None:
-        _refuse(unknown)
+        _refuse(self, unknown)
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(
                 f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'."
@@ -385,7 +387,7 @@ class GRU(_Plain):
         recompute: bool = False,
         **unknown: Any,
     ) -> None:
-        _refuse(unknown)
+        _refuse(self, unknown)
         super().__init__(
             cells.gru,
             "GRU",
@@ -490,13 +492,31 @@ class LSTM(_Several):
         batch_sizes: Tensor | None,
         weight: Tensor,
     ) -> None:
+        if batch_sizes is None:
+            super()._check(input, hx, batch_sizes, weight)
+            return
+        # torch.nn checks nothing of packed input of an LSTM: what it says comes from the operator,
+        # its loop over layers and its products.
+        for k, state in enumerate(hx or ()):
+            if (rank := state.dim()) < 3:
+                raise IndexError(
+                    f"Dimension out of range (expected to be in range of [{-rank}, {rank - 1}], "
+                    f"but got 2): hx[{k}] should be 3-D but is {rank}-D"
+                )
+        if hx is not None and (count := hx[0].size(0)) != len(self._all_weights):
+            if self.bidirectional and count % 2:
+                what = "Odd number of params or hiddens given to a bidirectional RNN"
+            else:
+                what = "Expected more hidden states in stacked_rnn"
+            raise RuntimeError(
+                f"{what}: hx has states of {count} layers and directions, and the module has "
+                f"{len(self._all_weights)}"
+            )
         try:
             super()._check(input, hx, batch_sizes, weight)
         except ValueError as error:
-            if batch_sizes is None:
-                raise
-            # torch.nn leaves packed input of an LSTM to the matrix product, which raises this.
-            raise RuntimeError(str(error)) from None
+            what = functional.different_dtypes(input, weight)
+            raise RuntimeError(f"{what}: {error}") from None
 
 
 class Recurrent(_Several):
@@ -662,9 +682,11 @@ def _check_heads(heads: int, hidden_size: int, bidirectional: bool, proj_size: i
         )
 
 
-def _refuse(unknown: dict[str, Any]) -> None:
+def _refuse(layer: _Layer, unknown: dict[str, Any]) -> None:
     """torch.nn takes `proj_size` for RNN and GRU by position only, and then refuses the call."""
     if "proj_size" in unknown:
         raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-    if unknown:
-        raise TypeError(f"unexpected keyword arguments: {', '.join(unknown)}")
+    for name in unknown:
+        raise TypeError(
+            f"{type(layer).__name__}.__init__() got an unexpected keyword argument {name!r}"
+        )
