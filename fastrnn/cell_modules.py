@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -77,8 +78,8 @@ class LSTMCell(_Cell, nn.LSTMCell):
         """`input` [B, I] or [I] and `hx`, a pair [B, H] or [H], to the next pair."""
         if (other := detour(self, input)) is not None:
             return other(input, hx)
-        if type(hx) is not tuple and isinstance(hx, Tensor):
-            raise TypeError("LSTMCell: hx must be a tuple of two Tensors, not a Tensor")
+        if hx is not None and (type(hx) is not tuple or len(hx) != 2):
+            hx = _pair(input, hx)
         h, c = _step(self, self._cell(), input, () if hx is None else hx)
         return h, c
 
@@ -109,14 +110,60 @@ class GRUCell(_Cell, nn.GRUCell):
         return scriptable(self)
 
 
-def _check_cell_dims(cell: Cell, input: Tensor, states: Sequence[Tensor]) -> None:
+def _check_cell_dims(cell: Cell, input: Tensor, states: Iterable[Tensor]) -> None:
     name = {"lstm": "LSTMCell", "gru": "GRUCell"}.get(cell.name, "RNNCell")
     if input.dim() not in (1, 2):
-        raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        raise ValueError(
+            f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead; "
+            "input is [B, I] or [I]"
+        )
     for k, s in enumerate(states):
         if s.dim() not in (1, 2):
             what = f"hx[{k}]" if len(cell.states) > 1 else "hidden"
-            raise ValueError(f"{name}: Expected {what} to be 1D or 2D, got {s.dim()}D instead")
+            raise ValueError(
+                f"{name}: Expected {what} to be 1D or 2D, got {s.dim()}D instead; "
+                "states are [B, H] or [H]"
+            )
+
+
+def _pair(input: Tensor, hx: Any) -> tuple[Tensor, Tensor]:
+    """The two states of `hx`, which is no tuple of two, where torch.nn takes it."""
+    _check_cell_dims(cells.lstm, input, hx)
+    if input.dim() == 1:  # torch.nn converts the first two, of whatever it is given
+        return hx[0], hx[1]
+    if isinstance(hx, Tensor):
+        raise TypeError(
+            "lstm_cell(): argument 'hx' (position 2) must be tuple of Tensors, not Tensor; "
+            "pass hx=(h, c)"
+        )
+    if len(hx) != 2:
+        raise RuntimeError(f"lstm_cell expects two hidden states (h, c), got {len(hx)} in hx")
+    return hx[0], hx[1]
+
+
+def _wrong_size(k: int, state: Tensor, input: Tensor, hidden_size: int) -> Exception:
+    """What torch.nn raises for that state; a row without a batch is a batch of one to it."""
+    batched = input.dim() == 2
+    expected = [input.size(0), hidden_size] if batched else [hidden_size]
+    is_and_should = f": it is {list(state.size())} and should be {expected}"
+    batch, *width = state.size() if batched else (1, *state.size())
+    if batched and batch != input.size(0):
+        return RuntimeError(
+            f"Input batch size {input.size(0)} doesn't match hidden{k} batch size {batch}"
+            + is_and_should
+        )
+    if not width:
+        return IndexError(
+            "Dimension out of range (expected to be in range of [-1, 0], but got 1) of "
+            f"hidden{k}{is_and_should}"
+        )
+    if width[0] != hidden_size:
+        return RuntimeError(
+            f"hidden{k} has inconsistent hidden_size: got {width[0]}, expected {hidden_size}"
+            + is_and_should
+        )
+    # torch.nn would take the rows of the state for steps.
+    return RuntimeError(f"hidden{k} has inconsistent size{is_and_should}")
 
 
 def _step(
@@ -134,19 +181,11 @@ def _step(
             f"input has inconsistent input_size: got {input.size(-1)} expected {module.input_size}"
         )
     if hx:
-        if len(hx) != len(cell.states):
-            raise RuntimeError(
-                f"cell {cell.name!r} expects {len(cell.states)} states "
-                f"({', '.join(cell.states)}), got {len(hx)} in hx"
-            )
         size = module.hidden_size
         expected = (input.size(0), size) if input.dim() == 2 else (size,)
         for k, s in enumerate(hx):
             if s.shape != expected:
-                raise RuntimeError(
-                    f"hidden{k} has inconsistent size: got {list(s.size())} "
-                    f"expected {list(expected)}"
-                )
+                raise _wrong_size(k, s, input, size)
     w_ih, w_hh, b_ih, b_hh = weights
     return functional.rnn_cell(
         cell,

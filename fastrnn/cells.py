@@ -11,6 +11,7 @@ so that every unit of the hidden state is independent of the others within a ste
 
 from __future__ import annotations
 
+import copyreg
 import dis
 import functools
 import hashlib
@@ -18,9 +19,10 @@ import importlib
 import inspect
 import operator
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from types import CellType, CodeType, FunctionType
+from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 from torch import Tensor, relu, sigmoid, tanh
@@ -93,15 +95,47 @@ class Cell:
         return self
 
     def __reduce__(self) -> tuple[Callable[..., Cell], tuple[Any, ...]]:
-        """By name; with all that tells whether the cell found under it later is still this one."""
+        """By name; with all that tells whether the cell found under it later is still this one,
+        and with what carries the function where a name does not reach."""
         if self.name in _built_in and _registry[self.name] == self:
             return get, (self.name,)
         where = (getattr(self.function, a, None) for a in ("__module__", "__qualname__"))
-        return _restore, (self.name, self.gates, self.states, _digest(self.function), *where)
+        digest = _digest(self.function)
+        return _restore, (self.name, self.gates, self.states, digest, *where, self._carrier)
+
+    @functools.cached_property
+    def _carrier(self) -> _Carrier:
+        # Under the name of an attribute of the cell, which leads to it where the cell's name does.
+        name = f"{getattr(self.function, '__qualname__', self.name)}._carrier"
+        module = getattr(self.function, "__module__", None)
+        body = {"function": staticmethod(self.function), "__module__": module, "__qualname__": name}
+        return _carries(_Carrier("_carrier", (), body), self)
+
+
+class _Carrier(type):
+    """Type of a class that holds a cell's function, for those who pickle functions by value.
+
+    A function can be pickled by name only where the name leads to it, and the name of one that was
+    decorated leads to the cell. So a cell is reduced to such a class beside its own name. pickle
+    looks its type up in the table of copyreg, which makes None of it: the name must do. cloudpickle
+    looks at classes before that table, in every package that brings a copy of its own (Ray, joblib,
+    Spark): it pickles a class with all that it holds where it cannot be imported by name, as in a
+    script, a notebook or a function, or where the user told it to for a module.
+    """
+
+    function: Callable[..., Any]
+
+
+def _left_behind(carrier: _Carrier) -> Any:
+    return type(None), ()
+
+
+copyreg.pickle(_Carrier, _left_behind)
 
 
 _registry: dict[str, Cell] = {}
 _built_in: frozenset[str] = frozenset()
+_carried: weakref.WeakKeyDictionary[_Carrier, weakref.ref[Cell]] = weakref.WeakKeyDictionary()
 
 
 def cell(
@@ -215,8 +249,12 @@ def _restore(
     digest: str,
     module: str | None,
     qualname: str | None,
+    carrier: _Carrier | None = None,
 ) -> Cell:
-    """The cell that was saved, from this process or from the module that declares it."""
+    """The cell that was saved: as it was brought along, from this process, or from the module that
+    declares it."""
+    if carrier is not None:
+        return _unpacked(carrier, name, gates, states)
 
     def same(found: object) -> bool:
         if not isinstance(found, Cell) or (found.gates, found.states) != (gates, states):
@@ -238,7 +276,10 @@ def _restore(
         return found
     where = f"in module {module}, as {qualname}"
     if module in (None, "__main__", "__mp_main__"):
-        where = "in the script or session that saved it, which cannot be imported"
+        where = (
+            "in the script or session that saved it, which cannot be imported (cloudpickle takes "
+            "such a cell along)"
+        )
     if found is None:
         raise ValueError(
             f"no cell named {name!r} is declared here{failure}. It was declared {where}: declare "
@@ -249,6 +290,25 @@ def _restore(
         f"function differ. That one was declared {where}: load where it is declared as it was; or, "
         "if the change is meant, make the layer anew and give it the saved state_dict"
     )
+
+
+def _unpacked(
+    carrier: _Carrier, name: str, gates: tuple[str, ...], states: tuple[str, ...]
+) -> Cell:
+    """The cell that came with its function: the same one every time the same carrier comes."""
+    known = _carried.get(carrier)
+    made = known() if known else None
+    if made is None:
+        made = Cell(name, gates, states, carrier.function)
+        vars(made)["_carrier"] = _carries(carrier, made)
+        # One that is declared here under the name keeps it: this one may differ.
+        _registry.setdefault(name, made)
+    return made
+
+
+def _carries(carrier: _Carrier, made: Cell) -> _Carrier:
+    _carried[carrier] = weakref.ref(made)  # the cell holds its carrier, which must not hold it
+    return carrier
 
 
 def _digest(function: Callable[..., Any]) -> str:
@@ -269,6 +329,10 @@ def _content(value: Any, module: str | None, above: tuple[object, ...]) -> objec
         return inside(value)
     if isinstance(value, frozenset):
         return sorted(map(repr, value))
+    if isinstance(value, dict):
+        return inside(sorted(value.items(), key=repr))
+    if not isinstance(value, type) and hasattr(value, "tolist"):  # torch and NumPy
+        return str(value.dtype), value.tolist()
     if isinstance(value, Cell):
         return value.gates, value.states, inside([value.function])
     if isinstance(value, functools.partial):
@@ -282,6 +346,9 @@ def _content(value: Any, module: str | None, above: tuple[object, ...]) -> objec
         captured = [c.cell_contents for c in value.__closure__ or () if c != CellType()]
         defaults = value.__defaults__, sorted((value.__kwdefaults__ or {}).items())
         return code.co_code, code.co_names, inside([constants, read, captured, defaults])
+    if hasattr(value, "__dict__") and not isinstance(value, (type, FunctionType, ModuleType)):
+        plain = {n: v for n, v in vars(value).items() if isinstance(v, (int, float, complex, str))}
+        return str(type(value)), inside(sorted(plain.items()))
     return getattr(value, "__module__", None), getattr(value, "__qualname__", str(type(value)))
 
 

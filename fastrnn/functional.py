@@ -16,10 +16,34 @@ from torch.nn.utils.rnn import PackedSequence
 from fastrnn import ops
 from fastrnn.cells import Cell
 
-__all__ = ["check_device", "check_dtype", "check_input", "check_states", "rnn", "rnn_cell"]
+__all__ = [
+    "check_device",
+    "check_dtype",
+    "check_input",
+    "check_states",
+    "different_dtypes",
+    "rnn",
+    "rnn_cell",
+]
 
 States = Tensor | Sequence[Tensor]
 Check = Callable[[Tensor, "States | None", "Tensor | None", Tensor], None]
+
+# The names that torch's errors have for dtypes, where they differ from Python's.
+_SCALAR_TYPES = {
+    torch.uint8: "Byte",
+    torch.int8: "Char",
+    torch.int16: "Short",
+    torch.int32: "Int",
+    torch.int64: "Long",
+    torch.float16: "Half",
+    torch.float32: "Float",
+    torch.float64: "Double",
+    torch.bfloat16: "BFloat16",
+    torch.complex64: "ComplexFloat",
+    torch.complex128: "ComplexDouble",
+    torch.bool: "Bool",
+}
 
 
 def rnn(
@@ -68,7 +92,7 @@ def rnn(
             steps at a time, the others for a layer at a time.
         name: how the layer calls itself in errors.
         check: `check(input, hx, batch_sizes, w_ih)`, with the first of the weights, in place of
-            the check of dtype, device and sizes against `weights`.
+            the check of dtype and sizes against `weights`.
         packed: the weights of every layer once more, by `ops.pack`.
 
     Returns:
@@ -93,12 +117,15 @@ def rnn(
     else:
         x = input
         if x.dim() not in (2, 3):
+            tensor = "tensor " if name == "RNN" else ""  # torch.nn's LSTM and GRU leave it out
             raise ValueError(
-                f"{name}: Expected input to be 2D or 3D, got {x.dim()}D tensor instead"
+                f"{name}: Expected input to be 2D or 3D, got {x.dim()}D {tensor}instead; "
+                "input is [T, B, I], [B, T, I] with batch_first=True, or [T, I]"
             )
         if x.layout is not torch.strided or x.is_nested:
             raise RuntimeError(
-                f"{name}: expected a dense tensor, got layout {x.layout}; pad the input "
+                f"{name}: expected a dense tensor, got "
+                f"{'a nested tensor' if x.is_nested else x.layout}; pad the input "
                 "(to_padded_tensor, to_dense) and pass lengths=, or pack it"
             )
         if x.dim() == 2:
@@ -108,7 +135,8 @@ def rnn(
     given = hx
     states: tuple[Tensor, ...] = ()
     if hx is not None:
-        states = _states(cell, hx, 3 if batched else 2)
+        rank = None if batch_sizes is not None else 3 if batched else 2
+        states = _states(cell, hx, rank, whole=batched and order is None)
         if not batched:
             states = tuple(s.unsqueeze(1) for s in states)
         if order is not None:
@@ -118,8 +146,8 @@ def rnn(
         _check_sizes(cell, x, given, batch_sizes, weights, bidirectional, heads, batch_first)
     else:
         check(x, given, batch_sizes, weights[0][0])
-    if states:
-        check_states(states, x)
+    check_device(x, weights[0][0], states)
+    check_states(states, x)
 
     if batch_sizes is None:
         if batch_first:
@@ -199,10 +227,10 @@ def rnn_cell(
     """
     if input.dtype != w_ih.dtype and not torch._C._is_any_autocast_enabled():
         raise RuntimeError(
-            f"mat1 and mat2 must have the same dtype: input has {input.dtype} and weight has "
-            f"{w_ih.dtype}. Convert input: input.to({w_ih.dtype})"
+            f"{different_dtypes(input, w_ih)}: input dtype ({input.dtype}) does not match weight "
+            f"dtype ({w_ih.dtype}). Convert input: input.to({w_ih.dtype})"
         )
-    check_device(input, w_ih)
+    check_device(input, w_ih, states)
     biases: tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
     if b_ih is not None and b_hh is not None:
         biases = (b_ih,), (b_hh,)
@@ -212,8 +240,8 @@ def rnn_cell(
         zero = torch.zeros_like(b)
         biases = (zero if b_ih is None else b_ih,), (zero if b_hh is None else b_hh,)
     batched = input.dim() == 2
+    check_states(states, input)
     if states:
-        check_states(states, input)
         states = [s if batched else s.unsqueeze(0) for s in states]
     x = input if batched else input.unsqueeze(0)
     y, after = ops.scan(cell, x, (w_ih,), (w_hh,), biases[0], biases[1], (), states, packed=packed)
@@ -283,17 +311,27 @@ def check_dtype(input: Tensor, weight: Tensor) -> None:
         )
 
 
-def check_device(input: Tensor, weight: Tensor) -> None:
-    """The input must be where the weights are; `RuntimeError` otherwise, as torch.nn."""
-    if input.device != weight.device:
+def check_device(input: Tensor, weight: Tensor, states: Sequence[Tensor] = ()) -> None:
+    """The states and the weights must be where the input is; `RuntimeError` otherwise, as torch.nn.
+
+    It looks at the states first.
+    """
+    device = input.device
+    for s in states:
+        if s.device != device:
+            raise RuntimeError(
+                "Input and hidden tensors are not at the same device, found input tensor at "
+                f"{device} and hidden tensor at {s.device}. Move hx: hx.to({str(device)!r})"
+            )
+    if device != weight.device:
         raise RuntimeError(
             "Input and parameter tensors are not at the same device, found input tensor at "
-            f"{input.device} and parameter tensor at {weight.device}. "
+            f"{device} and parameter tensor at {weight.device}. "
             f"Move input: input.to({str(weight.device)!r}), or the model: "
             + (
                 "model.to_empty(device=...), then load its weights"
                 if weight.device.type == "meta"
-                else f"model.to({str(input.device)!r})"
+                else f"model.to({str(device)!r})"
             )
         )
 
@@ -311,44 +349,55 @@ def check_input(input: Tensor, input_size: int, batch_sizes: Tensor | None) -> N
 
 
 def check_states(states: Sequence[Tensor], input: Tensor) -> None:
-    """Initial states must have the dtype and the device of the input; `RuntimeError` otherwise."""
-    dtype, device = input.dtype, input.device
+    """Initial states must have the dtype of the input; `RuntimeError` otherwise."""
     for s in states:
-        if s.dtype != dtype and not torch._C._is_any_autocast_enabled():
+        if s.dtype != input.dtype and not torch._C._is_any_autocast_enabled():
             raise RuntimeError(
-                f"hx dtype ({s.dtype}) does not match input dtype ({dtype}). "
-                f"Convert hx: hx.to({dtype})"
-            )
-        if s.device != device:
-            raise RuntimeError(
-                f"Input and hidden tensors are not at the same device, found input on "
-                f"{device} and hx on {s.device}. Move hx: hx.to({str(device)!r})"
+                f"{different_dtypes(s, input)}: hx dtype ({s.dtype}) does not match input dtype "
+                f"({input.dtype}). Convert hx: hx.to({input.dtype})"
             )
 
 
-def _states(cell: Cell, hx: States, rank: int) -> tuple[Tensor, ...]:
+def different_dtypes(one: Tensor, other: Tensor) -> str:
+    """What a matrix product of torch says of operands whose dtypes differ."""
+    names = (_SCALAR_TYPES.get(t.dtype, str(t.dtype)) for t in (one, other))
+    return "mat1 and mat2 must have the same dtype, but got {} and {}".format(*names)
+
+
+def _states(cell: Cell, hx: States, rank: int | None, whole: bool) -> tuple[Tensor, ...]:
+    """The states of `hx`, of `rank` dimensions; None for packed input, where torch.nn looks at
+    sizes only.
+
+    It takes the first two of more states, or the halves of one tensor, unless it passes on `hx`
+    as a whole.
+    """
     kind = "batched" if rank == 3 else "unbatched"
-    if len(cell.states) == 1:
+    count = len(cell.states)
+    if count == 1:
         state: Tensor = hx  # type: ignore[assignment]
-        if state.dim() != rank:
+        if rank is not None and state.dim() != rank:
             raise RuntimeError(
                 f"For {kind} {rank}-D input, hx should also be {rank}-D "
                 f"but got {state.dim()}-D tensor"
             )
         return (state,)
-    states = tuple(hx[k] for k in range(len(cell.states)))
-    if any(s.dim() != rank for s in states):
-        what = "hx and cx" if len(states) == 2 else f"the {len(states)} states of hx"
-        dims = ", ".join(f"{s.dim()}-D" for s in states)
+    if rank is not None and any(hx[k].dim() != rank for k in range(count)):
+        what = "hx and cx" if count == 2 else f"the {count} states of hx"
+        dims = ", ".join(f"{hx[k].dim()}-D" for k in range(count))
         raise RuntimeError(
             f"For {kind} {rank}-D input, {what} should also be {rank}-D but got ({dims}) tensors"
         )
-    if len(hx) != len(states):
-        raise RuntimeError(
-            f"cell {cell.name!r} expects {len(states)} states ({', '.join(cell.states)}), "
-            f"got {len(hx)} in hx"
+    if whole and isinstance(hx, Tensor):
+        raise TypeError(
+            f"{cell.name}() received an invalid combination of arguments: hx must be a tuple of "
+            f"{count} Tensors, not a Tensor; pass hx=({', '.join(cell.states)})"
         )
-    return states
+    if whole and len(hx) != count:
+        raise RuntimeError(
+            f"{cell.name} expects {'two' if count == 2 else count} hidden states "
+            f"({', '.join(cell.states)}), got {len(hx)} in hx"
+        )
+    return tuple(hx[k] for k in range(count))
 
 
 def _split(state: Tensor, heads: int) -> Tensor:
@@ -402,7 +451,6 @@ def _check_sizes(
             + (f", and for every one of heads={heads}" if heads > 1 else "")
         )
     check_dtype(input, weights[0][0])
-    check_device(input, weights[0][0])
     check_input(input, weights[0][0].size(1), batch_sizes)
     if hx is None:
         return

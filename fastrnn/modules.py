@@ -125,7 +125,7 @@ class _Layer(Freezable, nn.RNNBase):
         self,
         input: Sequences,
         hx: functional.States | None = None,
-        # Meant as keywords, but the ONNX exporter passes every argument by position.
+        *,
         lengths: Lengths = None,
         resets: Resets = None,
     ) -> tuple[Sequences, Tensor | tuple[Tensor, ...]]:
@@ -152,6 +152,13 @@ class _Layer(Freezable, nn.RNNBase):
             check=self._check,
             packed=self._frozen.layers if self._frozen is not None else (),
         )
+
+    def _slow_forward(self, *arguments: Any, **keywords: Any) -> Any:
+        # What nn.Module calls in place of forward while TorchScript traces. The ONNX exporter that
+        # does so passes the defaults of all parameters by position, of those for keywords too.
+        while len(arguments) > 2 and arguments[-1] is None:
+            arguments = arguments[:-1]
+        return super()._slow_forward(*arguments, **keywords)  # type: ignore[no-untyped-call]
 
     def stream(self, batch_size: int = 1, *, threads: int = 1, release_gil: bool = True) -> Stepper:
         """A stepper: these layers with a copy of their weights and states of its own, for
@@ -189,6 +196,8 @@ class _Layer(Freezable, nn.RNNBase):
         return stepper(self._cell(), self._weights(), batch_size, threads, release_gil)
 
     def _cell(self) -> Cell:
+        if self.mode not in _CELL_OF_MODE:
+            raise AssertionError(f"mode must be RNN_TANH or RNN_RELU, got {self.mode}")
         return _CELL_OF_MODE[self.mode]
 
     def _weights(self) -> list[list[Tensor]]:
@@ -222,7 +231,6 @@ class _Layer(Freezable, nn.RNNBase):
             self.check_input(input, batch_sizes)
         else:
             self.check_forward_args(input, cast(Tensor, hx), batch_sizes)
-        functional.check_device(input, weight)
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         """Raise what torch.nn raises for an input of wrong dtype or shape."""
@@ -308,9 +316,10 @@ class _Plain(_Layer):
         """Raise what torch.nn raises for an input of wrong dtype or shape."""
         super().check_input(input, batch_sizes)
         if self.proj_size > 0:
+            expected = self.get_expected_hidden_size(input, batch_sizes)
             raise RuntimeError(
-                f"Expected hidden size to be hidden_size, but {self._name} was given "
-                f"proj_size={self.proj_size}; projections are for LSTM"
+                f"Expected hidden size {expected}, got {[*expected[:2], self.hidden_size]}: "
+                f"{self._name} was given proj_size={self.proj_size}, and projections are for LSTM"
             )
 
 
@@ -337,14 +346,16 @@ class RNN(_Plain):
             time, also on a layer that replaced one of torch.nn. A keyword of ours alone.
 
     Call:
-        `output, h_n = layer(input, hx=None, lengths=None, resets=None)` with `input`
+        `output, h_n = layer(input, hx=None, *, lengths=None, resets=None)` with `input`
         [T, B, I], [T, I] or a `PackedSequence`; `hx` and `h_n` [num_layers*D, B, H]; `output`
         [T, B, D*H]. `lengths` [B] takes rows of different lengths unsorted, `resets` (bool,
-        [T, B]) marks steps where an episode begins. Both are described in `functional.rnn`.
+        [T, B]) marks steps where an episode begins; both are given by keyword, and described in
+        `functional.rnn`.
 
     Raises:
-        As torch.nn does: `TypeError` and `ValueError` for arguments; from a call `ValueError` for
-        wrong dimensions or dtype of the input, `RuntimeError` for wrong sizes.
+        As torch.nn does, and a message begins with torch.nn's sentence where it has one:
+        `TypeError` and `ValueError` for arguments; from a call `ValueError` for wrong dimensions
+        or dtype of the input, `RuntimeError` for wrong sizes.
 
     https://docs.pytorch.org/docs/stable/generated/torch.nn.RNN.html
     """
@@ -367,7 +378,7 @@ class RNN(_Plain):
         recompute: bool = False,
         **unknown: Any,
     ) -> None:
-        _refuse(unknown)
+        _refuse(self, unknown)
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(
                 f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'."
@@ -421,7 +432,7 @@ class GRU(_Plain):
         recompute: bool = False,
         **unknown: Any,
     ) -> None:
-        _refuse(unknown)
+        _refuse(self, unknown)
         super().__init__(
             cells.gru,
             "GRU",
@@ -526,13 +537,31 @@ class LSTM(_Several):
         batch_sizes: Tensor | None,
         weight: Tensor,
     ) -> None:
+        if batch_sizes is None:
+            super()._check(input, hx, batch_sizes, weight)
+            return
+        # torch.nn checks nothing of packed input of an LSTM: what it says comes from the operator,
+        # its loop over layers and its products.
+        for k, state in enumerate(hx or ()):
+            if (rank := state.dim()) < 3:
+                raise IndexError(
+                    f"Dimension out of range (expected to be in range of [{-rank}, {rank - 1}], "
+                    f"but got 2): hx[{k}] should be 3-D but is {rank}-D"
+                )
+        if hx is not None and (count := hx[0].size(0)) != len(self._all_weights):
+            if self.bidirectional and count % 2:
+                what = "Odd number of params or hiddens given to a bidirectional RNN"
+            else:
+                what = "Expected more hidden states in stacked_rnn"
+            raise RuntimeError(
+                f"{what}: hx has states of {count} layers and directions, and the module has "
+                f"{len(self._all_weights)}"
+            )
         try:
             super()._check(input, hx, batch_sizes, weight)
         except ValueError as error:
-            if batch_sizes is None:
-                raise
-            # torch.nn leaves packed input of an LSTM to the matrix product, which raises this.
-            raise RuntimeError(str(error)) from None
+            what = functional.different_dtypes(input, weight)
+            raise RuntimeError(f"{what}: {error}") from None
 
 
 class Recurrent(_Several):
@@ -698,9 +727,11 @@ def _check_heads(heads: int, hidden_size: int, bidirectional: bool, proj_size: i
         )
 
 
-def _refuse(unknown: dict[str, Any]) -> None:
+def _refuse(layer: _Layer, unknown: dict[str, Any]) -> None:
     """torch.nn takes `proj_size` for RNN and GRU by position only, and then refuses the call."""
     if "proj_size" in unknown:
         raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-    if unknown:
-        raise TypeError(f"unexpected keyword arguments: {', '.join(unknown)}")
+    for name in unknown:
+        raise TypeError(
+            f"{type(layer).__name__}.__init__() got an unexpected keyword argument {name!r}"
+        )

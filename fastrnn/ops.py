@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import has_torch_function
 
-from fastrnn import kernels, plan, reference
+from fastrnn import flops, kernels, plan, reference
 from fastrnn.cells import Cell
 from fastrnn.extension import _C
 
@@ -272,3 +272,6 @@ def _scan_backward_fake(
         if want
         for t in group or ()
     ]
+
+
+flops.register_when_imported()

@@ -292,3 +292,120 @@ def test_a_cell_of_a_script_must_be_declared_again(tmp_path: Path) -> None:
     names: dict[str, Any] = {"__name__": "notebook"}
     exec(DECLARATION, names)
     assert pickle.loads(saved).cell is names["elsewhere"]
+
+
+# Sent to processes that never saw them, by value.
+
+SENDER = """
+import functools, sys
+import cloudpickle, torch, fastrnn
+RATE = 0.5
+def helper(x): return torch.tanh(x) * RATE
+@fastrnn.cell(gates="a", states="h")
+def scripted(u, v, h): return 0.5 * h + helper(u.a + v.a)
+def declare(kept):
+    @fastrnn.cell(gates="a", states="hc")
+    def enclosed(u, v, h, c): return helper(kept * h + u.a), scripted.function(u, v, c)
+    return enclosed
+notebook = {"__name__": "__main__"}
+exec('''
+import torch, fastrnn
+scale = torch.tensor(0.25)
+@fastrnn.cell(gates="a", states="h")
+def typed(u, v, h): return scale * h + torch.tanh(u.a + v.a)
+''', notebook)
+partial = fastrnn.cell(gates="a", states="h", name="partial")(
+    functools.partial(lambda u, v, h, by: by * h + u.a, by=3.0)
+)
+cells = [scripted, declare(0.75), notebook["typed"], partial]
+x = torch.linspace(-1, 1, 6).view(3, 2)
+after = [c.step([x], [2 * x], [x] * len(c.states)) for c in cells]
+model = torch.nn.Sequential(torch.nn.Linear(2, 2), fastrnn.Recurrent(scripted, 2, 3))
+with open("sent", "wb") as file:
+    cloudpickle.dump((cells, after, model, x, model(x)[0].detach()), file)
+"""
+RECEIVER = """
+import pickle, warnings
+import cloudpickle, torch, fastrnn
+assert not hasattr(cloudpickle.cloudpickle, "scripted")
+@fastrnn.cell(gates="a", states="hc")
+def enclosed(u, v, h, c): return h, c  # another one of the same name
+load = lambda: pickle.load(open("sent", "rb"))
+cells, after, model, x, y = load()
+assert [c.name for c in cells] == ["scripted", "enclosed", "typed", "partial"]
+for cell, wanted in zip(cells, after):
+    got = cell.step([x], [2 * x], [x] * len(cell.states))
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted)), cell
+with warnings.catch_warnings():
+    warnings.simplefilter("error", UserWarning)  # that it is not compiled
+    torch.testing.assert_close(model(x)[0], y)
+assert model[1].cell is cells[0] is fastrnn.cells.get("scripted")
+assert fastrnn.cells.get("enclosed") is enclosed is not cells[1]
+# Another load finds the same, so that nothing is derived or compiled for each task.
+assert all(a is b for a, b in zip(load()[0], cells))
+# They are sent on: by value once more, or by the name that they have here now.
+again = pickle.loads(cloudpickle.dumps(cells))
+assert all(a is b for a, b in zip(again, cells))
+assert pickle.loads(pickle.dumps(model))[1].cell is cells[0]
+try:
+    pickle.loads(pickle.dumps(cells[1]))
+except ValueError as error:
+    print(error)
+with open("back", "wb") as file:
+    pickle.dump(cells[0], file)
+"""
+
+
+def test_cloudpickle_takes_cells_along(tmp_path: Path) -> None:
+    """Of a script, a function and a notebook, with the globals and helpers that they read."""
+    pytest.importorskip("cloudpickle")
+    done = run(SENDER, tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = run(RECEIVER, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "the cell 'enclosed' declared here is not the one that was saved" in done.stdout
+    # What comes back by name is known where it was declared.
+    home = SENDER + "\nimport pickle\nassert pickle.load(open('back', 'rb')) is scripted"
+    done = run(home, tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_cloudpickle_leaves_cells_of_modules_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it does with functions: unless it is told to, for the module."""
+    cloudpickle = pytest.importorskip("cloudpickle")
+    (here := tmp_path / "here").mkdir()
+    (there := tmp_path / "there").mkdir()
+    (here / "module_of_one_side.py").write_text(DECLARATION)
+    monkeypatch.syspath_prepend(here)
+    module = importlib.import_module("module_of_one_side")
+    assert cloudpickle.loads(cloudpickle.dumps(module.elsewhere)) is module.elsewhere
+
+    (there / "saved").write_bytes(cloudpickle.dumps(module.elsewhere))
+    load = "import pickle, torch; c = pickle.load(open('saved', 'rb')); x = [torch.ones(2)]\n"
+    done = run(load, there)
+    assert "no cell named 'elsewhere' is declared here (No module named" in done.stderr
+
+    cloudpickle.register_pickle_by_value(module)
+    try:
+        (there / "saved").write_bytes(cloudpickle.dumps(module.elsewhere))
+    finally:
+        cloudpickle.unregister_pickle_by_value(module)
+    done = run(load + "print(c.step(x, x, x)[0].tolist())", there)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[2.5, 2.5]"
+
+
+def test_the_digest_sees_captured_tensors_and_settings() -> None:
+    def capturing(value: Any) -> str:
+        def step(u: Any, v: Any, h: Tensor) -> Tensor:
+            return value * h + u.a
+
+        return cells._digest(step)
+
+    def settings(rate: float) -> types.SimpleNamespace:
+        return types.SimpleNamespace(rate=rate)
+
+    for make in (torch.tensor, settings, lambda rate: {"rate": rate}):
+        assert capturing(make(0.5)) == capturing(make(0.5)) != capturing(make(0.25)), make

@@ -120,7 +120,7 @@ def weights(inputs: int = 3, hidden: int = 5) -> list[list[Tensor]]:
         (
             (torch.randn(4, 2, 3), weights(), torch.randn(1, 2, 5).to("meta")),
             RuntimeError,
-            r"found input on cpu and hx on meta. Move hx: hx.to\('cpu'\)",
+            r"input tensor at cpu and hidden tensor at meta. Move hx: hx.to\('cpu'\)",
         ),
     ],
 )

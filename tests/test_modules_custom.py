@@ -199,7 +199,7 @@ def test_bad_states(cell: Cell) -> None:
     ):
         layer(x, wrong)
     if count > 1:
-        with pytest.raises(RuntimeError, match=rf"{count} states \({', '.join(cell.states)}"):
+        with pytest.raises(RuntimeError, match=rf"hidden states \({', '.join(cell.states)}"):
             layer(x, (h,) * (count + 1))
         with pytest.raises(RuntimeError, match="should also be 3-D"):
             layer(x, (h[0],) * count)
