@@ -38,7 +38,7 @@ def backward(named: dict[str, Any]) -> int:
     """
     needs_x, needs_w_ih, needs_w_hh, _, needs_w_hr, needs_states = named["needs"]
     rows, states = _rows(named), named["s0"]
-    batch = states[0].shape[1] if states else named["x"].shape[-2]
+    batch = states[0].shape[-2] if states else named["x"].shape[-2]
     w_ih, w_hh, w_hr = (_numel(named, name) for name in ("w_ih", "w_hh", "w_hr"))
     total = 2 * rows * (w_ih * (needs_x + needs_w_ih) + w_hh * needs_w_hh + w_hr * (1 + needs_w_hr))
     total += 2 * (rows if needs_states else rows - batch) * w_hh
@@ -61,7 +61,7 @@ def _rows(named: dict[str, Any]) -> int:
 
 
 def _numel(named: dict[str, Any], *names: str) -> int:
-    return sum(prod(weight.shape) for name in names for weight in named[name])
+    return sum(prod(weight.shape) for name in names for weight in named[name] or ())
 
 
 def _register(counter: ModuleType) -> None:

@@ -262,12 +262,14 @@ class _Layer(Freezable, nn.RNNBase):
         own = self._own_weights()
         entries = zip(self._flat_weights_names, values, own, strict=True)
         written = {name: value for name, value, weight in entries if value is not weight}
-        self._written = Written(written, own) if written else None
+        self._init_flat_weights()
+        if written:
+            self._written = Written(written, own)
 
     __setattr__ = nn.Module.__setattr__  # type: ignore[assignment]
 
     def _init_flat_weights(self) -> None:
-        self._written = None
+        self.__dict__.pop("_written", None)
 
     def _update_flat_weights(self) -> None:
         pass
