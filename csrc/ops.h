@@ -82,8 +82,9 @@ Tensor pack(const std::string& cell, const Tensor& w_ih, const Tensor& w_hh,
 // Changes when the tensors are replaced, written to in place, or (by samples) in other ways.
 int64_t fingerprint(TensorList tensors);
 
-// The facts of a cell that is to run on such a device; raises for an unknown one.
-const CellFacts& known_cell(std::string_view name, at::DeviceType device);
+// The facts of a cell that is to run on tensors of that device and dtype; raises for an unknown
+// one. On a CPU its code is compiled first where there is none yet and it can be had.
+const CellFacts& known_cell(std::string_view name, at::DeviceType device, at::ScalarType dtype);
 
 // Gradients in the order of the op's inputs, present only where needed: x, w_ih.., w_hh.., b_ih..,
 // b_hh.., w_hr.., s0..
