@@ -12,6 +12,7 @@ import fcntl
 import os
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -28,16 +29,9 @@ SOURCES = ROOT / "csrc"
 KERNELS = "_cuda.so"  # beside the extension
 # These alone have torch in reach: what lies below them is compiled without its headers.
 BINDING = ("autograd.cpp", "cpu_ops.cpp", "fingerprint.cpp", "ops.cpp", "stepper_binding.cpp")
-ISA_FLAGS = {
-    "baseline": "",
-    "avx2": "-mavx2 -mfma -mf16c",
-    "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c "
-    "-mprefer-vector-width=512",
-}
-CXX_FLAGS = (
-    "-fPIC -fvisibility=hidden -fopenmp -ffp-contract=fast -fno-math-errno -fno-trapping-math "
-    "-Wall -Wextra"
-)
+FLAGS = runpy.run_path(str(ROOT / "fastrnn" / "flags.py"))
+ISA_FLAGS: dict[str, str] = FLAGS["ISA"]
+CXX_FLAGS = f"{FLAGS['CXX']} -Wall -Wextra"
 NINJA_FILE = """\
 rule generate
   command = {python} {setup} generate $out
@@ -137,7 +131,7 @@ def ninja_file(folder: Path) -> str:
     release = tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2])
     debug = os.environ.get("FASTRNN_DEBUG") == "1"
     flags = [
-        "-O0 -g" if debug else "-O3 -g0 -DNDEBUG",
+        "-O0 -g" if debug else FLAGS["OPTIMISED"],
         CXX_FLAGS,
         # Not -I: <math.h> must stay the system's.
         *(f"-iquote {quote(path)}" for path in (folder, SOURCES)),

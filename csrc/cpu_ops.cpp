@@ -79,8 +79,8 @@ void check_packed(const CellFacts& cell, const ScanInputs& in, const Shape& n,
   if (in.packed.empty()) return;
   TORCH_CHECK(static_cast<int64_t>(in.packed.size()) == n.P,
               "scan: packed should hold one tensor per scan, ", n.P, ", got ", in.packed.size());
-  const int64_t bytes =
-      cell.code().packed_bytes[compute == at::kDouble]({n.I, n.H, n.Q, n.projected});
+  const bool in_double = compute == at::kDouble;
+  const int64_t bytes = cell.code(in_double).packed_bytes[in_double]({n.I, n.H, n.Q, n.projected});
   for (const Tensor& each : in.packed)
     TORCH_CHECK(each.is_cpu() && each.scalar_type() == compute && each.is_contiguous() &&
                     static_cast<int64_t>(each.nbytes()) == bytes,
@@ -97,7 +97,7 @@ void out_of_memory(bool done) {
 Tensor pack(const std::string& name, const Tensor& w_ih, const Tensor& w_hh,
             const std::optional<Tensor>& b_ih, const std::optional<Tensor>& b_hh,
             const std::optional<Tensor>& w_hr) {
-  const CellFacts& cell = known_cell(name, at::kCPU);
+  const CellFacts& cell = known_cell(name, at::kCPU, w_ih.scalar_type());
   const auto list = [](const std::optional<Tensor>& each) {
     return each ? std::vector<Tensor>{*each} : std::vector<Tensor>{};
   };
@@ -112,14 +112,15 @@ Tensor pack(const std::string& name, const Tensor& w_ih, const Tensor& w_hh,
   const Operands operands(in, n, compute);
   const LaneSizes sizes{n.I, n.H, n.Q, n.projected};
   const bool in_double = compute == at::kDouble;
-  const int64_t numbers = cell.code().packed_bytes[in_double](sizes) / at::elementSize(compute);
+  const int64_t numbers =
+      cell.code(in_double).packed_bytes[in_double](sizes) / at::elementSize(compute);
   const Tensor packed = at::empty({numbers}, x.options().dtype(compute));
-  cell.code().pack[in_double](sizes, operands.lanes[0], packed.mutable_data_ptr());
+  cell.code(in_double).pack[in_double](sizes, operands.lanes[0], packed.mutable_data_ptr());
   return packed;
 }
 
 ScanOutputs scan_cpu(const ScanInputs& in, bool tape) {
-  const CellFacts& cell = known_cell(in.cell, at::kCPU);
+  const CellFacts& cell = known_cell(in.cell, at::kCPU, in.x.scalar_type());
   const Shape n = checked_shape(cell, in);
   const RowTables tables(n, in);
   const Choice& choice = choose(cell, problem_of(in, n, tables.live_rows(), tape, false));
@@ -155,13 +156,14 @@ ScanOutputs scan_cpu(const ScanInputs& in, bool tape) {
   args.y = y.mutable_data_ptr();
   args.tape = tape ? kept.mutable_data_ptr() : nullptr;
   args.final_states = finals.data();
-  out_of_memory(cell.code().forward[compute == at::kDouble](args, choice.cpu));
+  const bool in_double = compute == at::kDouble;
+  out_of_memory(cell.code(in_double).forward[in_double](args, choice.cpu));
   return out;
 }
 
 std::vector<Tensor> scan_backward_cpu(const ScanInputs& in, const Incoming& grads, const Tensor& y,
                                       const Tensor& given_tape, const Needs& needs) {
-  const CellFacts& cell = known_cell(in.cell, at::kCPU);
+  const CellFacts& cell = known_cell(in.cell, at::kCPU, in.x.scalar_type());
   const Shape n = checked_shape(cell, in);
   const RowTables tables(n, in);
   const Choice& choice = choose(cell, problem_of(in, n, tables.live_rows(), true, true));
@@ -286,7 +288,7 @@ std::vector<Tensor> scan_backward_cpu(const ScanInputs& in, const Incoming& grad
     begin = tables.stretch_begin(end, most);
     args.begin = rest.begin = begin;
     args.end = rest.end = end;
-    out_of_memory(cell.code().backward[in_double](args, plan));
+    out_of_memory(cell.code(in_double).backward[in_double](args, plan));
     out_of_memory(run_gradients(in_double, rest, plan));
   }
 

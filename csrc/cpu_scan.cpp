@@ -1,17 +1,41 @@
 // All cells on a CPU, forward and backward, for one instruction set. Compiled once for each
-// (FASTRNN_ISA names it), and at run time for a user's cell.
+// (FASTRNN_ISA names it).
+//
+// A custom cell is compiled at run time, in the one type that FASTRNN_TYPE names, and in two parts
+// (FASTRNN_PART), which two compilers work on at the same time: 1 has the way forward and the
+// table, 2 has the way back and the stepper.
+#include <type_traits>
+
 #include "cell.h"
 #include "cpu_backward.h"
 #include "cpu_forward.h"
-#include "cpu_gradients.h"
 #include "cpu_packed.h"
 #include "cpu_step.h"
 #include "scan.h"
-
-#define FASTRNN_JOIN_(a, b) a##b
-#define FASTRNN_JOIN(a, b) FASTRNN_JOIN_(a, b)
+#ifndef FASTRNN_PART
+#include "cpu_gradients.h"
+#endif
 
 namespace fastrnn {
+
+#ifdef FASTRNN_PART
+bool custom_backward(const BackwardArgs&, const CpuPlan&);
+void custom_step(const StepArgs&);
+#endif
+
+#if defined(FASTRNN_PART) && FASTRNN_PART == 2
+
+#define FASTRNN_REST(Cell)                                              \
+  bool custom_backward(const BackwardArgs& args, const CpuPlan& plan) { \
+    return Backward<Cell, FASTRNN_TYPE>::run(args, plan);               \
+  }                                                                     \
+  void custom_step(const StepArgs& args) { Step<Cell, FASTRNN_TYPE>::run(args); }
+FASTRNN_CELLS(FASTRNN_REST)
+
+}  // namespace fastrnn
+
+#else
+
 namespace {
 
 template <class Cell>
@@ -21,21 +45,39 @@ constexpr uint32_t tied_bits() {
   return bits;
 }
 
+template <class Cell, class T>
+constexpr void add_code(CompiledCell& to) {
+  constexpr int type = std::is_same_v<T, double>;
+  to.forward[type] = &Forward<Cell, T>::run;
+  to.packed_bytes[type] = &Packed<Cell, T>::bytes;
+  to.pack[type] = &Packed<Cell, T>::pack_all;
+#ifdef FASTRNN_PART
+  to.backward[type] = custom_backward;
+  to.step[type] = custom_step;
+#else
+  to.backward[type] = &Backward<Cell, T>::run;
+  to.step[type] = &Step<Cell, T>::run;
+#endif
+}
+
 template <class Cell>
 constexpr CompiledCell compiled() {
   static_assert(Cell::kGates <= kMaxGates && Cell::kStates <= kMaxStates,
                 "a cell has at most 16 gates and 8 states");
-  return {Cell::kName,
-          Cell::kGates,
-          Cell::kStates,
-          Cell::kKept,
-          tied_bits<Cell>(),
-          Cell::kProjectable,
-          {&Forward<Cell, float>::run, &Forward<Cell, double>::run},
-          {&Backward<Cell, float>::run, &Backward<Cell, double>::run},
-          {&Packed<Cell, float>::bytes, &Packed<Cell, double>::bytes},
-          {&Packed<Cell, float>::pack_all, &Packed<Cell, double>::pack_all},
-          {&Step<Cell, float>::run, &Step<Cell, double>::run}};
+  CompiledCell cell{};
+  cell.name = Cell::kName;
+  cell.gates = Cell::kGates;
+  cell.states = Cell::kStates;
+  cell.kept = Cell::kKept;
+  cell.tied = tied_bits<Cell>();
+  cell.projectable = Cell::kProjectable;
+#ifdef FASTRNN_PART
+  add_code<Cell, FASTRNN_TYPE>(cell);
+#else
+  add_code<Cell, float>(cell);
+  add_code<Cell, double>(cell);
+#endif
+  return cell;
 }
 
 #define FASTRNN_COMPILED(Cell) compiled<Cell>(),
@@ -44,9 +86,19 @@ constexpr CompiledCell kCells[] = {FASTRNN_CELLS(FASTRNN_COMPILED)};
 }  // namespace
 }  // namespace fastrnn
 
-extern "C" __attribute__((visibility("default"))) fastrnn::CompiledCells FASTRNN_JOIN(
-    fastrnn_cells_, FASTRNN_ISA)() {
-  return {fastrnn::kCells,
-          sizeof(fastrnn::kCells) / sizeof(fastrnn::kCells[0]),
-          {&fastrnn::GradientSweep<float>::run, &fastrnn::GradientSweep<double>::run}};
+#define FASTRNN_JOIN_(a, b) a##b
+#define FASTRNN_JOIN(a, b) FASTRNN_JOIN_(a, b)
+
+extern "C"
+    __attribute__((visibility("default"))) fastrnn::CompiledCells FASTRNN_JOIN(fastrnn_cells_,
+                                                                               FASTRNN_ISA)() {
+  fastrnn::CompiledCells all{
+      fastrnn::kCells, sizeof(fastrnn::kCells) / sizeof(fastrnn::kCells[0]), {}};
+#ifndef FASTRNN_PART
+  all.gradients[0] = &fastrnn::GradientSweep<float>::run;
+  all.gradients[1] = &fastrnn::GradientSweep<double>::run;
+#endif
+  return all;
 }
+
+#endif

@@ -70,12 +70,14 @@ class WithAutograd {
 
 }  // namespace
 
-const CellFacts& known_cell(std::string_view name, at::DeviceType device) {
+const CellFacts& known_cell(std::string_view name, at::DeviceType device, at::ScalarType dtype) {
   const CellFacts* cell = find_cell(std::string(name));
-  if (!cell) {
-    // A program exported elsewhere knows cells that are declared but not yet used here.
+  const bool in_double = dtype == at::kDouble;
+  if (!cell || (device == at::kCPU && !cell->compiled[in_double])) {
+    // A program exported elsewhere knows cells that are declared but not yet used here, and may run
+    // in another dtype than the cell did so far.
     py::gil_scoped_acquire gil;
-    python().find(std::string(name), c10::DeviceTypeName(device, /*lower_case=*/true));
+    python().find(std::string(name), c10::DeviceTypeName(device, /*lower_case=*/true), in_double);
     cell = find_cell(std::string(name));
   }
   TORCH_CHECK(cell, "fastrnn: no cell is registered under '", name,
@@ -126,7 +128,8 @@ const Choice& choose(const CellFacts& cell, const Problem& exact) {
       py::arg("device") = c10::DeviceTypeName(p.device, /*lower_case=*/true),
       py::arg("tape") = p.tape, py::arg("backward") = p.backward,
       py::arg("projected") = p.projected, py::arg("frozen") = p.frozen,
-      py::arg("projectable") = cell.projectable, py::arg("compiled") = cell.compiled != nullptr,
+      py::arg("projectable") = cell.projectable,
+      py::arg("compiled") = cell.compiled[p.dtype == at::kDouble] != nullptr,
       py::arg("threads") = threads);
   auto [kernel, packed, lanes, slots, units, chunk_rows] =
       answer.cast<std::tuple<std::string, bool, int32_t, int32_t, int32_t, int64_t>>();
@@ -242,7 +245,7 @@ std::vector<Tensor> cpu_packed(FASTRNN_PACKED_PARAMETERS) {
 
 // Devices and dtypes without a kernel of their own in C++.
 std::string kernel_elsewhere(const ScanInputs& in, bool tape, bool backward) {
-  const CellFacts& facts = known_cell(in.cell, in.x.device().type());
+  const CellFacts& facts = known_cell(in.cell, in.x.device().type(), in.x.scalar_type());
   const Tensor& x = in.x;
   const int64_t steps = x.dim() == 3 ? x.size(0) : 1, batch = x.size(-2);
   return choose(facts,
@@ -500,11 +503,12 @@ PYBIND11_MODULE(_C, m) {
         "Makes a cell known without code for CPUs, which load_cells may add.");
   m.def(
       "has_code",
-      [](const std::string& name) {
+      [](const std::string& name, bool in_double) {
         const CellFacts* cell = find_cell(name);
-        return cell && cell->compiled;
+        return cell && cell->compiled[in_double];
       },
-      "Whether a cell is known and has code for CPUs.");
+      py::arg("name"), py::arg("in_double") = false,
+      "Whether a cell is known and has code for CPUs that computes in float, or in double.");
   m.def(
       "load_cells",
       [](const std::string& path, const std::string& symbol) {

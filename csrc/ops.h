@@ -110,8 +110,9 @@ bool unchanged(TensorList tensors, const Tensor& fingerprint, int64_t rows);
 // `y.transpose(0, 1)` that is no view to autograd: in place changes of it are those of y.
 Tensor transposed(const Tensor& y);
 
-// The facts of a cell that is to run on such a device; raises for an unknown one.
-const CellFacts& known_cell(std::string_view name, at::DeviceType device);
+// The facts of a cell that is to run on tensors of that device and dtype; raises for an unknown
+// one. On a CPU its code is compiled first where there is none yet and it can be had.
+const CellFacts& known_cell(std::string_view name, at::DeviceType device, at::ScalarType dtype);
 
 // Gradients in the order of the op's inputs, present only where needed: x, w_ih.., w_hh.., b_ih..,
 // b_hh.., w_hr.., s0..

@@ -84,8 +84,10 @@ struct Registry {
   void add(const CompiledCells& from) {
     for (int32_t i = 0; i < from.count; ++i) {
       const CompiledCell& cell = from.cells[i];
-      add(cell.name, cell.gates, cell.states, cell.kept, cell.tied, cell.projectable).compiled =
-          &cell;
+      CellFacts& facts =
+          add(cell.name, cell.gates, cell.states, cell.kept, cell.tied, cell.projectable);
+      for (int type = 0; type < 2; ++type)
+        if (cell.forward[type]) facts.compiled[type] = &cell;
     }
   }
 };
@@ -108,9 +110,11 @@ const CellFacts* find_cell(const std::string& name) {
   return found == all.cells.end() ? nullptr : &found->second;
 }
 
-const CompiledCell& CellFacts::code() const {
-  const CompiledCell* found = compiled;
-  if (!found) throw std::runtime_error("there is no compiled code for cell '" + name + "'");
+const CompiledCell& CellFacts::code(bool in_double) const {
+  const CompiledCell* found = compiled[in_double];
+  if (!found)
+    throw std::runtime_error("there is no compiled code for cell '" + name + "' in " +
+                             (in_double ? "double" : "float"));
   return *found;
 }
 

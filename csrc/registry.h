@@ -16,15 +16,15 @@ struct CellFacts {
   int32_t states = 0;
   int32_t kept = 0;
   uint32_t tied = 0;
-  bool projectable = false;  // as in CompiledCell
-  std::atomic<const CompiledCell*> compiled{nullptr};
+  bool projectable = false;                           // as in CompiledCell
+  std::atomic<const CompiledCell*> compiled[2] = {};  // to compute in float, and in double
 
   bool all_tied() const { return tied == (gates >= 32 ? ~0u : (1u << gates) - 1); }
   // Values a row keeps per unit: states past the first, what the derivative needs, and state 0
   // before its projection.
   int64_t tape_width(bool projected) const { return states - 1 + kept + projected; }
-  // Its code for CPUs; throws std::runtime_error where there is none.
-  const CompiledCell& code() const;
+  // Its code for CPUs in that type; throws std::runtime_error where there is none.
+  const CompiledCell& code(bool in_double) const;
 };
 
 // The facts of a cell, or null. The pointer stays valid for good.

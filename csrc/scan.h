@@ -204,7 +204,8 @@ struct CpuPlan {
   FASTRNN_INLINE int32_t threads() const { return split_lanes * split_slots * split_units; }
 };
 
-// A cell compiled for one instruction set; index 0 computes in float, 1 in double.
+// A cell compiled for one instruction set; index 0 computes in float, 1 in double. A type that was
+// not compiled has null in every place.
 // A kernel returns false when it ran out of memory. What `pack` writes is for the kernels of the
 // same cell, type and instruction set.
 struct CompiledCell {
@@ -224,7 +225,8 @@ struct CompiledCell {
 struct CompiledCells {
   const CompiledCell* cells;
   int32_t count;
-  bool (*gradients[2])(const GradientArgs&, const CpuPlan&);  // the same for all cells
+  // The same for all cells; null in the library of a custom cell.
+  bool (*gradients[2])(const GradientArgs&, const CpuPlan&);
 };
 
 }  // namespace fastrnn

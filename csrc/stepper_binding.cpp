@@ -354,10 +354,10 @@ PyObject* make(PyTypeObject* type, PyObject* args, PyObject*) {
   if (!PyArg_ParseTuple(args, "sOLip", &name, &given, &batch, &threads, &release_gil))
     return nullptr;
   const auto layers = py::cast<std::vector<std::vector<at::Tensor>>>(py::handle(given));
-  const CellFacts& cell = known_cell(name, at::kCPU);
   TORCH_CHECK(batch >= 1 && threads >= 1 && !layers.empty() && layers[0].size() >= 2,
               "a stepper needs a batch, a thread and a layer");
   const at::ScalarType stored = layers[0][0].scalar_type();
+  const CellFacts& cell = known_cell(name, at::kCPU, stored);
   const Kind* kind = nullptr;
   for (const Kind& each : kKinds)
     if (each.type == stored) kind = &each;
@@ -390,7 +390,8 @@ PyObject* make(PyTypeObject* type, PyObject* args, PyObject*) {
   const Storage storage = stored == at::kBFloat16 ? Storage::kBfloat16
                           : stored == at::kHalf   ? Storage::kFloat16
                                                   : Storage::kSame;
-  auto stepper = std::make_unique<Stepper>(cell.code(), in_double, storage, batch, sizes, threads);
+  auto stepper =
+      std::make_unique<Stepper>(cell.code(in_double), in_double, storage, batch, sizes, threads);
   for (size_t l = 0; l < lanes.size(); ++l) stepper->pack(static_cast<int64_t>(l), lanes[l]);
 
   PyObject* object = type->tp_alloc(type, 0);

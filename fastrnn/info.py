@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastrnn import cells, jit, kernels, plan
+from fastrnn import cache, cells, jit, kernels, plan
 from fastrnn._version import __version__
 from fastrnn.extension import _C
 from fastrnn.modules import LSTM
@@ -85,7 +85,7 @@ def collect() -> Facts:
         instruction_set=_C.isa(),
         gpus=[torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())],
         compiler=_compiler(),
-        compiled_cells=str(jit.cache_folder()),
+        compiled_cells=_kept_in(),
         kernels=_usable_kernels(),
         self_check=self_check(),
     )
@@ -97,6 +97,13 @@ def _compiler() -> str:
     except jit.CompilationFailed as error:
         return f"none: {error}"
     return f"{' '.join(found.command)}: {found.version.splitlines()[0]}"
+
+
+def _kept_in() -> str:
+    try:
+        return str(cache.folder())
+    except OSError as error:
+        return f"no folder: {error}"
 
 
 def _usable_kernels() -> dict[str, str | None]:
@@ -203,7 +210,7 @@ def plan_for(
         plan.KernelRefused: when FASTRNN_KERNEL asks for a kernel that cannot run it.
     """
     declared = cells.get(cell)
-    known = kernels.prepare(declared, kind) is not None
+    known = kernels.prepare(declared, kind, getattr(torch, dtype)) is not None
     problem = Problem(
         cell,
         *shape,

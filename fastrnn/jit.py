@@ -1,41 +1,35 @@
-"""Compiles a user's cell for this machine's processor, at run time.
+"""Compiles a custom cell at run time, for the instruction set in use.
 
 The sweep's own source, `cpu_scan.cpp`, is compiled once more with a header that holds just that
-cell. The library is cached on disk under a digest of all it depends on. Environment: `CXX` names
-the compiler, `FASTRNN_CACHE` the folder of the cache (`~/.cache/fastrnn` by default).
+cell, in float or in double: most programs need one of them. The library is kept on disk under a
+digest of all it depends on (`cache`). Environment: `CXX` names the compiler, `FASTRNN_LOG=quiet`
+keeps silent about compiling.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
-import platform
 import re
 import shlex
 import shutil
 import subprocess
-import tempfile
+import sys
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastrnn import cache, flags
 from fastrnn.codegen import Derived, header
+from fastrnn.extension import _C
 
-__all__ = [
-    "SYMBOL",
-    "CompilationFailed",
-    "Compiler",
-    "cache_folder",
-    "compile_cell",
-    "compiler",
-    "sources",
-]
+__all__ = ["SYMBOL", "CompilationFailed", "Compiler", "compile_cell", "compiler", "sources"]
 
-SYMBOL = "fastrnn_cells_native"
-_FLAGS = shlex.split(
-    "-std=c++17 -O3 -DNDEBUG -DFASTRNN_ISA=native -ffp-contract=fast -fno-math-errno "
-    "-fno-trapping-math -fPIC -shared -fvisibility=hidden -fopenmp"
-)
+SYMBOL = "fastrnn_cells_custom"
+_PARTS = 2  # of cpu_scan.cpp, compiled at the same time
 _SECONDS = 600
 
 
@@ -65,7 +59,7 @@ def _compiler(named: str, path: str) -> Compiler:
     commands = [shlex.split(named)] if named else [["g++"], ["clang++"], ["c++"]]
     for command in commands:
         if shutil.which(command[0], path=path):
-            said = _run([*command, "--version"])
+            (said,) = _run([*command, "--version"])
             if said.returncode == 0:
                 return Compiler(tuple(command), said.stdout.strip())
             raise CompilationFailed(f"`{shlex.join(command)} --version` failed: {_errors(said)}")
@@ -89,111 +83,127 @@ def sources() -> Path:
     raise CompilationFailed(f"this installation of fastrnn has no C++ sources in {here / 'csrc'}")
 
 
-def compile_cell(derived: Derived, key: str, fresh: bool = False) -> Path:
-    """The shared library of a cell, known to the kernels as `key`; its one function is `SYMBOL`.
+def compile_cell(derived: Derived, key: str, number: str = "float", fresh: bool = False) -> Path:
+    """The shared library of a cell, known to the kernels as `key`, that computes in `number`, float
+    or double; its one function is `SYMBOL`.
 
-    Processes may do this at once: a library appears in the cache complete or not at all. `fresh`
-    compiles it even so and puts it in the place of the one in the cache, which may be damaged.
+    Processes may do this at once: one of them compiles, the others wait for it. A library appears
+    in the cache complete or not at all. `fresh` compiles it even so and puts it in the place of the
+    one in the cache, which may be damaged.
 
     Raises:
-        CompilationFailed: without a compiler or sources, or with the compiler's first errors.
+        CompilationFailed: without a compiler, sources or a place for the library, or with the
+            compiler's first errors.
     """
     chosen, folder, text = compiler(), sources(), header([derived], [key])
-    flags = [*_FLAGS, *_native_flags(chosen)]
+    options = _options(number)
     digest = hashlib.sha256()
-    for part in (text, chosen.version, shlex.join([*chosen.command, *flags]), _processor()):
+    for part in (text, chosen.version, shlex.join([*chosen.command, *options])):
         digest.update(part.encode() + b"\0")
     for source in sorted([*folder.glob("*.h"), folder / "cpu_scan.cpp"]):
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
     name = f"{re.sub(r'[^0-9A-Za-z_-]', '_', key)}-{digest.hexdigest()[:16]}.so"
-    target = cache_folder() / name
-    if fresh or not target.is_file():
-        try:
-            _build(derived, chosen, flags, text, target)
-        except OSError as error:
-            raise CompilationFailed(f"cell {derived.name!r} was not compiled: {error}") from error
+    what = f"cell {derived.name!r} in {number} for {_C.isa()}"
+    try:
+        target = cache.folder() / name
+        before = _found(target)
+        if before is not None and not fresh:
+            return target
+        with cache.locked(target, lambda: _say(f"waiting for another process to compile {what}")):
+            now = _found(target)
+            if now is None or (fresh and now == before):
+                last = " until this process ends" if cache.is_private(target.parent) else ""
+                with_it = f"with {shlex.join(chosen.command)}, some 5 seconds"
+                _say(f"compiling {what} {with_it}; kept in {target.parent}{last}")
+                _build(derived, chosen, options, text, target)
+    except OSError as error:
+        raise CompilationFailed(f"cell {derived.name!r} was not compiled: {error}") from error
     return target
 
 
-def _build(derived: Derived, chosen: Compiler, flags: list[str], text: str, target: Path) -> None:
+def _options(number: str) -> list[str]:
+    defines = f"-DFASTRNN_ISA=custom -DFASTRNN_TYPE={number}"
+    return shlex.split(f"-std=c++17 {flags.OPTIMISED} {flags.CXX} {flags.ISA[_C.isa()]} {defines}")
+
+
+def _found(target: Path) -> tuple[int, int] | None:
+    """What tells a library in the cache from the next one in its place; None where there is none
+    that may be loaded."""
+    try:
+        reason, status = cache.file_refusal(target), target.lstat()
+    except FileNotFoundError:
+        return None
+    if reason is not None:
+        cache.warn_once(f"fastrnn compiles a cell again and loads nothing that was kept: {reason}")
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def _build(derived: Derived, chosen: Compiler, options: list[str], text: str, target: Path) -> None:
+    command = [*chosen.command, *options]
     source = sources() / "cpu_scan.cpp"
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix="building-") as work:
-        (Path(work) / "cells.gen.h").write_text(text, encoding="utf-8")
-        made = Path(work) / target.name
+    with cache.work_folder(target) as work:
+        (work / "cells.gen.h").write_text(text, encoding="utf-8")
         # Quoted includes only: as a system folder, csrc would hide the C library's math.h.
-        where = ["-iquote", work, "-iquote", str(source.parent)]
-        done = _run([*chosen.command, *flags, *where, str(source), "-o", str(made)])
-        if done.returncode != 0:
-            raise CompilationFailed(
-                f"{shlex.join(chosen.command)} does not compile cell {derived.name!r}: "
-                f"{_errors(done)}"
-            )
+        where = ["-iquote", str(work), "-iquote", str(source.parent)]
+        objects = [str(work / f"part{part}.o") for part in range(1, _PARTS + 1)]
+        parts = [
+            [*command, f"-DFASTRNN_PART={part}", *where, "-c", str(source), "-o", to]
+            for part, to in enumerate(objects, 1)
+        ]
+        made = work / target.name
+        link = [*command, "-shared", *objects, "-o", str(made)]
+        for commands in (parts, [link]):
+            for done in _run(*commands):
+                if done.returncode != 0:
+                    raise CompilationFailed(
+                        f"{shlex.join(chosen.command)} does not compile cell {derived.name!r}: "
+                        f"{_errors(done)}"
+                    )
+        made.chmod(0o700)  # whatever the umask
         os.replace(made, target)
 
 
-@functools.cache
-def _native_flags(chosen: Compiler) -> tuple[str, ...]:
-    flag = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
-    probe = _run([*chosen.command, flag, "-x", "c++", "-E", os.devnull])
-    return (flag,) if probe.returncode == 0 else ()
+def _say(text: str) -> None:
+    """One line on standard error, where there is one; FASTRNN_LOG=quiet silences it."""
+    if sys.stderr is not None and "quiet" not in os.environ.get("FASTRNN_LOG", ""):
+        with contextlib.suppress(OSError, ValueError):  # it may be closed
+            print(f"fastrnn: {text}", file=sys.stderr, flush=True)
 
 
-@functools.cache
-def _processor() -> str:
-    """What `native` stands for on this machine: a cache may be shared between machines."""
+def _run(*commands: Sequence[str]) -> list[subprocess.CompletedProcess[str]]:
+    """Run commands at the same time, none longer than all of them may take."""
+    started: list[subprocess.Popen[str]] = []
+    until = time.monotonic() + _SECONDS
+    done = []
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n", 1)[0].splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    wanted = (
-        "model",
-        "flags",
-        "Features",
-        "CPU implementer",
-        "CPU part",
-        "vendor_id",
-        "cpu family",
-    )
-    return "\n".join(line for line in lines if line.startswith(wanted))
-
-
-def cache_folder() -> Path:
-    """Where libraries are kept; where that cannot be written, a folder for this process alone."""
-    return _writable(os.environ.get("FASTRNN_CACHE", ""))
-
-
-@functools.cache
-def _writable(named: str) -> Path:
-    folder = Path(named).expanduser() if named else Path("~/.cache/fastrnn").expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError:
-        return Path(_for_this_process().name)
-
-
-@functools.cache
-def _for_this_process() -> tempfile.TemporaryDirectory[str]:
-    """Removed when the process ends, by when the libraries in it are loaded."""
-    return tempfile.TemporaryDirectory(prefix="fastrnn-")
-
-
-def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    try:
-        return subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_SECONDS,
-            stdin=subprocess.DEVNULL,
-            env={**os.environ, "LC_ALL": "C"},
-        )
-    except subprocess.TimeoutExpired:
-        raise CompilationFailed(f"{command[0]} took more than {_SECONDS} s") from None
+        for command in commands:
+            started.append(_start(command))
+        for command, process in zip(commands, started, strict=True):
+            out, err = process.communicate(timeout=max(0.0, until - time.monotonic()))
+            done.append(subprocess.CompletedProcess(command, process.returncode, out, err))
+    except subprocess.TimeoutExpired as late:
+        raise CompilationFailed(f"{late.cmd[0]} took more than {_SECONDS} s") from None
     except OSError as error:
-        raise CompilationFailed(f"{command[0]} does not run: {error}") from error
+        raise CompilationFailed(f"{commands[0][0]} does not run: {error}") from error
+    finally:
+        for process in started:
+            with process:
+                if process.poll() is None:
+                    process.kill()
+    return done
+
+
+def _start(command: Sequence[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        env={**os.environ, "LC_ALL": "C"},
+    )
 
 
 def _errors(done: subprocess.CompletedProcess[str], count: int = 3) -> str:

@@ -49,7 +49,7 @@ class _Call(NamedTuple):
 
 _prepared: dict[str, Cell] = {name: cells.get(name) for name in cells.names()}
 _keys: dict[Cell, str] = {cell: name for name, cell in _prepared.items()}
-_compiled: set[Cell] = set(_keys)  # for CPUs
+_compiled = (set(_keys), set(_keys))  # for CPUs: in float, and in double
 _refused: dict[tuple[Cell, bool], str] = {}  # why: to be compiled for CPUs (True), or at all
 _preparing = threading.Lock()
 _forced: list[str] = []
@@ -77,20 +77,21 @@ def use(kernel: str) -> Iterator[None]:
         _C.forget_plans()
 
 
-def prepare(cell: Cell, kind: str = "cpu") -> str | None:
+def prepare(cell: Cell, kind: str = "cpu", dtype: torch.dtype = torch.float32) -> str | None:
     """The name under which the op knows `cell`, or None where only the reference can run it on
     devices of this kind.
 
-    A user's cell is derived on its first use, and compiled on its first use on a CPU: kernels for
-    GPUs need no C++ compiler. If that fails, a warning says why.
+    A user's cell is derived on its first use, and compiled on its first use on a CPU, once to
+    compute in float and once, for tensors of float64, in double: kernels for GPUs need no C++
+    compiler. If that fails, a warning says why.
 
     Raises:
         plan.KernelRefused: for such a cell, when a kernel was asked for by name.
     """
     if torch.compiler.is_compiling():
         # In parts: to the compiler of torch 2.11 the cell as a whole is no constant.
-        return _prepared_once(cell.name, cell.gates, cell.states, cell.function, kind)
-    return _prepared_now(cell, kind)
+        return _prepared_once(cell.name, cell.gates, cell.states, cell.function, kind, dtype)
+    return _prepared_now(cell, kind, dtype)
 
 
 def _prepared_once(
@@ -99,8 +100,9 @@ def _prepared_once(
     states: tuple[str, ...],
     function: Callable[..., Any],
     kind: str,
+    dtype: torch.dtype,
 ) -> str | None:
-    return _prepared_now(Cell(name, gates, states, function), kind)
+    return _prepared_now(Cell(name, gates, states, function), kind, dtype)
 
 
 # All that `torch.compiler.assume_constant_result` does, but for importing the compiler, which takes
@@ -108,16 +110,17 @@ def _prepared_once(
 _prepared_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _prepared_now(cell: Cell, kind: str) -> str | None:
-    if cell in _compiled:
+def _prepared_now(cell: Cell, kind: str, dtype: torch.dtype) -> str | None:
+    in_double = dtype == torch.float64
+    if cell in _compiled[in_double]:
         return _keys[cell]
     forced = _asked_for()
     compiled = kind == "cpu" and forced in (None, "cpu", "reference")
     if not compiled and cell in _keys:
         return _keys[cell]
     with _preparing:
-        if cell not in _compiled and (cell, compiled) not in _refused:
-            _prepare(cell, compiled)
+        if cell not in _compiled[in_double] and (cell, compiled) not in _refused:
+            _prepare(cell, compiled, in_double)
     reason = _refused.get((cell, compiled))
     if reason is None:
         return _keys[cell]
@@ -126,11 +129,11 @@ def _prepared_now(cell: Cell, kind: str) -> str | None:
     return None
 
 
-def _prepare(cell: Cell, compiled: bool) -> None:
+def _prepare(cell: Cell, compiled: bool, in_double: bool) -> None:
     try:
-        _keys[cell] = _load(cell) if compiled else _add_facts(cell)
+        _keys[cell] = _load(cell, in_double) if compiled else _add_facts(cell)
         if compiled:
-            _compiled.add(cell)
+            _compiled[in_double].add(cell)
     except (codegen.Underivable, jit.CompilationFailed) as error:
         reason = f"cell {cell.name!r} is not compiled: {error}"
         _refused[cell, compiled] = reason
@@ -157,16 +160,16 @@ def _add_facts(cell: Cell) -> str:
     return key
 
 
-def _load(cell: Cell) -> str:
-    """Compile a cell for this machine's processor, unless the op knows such code already."""
+def _load(cell: Cell, in_double: bool) -> str:
+    """Compile a cell for the instruction set in use, unless the op knows such code already."""
     key = codegen.key(cell)
-    if not _C.has_code(key):
-        derived = codegen.derive(cell)
-        library = jit.compile_cell(derived, key)
+    if not _C.has_code(key, in_double):
+        derived, number = codegen.derive(cell), "double" if in_double else "float"
+        library = jit.compile_cell(derived, key, number)
         try:
             _C.load_cells(str(library), jit.SYMBOL)
         except RuntimeError as damaged:
-            library = jit.compile_cell(derived, key, fresh=True)
+            library = jit.compile_cell(derived, key, number, fresh=True)
             try:
                 _C.load_cells(str(library), jit.SYMBOL)
             except RuntimeError:
@@ -186,14 +189,18 @@ def _callers_level() -> int:
     return level
 
 
-def _find(key: str, kind: str) -> None:
-    """Prepare the declared cell that an exported program knows by `key`, if there is one; if only
-    the reference can run it, the program has it run that."""
-    name, _, digest = key.rpartition("-")
-    if digest and name in cells.names():
+def _find(key: str, kind: str, in_double: bool) -> None:
+    """Prepare the declared cell that an exported program knows by `key`, or one that is known but
+    not compiled in this number; if only the reference can run it, the op has it run that."""
+    cell = _prepared.get(key)
+    if cell is None:
+        name, _, digest = key.rpartition("-")
+        if not digest or name not in cells.names():
+            return
         cell = cells.get(name)
-        if prepare(cell, kind) is None and (cell, False) not in _refused:
-            _add_facts(cell)
+    dtype = torch.float64 if in_double else torch.float32
+    if _prepared_now(cell, kind, dtype) is None and (cell, False) not in _refused:
+        _add_facts(cell)
 
 
 def _asked_for() -> str | None:

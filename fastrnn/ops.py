@@ -39,7 +39,7 @@ def pack(cell: Cell, weights: Sequence[Sequence[Tensor]]) -> Packed | None:
         RuntimeError: for weights whose shapes do not fit together.
     """
     first = weights[0][0]
-    key = kernels.prepare(cell, first.device.type)
+    key = kernels.prepare(cell, first.device.type, first.dtype)
     problem = plan.Problem(
         cell=cell.name,
         steps=1,
@@ -87,7 +87,7 @@ def scan(
         fastrnn.plan.KernelRefused: when a kernel was asked for by name and cannot run this.
     """
     arguments = (x, w_ih, w_hh, b_ih, b_hh, w_hr, s0, batch_sizes, lengths, resets, reverse)
-    key = kernels.prepare(cell, x.device.type)
+    key = kernels.prepare(cell, x.device.type, x.dtype)
     if packed is not None and key is not None:
         if torch.is_grad_enabled():
             _refuse_gradients(x, *w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *s0)
@@ -142,7 +142,7 @@ def step(
     """
     if torch.compiler.is_compiling() or _transformed():
         return None
-    key = kernels.prepare(cell, x.device.type)
+    key = kernels.prepare(cell, x.device.type, x.dtype)
     if key is None:
         return None
     if packed is None:

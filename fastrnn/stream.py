@@ -85,8 +85,8 @@ def stepper(
     forced = kernels.device().forced
     if forced not in (None, "cpu"):
         raise plan.KernelRefused(f"kernel {forced!r} was asked for, but a stepper is 'cpu' alone")
-    key = kernels.prepare(cell)
     w_ih, w_hh = weights[0][:2]
+    key = kernels.prepare(cell, dtype=w_ih.dtype)
     problem = plan.Problem(
         cell=cell.name,
         steps=1,

@@ -10,10 +10,8 @@ import contextlib
 import functools
 import hashlib
 import importlib
-import importlib.util
 import os
 import re
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrnn import codegen, jit, triton_tune
+from fastrnn import cache, codegen, triton_tune
 from fastrnn.codegen import Derived
 from fastrnn.gpu_scan import Scan, Tape, tf32_allowed
 from fastrnn.plan import Plan, alternatives
@@ -51,18 +49,21 @@ def cell_module(derived: Derived) -> ModuleType:
 @functools.cache
 def _cell_module(source: str, name: str) -> ModuleType:
     digest = hashlib.sha256(source.encode()).hexdigest()[:16]
-    path = jit.cache_folder() / f"triton_{re.sub(r'[^0-9A-Za-z]', '_', name)}_{digest}.py"
-    if not path.is_file() or path.read_text(encoding="utf-8") != source:
-        # Other processes see the file whole or not at all.
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix="building-") as work:
-            made = Path(work) / path.name
-            made.write_text(source, encoding="utf-8")
-            os.replace(made, path)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    path = cache.folder() / f"triton_{re.sub(r'[^0-9A-Za-z]', '_', name)}_{digest}.py"
+    if not _is_there(path, source):
+        cache.write(path, source)
+    module = ModuleType(path.stem)
+    module.__file__ = str(path)
+    # The text at hand, and not an import: that would take compiled code from a folder beside it.
+    exec(compile(source, path, "exec"), module.__dict__)
     return module
+
+
+def _is_there(path: Path, source: str) -> bool:
+    try:
+        return cache.file_refusal(path) is None and path.read_text(encoding="utf-8") == source
+    except FileNotFoundError:
+        return False
 
 
 def meta_arguments(

@@ -11,13 +11,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastrnn import jit
+from fastrnn import cache
 from fastrnn.plan import Plan
 
 __all__ = ["Tuner", "wanted"]
@@ -37,7 +36,7 @@ class Tuner:
         folder: gives the folder where they are kept.
     """
 
-    def __init__(self, folder: Callable[[], Path] = jit.cache_folder) -> None:
+    def __init__(self, folder: Callable[[], Path] = cache.folder) -> None:
         self._folder = folder
         self._known: dict[str, dict[str, Any]] = {}
 
@@ -69,12 +68,7 @@ class Tuner:
         return found if whole and all(type(n) is int for n in found.values()) else None
 
     def _write(self, name: str, tiles: dict[str, int]) -> None:
-        """Other processes see the file whole or not at all."""
-        path = self._path(name)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix="building-") as work:
-            made = Path(work) / path.name
-            made.write_text(json.dumps(tiles), encoding="utf-8")
-            os.replace(made, path)
+        cache.write(self._path(name), json.dumps(tiles))
 
 
 def _tiles(plan: Plan) -> dict[str, int]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fastrnn
-from fastrnn import __main__, cells, demo, info, jit, plan
+from fastrnn import __main__, cache, cells, demo, info, plan
 from fastrnn._version import __version__
 
 
@@ -50,7 +50,7 @@ def test_info_json_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     assert facts["versions"]["torch"] == torch.__version__
     assert facts["threads"] == torch.get_num_threads()
     assert facts["instruction_set"] in facts["instruction_sets"]
-    assert facts["compiled_cells"] == str(jit.cache_folder())
+    assert facts["compiled_cells"] == str(cache.folder())
     assert facts["kernels"]["cpu"] is None
     assert facts["self_check"]["passed"] is True
     assert 0 < facts["self_check"]["error"] < 1e-4

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import ctypes
 import functools
 import itertools
@@ -20,6 +19,8 @@ from typing import Any
 import pytest
 import torch
 
+from fastrnn import flags
+
 np = pytest.importorskip("numpy")
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,26 +34,17 @@ WIDER = {np.float32: np.float64, np.float64: np.longdouble}
 Array = np.ndarray[Any, Any]
 
 
-def from_setup(name: str) -> Any:
-    """A constant of setup.py: what is tested is compiled as what is installed."""
-    for node in ast.parse((ROOT / "setup.py").read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
-            return ast.literal_eval(node.value)
-    raise LookupError(f"setup.py has no constant {name}")
-
-
 def instruction_sets() -> dict[str, str]:
-    """Those of setup.py that this processor runs, with their flags."""
-    sets: dict[str, str] = from_setup("ISA_FLAGS")
+    """Those of the build that this processor runs, with their flags."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return {"baseline": ""}
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     has = set(next(line for line in lines if line.startswith("flags")).split())
     needs = {
-        isa: {flag[2:] for flag in flags.split() if "vector-width" not in flag}
-        for isa, flags in sets.items()
+        isa: {flag[2:] for flag in own.split() if "vector-width" not in flag}
+        for isa, own in flags.ISA.items()
     }
-    return {isa: flags for isa, flags in sets.items() if needs[isa] <= has}
+    return {isa: own for isa, own in flags.ISA.items() if needs[isa] <= has}
 
 
 class Compiled:
@@ -128,12 +120,10 @@ class Compiled:
 def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Compiled]:
     folder = tmp_path_factory.mktemp("math")
     source = ROOT / "tests" / "cpp" / "math_check.cpp"
-    # Before the threads start: parsing in two of them at once may fail (python/cpython#106905).
-    common = f"-std=c++17 -O3 {from_setup('CXX_FLAGS')} -shared"
 
-    def build(isa: str, flags: str) -> Compiled:
+    def build(isa: str, own: str) -> Compiled:
         target = folder / f"{isa}.so"
-        options = f"{common} {flags} -DFASTRNN_ISA={isa}"
+        options = f"-std=c++17 -O3 {flags.CXX} {own} -shared -DFASTRNN_ISA={isa}"
         command = [*shlex.split(CXX), *options.split(), str(source), "-o", str(target)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr}"

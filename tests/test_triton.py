@@ -9,9 +9,11 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import py_compile
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -20,7 +22,7 @@ import torch
 from torch.nn.utils.rnn import pack_sequence
 
 import fastrnn
-from fastrnn import cells, codegen, kernels, ops, plan, reference, triton_scan
+from fastrnn import cache, cells, codegen, kernels, ops, plan, reference, triton_scan
 from tests.support import batches, flatten, largest_error
 from tests.test_kernels import (
     BUILT_IN,
@@ -465,3 +467,27 @@ def test_sources_are_kept_and_found_again() -> None:
     module = triton_scan.cell_module(derived)
     assert module is triton_scan.cell_module(replace(derived))
     assert isinstance(module.__file__, str) and os.path.isfile(module.__file__)
+
+
+def test_what_is_kept_is_run_only_where_nobody_else_could_write_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTRNN_CACHE", str(tmp_path / "cache"))
+    make = triton_scan._cell_module.__wrapped__
+    path = Path(str(make("taken = None\n", "kept").__file__))
+    other = tmp_path / "other.py"
+    other.write_text("taken = 'from beside it'\n")
+    # As an import would find it, with no look at the source.
+    beside = importlib.util.cache_from_source(str(path))
+    checked = py_compile.PycInvalidationMode.UNCHECKED_HASH
+    py_compile.compile(str(other), cfile=beside, invalidation_mode=checked)
+    assert make("taken = None\n", "kept").taken is None
+
+    path.chmod(0o777)
+    assert make("taken = None\n", "kept").__file__ == str(path)
+    assert cache.file_refusal(path) is None
+
+    (tmp_path / "cache").chmod(0o777)
+    with pytest.warns(UserWarning, match=r"loads no code from .*/cache: others can write"):
+        elsewhere = Path(str(make("taken = None\n", "kept").__file__))
+    assert tmp_path not in elsewhere.parents

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
 import textwrap
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -97,9 +99,10 @@ def test_a_damaged_library_in_the_cache_is_built_again(
 ) -> None:
     monkeypatch.setenv("FASTRNN_CACHE", str(tmp_path))
     cell = declared(lambda u, v, h: torch.cos(u.h + v.h), "damaged")
-    library = jit.compile_cell(fastrnn.codegen.derive(cell), fastrnn.codegen.key(cell))
-    library.write_bytes(b"not a library")
     given = operands(cell, 2, 2, 3, 4)
+    assert given["x"].dtype == torch.float64
+    library = jit.compile_cell(fastrnn.codegen.derive(cell), fastrnn.codegen.key(cell), "double")
+    library.write_bytes(b"not a library")
     ours = run(ops.scan, cell, given)
     for what, right in run(reference.scan, cell, given).items():
         assert largest_error(ours[what], right) < 1e-12
@@ -231,13 +234,123 @@ def test_facts_first_and_code_later() -> None:
     assert key is not None
     assert not kernels._C.has_code(key)
     given = operands(cell, 2, 2, 3, 4)
-    rest = [given[k] for k in ("x", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "s0")]
-    before, *_ = torch.ops.fastrnn.scan(key, *rest, None, None, None, 0)  # by the reference
     weights = [given[k][0] for k in ("w_ih", "w_hh", "b_ih", "b_hh")]
-    with pytest.raises(RuntimeError, match="no compiled code for cell 'facts_first-"):
+    with (
+        kernels.use("triton"),
+        pytest.raises(RuntimeError, match=r"no compiled code for cell 'facts_first-\w+' in double"),
+    ):
         kernels._C.pack(key, *weights)
-    assert kernels.prepare(cell) == key
-    assert kernels._C.has_code(key)
+    assert not kernels._C.has_code(key, True)
     with kernels.use("cpu"):
-        after, *_ = torch.ops.fastrnn.scan(key, *rest, None, None, None, 0)
-    torch.testing.assert_close(after, before)
+        y, *_ = by_key(key, given)
+    torch.testing.assert_close(y, reference.scan(cell, **given)[0])
+    assert kernels._C.has_code(key, True)
+
+
+def by_key(key: str, given: dict[str, Any]) -> list[Tensor]:
+    """As an exported program calls the op: nothing is prepared for it."""
+    order = ("x", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "s0")
+    return torch.ops.fastrnn.scan(key, *(given[k] for k in order), None, None, None, 0)  # type: ignore[no-any-return]
+
+
+def in_float(given: dict[str, Any]) -> dict[str, Any]:
+    def convert(value: Any) -> Any:
+        if isinstance(value, list):
+            return [t.float() for t in value]
+        return value.float() if isinstance(value, Tensor) else value
+
+    return {k: convert(v) for k, v in given.items()}
+
+
+def two_states(name: str) -> cells.Cell:
+    def step(u, v, h, c):  # type: ignore[no-untyped-def]
+        c = torch.sigmoid(u.f * v.f) * c + torch.tanh(u.g + v.g)
+        return torch.sin(c) + 0.25 * h, c
+
+    return declared(step, name, "fg", "hc")
+
+
+@pytest.mark.parametrize("first", [torch.float32, torch.float64], ids=["float", "double"])
+def test_each_number_is_compiled_when_it_is_first_used(first: torch.dtype) -> None:
+    cell = two_states(f"lazy_{str(first)[-2:]}")
+    key, exact = fastrnn.codegen.key(cell), operands(cell, 4, 3, 5, 9)
+    given = {torch.float32: in_float(exact), torch.float64: exact}
+    second = torch.float64 if first == torch.float32 else torch.float32
+    with kernels.use("cpu"):
+        ours = {first: run(ops.scan, cell, given[first])}
+        assert kernels._C.has_code(key, first == torch.float64)
+        assert not kernels._C.has_code(key, second == torch.float64)
+        ours[second] = run(ops.scan, cell, given[second])
+    assert kernels._C.has_code(key, second == torch.float64)
+    exact_results = run(reference.scan, cell, exact)
+    for dtype, bound in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
+        for what, right in exact_results.items():
+            assert ours[dtype][what].dtype == dtype
+            assert largest_error(ours[dtype][what], right) < bound, (dtype, what)
+
+
+def test_the_op_compiles_what_nobody_prepared() -> None:
+    """An exported program that runs in another dtype than the cell did so far, or first of all."""
+    cell = two_states("by_key")
+    key, given = fastrnn.codegen.key(cell), operands(cell, 4, 3, 5, 9)
+    assert kernels._C.cell_facts(key) is None
+    wanted, _ = reference.scan(cell, **given)
+    with kernels.use("cpu"):
+        assert largest_error(by_key(key, in_float(given))[0], wanted) < 1e-5
+        assert not kernels._C.has_code(key, True)
+        assert largest_error(by_key(key, given)[0], wanted) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float", "double"])
+def test_frozen_streamed_and_compiled_in_each_number(dtype: torch.dtype) -> None:
+    """Each of them is the first to use the cell in that number."""
+    given = [two_states(f"{name}_{str(dtype)[-2:]}") for name in ("frozen", "streamed", "traced")]
+    torch.manual_seed(1)
+    frozen, streamed, traced = (fastrnn.Recurrent(cell, 5, 9).to(dtype) for cell in given)
+    x = torch.randn(4, 1, 5, dtype=dtype)
+    for layer in (streamed, traced):
+        layer.load_state_dict(frozen.state_dict())
+    with torch.no_grad():
+        exact, _ = copy.deepcopy(frozen).double()(x.double())
+        stepper = streamed.stream()
+        steps = torch.stack([torch.as_tensor(stepper.step(row)) for row in x])
+        compiled = torch.compile(traced, fullgraph=True, backend="aot_eager")(x)[0]
+        fastrnn.freeze(frozen)
+        for y in (steps, compiled, frozen(x)[0]):
+            assert y.dtype == dtype
+            assert largest_error(y, exact) < (1e-12 if dtype == torch.float64 else 1e-5)
+
+
+SAME_AS_BUILT_IN = """
+    import torch, fastrnn
+    from fastrnn import kernels
+
+    built_in = fastrnn.cells.get("lstm")
+    mine = fastrnn.cells.Cell("mine", built_in.gates, built_in.states, built_in.function)
+    x = torch.randn(7, 3, 5)
+    for dtype in (torch.float32, torch.float64):
+        layers = [fastrnn.LSTM(5, 33).to(dtype), fastrnn.Recurrent(mine, 5, 33).to(dtype)]
+        layers[1].load_state_dict(layers[0].state_dict())
+        found = []
+        for layer in layers:
+            with kernels.use("cpu"):
+                y, _ = layer(x.to(dtype))
+                y.square().sum().backward()
+            found.append([y, *(p.grad for p in layer.parameters())])
+        for ours, theirs in zip(*found, strict=True):
+            assert torch.equal(ours, theirs), (dtype, (ours - theirs).abs().max())
+    print(fastrnn.extension._C.isa())
+"""
+
+
+@pytest.mark.parametrize("isa", kernels._C.isas())
+def test_a_custom_cell_gives_the_numbers_of_the_built_in_one(isa: str) -> None:
+    """Bit for bit: it is compiled in the same way for the same instruction set."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(SAME_AS_BUILT_IN)],
+        env={**os.environ, "FASTRNN_ISA": isa},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, isa), done.stderr
