@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -102,17 +100,3 @@ def test_torchs_classes_take_no_other_metaclass() -> None:
 def test_what_asks_torchs_own_attribute_works_for_both() -> None:
     for layer in (nn.LSTM(*SIZES), fastrnn.LSTM(*SIZES)):
         assert isinstance(layer, nn.RNNBase) and layer.mode == "LSTM"
-
-
-def test_snippets_of_the_page_run_in_order(tmp_path: Path) -> None:
-    page = (Path(__file__).parents[1] / "docs" / "drop-in.md").read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 4
-    names: dict[str, object] = {"__name__": __name__}
-    for number, block in enumerate(blocks):
-        file = tmp_path / f"snippet_{number}.py"  # `replace_` reads the source of a forward
-        file.write_text(block)
-        try:
-            exec(compile(block, str(file), "exec"), names)
-        except ModuleNotFoundError as error:
-            assert error.name == "transformers"
