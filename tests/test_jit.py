@@ -370,22 +370,39 @@ def test_without_a_compiler_the_reason_says_what_to_do(
         compile_cell(leaky(0.5), "leaky")
 
 
+class CompiledCell(ctypes.Structure):
+    """csrc/scan.h"""
+
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("facts", ctypes.c_int32 * 4),
+        ("projectable", ctypes.c_bool),
+        ("code", ctypes.c_void_p * 2 * 5),
+    )
+
+
+class CompiledCells(ctypes.Structure):
+    _fields_ = (
+        ("first", ctypes.POINTER(CompiledCell)),
+        ("count", ctypes.c_int32),
+        ("gradients", ctypes.c_void_p * 2),
+    )
+
+
+@pytest.mark.parametrize("number", ["float", "double"])
 def test_the_kernels_compile_with_a_users_cell(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: str
 ) -> None:
-    """The real sources; what they compute is tested with the layers that use them."""
+    """The real sources: all kernels of the cell in that number, and nothing that takes longer. What
+    they compute is tested with the layers that use them."""
     monkeypatch.setenv("FASTRNN_CACHE", str(tmp_path))
-
-    class Cells(ctypes.Structure):
-        _fields_ = (
-            ("first", ctypes.POINTER(ctypes.c_char_p)),
-            ("count", ctypes.c_int32),
-            ("gradients", ctypes.c_void_p * 2),
-        )
-
     cell = Cell("vec", ("a",), ("h",), lambda u, v, h: 0.5 * h + torch.tanh(u.a * v.a))
-    cells = ctypes.CDLL(str(compile_cell(derive(cell), key(cell))))[jit.SYMBOL]
-    cells.restype = Cells
+    cells = ctypes.CDLL(str(compile_cell(derive(cell), key(cell), number)))[jit.SYMBOL]
+    cells.restype = CompiledCells
     found = cells()
     assert found.count == 1
-    assert found.first[0] == key(cell).encode()
+    (compiled,) = found.first[:1]
+    assert compiled.name == key(cell).encode()
+    for kernel in compiled.code:
+        assert [code is not None for code in kernel] == [number == "float", number == "double"]
+    assert list(found.gradients) == [None, None]
