@@ -1,4 +1,4 @@
-"""What docs/beyond-torch-nn.md says: each row fails, or goes wrong, with torch.nn and works here."""
+"""docs/beyond-torch-nn.md, row by row: it fails or goes wrong with torch.nn, and works here."""
 
 from __future__ import annotations
 
