@@ -8,11 +8,14 @@ the client's model is the reference, and `run` casts what it feeds (`dtype_of`).
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -180,6 +183,20 @@ def assert_restores(ours: nn.Module, torchs: nn.Module, run: Run) -> None:
 def kinds(model: nn.Module) -> dict[str, type]:
     """The class of every module inside."""
     return {name: type(module) for name, module in model.named_modules()}
+
+
+@contextlib.contextmanager
+def stand_ins(*names: str) -> Iterator[None]:
+    """While a client is imported, modules that it names but that nothing here calls."""
+    # Not mock.patch.dict, which would take from sys.modules all that is imported meanwhile.
+    before = {name: sys.modules[name] for name in names if name in sys.modules}
+    sys.modules.update({name: mock.MagicMock(__spec__=None) for name in names})
+    try:
+        yield
+    finally:
+        for name in names:
+            del sys.modules[name]
+        sys.modules.update(before)
 
 
 def speech(seconds: float, rate: int, seed: int = 0) -> np.ndarray:
