@@ -176,7 +176,7 @@ def ratio(request: pytest.FixtureRequest) -> Callable[..., float]:
     ) -> float:
         mode = torch.enable_grad if grad else torch.no_grad
         with mode():
-            error = difference(ours(), torchs())
+            error = difference(ours(), torchs(), gradients=grad)
         assert error <= within, f"{call}: {error:.3g} exceeds {within:.3g}"
         with _poisoned(False):
             times = interleaved(

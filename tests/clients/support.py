@@ -70,9 +70,12 @@ def tensors(value: Any, name: str = "output") -> dict[str, Tensor]:
     return {k: t for key, each in items for k, t in tensors(each, f"{name} {key}").items()}
 
 
-def difference(ours: Any, torchs: Any) -> float:
+def difference(ours: Any, torchs: Any, gradients: bool = False) -> float:
     """The largest difference in a nested result, in units of a tensor's largest value if that
     exceeds one. NaN where there is NaN.
+
+    Those of gradients may all be small: for them it is the relative root mean square of the
+    differences if that is larger.
 
     Raises:
         AssertionError: the results differ in structure, shape or kind of number.
@@ -85,6 +88,8 @@ def difference(ours: Any, torchs: Any) -> float:
         assert mine[what].shape == tensor.shape, what
         assert mine[what].dtype == tensor.dtype, what
         found.append(support.largest_error(mine[what], tensor))
+    if gradients:
+        found.append(support.rms_error(list(mine.values()), list(theirs.values())))
     return float(np.max(found))  # unlike max(), it passes NaN on
 
 
@@ -135,10 +140,15 @@ def _compare(
     gradients: bool,
 ) -> None:
     if within is not None:
-        assert_same(values(ours), values(torchs), within)
+        mine, theirs = values(ours), values(torchs)
+        assert_same(mine, theirs, within)
+        assert difference(mine, theirs, gradients) <= within
         return
     exact = copy.deepcopy(torchs).double()
     results = [values(model) for model in (ours, torchs, exact)]
+    for what in [what for what, t in results[1].items() if not t.is_floating_point()]:
+        mine, theirs, _ = (found.pop(what) for found in results)
+        assert torch.equal(mine, theirs), what
     support.assert_matches(*results, gradients=gradients)
 
 
