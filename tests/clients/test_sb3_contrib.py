@@ -216,6 +216,23 @@ def test_times(ours: nn.Module, torchs: nn.Module, data: Any, ratio) -> None:
             grad=True,
         )
 
+    features, begins = torch.randn(128, 3), (torch.rand(128) < 0.1).float()
+    nothing = (torch.zeros(1, 1, 256), torch.zeros(1, 1, 256))
+
+    def recur(policy: nn.Module) -> Any:
+        lstm = policy.lstm_actor
+        output, _ = policy._process_sequence(features, nothing, begins, lstm)
+        return torch.autograd.grad(output.square().mean(), list(lstm.parameters()))
+
+    ratio(
+        CLIENT,
+        "the actor's LSTM alone, gradients, 128 steps; ours with resets=",
+        lambda: recur(torchs),
+        lambda: recur(resetting),
+        within=1e-5,
+        grad=True,
+    )
+
     agents = {
         name: agent(WithResets if name == "resets" else MlpLstmPolicy)
         for name in ("torchs", "ours", "resets")
