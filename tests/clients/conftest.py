@@ -116,7 +116,8 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
     if page is None:
         return
     # A table of some rows only would pass for one of all.
-    if exitstatus != 0 or terminalreporter.stats.get("deselected"):
+    left_out = terminalreporter.stats.get("deselected") or terminalreporter.stats.get("skipped")
+    if exitstatus != 0 or left_out:
         terminalreporter.write_line(f"{page} stays as it is: not every test was run and passed")
         return
     pattern = re.compile(f"{re.escape(BEGIN)}\n.*?{re.escape(END)}", re.DOTALL)
