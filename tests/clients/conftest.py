@@ -25,7 +25,7 @@ from fastrnn.bench.contender import Prepared
 from fastrnn.bench.measure import interleaved
 from fastrnn.extension import _C
 from fastrnn.info import processor
-from tests.clients.support import Client, difference
+from tests.clients.support import Client, Ratio, difference
 
 BEGIN, END = "<!-- make clients -->", "<!-- end -->"
 SECONDS = 0.6  # of calls of each contender
@@ -156,7 +156,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def ratio(request: pytest.FixtureRequest) -> Callable[..., float]:
+def ratio(request: pytest.FixtureRequest) -> Ratio:
     """`ratio(client, call, torchs, ours, within)`: how many times as fast `ours` is as `torchs`.
 
     Both are functions without arguments. What they return must agree `within` a limit, first; then

@@ -26,6 +26,7 @@ import fastrnn
 from tests import support
 
 Run = Callable[[nn.Module], Any]
+Ratio = Callable[..., float]  # the fixture
 
 
 @dataclass(frozen=True)

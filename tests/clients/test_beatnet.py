@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tests.clients.support import (
     Client,
+    Ratio,
     assert_checkpoints_pass,
     assert_restores,
     assert_same,
@@ -158,7 +159,7 @@ def test_checkpoints_and_restore(ours: nn.Module, torchs: nn.Module, features: T
     assert_restores(ours, torchs, call)
 
 
-def test_times(ours: nn.Module, torchs: nn.Module, features: Tensor, ratio) -> None:
+def test_times(ours: nn.Module, torchs: nn.Module, features: Tensor, ratio: Ratio) -> None:
     ratio(
         CLIENT,
         f"the network, a file of {features.shape[1]} frames",

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import fastrnn
 from tests.clients.support import (
     Client,
+    Ratio,
     assert_checkpoints_pass,
     assert_restores,
     assert_same,
@@ -158,7 +159,9 @@ def test_initialisation(recognition: nn.Module) -> None:
     assert_same(ours.state_dict(), recognition.state_dict(), 0)
 
 
-def test_times(segmentation: nn.Module, recognition: nn.Module, page: Any, lines: Any, ratio):
+def test_times(
+    segmentation: nn.Module, recognition: nn.Module, page: Any, lines: Any, ratio: Ratio
+) -> None:
     ours = replaced(segmentation)
     ratio(
         CLIENT,

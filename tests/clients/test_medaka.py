@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from tests.clients.support import (
     Client,
+    Ratio,
     assert_checkpoints_pass,
     assert_restores,
     assert_same,
@@ -195,7 +196,7 @@ def test_script(ours: nn.Module, torchs: nn.Module, batch: Any, tmp_path: Path) 
     assert_same(loaded(batch.counts_matrix), torchs(batch.counts_matrix), 1e-5)
 
 
-def test_times(ours: nn.Module, torchs: nn.Module, batch: Any, ratio) -> None:
+def test_times(ours: nn.Module, torchs: nn.Module, batch: Any, ratio: Ratio) -> None:
     size = torchs.gru_size
     one = types.SimpleNamespace(counts_matrix=batch.counts_matrix.reshape(1, -1, 10))
     rows, positions = batch.counts_matrix.shape[:2]

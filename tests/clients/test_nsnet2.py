@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import fastrnn
 from tests.clients.support import (
     Client,
+    Ratio,
     assert_checkpoints_pass,
     assert_restores,
     assert_same,
@@ -173,7 +174,9 @@ def test_checkpoints_and_restore(ours: nn.Module, torchs: Network, features: Ten
     assert_restores(ours, torchs, run)
 
 
-def test_times(ours: nn.Module, torchs: Network, session: Any, features: Tensor, ratio) -> None:
+def test_times(
+    ours: nn.Module, torchs: Network, session: Any, features: Tensor, ratio: Ratio
+) -> None:
     steps = features.shape[1]
     array = features.numpy()
     frozen = fastrnn.freeze(replaced(torchs))

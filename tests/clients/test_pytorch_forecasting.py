@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import fastrnn
 from tests.clients.support import (
     Client,
+    Ratio,
     assert_checkpoints_pass,
     assert_same_gradients,
     assert_same_outputs,
@@ -156,7 +157,7 @@ def test_checkpoints(torchs: nn.Module, batch: Any) -> None:
     assert_checkpoints_pass(rebased, torchs, lambda model: forecast(model, batch[0]))
 
 
-def test_times(torchs: nn.Module, batch: Any, ratio) -> None:
+def test_times(torchs: nn.Module, batch: Any, ratio: Ratio) -> None:
     x, _ = batch
     rebased, with_lengths = (with_layer(torchs, each) for each in (Rebased, WithLengths))
     ways = {"our LSTM as the base of its class": rebased, "lengths=": with_lengths}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tests.clients.support import (
     Client,
+    Ratio,
     assert_checkpoints_pass,
     assert_restores,
     assert_same,
@@ -87,7 +88,9 @@ def test_checkpoints_and_restore(ours: nn.Module, torchs: nn.Module, mels: Tenso
     assert_restores(ours, torchs, run)
 
 
-def test_times(ours: nn.Module, torchs: nn.Module, voices: list, mels: Tensor, ratio) -> None:
+def test_times(
+    ours: nn.Module, torchs: nn.Module, voices: list, mels: Tensor, ratio: Ratio
+) -> None:
     ratio(
         CLIENT,
         "embed_utterance, 6 s, with spectrograms",

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import fastrnn
 from tests.clients.support import (
     Client,
+    Ratio,
     assert_checkpoints_pass,
     assert_restores,
     assert_same,
@@ -184,7 +185,7 @@ def test_playing(ours: nn.Module, torchs: nn.Module) -> None:
         observation, _, starts, _ = environment.step(both[0][0])
 
 
-def test_times(ours: nn.Module, torchs: nn.Module, data: Any, ratio) -> None:
+def test_times(ours: nn.Module, torchs: nn.Module, data: Any, ratio: Ratio) -> None:
     resetting = replaced(torchs)
     resetting._process_sequence = WithResets._process_sequence
     observation = torch.randn(ENVIRONMENTS, 3)

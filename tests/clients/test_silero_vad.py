@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import fastrnn
 from tests.clients.support import (
     Client,
+    Ratio,
     assert_checkpoints_pass,
     assert_restores,
     assert_same,
@@ -192,7 +193,7 @@ def test_compile(ours: nn.Module, torchs: Network, audio: Tensor) -> None:
     assert_same(compiled(x, state), torchs(x, state), 1e-5)
 
 
-def test_times(ours: nn.Module, torchs: Network, audio: Tensor, ratio) -> None:
+def test_times(ours: nn.Module, torchs: Network, audio: Tensor, ratio: Ratio) -> None:
     network = copy.deepcopy(torchs)
     x, state = torch.randn(1, 128), (torch.randn(1, 128), torch.randn(1, 128))
     # 1e-5: sums in another order, through the exponential functions of 250 frames.

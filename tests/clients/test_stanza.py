@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from tests.clients.support import (
     Client,
+    Ratio,
     assert_checkpoints_pass,
     assert_restores,
     assert_same,
@@ -141,7 +142,9 @@ def test_checkpoints_and_restore(
     assert_same(loaded.build_char_representation(sentences), wanted, 0)
 
 
-def test_times(language_model: nn.Module, highway: nn.Module, sentences: list, ratio) -> None:
+def test_times(
+    language_model: nn.Module, highway: nn.Module, sentences: list, ratio: Ratio
+) -> None:
     ours = replaced(language_model)
     ratio(
         CLIENT,

@@ -15,6 +15,7 @@ from transformers import EncodecConfig, EncodecModel
 import fastrnn
 from tests.clients.support import (
     Client,
+    Ratio,
     assert_checkpoints_pass,
     assert_restores,
     assert_same,
@@ -110,7 +111,7 @@ def recurrent(model: nn.Module) -> nn.Module:
     return next(layer for layer in model.encoder.layers if hasattr(layer, "lstm"))
 
 
-def test_times(ours: nn.Module, torchs: nn.Module, audio: Tensor, ratio) -> None:
+def test_times(ours: nn.Module, torchs: nn.Module, audio: Tensor, ratio: Ratio) -> None:
     ratio(
         CLIENT,
         "2 rows of 0.5 s, coded and decoded",
