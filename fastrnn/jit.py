@@ -2,7 +2,8 @@
 
 The source of the built-in cells, `csrc/cpu/kernels.cpp`, is compiled once more with a header that
 holds this cell alone, in float or in double: most programs need one of them. The library is kept on
-disk under a digest of all it depends on (`cache`). Environment: `CXX` names the compiler, `FASTRNN_LOG=quiet`
+disk under a digest of all it depends on (`cache`). Environment: `CXX` names the compiler,
+`FASTRNN_LOG=quiet`
 keeps silent about compiling.
 """
 

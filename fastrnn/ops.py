@@ -1,7 +1,8 @@
 """The operator `fastrnn::scan` as Python sees it.
 
-Schemas, autograd and autocast are registered in C++ (`csrc/binding/`); here are the shapes of its results for tracing, and the one place that decides when a call cannot be an
-opaque operator and runs as plain torch operations instead.
+Schemas, autograd and autocast are registered in C++ (`csrc/binding/`); here are the shapes of its
+results for tracing, and the one place that decides when a call cannot be an opaque operator and
+runs as plain torch operations instead.
 """
 
 from __future__ import annotations

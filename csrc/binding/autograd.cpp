@@ -4,7 +4,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include "binding/call.h"
+#include "binding/callbacks.h"
+#include "binding/op.h"
 
 namespace fastrnn {
 namespace {
@@ -63,8 +64,8 @@ std::vector<Tensor> call_scan_backward(const ScanInputs& in, const Incoming& gra
 
 // What backward must know besides tensors; one object, because each entry of a context costs as
 // much as a small layer.
-struct Call : torch::CustomClassHolder {
-  Call(std::string cell, int64_t reverse, const Sizes& sizes, const Tensor& y)
+struct Recorded : torch::CustomClassHolder {
+  Recorded(std::string cell, int64_t reverse, const Sizes& sizes, const Tensor& y)
       : cell(std::move(cell)),
         reverse(reverse),
         sizes(sizes),
@@ -109,7 +110,7 @@ class ScanFunction : public torch::autograd::Function<ScanFunction> {
     // y is the caller's, who may change it in place, as torch.nn allows for most of its layers:
     // saved under a version of its own, and computed again if it was changed.
     ctx->saved_data["call"] =
-        c10::IValue::make_capsule(c10::make_intrusive<Call>(cell, reverse, sizes, y));
+        c10::IValue::make_capsule(c10::make_intrusive<Recorded>(cell, reverse, sizes, y));
     saved.push_back(y.variable_data());
     saved.push_back(tape);
     ctx->save_for_backward(std::move(saved));
@@ -124,7 +125,8 @@ class ScanFunction : public torch::autograd::Function<ScanFunction> {
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     // Operands have their final dtypes, even where backward() is called within autocast.
     c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    const auto call = c10::static_intrusive_pointer_cast<Call>(ctx->saved_data["call"].toCapsule());
+    const auto call =
+        c10::static_intrusive_pointer_cast<Recorded>(ctx->saved_data["call"].toCapsule());
     const Sizes& sizes = call->sizes;
     const variable_list saved = ctx->get_saved_variables();
     const size_t flat_size = saved.size() - 5;

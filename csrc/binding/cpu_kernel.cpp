@@ -1,12 +1,12 @@
-// The CPU kernel on tensors: memory, and the stretches of the way back.
+// The CPU kernel on tensors: outputs, workspace, and the backward pass chunk by chunk.
+#include "binding/cpu_kernel.h"
+
 #include <ATen/EmptyTensor.h>
 #include <ATen/Functions.h>
 
 #include <algorithm>
 #include <cstring>
 
-#include "binding/call.h"
-#include "binding/operands.h"
 #include "cpu/memory.h"
 
 namespace fastrnn {
@@ -58,22 +58,6 @@ class Workspace {
   char* block_;
 };
 
-Problem problem_of(const ScanInputs& in, const Shape& n, int64_t rows, bool tape, bool backward) {
-  return {in.cell,
-          n.T,
-          n.B,
-          rows,
-          n.I,
-          n.H,
-          n.P,
-          in.x.scalar_type(),
-          in.x.device().type(),
-          tape,
-          backward,
-          n.projected,
-          !in.packed.empty()};
-}
-
 void check_packed(const CellFacts& cell, const ScanInputs& in, const Shape& n,
                   at::ScalarType compute) {
   if (in.packed.empty()) return;
@@ -94,20 +78,19 @@ void out_of_memory(bool done) {
 
 }  // namespace
 
-Tensor pack(const std::string& name, const Tensor& w_ih, const Tensor& w_hh,
+Tensor pack(const CellFacts& cell, const Tensor& w_ih, const Tensor& w_hh,
             const std::optional<Tensor>& b_ih, const std::optional<Tensor>& b_hh,
             const std::optional<Tensor>& w_hr) {
-  const CellFacts& cell = known_cell(name, at::kCPU, w_ih.scalar_type());
   const auto list = [](const std::optional<Tensor>& each) {
     return each ? std::vector<Tensor>{*each} : std::vector<Tensor>{};
   };
   const auto bi = list(b_ih), bh = list(b_hh), hr = list(w_hr);
   const std::optional<Tensor> none;
   const Tensor x = at::empty({0, 1, w_ih.size(-1)}, w_ih.options());
-  const ScanInputs in{name, x, w_ih, w_hh, bi, bh, hr, {}, none, none, none, 0};
+  const ScanInputs in{cell.name, x, w_ih, w_hh, bi, bh, hr, {}, none, none, none, 0};
   const Shape n = checked_shape(cell, in);
   TORCH_CHECK(x.is_cpu(), "pack: the weights should be on the CPU, are on ", x.device());
-  TORCH_CHECK(!n.projected || cell.projectable, "pack: cell ", name, " cannot be projected");
+  TORCH_CHECK(!n.projected || cell.projectable, "pack: cell ", cell.name, " cannot be projected");
   const at::ScalarType compute = compute_type(x.scalar_type());
   const Operands operands(in, n, compute);
   const LaneSizes sizes{n.I, n.H, n.Q, n.projected};
@@ -119,13 +102,8 @@ Tensor pack(const std::string& name, const Tensor& w_ih, const Tensor& w_hh,
   return packed;
 }
 
-ScanOutputs scan_cpu(const ScanInputs& in, bool tape) {
-  const CellFacts& cell = known_cell(in.cell, at::kCPU, in.x.scalar_type());
-  const Shape n = checked_shape(cell, in);
-  const RowTables tables(n, in);
-  const Choice& choice = choose(cell, problem_of(in, n, tables.live_rows(), tape, false));
-  if (choice.kernel != "cpu") return python_forward(choice.kernel, in, tape);
-
+ScanOutputs forward_on_cpu(const Call& call, const CpuPlan& plan, bool tape) {
+  const auto& [cell, in, n, tables] = call;
   const at::ScalarType compute = compute_type(in.x.scalar_type());
   const Storage storage = storage_of(in.x.scalar_type());
   check_packed(cell, in, n, compute);
@@ -136,10 +114,10 @@ ScanOutputs scan_cpu(const ScanInputs& in, bool tape) {
   auto y_size = x.sizes().vec();
   y_size.back() = n.P * n.Q;
   ScanOutputs out;
-  auto& [y, states, kept] = out;
+  auto& [y, states, saved] = out;
   y = in.lengths ? fresh_zeros(y_size, stored) : fresh(y_size, stored);
-  kept = fresh({tape ? n.R : 0, n.P, cell.tape_width(n.projected), n.H}, stored);
-  if (in.lengths && tape) kept.zero_();
+  saved = fresh({tape ? n.R : 0, n.P, cell.tape_width(n.projected), n.H}, stored);
+  if (in.lengths && tape) saved.zero_();
   std::vector<void*> finals(n.P * cell.states);
   for (int32_t s = 0; s < cell.states; ++s) {
     states.push_back(fresh(n.state_size(s), stored));
@@ -154,25 +132,16 @@ ScanOutputs scan_cpu(const ScanInputs& in, bool tape) {
   args.x_row = x.stride(-2);
   args.x_step = x.dim() == 3 ? x.stride(0) : 0;
   args.y = y.mutable_data_ptr();
-  args.tape = tape ? kept.mutable_data_ptr() : nullptr;
+  args.tape = tape ? saved.mutable_data_ptr() : nullptr;
   args.final_states = finals.data();
   const bool in_double = compute == at::kDouble;
-  out_of_memory(cell.code(in_double).forward[in_double](args, choice.cpu));
+  out_of_memory(cell.code(in_double).forward[in_double](args, plan));
   return out;
 }
 
-std::vector<Tensor> scan_backward_cpu(const ScanInputs& in, const Incoming& grads, const Tensor& y,
-                                      const Tensor& given_tape, const Needs& needs) {
-  const CellFacts& cell = known_cell(in.cell, at::kCPU, in.x.scalar_type());
-  const Shape n = checked_shape(cell, in);
-  const RowTables tables(n, in);
-  const Choice& choice = choose(cell, problem_of(in, n, tables.live_rows(), true, true));
-  if (choice.kernel != "cpu")
-    return python_backward(choice.kernel, in, grads, y, given_tape, needs);
-  const CpuPlan plan = choice.cpu;  // a copy: another choice may end the life of this one
-  const bool kept = n.R == 0 || given_tape.size(0) > 0;
-  const Tensor tape = kept ? given_tape : std::get<2>(scan_cpu(in, true));
-
+std::vector<Tensor> backward_on_cpu(const Call& call, const CpuPlan& plan, const Incoming& grads,
+                                    const Tensor& y, const Tensor& tape, const Needs& needs) {
+  const auto& [cell, in, n, tables] = call;
   const at::ScalarType stored = in.x.scalar_type(), compute = compute_type(stored);
   TORCH_CHECK(tape.sizes() == at::IntArrayRef({n.R, n.P, cell.tape_width(n.projected), n.H}) &&
                   tape.scalar_type() == stored && y.numel() == n.R * n.P * n.Q &&

@@ -1,17 +1,19 @@
-// How a frozen layer notices that its weights are no longer those that were packed.
-//
-// A fingerprint is int64: [0] what every call checks (the tensors' addresses, torch's count of
-// their changes, samples, and all of the small ones), [1] the block at which the next call goes on
-// reading the large ones, [2..] a hash of each of their blocks.
+#include "binding/fingerprint.h"
+
 #include <ATen/EmptyTensor.h>
 
 #include <algorithm>
 #include <cstring>
 
-#include "binding/call.h"
-
 namespace fastrnn {
 namespace {
+
+using at::Tensor;
+using at::TensorList;
+
+// A fingerprint is int64: [0] what every call checks (the tensors' addresses, torch's count of
+// their changes, samples, and all of the small ones), [1] the block at which the next call goes on
+// reading the large ones, [2..] a hash of each of their blocks.
 
 constexpr int64_t kSmall = 16 << 10;  // bytes of a tensor that every call reads whole
 constexpr int64_t kBlock = 4 << 10;

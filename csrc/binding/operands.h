@@ -178,6 +178,19 @@ struct RowTables {
   }
 };
 
+// A call that was checked, of a cell on tensors on a CPU.
+struct Call {
+  const CellFacts& cell;
+  const ScanInputs& in;
+  const Shape n;
+  const RowTables tables;
+
+  Call(const CellFacts& cell, const ScanInputs& in)
+      : cell(cell), in(in), n(checked_shape(cell, in)), tables(n, in) {}
+  Call(const Call&) = delete;
+  Call& operator=(const Call&) = delete;
+};
+
 inline at::ScalarType compute_type(at::ScalarType stored) {
   return stored == at::kDouble ? at::kDouble : at::kFloat;
 }

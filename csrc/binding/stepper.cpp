@@ -15,7 +15,7 @@
 #include <memory>
 #include <string>
 
-#include "binding/call.h"
+#include "binding/callbacks.h"
 
 namespace py = pybind11;
 

@@ -1,7 +1,6 @@
 """Compiles the CUDA kernels for the simulator: `build()`, or `python -m tests.cudasim.build`.
 
-What it returns has the C interface of csrc/cuda/contract.h, and is loaded where
-FASTRNN_CUDA_LIBRARY names
+The library has the C interface of csrc/cuda/contract.h, and FASTRNN_CUDA_LIBRARY names it to load
 it. Objects lie in build/cudasim under a hash of what they were made of.
 """
 
