@@ -22,7 +22,7 @@ TORCH ?= torch==2.13.0
 JOBS ?= 2
 ARGS ?=
 
-CPP = $(wildcard $(foreach kind,h cpp cu cuh,csrc/*.$(kind) tests/cpp/*.$(kind) tests/cudasim/*.$(kind)))
+CPP = $(foreach kind,h cpp cu cuh,$(shell find csrc tests benchmarks -name '*.$(kind)'))
 
 GENERATOR = $(addprefix fastrnn/,cells.py codegen.py expression.py trace.py)
 
@@ -117,7 +117,7 @@ $(VENV)/.installed: pyproject.toml | $(PY)
 	$(PY) -m pip install --quiet --no-build-isolation --editable '.[demo,test]'
 	@touch $@
 
-$(BUILT): $(VENV)/.installed setup.py $(GENERATOR) $(wildcard csrc/*)
+$(BUILT): $(VENV)/.installed setup.py $(GENERATOR) $(shell find csrc -type f)
 	$(PY) setup.py --quiet build_ext --inplace
 	@touch $@
 

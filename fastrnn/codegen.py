@@ -473,7 +473,7 @@ def _triton_number(label: str) -> str:
 
 
 def header(deriveds: Sequence[Derived], names: Sequence[str] | None = None) -> str:
-    """The header that `csrc/cell.h` includes: the structs, and their list as `FASTRNN_CELLS(X)`."""
+    """The header that `csrc/core/cell.h` includes: structs, and their list `FASTRNN_CELLS(X)`."""
     keys = list(names or (d.name for d in deriveds))
     structs = [struct_name(k) for k in keys]
     if len(set(structs)) != len(structs):
@@ -486,7 +486,7 @@ def header(deriveds: Sequence[Derived], names: Sequence[str] | None = None) -> s
 
 #include <limits>
 
-#include "math.h"
+#include "core/math.h"
 
 namespace fastrnn {{
 inline namespace FASTRNN_ISA {{
