@@ -60,7 +60,7 @@ def test_hooks_have_the_versions_of_the_linters() -> None:
         for repository in parsed(ROOT / ".pre-commit-config.yaml")["repos"]
     }
     for hook, package in (("ruff-pre-commit", "ruff"), ("mirrors-clang-format", "clang-format")):
-        (pinned,) = re.findall(rf'"{package}==(.*?)"', project)
+        (pinned,) = set(re.findall(rf'"{package}==(.*?)"', project))
         assert hooks[hook] == f"v{pinned}"
 
 
