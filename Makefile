@@ -1,5 +1,8 @@
 # make demo     train a model of torch.nn and the same model with its layers replaced, side by side
 # make test     the test suite; ARGS="-k lstm" passes options to pytest
+# make clients  packages that use torch.nn's layers, run with theirs and with ours, in an environment of
+#               their own: equality, gradients, checkpoints, and times, written to docs/clients.md;
+#               ARGS="-k medaka" for less, and then nothing is written
 # make bench    fastrnn beside its rivals on this machine, a few minutes; make bench-full: every workload,
 #               also with one thread; ARGS="-k speech" passes options to pytest
 # make gpu      build, test and measure on this machine's NVIDIA GPU, 20 minutes;
@@ -8,13 +11,14 @@
 #               and no torch
 # make lint     what CI checks besides
 # make format   rewrite the sources in the project's format
-# make clean    remove everything built, the virtual environment included
+# make clean    remove everything built, the virtual environments included
 #
 # Each sets up what it needs: Python >= 3.10, a C++ compiler and make are enough. An environment that
 # already has torch and ninja is used as it is with  make test PYTHON=python3 VENV=
 
 PYTHON ?= python3
 VENV ?= .venv
+CLIENTS ?= .venv-clients
 DOCS ?= .venv-docs
 # May carry options of pip: TORCH="torch==2.13.0 --index-url https://..."
 TORCH ?= torch==2.13.0
@@ -25,7 +29,7 @@ CPP = $(wildcard $(foreach kind,h cpp cu cuh,csrc/*.$(kind) tests/cpp/*.$(kind) 
 
 GENERATOR = $(addprefix fastrnn/,cells.py codegen.py expression.py trace.py)
 
-.PHONY: demo test bench bench-full gpu docs lint format clean in-place
+.PHONY: demo test clients bench bench-full gpu docs lint format clean in-place
 
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
@@ -50,6 +54,23 @@ demo: $(BUILT)
 test: $(BUILT)
 	$(PY) -m pytest $$($(PY) -c 'from importlib.util import find_spec as has; \
 	  print("-n $(JOBS)" * bool(has("xdist")), "--timeout 900" * bool(has("pytest_timeout")))') $(ARGS)
+
+# Always in an environment of its own, so that theirs and ours keep clear of each other.
+clients: $(CLIENTS)/.built
+	$(CLIENTS)/bin/python -m pytest tests/clients --table docs/clients.md $(ARGS)
+
+# Each requirement is named with its version and nothing is resolved: some clients ask for torchvision
+# or torchaudio, each for another torch, which none of what runs here needs.
+$(CLIENTS)/.installed: tests/clients/requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet $(TORCH) 'setuptools>=77' ninja
+	$(CLIENTS)/bin/python -m pip install --quiet --no-deps --requirement $<
+	$(CLIENTS)/bin/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	@touch $@
+
+$(CLIENTS)/.built: $(CLIENTS)/.installed setup.py $(GENERATOR) $(wildcard csrc/*)
+	$(CLIENTS)/bin/python setup.py --quiet build_ext --inplace
+	@touch $@
 
 # pytest-benchmark's own tables are of our times only; the report has everything.
 bench: $(RIVALS)
@@ -94,7 +115,7 @@ format: $(TOOLS)
 	$(BIN)clang-format -i $(CPP)
 
 clean:
-	rm -rf build dist site *.egg-info fastrnn/*.so $(VENV) $(DOCS) \
+	rm -rf build dist site *.egg-info fastrnn/*.so $(VENV) $(CLIENTS) $(DOCS) \
 	  .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
 in-place:
