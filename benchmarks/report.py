@@ -5,7 +5,7 @@
 
 The default folder is the one of the machine measured last. The command writes speedup.svg beside
 the results and the page to build/benchmark/MACHINE.html. It also rewrites tables between their
-markers: --docs names the file with the whole table, --readme the one with a few of its rows.
+markers: --docs names the file with all rows and the losses, --readme the one with a few rows.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from fastrnn.bench.race import TORCH, Row
 from fastrnn.bench.workload import BEST_RIVAL, CELLS
 
 BEGIN, END = "<!-- benchmarks/report.py -->", "<!-- end -->"
+BEGIN_LOSSES = "<!-- benchmarks/report.py, losses -->"
 TABLED = ("streaming", "layers", "packed")  # groups of the tables in README and docs
 # The workloads in the README's table: each kind of use once, and one where a baseline is faster.
 SHORT = ("stream-64", "one-row-256", "language-model", "speech", "packed")
@@ -80,6 +81,26 @@ def table(results: store.Results, workloads: Sequence[str] | None = None) -> str
     return "\n".join([*lines, "", *(f"*{told}*" for told in _conditions(results, rows.values()))])
 
 
+def losses(results: store.Results) -> str:
+    """One line for each row in which a baseline is faster, the worst first."""
+    ratios = [(row.speedup(against(row.mode)), row) for row, _ in results.rows]
+    lost = [(ratio, row) for ratio, row in ratios if ratio is not None and ratio < 1]
+    lost.sort(key=lambda each: each[0])
+    lines = [
+        "| T, B, I, H | cell | mode | ours | baseline | ours is |",
+        "|---|---|---|---|---|---|",
+    ]
+    for ratio, row in lost:
+        mode = row.mode + ("" if row.dtype == "float32" else f", {row.dtype}")
+        found = row.entry(TORCH) if against(row.mode) == TORCH else row.rivals[0]
+        baseline = f"{micros(found.median)}, {found.name}" if found else ""
+        ours = micros(row.ours.median)
+        lines.append(
+            f"| {shape(row)} | {row.cell.upper()} | {mode} | {ours} | {baseline} | {ratio:.2f}× |"
+        )
+    return "\n".join(lines)
+
+
 def _figure(row: Row) -> str:
     ratio = row.speedup(against(row.mode))
     if ratio is None:
@@ -116,16 +137,26 @@ def _conditions(results: store.Results, rows: Iterable[Row]) -> list[str]:
     return told
 
 
-def rewrite(text: str, table: str) -> str:
+def rewrite(text: str, table: str, begin: str = BEGIN) -> str:
     """`text` with the table between its markers replaced.
 
     Raises:
         ValueError: there is no such pair of markers.
     """
-    pattern = re.compile(f"{re.escape(BEGIN)}\n.*?{re.escape(END)}", re.DOTALL)
+    pattern = re.compile(f"{re.escape(begin)}\n.*?{re.escape(END)}", re.DOTALL)
     if not pattern.search(text):
-        raise ValueError(f"there is no {BEGIN} … {END} to put the table into")
-    return pattern.sub(lambda _: f"{BEGIN}\n{table}\n{END}", text, count=1)
+        raise ValueError(f"there is no {begin} … {END} to put the table into")
+    return pattern.sub(lambda _: f"{begin}\n{table}\n{END}", text, count=1)
+
+
+def readme(text: str, results: store.Results) -> str:
+    """The README with its short table written anew."""
+    return rewrite(text, table(results, SHORT))
+
+
+def docs(text: str, results: store.Results) -> str:
+    """The page on benchmarks with its tables written anew."""
+    return rewrite(rewrite(text, table(results)), losses(results), BEGIN_LOSSES)
 
 
 def plot(results: store.Results, path: Path) -> bool:
@@ -254,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--html", type=Path, help="where to write the page")
     parser.add_argument("--readme", type=Path, help="rewrite the short table of this file")
-    parser.add_argument("--docs", type=Path, help="rewrite the whole table of this file")
+    parser.add_argument("--docs", type=Path, help="rewrite the tables of this file")
     given = parser.parse_args(argv)
     written = sorted(RESULTS.glob("*/suite.json"), key=lambda file: file.stat().st_mtime)
     folder = given.results or (written[-1].parent if written else RESULTS)
@@ -267,10 +298,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     html.parent.mkdir(parents=True, exist_ok=True)
     html.write_text(page(results, drawing.read_text() if drawn else ""))
     print(f"{html}: {len(results.rows)} rows" + (f"; {drawing}" if drawn else ""))
-    for file, workloads in ((given.readme, SHORT), (given.docs, None)):
+    for file, rewritten in ((given.readme, readme), (given.docs, docs)):
         if file:
-            file.write_text(rewrite(file.read_text(), table(results, workloads)))
-            print(f"{file}: table rewritten")
+            file.write_text(rewritten(file.read_text(), results))
+            print(f"{file}: tables rewritten")
     return 0
 
 

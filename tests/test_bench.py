@@ -7,7 +7,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -519,6 +519,15 @@ def test_the_short_table_has_the_named_rows() -> None:
     assert row.startswith("| speech ")
 
 
+def test_every_loss_is_listed_the_worst_first() -> None:
+    lost = row(entry("fastrnn", "ours", 100.0), entry("JAX", "rival", 50.0), cell="gru")
+    worse = row(entry("fastrnn", "ours", 100.0), entry("torch.nn", "rival", 10.0), mode="training")
+    assert report.losses(results_of(ROW, lost, worse)).splitlines()[2:] == [
+        "| (10, 1, 8, 8) | LSTM | training | 100 µs | 10 µs, torch.nn | 0.10× |",
+        "| (10, 1, 8, 8) | GRU | inference | 100 µs | 50 µs, JAX | 0.50× |",
+    ]
+
+
 def test_the_short_table_names_workloads_that_exist() -> None:
     assert set(report.SHORT) <= {workload.name for workload in workloads.WORKLOADS}
     assert len(report.SHORT) == 5
@@ -571,8 +580,8 @@ def test_the_suite_and_its_report(tmp_path: Path) -> None:
     assert [v.status for v in streamed.verdicts] == ["not measured"]
 
     readme, docs = tmp_path / "README.md", tmp_path / "benchmarks.md"
-    for each in (readme, docs):
-        each.write_text(f"{report.BEGIN}\n{report.END}\n")
+    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
+    docs.write_text(f"{report.BEGIN}\n{report.END}\n{report.BEGIN_LOSSES}\n{report.END}\n")
     html = tmp_path / "page.html"
     written = ["--readme", str(readme), "--docs", str(docs), "--html", str(html)]
     report.main([str(file.parent), *written])
@@ -601,12 +610,14 @@ def test_plots_of_the_sweeps(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("page", "names"), [("README.md", report.SHORT), ("docs/benchmarks.md", None)]
+    ("page", "rewritten"), [("README.md", report.readme), ("docs/benchmarks.md", report.docs)]
 )
-def test_pages_have_the_tables_of_the_results(page: str, names: tuple[str, ...] | None) -> None:
+def test_pages_have_the_tables_of_the_results(
+    page: str, rewritten: Callable[[str, store.Results], str]
+) -> None:
     text = (ROOT / page).read_text()
     results = store.load(report.RESULTS / "amd-epyc-2-threads" / "suite.json")
-    assert report.rewrite(text, report.table(results, names)) == text
+    assert rewritten(text, results) == text
 
 
 # python -m fastrnn bench

@@ -81,6 +81,15 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert (ROOT / included).exists(), included
 
 
+@pages()
+def test_paths_exist(page: Path) -> None:
+    if not (ROOT / "csrc" / "core").is_dir() or not (ROOT / "fastrnn" / "kernels").is_dir():
+        pytest.skip("the folders of docs/architecture.md are not there")
+    folders = r"`((?:fastrnn|csrc|tests|benchmarks|docs)/[\w./-]*)`"
+    for path in re.findall(folders, page.read_text(encoding="utf-8")):
+        assert (ROOT / path).exists(), path
+
+
 @pages(SHOWN)
 def test_shown_output_is_what_the_command_prints(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
