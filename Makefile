@@ -7,6 +7,8 @@
 #               also with one thread; ARGS="-k speech" passes options to pytest
 # make gpu      build, test and measure on this machine's NVIDIA GPU, 20 minutes;
 #               ARGS="--minutes 5 --only build,first" for less
+# make docs     build the documentation into site/, in an environment of its own: it needs no compiler
+#               and no torch
 # make lint     what CI checks besides
 # make format   rewrite the sources in the project's format
 # make clean    remove everything built, the virtual environments included
@@ -17,6 +19,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 CLIENTS ?= .venv-clients
+DOCS ?= .venv-docs
 # May carry options of pip: TORCH="torch==2.13.0 --index-url https://..."
 TORCH ?= torch==2.13.0
 JOBS ?= 2
@@ -26,7 +29,7 @@ CPP = $(foreach kind,h cpp cu cuh,$(shell find csrc tests benchmarks -name '*.$(
 
 GENERATOR = $(addprefix fastrnn/,cells.py codegen.py expression.py trace.py)
 
-.PHONY: demo test clients bench bench-full gpu lint format clean in-place
+.PHONY: demo test clients bench bench-full gpu docs lint format clean in-place
 
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
@@ -84,6 +87,21 @@ bench-full: $(RIVALS)
 gpu: $(INSTALLED)
 	$(PY) -m benchmarks.gpu $(ARGS)
 
+# A warning is an error. Nothing is fetched while the pages are built.
+docs: $(DOCS)/.installed
+	$(DOCS)/bin/python -m mkdocs build --strict --clean $(ARGS)
+
+# The versions stand in pyproject.toml. pip would build fastrnn to install an extra of it, so they are
+# read from there; before Python 3.11 pip alone brings a reader of TOML.
+$(DOCS)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -c 'import sys; from importlib import import_module as get; \
+	  toml = get("tomllib" if sys.version_info >= (3, 11) else "pip._vendor.tomli"); \
+	  project = toml.load(open("pyproject.toml", "rb"))["project"]; \
+	  print(*project["optional-dependencies"]["docs"], sep="\n")' > $(DOCS)/requirements.txt
+	$(DOCS)/bin/python -m pip install --quiet --requirement $(DOCS)/requirements.txt
+	@touch $@
+
 lint: $(TOOLS)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -97,7 +115,7 @@ format: $(TOOLS)
 	$(BIN)clang-format -i $(CPP)
 
 clean:
-	rm -rf build dist *.egg-info fastrnn/*.so $(VENV) $(CLIENTS) \
+	rm -rf build dist site *.egg-info fastrnn/*.so $(VENV) $(CLIENTS) $(DOCS) \
 	  .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
 in-place:
