@@ -1,5 +1,7 @@
 # make demo     train a model of torch.nn and the same model with its layers replaced, side by side
-# make test     the test suite; ARGS="-k lstm" passes options to pytest
+# make test     the tests of the CPU path and the public API; ARGS="-k lstm" passes options to pytest
+# make test-all those, and the rest (make test-long): GPU kernels in the simulator and the interpreter, what
+#               compiles for minutes, the kernels again for each instruction set
 # make clients  packages that use torch.nn's layers, run with theirs and with ours, in an environment of
 #               their own: equality, gradients, checkpoints, and times, written to docs/clients.md;
 #               ARGS="-k medaka" for less, and then nothing is written
@@ -29,7 +31,7 @@ CPP = $(foreach kind,h cpp cu cuh,$(shell find csrc tests benchmarks -name '*.$(
 
 GENERATOR = $(addprefix fastrnn/,cells.py codegen.py expression.py trace.py)
 
-.PHONY: demo test clients bench bench-full gpu docs lint format clean in-place
+.PHONY: demo test test-long test-all clients bench bench-full gpu docs lint format clean in-place
 
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
@@ -51,9 +53,18 @@ demo: $(BUILT)
 	$(PY) -m fastrnn demo $(ARGS)
 
 # Plugins are used where they are installed: an environment used as it is may lack them.
+PYTEST = $(PY) -m pytest $$($(PY) -c 'from importlib.util import find_spec as has; \
+	  print("-n $(JOBS)" * bool(has("xdist")), "--timeout 900" * bool(has("pytest_timeout")))')
+# pyproject.toml says what each of these is.
+LONG = compiles or interpreter or reruns or simulator
+
 test: $(BUILT)
-	$(PY) -m pytest $$($(PY) -c 'from importlib.util import find_spec as has; \
-	  print("-n $(JOBS)" * bool(has("xdist")), "--timeout 900" * bool(has("pytest_timeout")))') $(ARGS)
+	$(PYTEST) -m "not ($(LONG))" $(ARGS)
+
+test-long: $(BUILT)
+	$(PYTEST) -m "$(LONG)" $(ARGS)
+
+test-all: test test-long
 
 # Always in an environment of its own, so that theirs and ours keep clear of each other.
 clients: $(CLIENTS)/.built

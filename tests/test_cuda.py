@@ -27,6 +27,8 @@ from tests.cudasim.build import build, missing
 from tests.support import flatten, largest_error, rms_error
 from tests.test_kernels import BUILT_IN, converted, doubled, linear, operands, run, whole
 
+pytestmark = pytest.mark.simulator
+
 if "FASTRNN_CUDA_LIBRARY" not in os.environ and missing():
     pytest.skip(str(missing()), allow_module_level=True)
 

@@ -25,6 +25,8 @@ import pytest
 
 from fastrnn import cells, codegen, cuda_scan
 
+pytestmark = pytest.mark.compiles
+
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build" / "cuda-compile"  # with a folder for each selection of cells
 RESULTS = ROOT / "benchmarks" / "results" / "cuda-compile.md"

@@ -18,7 +18,10 @@ from tests.cudasim.build import Fault, build, missing
 from tests.cudasim.sweeps import Case, said
 from tests.test_kernels import BUILT_IN
 
-pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+pytestmark = [
+    pytest.mark.simulator,
+    pytest.mark.skipif(missing() is not None, reason=str(missing())),
+]
 
 TILE, EXCHANGE = "cuda/persistent/product.cuh", "cuda/persistent/exchange.cuh"
 FORWARD, BACKWARD = "cuda/persistent/forward.cu", "cuda/persistent/backward.cu"

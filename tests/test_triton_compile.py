@@ -29,6 +29,8 @@ import torch
 
 from fastrnn import cells, codegen, plan, triton_scan
 
+pytestmark = pytest.mark.compiles
+
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton", allow_module_level=True)
 

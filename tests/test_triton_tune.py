@@ -14,6 +14,8 @@ from fastrnn import triton_scan
 from fastrnn.plan import Device, Plan, Problem, alternatives, choose
 from fastrnn.triton_tune import Tuner
 
+pytestmark = pytest.mark.interpreter
+
 FIRST = Plan("triton", unit_tile=32, depth_tile=64, warps=8, stages=4, chunk_rows=99)
 PLANS = alternatives(FIRST)
 
