@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import os
 import platform
 import re
 import subprocess
@@ -82,7 +83,8 @@ class Table:
         )
         versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
         return (
-            f"{processor()} ({_C.isa()}), 1 thread, float32; fastrnn {fastrnn.__version__}, "
+            f"{processor()} ({_C.isa()}), 1 thread, float32, load average "
+            f"{os.getloadavg()[1]:.1f} on {os.cpu_count()} cores; fastrnn {fastrnn.__version__}, "
             f"torch {torch.__version__}, Python {platform.python_version()}, {versions}; "
             f"commit {told.stdout.strip() or 'unknown'}, {time.strftime('%Y-%m-%d')}"
         )

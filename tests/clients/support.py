@@ -44,10 +44,10 @@ class Client:
     trained: bool = False
 
 
-def replaced(model: nn.Module, skipped: Iterable[str] = ()) -> nn.Module:
+def replaced(model: nn.Module, skipped: Iterable[str] = (), subclasses: bool = False) -> nn.Module:
     """A copy of the model with its recurrent layers replaced, every one but those named."""
     ours = copy.deepcopy(model)
-    report = fastrnn.replace_(ours)
+    report = fastrnn.replace_(ours, subclasses=subclasses)
     assert report.replaced, "the model has nothing to replace"
     assert [s.name for s in report.skipped] == list(skipped), str(report)
     return ours

@@ -149,14 +149,27 @@ def test_file_of_its_own_format(segmentation: nn.Module, page: Tensor, tmp_path:
     )
 
 
-@pytest.mark.xfail(reason="isinstance(layer, torch.nn.LSTM) is False, and the client asks")
-def test_initialisation(recognition: nn.Module) -> None:
-    """A network is replaced first and initialised then."""
+def initialised(model: nn.Module) -> nn.Module:
+    torch.manual_seed(1)
+    model.init_weights()
+    return model
+
+
+@torch.no_grad()
+def test_initialisation(recognition: nn.Module, lines: Any) -> None:
+    """The client initialises what is an `nn.LSTM`: before it is replaced, or while restored."""
     ours = replaced(recognition)
-    for model in (ours, recognition):
-        torch.manual_seed(1)
-        model.init_weights()
-    assert_same(ours.state_dict(), recognition.state_dict(), 0)
+    before = copy.deepcopy(ours.state_dict())
+    changed = {n for n, p in initialised(ours).state_dict().items() if not p.equal(before[n])}
+    assert changed and not any(".layer." in n for n in changed), "convolutions alone"
+
+    initialised(recognition)
+    fastrnn.restore_(ours)
+    initialised(ours)
+    assert fastrnn.replace_(ours).replaced
+    for model in (ours, replaced(recognition)):
+        assert_same(model.state_dict(), recognition.state_dict(), 0)
+        assert_same_outputs(model, recognition, lambda model: read(model, lines))
 
 
 def test_times(

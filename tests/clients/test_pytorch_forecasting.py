@@ -2,8 +2,8 @@
 over rows of different length.
 
 Its LSTM is a subclass of torch.nn's that packs and takes rows of length 0, so `replace_` leaves it
-alone. Two ways in are tested: its class with our LSTM as its base, and our LSTM with `lengths=`,
-which does what the subclass is for.
+alone unless it is told `subclasses=True`. Two ways are tested: that one, and our LSTM with
+`lengths=`, which does what the subclass is for.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from tests.clients.support import (
     Client,
     Ratio,
     assert_checkpoints_pass,
+    assert_restores,
     assert_same_gradients,
     assert_same_outputs,
     dtype_of,
+    replaced,
 )
 
 with warnings.catch_warnings():
@@ -34,11 +36,6 @@ with warnings.catch_warnings():
     from pytorch_forecasting.models.nn import rnn as theirs
 
 CLIENT = Client("pytorch-forecasting", "LSTM 64, 2 layers, packed")
-
-# Their methods and mixin, over our layer: torch's own class would hide ours from torch.compile.
-OF = vars(theirs.LSTM)
-METHODS = {n: OF[n] for n in ("handle_no_encoding", "init_hidden_state", "repeat_interleave")}
-Rebased = type("Rebased", (theirs.RNN, fastrnn.LSTM), {**METHODS, "__module__": __name__})
 
 
 class WithLengths(fastrnn.LSTM):
@@ -96,11 +93,16 @@ def torchs(dataset: TimeSeriesDataSet) -> nn.Module:
         ).eval()
 
 
-def with_layer(model: nn.Module, layer: type) -> nn.Module:
-    """A copy of the model whose LSTM is of that class."""
+def with_subclass(model: nn.Module) -> nn.Module:
+    """A copy of the model whose LSTM is the client's own class on our layer."""
+    return replaced(model, subclasses=True)
+
+
+def with_lengths(model: nn.Module) -> nn.Module:
+    """A copy of the model whose LSTM takes lengths and packs nothing."""
     ours = copy.deepcopy(model)
     before = ours.rnn
-    ours.rnn = layer(
+    ours.rnn = WithLengths(
         before.input_size,
         before.hidden_size,
         before.num_layers,
@@ -111,9 +113,9 @@ def with_layer(model: nn.Module, layer: type) -> nn.Module:
     return ours
 
 
-@pytest.fixture(params=[Rebased, WithLengths])
+@pytest.fixture(params=[with_subclass, with_lengths])
 def ours(torchs: nn.Module, request: pytest.FixtureRequest) -> nn.Module:
-    return with_layer(torchs, request.param)
+    return request.param(torchs)
 
 
 def forecast(model: nn.Module, x: dict[str, Tensor]) -> Tensor:
@@ -128,6 +130,15 @@ def test_the_subclass_is_left_alone(torchs: nn.Module) -> None:
     ((name, _, reason),) = report.skipped
     assert name == "rnn"
     assert "subclass" in reason
+
+
+def test_the_subclass_is_replaced_when_asked(torchs: nn.Module) -> None:
+    """With the methods of the client's class, and not under it."""
+    rnn = with_subclass(torchs).rnn
+    assert isinstance(rnn, fastrnn.LSTM)
+    assert isinstance(rnn, theirs.RNN)
+    assert not isinstance(rnn, theirs.LSTM)
+    assert type(rnn).__name__ == "LSTM"
 
 
 @torch.no_grad()
@@ -150,17 +161,18 @@ def test_gradients(ours: nn.Module, torchs: nn.Module, batch: Any) -> None:
 
 
 @torch.no_grad()
-def test_checkpoints(torchs: nn.Module, batch: Any) -> None:
-    ours = with_layer(torchs, WithLengths)
+def test_checkpoints(ours: nn.Module, torchs: nn.Module, batch: Any) -> None:
     assert_checkpoints_pass(ours, torchs, lambda model: forecast(model, batch[0]))
-    rebased = with_layer(torchs, Rebased)
-    assert_checkpoints_pass(rebased, torchs, lambda model: forecast(model, batch[0]))
+
+
+@torch.no_grad()
+def test_restore(torchs: nn.Module, batch: Any) -> None:
+    assert_restores(with_subclass(torchs), torchs, lambda model: forecast(model, batch[0]))
 
 
 def test_times(torchs: nn.Module, batch: Any, ratio: Ratio) -> None:
     x, _ = batch
-    rebased, with_lengths = (with_layer(torchs, each) for each in (Rebased, WithLengths))
-    ways = {"our LSTM as the base of its class": rebased, "lengths=": with_lengths}
+    ways = {"replace_(subclasses=True)": with_subclass(torchs), "lengths=": with_lengths(torchs)}
     shape = f"{len(x['encoder_lengths'])} rows of up to {x['encoder_cont'].shape[1]} steps"
     for way, ours in ways.items():
         ratio(
@@ -171,7 +183,7 @@ def test_times(torchs: nn.Module, batch: Any, ratio: Ratio) -> None:
             within=1e-5,
         )
 
-    for model in (torchs, rebased, with_lengths):
+    for model in (torchs, *ways.values()):
         model.train().rnn.dropout = 0
 
     def training(model: nn.Module) -> Any:

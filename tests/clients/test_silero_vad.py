@@ -236,7 +236,7 @@ def test_times(ours: nn.Module, torchs: Network, audio: Tensor, ratio: Ratio) ->
             outputs.append(h)
         return torch.cat(outputs)
 
-    stepper = layer.stream()
+    stepper = ours.rnn.stream(batch_size=1)
     arrays, out = features.numpy(), np.empty((len(features), 128), "float32")
 
     def stream() -> Tensor:
