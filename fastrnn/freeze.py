@@ -48,9 +48,6 @@ class Freezable(nn.Module):
         trained = {n for n, p in parameters.items() if p is not None and p.requires_grad}
         if self._frozen is not None:
             trained.update(self._frozen.trained)
-        for each in parameters.values():
-            if each is not None:
-                each.requires_grad_(False)
         scans = (2 if getattr(self, "bidirectional", False) else 1) * getattr(self, "heads", 1)
         weights = self._weights()
         with torch.no_grad():
@@ -59,6 +56,9 @@ class Freezable(nn.Module):
                 for first in range(0, len(weights), scans)
             )
         self._frozen = Frozen(layers, tuple(sorted(trained)))
+        for each in parameters.values():
+            if each is not None:
+                each.requires_grad_(False)
 
     def _unfreeze(self) -> None:
         if self._frozen is None:
@@ -102,8 +102,9 @@ def freeze(module: _Module) -> _Module:
     `load_state_dict`, `.to`, `copy.deepcopy` and pickling pack anew what they change. Weights that
     are changed in any other way (in place, by an optimizer, by assigning a Parameter) make the
     next call raise. What is written past torch's count of changes (through `.data`, NumPy, DLPack)
-    the next call finds in a tensor of up to 16 KiB, as biases are. A larger one is read block by
-    block, all of it within 64 rows (time steps of all sequences), so that looking stays cheap.
+    the next call finds in biases of up to 16 KiB and weights of up to 4 KiB. Larger ones are read
+    block by block, all of them within 64 rows (time steps of all sequences), so that looking stays
+    cheap.
 
     Where the CPU kernel does not run (other devices, autocast, `torch.func`, a kernel forced by
     name), the layer works as before, from its Parameters.

@@ -466,7 +466,8 @@ def _check_lengths(lengths: Tensor | Sequence[int], x: Tensor, batched: bool) ->
     """`lengths` as int64 [B] beside `x` [T, B, I]."""
     steps, batch = x.size(0), x.size(1)
     try:
-        length = torch.as_tensor(lengths, device=None if isinstance(lengths, Tensor) else "cpu")
+        # A tensor is taken as it is: torch.as_tensor would move it to the default device.
+        length = lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"lengths must be a tensor or sequence of integers, one for each of the {batch} "

@@ -42,9 +42,9 @@ _MOST_SCANS = 64  # of one call of the operator
 
 
 class Written(NamedTuple):
-    """What was written into `_flat_weights`, by name, and the layer's own weights at that time."""
+    """The list `_flat_weights`, and the layer's own weights when it was made."""
 
-    entries: dict[str, Tensor | None]
+    entries: list[Tensor | None]
     own: list[Tensor | None]
 
 
@@ -241,35 +241,46 @@ class _Layer(Freezable, nn.RNNBase):
         functional.check_input(input, self.input_size, batch_sizes)
 
     # torch.nn computes with the entries of its list `_flat_weights`, which users write: with
-    # dropped weights, with those of another layer. No list is kept here, but what was written into
-    # it is, until one of the layer's own weights is replaced: then all count again, as in torch.nn.
+    # dropped weights, with those of another layer. Here the list is made when somebody asks for it,
+    # and counts until one of the layer's own weights is replaced, as in torch.nn.
 
     def _own_weights(self) -> list[Tensor | None]:
         return [getattr(self, n, None) for n in self._flat_weights_names]
 
     def _written_entries(self) -> Mapping[str, Any]:
+        """What stands in the list in the place of the layer's own weights, by name."""
         if self._written is None:
             return {}
-        own = self._own_weights()
-        return self._written.entries if all(map(is_, own, self._written.own)) else {}
+        entries, own = self._written
+        if not all(map(is_, self._own_weights(), own)):
+            return {}
+        names = self._flat_weights_names
+        if len(entries) != len(names):
+            raise RuntimeError(
+                f"_flat_weights should hold {len(names)} weights ({', '.join(names)}), "
+                f"got {len(entries)}"
+            )
+        named = zip(names, entries, own, strict=True)
+        return {name: entry for name, entry, weight in named if entry is not weight}
 
     @property
     def _flat_weights(self) -> list[Tensor | None]:
-        return FlatWeights(self)
+        own = self._own_weights()
+        if self._written is None or not all(map(is_, own, self._written.own)):
+            self._written = Written(own.copy(), own)
+        return self._written.entries
 
     @_flat_weights.setter
-    def _flat_weights(self, values: Sequence[Tensor | None]) -> None:
-        own = self._own_weights()
-        entries = zip(self._flat_weights_names, values, own, strict=True)
-        written = {name: value for name, value, weight in entries if value is not weight}
-        self._init_flat_weights()
-        if written:
-            self._written = Written(written, own)
+    def _flat_weights(self, values: list[Tensor | None]) -> None:
+        self._written = Written(values, self._own_weights())
 
     __setattr__ = nn.Module.__setattr__  # type: ignore[assignment]
 
     def _init_flat_weights(self) -> None:
         self.__dict__.pop("_written", None)
+
+    def _weights_have_changed(self) -> bool:
+        return False
 
     def _update_flat_weights(self) -> None:
         pass
@@ -289,26 +300,6 @@ class _Layer(Freezable, nn.RNNBase):
 
     def __prepare_scriptable__(self) -> nn.Module:
         return scriptable(self)
-
-
-class FlatWeights(list[Tensor | None]):
-    """The weights that a layer computes with; an entry that is written is the layer's from then
-    on, as it is in torch.nn."""
-
-    def __init__(self, layer: _Layer) -> None:
-        written = layer._written_entries()
-        names = layer._flat_weights_names
-        super().__init__(
-            written.get(n, own) for n, own in zip(names, layer._own_weights(), strict=True)
-        )
-        self._layer = layer
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        super().__setitem__(index, value)
-        self._layer._flat_weights = self
-
-    def __reduce__(self) -> tuple[type[list[Tensor | None]], tuple[list[Tensor | None]]]:
-        return list, (list(self),)
 
 
 class _Plain(_Layer):

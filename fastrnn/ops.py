@@ -92,14 +92,17 @@ def scan(
         if torch.is_grad_enabled():
             _refuse_gradients(x, *w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *s0)
         if _can_use_packed(x):
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_compiling() or torch._C._is_torch_function_mode_enabled():
                 y, *states = torch.ops.fastrnn.scan_packed.default(
                     key, *_optional(*arguments), *packed
                 )
                 return y, states
             return _C.scan_packed(key, *arguments, *packed)
     every = (x, *w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *s0)
-    if torch.compiler.is_compiling() or has_torch_function(every):
+    compiling = torch.compiler.is_compiling()
+    # Functions that are overridden, by a subclass or by a mode such as the default device, need the
+    # operator that they can see. A transform goes first: it has no rule for the operator.
+    if compiling or (has_torch_function(every) and not _transformed()):
         if key is not None:
             y, *states, _ = torch.ops.fastrnn.scan.default(
                 key, *_optional(*arguments), False, recompute
@@ -153,7 +156,7 @@ def step(
 def transposed(y: Tensor) -> Tensor:
     """`y` [T, B, *] as [B, T, *] on the same memory, and no view to autograd: `detach_` and changes
     in place work on it as on the output of torch.nn's GRU and RNN."""
-    if torch.compiler.is_compiling() or has_torch_function((y,)) or _transformed():
+    if torch.compiler.is_compiling() or not _plain(y) or _transformed():
         return y.transpose(0, 1)
     return _C.transposed(y)
 
@@ -175,7 +178,12 @@ def _can_use_packed(x: Tensor) -> bool:
         # An exported program holds copies. What `is_exporting` returns, which in torch 2.11 is true
         # in whatever is compiled.
         return not torch.compiler._is_exporting_flag
-    return not has_torch_function((x,)) and not _transformed()
+    return _plain(x) and not _transformed()
+
+
+def _plain(x: Tensor) -> bool:
+    """Whether no subclass overrides functions of it; a mode may, such as the default device."""
+    return type(x) in (Tensor, torch.nn.Parameter)
 
 
 def _transformed() -> bool:

@@ -145,29 +145,41 @@ def obstacle(module: nn.Module, kind: type, old: type, new: type) -> str | None:
                 return f"{where} has a metaclass, {type(each).__qualname__}"
             if members.get("__slots__"):
                 return f"{where} has __slots__"
-            named = [n for n, f in members.items() if n != "__init__" and _names(f, made)]
-            if named:
-                return (
-                    f"{where}.{named[0]} names a class where it calls super(...), and would find "
-                    "the class it was made in; super() without arguments would do"
-                )
+            for name, member in members.items():
+                if name != "__init__" and (reason := _asks_for_a_class(member, made)):
+                    return f"{where}.{name} {reason}"
     held = {*vars(module), *module._parameters, *module._buffers, *module._modules}
     if taken := sorted(names.intersection(held)):
         return f"has its own attribute {taken[0]}, a name that fastrnn's layer uses itself"
     return None
 
 
-def _names(member: Any, classes: set[str]) -> bool:
-    """Whether a method calls `super` and names one of the classes, as `super(S, self)` does.
+def _asks_for_a_class(member: Any, classes: set[str]) -> str | None:
+    """Why a method would not find itself in the class that is made again, or None if it does.
 
-    A constructor may: it does not run again.
+    A constructor may do so: it does not run again.
     """
     for part in ("__func__", "fget", "__wrapped__"):
         member = getattr(member, part, member)
     if not isinstance(member, types.FunctionType):
-        return False
-    code = member.__code__
-    return "super" in code.co_names and not classes.isdisjoint((*code.co_names, *code.co_freevars))
+        return None
+    names = _names(member.__code__)
+    if classes.isdisjoint(names):
+        return None
+    if "super" in names:
+        return (
+            "names a class where it calls super(...), and would find the class it was made in; "
+            "super() without arguments would do"
+        )
+    if asked := sorted(names.intersection(("isinstance", "issubclass", "type"))):
+        return f"asks {asked[0]}(...) of a class that fastrnn's layer does not have"
+    return None
+
+
+def _names(code: types.CodeType) -> set[str]:
+    """What the code names, in functions inside it too."""
+    inner = [_names(c) for c in code.co_consts if isinstance(c, types.CodeType)]
+    return {*code.co_names, *code.co_freevars}.difference(["__class__"]).union(*inner)
 
 
 def _own_forward(forward: Any) -> str | None:

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from fastrnn.convert import FROM_TORCH, TO_TORCH, converted, on_fastrnn
+from fastrnn.freeze import Freezable
 from fastrnn.modules import Recurrent
 from fastrnn.rebase import obstacle
 
@@ -138,6 +139,8 @@ def _notes(model: nn.Module) -> tuple[tuple[str, str], ...]:
 def restore_(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = None) -> Report:
     """Turn fastrnn's modules inside `model` back into torch.nn's: the mirror of `replace_`.
 
+    Frozen ones are unfrozen first.
+
     Modules of subclasses that `replace_` changed get the class they had. `Recurrent` modules have
     no counterpart there and are skipped.
     """
@@ -165,6 +168,8 @@ def _change(
         if reason:
             skipped.append(Skipped(name, _label(kind), reason))
         elif target:
+            if isinstance(module, Freezable):
+                module._unfreeze()  # torch.nn's would never train again
             _become(module, converted(module, target))
             replaced.append(Replaced(name, _label(kind), _label(target)))
     for name, module in walk:

@@ -200,6 +200,31 @@ def test_a_cell_takes_the_short_way(name: str, monkeypatch: pytest.MonkeyPatch) 
     cell(torch.randn(3, 5), cell(torch.randn(3, 5)))
 
 
+@pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
+def test_a_cell_takes_special_tensors_for_what_they_are(name: str) -> None:
+    """A negated view's memory holds the opposite of its numbers, a zero tensor has none."""
+    cell = getattr(fastrnn, name)(5, 9).requires_grad_(False)
+    frozen = fastrnn.freeze(copy.deepcopy(cell))
+    x = torch.randn(3, 5)
+    imaginary = torch.randn(3, 1, dtype=torch.complex64).conj().imag.expand(3, 5)
+    for special in (torch._neg_view(x), imaginary, torch._efficientzerotensor(3, 5)):
+        expected = cell(special.clone() if special.is_neg() else torch.zeros(3, 5))
+        for module in (cell, frozen):
+            for one, other in zip(flatten(module(special)), flatten(expected), strict=True):
+                torch.testing.assert_close(one, other)
+
+
+def test_what_was_trained_trains_again() -> None:
+    module = fastrnn.freeze(fastrnn.GRU(5, 9))
+    fastrnn.restore_(module)
+    assert all(p.requires_grad for p in module.parameters())
+    broken = fastrnn.GRU(5, 9)
+    broken._flat_weights[1] = torch.zeros(3, 3)
+    with pytest.raises(RuntimeError, match=r"should be \[3, 5\]"):
+        fastrnn.freeze(broken)
+    assert all(p.requires_grad for p in broken.parameters())
+
+
 def reloaded(module: nn.Module, assign: bool) -> nn.Module:
     state = {name: value * 2 for name, value in module.state_dict().items()}
     module.load_state_dict(state, assign=assign)

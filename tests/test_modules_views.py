@@ -122,3 +122,22 @@ def test_a_change_of_a_transposed_output_is_noticed() -> None:
         gradients.append([p.grad for p in module.parameters()])
     for theirs, ours in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("change", ["clamp", "numpy", "double"])
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+def test_an_output_written_past_torchs_count(name: str, change: str) -> None:
+    """torch.nn's outputs share no memory with what backward reads."""
+    gradients = []
+    for module in twins(name, 4, 6, dtype=torch.float64):  # torch.nn's float32 LSTM is wrong here
+        y, _ = module(torch.ones(5, 2, 4, dtype=torch.float64))
+        if change == "clamp":
+            y.data.clamp_(-0.1, 0.1)
+        elif change == "numpy":
+            y.detach().numpy()[:] *= 0.5
+        else:
+            y.data.mul_(2)
+        y.sum().backward()
+        gradients.append([p.grad for p in module.parameters()])
+    for theirs, ours in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)

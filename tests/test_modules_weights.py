@@ -392,6 +392,42 @@ def test_written_flat_weights_are_computed_with(
         torch.testing.assert_close(a, b)
 
 
+def _two_lists(module: nn.Module) -> None:
+    first = module._flat_weights
+    module._flat_weights[0] = module.weight_ih_l0 * 0
+    first[1] = module.weight_hh_l0 * 0
+
+
+def _cleared_and_extended(module: nn.Module) -> None:
+    torch.manual_seed(1)
+    weights = [_parameter_like(w) for w in module._flat_weights]
+    module._flat_weights.clear()
+    module._flat_weights.extend(weights)
+
+
+def _popped_and_inserted(module: nn.Module) -> None:
+    module._flat_weights.insert(0, module._flat_weights.pop(0) * 2)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("write", [_two_lists, _cleared_and_extended, _popped_and_inserted])
+def test_the_list_is_one_list(write: Callable[[nn.Module], None], name: str) -> None:
+    theirs = getattr(nn, name)(3, 5, num_layers=2, dtype=F64)
+    ours = fastrnn.from_torch(theirs)
+    x = torch.randn(4, 2, 3, dtype=F64)
+    for m in (ours, theirs):
+        write(m)
+    for a, b in zip(flatten(ours(x)), flatten(theirs(x)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_list_of_wrong_length_is_refused() -> None:
+    ours = fastrnn.GRU(3, 5)
+    ours._flat_weights.append(ours.bias_ih_l0)
+    with pytest.raises(RuntimeError, match=r"_flat_weights should hold 4 weights .*, got 5"):
+        ours(torch.randn(4, 2, 3))
+
+
 def test_written_flat_weights_travel() -> None:
     ours = fastrnn.GRU(3, 5, num_layers=2)
     _one_entry(ours)

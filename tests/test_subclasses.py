@@ -340,6 +340,20 @@ class NamesItself(nn.GRU):
         return super(NamesItself, self).forward(input, hx)  # noqa: UP008
 
 
+class NamesItselfInside(nn.GRU):
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        return (lambda: super(NamesItselfInside, self).forward(input, hx))()
+
+
+class AsksForItsClass(nn.LSTM):
+    def doubles(self) -> bool:
+        return isinstance(self, nn.LSTM)
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        output, states = super().forward(input, hx)
+        return (output * 2 if self.doubles() else output), states
+
+
 class Registering(nn.GRU):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         raise AssertionError("a class was made from it")
@@ -380,6 +394,8 @@ class Slotted(nn.GRU):
         (Permuting, r"Permuting has its own permute_hidden"),
         (Streaming, r"Streaming has its own stream, a name that fastrnn's layer uses itself"),
         (NamesItself, r"NamesItself\.forward names a class where it calls super\(\.\.\.\)"),
+        (NamesItselfInside, r"NamesItselfInside\.forward names a class where it calls super"),
+        (AsksForItsClass, r"AsksForItsClass\.doubles asks isinstance\(\.\.\.\) of a class"),
         (Registering, r"Registering acts on every class made from it"),
         (Registered, r"Registry acts on every class made from it"),
         (Reducing, r"Reducing has its own __reduce__"),
@@ -395,6 +411,21 @@ def test_refusals(kind: type[nn.Module], reason: str) -> None:
     (skipped,) = report.skipped
     assert re.search(reason, skipped.reason), skipped.reason
     assert type(module) is kind
+
+
+class Bookkeeping(nn.GRU):
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        if self._weights_have_changed():
+            self._init_flat_weights()
+        return super().forward(input, hx)
+
+
+def test_torchs_own_bookkeeping_may_be_called() -> None:
+    module = Bookkeeping(*SIZES)
+    x = torch.randn(3, 2, SIZES[0])
+    expected = module(x)[0]
+    assert fastrnn.replace_(module, subclasses=True).replaced
+    torch.testing.assert_close(module(x)[0], expected)
 
 
 def test_refusal_of_what_hangs_on_the_module() -> None:

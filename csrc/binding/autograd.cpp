@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include "binding/callbacks.h"
+#include "binding/fingerprint.h"
 #include "binding/op.h"
 
 namespace fastrnn {
@@ -70,15 +71,20 @@ struct Recorded : torch::CustomClassHolder {
         reverse(reverse),
         sizes(sizes),
         y_counter(y.unsafeGetTensorImpl()->version_counter()),
-        y_version(y_counter.current_version()) {}
-  // Whether y was changed in place, found out without keeping it alive.
-  bool y_changed() const { return y_counter.current_version() != y_version; }
+        y_version(y_counter.current_version()),
+        y_samples(samples(y)) {}
+  // Whether y was changed in place, by torch's count or, past it (`.data`, NumPy), by samples;
+  // `now` shares its memory but not its count.
+  bool y_changed(const Tensor& now) const {
+    return y_counter.current_version() != y_version || samples(now) != y_samples;
+  }
 
   std::string cell;
   int64_t reverse;
   Sizes sizes;
   c10::VariableVersion y_counter;
   uint32_t y_version;
+  uint64_t y_samples;
 };
 
 std::optional<Tensor> optional(const Tensor& tensor) {
@@ -151,7 +157,7 @@ class ScanFunction : public torch::autograd::Function<ScanFunction> {
     } else {
       at::AutoDispatchBelowADInplaceOrView below;
       Tensor y = saved[flat_size + 3], tape = saved[flat_size + 4];
-      if (call->y_changed()) std::tie(y, std::ignore, tape) = call_scan(in, true);
+      if (call->y_changed(y)) std::tie(y, std::ignore, tape) = call_scan(in, true);
       found = call_scan_backward(in, incoming, y, tape, needs);
     }
 

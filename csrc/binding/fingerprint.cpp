@@ -15,7 +15,8 @@ using at::TensorList;
 // their changes, samples, and all of the small ones), [1] the block at which the next call goes on
 // reading the large ones, [2..] a hash of each of their blocks.
 
-constexpr int64_t kSmall = 16 << 10;  // bytes of a tensor that every call reads whole
+// Bytes of a matrix, and of a vector, that every call reads whole.
+constexpr int64_t kSmallMatrix = 4 << 10, kSmallVector = 16 << 10;
 constexpr int64_t kBlock = 4 << 10;
 constexpr int64_t kRowsToReadAll = 64;
 constexpr int64_t kSamples = 8;
@@ -77,8 +78,9 @@ struct Span {
     for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
     itemsize = static_cast<int64_t>(t.itemsize());
     bytes = (last + 1) * itemsize;
+    small = t.dim() < 2 ? kSmallVector : kSmallMatrix;
   }
-  bool large() const { return bytes > kSmall; }
+  bool large() const { return bytes > small; }
   int64_t blocks() const { return large() ? (bytes + kBlock - 1) / kBlock : 0; }
   uint64_t hash(int64_t block) const {
     const int64_t begin = block * kBlock;
@@ -86,8 +88,20 @@ struct Span {
   }
 
   const char* data = nullptr;
-  int64_t bytes = 0, itemsize = 1;
+  int64_t bytes = 0, itemsize = 1, small = 0;
 };
+
+uint64_t samples_of(const Span& span) {
+  uint64_t hash = 0;
+  const int64_t last = span.bytes / span.itemsize - 1;
+  for (int64_t k = 0; k < kSamples; ++k) {
+    uint64_t bits = 0;
+    std::memcpy(&bits, span.data + last * k / (kSamples - 1) * span.itemsize,
+                std::min<int64_t>(span.itemsize, 8));
+    hash = mixed(hash, bits);
+  }
+  return hash;
+}
 
 uint64_t checked_always(TensorList tensors) {
   uint64_t hash = 0;
@@ -96,17 +110,9 @@ uint64_t checked_always(TensorList tensors) {
     hash = mixed(hash, each.is_inference() ? 0 : impl->version_counter().current_version());
     const Span span(each);
     hash = mixed(hash, reinterpret_cast<uintptr_t>(span.data));
-    if (!span.large()) {
-      hash = mixed(hash, span.data ? hash_of(span.data, span.bytes) : 0);
-      continue;
-    }
-    const int64_t last = span.bytes / span.itemsize - 1;
-    for (int64_t k = 0; k < kSamples; ++k) {
-      uint64_t bits = 0;
-      std::memcpy(&bits, span.data + last * k / (kSamples - 1) * span.itemsize,
-                  std::min<int64_t>(span.itemsize, 8));
-      hash = mixed(hash, bits);
-    }
+    hash = mixed(hash, span.large() ? samples_of(span)
+                       : span.data  ? hash_of(span.data, span.bytes)
+                                    : 0);
   }
   return hash;
 }
@@ -128,6 +134,16 @@ uint64_t block_hash(TensorList tensors, int64_t block) {
 }
 
 }  // namespace
+
+uint64_t samples(const Tensor& tensor) {
+  // A tensor that is traced has no memory, whatever its device.
+  const c10::DispatchKeySet traced{c10::DispatchKey::Python, c10::DispatchKey::Functionalize,
+                                   c10::DispatchKey::FuncTorchBatched,
+                                   c10::DispatchKey::FuncTorchGradWrapper};
+  if (!tensor.is_cpu() || !tensor.has_storage() || tensor.key_set().has_any(traced)) return 0;
+  const Span span(tensor);
+  return span.data ? samples_of(span) : 0;
+}
 
 Tensor fingerprint(TensorList tensors) {
   const int64_t blocks = large_blocks(tensors);

@@ -11,4 +11,8 @@ at::Tensor fingerprint(at::TensorList tensors);
 // for, so what was written past torch's count of changes is found within kRowsToReadAll rows.
 bool unchanged(at::TensorList tensors, const at::Tensor& fingerprint, int64_t rows);
 
+// A hash of some numbers of a tensor, from the first to the last: it changes where all are written.
+// The same for all tensors that have no memory on a CPU.
+uint64_t samples(const at::Tensor& tensor);
+
 }  // namespace fastrnn

@@ -40,8 +40,10 @@ const Tensor* plain_tensor(py::handle object, at::IntArrayRef size, at::ScalarTy
       Py_TYPE(object.ptr()) != reinterpret_cast<PyTypeObject*>(ParameterClass))
     return nullptr;
   const Tensor& t = THPVariable_Unpack(object.ptr());
+  constexpr c10::DispatchKeySet unusual{c10::DispatchKey::Python, c10::DispatchKey::Negative,
+                                        c10::DispatchKey::Conjugate, c10::DispatchKey::ZeroTensor};
   const bool fits = t.layout() == at::kStrided && t.is_cpu() && !t.is_nested() &&
-                    t.scalar_type() == dtype && t.sizes() == size;
+                    t.scalar_type() == dtype && t.sizes() == size && !t.key_set().has_any(unusual);
   return fits ? &t : nullptr;
 }
 

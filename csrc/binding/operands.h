@@ -32,8 +32,8 @@ inline void check_plain(const Tensor& each, const char* name) {
                                         c10::DispatchKey::FuncTorchBatched,
                                         c10::DispatchKey::FuncTorchGradWrapper};
   TORCH_CHECK(!each.key_set().has_any(unusual), "scan: ", name,
-              " is a tensor subclass or transformed, but x and the weights are not; convert it, or "
-              "them");
+              " is a tensor subclass, transformed or a zero tensor, but x and the weights are "
+              "not; convert it, or them");
 }
 inline Tensor resolved(const Tensor& each) { return each.is_neg() ? each.resolve_neg() : each; }
 
