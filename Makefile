@@ -20,7 +20,7 @@ ARGS ?=
 
 CPP = $(wildcard $(foreach kind,h cpp cu cuh,csrc/*.$(kind) tests/cpp/*.$(kind) tests/cudasim/*.$(kind)))
 
-GENERATOR = $(addprefix fastrnn/,cells.py codegen.py expression.py trace.py)
+GENERATOR = $(wildcard fastrnn/cells/*.py fastrnn/compiler/*.py)
 
 .PHONY: demo test bench bench-full gpu lint format clean in-place
 

@@ -29,7 +29,7 @@ SOURCES = ROOT / "csrc"
 KERNELS = "_cuda.so"  # beside the extension
 # These alone have torch in reach: what lies below them is compiled without its headers.
 BINDING = ("autograd.cpp", "cpu_ops.cpp", "fingerprint.cpp", "ops.cpp", "stepper_binding.cpp")
-FLAGS = runpy.run_path(str(ROOT / "fastrnn" / "flags.py"))
+FLAGS = runpy.run_path(str(ROOT / "fastrnn" / "compiler" / "flags.py"))
 ISA_FLAGS: dict[str, str] = FLAGS["ISA"]
 CXX_FLAGS = f"{FLAGS['CXX']} -Wall -Wextra"
 NINJA_FILE = """\
@@ -111,7 +111,7 @@ def write_cells(header: Path) -> None:
     package = types.ModuleType("fastrnn")
     package.__path__ = [str(ROOT / "fastrnn")]
     sys.modules["fastrnn"] = package
-    from fastrnn.codegen import write_header
+    from fastrnn.compiler.derive import write_header
 
     fresh = Path(f"{header}.new")
     write_header(fresh)

@@ -18,11 +18,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     given, rest = parser.parse_known_args(argv)
     if given.command == "demo":
-        from fastrnn import demo
+        from fastrnn.tools import demo
 
         return demo.main(rest)
     if given.command == "bench":
-        from fastrnn.bench import command
+        from fastrnn.tools.bench import command
 
         return command.main(rest)
     if rest:
@@ -81,7 +81,7 @@ def _shape(text: str) -> tuple[int, int, int, int]:
 
 
 def _info(given: argparse.Namespace) -> int:
-    from fastrnn import info
+    from fastrnn.tools import info
 
     if given.markdown:
         print(info.support_markdown())
@@ -92,7 +92,8 @@ def _info(given: argparse.Namespace) -> int:
 
 
 def _cell(given: argparse.Namespace) -> int:
-    from fastrnn import cells, codegen
+    from fastrnn import cells
+    from fastrnn.compiler import derive as codegen
 
     try:
         print(codegen.describe(codegen.derive(cells.get(given.name))))
@@ -102,7 +103,8 @@ def _cell(given: argparse.Namespace) -> int:
 
 
 def _plan(given: argparse.Namespace) -> int:
-    from fastrnn import info, plan
+    from fastrnn import plan
+    from fastrnn.tools import info
 
     try:
         problem, device, chosen = info.plan_for(

@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import has_torch_function
 
-from fastrnn import flops, kernels, plan, reference
+from fastrnn import flops, plan
 from fastrnn.cells import Cell
 from fastrnn.extension import _C
+from fastrnn.kernels import callbacks as kernels
+from fastrnn.kernels import reference
 
 __all__ = ["Packed", "pack", "scan", "step"]
 
@@ -77,7 +79,7 @@ def scan(
 ) -> tuple[Tensor, list[Tensor]]:
     """Run `P` independent scans of one cell over the same input, on the kernel of the plan.
 
-    Arguments and results are those of `fastrnn.reference.scan`; `packed` are the same weights by
+    Arguments and results are those of `kernels.reference.scan`; `packed` are the same weights by
     `pack`, which spares the CPU kernel the packing, and the caller the gradients. With `recompute`
     nothing is kept for a gradient but the operands and the output.
 

@@ -194,7 +194,7 @@ build.write_cells(header)
 assert "struct" in header.read_text()
 assert sorted(p.name for p in header.parent.iterdir()) == ["cells.gen.h", "cells.gen.h.d"]
 made_from = pathlib.Path(f"{{header}}.d").read_text()
-assert "fastrnn/cells.py" in made_from and "fastrnn/codegen.py" in made_from
+assert "fastrnn/cells/declare.py" in made_from and "fastrnn/compiler/derive.py" in made_from
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 

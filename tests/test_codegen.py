@@ -18,9 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastrnn import cells, codegen, expression
+from fastrnn import cells
 from fastrnn.cells import Cell
-from fastrnn.codegen import Derived, Underivable, derive
+from fastrnn.compiler import derive as codegen
+from fastrnn.compiler import expression
+from fastrnn.compiler.derive import Derived, Underivable, derive
 from tests.properties import given, settings, st
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"

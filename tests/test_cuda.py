@@ -22,7 +22,11 @@ import pytest
 import torch
 
 import fastrnn
-from fastrnn import _C, cells, codegen, cuda_scan, kernels, ops, plan, reference
+from fastrnn import _C, cells, ops, plan
+from fastrnn.compiler import derive as codegen
+from fastrnn.kernels import callbacks as kernels
+from fastrnn.kernels import reference
+from fastrnn.kernels.gpu import cuda as cuda_scan
 from tests.cudasim.build import build, missing
 from tests.support import flatten, largest_error, rms_error
 from tests.test_kernels import BUILT_IN, converted, doubled, linear, operands, run, whole

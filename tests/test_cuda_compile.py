@@ -23,7 +23,9 @@ from types import ModuleType
 
 import pytest
 
-from fastrnn import cells, codegen, cuda_scan
+from fastrnn import cells
+from fastrnn.compiler import derive as codegen
+from fastrnn.kernels.gpu import cuda as cuda_scan
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build" / "cuda-compile"  # with a folder for each selection of cells
@@ -213,8 +215,8 @@ def test_the_library_loads_where_no_gpu_is() -> None:
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     library = SOME.folder / "sm_90a" / "_cuda.so"
     script = f"""
-from fastrnn import cuda_scan
-from fastrnn.cuda_scan import CudaPlan, Sweep
+from fastrnn.kernels.gpu import cuda as cuda_scan
+from fastrnn.kernels.gpu.cuda import CudaPlan, Sweep
 found = cuda_scan.Library({str(library)!r})
 assert not found.simulated
 assert found.cells == {SOME.cells!r}, found.cells

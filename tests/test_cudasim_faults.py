@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from fastrnn import cells, codegen
+from fastrnn import cells
+from fastrnn.compiler import derive as codegen
 from tests.cudasim.build import Fault, build, missing
 from tests.cudasim.sweeps import Case, said
 from tests.test_kernels import BUILT_IN

@@ -16,7 +16,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
 import fastrnn
-from fastrnn import codegen, kernels
+from fastrnn.compiler import derive as codegen
+from fastrnn.kernels import callbacks as kernels
 from tests.support import CELLS, LAYERS, flatten
 
 PACKAGE = Path(fastrnn.__file__).resolve().parent

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.rnn import pack_sequence
 
 import fastrnn
-from fastrnn import kernels
+from fastrnn.kernels import callbacks as kernels
 from tests.support import DTYPES, batches, flatten
 
 CHANGED = "changed or replaced after freezing"
@@ -196,7 +196,7 @@ def test_a_change_of_a_cell_is_found_out(name: str) -> None:
 @pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
 def test_a_cell_takes_the_short_way(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cell = fastrnn.freeze(getattr(fastrnn, name)(5, 9))
-    monkeypatch.setattr(fastrnn.functional, "rnn_cell", None)
+    monkeypatch.setattr(fastrnn.nn.functional, "rnn_cell", None)
     cell(torch.randn(3, 5), cell(torch.randn(3, 5)))
 
 

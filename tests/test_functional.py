@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from fastrnn import cells, ops, reference
-from fastrnn import functional as F
+from fastrnn import cells, ops
+from fastrnn.kernels import reference
+from fastrnn.nn import functional as F
 from tests.support import LAYERS, flatten, twins
 
 F64 = torch.float64

@@ -20,7 +20,11 @@ import torch
 from torch import Tensor, nn
 
 import fastrnn
-from fastrnn import cells, codegen, cuda_scan, kernels, ops, plan, reference
+from fastrnn import cells, ops, plan
+from fastrnn.compiler import derive as codegen
+from fastrnn.kernels import callbacks as kernels
+from fastrnn.kernels import reference
+from fastrnn.kernels.gpu import cuda as cuda_scan
 from tests.support import flatten, largest_error
 from tests.test_kernels import BUILT_IN, check, linear, operands, planned, run, whole
 

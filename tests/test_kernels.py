@@ -16,7 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastrnn import _C, RNN, cells, kernels, ops, plan, reference
+from fastrnn import _C, RNN, cells, ops, plan
+from fastrnn.kernels import callbacks as kernels
+from fastrnn.kernels import reference
 from tests.support import LONG, flatten, largest_error, rms_error
 
 BUILT_IN = ["rnn_tanh", "rnn_relu", "lstm", "gru"]

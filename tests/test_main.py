@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import fastrnn
-from fastrnn import __main__, cache, cells, demo, info, plan
+from fastrnn import __main__, cache, cells, plan
 from fastrnn._version import __version__
+from fastrnn.tools import demo, info
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:

@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
 import fastrnn
-from fastrnn import cells, kernels
+from fastrnn import cells
+from fastrnn.kernels import callbacks as kernels
 from tests.support import batches, flatten
 
 LAYERS = {

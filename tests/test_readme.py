@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from fastrnn import info
+from fastrnn.tools import info
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -29,8 +29,12 @@ def test_support_matrix_is_what_the_command_prints() -> None:
 
 
 def test_switches_are_the_ones_read() -> None:
-    sources = [ROOT / "setup.py", *(ROOT / "fastrnn").glob("*.py"), *(ROOT / "csrc").glob("*.cpp")]
-    read = r"(?:environ(?:\.get\(|\[)\s*|getenv\()[\"'](\w+)"
+    python, cpp = (ROOT / "fastrnn").rglob("*.py"), (ROOT / "csrc").rglob("*.cpp")
+    sources = [ROOT / "setup.py", *python, *cpp]
+    folders = {source.parent.relative_to(ROOT).as_posix() for source in sources}
+    assert {"fastrnn", "fastrnn/compiler", "fastrnn/kernels/gpu/triton", "csrc"} <= folders
+    # What is assigned is told to another package.
+    read = r"(?:environ(?:\.get\(|\[)\s*|getenv\()[\"'](\w+)[\"'](?!\] = )"
     used = {name for s in sources for name in re.findall(read, s.read_text())}
     ours = {name for name in used if name.startswith("FASTRNN_")}
     assert ours == set(re.findall(r"FASTRNN_[A-Z_]+", README))

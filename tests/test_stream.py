@@ -24,8 +24,10 @@ import torch
 from torch import Tensor
 
 import fastrnn
-from fastrnn import kernels, plan, stream
+from fastrnn import plan
 from fastrnn.extension import _C
+from fastrnn.kernels import callbacks as kernels
+from fastrnn.nn import stream
 from tests.support import CELLS, DTYPES, assert_matches, flatten, twins
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -446,7 +448,8 @@ def test_a_step_allocates_nothing(tmp_path: Path) -> None:
     program = f"""
         import ctypes, sys
         import numpy as np, torch, fastrnn
-        from fastrnn import stream, kernels
+        from fastrnn.kernels import callbacks as kernels
+        from fastrnn.nn import stream
         count = ctypes.CDLL({str(library)!r}).allocations
         count.restype = ctypes.c_long
         for dtype, proj in ((torch.float32, 0), (torch.bfloat16, 5)):

@@ -22,7 +22,11 @@ import torch
 from torch.nn.utils.rnn import pack_sequence
 
 import fastrnn
-from fastrnn import cache, cells, codegen, kernels, ops, plan, reference, triton_scan
+from fastrnn import cache, cells, ops, plan
+from fastrnn.compiler import derive as codegen
+from fastrnn.kernels import callbacks as kernels
+from fastrnn.kernels import reference
+from fastrnn.kernels.gpu.triton import launch as triton_scan
 from tests.support import batches, flatten, largest_error
 from tests.test_kernels import (
     BUILT_IN,
@@ -297,7 +301,7 @@ def test_functions_are_accurate_near_zero_and_far_away() -> None:
         text = f"""import triton
 import triton.language as tl
 
-from fastrnn.triton_math import {name}
+from fastrnn.kernels.gpu.triton.math import {name}
 
 
 @triton.jit
@@ -399,7 +403,7 @@ def test_tensors_of_more_elements_than_32_bits_count(
     backward: bool, projected: int | None, packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last program of a grid touches the last element of every tensor, and none past it."""
-    from fastrnn.triton_sweep import RUN_TIME
+    from fastrnn.kernels.gpu.triton.common import RUN_TIME
 
     derived = codegen.derive(cells.get("lstm"))
     steps, batch, lanes, hidden = 6, (1 << 29) - 3, 2, 5

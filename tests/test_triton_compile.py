@@ -27,7 +27,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastrnn import cells, codegen, plan, triton_scan
+from fastrnn import cells, plan
+from fastrnn.compiler import derive as codegen
+from fastrnn.kernels.gpu.triton import launch as triton_scan
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton", allow_module_level=True)
@@ -129,7 +131,7 @@ def compiled(case: Case) -> Report:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from fastrnn.triton_sweep import RUN_TIME
+    from fastrnn.kernels.gpu.triton.common import RUN_TIME
 
     target, problem, chosen, packed = case.target, case.problem, case.plan, case.packed
     assert chosen.kernel == "triton"
@@ -281,7 +283,7 @@ def test_kernels_fit_and_spill_nothing(target: Target) -> None:
 
 
 def test_what_a_batch_decides_is_no_constant_of_a_kernel() -> None:
-    from fastrnn.triton_sweep import RUN_TIME
+    from fastrnn.kernels.gpu.triton.common import RUN_TIME
 
     if triton_scan.interpreted():
         pytest.skip("needs Triton's compiler")

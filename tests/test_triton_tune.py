@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastrnn import triton_scan
+from fastrnn.kernels.gpu.triton import launch as triton_scan
+from fastrnn.kernels.gpu.triton.tune import Tuner
 from fastrnn.plan import Device, Plan, Problem, alternatives, choose
-from fastrnn.triton_tune import Tuner
 
 FIRST = Plan("triton", unit_tile=32, depth_tile=64, warps=8, stages=4, chunk_rows=99)
 PLANS = alternatives(FIRST)

@@ -16,7 +16,11 @@ import torch
 from torch import Tensor
 
 import fastrnn
-from fastrnn import cells, jit, kernels, ops, plan, reference
+from fastrnn import cells, ops, plan
+from fastrnn.compiler import derive as codegen
+from fastrnn.compiler import jit
+from fastrnn.kernels import callbacks as kernels
+from fastrnn.kernels import reference
 from tests.support import largest_error
 from tests.test_kernels import operands, run
 
@@ -101,7 +105,7 @@ def test_a_damaged_library_in_the_cache_is_built_again(
     cell = declared(lambda u, v, h: torch.cos(u.h + v.h), "damaged")
     given = operands(cell, 2, 2, 3, 4)
     assert given["x"].dtype == torch.float64
-    library = jit.compile_cell(fastrnn.codegen.derive(cell), fastrnn.codegen.key(cell), "double")
+    library = jit.compile_cell(codegen.derive(cell), codegen.key(cell), "double")
     library.write_bytes(b"not a library")
     ours = run(ops.scan, cell, given)
     for what, right in run(reference.scan, cell, given).items():
@@ -167,7 +171,9 @@ NO_COMPILER = """
     os.environ |= {"CXX": "no-such-compiler", "FASTRNN_CACHE": "CACHE"}
     import torch
     import fastrnn
-    from fastrnn import kernels, plan
+    from fastrnn import plan
+    from fastrnn.compiler import derive as codegen
+    from fastrnn.kernels import callbacks as kernels
 
     @fastrnn.cell(gates="ab", states="hc")
     def mine(u, v, h, c):
@@ -221,7 +227,7 @@ def test_elsewhere_no_compiler_is_asked_for(tmp_path: Path) -> None:
         y, states = elsewhere(x.to("meta"))
         assert y.shape == (5, 2, 4)
         key = kernels.prepare(mine, "cuda")
-        assert kernels._C.cell_facts(key) == (2, 2, len(fastrnn.codegen.derive(mine).kept))
+        assert kernels._C.cell_facts(key) == (2, 2, len(codegen.derive(mine).kept))
         assert not kernels._C.has_code(key)
         """,
         tmp_path,
@@ -273,7 +279,7 @@ def two_states(name: str) -> cells.Cell:
 @pytest.mark.parametrize("first", [torch.float32, torch.float64], ids=["float", "double"])
 def test_each_number_is_compiled_when_it_is_first_used(first: torch.dtype) -> None:
     cell = two_states(f"lazy_{str(first)[-2:]}")
-    key, exact = fastrnn.codegen.key(cell), operands(cell, 4, 3, 5, 9)
+    key, exact = codegen.key(cell), operands(cell, 4, 3, 5, 9)
     given = {torch.float32: in_float(exact), torch.float64: exact}
     second = torch.float64 if first == torch.float32 else torch.float32
     with kernels.use("cpu"):
@@ -292,7 +298,7 @@ def test_each_number_is_compiled_when_it_is_first_used(first: torch.dtype) -> No
 def test_the_op_compiles_what_nobody_prepared() -> None:
     """An exported program that runs in another dtype than the cell did so far, or first of all."""
     cell = two_states("by_key")
-    key, given = fastrnn.codegen.key(cell), operands(cell, 4, 3, 5, 9)
+    key, given = codegen.key(cell), operands(cell, 4, 3, 5, 9)
     assert kernels._C.cell_facts(key) is None
     wanted, _ = reference.scan(cell, **given)
     with kernels.use("cpu"):
@@ -323,7 +329,7 @@ def test_frozen_streamed_and_compiled_in_each_number(dtype: torch.dtype) -> None
 
 SAME_AS_BUILT_IN = """
     import torch, fastrnn
-    from fastrnn import kernels
+    from fastrnn.kernels import callbacks as kernels
 
     built_in = fastrnn.cells.get("lstm")
     mine = fastrnn.cells.Cell("mine", built_in.gates, built_in.states, built_in.function)

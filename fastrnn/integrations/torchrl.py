@@ -17,7 +17,7 @@ from tensordict.nn import dispatch
 from torch import Tensor
 from torchrl import modules
 
-from fastrnn.convert import TO_TORCH
+from fastrnn.nn.convert import TO_TORCH
 
 __all__ = ["WRAPPERS", "GRUModule", "LSTMModule"]
 

@@ -1,4 +1,4 @@
-"""Plans of the CUDA kernels, for the built-in cells (csrc/cuda_*.cu, fastrnn/cuda_scan.py)."""
+"""Plans of the CUDA kernels, for the built-in cells (csrc/cuda_*.cu, kernels/gpu/cuda.py)."""
 
 from __future__ import annotations
 

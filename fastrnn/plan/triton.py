@@ -1,4 +1,4 @@
-"""Plans of the Triton kernels, for any cell: a launch per chunk (fastrnn/triton_scan.py)."""
+"""Plans of the Triton kernels, for any cell: a launch per chunk (kernels/gpu/triton)."""
 
 from __future__ import annotations
 

@@ -13,7 +13,8 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from fastrnn import cells, codegen
+from fastrnn import cells
+from fastrnn.compiler import derive as codegen
 from tests.cudasim.build import ROOT, build, version
 from tests.cudasim.sweeps import Case, said
 from tests.test_cuda import PARTS, numbers

@@ -22,8 +22,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastrnn import cache, flags
-from fastrnn.codegen import Derived, header
+from fastrnn import cache
+from fastrnn.compiler import flags
+from fastrnn.compiler.derive import Derived, header
 from fastrnn.extension import _C
 
 __all__ = ["SYMBOL", "CompilationFailed", "Compiler", "compile_cell", "compiler", "sources"]
@@ -76,7 +77,7 @@ def sources() -> Path:
     Raises:
         CompilationFailed: if the installation lacks them.
     """
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parents[1]
     for folder in (here / "csrc", here.parent / "csrc"):
         if (folder / "cpu_scan.cpp").is_file():
             return folder

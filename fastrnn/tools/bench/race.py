@@ -9,8 +9,9 @@ from typing import Any
 
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn.bench import measure
-from fastrnn.bench.contender import (
+from fastrnn.plan import KernelRefused
+from fastrnn.tools.bench import measure
+from fastrnn.tools.bench.contender import (
     OURS,
     OURS_ON_GPU,
     Case,
@@ -20,11 +21,10 @@ from fastrnn.bench.contender import (
     Results,
     TorchLayer,
 )
-from fastrnn.bench.jax_rival import Jax
-from fastrnn.bench.machine import Machine
-from fastrnn.bench.onnx_rivals import OnnxRuntime, OpenVino
-from fastrnn.bench.workload import BEST_RIVAL, MICROSECONDS, PEAK, Target, Variant, Workload
-from fastrnn.plan import KernelRefused
+from fastrnn.tools.bench.jax_rival import Jax
+from fastrnn.tools.bench.machine import Machine
+from fastrnn.tools.bench.onnx_rivals import OnnxRuntime, OpenVino
+from fastrnn.tools.bench.workload import BEST_RIVAL, MICROSECONDS, PEAK, Target, Variant, Workload
 
 __all__ = ["ONE_THREAD", "RIVALS", "TORCH", "Entry", "GateFailed", "Row", "Verdict", "judge", "run"]
 

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrnn.gpu_scan import Scan, Tape
+from fastrnn.extension import CUDA_KERNELS
+from fastrnn.kernels.gpu.driver import Scan, Tape
 from fastrnn.plan import Plan
 
 __all__ = ["Library", "library", "sweeps"]
@@ -120,7 +121,7 @@ def library() -> Library | str:
 
 @functools.cache
 def _library(named: str) -> Library | str:
-    path = Path(named) if named else Path(__file__).with_name("_cuda.so")
+    path = Path(named) if named else CUDA_KERNELS
     if not named and not path.is_file():
         return "fastrnn was built without its CUDA kernels; FASTRNN_CUDA=1 builds them, with nvcc"
     try:

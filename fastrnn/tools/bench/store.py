@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from fastrnn._version import __version__
-from fastrnn.bench.machine import Machine
-from fastrnn.bench.race import Row
 from fastrnn.extension import _C
-from fastrnn.info import processor
+from fastrnn.tools.bench.machine import Machine
+from fastrnn.tools.bench.race import Row
+from fastrnn.tools.info import processor
 
 __all__ = ["Conditions", "Results", "conditions", "load", "merge", "save"]
 

@@ -21,9 +21,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastrnn import cells, codegen, cuda_scan, gpu_scan, jit, plan, reference, triton_scan
+from fastrnn import cells, plan
 from fastrnn.cells import Cell
+from fastrnn.compiler import derive as codegen
+from fastrnn.compiler import jit
 from fastrnn.extension import _C
+from fastrnn.kernels import reference
+from fastrnn.kernels.gpu import cuda as cuda_scan
+from fastrnn.kernels.gpu import driver as gpu_scan
+from fastrnn.kernels.gpu.triton import launch as triton_scan
 
 __all__ = ["device", "prepare", "use"]
 

@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastrnn import cells, functional, ops
+from fastrnn import cells, ops
 from fastrnn.cells import Cell
-from fastrnn.convert import detour, scriptable, twin_of
-from fastrnn.freeze import Freezable
-from fastrnn.stream import Stepper, stepper
+from fastrnn.nn import functional
+from fastrnn.nn.convert import detour, scriptable, twin_of
+from fastrnn.nn.freeze import Freezable
+from fastrnn.nn.stream import Stepper, stepper
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 

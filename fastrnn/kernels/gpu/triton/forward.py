@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from fastrnn.triton_sweep import RUN_TIME, bounds, cuts, row_numbers, stops, times
+from fastrnn.kernels.gpu.triton.common import RUN_TIME, bounds, cuts, row_numbers, stops, times
 
 
 @triton.jit

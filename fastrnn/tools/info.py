@@ -12,10 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastrnn import cache, cells, jit, kernels, plan
+from fastrnn import cache, cells, plan
 from fastrnn._version import __version__
+from fastrnn.compiler import jit
 from fastrnn.extension import _C
-from fastrnn.modules import LSTM
+from fastrnn.kernels import callbacks as kernels
+from fastrnn.nn.layers import LSTM
 from fastrnn.plan import Device, Plan, Problem
 
 __all__ = [

@@ -13,7 +13,7 @@ from torch._decomp import core_aten_decompositions, get_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastrnn.cells import Cell
-from fastrnn.expression import MASKS, Algebra, Expr
+from fastrnn.compiler.expression import MASKS, Algebra, Expr
 
 __all__ = ["Underivable", "trace"]
 

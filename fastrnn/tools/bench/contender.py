@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fastrnn
-from fastrnn import kernels, plan
-from fastrnn.bench.workload import GATES, Workload
+from fastrnn import plan
+from fastrnn.kernels import callbacks as kernels
+from fastrnn.tools.bench.workload import GATES, Workload
 
 __all__ = [
     "OURS",

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastrnn.bench.contender import Prepared
+from fastrnn.tools.bench.contender import Prepared
 
 __all__ = [
     "Clock",

@@ -20,9 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrnn import cache, codegen, triton_tune
-from fastrnn.codegen import Derived
-from fastrnn.gpu_scan import Scan, Tape, tf32_allowed
+from fastrnn import cache
+from fastrnn.compiler import derive as codegen
+from fastrnn.compiler.derive import Derived
+from fastrnn.kernels.gpu.driver import Scan, Tape, tf32_allowed
+from fastrnn.kernels.gpu.triton import tune as triton_tune
 from fastrnn.plan import Plan, alternatives
 
 __all__ = [
@@ -208,7 +210,7 @@ def _run_time(scan: Scan, begin: int, end: int) -> tuple[Any, ...]:
 def kernel(plan: Plan, backward: bool) -> Any:
     """The kernel that a plan asks for."""
     direction = "backward" if backward else "forward"
-    module = importlib.import_module(f"fastrnn.triton_{direction}")
+    module = importlib.import_module(f"fastrnn.kernels.gpu.triton.{direction}")
     return getattr(module, f"{direction}_{'resident' if plan.resident else 'streamed'}")
 
 

@@ -26,8 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastrnn.info import processor
-from fastrnn.replace import replace_, restore_
+from fastrnn.nn.replace import replace_, restore_
+from fastrnn.tools.info import processor
 
 __all__ = ["Corpus", "NextCharacter", "Race", "main"]
 

@@ -28,9 +28,18 @@ import torch
 from torch import Tensor
 
 from fastrnn import cells
-from fastrnn.cells import Cell
-from fastrnn.expression import MASKS, TRANSCENDENTAL, Algebra, Expr, evaluate, ordered, uses, write
-from fastrnn.trace import Underivable, trace
+from fastrnn.cells import Cell, declare
+from fastrnn.compiler.expression import (
+    MASKS,
+    TRANSCENDENTAL,
+    Algebra,
+    Expr,
+    evaluate,
+    ordered,
+    uses,
+    write,
+)
+from fastrnn.compiler.trace import Underivable, trace
 
 __all__ = [
     "Derived",
@@ -431,7 +440,7 @@ keeps {" ".join(derived.kept) or "nothing"}
 import triton
 import triton.language as tl
 
-from fastrnn.triton_math import {", ".join([*called, "constant"])}
+from fastrnn.kernels.gpu.triton.math import {", ".join([*called, "constant"])}
 
 
 {forward}
@@ -480,7 +489,7 @@ def header(deriveds: Sequence[Derived], names: Sequence[str] | None = None) -> s
         raise ValueError(f"cells need different names in C++, got {', '.join(structs)}")
     body = "\n".join(cpp(d, k) for d, k in zip(deriveds, keys, strict=True))
     return f"""\
-// Generated from fastrnn/cells.py by fastrnn/codegen.py.
+// Generated from fastrnn/cells by fastrnn/compiler.
 #ifndef FASTRNN_CELLS_GEN_H_
 #define FASTRNN_CELLS_GEN_H_
 
@@ -507,7 +516,7 @@ def write_header(path: str | Path) -> bool:
     Returns:
         Whether it was written, so that an unchanged one does not cause a rebuild.
     """
-    built_in = [name for name in cells.names() if name in cells._built_in]
+    built_in = [name for name in cells.names() if name in declare._built_in]
     text = header([derive(cells.get(name)) for name in built_in])
     target = Path(path)
     if target.is_file() and target.read_text(encoding="utf-8") == text:
@@ -588,6 +597,6 @@ def key(cell: Cell) -> str:
     Raises:
         Underivable: see `derive`.
     """
-    if cell.name in cells._built_in and cells.get(cell.name) == cell:
+    if cell.name in declare._built_in and cells.get(cell.name) == cell:
         return cell.name
     return f"{cell.name}-{hashlib.sha256(cpp(derive(cell)).encode()).hexdigest()[:8]}"

@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from fastrnn.codegen import Derived
+from fastrnn.compiler.derive import Derived
 from fastrnn.plan import Plan
 
 __all__ = [

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.utils import parametrize
 
-from fastrnn.rebase import rebased
+from fastrnn.nn.rebase import rebased
 
 __all__ = [
     "FROM_TORCH",

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fastrnn.bench.contender import (
+from fastrnn.tools.bench.contender import (
     Case,
     Prepared,
     Results,

@@ -18,9 +18,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from fastrnn.convert import FROM_TORCH, TO_TORCH, converted, on_fastrnn
-from fastrnn.modules import Recurrent
-from fastrnn.rebase import obstacle
+from fastrnn.nn.convert import FROM_TORCH, TO_TORCH, converted, on_fastrnn
+from fastrnn.nn.layers import Recurrent
+from fastrnn.nn.rebase import obstacle
 
 __all__ = ["Replaced", "Report", "Skipped", "replace_", "restore_"]
 

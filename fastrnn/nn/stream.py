@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastrnn import kernels, plan
+from fastrnn import plan
 from fastrnn.cells import Cell
 from fastrnn.extension import _C
+from fastrnn.kernels import callbacks as kernels
 
 __all__ = ["Stepper", "stepper"]
 

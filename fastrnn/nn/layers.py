@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn import cells, functional
+from fastrnn import cells
 from fastrnn.cells import Cell
-from fastrnn.convert import detour, scriptable, twin_of
-from fastrnn.freeze import Freezable
-from fastrnn.stream import Stepper, stepper
+from fastrnn.nn import functional
+from fastrnn.nn.convert import detour, scriptable, twin_of
+from fastrnn.nn.freeze import Freezable
+from fastrnn.nn.stream import Stepper, stepper
 
 __all__ = ["GRU", "LSTM", "RNN", "Recurrent"]
 
