@@ -111,7 +111,7 @@ def write_cells(header: Path) -> None:
     package = types.ModuleType("fastrnn")
     package.__path__ = [str(ROOT / "fastrnn")]
     sys.modules["fastrnn"] = package
-    from fastrnn.compiler.derive import write_header
+    from fastrnn.compiler.emit_cpp import write_header
 
     fresh = Path(f"{header}.new")
     write_header(fresh)

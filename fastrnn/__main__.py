@@ -93,10 +93,11 @@ def _info(given: argparse.Namespace) -> int:
 
 def _cell(given: argparse.Namespace) -> int:
     from fastrnn import cells
-    from fastrnn.compiler import derive as codegen
+    from fastrnn.compiler.derive import derive
+    from fastrnn.compiler.describe import describe
 
     try:
-        print(codegen.describe(codegen.derive(cells.get(given.name))))
+        print(describe(derive(cells.get(given.name))))
     except ValueError as error:
         return _refused(error)
     return 0

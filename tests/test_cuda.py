@@ -23,7 +23,8 @@ import torch
 
 import fastrnn
 from fastrnn import _C, cells, ops, plan
-from fastrnn.compiler import derive as codegen
+from fastrnn.compiler import emit_cpp
+from fastrnn.compiler.derive import derive
 from fastrnn.kernels import callbacks as kernels
 from fastrnn.kernels import reference
 from fastrnn.kernels.gpu import cuda as cuda_scan
@@ -43,8 +44,8 @@ PARTS = ["step", "block", "cluster", "grid"]
 def library() -> Path:
     """The simulated kernels, of the built-in cells and the linear one."""
     made = [cells.get(name) for name in BUILT_IN] + [linear]
-    names = [codegen.key(cell) for cell in made]
-    return build(cells=codegen.header([codegen.derive(cell) for cell in made], names))
+    names = [emit_cpp.key(cell) for cell in made]
+    return build(cells=emit_cpp.header([derive(cell) for cell in made], names))
 
 
 @pytest.mark.skipif(SIMULATED, reason="this is such a run")
@@ -355,7 +356,7 @@ def test_a_kernel_takes_the_tape_of_another(name: str, part: str) -> None:
     for extra in ({}, {"resets": torch.rand(4, 3) < 0.3}, {"lengths": torch.tensor([3, 0, 4])}):
         given = {**operands(cell, 4, 3, 3, 19, 2, NUMBERS[number]), **extra}
         arguments = (
-            codegen.key(cell),
+            emit_cpp.key(cell),
             *(given[k] for k in ("x", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "s0")),
             None,
             given.get("lengths"),

@@ -24,7 +24,8 @@ from types import ModuleType
 import pytest
 
 from fastrnn import cells
-from fastrnn.compiler import derive as codegen
+from fastrnn.compiler import emit_cpp
+from fastrnn.compiler.derive import derive
 from fastrnn.kernels.gpu import cuda as cuda_scan
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,7 +105,7 @@ def make(selection: Selection, *outputs: str) -> subprocess.CompletedProcess[str
         builds="\n".join(builds),
     )
     (folder / "build.ninja").write_text(text)
-    header = codegen.header([codegen.derive(cells.get(name)) for name in selection.cells])
+    header = emit_cpp.header([derive(cells.get(name)) for name in selection.cells])
     there = folder / "cells.gen.h"
     if not there.exists() or there.read_text() != header:
         there.write_text(header)

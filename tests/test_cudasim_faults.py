@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from fastrnn import cells
-from fastrnn.compiler import derive as codegen
+from fastrnn.compiler import emit_cpp
+from fastrnn.compiler.derive import derive
 from tests.cudasim.build import Fault, build, missing
 from tests.cudasim.sweeps import Case, said
 from tests.test_kernels import BUILT_IN
@@ -416,7 +417,7 @@ FAULTS = [
 @functools.cache
 def library(sanitizer: str | None) -> Path:
     made = [cells.get(name) for name in (BUILT_IN if sanitizer else [CELL])]
-    header = codegen.header(list(map(codegen.derive, made)), list(map(codegen.key, made)))
+    header = emit_cpp.header(list(map(derive, made)), list(map(emit_cpp.key, made)))
     return build(None, sanitizer, [planted.fault for planted in FAULTS], header)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import fastrnn
 from fastrnn import cells, ops, plan
-from fastrnn.compiler import derive as codegen
+from fastrnn.compiler.derive import derive
 from fastrnn.kernels import callbacks as kernels
 from fastrnn.kernels import reference
 from fastrnn.kernels.gpu import cuda as cuda_scan
@@ -416,7 +416,7 @@ def test_whole_sizes(kernel: str, size: tuple[int, int], number: str) -> None:
 
 
 def test_whole_cells_of_ones_own_go_to_triton() -> None:
-    assert codegen.derive(linear)
+    assert derive(linear)
     layer = fastrnn.Recurrent(linear, 3, 5, device="cuda")
     x = torch.randn(4, 2, 3, device="cuda")
     ours: Callable[[], list[Tensor]] = lambda: both_ways(layer, x)  # noqa: E731

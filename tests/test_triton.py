@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pack_sequence
 
 import fastrnn
 from fastrnn import cache, cells, ops, plan
-from fastrnn.compiler import derive as codegen
+from fastrnn.compiler.derive import derive
 from fastrnn.kernels import callbacks as kernels
 from fastrnn.kernels import reference
 from fastrnn.kernels.gpu.triton import launch as triton_scan
@@ -405,7 +405,7 @@ def test_tensors_of_more_elements_than_32_bits_count(
     """The last program of a grid touches the last element of every tensor, and none past it."""
     from fastrnn.kernels.gpu.triton.common import RUN_TIME
 
-    derived = codegen.derive(cells.get("lstm"))
+    derived = derive(cells.get("lstm"))
     steps, batch, lanes, hidden = 6, (1 << 29) - 3, 2, 5
     recurrent, depth, rows = projected or hidden, 4 * hidden, steps * batch
     slots = 1 + len(derived.kept) + (projected is not None)
@@ -467,7 +467,7 @@ def test_triton_is_not_imported_until_it_runs() -> None:
 
 
 def test_sources_are_kept_and_found_again() -> None:
-    derived = codegen.derive(cells.get("lstm"))
+    derived = derive(cells.get("lstm"))
     module = triton_scan.cell_module(derived)
     assert module is triton_scan.cell_module(replace(derived))
     assert isinstance(module.__file__, str) and os.path.isfile(module.__file__)

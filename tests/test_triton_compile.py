@@ -28,7 +28,7 @@ import pytest
 import torch
 
 from fastrnn import cells, plan
-from fastrnn.compiler import derive as codegen
+from fastrnn.compiler.derive import derive
 from fastrnn.kernels.gpu.triton import launch as triton_scan
 
 if importlib.util.find_spec("triton") is None:
@@ -135,7 +135,7 @@ def compiled(case: Case) -> Report:
 
     target, problem, chosen, packed = case.target, case.problem, case.plan, case.packed
     assert chosen.kernel == "triton"
-    derived = codegen.derive(cells.get(problem.cell))
+    derived = derive(cells.get(problem.cell))
     kernel = triton_scan.kernel(chosen, problem.backward)
     only = {} if problem.backward else {"bias": not all(derived.tied), "tape": problem.tape}
     meta = triton_scan.meta_arguments(
@@ -228,7 +228,7 @@ SIZES = (1, 32, 64, 100, 128, 256, 512, 1000)
 def problems() -> Iterator[plan.Problem]:
     for name in CELLS:
         cell = cells.get(name)
-        projectable = codegen.derive(cell).projectable
+        projectable = derive(cell).projectable
         for dtype, hidden, batch, projected, backward in itertools.product(
             ("bfloat16", "float32", "float64"), SIZES, (1, 64), (False, True), (False, True)
         ):

@@ -17,8 +17,8 @@ from torch import Tensor
 
 import fastrnn
 from fastrnn import cells, ops, plan
-from fastrnn.compiler import derive as codegen
-from fastrnn.compiler import jit
+from fastrnn.compiler import emit_cpp, jit
+from fastrnn.compiler.derive import derive
 from fastrnn.kernels import callbacks as kernels
 from fastrnn.kernels import reference
 from tests.support import largest_error
@@ -105,7 +105,7 @@ def test_a_damaged_library_in_the_cache_is_built_again(
     cell = declared(lambda u, v, h: torch.cos(u.h + v.h), "damaged")
     given = operands(cell, 2, 2, 3, 4)
     assert given["x"].dtype == torch.float64
-    library = jit.compile_cell(codegen.derive(cell), codegen.key(cell), "double")
+    library = jit.compile_cell(derive(cell), emit_cpp.key(cell), "double")
     library.write_bytes(b"not a library")
     ours = run(ops.scan, cell, given)
     for what, right in run(reference.scan, cell, given).items():
@@ -172,7 +172,8 @@ NO_COMPILER = """
     import torch
     import fastrnn
     from fastrnn import plan
-    from fastrnn.compiler import derive as codegen
+    from fastrnn.compiler import emit_cpp
+    from fastrnn.compiler.derive import derive
     from fastrnn.kernels import callbacks as kernels
 
     @fastrnn.cell(gates="ab", states="hc")
@@ -227,7 +228,7 @@ def test_elsewhere_no_compiler_is_asked_for(tmp_path: Path) -> None:
         y, states = elsewhere(x.to("meta"))
         assert y.shape == (5, 2, 4)
         key = kernels.prepare(mine, "cuda")
-        assert kernels._C.cell_facts(key) == (2, 2, len(codegen.derive(mine).kept))
+        assert kernels._C.cell_facts(key) == (2, 2, len(derive(mine).kept))
         assert not kernels._C.has_code(key)
         """,
         tmp_path,
@@ -279,7 +280,7 @@ def two_states(name: str) -> cells.Cell:
 @pytest.mark.parametrize("first", [torch.float32, torch.float64], ids=["float", "double"])
 def test_each_number_is_compiled_when_it_is_first_used(first: torch.dtype) -> None:
     cell = two_states(f"lazy_{str(first)[-2:]}")
-    key, exact = codegen.key(cell), operands(cell, 4, 3, 5, 9)
+    key, exact = emit_cpp.key(cell), operands(cell, 4, 3, 5, 9)
     given = {torch.float32: in_float(exact), torch.float64: exact}
     second = torch.float64 if first == torch.float32 else torch.float32
     with kernels.use("cpu"):
@@ -298,7 +299,7 @@ def test_each_number_is_compiled_when_it_is_first_used(first: torch.dtype) -> No
 def test_the_op_compiles_what_nobody_prepared() -> None:
     """An exported program that runs in another dtype than the cell did so far, or first of all."""
     cell = two_states("by_key")
-    key, given = codegen.key(cell), operands(cell, 4, 3, 5, 9)
+    key, given = emit_cpp.key(cell), operands(cell, 4, 3, 5, 9)
     assert kernels._C.cell_facts(key) is None
     wanted, _ = reference.scan(cell, **given)
     with kernels.use("cpu"):

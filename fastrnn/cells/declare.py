@@ -1,8 +1,8 @@
-"""Every cell: one pure function each.
+"""How a cell is declared, found by its name, and saved.
 
 A cell maps the projections of one time step and the previous states to the next states,
 unit by unit. Its derivative, what back-propagation keeps, the C++ and the GPU code are all
-derived from the function here (`codegen.py`); its arithmetic stands nowhere else.
+derived from this one function (`compiler/`); its arithmetic stands nowhere else.
 
 `u = W·x + b_ih` and `v = R·h + b_hh` arrive with one attribute per gate; state 0 is the
 recurrent one and is the output of the layer. A cell may use torch's pointwise functions only,
@@ -25,9 +25,9 @@ from dataclasses import dataclass
 from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 
-from torch import Tensor, relu, sigmoid, tanh
+from torch import Tensor
 
-__all__ = ["MAX_GATES", "MAX_STATES", "Cell", "Gates", "cell", "get", "names"]
+__all__ = ["MAX_GATES", "MAX_STATES", "Cell", "Gates", "cell", "get", "names", "seal"]
 
 # kMaxGates and kMaxStates of csrc/scan.h.
 MAX_GATES = 16
@@ -86,6 +86,11 @@ class Cell:
     def __call__(self, *args: Tensor) -> Tensor | tuple[Tensor, ...]:
         return self.function(*args)
 
+    @property
+    def is_built_in(self) -> bool:
+        """Whether it is one of the package's own, which the kernels have compiled in."""
+        return self.name in _built_in and _registry[self.name] == self
+
     # The copy of a layer must compute the same, whatever was declared under the name since.
 
     def __copy__(self) -> Cell:
@@ -97,7 +102,7 @@ class Cell:
     def __reduce__(self) -> tuple[Callable[..., Cell], tuple[Any, ...]]:
         """By name; with all that tells whether the cell found under it later is still this one,
         and with what carries the function where a name does not reach."""
-        if self.name in _built_in and _registry[self.name] == self:
+        if self.is_built_in:
             return get, (self.name,)
         where = (getattr(self.function, a, None) for a in ("__module__", "__qualname__"))
         digest = _digest(self.function)
@@ -134,7 +139,7 @@ copyreg.pickle(_Carrier, _left_behind)
 
 
 _registry: dict[str, Cell] = {}
-_built_in: frozenset[str] = frozenset()
+_built_in: set[str] = set()
 _carried: weakref.WeakKeyDictionary[_Carrier, weakref.ref[Cell]] = weakref.WeakKeyDictionary()
 
 
@@ -205,6 +210,11 @@ def get(name: str) -> Cell:
 def names() -> list[str]:
     """Names of all cells, in order of declaration."""
     return list(_registry)
+
+
+def seal() -> None:
+    """Make the cells declared so far the built-in ones, whose names are taken."""
+    _built_in.update(_registry)
 
 
 def _own_name(function: Callable[..., Any]) -> str:
@@ -357,37 +367,3 @@ def _globals(code: CodeType) -> list[str]:
     inner = [n for c in code.co_consts if isinstance(c, CodeType) for n in _globals(c)]
     own = [i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"]
     return sorted({*own, *inner})
-
-
-# The cells of torch.nn, in its gate order.
-
-
-@cell(gates="h", states="h")
-def rnn_tanh(u, v, h):  # type: ignore[no-untyped-def]
-    """Elman network, https://docs.pytorch.org/docs/stable/generated/torch.nn.RNN.html"""
-    return tanh(u.h + v.h)
-
-
-@cell(gates="h", states="h")
-def rnn_relu(u, v, h):  # type: ignore[no-untyped-def]
-    """Elman network with rectified units (Le et al. 2015, arXiv:1504.00941)."""
-    return relu(u.h + v.h)
-
-
-@cell(gates="ifgo", states="hc")
-def lstm(u, v, h, c):  # type: ignore[no-untyped-def]
-    """Long short-term memory (Hochreiter & Schmidhuber 1997; forget gate: Gers et al. 2000)."""
-    i, f, o = sigmoid(u.i + v.i), sigmoid(u.f + v.f), sigmoid(u.o + v.o)
-    c = f * c + i * tanh(u.g + v.g)
-    return o * tanh(c), c
-
-
-@cell(gates="rzn", states="h")
-def gru(u, v, h):  # type: ignore[no-untyped-def]
-    """Gated recurrent unit, reset after the product (Cho et al. 2014, arXiv:1406.1078v1)."""
-    r, z = sigmoid(u.r + v.r), sigmoid(u.z + v.z)
-    n = tanh(u.n + r * v.n)
-    return n + z * (h - n)
-
-
-_built_in = frozenset(_registry)

@@ -1,5 +1,4 @@
-"""Everything that is derived from a cell's function: its derivative, what back-propagation keeps,
-the C++ it compiles to and the text that explains it.
+"""What is derived from a cell's function: its derivative, and what back-propagation keeps.
 
 The function and its vector-Jacobian product are traced once (`trace.py`) into pointwise expressions
 (`expression.py`). Two rules then shape them:
@@ -14,21 +13,15 @@ The function and its vector-Jacobian product are traced once (`trace.py`) into p
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
-import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastrnn import cells
-from fastrnn.cells import Cell, declare
+from fastrnn.cells import Cell
 from fastrnn.compiler.expression import (
     MASKS,
     TRANSCENDENTAL,
@@ -37,22 +30,10 @@ from fastrnn.compiler.expression import (
     evaluate,
     ordered,
     uses,
-    write,
 )
 from fastrnn.compiler.trace import Underivable, trace
 
-__all__ = [
-    "Derived",
-    "Underivable",
-    "cpp",
-    "derive",
-    "describe",
-    "header",
-    "key",
-    "struct_name",
-    "triton",
-    "write_header",
-]
+__all__ = ["Derived", "Underivable", "derive"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +59,25 @@ class Derived:
     projectable: bool
     step: tuple[Expr, ...]
     gradients: tuple[Expr, ...]
+
+    @property
+    def summary(self) -> str:
+        """One line about it, for the head of generated code."""
+        name = " ".join(self.name.split()).rstrip("\\")
+        gates, states, kept = (" ".join(names) for names in (self.gates, self.states, self.kept))
+        return f"{name}: gates {gates}, states {states}; keeps {kept or 'nothing'}"
+
+    def places(self, after: str = "next", dafter: str = "dnext") -> dict[str, str]:
+        """Where generated code finds what the expressions read: elements of arrays, of which those
+        for the states after the step and their gradients are named by the caller."""
+        arrays = {"u": self.gates, "v": self.gates, "a": self.gates, "kept": self.kept}
+        arrays |= dict.fromkeys(("s", "next", "dnext"), self.states)
+        named = {"a": "v", "next": after, "dnext": dafter}
+        return {
+            f"{array}.{name}": f"{named.get(array, array)}[{k}]"
+            for array, names in arrays.items()
+            for k, name in enumerate(names)
+        }
 
     def forward(
         self, u: Sequence[Tensor], v: Sequence[Tensor], s: Sequence[Tensor]
@@ -317,286 +317,3 @@ def _near_gates(node: Expr, available: Mapping[Expr, Expr]) -> set[str]:
         return frozenset().union(*(within(arg, left) for arg in at.args))
 
     return set(within(node, 0) or within(node, 1))
-
-
-# Writing.
-
-
-def struct_name(name: str) -> str:
-    """The C++ name of a cell: `gru` is `Gru`, `my_cell-1f` is `MyCell1f`."""
-    words = [w for w in re.split(r"[^0-9A-Za-z]+", name) if w]
-    camel = "".join(w[0].upper() + w[1:] for w in words)
-    return camel if camel and not camel[0].isdigit() else f"Cell{camel}"
-
-
-def cpp(derived: Derived, name: str | None = None) -> str:
-    """The C++ struct of a cell, known to the kernels as `name` (the cell's own by default)."""
-    name = name or derived.name
-    gates, states, kept = len(derived.gates), len(derived.states), len(derived.kept)
-    forward = _cpp_function(
-        derived,
-        "forward",
-        ("u", "v", "s"),
-        {"next": derived.step[:states], "kept": derived.step[states:]},
-    )
-    backward = _cpp_function(
-        derived,
-        "backward",
-        ("kept", "s", "next", "dnext"),
-        {
-            "du": derived.gradients[:gates],
-            "dv": derived.gradients[gates : 2 * gates],
-            "ds": derived.gradients[2 * gates :],
-        },
-    )
-    return f"""\
-// {_one_line(derived.name)}: gates {" ".join(derived.gates)}, states {" ".join(derived.states)}; \
-keeps {" ".join(derived.kept) or "nothing"}
-struct {struct_name(name)} {{
-  static constexpr const char* kName = {json.dumps(name)};
-  static constexpr int kGates = {gates}, kStates = {states}, kKept = {kept};
-  static constexpr bool kTied[kGates] = {_cpp_bools(derived.tied)};
-  // Whether state 0 comes in through v alone.
-  static constexpr bool kProjectable = {"true" if derived.projectable else "false"};
-  // For a tied gate v[g] is the sum of both projections, u[g] is not read, and du[g] equals dv[g].
-  // All reads come before the first write, so that outputs may lie where inputs did.
-{forward}
-{backward}
-}};
-"""
-
-
-def _cpp_bools(values: Iterable[bool]) -> str:
-    return "{" + ", ".join("true" if v else "false" for v in values) + "}"
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split()).rstrip("\\")
-
-
-def _cpp_function(
-    derived: Derived, name: str, inputs: Sequence[str], outputs: Mapping[str, tuple[Expr, ...]]
-) -> str:
-    places = {f"{side}.{g}": f"{side}[{k}]" for side in "uv" for k, g in enumerate(derived.gates)}
-    places |= {f"a.{g}": f"v[{k}]" for k, g in enumerate(derived.gates)}
-    places |= {
-        f"{side}.{s}": f"{side}[{k}]"
-        for side in ("s", "next", "dnext")
-        for k, s in enumerate(derived.states)
-    }
-    places |= {f"kept.{n}": f"kept[{k}]" for k, n in enumerate(derived.kept)}
-
-    def leaf(node: Expr) -> str:
-        return places[node.label] if node.op == "input" else f"splat<V>({_cpp_number(node.label)})"
-
-    roots = [root for group in outputs.values() for root in group]
-    passed = dict.fromkeys(root for root in roots if root.op == "input")
-    copies = {root: f"r{k}" for k, root in enumerate(passed)}
-    lines, names = write(roots, leaf)
-    body = [f"const V {copy} = {leaf(root)};" for root, copy in copies.items()]
-    body += [f"const {'auto' if n.op in MASKS else 'V'} {to} = {text};" for n, to, text in lines]
-    targets = [f"{array}[{k}]" for array, group in outputs.items() for k in range(len(group))]
-    body += [
-        f"{target} = {copies.get(root, text)};"
-        for target, root, text in zip(targets, roots, names, strict=True)
-    ]
-    read = {places[label].split("[")[0] for label in uses(roots)}
-    parameters = [f"const V* {n if n in read else f'/*{n}*/'}" for n in inputs]
-    parameters += [f"V* {n if group else f'/*{n}*/'}" for n, group in outputs.items()]
-    opening = f"  FASTRNN_HD FASTRNN_INLINE static void {name}("
-    signature = f"{opening}{', '.join(parameters)}) {{"
-    if len(signature) > 100:
-        half = len(inputs)
-        parts = (", ".join(parameters[:half]), ", ".join(parameters[half:]))
-        signature = f"{opening}\n      {parts[0]},\n      {parts[1]}) {{"
-    return "\n".join(["  template <class V>", signature, *(f"    {line}" for line in body), "  }"])
-
-
-def _cpp_number(label: str) -> str:
-    value = float(label)
-    if value != value:
-        return "std::numeric_limits<double>::quiet_NaN()"
-    if value in (float("inf"), float("-inf")):
-        return ("-" if value < 0 else "") + "std::numeric_limits<double>::infinity()"
-    return label
-
-
-def triton(derived: Derived) -> str:
-    """The cell's two functions as the source of a Triton module.
-
-    `forward(u, v, s)` gives the next states and then the kept values, and
-    `backward(kept, s, after, dafter)` the gradients of `u`, `v` and the states, all as tuples of
-    blocks. For a tied gate `v` is the sum of both projections, `u` is not read, and the gradients
-    of both are the same.
-    """
-    forward = _triton_function(derived, "forward", ("u", "v", "s"), derived.step)
-    backward = _triton_function(
-        derived, "backward", ("kept", "s", "after", "dafter"), derived.gradients
-    )
-    called = sorted({n.op for n in ordered([*derived.step, *derived.gradients])} - _OPERATORS)
-    return f"""\
-# {_one_line(derived.name)}: gates {" ".join(derived.gates)}, states {" ".join(derived.states)}; \
-keeps {" ".join(derived.kept) or "nothing"}
-import triton
-import triton.language as tl
-
-from fastrnn.kernels.gpu.triton.math import {", ".join([*called, "constant"])}
-
-
-{forward}
-
-{backward}"""
-
-
-_OPERATORS = frozenset(
-    {"input", "const", "add", "sub", "mul", "div", "neg", "lt", "le", "gt", "ge", "eq", "ne"}
-)
-
-
-def _triton_function(
-    derived: Derived, name: str, inputs: Sequence[str], outputs: Sequence[Expr]
-) -> str:
-    places = {f"{side}.{g}": f"{side}[{k}]" for side in "uv" for k, g in enumerate(derived.gates)}
-    places |= {f"a.{g}": f"v[{k}]" for k, g in enumerate(derived.gates)}
-    for k, state in enumerate(derived.states):
-        places |= {f"s.{state}": f"s[{k}]", f"next.{state}": f"after[{k}]"}
-        places[f"dnext.{state}"] = f"dafter[{k}]"
-    places |= {f"kept.{n}": f"kept[{k}]" for k, n in enumerate(derived.kept)}
-    constants: dict[str, str] = {}
-
-    def leaf(node: Expr) -> str:
-        if node.op == "input":
-            return places[node.label]
-        return constants.setdefault(node.label, f"c{len(constants)}")
-
-    lines, names = write(list(outputs), leaf)
-    body = [f"{c} = constant({_triton_number(v)}, s[0].dtype)" for v, c in constants.items()]
-    body += [f"{to} = {text}" for _, to, text in lines]
-    body += [f"return ({', '.join(names)},)"]
-    head = f"@triton.jit\ndef {name}({', '.join(inputs)}):\n"
-    return head + "".join(f"    {line}\n" for line in body)
-
-
-def _triton_number(label: str) -> str:
-    return label if math.isfinite(float(label)) else f'float("{float(label)}")'
-
-
-def header(deriveds: Sequence[Derived], names: Sequence[str] | None = None) -> str:
-    """The header that `csrc/cell.h` includes: the structs, and their list as `FASTRNN_CELLS(X)`."""
-    keys = list(names or (d.name for d in deriveds))
-    structs = [struct_name(k) for k in keys]
-    if len(set(structs)) != len(structs):
-        raise ValueError(f"cells need different names in C++, got {', '.join(structs)}")
-    body = "\n".join(cpp(d, k) for d, k in zip(deriveds, keys, strict=True))
-    return f"""\
-// Generated from fastrnn/cells by fastrnn/compiler.
-#ifndef FASTRNN_CELLS_GEN_H_
-#define FASTRNN_CELLS_GEN_H_
-
-#include <limits>
-
-#include "math.h"
-
-namespace fastrnn {{
-inline namespace FASTRNN_ISA {{
-
-{body}
-}}  // namespace FASTRNN_ISA
-}}  // namespace fastrnn
-
-#define FASTRNN_CELLS(X) {" ".join(f"X({s})" for s in structs)}
-
-#endif  // FASTRNN_CELLS_GEN_H_
-"""
-
-
-def write_header(path: str | Path) -> bool:
-    """Write the header of the built-in cells where it differs from what is there.
-
-    Returns:
-        Whether it was written, so that an unchanged one does not cause a rebuild.
-    """
-    built_in = [name for name in cells.names() if name in declare._built_in]
-    text = header([derive(cells.get(name)) for name in built_in])
-    target = Path(path)
-    if target.is_file() and target.read_text(encoding="utf-8") == text:
-        return False
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(text, encoding="utf-8")
-    return True
-
-
-def describe(derived: Derived) -> str:
-    """What is derived from a cell, as text: equations, tied gates, kept values and costs.
-
-    A prime marks a state after the step, `dx` the gradient of `x`, and `a` is `u + v`.
-    """
-    gates, states = len(derived.gates), len(derived.states)
-    after = [f"{name}'" for name in derived.states]
-    forward = dict(zip(after, derived.step[:states], strict=True))
-    backward: dict[str, Expr] = {}
-    du, dv = derived.gradients[:gates], derived.gradients[gates : 2 * gates]
-    for name, tied, left, right in zip(derived.gates, derived.tied, du, dv, strict=True):
-        backward |= {f"da.{name}": left} if tied else {f"du.{name}": left, f"dv.{name}": right}
-    ds = derived.gradients[2 * gates :]
-    backward |= {f"d{name}": expr for name, expr in zip(derived.states, ds, strict=True)}
-    kept = dict(zip(derived.step[states:], derived.kept, strict=True))
-    sums = [name for name, tied in zip(derived.gates, derived.tied, strict=True) if tied]
-    return "\n".join(
-        [
-            f"cell {derived.name}",
-            f"  gates   {' '.join(derived.gates)}",
-            f"  states  {' '.join(derived.states)}",
-            f"  tied    {' '.join(sums) or 'none'}",
-            f"  keeps   {' '.join(derived.kept) or 'nothing'}: {4 * len(kept)} bytes per unit and "
-            "step in float32, besides the states",
-            "",
-            f"forward: {_cost(derived.step)}",
-            *_equations(forward, kept),
-            "",
-            f"backward: {_cost(derived.gradients)}",
-            *_equations(backward, {}),
-        ]
-    )
-
-
-def _equations(targets: Mapping[str, Expr], names: Mapping[Expr, str]) -> list[str]:
-    def leaf(node: Expr) -> str:
-        if node.op == "const":
-            return node.label.removesuffix(".0")
-        kind, name = node.label.split(".", 1)
-        shown = {"s": name, "next": f"{name}'", "dnext": f"d{name}'", "kept": name}
-        return shown.get(kind, node.label)
-
-    own: dict[Expr, str] = {}
-    for name, root in targets.items():
-        if root.args:
-            own.setdefault(root, name)
-    named = own | {node: name for node, name in names.items() if node.args}
-    lines, texts = write(list(targets.values()), leaf, named)
-    rows = [(name, text) for _, name, text in lines]
-    written = {name for name, _ in rows}
-    rows += [row for row in zip(targets, texts, strict=True) if row[0] not in written]
-    pad = max(len(name) for name, _ in rows)
-    return [f"  {name:<{pad}} = {text}" for name, text in rows]
-
-
-def _cost(roots: Sequence[Expr]) -> str:
-    done = [node for node in ordered(roots) if node.args]
-    dear = sum(node.op in TRANSCENDENTAL for node in done)
-    return f"{len(done)} operation{'s' * (len(done) != 1)}, {dear} transcendental"
-
-
-@functools.cache
-def key(cell: Cell) -> str:
-    """The name under which the kernels know a cell.
-
-    Built-in cells keep theirs. Others get a digest of what was derived from them, so that a cell
-    declared anew never meets old code.
-
-    Raises:
-        Underivable: see `derive`.
-    """
-    if cell.name in declare._built_in and cells.get(cell.name) == cell:
-        return cell.name
-    return f"{cell.name}-{hashlib.sha256(cpp(derive(cell)).encode()).hexdigest()[:8]}"

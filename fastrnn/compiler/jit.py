@@ -24,7 +24,8 @@ from pathlib import Path
 
 from fastrnn import cache
 from fastrnn.compiler import flags
-from fastrnn.compiler.derive import Derived, header
+from fastrnn.compiler.derive import Derived
+from fastrnn.compiler.emit_cpp import header
 from fastrnn.extension import _C
 
 __all__ = ["SYMBOL", "CompilationFailed", "Compiler", "compile_cell", "compiler", "sources"]

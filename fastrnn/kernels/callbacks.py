@@ -23,8 +23,8 @@ from torch import Tensor
 
 from fastrnn import cells, plan
 from fastrnn.cells import Cell
-from fastrnn.compiler import derive as codegen
-from fastrnn.compiler import jit
+from fastrnn.compiler import emit_cpp, jit
+from fastrnn.compiler.derive import Derived, Underivable, derive
 from fastrnn.extension import _C
 from fastrnn.kernels import reference
 from fastrnn.kernels.gpu import cuda as cuda_scan
@@ -140,10 +140,10 @@ def _prepare(cell: Cell, compiled: bool, in_double: bool) -> None:
         _keys[cell] = _load(cell, in_double) if compiled else _add_facts(cell)
         if compiled:
             _compiled[in_double].add(cell)
-    except (codegen.Underivable, jit.CompilationFailed) as error:
+    except (Underivable, jit.CompilationFailed) as error:
         reason = f"cell {cell.name!r} is not compiled: {error}"
         _refused[cell, compiled] = reason
-        if isinstance(error, codegen.Underivable):
+        if isinstance(error, Underivable):
             _refused[cell, not compiled] = reason
         warnings.warn(
             f"cell {cell.name!r} runs as a loop of torch operations, many times slower than "
@@ -155,22 +155,22 @@ def _prepare(cell: Cell, compiled: bool, in_double: bool) -> None:
 
 def _add_facts(cell: Cell) -> str:
     """Make the op know a cell without code of its own for CPUs."""
-    key, derived = codegen.key(cell), codegen.derive(cell)
+    key, derived = emit_cpp.key(cell), derive(cell)
     tied = sum(tied << gate for gate, tied in enumerate(derived.tied))
     sizes = len(derived.gates), len(derived.states), len(derived.kept)
     try:
         _C.add_cell_facts(key, *sizes, tied, derived.projectable)
     except RuntimeError as error:
-        raise codegen.Underivable(str(error)) from error
+        raise Underivable(str(error)) from error
     _prepared[key] = cell
     return key
 
 
 def _load(cell: Cell, in_double: bool) -> str:
     """Compile a cell for the instruction set in use, unless the op knows such code already."""
-    key = codegen.key(cell)
+    key = emit_cpp.key(cell)
     if not _C.has_code(key, in_double):
-        derived, number = codegen.derive(cell), "double" if in_double else "float"
+        derived, number = derive(cell), "double" if in_double else "float"
         library = jit.compile_cell(derived, key, number)
         try:
             _C.load_cells(str(library), jit.SYMBOL)
@@ -369,10 +369,10 @@ _SWEEPS: dict[str, gpu_scan.Sweeps] = {"cuda": cuda_scan.sweeps, "triton": trito
 
 def _for_gpu(
     call: _Call, kernel: str, *, tape: bool, backward: bool = False
-) -> tuple[codegen.Derived, plan.Plan, gpu_scan.Operands]:
+) -> tuple[Derived, plan.Plan, gpu_scan.Operands]:
     """The cell's derivation, the plan and the operands."""
     cell, x = _prepared[call.cell], call.x
-    derived = codegen.derive(cell)
+    derived = derive(cell)
     problem = plan.Problem(
         cell=call.cell,
         steps=x.size(0) if x.dim() == 3 else 1,
@@ -408,7 +408,7 @@ def _reference_forward(call: _Call, tape: bool) -> tuple[Tensor, list[Tensor], T
         values = after[1:]
         if kept:
             gates = u.split(hidden, -1), v.split(hidden, -1)
-            values += codegen.derive(cell).forward(*gates, before)[1]
+            values += derive(cell).forward(*gates, before)[1]
         if call.w_hr:
             values.append(after[0])
         for k, value in enumerate(values):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastrnn import cache
-from fastrnn.compiler import derive as codegen
+from fastrnn.compiler import emit_triton
 from fastrnn.compiler.derive import Derived
 from fastrnn.kernels.gpu.driver import Scan, Tape, tf32_allowed
 from fastrnn.kernels.gpu.triton import tune as triton_tune
@@ -45,7 +45,7 @@ def interpreted() -> bool:
 
 def cell_module(derived: Derived) -> ModuleType:
     """The module with the cell's functions in Triton, which reads their source from a file."""
-    return _cell_module(codegen.triton(derived), derived.name)
+    return _cell_module(emit_triton.module(derived), derived.name)
 
 
 @functools.cache
