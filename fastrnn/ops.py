@@ -18,8 +18,9 @@ from torch.overrides import has_torch_function
 from fastrnn import flops, plan
 from fastrnn.cells import Cell
 from fastrnn.extension import _C
-from fastrnn.kernels import callbacks as kernels
-from fastrnn.kernels import reference
+from fastrnn.kernels import device, reference
+from fastrnn.kernels.operands import Needs, Operands
+from fastrnn.kernels.prepare import prepare
 
 __all__ = ["Packed", "pack", "scan", "step"]
 
@@ -41,7 +42,7 @@ def pack(cell: Cell, weights: Sequence[Sequence[Tensor]]) -> Packed | None:
         RuntimeError: for weights whose shapes do not fit together.
     """
     first = weights[0][0]
-    key = kernels.prepare(cell, first.device.type, first.dtype)
+    key = prepare(cell, first.device.type, first.dtype)
     problem = plan.Problem(
         cell=cell.name,
         steps=1,
@@ -51,8 +52,8 @@ def pack(cell: Cell, weights: Sequence[Sequence[Tensor]]) -> Packed | None:
         gates=len(cell.gates),
         dtype=str(first.dtype).removeprefix("torch."),
     )
-    device = kernels.device(first.device.type, compiled=key is not None)
-    if key is None or plan.refusal("cpu", problem, device) is not None:
+    offered = device.current(first.device.type, compiled=key is not None)
+    if key is None or plan.refusal("cpu", problem, offered) is not None:
         return None
     packed = []
     for w_ih, w_hh, *rest in weights:
@@ -66,6 +67,7 @@ def scan(
     x: Tensor,
     w_ih: Sequence[Tensor],
     w_hh: Sequence[Tensor],
+    *,
     b_ih: Sequence[Tensor] = (),
     b_hh: Sequence[Tensor] = (),
     w_hr: Sequence[Tensor] = (),
@@ -88,34 +90,33 @@ def scan(
             a gradient is asked for, or the weights have changed since.
         fastrnn.plan.KernelRefused: when a kernel was asked for by name and cannot run this.
     """
-    arguments = (x, w_ih, w_hh, b_ih, b_hh, w_hr, s0, batch_sizes, lengths, resets, reverse)
-    key = kernels.prepare(cell, x.device.type, x.dtype)
+    operands = Operands(x, w_ih, w_hh, b_ih, b_hh, w_hr, s0, batch_sizes, lengths, resets, reverse)
+    key = prepare(cell, x.device.type, x.dtype)
     if packed is not None and key is not None:
         if torch.is_grad_enabled():
             _refuse_gradients(x, *w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *s0)
         if _can_use_packed(x):
             if torch.compiler.is_compiling():
                 y, *states = torch.ops.fastrnn.scan_packed.default(
-                    key, *_optional(*arguments), *packed
+                    key, *_optional(operands), *packed
                 )
                 return y, states
-            return _C.scan_packed(key, *arguments, *packed)
+            return _C.scan_packed(key, *operands, *packed)
     every = (x, *w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *s0)
     if torch.compiler.is_compiling() or has_torch_function(every):
         if key is not None:
             y, *states, _ = torch.ops.fastrnn.scan.default(
-                key, *_optional(*arguments), False, recompute
+                key, *_optional(operands), False, recompute
             )
             return y, states
     elif key is not None and not _transformed():
-        return _C.scan(key, *arguments, recompute)
-    return _as_operations(cell, *arguments)
+        return _C.scan(key, *operands, recompute)
+    return _as_operations(cell, operands)
 
 
-def _optional(
-    x: Tensor, w_ih: Sequence[Tensor], w_hh: Sequence[Tensor], *rest: Any
-) -> tuple[Any, ...]:
-    """Arguments of `scan` as its schema has them, with None for the lists that are empty."""
+def _optional(operands: Operands) -> tuple[Any, ...]:
+    """As the schema of the operator has them, with None for the lists that are empty."""
+    x, w_ih, w_hh, *rest = operands
     return x, w_ih, w_hh, *[None if isinstance(a, Sequence) and not a else a for a in rest]
 
 
@@ -144,7 +145,7 @@ def step(
     """
     if torch.compiler.is_compiling() or _transformed():
         return None
-    key = kernels.prepare(cell, x.device.type, x.dtype)
+    key = prepare(cell, x.device.type, x.dtype)
     if key is None:
         return None
     if packed is None:
@@ -187,41 +188,30 @@ def _transformed() -> bool:
     )
 
 
-def _as_operations(cell: Cell, x: Tensor, *arguments: Any) -> tuple[Tensor, list[Tensor]]:
+def _as_operations(cell: Cell, operands: Operands) -> tuple[Tensor, list[Tensor]]:
     """The reference, with operands in autocast's dtype as the op has them (`csrc/ops.cpp`)."""
-    kind = x.device.type
+    kind = operands.x.device.type
     if not torch.is_autocast_enabled(kind):
-        return reference.scan(cell, x, *arguments)
-    s0 = arguments[5]
-    state = s0[0] if s0 else x
+        return reference.scan(cell, **operands._asdict())
+    state = operands.s0[0] if operands.s0 else operands.x
     stays = kind == "cpu" and cell.name == "gru" and state.dtype == torch.float32
     dtype = torch.float32 if stays else torch.get_autocast_dtype(kind)
 
-    def cast(argument: Any) -> Any:
-        return [t.to(dtype) for t in argument] if isinstance(argument, list | tuple) else argument
+    def cast(operand: Any) -> Any:
+        return [t.to(dtype) for t in operand] if isinstance(operand, list | tuple) else operand
 
+    given = {name: cast(operand) for name, operand in operands._asdict().items()}
     with torch.autocast(kind, enabled=False):
-        return reference.scan(cell, x.to(dtype), *map(cast, arguments))
+        return reference.scan(cell, **given | {"x": operands.x.to(dtype)})
 
 
 @torch.library.register_fake("fastrnn::scan")
-def _scan_fake(
-    cell: str,
-    x: Tensor,
-    w_ih: list[Tensor],
-    w_hh: list[Tensor],
-    b_ih: list[Tensor] | None,
-    b_hh: list[Tensor] | None,
-    w_hr: list[Tensor] | None,
-    s0: list[Tensor] | None,
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    reverse: int,
-    tape: bool = False,
-    recompute: bool = False,
-) -> list[Tensor]:
-    for tensors in (w_ih, w_hh, b_ih, b_hh, w_hr, s0):
+def _scan_fake(cell: str, *arguments: Any) -> list[Tensor]:
+    operands, tape = Operands(*arguments[: len(Operands._fields)]), False
+    if len(arguments) > len(operands):
+        tape = arguments[len(operands)]
+    x, w_hh, w_hr, s0 = operands.x, operands.w_hh, operands.w_hr, operands.s0
+    for tensors in operands[1:7]:
         for each in tensors or ():
             torch._check(
                 each.device == x.device,
@@ -235,7 +225,7 @@ def _scan_fake(
     batch = s0[0].size(-2) if s0 else x.size(-2)
     rows = x.size(0) * x.size(1) if x.dim() == 3 else x.size(0)
     y = x.new_empty(*x.shape[:-1], lanes * recurrent)
-    before = (batch,) if x.dim() == 2 and batch_sizes is None else (lanes, batch)
+    before = (batch,) if x.dim() == 2 and operands.batch_sizes is None else (lanes, batch)
     last = [x.new_empty(*before, hidden if s else recurrent) for s in range(states)]
     width = states - 1 + kept + bool(w_hr)
     return [y, *last, x.new_empty(rows if tape else 0, lanes, width, hidden)]
@@ -248,29 +238,13 @@ def _scan_packed_fake(*arguments: Any) -> list[Tensor]:
 
 @torch.library.register_fake("fastrnn::scan_backward")
 def _scan_backward_fake(
-    cell: str,
-    dy: Tensor | None,
-    dstates: list[Tensor | None],
-    x: Tensor,
-    w_ih: list[Tensor],
-    w_hh: list[Tensor],
-    b_ih: list[Tensor] | None,
-    b_hh: list[Tensor] | None,
-    w_hr: list[Tensor] | None,
-    s0: list[Tensor] | None,
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    reverse: int,
-    y: Tensor,
-    tape: Tensor,
-    needs: list[bool],
+    cell: str, dy: Tensor | None, dstates: list[Tensor | None], *arguments: Any
 ) -> list[Tensor]:
-    groups = [[x], w_ih, w_hh, b_ih, b_hh, w_hr, s0]
-    wanted = [needs[0], needs[1], needs[2], needs[3], needs[3], needs[4], needs[5]]
+    *inputs, _, _, needs = arguments
+    operands = Operands(*inputs)
     return [
         t.new_empty(t.shape)
-        for group, want in zip(groups, wanted, strict=True)
+        for group, want in zip([[operands.x], *operands[1:7]], Needs(*needs).groups(), strict=True)
         if want
         for t in group or ()
     ]

@@ -22,12 +22,12 @@ import pytest
 import torch
 
 import fastrnn
-from fastrnn import _C, cells, ops, plan
+from fastrnn import _C, cells, kernels, ops, plan
 from fastrnn.compiler import emit_cpp
 from fastrnn.compiler.derive import derive
-from fastrnn.kernels import callbacks as kernels
-from fastrnn.kernels import reference
+from fastrnn.kernels import device, reference
 from fastrnn.kernels.gpu import cuda as cuda_scan
+from fastrnn.kernels.prepare import prepare
 from tests.cudasim.build import build, missing
 from tests.support import flatten, largest_error, rms_error
 from tests.test_kernels import BUILT_IN, converted, doubled, linear, operands, run, whole
@@ -371,7 +371,7 @@ def test_a_kernel_takes_the_tape_of_another(name: str, part: str) -> None:
         results = {}
         for kernel in ("cpu", "cuda"):
             with using(kernel):
-                kernels.prepare(cell)
+                prepare(cell)
                 results[kernel] = torch.ops.fastrnn.scan(*arguments, tape=True)
         for a, b in zip(flatten(results["cpu"]), flatten(results["cuda"]), strict=True):
             assert largest_error(a, b) < tolerance
@@ -485,7 +485,7 @@ def test_modules_from_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     for precision, tolerance in (("ieee", 2e-5), ("tf32", 5e-3)):
         monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", precision)
         for layer, given in layers:
-            kernels._C.forget_plans()
+            _C.forget_plans()
             ours = flatten(layer(given))
             ours += torch.autograd.grad(ours[0].sin().sum(), list(layer.parameters()))
             with kernels.use("cpu"):
@@ -500,7 +500,7 @@ def test_modules_from_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(plan.KernelRefused, match=reason):
             layer(x)
     monkeypatch.undo()
-    kernels._C.forget_plans()
+    _C.forget_plans()
 
 
 @cells.cell(gates="a", states="h")
@@ -619,10 +619,10 @@ def test_tf32_where_torch_lets_its_rnn_use_it(monkeypatch: pytest.MonkeyPatch) -
     rnn: Any = torch.backends.cudnn.rnn
     for precision in ("ieee", "tf32"):
         monkeypatch.setattr(rnn, "fp32_precision", precision)
-        assert kernels.device().tf32 is (precision == "tf32")
+        assert device.current().tf32 is (precision == "tf32")
     for allowed in (False, True):
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
-        assert kernels.device().tf32 is allowed
+        assert device.current().tf32 is allowed
 
 
 def test_no_library_and_a_damaged_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -632,8 +632,8 @@ def test_no_library_and_a_damaged_one(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("FASTRNN_KERNEL", "cuda")
     found = cuda_scan.library()
     assert isinstance(found, str) and "cannot be loaded" in found and str(broken) in found
-    kernels._C.forget_plans()
+    _C.forget_plans()
     with pytest.raises(plan.KernelRefused, match="asked for but refuses"):
         fastrnn.LSTM(2, 3)(torch.zeros(1, 1, 2))
     monkeypatch.undo()
-    kernels._C.forget_plans()
+    _C.forget_plans()

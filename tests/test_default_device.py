@@ -16,9 +16,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
 import fastrnn
+from fastrnn import kernels
 from fastrnn.compiler import emit_cpp
 from fastrnn.compiler.derive import derive
-from fastrnn.kernels import callbacks as kernels
 from tests.support import CELLS, LAYERS, flatten
 
 PACKAGE = Path(fastrnn.__file__).resolve().parent

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.rnn import pack_sequence
 
 import fastrnn
-from fastrnn.kernels import callbacks as kernels
+from fastrnn import kernels
 from tests.support import DTYPES, batches, flatten
 
 CHANGED = "changed or replaced after freezing"

@@ -20,9 +20,8 @@ import torch
 from torch import Tensor, nn
 
 import fastrnn
-from fastrnn import cells, ops, plan
+from fastrnn import cells, kernels, ops, plan
 from fastrnn.compiler.derive import derive
-from fastrnn.kernels import callbacks as kernels
 from fastrnn.kernels import reference
 from fastrnn.kernels.gpu import cuda as cuda_scan
 from tests.support import flatten, largest_error

@@ -10,8 +10,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
 import fastrnn
-from fastrnn import cells
-from fastrnn.kernels import callbacks as kernels
+from fastrnn import cells, kernels
 from tests.support import batches, flatten
 
 LAYERS = {

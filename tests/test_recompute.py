@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fastrnn
-from fastrnn.kernels import callbacks as kernels
+from fastrnn import kernels
 from tests.support import flatten
 
 

@@ -22,11 +22,12 @@ import torch
 from torch.nn.utils.rnn import pack_sequence
 
 import fastrnn
-from fastrnn import cache, cells, ops, plan
+from fastrnn import cache, cells, kernels, ops, plan
 from fastrnn.compiler.derive import derive
-from fastrnn.kernels import callbacks as kernels
+from fastrnn.extension import _C
 from fastrnn.kernels import reference
 from fastrnn.kernels.gpu.triton import launch as triton_scan
+from fastrnn.kernels.prepare import prepare
 from tests.support import batches, flatten, largest_error
 from tests.test_kernels import (
     BUILT_IN,
@@ -182,7 +183,7 @@ def test_a_kernel_takes_the_tape_of_another(name: str, projected: int | None) ->
     for extra in ({}, {"resets": torch.rand(4, 3) < 0.3}, {"lengths": torch.tensor([3, 0, 4])}):
         given = {**operands(cell, 4, 3, 3, 19, lanes=2, projected=projected), **extra}
         arguments = (
-            kernels.prepare(cell),
+            prepare(cell),
             *(given[k] for k in ("x", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "s0")),
             None,
             given.get("lengths"),
@@ -260,7 +261,7 @@ def test_modules_from_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
             pack_sequence(batches([3, 5, 1], 5, torch.float32), enforce_sorted=False),
         ),
     ):
-        kernels._C.forget_plans()
+        _C.forget_plans()
         ours = flatten(layer(x))
         ours += torch.autograd.grad(ours[0].sin().sum(), list(layer.parameters()))
         with kernels.use("cpu"):
@@ -270,7 +271,7 @@ def test_modules_from_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(plan.KernelRefused, match="computes bfloat16 wrongly"):
         fastrnn.LSTM(5, 6, dtype=torch.bfloat16)(torch.zeros(4, 3, 5, dtype=torch.bfloat16))
     monkeypatch.undo()
-    kernels._C.forget_plans()
+    _C.forget_plans()
 
 
 @cells.cell(gates="abcd", states="hcm")

@@ -105,9 +105,9 @@ def test_alternatives_need_no_more_memory_and_no_more_registers_than_there_are()
 
 def test_only_on_a_gpu_and_only_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FASTRNN_TUNE", raising=False)
-    assert not triton_scan.triton_tune.wanted()
+    assert not triton_scan.tune.wanted()
     monkeypatch.setenv("FASTRNN_TUNE", "1")
-    assert triton_scan.triton_tune.wanted()
+    assert triton_scan.tune.wanted()
 
 
 def test_what_a_launch_changes_is_as_before_when_all_were_timed(

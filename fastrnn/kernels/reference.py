@@ -13,8 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrnn.cells import Cell
+from fastrnn.compiler.derive import derive
+from fastrnn.extension import _C
+from fastrnn.kernels.operands import Needs, Operands
 
-__all__ = ["scan"]
+__all__ = ["forward", "gradients", "scan"]
 
 
 def scan(
@@ -22,6 +25,7 @@ def scan(
     x: Tensor,
     w_ih: Sequence[Tensor],
     w_hh: Sequence[Tensor],
+    *,
     b_ih: Sequence[Tensor] = (),
     b_hh: Sequence[Tensor] = (),
     w_hr: Sequence[Tensor] = (),
@@ -117,6 +121,87 @@ def scan(
     if one_step:
         return y, finals[0]
     return y, [torch.stack(list(s)) for s in zip(*finals, strict=True)]
+
+
+def forward(
+    cell: Cell, key: str, operands: Operands, tape: bool
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Output, final states and, where asked for, the tape, as `torch.ops.fastrnn.scan`."""
+    x = operands.x
+    _, states, kept = _C.cell_facts(key)
+    hidden = operands.w_hh[0].size(0) // len(cell.gates)
+    rows = x.shape[:-1].numel() if tape else 0
+    layout = x.new_zeros(rows, len(operands.w_hh), states - 1 + kept + bool(operands.w_hr), hidden)
+    first = _first_rows(operands)
+
+    def record(
+        p: int, t: int, u: Tensor, v: Tensor, before: list[Tensor], after: list[Tensor]
+    ) -> None:
+        values = after[1:]
+        if kept:
+            gates = u.split(hidden, -1), v.split(hidden, -1)
+            values += derive(cell).forward(*gates, before)[1]
+        if operands.w_hr:
+            values.append(after[0])
+        for k, value in enumerate(values):
+            if operands.lengths is not None:
+                value = torch.where((operands.lengths > t).unsqueeze(-1), value, 0)
+            layout[first[t] : first[t] + value.size(0), p, k] = value
+
+    y, last = scan(cell, **operands._asdict(), record=record if tape else None)
+    return y, last, layout
+
+
+def _first_rows(operands: Operands) -> list[int]:
+    """First row of every time step."""
+    if operands.batch_sizes is not None:
+        return [0, *operands.batch_sizes.cumsum(0).tolist()]
+    x = operands.x
+    return [t * x.size(1) for t in range(x.size(0))] if x.dim() == 3 else [0]
+
+
+def gradients(
+    cell: Cell,
+    operands: Operands,
+    grads: list[Tensor | None],
+    needs: Needs,
+    create_graph: bool,
+) -> list[Tensor]:
+    """Gradients of the operands that `needs` picks, as `torch.ops.fastrnn.scan_backward`, by
+    autograd; it takes no tape."""
+
+    def alias(tensor: Tensor) -> Tensor:
+        # One tensor may stand in several places (tied weights): each has a gradient of its own.
+        return tensor.view_as(tensor) if create_graph else tensor.detach().requires_grad_()
+
+    need_x, *need_lists = needs.groups()
+    with torch.enable_grad():
+        x = alias(operands.x) if need_x else operands.x
+        lists = [
+            [alias(t) if need else t for t in tensors]
+            for tensors, need in zip(operands[1:7], need_lists, strict=True)
+        ]
+        given = operands._asdict() | {"x": x} | dict(zip(Operands._fields[1:7], lists, strict=True))
+        y, states = scan(cell, **given)
+        wanted = [x] if need_x else []
+        for tensors, need in zip(lists, need_lists, strict=True):
+            wanted += tensors if need else []
+        reached = [
+            (out, grad)
+            for out, grad in zip([y, *states], grads, strict=True)
+            if grad is not None and out.requires_grad
+        ]
+        if not reached:
+            return [torch.zeros_like(t) for t in wanted]
+        found = torch.autograd.grad(
+            [out for out, _ in reached],
+            wanted,
+            [grad for _, grad in reached],
+            create_graph=create_graph,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+    return list(found)
 
 
 def _steps(rows: Tensor, batch_sizes: Tensor | None) -> list[Tensor]:

@@ -244,7 +244,9 @@ def rnn_cell(
     if states:
         states = [s if batched else s.unsqueeze(0) for s in states]
     x = input if batched else input.unsqueeze(0)
-    y, after = ops.scan(cell, x, (w_ih,), (w_hh,), biases[0], biases[1], (), states, packed=packed)
+    y, after = ops.scan(
+        cell, x, (w_ih,), (w_hh,), b_ih=biases[0], b_hh=biases[1], s0=states, packed=packed
+    )
     out = (y, *after[1:])  # the first state is the output
     return out if batched else tuple(s.squeeze(0) for s in out)
 
@@ -280,16 +282,16 @@ def _stack(
             x,
             w_ih,
             w_hh,
-            b_ih,
-            b_hh,
-            w_hr,
-            s,
-            batch_sizes,
-            lengths,
-            resets,
-            reverse,
-            packed[first // scans] if packed else None,
-            recompute,
+            b_ih=b_ih,
+            b_hh=b_hh,
+            w_hr=w_hr,
+            s0=s,
+            batch_sizes=batch_sizes,
+            lengths=lengths,
+            resets=resets,
+            reverse=reverse,
+            packed=packed[first // scans] if packed else None,
+            recompute=recompute,
         )
         finals.append(final)
         if dropout and first < last:

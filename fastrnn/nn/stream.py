@@ -10,7 +10,8 @@ from torch import Tensor
 from fastrnn import plan
 from fastrnn.cells import Cell
 from fastrnn.extension import _C
-from fastrnn.kernels import callbacks as kernels
+from fastrnn.kernels import device
+from fastrnn.kernels.prepare import prepare
 
 __all__ = ["Stepper", "stepper"]
 
@@ -83,11 +84,11 @@ def stepper(
     for name, number in (("batch_size", batch_size), ("threads", threads)):
         if not isinstance(number, int) or number < 1:
             raise ValueError(f"{name} should be a positive integer, got {number!r}")
-    forced = kernels.device().forced
+    forced = device.asked_for()
     if forced not in (None, "cpu"):
         raise plan.KernelRefused(f"kernel {forced!r} was asked for, but a stepper is 'cpu' alone")
     w_ih, w_hh = weights[0][:2]
-    key = kernels.prepare(cell, dtype=w_ih.dtype)
+    key = prepare(cell, dtype=w_ih.dtype)
     problem = plan.Problem(
         cell=cell.name,
         steps=1,
@@ -98,8 +99,8 @@ def stepper(
         dtype=str(w_ih.dtype).removeprefix("torch."),
         frozen=True,
     )
-    device = kernels.device(w_ih.device.type, threads, compiled=key is not None)
-    reason = plan.refusal("cpu", problem, device)
+    offered = device.current(w_ih.device.type, threads, compiled=key is not None)
+    reason = plan.refusal("cpu", problem, offered)
     if key is None:
         raise plan.KernelRefused(f"a stepper needs compiled code: {reason}")
     if reason is not None:
@@ -110,6 +111,6 @@ def stepper(
             key,
             weights,
             batch_size,
-            plan.step_threads(numbers * problem.itemsize, device),
+            plan.step_threads(numbers * problem.itemsize, offered),
             release_gil,
         )

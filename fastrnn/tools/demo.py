@@ -26,8 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastrnn.hardware import processor
 from fastrnn.nn.replace import replace_, restore_
-from fastrnn.tools.info import processor
 
 __all__ = ["Corpus", "NextCharacter", "Race", "main"]
 

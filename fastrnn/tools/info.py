@@ -7,16 +7,16 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from fastrnn import cache, cells, plan
+from fastrnn import cache, cells, hardware, plan
 from fastrnn._version import __version__
 from fastrnn.compiler import jit
 from fastrnn.extension import _C
-from fastrnn.kernels import callbacks as kernels
+from fastrnn.kernels import device as machine
+from fastrnn.kernels.prepare import prepare
 from fastrnn.nn.layers import LSTM
 from fastrnn.plan import Device, Plan, Problem
 
@@ -26,7 +26,6 @@ __all__ = [
     "collect",
     "plan_for",
     "plan_text",
-    "processor",
     "self_check",
     "support_markdown",
     "text",
@@ -80,7 +79,7 @@ def collect() -> Facts:
             "Python": platform.python_version(),
         },
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
-        processor=processor(),
+        processor=hardware.processor(),
         threads=torch.get_num_threads(),
         caches=_caches(),
         instruction_sets=_C.isas(),
@@ -113,7 +112,7 @@ def _usable_kernels() -> dict[str, str | None]:
     kinds = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     found: dict[str, str | None] = {}
     for name in plan.KERNELS:
-        reasons = [plan.refusal(name, _TYPICAL, kernels.device(kind)) for kind in kinds]
+        reasons = [plan.refusal(name, _TYPICAL, machine.current(kind)) for kind in kinds]
         found[name] = None if None in reasons else reasons[0]
     return found
 
@@ -212,7 +211,7 @@ def plan_for(
         plan.KernelRefused: when FASTRNN_KERNEL asks for a kernel that cannot run it.
     """
     declared = cells.get(cell)
-    known = kernels.prepare(declared, kind, getattr(torch, dtype)) is not None
+    known = prepare(declared, kind, getattr(torch, dtype)) is not None
     problem = Problem(
         cell,
         *shape,
@@ -223,7 +222,7 @@ def plan_for(
         tape=tape,
         backward=backward,
     )
-    device = kernels.device(kind, compiled=known)
+    device = machine.current(kind, compiled=known)
     if not known:
         device = replace(device, triton=f"cell {cell!r} has no kernel in Triton")
     return problem, device, plan.choose(problem, device)
@@ -288,26 +287,12 @@ def _join(names: Sequence[str]) -> str:
     return ", ".join(names) or "none"
 
 
-def processor() -> str:
-    """The processor's name, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.processor() or platform.machine()
-
-
 def _caches() -> dict[str, str]:
     """Caches of the first core, as Linux lists them: {"L1d": "48K", ...}."""
-    found = {}
-    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        level, kind, size = (
-            (index / part).read_text().strip() for part in ("level", "type", "size")
-        )
-        if kind != "Instruction":
-            found[f"L{level}{'d' if kind == 'Data' else ''}"] = size
-    return found
+    return {
+        f"L{cache.level}{'d' * cache.data_only}": f"{cache.size >> 10}K"
+        for cache in hardware.caches()
+    }
 
 
 def self_check() -> SelfCheck:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastrnn.extension import CUDA_KERNELS
-from fastrnn.kernels.gpu.driver import Scan, Tape
+from fastrnn.kernels.gpu.sweeps import Scan, Tape
 from fastrnn.plan import Plan
 
 __all__ = ["Library", "library", "sweeps"]
@@ -131,7 +131,7 @@ def _library(named: str) -> Library | str:
 
 
 class _Sweeps:
-    """`gpu_scan.ReplayingSweeps` in CUDA C++."""
+    """`sweeps.ReplayingSweeps` in CUDA C++."""
 
     def forward(
         self,

@@ -1,258 +1,26 @@
 """One scan on a GPU, whichever kernels sweep: memory, chunks of steps, and the products around.
 
-A sweep is two functions that launch kernels, `Sweeps`; `triton_scan.py` and `cuda_scan.py` have one
-pair each. Everything else of a call is here: the projection of the input a chunk at a time, the
-states that pass from chunk to chunk, the gradients that follow from those of the gates, and the
-tapes of chunks where none was kept.
+Everything of a call but the sweeps themselves is here: the projection of the input a chunk at a
+time, the states that pass from chunk to chunk, the gradients that follow from those of the gates,
+and the tapes of chunks where none was kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from fastrnn.compiler.derive import Derived
-from fastrnn.plan import Plan
+from fastrnn.kernels.gpu.sweeps import ReplayingSweeps, Scan, Sweeps, Tape, stacked
+from fastrnn.kernels.operands import Needs
 
-__all__ = [
-    "Operands",
-    "ReplayingSweeps",
-    "Scan",
-    "Sweeps",
-    "Tape",
-    "backward",
-    "forward",
-    "tf32_allowed",
-]
+__all__ = ["backward", "forward"]
 
 
-@dataclass(frozen=True)
-class Operands:
-    """One scan, as `reference.scan` documents it."""
-
-    cell: str  # the name under which the kernels know it
-    x: Tensor
-    w_ih: Sequence[Tensor]
-    w_hh: Sequence[Tensor]
-    b_ih: Sequence[Tensor]
-    b_hh: Sequence[Tensor]
-    w_hr: Sequence[Tensor]
-    s0: Sequence[Tensor]
-    batch_sizes: Tensor | None
-    lengths: Tensor | None
-    resets: Tensor | None
-    reverse: int
-
-
-def tf32_allowed() -> bool:
-    """Whether float32 is multiplied by recurrent weights as TF32: where torch lets `nn.LSTM` do it,
-    by `torch.backends.cudnn.rnn.fp32_precision` or `torch.backends.cudnn.allow_tf32`."""
-    rnn: Any = torch.backends.cudnn.rnn  # its type does not tell of this
-    return bool(rnn.fp32_precision == "tf32")
-
-
-class Scan:
-    """What both directions need to know of a call.
-
-    Attributes:
-        derived, given, plan: what is computed, of what, and how.
-        cell: the name under which the kernels know it.
-        gates, states, lanes, hidden, inputs, steps, batch, rows: G, S, P, H, I, T, B and the
-            number of rows, padded ones included.
-        recurrent: Q, the width of state 0, which is the output: H unless it is projected.
-        compute: the dtype of sums and states.
-        w_ih, w_hh, w_hr: [P, G*H, I], [P, G*H, Q] and, where state 0 is projected, [P, Q, H].
-        first: of packed input the row at which each step begins [T+1], and the same on the device.
-        length: int64 [B], steps of each row of the batch, unless all have `steps`.
-        resets: uint8 [rows], whether an episode begins there.
-        reverse: a bit per lane.
-        chunk_steps, chunk_rows: steps that a launch takes, and the most rows that they have.
-    """
-
-    def __init__(self, derived: Derived, plan: Plan, given: Operands) -> None:
-        self.derived, self.plan, self.given, self.cell = derived, plan, given, given.cell
-        x = given.x
-        self.gates, self.states = len(derived.gates), len(derived.states)
-        self.lanes = len(given.w_hh)
-        self.hidden = given.w_hh[0].size(0) // self.gates
-        self.recurrent = given.w_hh[0].size(1)
-        self.inputs = x.size(-1)
-        self.compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-        self.rows = x.shape[:-1].numel()
-        self.first: list[int] | None = None
-        self.first_on_device = self.length = None
-        if given.batch_sizes is not None:
-            sizes = given.batch_sizes
-            self.steps, self.batch = sizes.numel(), given.s0[0].size(1)
-            first = torch.zeros(self.steps + 1, dtype=torch.int64, device="cpu")
-            torch.cumsum(sizes, 0, out=first[1:])
-            self.first = first.tolist()
-            slots = torch.arange(self.batch, device="cpu")
-            length = (sizes > slots.unsqueeze(1)).sum(1)
-            self.first_on_device = first.to(x.device, non_blocking=True)
-            self.length = length.to(x.device, non_blocking=True)
-        else:
-            self.steps, self.batch = (x.size(0), x.size(1)) if x.dim() == 3 else (1, x.size(0))
-            if given.lengths is not None:
-                self.length = given.lengths.to(x.device).contiguous()
-        self.resets = None if given.resets is None else given.resets.contiguous().view(torch.uint8)
-        self.reverse = given.reverse
-        self.backward_lanes = [bool(given.reverse >> p & 1) for p in range(self.lanes)]
-        self.chunk_steps = max(1, min(self.steps, plan.chunk_rows // max(1, self.batch)))
-        self.chunk_rows = min(self.rows, self.chunk_steps * self.batch)
-        self.w_hh = _stacked(given.w_hh)
-        self.w_ih = _stacked(given.w_ih)
-        self.w_hr = _stacked(given.w_hr) if given.w_hr else None
-
-    def width(self, state: int) -> int:
-        return self.hidden if state else self.recurrent
-
-    def slots(self) -> int:
-        """Values of [H] that a row of the tape holds."""
-        return self.states - 1 + len(self.derived.kept) + (self.w_hr is not None)
-
-    def row(self, t: int) -> int:
-        return t * self.batch if self.first is None else self.first[t]
-
-    def stretch(self, begin: int, end: int, backward: bool) -> tuple[int, int]:
-        """First and past-the-last row of some steps of a scan."""
-        if backward:
-            begin, end = self.steps - end, self.steps - begin
-        return self.row(begin), self.row(end)
-
-    def x_rows(self, rows: tuple[int, int]) -> Tensor:
-        """[n, I] of the input, with zeros for what must not be read."""
-        x, (low, high) = self.given.x, rows
-        if x.dim() == 2:
-            return x[low:high]
-        batch = max(1, self.batch)
-        times = slice(low // batch, high // batch)
-        part = x[times]
-        if self.length is not None:
-            t = torch.arange(times.start, times.stop, device=x.device).unsqueeze(1)
-            part = torch.where((self.length > t).unsqueeze(-1), part, 0)
-        return part.reshape(high - low, self.inputs)
-
-
-@dataclass(frozen=True)
-class Tape:
-    """What the way back needs of some rows.
-
-    Attributes:
-        values: [rows, P, S-1+K, H], and one more value where state 0 is projected: what the cell
-            gave.
-        base: the row of the batch's rows that is the first of these, for lanes forward in time and
-            for those backward.
-    """
-
-    values: Tensor
-    base: tuple[int, int] = (0, 0)
-
-
-class Sweeps(Protocol):
-    """The kernels: each call takes every lane through the steps `[begin, end)` of its own
-    direction, for rows that are stored from where the chunk begins on.
-
-    Tensors are contiguous. Row r of the batch's rows is row `r - scan.stretch(begin, end, ..)[0]`
-    of `u`, `v`, `du`, `dv` and `previous`. `scan.batch` is not 0.
-    """
-
-    def forward(
-        self,
-        scan: Scan,
-        begin: int,
-        end: int,
-        u: Tensor,
-        b_hh: Tensor | None,
-        carry: Tensor,
-        y: Tensor,
-        tape: Tensor | None,
-    ) -> None:
-        """Walk the steps in order.
-
-        Args:
-            u: [P, chunk_rows, G*H] input projections, biases in.
-            b_hh: [P, G*H] for gates that are not tied, or None.
-            carry: [S+1, P, B, H] in `scan.compute`: states before, and then after, the chunk;
-                the last is room for state 0. Where that is projected, Q wide and all others H,
-                rows are as wide as the wider.
-            y: [rows, P, Q].
-            tape: `Tape.values`, of all rows; or None.
-        """
-
-    def backward(
-        self,
-        scan: Scan,
-        begin: int,
-        end: int,
-        dy: Tensor | None,
-        s0: Tensor,
-        ds: Tensor,
-        y: Tensor,
-        tape: Tape,
-        du: Tensor,
-        dv: Tensor,
-        previous: Tensor,
-        dh: Tensor | None,
-    ) -> None:
-        """Walk the steps from the end.
-
-        Args:
-            dy: [rows, P, Q], or None for zeros.
-            s0: [S, P, B, H] in `scan.compute`, as `carry`.
-            ds: the same: gradients of the states after, and then before, the chunk.
-            y, tape: as forward left them; of the tape the rows of the steps and, before the
-                first, the states.
-            du, dv: [P, chunk_rows, G*H] gradients of the projections; one tensor where all gates
-                are tied.
-            previous: [P, chunk_rows, Q], filled with state 0 before each step.
-            dh: the same, with the gradient of state 0 after it; None unless it is projected.
-        """
-
-
-@runtime_checkable
-class ReplayingSweeps(Sweeps, Protocol):
-    """Kernels that make the tape of a chunk again."""
-
-    def previous(
-        self, scan: Scan, begin: int, end: int, s0: Tensor, y: Tensor, previous: Tensor
-    ) -> None:
-        """Fill `previous`, as `backward` does, from `y` and the initial state."""
-
-    def replay(
-        self,
-        scan: Scan,
-        begin: int,
-        end: int,
-        u: Tensor,
-        v: Tensor,
-        b_hh: Tensor | None,
-        previous: Tensor,
-        carry: Tensor,
-        tape: Tape | None,
-    ) -> None:
-        """Walk the steps in order, from `previous` and its product `v` with the recurrent weights.
-
-        Args:
-            u, b_hh: as in `forward`; `v` is as `u`.
-            previous: as `backward` has it.
-            carry: [S, P, B, H] in `scan.compute`: of the states past the first those before, and
-                then after, the chunk.
-            tape: filled for the steps and, where they have a step before, with the states there;
-                or None.
-        """
-
-
-def forward(
-    sweeps: Sweeps, derived: Derived, plan: Plan, given: Operands, tape: bool
-) -> tuple[Tensor, list[Tensor], Tensor]:
+def forward(sweeps: Sweeps, scan: Scan, tape: bool) -> tuple[Tensor, list[Tensor], Tensor]:
     """Output, final states and, where asked for, the tape, as `torch.ops.fastrnn.scan`."""
-    scan = Scan(derived, plan, given)
-    x, lanes, hidden = given.x, scan.lanes, scan.hidden
+    given, x, lanes, hidden = scan.given, scan.given.x, scan.lanes, scan.hidden
     make = torch.empty if given.lengths is None else torch.zeros  # zeros past the end of a row
     y = make(*x.shape[:-1], lanes * scan.recurrent, dtype=x.dtype, device=x.device)
     size = scan.rows if tape else 0, lanes, scan.slots(), hidden
@@ -278,7 +46,7 @@ def _biases(scan: Scan) -> tuple[Tensor | None, Tensor | None]:
     given, tied = scan.given, scan.derived.tied
     if not given.b_ih:
         return None, None
-    b_ih, b_hh = _stacked(given.b_ih).clone(), _stacked(given.b_hh)
+    b_ih, b_hh = stacked(given.b_ih).clone(), stacked(given.b_hh)
     for g in range(scan.gates):
         if tied[g]:
             part = slice(g * scan.hidden, (g + 1) * scan.hidden)
@@ -306,20 +74,17 @@ def _project(scan: Scan, u: Tensor, bias: Tensor | None, begin: int, end: int) -
 
 def backward(
     sweeps: Sweeps,
-    derived: Derived,
-    plan: Plan,
-    given: Operands,
+    scan: Scan,
     grads: Sequence[Tensor | None],
     y: Tensor,
     tape: Tensor,
-    needs: Sequence[bool],
+    needs: Needs,
 ) -> list[Tensor]:
     """Gradients of x, w_ih, w_hh, b_ih, b_hh, w_hr and s0, those that `needs` picks, as
     `torch.ops.fastrnn.scan_backward`. A tape without rows is made again, a chunk at a time, by
     kernels that can."""
-    *need_rest, need_s0 = needs
-    scan = Scan(derived, plan, given)
-    x, lanes, hidden, compute = given.x, scan.lanes, scan.hidden, scan.compute
+    given, x = scan.given, scan.given.x
+    lanes, hidden, compute = scan.lanes, scan.hidden, scan.compute
     dy = None if grads[0] is None else grads[0].contiguous()
     widest = max(hidden, scan.recurrent)
     s0 = x.new_zeros(scan.states, lanes, scan.batch, widest, dtype=compute)
@@ -337,11 +102,11 @@ def backward(
         return torch.empty(size, dtype=x.dtype, device=x.device)
 
     dv = room(depth)
-    du = dv if all(derived.tied) else room(depth)
+    du = dv if all(scan.derived.tied) else room(depth)
     previous = room(scan.recurrent)
     dh = None if scan.w_hr is None else room(scan.recurrent)
 
-    found = _Gradients(scan, *need_rest)
+    found = _Gradients(scan, needs)
     y, whole = y.contiguous(), Tape(tape.contiguous())
     steps = scan.steps if scan.batch else 0
     chunks = [(max(0, end - scan.chunk_steps), end) for end in range(steps, 0, -scan.chunk_steps)]
@@ -359,7 +124,7 @@ def backward(
         sweeps.backward(scan, begin, end, dy, s0, ds, y, found_tape, du, dv, previous, dh)
         found.add(begin, end, du, dv, previous, dh, whole.values)
     out = found.all()
-    if need_s0:
+    if needs.s0:
         for j in range(len(given.s0)):
             out.append(ds[j, ..., : scan.width(j)].to(x.dtype, copy=True).contiguous())
     return out
@@ -427,26 +192,18 @@ class _Replay:
 class _Gradients:
     """Gradients of the weights, the biases and x, summed up over the stretches of the sweep."""
 
-    def __init__(
-        self,
-        scan: Scan,
-        need_x: bool,
-        need_ih: bool,
-        need_hh: bool,
-        need_bias: bool,
-        need_hr: bool,
-    ) -> None:
+    def __init__(self, scan: Scan, needs: Needs) -> None:
         self.scan = scan
         lanes, depth, x = scan.lanes, scan.gates * scan.hidden, scan.given.x
-        biased = need_bias and bool(scan.given.b_ih)
+        biased = needs.biases and bool(scan.given.b_ih)
 
         def zeros(wanted: bool, *shape: int) -> Tensor | None:
             return x.new_zeros(shape, dtype=scan.compute) if wanted else None
 
-        self.x = zeros(need_x, scan.rows, scan.inputs)
-        self.w_ih = zeros(need_ih, lanes, depth, scan.inputs)
-        self.w_hh = zeros(need_hh, lanes, depth, scan.recurrent)
-        projected = need_hr and scan.w_hr is not None
+        self.x = zeros(needs.x, scan.rows, scan.inputs)
+        self.w_ih = zeros(needs.w_ih, lanes, depth, scan.inputs)
+        self.w_hh = zeros(needs.w_hh, lanes, depth, scan.recurrent)
+        projected = needs.w_hr and scan.w_hr is not None
         self.w_hr = zeros(projected, lanes, scan.recurrent, scan.hidden)
         self.b_ih = zeros(biased, lanes, depth)
         self.b_hh = zeros(biased, lanes, depth)
@@ -494,10 +251,3 @@ def _runs(backward: Sequence[bool]) -> list[tuple[int, slice]]:
     edges = [p for p in range(len(backward)) if p == 0 or backward[p] != backward[p - 1]]
     ends = [*edges[1:], len(backward)]
     return [(p, slice(p, end)) for p, end in zip(edges, ends, strict=True)]
-
-
-def _stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """[P, ...], contiguous; without a copy for one scan."""
-    if len(tensors) == 1:
-        return tensors[0].unsqueeze(0).contiguous()
-    return torch.stack(list(tensors))

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 import torch
 
+from fastrnn.hardware import processor
 from fastrnn.tools.bench import machine, race
 from fastrnn.tools.bench.workload import CELLS, DTYPE_BYTES, Workload
-from fastrnn.tools.info import processor
 
 __all__ = ["main", "text"]
 

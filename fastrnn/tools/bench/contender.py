@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fastrnn
-from fastrnn import plan
-from fastrnn.kernels import callbacks as kernels
+from fastrnn import kernels, plan
 from fastrnn.tools.bench.workload import GATES, Workload
 
 __all__ = [

@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
+
+from fastrnn import hardware
 
 __all__ = ["Floor", "Machine", "measure", "slug"]
 
@@ -65,7 +66,7 @@ class Machine:
 def measure(device: str = "cpu") -> Machine:
     """Measure this machine with the current number of threads, or its GPU; about two seconds."""
     threads = torch.get_num_threads() if device == "cpu" else 1
-    sizes = _cache_sizes()
+    sizes = hardware.cache_bytes()
     if device == "cuda":
         sizes = {"L2": torch.cuda.get_device_properties(0).L2_cache_size}
     buffers = {name: [size // 2, size * 2 // 3] for name, size in sizes.items()}
@@ -129,13 +130,3 @@ def _best(call: Callable[[], object], device: str) -> float:
             torch.cuda.synchronize()
         taken.append(time.perf_counter() - start)
     return min(taken)
-
-
-def _cache_sizes() -> dict[str, int]:
-    """Bytes of each data cache that Linux lists for the first core, nearest first."""
-    sizes = {}
-    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        level, kind, size = ((index / f).read_text().strip() for f in ("level", "type", "size"))
-        if kind != "Instruction":
-            sizes[f"L{level}"] = int(size.removesuffix("K")) << 10
-    return sizes

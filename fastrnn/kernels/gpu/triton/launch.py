@@ -23,8 +23,8 @@ from torch import Tensor
 from fastrnn import cache
 from fastrnn.compiler import emit_triton
 from fastrnn.compiler.derive import Derived
-from fastrnn.kernels.gpu.driver import Scan, Tape, tf32_allowed
-from fastrnn.kernels.gpu.triton import tune as triton_tune
+from fastrnn.kernels.gpu.sweeps import Scan, Tape, tf32_allowed
+from fastrnn.kernels.gpu.triton import tune
 from fastrnn.plan import Plan, alternatives
 
 __all__ = [
@@ -124,7 +124,7 @@ def compile_options(plan: Plan, nvidia: bool) -> dict[str, Any]:
 
 
 class _Sweeps:
-    """`gpu_scan.Sweeps` in Triton."""
+    """`sweeps.Sweeps` in Triton."""
 
     def forward(
         self,
@@ -226,13 +226,13 @@ def _launch(backward: bool, scan: Scan, flags: dict[str, bool], *arguments: Any)
 
     with _on(device):
         chosen = scan.plan
-        if triton_tune.wanted() and device.type != "cpu":
+        if tune.wanted() and device.type != "cpu":
             # `carry` and `ds`, which a launch changes.
             chosen = _fastest(backward, scan, run, arguments[3])
         run(chosen)
 
 
-_tuner = triton_tune.Tuner()
+_tuner = tune.Tuner()
 
 
 def _fastest(backward: bool, scan: Scan, run: Callable[[Plan], None], changed: Tensor) -> Plan:
