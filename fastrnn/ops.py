@@ -19,7 +19,7 @@ from fastrnn import flops, plan
 from fastrnn.cells import Cell
 from fastrnn.extension import _C
 from fastrnn.kernels import device, reference
-from fastrnn.kernels.operands import Needs, Operands
+from fastrnn.kernels.operands import Needs, Operands, Weights, side_by_side
 from fastrnn.kernels.prepare import prepare
 
 __all__ = ["Packed", "pack", "scan", "step"]
@@ -33,33 +33,30 @@ class Packed(NamedTuple):
     fingerprint: Tensor  # int64; it also remembers what was compared last
 
 
-def pack(cell: Cell, weights: Sequence[Sequence[Tensor]]) -> Packed | None:
-    """Pack one layer: for every scan `[w_ih, w_hh, b_ih, b_hh, w_hr]`, as `functional.rnn` has it.
+def pack(cell: Cell, weights: Sequence[Weights]) -> Packed | None:
+    """Pack one layer, from the weights of every recurrence in it.
 
     None where the CPU kernel would not run them.
 
     Raises:
         RuntimeError: for weights whose shapes do not fit together.
     """
-    first = weights[0][0]
+    first = weights[0].w_ih
     key = prepare(cell, first.device.type, first.dtype)
     problem = plan.Problem(
         cell=cell.name,
         steps=1,
         batch=1,
         inputs=first.size(1),
-        hidden=weights[0][1].size(0) // len(cell.gates),
+        hidden=weights[0].w_hh.size(0) // len(cell.gates),
         gates=len(cell.gates),
         dtype=str(first.dtype).removeprefix("torch."),
     )
     offered = device.current(first.device.type, compiled=key is not None)
     if key is None or plan.refusal("cpu", problem, offered) is not None:
         return None
-    packed = []
-    for w_ih, w_hh, *rest in weights:
-        b_ih, b_hh = rest[:2] if len(rest) > 1 else (None, None)
-        packed.append(_C.pack(key, w_ih, w_hh, b_ih, b_hh, rest[-1] if len(rest) & 1 else None))
-    return Packed(packed, _C.fingerprint([t for g in zip(*weights, strict=True) for t in g]))
+    packed = [_C.pack(key, *each) for each in weights]
+    return Packed(packed, _C.fingerprint([t for group in side_by_side(weights) for t in group]))
 
 
 def scan(
@@ -124,7 +121,7 @@ def step(
     cell: Cell,
     x: Tensor,
     states: Sequence[Tensor],
-    weights: Sequence[Tensor | None],
+    weights: Weights,
     packed: Packed | None = None,
 ) -> tuple[Tensor, ...] | None:
     """One time step in one call, for what most calls look like: `scan` serves them all.
@@ -132,7 +129,7 @@ def step(
     Args:
         x: [B, I].
         states: `S` tensors [B, H], none for zeros.
-        weights: w_ih, w_hh, b_ih, b_hh; both biases may be None.
+        weights: without a projection.
         packed: the same by `pack`.
 
     Returns:
@@ -148,9 +145,7 @@ def step(
     key = prepare(cell, x.device.type, x.dtype)
     if key is None:
         return None
-    if packed is None:
-        return _C.step(key, x, tuple(states), tuple(weights))
-    return _C.step(key, x, tuple(states), tuple(weights), *packed)
+    return _C.step(key, x, tuple(states), weights[:4], *(packed or ()))
 
 
 def transposed(y: Tensor) -> Tensor:

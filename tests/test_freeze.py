@@ -363,7 +363,7 @@ def test_the_way_back_to_torch() -> None:
 def test_the_operator_checks_what_it_is_given() -> None:
     module = fastrnn.freeze(fastrnn.GRU(5, 9))
     (packed,) = module._frozen.layers  # type: ignore[union-attr]
-    w_ih, w_hh, b_ih, b_hh = ([w] for w in module._weights()[0])  # type: ignore[operator]
+    w_ih, w_hh, b_ih, b_hh = ([w] for w in module._weights()[0][:4])  # type: ignore[operator]
 
     def call(*last: Any) -> Any:
         given = (w_ih, w_hh, b_ih, b_hh, [], [], None, None, None, 0, *last)

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from fastrnn import cells, ops
 from fastrnn.cells import Cell
 from fastrnn.kernels import reference
+from fastrnn.kernels.operands import Weights
 from fastrnn.nn import functional as F
 from tests.support import LAYERS, flatten, twins
 
@@ -146,8 +147,8 @@ def test_one_step(name: str) -> None:
     states = tuple(torch.randn(len(cell.states), 2, 5, dtype=F64))
     for row in (slice(None), 0):  # batched and unbatched
         piece = tuple(s[row] for s in states)
-        assert_same(F.rnn_cell(cell, x[row], (), *parameters), theirs(x[row]))
-        after = F.rnn_cell(cell, x[row], piece, *parameters)
+        assert_same(F.rnn_cell(cell, x[row], (), Weights(*parameters)), theirs(x[row]))
+        after = F.rnn_cell(cell, x[row], piece, Weights(*parameters))
         assert [s.shape for s in after] == [s.shape for s in piece]
         assert_same(after, theirs(x[row], piece if len(piece) > 1 else piece[0]))
     hx = states if len(states) > 1 else states[0]
@@ -157,4 +158,4 @@ def test_one_step(name: str) -> None:
         without = copy.deepcopy(theirs)
         for bias in absent:
             setattr(without, bias, None)
-        assert_same(F.rnn_cell(cell, x, states, *given), without(x, hx))
+        assert_same(F.rnn_cell(cell, x, states, Weights(*given)), without(x, hx))

@@ -59,7 +59,8 @@ def made(kind: str, *sizes: int, **kwargs: Any) -> Any:
 def with_threads(layer: Any, batch: int, threads: int) -> stream.Stepper:
     """A stepper of that many threads, whatever the plan thinks of it."""
     key = prepare(layer._cell())
-    return stream.Stepper(key, layer._weights(), batch, threads, True)
+    lists = [[w for w in each if w is not None] for each in layer._weights()]
+    return stream.Stepper(key, lists, batch, threads, True)
 
 
 def stepped(stepper: stream.Stepper, x: Tensor) -> Tensor:
@@ -457,7 +458,8 @@ def test_a_step_allocates_nothing(tmp_path: Path) -> None:
             layer = fastrnn.LSTM(7, 33, num_layers=2, proj_size=proj, dtype=dtype)
             key = prepare(layer._cell())
             for threads in (1, 2):
-                step = stream.Stepper(key, layer._weights(), 1, threads, True).step
+                lists = [[w for w in each if w is not None] for each in layer._weights()]
+                step = stream.Stepper(key, lists, 1, threads, True).step
                 x, out = torch.zeros(1, 7, dtype=dtype), torch.zeros(1, proj or 33, dtype=dtype)
                 pairs = [(x, out), (x[0], out[0])]
                 if not proj:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastrnn import cells, ops
 from fastrnn.cells import Cell
+from fastrnn.kernels.operands import Weights
 from fastrnn.nn import functional
 from fastrnn.nn.convert import detour, scriptable, twin_of
 from fastrnn.nn.freeze import Freezable
@@ -21,10 +22,10 @@ _CELL_OF_NONLINEARITY = {"tanh": cells.rnn_tanh, "relu": cells.rnn_relu}
 
 
 class _Cell(Freezable):
-    def _weights(self) -> list[list[Tensor]]:
+    def _weights(self) -> list[Weights]:
         own = self._parameters
-        weights = [own[n] if n in own else getattr(self, n) for n in _WEIGHTS]
-        return [[w for w in weights if w is not None]]
+        weights: list[Any] = [own[n] if n in own else getattr(self, n) for n in _WEIGHTS]
+        return [Weights(*weights)]
 
     def _weight_names(self) -> list[str]:
         return list(_WEIGHTS)
@@ -170,8 +171,7 @@ def _wrong_size(k: int, state: Tensor, input: Tensor, hidden_size: int) -> Excep
 def _step(
     module: RNNCell | LSTMCell | GRUCell, cell: Cell, input: Tensor, hx: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    own = module._parameters
-    weights = [own[n] if n in own else getattr(module, n) for n in _WEIGHTS]
+    (weights,) = module._weights()
     packed = module._frozen.layers[0] if module._frozen is not None else None
     after = ops.step(cell, input, hx, weights, packed)
     if after is not None:
@@ -187,14 +187,4 @@ def _step(
         for k, s in enumerate(hx):
             if s.shape != expected:
                 raise _wrong_size(k, s, input, size)
-    w_ih, w_hh, b_ih, b_hh = weights
-    return functional.rnn_cell(
-        cell,
-        input,
-        hx,
-        w_ih,  # type: ignore[arg-type]
-        w_hh,  # type: ignore[arg-type]
-        b_ih,
-        b_hh,
-        packed,
-    )
+    return functional.rnn_cell(cell, input, hx, weights, packed)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastrnn import ops
 from fastrnn.cells import Cell
+from fastrnn.kernels.operands import Weights
 
 __all__ = ["Freezable", "Frozen", "freeze", "unfreeze"]
 
@@ -36,8 +37,8 @@ class Freezable(nn.Module):
     def _cell(self) -> Cell:
         raise NotImplementedError
 
-    def _weights(self) -> list[list[Tensor]]:
-        """For every layer, direction and head what `functional.rnn` takes."""
+    def _weights(self) -> list[Weights]:
+        """Those of every layer, direction and head, as `functional.rnn` takes them."""
         raise NotImplementedError
 
     def _weight_names(self) -> list[str]:

@@ -7,9 +7,7 @@ tied, replaced or functionalised between two calls, and nothing here may remembe
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
-from numbers import Number
 from operator import is_
 from typing import Any, NamedTuple, cast
 
@@ -19,7 +17,17 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import cells
 from fastrnn.cells import Cell
+from fastrnn.kernels.operands import Weights, named
 from fastrnn.nn import functional
+from fastrnn.nn.checks import (
+    States,
+    check_arguments,
+    check_dtype,
+    check_heads,
+    check_input,
+    different_dtypes,
+    refuse_unknown,
+)
 from fastrnn.nn.convert import detour, scriptable, twin_of
 from fastrnn.nn.freeze import Freezable
 from fastrnn.nn.stream import Stepper, stepper
@@ -37,9 +45,6 @@ _CELL_OF_MODE = {
     "LSTM": cells.lstm,
     "GRU": cells.gru,
 }
-
-
-_MOST_SCANS = 64  # of one call of the operator
 
 
 class Written(NamedTuple):
@@ -62,6 +67,7 @@ class _Layer(Freezable, nn.RNNBase):
         self,
         cell: Cell,
         mode: str,
+        *,
         input_size: int,
         hidden_size: int,
         num_layers: int,
@@ -86,8 +92,8 @@ class _Layer(Freezable, nn.RNNBase):
         self.dropout = float(dropout)
         self.bidirectional = bidirectional
         self.proj_size = proj_size
-        _check_arguments(input_size, hidden_size, num_layers, bias, batch_first, dropout, proj_size)
-        _check_heads(heads, hidden_size, bidirectional, proj_size)
+        check_arguments(input_size, hidden_size, num_layers, bias, batch_first, dropout, proj_size)
+        check_heads(heads, hidden_size, bidirectional, proj_size)
         if heads > 1:
             self.heads = heads
         if recompute:
@@ -125,7 +131,7 @@ class _Layer(Freezable, nn.RNNBase):
     def forward(
         self,
         input: Sequences,
-        hx: functional.States | None = None,
+        hx: States | None = None,
         *,
         lengths: Lengths = None,
         resets: Resets = None,
@@ -201,21 +207,21 @@ class _Layer(Freezable, nn.RNNBase):
             raise AssertionError(f"mode must be RNN_TANH or RNN_RELU, got {self.mode}")
         return _CELL_OF_MODE[self.mode]
 
-    def _weights(self) -> list[list[Tensor]]:
+    def _weights(self) -> list[Weights]:
         # A look into `_parameters` first: nn.Module's attribute lookup takes longer than a
         # small cell. What is not there was parametrized, or set as a plain tensor.
         own = self._parameters
         written = self._written_entries()
-        weights: list[list[Any]] = [
+        lists: list[list[Any]] = [
             [
                 written[n] if n in written else own[n] if n in own else getattr(self, n)
                 for n in names
             ]
             for names in self._all_weights
         ]
-        if self.heads == 1:
-            return weights
-        return [list(head) for each in weights for head in zip(*each, strict=True)]
+        if self.heads > 1:
+            lists = [list(head) for each in lists for head in zip(*each, strict=True)]
+        return [named(each) for each in lists]
 
     def _weight_names(self) -> list[str]:
         return self._flat_weights_names
@@ -223,11 +229,11 @@ class _Layer(Freezable, nn.RNNBase):
     def _check(
         self,
         input: Tensor,
-        hx: functional.States | None,
+        hx: States | None,
         batch_sizes: Tensor | None,
         weight: Tensor,
     ) -> None:
-        functional.check_dtype(input, weight)
+        check_dtype(input, weight)
         if hx is None:
             self.check_input(input, batch_sizes)
         else:
@@ -238,8 +244,8 @@ class _Layer(Freezable, nn.RNNBase):
         # A parametrized weight is left alone: computing it may change its state.
         weight = self._parameters.get(self._flat_weights_names[0])
         if weight is not None:
-            functional.check_dtype(input, weight)
-        functional.check_input(input, self.input_size, batch_sizes)
+            check_dtype(input, weight)
+        check_input(input, self.input_size, batch_sizes)
 
     # torch.nn computes with the entries of its list `_flat_weights`, which users write: with
     # dropped weights, with those of another layer. No list is kept here, but what was written into
@@ -381,7 +387,7 @@ class RNN(_Plain):
         recompute: bool = False,
         **unknown: Any,
     ) -> None:
-        _refuse(self, unknown)
+        refuse_unknown(self, unknown)
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(
                 f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'."
@@ -390,18 +396,18 @@ class RNN(_Plain):
         super().__init__(
             _CELL_OF_MODE[mode],
             mode,
-            input_size,
-            hidden_size,
-            num_layers,
-            bias,
-            batch_first,
-            dropout,
-            bidirectional,
-            _proj_size,
-            heads,
-            recompute,
-            device,
-            dtype,
+            input_size=input_size,
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            bias=bias,
+            batch_first=batch_first,
+            dropout=dropout,
+            bidirectional=bidirectional,
+            proj_size=_proj_size,
+            heads=heads,
+            recompute=recompute,
+            device=device,
+            dtype=dtype,
         )
         self.nonlinearity = nonlinearity
 
@@ -435,22 +441,22 @@ class GRU(_Plain):
         recompute: bool = False,
         **unknown: Any,
     ) -> None:
-        _refuse(self, unknown)
+        refuse_unknown(self, unknown)
         super().__init__(
             cells.gru,
             "GRU",
-            input_size,
-            hidden_size,
-            num_layers,
-            bias,
-            batch_first,
-            dropout,
-            bidirectional,
-            _proj_size,
-            heads,
-            recompute,
-            device,
-            dtype,
+            input_size=input_size,
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            bias=bias,
+            batch_first=batch_first,
+            dropout=dropout,
+            bidirectional=bidirectional,
+            proj_size=_proj_size,
+            heads=heads,
+            recompute=recompute,
+            device=device,
+            dtype=dtype,
         )
 
 
@@ -519,24 +525,24 @@ class LSTM(_Several):
         super().__init__(
             cells.lstm,
             "LSTM",
-            input_size,
-            hidden_size,
-            num_layers,
-            bias,
-            batch_first,
-            dropout,
-            bidirectional,
-            proj_size,
-            heads,
-            recompute,
-            device,
-            dtype,
+            input_size=input_size,
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            bias=bias,
+            batch_first=batch_first,
+            dropout=dropout,
+            bidirectional=bidirectional,
+            proj_size=proj_size,
+            heads=heads,
+            recompute=recompute,
+            device=device,
+            dtype=dtype,
         )
 
     def _check(
         self,
         input: Tensor,
-        hx: functional.States | None,
+        hx: States | None,
         batch_sizes: Tensor | None,
         weight: Tensor,
     ) -> None:
@@ -563,7 +569,7 @@ class LSTM(_Several):
         try:
             super()._check(input, hx, batch_sizes, weight)
         except ValueError as error:
-            what = functional.different_dtypes(input, weight)
+            what = different_dtypes(input, weight)
             raise RuntimeError(f"{what}: {error}") from None
 
 
@@ -621,18 +627,18 @@ class Recurrent(_Several):
         super().__init__(
             cell,
             cell.name,
-            input_size,
-            hidden_size,
-            num_layers,
-            bias,
-            batch_first,
-            dropout,
-            bidirectional,
-            0,
-            heads,
-            recompute,
-            device,
-            dtype,
+            input_size=input_size,
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            bias=bias,
+            batch_first=batch_first,
+            dropout=dropout,
+            bidirectional=bidirectional,
+            proj_size=0,
+            heads=heads,
+            recompute=recompute,
+            device=device,
+            dtype=dtype,
         )
         self.cell = cell
 
@@ -642,7 +648,7 @@ class Recurrent(_Several):
     def check_forward_args(
         self,
         input: Tensor,
-        hidden: functional.States,
+        hidden: States,
         batch_sizes: Tensor | None,
     ) -> None:
         """Raise what torch.nn raises for an input or states of wrong dtype or shape."""
@@ -650,8 +656,8 @@ class Recurrent(_Several):
         super().check_forward_args(input, states, batch_sizes)
 
     def permute_hidden(  # type: ignore[override]
-        self, hx: functional.States, permutation: Tensor | None
-    ) -> functional.States:
+        self, hx: States, permutation: Tensor | None
+    ) -> States:
         """States in another order of the batch."""
         if isinstance(hx, Tensor):
             return nn.RNNBase.permute_hidden(self, hx, permutation)
@@ -665,76 +671,4 @@ class Recurrent(_Several):
         raise NotImplementedError(
             f"torch.jit.script knows no layer for the cell {self.cell.name!r}; "
             "use torch.export or torch.compile"
-        )
-
-
-def _check_arguments(
-    input_size: int,
-    hidden_size: int,
-    num_layers: int,
-    bias: bool,
-    batch_first: bool,
-    dropout: Any,
-    proj_size: int,
-) -> None:
-    """torch.nn's checks, in its order."""
-    number = isinstance(dropout, Number) and not isinstance(dropout, bool)
-    if not number or not 0 <= dropout <= 1:
-        raise ValueError(
-            "dropout should be a number in range [0, 1] representing the probability of an "
-            f"element being zeroed, got {dropout!r}"
-        )
-    if dropout > 0 and num_layers == 1:
-        warnings.warn(
-            "dropout option adds dropout after all but last recurrent layer, so non-zero dropout "
-            f"expects num_layers greater than 1, but got dropout={dropout} and num_layers=1",
-            stacklevel=4,
-        )
-    for name, flag in (("bias", bias), ("batch_first", batch_first)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name} should be of type bool, got: {type(flag).__name__} ({flag!r})")
-    for name, size in (
-        ("input_size", input_size),
-        ("hidden_size", hidden_size),
-        ("num_layers", num_layers),
-    ):
-        if not isinstance(size, int):
-            raise TypeError(f"{name} should be of type int, got: {type(size).__name__} ({size!r})")
-        if size <= 0:
-            raise ValueError(f"{name} must be greater than zero, got {size}")
-    if proj_size < 0:
-        raise ValueError(
-            "proj_size should be a positive integer or zero to disable projections, "
-            f"got {proj_size}"
-        )
-    if proj_size >= hidden_size:
-        raise ValueError(
-            "proj_size has to be smaller than hidden_size, "
-            f"got proj_size={proj_size} and hidden_size={hidden_size}"
-        )
-
-
-def _check_heads(heads: int, hidden_size: int, bidirectional: bool, proj_size: int) -> None:
-    if not isinstance(heads, int) or isinstance(heads, bool) or heads < 1:
-        raise ValueError(f"heads should be a positive integer, got {heads!r}")
-    if hidden_size % heads:
-        raise ValueError(f"heads={heads} should divide hidden_size={hidden_size}")
-    if heads > 1 and proj_size:
-        raise ValueError(
-            "heads are not projected; use proj_size=0, or a torch.nn.Linear behind the layer"
-        )
-    if heads * (2 if bidirectional else 1) > _MOST_SCANS:
-        raise ValueError(
-            f"a layer runs at most {_MOST_SCANS} recurrences side by side, got heads={heads} with "
-            f"bidirectional={bidirectional}"
-        )
-
-
-def _refuse(layer: _Layer, unknown: dict[str, Any]) -> None:
-    """torch.nn takes `proj_size` for RNN and GRU by position only, and then refuses the call."""
-    if "proj_size" in unknown:
-        raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-    for name in unknown:
-        raise TypeError(
-            f"{type(layer).__name__}.__init__() got an unexpected keyword argument {name!r}"
         )

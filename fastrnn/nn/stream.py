@@ -11,6 +11,7 @@ from fastrnn import plan
 from fastrnn.cells import Cell
 from fastrnn.extension import _C
 from fastrnn.kernels import device
+from fastrnn.kernels.operands import Weights
 from fastrnn.kernels.prepare import prepare
 
 __all__ = ["Stepper", "stepper"]
@@ -68,7 +69,7 @@ class Stepper(_C.Stepper):
 
 def stepper(
     cell: Cell,
-    weights: Sequence[Sequence[Tensor]],
+    weights: Sequence[Weights],
     batch_size: int = 1,
     threads: int = 1,
     release_gil: bool = True,
@@ -87,7 +88,7 @@ def stepper(
     forced = device.asked_for()
     if forced not in (None, "cpu"):
         raise plan.KernelRefused(f"kernel {forced!r} was asked for, but a stepper is 'cpu' alone")
-    w_ih, w_hh = weights[0][:2]
+    w_ih, w_hh = weights[0].w_ih, weights[0].w_hh
     key = prepare(cell, dtype=w_ih.dtype)
     problem = plan.Problem(
         cell=cell.name,
@@ -105,11 +106,13 @@ def stepper(
         raise plan.KernelRefused(f"a stepper needs compiled code: {reason}")
     if reason is not None:
         raise ValueError(f"a stepper cannot run this layer: {reason}")
-    numbers = sum(w.numel() for layer in weights for w in layer)
+    # Without what there is not: what is left tells the compiled part what it is.
+    lists = [[w for w in layer if w is not None] for layer in weights]
+    numbers = sum(w.numel() for layer in lists for w in layer)
     with torch.no_grad():
         return Stepper(
             key,
-            weights,
+            lists,
             batch_size,
             plan.step_threads(numbers * problem.itemsize, offered),
             release_gil,
