@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from fastrnn._version import __version__
+from fastrnn.plan.dtypes import BYTES
 
-_DTYPES = ("float32", "float64", "bfloat16", "float16", "complex64", "complex128")
+_DTYPES = (*BYTES, "complex64", "complex128")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -22,10 +22,10 @@ from fastrnn.kernels.gpu.sweeps import ReplayingSweeps, Scan, Sweeps
 from fastrnn.kernels.gpu.triton import launch
 from fastrnn.kernels.operands import Needs, Operands
 from fastrnn.kernels.prepare import cell_of, find
+from fastrnn.plan.dtypes import NAMES
 
 __all__: list[str] = []
 
-_DTYPES = {"Float": "float32", "Double": "float64", "BFloat16": "bfloat16", "Half": "float16"}
 # The kernels for GPUs, which are launched from Python.
 _SWEEPS: dict[str, Sweeps] = {"cuda": cuda.sweeps, "triton": launch.sweeps}
 
@@ -40,7 +40,7 @@ def _plan(
     compiled: bool,
     **rest: Any,
 ) -> tuple[str, bool, int, int, int, int]:
-    problem = plan.Problem(dtype=_DTYPES.get(dtype, dtype), **rest)
+    problem = plan.Problem(dtype=NAMES.get(dtype, dtype), **rest)
     offered = machine.current(device, threads, compiled)
     chosen = plan.choose(problem, offered)
     if "plan" in os.environ.get("FASTRNN_LOG", "") and (problem, offered) not in _logged:

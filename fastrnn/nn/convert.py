@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from fastrnn.nn.rebase import rebased
 __all__ = [
     "FROM_TORCH",
     "TO_TORCH",
+    "WRAPPERS",
+    "Wrapper",
     "converted",
     "detour",
     "from_torch",
@@ -33,6 +35,18 @@ _Class = TypeVar("_Class", bound=type[nn.Module])
 
 FROM_TORCH: dict[type[nn.Module], type[nn.Module]] = {}
 TO_TORCH: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+class Wrapper(NamedTuple):
+    """Another package's module around a layer, ours for it, and the attribute with the layer."""
+
+    theirs: type[nn.Module]
+    ours: type[nn.Module]
+    layer: str
+
+
+# The adapters in integrations/ add to them.
+WRAPPERS: list[Wrapper] = []
 
 
 def twin_of(theirs: type[nn.Module]) -> Callable[[_Class], _Class]:

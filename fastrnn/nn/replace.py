@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from fastrnn.nn.convert import FROM_TORCH, TO_TORCH, converted, on_fastrnn
+from fastrnn.nn.convert import FROM_TORCH, TO_TORCH, WRAPPERS, converted, on_fastrnn
 from fastrnn.nn.layers import Recurrent
 from fastrnn.nn.rebase import obstacle
 
@@ -178,10 +178,8 @@ def _change(
 
 def _wrapper(module: nn.Module) -> type | None:
     """The class that a module needs for the layer it now holds, if that is another."""
-    if "torchrl.modules.tensordict_module.rnn" not in sys.modules:
-        return None
-    from fastrnn.integrations.torchrl import WRAPPERS
-
+    if "torchrl.modules.tensordict_module.rnn" in sys.modules:
+        importlib.import_module("fastrnn.integrations.torchrl")
     for theirs, ours, name in WRAPPERS:
         if type(module) in (theirs, ours):
             held = any(kind in TO_TORCH for kind in type(getattr(module, name)).__mro__)

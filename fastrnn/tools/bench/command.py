@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import torch
 
 from fastrnn.hardware import processor
+from fastrnn.plan.dtypes import BYTES
 from fastrnn.tools.bench import machine, race
-from fastrnn.tools.bench.workload import CELLS, DTYPE_BYTES, Workload
+from fastrnn.tools.bench.workload import CELLS, Workload
 
 __all__ = ["main", "text"]
 
@@ -83,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--training", action="store_true", help="forward and backward")
     mode.add_argument("--stream", action="store_true", help="one step per call; T does not matter")
-    parser.add_argument("--dtype", choices=tuple(DTYPE_BYTES), default="float32")
+    parser.add_argument("--dtype", choices=tuple(BYTES), default="float32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
     parser.add_argument("--threads", type=int, help="default: as many as torch would take")
     parser.add_argument("--seconds", type=float, default=0.5, help="of each contender, default 0.5")

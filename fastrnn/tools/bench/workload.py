@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from fastrnn.plan.dtypes import BYTES
+
 __all__ = [
     "BEST_RIVAL",
     "CELLS",
-    "DTYPE_BYTES",
     "GATES",
     "MICROSECONDS",
     "MODES",
@@ -21,7 +22,6 @@ __all__ = [
 
 CELLS = ("lstm", "gru", "rnn")
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 
 # inference: a whole sequence without gradients. training: forward and backward, gradients of input
 # and weights. step: one time step after the other, the state carried. cell: one call of a cell.
@@ -106,8 +106,8 @@ class Workload:
     def __post_init__(self) -> None:
         if min(self.steps, self.batch, self.inputs, self.hidden, self.layers) < 1:
             raise ValueError(f"sizes of {self.name!r} must be at least 1")
-        if self.dtype not in DTYPE_BYTES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPE_BYTES)}; got {self.dtype!r}")
+        if self.dtype not in BYTES:
+            raise ValueError(f"dtype must be one of {', '.join(BYTES)}; got {self.dtype!r}")
         if unknown := set(self.modes) - set(MODES):
             raise ValueError(f"modes must be of {', '.join(MODES)}; got {', '.join(unknown)}")
         if self.lengths and (
@@ -147,4 +147,4 @@ class Workload:
         width = GATES[cell] * self.hidden * self.directions
         columns = self.hidden + (self.inputs if self.steps == 1 else 0)
         passes = self.layers * self.steps * (2 if mode == "training" else 1)
-        return passes, width * columns * DTYPE_BYTES[self.dtype]
+        return passes, width * columns * BYTES[self.dtype]
