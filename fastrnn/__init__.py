@@ -26,3 +26,8 @@ __all__ = [
     "to_torch",
     "unfreeze",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names, and not the folders and files behind them."""
+    return [*__all__, "cells", "kernels", "plan"]
