@@ -196,7 +196,7 @@ def test_a_kernel_takes_the_tape_of_another(name: str, projected: int | None) ->
                 results[kernel] = torch.ops.fastrnn.scan(*arguments, tape=True)
         for a, b in zip(flatten(results["cpu"]), flatten(results["triton"]), strict=True):
             assert largest_error(a, b) < 1e-13
-        y, states, _ = results["cpu"]
+        y, *states, _ = results["cpu"]
         incoming = (torch.randn_like(y), [torch.randn_like(s) for s in states])
         gradients = {}
         for writer, (y, *_, tape) in results.items():
