@@ -1,28 +1,37 @@
 # make demo     train a model of torch.nn and the same model with its layers replaced, side by side
-# make test     the test suite; ARGS="-k lstm" passes options to pytest
+# make test     the tests of the CPU path and the public API; ARGS="-k lstm" passes options to pytest
+# make test-all those, and the rest (make test-long): GPU kernels in the simulator and the interpreter, what
+#               compiles for minutes, the kernels again for each instruction set
+# make clients  packages that use torch.nn's layers, run with theirs and with ours, in an environment of
+#               their own: equality, gradients, checkpoints, and times, written to docs/clients.md;
+#               ARGS="-k medaka" for less, and then nothing is written
 # make bench    fastrnn beside its rivals on this machine, a few minutes; make bench-full: every workload,
 #               also with one thread; ARGS="-k speech" passes options to pytest
 # make gpu      build, test and measure on this machine's NVIDIA GPU, 20 minutes;
 #               ARGS="--minutes 5 --only build,first" for less
+# make docs     build the documentation into site/, in an environment of its own: it needs no compiler
+#               and no torch
 # make lint     what CI checks besides
 # make format   rewrite the sources in the project's format
-# make clean    remove everything built, the virtual environment included
+# make clean    remove everything built, the virtual environments included
 #
 # Each sets up what it needs: Python >= 3.10, a C++ compiler and make are enough. An environment that
 # already has torch and ninja is used as it is with  make test PYTHON=python3 VENV=
 
 PYTHON ?= python3
 VENV ?= .venv
+CLIENTS ?= .venv-clients
+DOCS ?= .venv-docs
 # May carry options of pip: TORCH="torch==2.13.0 --index-url https://..."
 TORCH ?= torch==2.13.0
 JOBS ?= 2
 ARGS ?=
 
-CPP = $(wildcard $(foreach kind,h cpp cu cuh,csrc/*.$(kind) tests/cpp/*.$(kind) tests/cudasim/*.$(kind)))
+CPP = $(foreach kind,h cpp cu cuh,$(shell find csrc tests benchmarks -name '*.$(kind)'))
 
 GENERATOR = $(wildcard fastrnn/cells/*.py fastrnn/compiler/*.py)
 
-.PHONY: demo test bench bench-full gpu lint format clean in-place
+.PHONY: demo test test-long test-all clients bench bench-full gpu docs lint format clean in-place
 
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
@@ -44,9 +53,35 @@ demo: $(BUILT)
 	$(PY) -m fastrnn demo $(ARGS)
 
 # Plugins are used where they are installed: an environment used as it is may lack them.
+PYTEST = $(PY) -m pytest $$($(PY) -c 'from importlib.util import find_spec as has; \
+	  print("-n $(JOBS)" * bool(has("xdist")), "--timeout 900" * bool(has("pytest_timeout")))')
+# pyproject.toml says what each of these is.
+LONG = compiles or interpreter or reruns or simulator
+
 test: $(BUILT)
-	$(PY) -m pytest $$($(PY) -c 'from importlib.util import find_spec as has; \
-	  print("-n $(JOBS)" * bool(has("xdist")), "--timeout 900" * bool(has("pytest_timeout")))') $(ARGS)
+	$(PYTEST) -m "not ($(LONG))" $(ARGS)
+
+test-long: $(BUILT)
+	$(PYTEST) -m "$(LONG)" $(ARGS)
+
+test-all: test test-long
+
+# Always in an environment of its own, so that theirs and ours keep clear of each other.
+clients: $(CLIENTS)/.built
+	$(CLIENTS)/bin/python -m pytest tests/clients --table docs/clients.md $(ARGS)
+
+# Each requirement is named with its version and nothing is resolved: some clients ask for torchvision
+# or torchaudio, each for another torch, which none of what runs here needs.
+$(CLIENTS)/.installed: tests/clients/requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet $(TORCH) 'setuptools>=77' ninja
+	$(CLIENTS)/bin/python -m pip install --quiet --no-deps --requirement $<
+	$(CLIENTS)/bin/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	@touch $@
+
+$(CLIENTS)/.built: $(CLIENTS)/.installed setup.py $(GENERATOR) $(wildcard csrc/*)
+	$(CLIENTS)/bin/python setup.py --quiet build_ext --inplace
+	@touch $@
 
 # pytest-benchmark's own tables are of our times only; the report has everything.
 bench: $(RIVALS)
@@ -63,6 +98,21 @@ bench-full: $(RIVALS)
 gpu: $(INSTALLED)
 	$(PY) -m benchmarks.gpu $(ARGS)
 
+# A warning is an error. Nothing is fetched while the pages are built.
+docs: $(DOCS)/.installed
+	$(DOCS)/bin/python -m mkdocs build --strict --clean $(ARGS)
+
+# The versions stand in pyproject.toml. pip would build fastrnn to install an extra of it, so they are
+# read from there; before Python 3.11 pip alone brings a reader of TOML.
+$(DOCS)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -c 'import sys; from importlib import import_module as get; \
+	  toml = get("tomllib" if sys.version_info >= (3, 11) else "pip._vendor.tomli"); \
+	  project = toml.load(open("pyproject.toml", "rb"))["project"]; \
+	  print(*project["optional-dependencies"]["docs"], sep="\n")' > $(DOCS)/requirements.txt
+	$(DOCS)/bin/python -m pip install --quiet --requirement $(DOCS)/requirements.txt
+	@touch $@
+
 lint: $(TOOLS)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -76,7 +126,7 @@ format: $(TOOLS)
 	$(BIN)clang-format -i $(CPP)
 
 clean:
-	rm -rf build dist *.egg-info fastrnn/*.so $(VENV) \
+	rm -rf build dist site *.egg-info fastrnn/*.so $(VENV) $(CLIENTS) $(DOCS) \
 	  .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
 in-place:
@@ -96,7 +146,7 @@ $(VENV)/.installed: pyproject.toml | $(PY)
 	$(PY) -m pip install --quiet --no-build-isolation --editable '.[demo,test]'
 	@touch $@
 
-$(BUILT): $(VENV)/.installed setup.py $(GENERATOR) $(wildcard csrc/*)
+$(BUILT): $(VENV)/.installed setup.py $(GENERATOR) $(shell find csrc -type f)
 	$(PY) setup.py --quiet build_ext --inplace
 	@touch $@
 

@@ -1,7 +1,7 @@
 """Builds `fastrnn._C` with ninja and, where nvcc is, the library of CUDA kernels beside it.
 
-`cpu_scan.cpp` is compiled once per instruction set, which setuptools' and torch's own builders
-cannot do, and the objects lie in `build/` under the versions of Python and torch, where they
+`csrc/cpu/kernels.cpp` is compiled once per instruction set, which the builders of setuptools and
+torch cannot do, and the objects lie in `build/` under the versions of Python and torch, where they
 survive pip's temporary folders. Switches: CXX, MAX_JOBS, FASTRNN_CXXFLAGS, FASTRNN_LDFLAGS,
 FASTRNN_DEBUG=1; of the CUDA kernels FASTRNN_CUDA=auto|0|1, NVCC, CUDA_HOME, TORCH_CUDA_ARCH_LIST.
 """
@@ -27,8 +27,9 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT / "csrc"
 KERNELS = "_cuda.so"  # beside the extension
-# These alone have torch in reach: what lies below them is compiled without its headers.
-BINDING = ("autograd.cpp", "cpu_ops.cpp", "fingerprint.cpp", "ops.cpp", "stepper_binding.cpp")
+# The folder that alone has torch in reach: the others are compiled without its headers.
+BINDING = SOURCES / "binding"
+CPU_KERNELS = SOURCES / "cpu" / "kernels.cpp"
 FLAGS = runpy.run_path(str(ROOT / "fastrnn" / "compiler" / "flags.py"))
 ISA_FLAGS: dict[str, str] = FLAGS["ISA"]
 CXX_FLAGS = f"{FLAGS['CXX']} -Wall -Wextra"
@@ -147,17 +148,17 @@ def ninja_file(folder: Path) -> str:
         os.environ.get("FASTRNN_LDFLAGS", ""),
     ]
     objects = {
-        f"{path.stem}.o": (path, " ".join(binding) if path.name in BINDING else "-std=c++17")
-        for path in sorted(SOURCES.glob("*.cpp"))
-        if path.name != "cpu_scan.cpp"
+        object_of(path): (path, " ".join(binding) if BINDING in path.parents else "-std=c++17")
+        for path in sorted(SOURCES.rglob("*.cpp"))
+        if path != CPU_KERNELS
     }
     for isa in ISA_FLAGS if platform.machine() in ("x86_64", "AMD64") else ["baseline"]:
         # GCC 12 takes its own intrinsics for reads of uninitialised memory.
         extra = f"-std=c++17 -DFASTRNN_ISA={isa} {ISA_FLAGS[isa]} -Wno-maybe-uninitialized"
-        objects[f"cpu_scan.{isa}.o"] = (SOURCES / "cpu_scan.cpp", extra)
+        objects[object_of(CPU_KERNELS, f".{isa}.o")] = (CPU_KERNELS, extra)
     builds = ["build cells.gen.h: generate"]
     for out, (source, extra) in objects.items():
-        generated = " | cells.gen.h" if source.name == "cpu_scan.cpp" else ""
+        generated = " | cells.gen.h" if source == CPU_KERNELS else ""
         builds.append(f"build {out}: compile {escape(source)}{generated}\n  extra = {extra}")
     # Of an inline function that several objects define the linker takes the first, so those that
     # every processor can run come before those that not all can.
@@ -170,6 +171,11 @@ def ninja_file(folder: Path) -> str:
         libraries=" ".join(libraries),
         builds="\n".join(builds),
     )
+
+
+def object_of(source: Path, suffix: str = ".o") -> str:
+    """In the folder of the build: files of the same name lie in several folders of the sources."""
+    return source.relative_to(SOURCES).with_suffix(suffix).as_posix()
 
 
 def cuda_ninja_file(folder: Path) -> str:
@@ -190,18 +196,18 @@ def cuda_ninja_file(folder: Path) -> str:
                 "nvidia-nvvm nvidia-cuda-cccl nvidia-cuda-runtime)"
             )
         return ""
-    sources = sorted(SOURCES.glob("*.cu"))
+    objects = {object_of(path, ".cu.o"): path for path in sorted(SOURCES.rglob("*.cu"))}
     targets = cuda_targets(os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES)
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     flags = [
         *cuda_flags(folder),
-        f"--threads {max(1, jobs // len(sources))}",
+        f"--threads {max(1, jobs // len(objects))}",
         *targets,
     ]
     builds = [
-        f"build {path.stem}.cu.o: cuda_compile {escape(path)} | cells.gen.h" for path in sources
+        f"build {out}: cuda_compile {escape(path)} | cells.gen.h" for out, path in objects.items()
     ]
-    builds.append(f"build _cuda.so: cuda_link {' '.join(f'{p.stem}.cu.o' for p in sources)}")
+    builds.append(f"build _cuda.so: cuda_link {' '.join(objects)}")
     builds.append("default _C.so _cuda.so")
     return CUDA_NINJA_FILE.format(
         nvcc=quote(found),
@@ -293,7 +299,10 @@ if __name__ == "__main__" and sys.argv[1:2] == ["generate"]:
 elif __name__ == "__main__":
     setup(
         ext_modules=[
-            Extension("fastrnn._C", sorted(f"csrc/{path.name}" for path in SOURCES.glob("*.cpp")))
+            Extension(
+                "fastrnn._C",
+                sorted(path.relative_to(ROOT).as_posix() for path in SOURCES.rglob("*.cpp")),
+            )
         ],
         cmdclass={"build_ext": BuildExt},
     )

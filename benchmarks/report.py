@@ -1,9 +1,11 @@
 """Tables, plots and a page from what the suite measured on one machine.
 
     python -m benchmarks.report [benchmarks/results/MACHINE] [--readme README.md]
+        [--docs docs/benchmarks.md]
 
-Without a folder, of the machine measured last. Writes speedup.svg beside the results, the page to
-build/benchmark/MACHINE.html, and with --readme the table of that file between its markers.
+The default folder is the one of the machine measured last. The command writes speedup.svg beside
+the results and the page to build/benchmark/MACHINE.html. It also rewrites tables between their
+markers: --docs names the file with all rows and the losses, --readme the one with a few rows.
 """
 
 from __future__ import annotations
@@ -21,7 +23,10 @@ from fastrnn.tools.bench.race import TORCH, Row
 from fastrnn.tools.bench.workload import BEST_RIVAL, CELLS
 
 BEGIN, END = "<!-- benchmarks/report.py -->", "<!-- end -->"
-TABLED = ("streaming", "layers", "packed")  # groups of the README's table
+BEGIN_LOSSES = "<!-- benchmarks/report.py, losses -->"
+TABLED = ("streaming", "layers", "packed")  # groups of the tables in README and docs
+# The workloads in the README's table: each kind of use once, and one where a baseline is faster.
+SHORT = ("stream-64", "one-row-256", "language-model", "speech", "packed")
 SWEEPS = {"over H": "hidden", "over B": "batch", "over T": "steps"}
 TICKS = (0.5, 1, 2, 5, 10, 20, 50, 100)
 RESULTS = Path(__file__).parent / "results"
@@ -48,11 +53,20 @@ def micros(value: float) -> str:
     return f"{value / 1e3:.3g} ms" if value < 1e6 else f"{value / 1e6:.3g} s"
 
 
-def readme_table(results: store.Results) -> str:
-    """One line a workload: our time and how many times as fast it is, losses in italics."""
-    rows = {row.key[:3]: row for row, _ in results.rows if row.group in TABLED}
+def table(results: store.Results, workloads: Sequence[str] | None = None) -> str:
+    """One line a workload: our time and how many times as fast it is, losses in italics.
+
+    Args:
+        results: what was measured on one machine.
+        workloads: names of those to show; all of the groups `TABLED` by default.
+    """
+    rows = {
+        row.key[:3]: row
+        for row, _ in results.rows
+        if row.group in TABLED and (workloads is None or row.workload in workloads)
+    }
     lines = [
-        "| T, B, I, H | inference, over the best rival: LSTM | GRU | RNN "
+        "| T, B, I, H | inference, over the best baseline: LSTM | GRU | RNN "
         "| training, over torch.nn: LSTM | GRU | RNN |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -65,6 +79,26 @@ def readme_table(results: store.Results) -> str:
                 cells.append(_figure(found[0]) if found else "–")
         lines.append(f"| {name} {shape(first)} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", *(f"*{told}*" for told in _conditions(results, rows.values()))])
+
+
+def losses(results: store.Results) -> str:
+    """One line for each row in which a baseline is faster, the worst first."""
+    ratios = [(row.speedup(against(row.mode)), row) for row, _ in results.rows]
+    lost = [(ratio, row) for ratio, row in ratios if ratio is not None and ratio < 1]
+    lost.sort(key=lambda each: each[0])
+    lines = [
+        "| T, B, I, H | cell | mode | ours | baseline | ours is |",
+        "|---|---|---|---|---|---|",
+    ]
+    for ratio, row in lost:
+        mode = row.mode + ("" if row.dtype == "float32" else f", {row.dtype}")
+        found = row.entry(TORCH) if against(row.mode) == TORCH else row.rivals[0]
+        baseline = f"{micros(found.median)}, {found.name}" if found else ""
+        ours = micros(row.ours.median)
+        lines.append(
+            f"| {shape(row)} | {row.cell.upper()} | {mode} | {ours} | {baseline} | {ratio:.2f}× |"
+        )
+    return "\n".join(lines)
 
 
 def _figure(row: Row) -> str:
@@ -103,16 +137,26 @@ def _conditions(results: store.Results, rows: Iterable[Row]) -> list[str]:
     return told
 
 
-def rewrite(text: str, table: str) -> str:
+def rewrite(text: str, table: str, begin: str = BEGIN) -> str:
     """`text` with the table between its markers replaced.
 
     Raises:
         ValueError: there is no such pair of markers.
     """
-    pattern = re.compile(f"{re.escape(BEGIN)}\n.*?{re.escape(END)}", re.DOTALL)
+    pattern = re.compile(f"{re.escape(begin)}\n.*?{re.escape(END)}", re.DOTALL)
     if not pattern.search(text):
-        raise ValueError(f"there is no {BEGIN} … {END} to put the table into")
-    return pattern.sub(lambda _: f"{BEGIN}\n{table}\n{END}", text, count=1)
+        raise ValueError(f"there is no {begin} … {END} to put the table into")
+    return pattern.sub(lambda _: f"{begin}\n{table}\n{END}", text, count=1)
+
+
+def readme(text: str, results: store.Results) -> str:
+    """The README with its short table written anew."""
+    return rewrite(text, table(results, SHORT))
+
+
+def docs(text: str, results: store.Results) -> str:
+    """The page on benchmarks with its tables written anew."""
+    return rewrite(rewrite(text, table(results)), losses(results), BEGIN_LOSSES)
 
 
 def plot(results: store.Results, path: Path) -> bool:
@@ -240,7 +284,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "results", type=Path, nargs="?", help="a machine's folder, by default the newest"
     )
     parser.add_argument("--html", type=Path, help="where to write the page")
-    parser.add_argument("--readme", type=Path, help="rewrite the table of this file")
+    parser.add_argument("--readme", type=Path, help="rewrite the short table of this file")
+    parser.add_argument("--docs", type=Path, help="rewrite the tables of this file")
     given = parser.parse_args(argv)
     written = sorted(RESULTS.glob("*/suite.json"), key=lambda file: file.stat().st_mtime)
     folder = given.results or (written[-1].parent if written else RESULTS)
@@ -253,9 +298,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     html.parent.mkdir(parents=True, exist_ok=True)
     html.write_text(page(results, drawing.read_text() if drawn else ""))
     print(f"{html}: {len(results.rows)} rows" + (f"; {drawing}" if drawn else ""))
-    if given.readme:
-        given.readme.write_text(rewrite(given.readme.read_text(), readme_table(results)))
-        print(f"{given.readme}: table rewritten")
+    for file, rewritten in ((given.readme, readme), (given.docs, docs)):
+        if file:
+            file.write_text(rewritten(file.read_text(), results))
+            print(f"{file}: tables rewritten")
     return 0
 
 

@@ -1,4 +1,4 @@
-# What csrc/ops.cpp shows to Python.
+# What csrc/binding/op.cpp shows to Python.
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,8 +1,8 @@
 """The operator `fastrnn::scan` as Python sees it.
 
-Schemas, autograd and autocast are registered in C++ (`csrc/ops.cpp`, `csrc/autograd.cpp`); here are
-the shapes of its results for tracing, and the one place that decides when a call cannot be an
-opaque operator and runs as plain torch operations instead.
+Schemas, autograd and autocast are registered in C++ (`csrc/binding/`); here are the shapes of its
+results for tracing, and the one place that decides when a call cannot be an opaque operator and
+runs as plain torch operations instead.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def _transformed() -> bool:
 
 
 def _as_operations(cell: Cell, operands: Operands) -> tuple[Tensor, list[Tensor]]:
-    """The reference, with operands in autocast's dtype as the op has them (`csrc/ops.cpp`)."""
+    """The reference, with operands in autocast's dtype (as in `csrc/binding/autocast.cpp`)."""
     kind = operands.x.device.type
     if not torch.is_autocast_enabled(kind):
         return reference.scan(cell, **operands._asdict())

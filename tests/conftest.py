@@ -12,6 +12,9 @@ import torch
 from tests.properties import hypothesis
 from tests.support import DEVICES, DTYPES
 
+# Those need packages of their own: `make clients` runs them.
+collect_ignore = ["clients"]
+
 if hypothesis is not None:
     hypothesis.settings.register_profile(
         "default",

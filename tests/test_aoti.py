@@ -18,7 +18,10 @@ from torch.utils.cpp_extension import include_paths, library_paths
 import fastrnn
 from tests.support import flatten
 
-pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
+pytestmark = [
+    pytest.mark.compiles,
+    pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler"),
+]
 
 ROOT = Path(__file__).resolve().parent.parent
 INPUTS, HIDDEN = 4, 6

@@ -7,7 +7,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -505,11 +505,32 @@ def results_of(*rows: Row) -> store.Results:
 def test_the_table_shows_losses_with_the_winner() -> None:
     lost = row(entry("fastrnn", "ours", 100.0), entry("JAX", "rival", 50.0), cell="gru")
     training = replace(ROW, mode="training")
-    table = report.readme_table(results_of(ROW, lost, training)).splitlines()
+    table = report.table(results_of(ROW, lost, training)).splitlines()
     assert table[2] == (
         "| w (10, 1, 8, 8) | 100 µs, 2× | *100 µs, 0.5× JAX* | – | 100 µs, 3× | – | – |"
     )
     assert "the command" in table[-1] and "2 threads" in table[-1]
+
+
+def test_the_short_table_has_the_named_rows() -> None:
+    results = results_of(ROW, replace(ROW, workload="speech"))
+    assert [line.split()[1] for line in report.table(results).splitlines()[2:4]] == ["w", "speech"]
+    (row,) = report.table(results, report.SHORT).splitlines()[2:-2]
+    assert row.startswith("| speech ")
+
+
+def test_every_loss_is_listed_the_worst_first() -> None:
+    lost = row(entry("fastrnn", "ours", 100.0), entry("JAX", "rival", 50.0), cell="gru")
+    worse = row(entry("fastrnn", "ours", 100.0), entry("torch.nn", "rival", 10.0), mode="training")
+    assert report.losses(results_of(ROW, lost, worse)).splitlines()[2:] == [
+        "| (10, 1, 8, 8) | LSTM | training | 100 µs | 10 µs, torch.nn | 0.10× |",
+        "| (10, 1, 8, 8) | GRU | inference | 100 µs | 50 µs, JAX | 0.50× |",
+    ]
+
+
+def test_the_short_table_names_workloads_that_exist() -> None:
+    assert set(report.SHORT) <= {workload.name for workload in workloads.WORKLOADS}
+    assert len(report.SHORT) == 5
 
 
 def test_the_table_goes_between_its_markers() -> None:
@@ -558,11 +579,14 @@ def test_the_suite_and_its_report(tmp_path: Path) -> None:
     assert streamed.ours.latency and streamed.ours.latency.calls >= 100
     assert [v.status for v in streamed.verdicts] == ["not measured"]
 
-    readme = tmp_path / "README.md"
+    readme, docs = tmp_path / "README.md", tmp_path / "benchmarks.md"
     readme.write_text(f"{report.BEGIN}\n{report.END}\n")
+    docs.write_text(f"{report.BEGIN}\n{report.END}\n{report.BEGIN_LOSSES}\n{report.END}\n")
     html = tmp_path / "page.html"
-    report.main([str(file.parent), "--readme", str(readme), "--html", str(html)])
-    assert "| smoke-layer (5, 2, 3, 8) |" in readme.read_text()
+    written = ["--readme", str(readme), "--docs", str(docs), "--html", str(html)]
+    report.main([str(file.parent), *written])
+    assert "| smoke-layer (5, 2, 3, 8) |" in docs.read_text()
+    assert "smoke-layer" not in readme.read_text() and "| T, B, I, H |" in readme.read_text()
     text = html.read_text()
     assert text.count("<details ") == wanted
     assert not re.search(r"(?:src|href)=\"(?!#)", text), "the page needs something else"
@@ -585,8 +609,15 @@ def test_plots_of_the_sweeps(tmp_path: Path) -> None:
     assert not report.plot(results_of(ROW), tmp_path / "c.svg")
 
 
-def test_the_readme_has_room_for_the_table() -> None:
-    assert report.rewrite((ROOT / "README.md").read_text(), "table")
+@pytest.mark.parametrize(
+    ("page", "rewritten"), [("README.md", report.readme), ("docs/benchmarks.md", report.docs)]
+)
+def test_pages_have_the_tables_of_the_results(
+    page: str, rewritten: Callable[[str, store.Results], str]
+) -> None:
+    text = (ROOT / page).read_text()
+    results = store.load(report.RESULTS / "amd-epyc-2-threads" / "suite.json")
+    assert rewritten(text, results) == text
 
 
 # python -m fastrnn bench

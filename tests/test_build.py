@@ -52,21 +52,21 @@ def test_each_instruction_set_has_its_object(
 ) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     made = objects(build.ninja_file(Path("/build")))
-    kernels = [name for name in made if name.startswith("cpu_scan")]
-    assert kernels == ["cpu_scan.baseline.o", "cpu_scan.avx2.o", "cpu_scan.avx512.o"]
-    assert " -m" not in made["cpu_scan.baseline.o"]
+    kernels = [name for name in made if name.startswith("cpu/kernels.")]
+    assert kernels == [f"cpu/kernels.{isa}.o" for isa in ("baseline", "avx2", "avx512")]
+    assert " -m" not in made["cpu/kernels.baseline.o"]
     assert list(made)[-3:] == kernels, "what every machine can run is linked first"
 
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     made = objects(build.ninja_file(Path("/build")))
-    assert [name for name in made if name.startswith("cpu_scan")] == ["cpu_scan.baseline.o"]
+    assert [name for name in made if name.startswith("cpu/kernels.")] == ["cpu/kernels.baseline.o"]
 
 
 def test_kernels_are_compiled_without_torch(build: ModuleType) -> None:
     made = objects(build.ninja_file(Path("/build")))
-    assert {n for n, flags in made.items() if "-isystem" in flags} == {
-        f"{Path(n).stem}.o" for n in build.BINDING
-    }
+    with_torch = {n for n, flags in made.items() if "-isystem" in flags}
+    assert len(with_torch) > 3
+    assert with_torch == {n for n in made if n.startswith("binding/")}
 
 
 def test_switches(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,8 +115,10 @@ def test_cuda_kernels_are_built_where_nvcc_is_and_torch_has_use_for_them(
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     ninja = build.cuda_ninja_file(folder)
     assert f"command = {toolkit} " in ninja
-    sources = [path.stem for path in sorted((ROOT / "csrc").glob("*.cu"))]
-    assert f"build _cuda.so: cuda_link {' '.join(f'{s}.cu.o' for s in sources)}\n" in ninja
+    sources = sorted((ROOT / "csrc").rglob("*.cu"))
+    linked = " ".join(build.object_of(path, ".cu.o") for path in sources)
+    assert len(set(linked.split())) == len(sources) > 4
+    assert f"build _cuda.so: cuda_link {linked}\n" in ninja
     assert "-cudart static" in ninja and "-fPIC" in ninja
     monkeypatch.setenv("FASTRNN_CUDA", "0")
     assert build.cuda_ninja_file(folder) == ""
@@ -202,7 +204,7 @@ assert "fastrnn/cells/declare.py" in made_from and "fastrnn/compiler/derive.py" 
 
 def kernel_sources() -> set[str]:
     """What a user's cell is compiled from: the CPU kernel, and all that it includes."""
-    csrc, found = ROOT / "csrc", {ROOT / "csrc" / "cpu_scan.cpp"}
+    csrc, found = ROOT / "csrc", {ROOT / "csrc" / "cpu" / "kernels.cpp"}
     left = set(found)
     while left:
         source = left.pop()

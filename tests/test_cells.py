@@ -49,7 +49,7 @@ def step(cell: Cell, value: float = 0.25) -> Tensor:
 
 
 def test_limits_are_those_of_the_kernels() -> None:
-    source = (ROOT / "csrc" / "scan.h").read_text()
+    source = (ROOT / "csrc" / "cpu" / "contract.h").read_text()
     limits = dict(re.findall(r"constexpr int (kMax\w+) = (\d+);", source))
     assert int(limits["kMaxGates"]) == cells.MAX_GATES
     assert int(limits["kMaxStates"]) == cells.MAX_STATES

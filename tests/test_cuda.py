@@ -32,6 +32,8 @@ from tests.cudasim.build import build, missing
 from tests.support import flatten, largest_error, rms_error
 from tests.test_kernels import BUILT_IN, converted, doubled, linear, operands, run, whole
 
+pytestmark = pytest.mark.simulator
+
 if "FASTRNN_CUDA_LIBRARY" not in os.environ and missing():
     pytest.skip(str(missing()), allow_module_level=True)
 
@@ -577,7 +579,7 @@ def test_plans_know_what_a_block_holds() -> None:
 
 
 def test_structures_are_laid_out_as_in_c(tmp_path: Path) -> None:
-    """csrc/sweep.h against its mirror in Python, by the C++ compiler."""
+    """csrc/cuda/contract.h against its mirror in Python, by the C++ compiler."""
     root = Path(__file__).resolve().parents[1]
     lines = []
     for structure in (cuda_scan.Sweep, cuda_scan.CudaPlan):
@@ -597,7 +599,7 @@ def test_structures_are_laid_out_as_in_c(tmp_path: Path) -> None:
     source = tmp_path / "layout.cpp"
     body = "\n  ".join(lines)
     source.write_text(
-        f'#include "{root}/csrc/sweep.h"\n#include <cstdio>\nint main() {{\n  {body}\n}}\n'
+        f'#include "{root}/csrc/cuda/contract.h"\n#include <cstdio>\nint main() {{\n  {body}\n}}\n'
     )
     program = tmp_path / "layout"
     subprocess.run(["c++", "-std=c++17", "-w", str(source), "-o", str(program)], check=True)

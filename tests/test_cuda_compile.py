@@ -28,6 +28,8 @@ from fastrnn.compiler import emit_cpp
 from fastrnn.compiler.derive import derive
 from fastrnn.kernels.gpu import cuda as cuda_scan
 
+pytestmark = pytest.mark.compiles
+
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build" / "cuda-compile"  # with a folder for each selection of cells
 RESULTS = ROOT / "benchmarks" / "results" / "cuda-compile.md"
@@ -59,7 +61,7 @@ def build() -> ModuleType:
     return module
 
 
-SOURCES = sorted((ROOT / "csrc").glob("*.cu"))
+SOURCES = sorted((ROOT / "csrc").rglob("*.cu"))
 needs_nvcc = pytest.mark.skipif(
     build().nvcc() is None and "CI" not in os.environ, reason="needs nvcc"
 )
@@ -76,7 +78,7 @@ class Selection:
         return FOLDER / "-".join(self.cells)
 
     def log(self, target: str, source: Path) -> Path:
-        return self.folder / target / f"{source.stem}.o.log"
+        return self.folder / target / f"{build().object_of(source)}.log"
 
 
 SOME = Selection(("rnn_tanh", "lstm", "gru"))
@@ -92,10 +94,10 @@ def make(selection: Selection, *outputs: str) -> subprocess.CompletedProcess[str
         virtual = target.replace("sm", "compute")
         for source in SOURCES:
             builds.append(
-                f"build {target}/{source.stem}.o: nvcc {build().escape(source)}\n"
+                f"build {target}/{build().object_of(source)}: nvcc {build().escape(source)}\n"
                 f"  target = {target}\n  virtual = {virtual}"
             )
-        objects = " ".join(f"{target}/{source.stem}.o" for source in SOURCES)
+        objects = " ".join(f"{target}/{build().object_of(source)}" for source in SOURCES)
         builds.append(f"build {target}/_cuda.so: link {objects}")
     nvcc = build().nvcc()
     assert nvcc is not None, "there is no nvcc"
@@ -167,7 +169,7 @@ def seconds(selection: Selection, target: str, source: Path) -> float:
     taken = 0.0
     for line in (selection.folder / ".ninja_log").read_text().splitlines()[1:]:
         begin, end, _, output, _ = line.split("\t")
-        if output == f"{target}/{source.stem}.o":
+        if output == f"{target}/{build().object_of(source)}":
             taken = (int(end) - int(begin)) / 1000
     return taken
 
@@ -199,7 +201,7 @@ def table(selection: Selection, targets: list[str]) -> str:
 @pytest.mark.timeout(SECONDS)
 @pytest.mark.parametrize("target", IN_CI)
 def test_kernels_compile_and_spill_nothing(target: str) -> None:
-    done = make(SOME, *(f"{target}/{source.stem}.o" for source in SOURCES))
+    done = make(SOME, *(f"{target}/{build().object_of(source)}" for source in SOURCES))
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     made = [kernel for source in SOURCES for kernel in kernels(SOME, target, source)]
     assert {kernel.name for kernel in made} >= {"persistent_forward", "persistent_backward"}
@@ -264,7 +266,8 @@ def test_the_library_keeps_to_itself() -> None:
 
     exported = {line.split()[-1] for line in says("nm", "-D", "--defined-only", library).split("\n")
                 if line}  # fmt: skip
-    declared = set(re.findall(r"\b(fastrnn_cuda_\w+)\(", (ROOT / "csrc/sweep.h").read_text()))
+    contract = (ROOT / "csrc/cuda/contract.h").read_text()
+    declared = set(re.findall(r"\b(fastrnn_cuda_\w+)\(", contract))
     assert exported == declared
     assert not re.search(r"torch|c10|libcud", says("ldd", library))
     assert isinstance(ctypes.CDLL(library), ctypes.CDLL)
@@ -278,7 +281,8 @@ def main(arguments: list[str]) -> int:
         print(f"no target {', '.join(sorted(unknown))}; there are: {', '.join(TARGETS)}")
         return 2
     # Each by itself: a limit of time is on every call.
-    done = [make(ALL, *(f"{target}/{source.stem}.o" for source in SOURCES)) for target in targets]
+    objects = [build().object_of(source) for source in SOURCES]
+    done = [make(ALL, *(f"{target}/{each}" for each in objects)) for target in targets]
     text = table(ALL, targets)
     print(*(each.stdout[-5000:] for each in done if each.returncode), text, sep="\n")
     if "--save" in arguments:

@@ -18,7 +18,10 @@ from torch import Tensor
 from tests.cudasim import build, kernels
 from tests.cudasim.kernels import Library, Numbers, words
 
-pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
+pytestmark = [
+    pytest.mark.simulator,
+    pytest.mark.skipif(build.missing() is not None, reason=str(build.missing())),
+]
 
 PRIMITIVES = build.SIMULATOR / "primitives.cu"
 SEEDS = range(8)

@@ -20,11 +20,15 @@ from tests.cudasim.build import Fault, build, missing
 from tests.cudasim.sweeps import Case, said
 from tests.test_kernels import BUILT_IN
 
-pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+pytestmark = [
+    pytest.mark.simulator,
+    pytest.mark.skipif(missing() is not None, reason=str(missing())),
+]
 
-TILE, EXCHANGE, STEP = "cuda_tile.cuh", "cuda_exchange.cuh", "cuda_step.cuh"
-FORWARD, BACKWARD = "cuda_persistent.cu", "cuda_persistent_backward.cu"
-LAUNCH, REPLAY = "cuda_persistent.cuh", "cuda_replay.cu"
+TILE, EXCHANGE = "cuda/persistent/product.cuh", "cuda/persistent/exchange.cuh"
+FORWARD, BACKWARD = "cuda/persistent/forward.cu", "cuda/persistent/backward.cu"
+LAUNCH, REPLAY = "cuda/persistent/launch.cuh", "cuda/replay.cu"
+STEP = "cuda/step/product.cuh"
 AGAIN = {"chunk": 2}  # then tapes are made again, too
 CELL = "lstm"  # two states, and values that it keeps
 SEEDS = range(1, 7)

@@ -81,9 +81,10 @@ def leaky(rate: float, name: str = "leaky") -> Derived:
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Small sources, an empty cache, and a compiler that lists its runs in the returned file."""
     sources = tmp_path / "csrc"
-    sources.mkdir()
-    (sources / "cpu_scan.cpp").write_text(SOURCE)
-    (sources / "math.h").write_text(MATH)
+    for folder in ("core", "cpu"):
+        (sources / folder).mkdir(parents=True)
+    (sources / "cpu" / "kernels.cpp").write_text(SOURCE)
+    (sources / "core" / "math.h").write_text(MATH)
     monkeypatch.setattr(jit, "sources", lambda: sources)
     log, script = tmp_path / "runs", tmp_path / "my cxx"
     log.touch()
@@ -255,7 +256,7 @@ def test_whatever_code_depends_on_is_part_of_the_cache(
 ) -> None:
     paths = {compile_cell(leaky(0.5), "leaky"), compile_cell(leaky(0.6), "leaky")}
     paths.add(compile_cell(leaky(0.5), "other"))
-    (jit.sources() / "math.h").write_text(MATH + "// changed\n")
+    (jit.sources() / "core" / "math.h").write_text(MATH + "// changed\n")
     paths.add(compile_cell(leaky(0.5), "leaky"))
     paths.add(compile_cell(leaky(0.5), "leaky", "double"))
     monkeypatch.setitem(flags.ISA, _C.isa(), f"{flags.ISA[_C.isa()]} -DCHANGED")
@@ -346,12 +347,12 @@ def test_a_cache_that_cannot_be_written_is_replaced_for_this_process(
 
 
 def test_a_failure_carries_the_compilers_first_errors_and_leaves_nothing(runs: Path) -> None:
-    source = jit.sources() / "cpu_scan.cpp"
+    source = jit.sources() / "cpu" / "kernels.cpp"
     source.write_text(SOURCE + '#error "no such luck"\n' + '#error "nor this"\n')
     with pytest.raises(CompilationFailed, match=r"'leaky'.*no such luck.*; .*nor this") as failure:
         compile_cell(leaky(0.5), "leaky")
     assert "my cxx" in str(failure.value)
-    assert os.listdir(source.parent.parent / "cache") == []
+    assert os.listdir(jit.sources().parent / "cache") == []
 
 
 @pytest.mark.parametrize(
@@ -373,7 +374,7 @@ def test_without_a_compiler_the_reason_says_what_to_do(
 
 
 class CompiledCell(ctypes.Structure):
-    """csrc/scan.h"""
+    """csrc/cpu/contract.h"""
 
     _fields_ = (
         ("name", ctypes.c_char_p),

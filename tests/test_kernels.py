@@ -383,6 +383,7 @@ def test_input_of_any_strides_is_not_copied_wrongly() -> None:
         assert torch.equal(y, plain["y"])
 
 
+@pytest.mark.reruns
 @pytest.mark.skipif("FASTRNN_ISA" in os.environ, reason="this is such a run")
 @pytest.mark.parametrize("isa", [isa for isa in _C.isas() if isa != _C.isa()])
 def test_other_instruction_sets(isa: str) -> None:

@@ -1,4 +1,4 @@
-"""The lane type and its functions (csrc/lanes.h, csrc/math.h) under each instruction set."""
+"""The vectors and functions of csrc/core (vec.h, math.h) under each instruction set."""
 
 from __future__ import annotations
 

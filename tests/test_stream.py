@@ -484,6 +484,7 @@ def test_a_step_allocates_nothing(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.reruns
 @pytest.mark.skipif("FASTRNN_ISA" in os.environ, reason="this is such a run")
 @pytest.mark.parametrize("isa", [isa for isa in _C.isas() if isa != _C.isa()])
 def test_other_instruction_sets(isa: str) -> None:

@@ -41,6 +41,8 @@ from tests.test_kernels import (
     whole,
 )
 
+pytestmark = pytest.mark.interpreter
+
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton", allow_module_level=True)
 

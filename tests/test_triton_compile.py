@@ -31,6 +31,8 @@ from fastrnn import cells, plan
 from fastrnn.compiler.derive import derive
 from fastrnn.kernels.gpu.triton import launch as triton_scan
 
+pytestmark = pytest.mark.compiles
+
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton", allow_module_level=True)
 

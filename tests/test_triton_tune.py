@@ -14,6 +14,8 @@ from fastrnn.kernels.gpu.triton import launch as triton_scan
 from fastrnn.kernels.gpu.triton.tune import Tuner
 from fastrnn.plan import Device, Plan, Problem, alternatives, choose
 
+pytestmark = pytest.mark.interpreter
+
 FIRST = Plan("triton", unit_tile=32, depth_tile=64, warps=8, stages=4, chunk_rows=99)
 PLANS = alternatives(FIRST)
 

@@ -13,7 +13,7 @@
 #include <cstdio>
 #include <vector>
 
-#include "dev.cuh"
+#include "cuda/platform.cuh"
 
 using namespace fastrnn::dev;
 

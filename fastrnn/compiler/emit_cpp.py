@@ -104,7 +104,7 @@ def _number(label: str) -> str:
 
 
 def header(deriveds: Sequence[Derived], keys: Sequence[str] | None = None) -> str:
-    """The header that `csrc/cell.h` includes: the structs, and their list as `FASTRNN_CELLS(X)`."""
+    """The header that `csrc/core/cell.h` includes: structs, and their list `FASTRNN_CELLS(X)`."""
     keys = list(keys or (d.name for d in deriveds))
     structs = [struct_name(k) for k in keys]
     if len(set(structs)) != len(structs):
@@ -117,7 +117,7 @@ def header(deriveds: Sequence[Derived], keys: Sequence[str] | None = None) -> st
 
 #include <limits>
 
-#include "math.h"
+#include "core/math.h"
 
 namespace fastrnn {{
 inline namespace FASTRNN_ISA {{

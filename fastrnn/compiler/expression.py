@@ -18,7 +18,7 @@ from torch import Tensor
 
 __all__ = ["MASKS", "TRANSCENDENTAL", "Algebra", "Expr", "evaluate", "ordered", "uses", "write"]
 
-# Every operation, as torch computes it. C++ has a function or operator for each in csrc/math.h.
+# Every operation, as torch computes it; for C++ csrc/core/math.h has a function for each.
 _TORCH: dict[str, Callable[..., Tensor]] = {
     "add": operator.add,
     "sub": operator.sub,

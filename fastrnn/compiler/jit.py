@@ -1,8 +1,9 @@
 """Compiles a custom cell at run time, for the instruction set in use.
 
-The sweep's own source, `cpu_scan.cpp`, is compiled once more with a header that holds just that
-cell, in float or in double: most programs need one of them. The library is kept on disk under a
-digest of all it depends on (`cache`). Environment: `CXX` names the compiler, `FASTRNN_LOG=quiet`
+The source of the built-in cells, `csrc/cpu/kernels.cpp`, is compiled once more with a header that
+holds this cell alone, in float or in double: most programs need one of them. The library is kept on
+disk under a digest of all it depends on (`cache`). Environment: `CXX` names the compiler,
+`FASTRNN_LOG=quiet`
 keeps silent about compiling.
 """
 
@@ -31,7 +32,8 @@ from fastrnn.extension import _C
 __all__ = ["SYMBOL", "CompilationFailed", "Compiler", "compile_cell", "compiler", "sources"]
 
 SYMBOL = "fastrnn_cells_custom"
-_PARTS = 2  # of cpu_scan.cpp, compiled at the same time
+_SOURCE = "cpu/kernels.cpp"
+_PARTS = 2  # of _SOURCE, compiled at the same time
 _SECONDS = 600
 
 
@@ -80,7 +82,7 @@ def sources() -> Path:
     """
     here = Path(__file__).resolve().parents[1]
     for folder in (here / "csrc", here.parent / "csrc"):
-        if (folder / "cpu_scan.cpp").is_file():
+        if (folder / _SOURCE).is_file():
             return folder
     raise CompilationFailed(f"this installation of fastrnn has no C++ sources in {here / 'csrc'}")
 
@@ -102,8 +104,9 @@ def compile_cell(derived: Derived, key: str, number: str = "float", fresh: bool 
     digest = hashlib.sha256()
     for part in (text, chosen.version, shlex.join([*chosen.command, *options])):
         digest.update(part.encode() + b"\0")
-    for source in sorted([*folder.glob("*.h"), folder / "cpu_scan.cpp"]):
-        digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
+    for source in sorted([*folder.rglob("*.h"), folder / _SOURCE]):
+        name = source.relative_to(folder).as_posix()
+        digest.update(name.encode() + b"\0" + source.read_bytes() + b"\0")
     name = f"{re.sub(r'[^0-9A-Za-z_-]', '_', key)}-{digest.hexdigest()[:16]}.so"
     what = f"cell {derived.name!r} in {number} for {_C.isa()}"
     try:
@@ -143,14 +146,14 @@ def _found(target: Path) -> tuple[int, int] | None:
 
 def _build(derived: Derived, chosen: Compiler, options: list[str], text: str, target: Path) -> None:
     command = [*chosen.command, *options]
-    source = sources() / "cpu_scan.cpp"
+    folder = sources()
     with cache.work_folder(target) as work:
         (work / "cells.gen.h").write_text(text, encoding="utf-8")
         # Quoted includes only: as a system folder, csrc would hide the C library's math.h.
-        where = ["-iquote", str(work), "-iquote", str(source.parent)]
+        where = ["-iquote", str(work), "-iquote", str(folder)]
         objects = [str(work / f"part{part}.o") for part in range(1, _PARTS + 1)]
         parts = [
-            [*command, f"-DFASTRNN_PART={part}", *where, "-c", str(source), "-o", to]
+            [*command, f"-DFASTRNN_PART={part}", *where, "-c", str(folder / _SOURCE), "-o", to]
             for part, to in enumerate(objects, 1)
         ]
         made = work / target.name

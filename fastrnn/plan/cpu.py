@@ -1,4 +1,4 @@
-"""Plans of the CPU kernel: a SIMD sweep in C++ (csrc/cpu_scan.cpp)."""
+"""Plans of the CPU kernel: a SIMD sweep in C++ (csrc/cpu/kernels.cpp)."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def _resident(problem: Problem, device: Device) -> list[Plan]:
     return found
 
 
-# What csrc/cuda_tile.cuh makes of a plan: a test compares.
+# What csrc/cuda/persistent/product.cuh makes of a plan: a test compares.
 _WARPS = 8
 _CHUNK = 64  # bytes of an operand's row: two products in depth
 _FRAGMENT = 512  # bytes of 16 rows of weights by half a chunk
@@ -144,7 +144,7 @@ class Layout:
 
 def lay_out(problem: Problem, plan: Plan) -> Layout | None:
     """The layout of a block, or None where a block would have more rows than its warps can take:
-    `need` of the traits in csrc/cuda_persistent.cu or csrc/cuda_persistent_backward.cu."""
+    `need` of the traits in csrc/cuda/persistent/forward.cu or csrc/cuda/persistent/backward.cu."""
     size = min(4, dtypes.BYTES[problem.dtype])
     columns, gates, octets = plan.batch_tile // 8, problem.gates, -(-problem.hidden // 8)
     if problem.backward:
@@ -189,7 +189,7 @@ def lay_out(problem: Problem, plan: Plan) -> Layout | None:
 
 
 def _staged(pieces: int) -> int:
-    """`staged_bytes` of csrc/cuda_exchange.cuh."""
+    """`staged_bytes` of csrc/cuda/persistent/exchange.cuh."""
     return 8 * 16 * pieces + 32 * (3, 0, 1, 0)[pieces % 4]
 
 
@@ -204,7 +204,7 @@ def _shares(
     own: int,
     in_place: bool = False,
 ) -> Layout | None:
-    """`lay_out` of csrc/cuda_tile.cuh, whose words these are."""
+    """`lay_out` of csrc/cuda/persistent/product.cuh, whose words these are."""
     groups = -(-row_groups // plan.blocks)
     if groups > _WARPS:
         return None

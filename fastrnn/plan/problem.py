@@ -83,8 +83,8 @@ class Plan:
     warps: int = 4
     stages: int = 1  # tiles of weights that are under way at a time
     registers: int = 240  # of a thread, at most
-    number: str = ""  # how numbers are stored and multiplied: `Number` of csrc/sweep.h
-    regime: str = ""  # where the recurrent weights stay: `Regime` of csrc/sweep.h
+    number: str = ""  # how numbers are stored and multiplied: `Number` of csrc/cuda/contract.h
+    regime: str = ""  # where the recurrent weights stay: `Regime` of csrc/cuda/contract.h
     blocks: int = 1  # of a group, which shares the units of a tile of the batch
     groups: int = 1  # that run at the same time, where blocks wait for each other all over the GPU
     refused: tuple[tuple[str, str], ...] = ()  # kernels that came before, and why not them

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 import fastrnn
 
-pytest.importorskip("opacus")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from opacus import GradSampleModule, PrivacyEngine

@@ -9,25 +9,26 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import tensordict
 import torch
 from torch import nn
+from torchrl import modules
 
 import fastrnn
+from fastrnn.integrations import torchrl as ours
+from tests.clients.support import Client, Ratio
 
-modules = pytest.importorskip("torchrl.modules")
-tensordict = pytest.importorskip("tensordict")
-
-from fastrnn.integrations import torchrl as ours  # noqa: E402
+CLIENT = Client("torchrl", "LSTMModule 128 and GRUModule 128")
 
 B, T, F, H = 4, 9, 3, 5
 STATES = {"LSTM": ["h", "c"], "GRU": ["h"]}
 
 
-def module(kind: str, **options: Any) -> Any:
+def module(kind: str, inputs: int = F, hidden: int = H, **options: Any) -> Any:
     states = STATES[kind]
     return getattr(modules, f"{kind}Module")(
-        input_size=F,
-        hidden_size=H,
+        input_size=inputs,
+        hidden_size=hidden,
         in_keys=["x", *states],
         out_keys=["y", *(("next", s) for s in states)],
         **options,
@@ -35,16 +36,22 @@ def module(kind: str, **options: Any) -> Any:
 
 
 def rollout(
-    kind: str, *shape: int, layers: int = 1, stored: bool = True, begins: float = 0.3
+    kind: str,
+    *shape: int,
+    layers: int = 1,
+    stored: bool = True,
+    begins: float = 0.3,
+    inputs: int = F,
+    hidden: int = H,
 ) -> Any:
     random = torch.Generator().manual_seed(1)
     shape = shape or (B, T)
     data = {
-        "x": torch.randn(*shape, F, generator=random),
+        "x": torch.randn(*shape, inputs, generator=random),
         "is_init": torch.rand(*shape, 1, generator=random) < begins,
     }
     for state in STATES[kind]:
-        data[state] = torch.randn(*shape, layers, H, generator=random) * stored
+        data[state] = torch.randn(*shape, layers, hidden, generator=random) * stored
     return tensordict.TensorDict(data, shape)
 
 
@@ -132,8 +139,6 @@ def test_step_by_step(kind: str) -> None:
 @pytest.mark.parametrize("kind", STATES)
 @pytest.mark.parametrize("backend", ["pad", "scan"])
 def test_backends(kind: str, backend: str, whole: None) -> None:
-    if backend == "scan":
-        pytest.importorskip("hoptorch")
     theirs = module(kind, recurrent_backend=backend)
     data = rollout(kind)
     assert_same(replaced(theirs)(data.clone()), theirs(data.clone()))
@@ -141,7 +146,6 @@ def test_backends(kind: str, backend: str, whole: None) -> None:
 
 @pytest.mark.parametrize("kind", STATES)
 def test_compiled(kind: str, whole: None) -> None:
-    pytest.importorskip("hoptorch")
     theirs = module(kind)
     torch._dynamo.reset()
     data = rollout(kind)
@@ -214,3 +218,41 @@ def test_the_adapter_is_not_imported_without_torchrl() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "torchrl" not in done.stdout
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_times(kind: str, whole: None, ratio: Ratio) -> None:
+    """A rollout as a loss has it, and a step as a collector makes it."""
+    sizes = {"inputs": 64, "hidden": 128}
+    theirs = module(kind, **sizes)
+    mine = replaced(theirs)
+    data = rollout(kind, 16, 64, begins=0.05, **sizes)
+    episodes = 16 + int(data["is_init"][:, 1:].sum())
+
+    def run(model: Any, data: Any) -> list[torch.Tensor]:
+        result = model(data.clone(recurse=False))
+        return [result[key] for key in model.out_keys]
+
+    def gradients(model: Any) -> Any:
+        loss = sum(t.square().sum() for t in run(model, data))
+        return torch.autograd.grad(loss, list(model.parameters()))
+
+    what = f"{kind}Module: a rollout of 16×64 steps, {episodes} episodes"
+    ratio(CLIENT, what, lambda: run(theirs, data), lambda: run(mine, data), within=1e-5)
+    ratio(
+        CLIENT,
+        f"{what}, gradients",
+        lambda: gradients(theirs),
+        lambda: gradients(mine),
+        within=1e-5,
+        grad=True,
+    )
+    step = data[:, 0]
+    with modules.set_recurrent_mode(False):
+        ratio(
+            CLIENT,
+            f"{kind}Module: a step of 16 environments",
+            lambda: run(theirs, step),
+            lambda: run(mine, step),
+            within=1e-5,
+        )

@@ -8,16 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import fastrnn
 
-transformers = pytest.importorskip("transformers")
-
 SIZE = 6
 
 
-class Config(transformers.PretrainedConfig):  # type: ignore[misc, name-defined]
+class Config(transformers.PretrainedConfig):
     model_type = "fastrnn-test"
 
     def __init__(self, layer: str = "torch.nn.LSTM", **options: Any) -> None:
@@ -26,7 +25,7 @@ class Config(transformers.PretrainedConfig):  # type: ignore[misc, name-defined]
         self.initializer_range = 0.02
 
 
-class Body(transformers.PreTrainedModel):  # type: ignore[misc, name-defined]
+class Body(transformers.PreTrainedModel):
     config_class = Config
     base_model_prefix = "body"
 
@@ -36,7 +35,7 @@ class Body(transformers.PreTrainedModel):  # type: ignore[misc, name-defined]
         self.post_init()
 
 
-class Headed(transformers.PreTrainedModel):  # type: ignore[misc, name-defined]
+class Headed(transformers.PreTrainedModel):
     """A recurrent head that no checkpoint of the body holds."""
 
     config_class = Config

@@ -1,6 +1,6 @@
 """Compiles the CUDA kernels for the simulator: `build()`, or `python -m tests.cudasim.build`.
 
-What it returns has the C interface of csrc/sweep.h and is loaded where FASTRNN_CUDA_LIBRARY names
+The library has the C interface of csrc/cuda/contract.h, and FASTRNN_CUDA_LIBRARY names it to load
 it. Objects lie in build/cudasim under a hash of what they were made of.
 """
 
@@ -101,7 +101,7 @@ def build(
     reason = missing()
     if reason:
         raise RuntimeError(reason)
-    sources = sorted(KERNELS.glob("*.cu")) if sources is None else list(sources)
+    sources = sorted(KERNELS.rglob("*.cu")) if sources is None else list(sources)
     faults = list(mutate)
     CACHE.mkdir(parents=True, exist_ok=True)
     if cells is None:
@@ -136,8 +136,13 @@ def build(
 
 def plant(faults: Sequence[Fault], sources: Sequence[Path], copies: Path) -> list[Path]:
     """Copies of the sources and their headers, with the faults; the copies of `sources`."""
-    for path in (*KERNELS.glob("*.h"), *KERNELS.glob("*.cuh"), *sources):
-        shutil.copy(path, copies)
+    shutil.copytree(KERNELS, copies, dirs_exist_ok=True)
+    placed = []
+    for path in sources:
+        inside = KERNELS in path.parents
+        placed.append(copies / (path.relative_to(KERNELS) if inside else path.name))
+        if not inside:
+            shutil.copy(path, copies)
     for number, (file, right, wrong) in enumerate(faults, 1):
         text = (copies / file).read_text(encoding="utf-8")
         found = text.count(right)
@@ -145,7 +150,7 @@ def plant(faults: Sequence[Fault], sources: Sequence[Path], copies: Path) -> lis
             raise ValueError(f"{file} has {right!r} {found} times, a fault must be planted once")
         wrong = wrong.replace("PLANTED", f"(::fastrnn::sim::planted == {number})")
         (copies / file).write_text(text.replace(right, wrong), encoding="utf-8")
-    return [copies / path.name for path in sources]
+    return placed
 
 
 @contextlib.contextmanager
@@ -158,7 +163,7 @@ def locked(name: str) -> Iterator[None]:
 
 def generate_cells() -> None:
     """cells.gen.h, unless it has been made of the same modules."""
-    sources = [ROOT / "setup.py", *sorted((ROOT / "fastrnn").glob("*.py"))]
+    sources = [ROOT / "setup.py", *sorted((ROOT / "fastrnn").rglob("*.py"))]
     made_of, header = CACHE / "cells.gen.h.made_of", CACHE / "cells.gen.h"
     with locked("cells"):
         wanted = digest(path.read_bytes() for path in sources)

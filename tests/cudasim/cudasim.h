@@ -1,7 +1,7 @@
 // Runs CUDA kernels on the CPU, for tests: every CUDA thread is a fiber, all on one thread of the
 // system, switched where a GPU's threads wait for each other, in an order that a seed decides.
 // Shared memory starts as NaN; copies and stores that a GPU makes asynchronously land at some later
-// time. csrc/dev.cuh is the way in; what follows is its other half.
+// time. csrc/cuda/platform.cuh is the way in; what follows is its other half.
 //
 // Kernels may be compiled with -fsanitize=address or thread, cudasim.cpp must not be: it says
 // itself what the sanitizers should know. So whatever touches the kernels' memory is here, inline.

@@ -1,6 +1,6 @@
 // Small kernels that test the simulator itself, each with faults that it must find. Nothing here is
 // installed.
-#include "dev.cuh"
+#include "cuda/platform.cuh"
 
 namespace fastrnn {
 namespace {

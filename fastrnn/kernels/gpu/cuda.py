@@ -25,7 +25,7 @@ __all__ = ["Library", "library", "sweeps"]
 
 
 class Sweep(ctypes.Structure):
-    """`Sweep` of csrc/sweep.h."""
+    """`Sweep` of csrc/cuda/contract.h."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("steps", "batch", "hidden", "lanes", "begin", "end")),
@@ -40,7 +40,7 @@ class Sweep(ctypes.Structure):
 
 
 class CudaPlan(ctypes.Structure):
-    """`CudaPlan` of csrc/sweep.h."""
+    """`CudaPlan` of csrc/cuda/contract.h."""
 
     _fields_ = tuple(
         (name, ctypes.c_int32)
@@ -53,7 +53,7 @@ REGIMES = {"step": 0, "block": 1, "cluster": 2, "grid": 3}
 
 
 class Library:
-    """The functions of csrc/sweep.h.
+    """The functions of csrc/cuda/contract.h.
 
     Attributes:
         path: where it was loaded from.

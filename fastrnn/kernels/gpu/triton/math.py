@@ -32,7 +32,7 @@ def _reduce(x):
 
 @triton.jit
 def _expm1_reduced(r):
-    """e^r - 1 for |r| <= ln 2 / 2, to the last digit or two; the polynomials of csrc/math.h."""
+    """e^r - 1 for |r| <= ln 2 / 2, to the last digit or two, as in csrc/core/math.h."""
     z = r * r
     if r.dtype == tl.float64:
         even = (2.762615813968465e-07 * z + 2.480150498674311e-05) * z + 0.0013888888931788846

@@ -1,0 +1,45 @@
+// Autocast of `scan`.
+#include <ATen/autocast_mode.h>
+#include <torch/library.h>
+
+#include "binding/op.h"
+#include "binding/schema.h"
+
+namespace fastrnn {
+namespace {
+
+// Under autocast all operands take its dtype, as in torch.nn, whose GRU on CPUs alone computes in
+// the dtype of its state.
+template <c10::DeviceType device, c10::DispatchKey key>
+std::vector<Tensor> autocast(FASTRNN_SCAN_PARAMETERS, bool tape, bool recompute) {
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
+  at::ScalarType type = at::autocast::get_autocast_dtype(device);
+  const ScanInputs in = FASTRNN_SCAN_INPUTS;
+  if (device == c10::DeviceType::CPU && cell == "gru" &&
+      (in.s0.empty() ? x : in.s0[0]).scalar_type() == at::kFloat)
+    type = at::kFloat;
+  auto cast = [&](const Tensor& each) { return at::autocast::cached_cast(type, each, device); };
+  auto cast_all = [&](TensorList list) {
+    std::vector<Tensor> out;
+    for (const Tensor& each : list) out.push_back(cast(each));
+    return out;
+  };
+  const auto ih = cast_all(in.w_ih), hh = cast_all(in.w_hh), bi = cast_all(in.b_ih),
+             bh = cast_all(in.b_hh), hr = cast_all(in.w_hr), s = cast_all(in.s0);
+  const Tensor cast_x = cast(x);
+  return as_list(
+      call_scan({cell, cast_x, ih, hh, bi, bh, hr, s, batch_sizes, lengths, resets, reverse}, tape,
+                recompute));
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastrnn, AutocastCPU, m) {
+  m.impl("scan", autocast<c10::DeviceType::CPU, c10::DispatchKey::AutocastCPU>);
+}
+
+TORCH_LIBRARY_IMPL(fastrnn, AutocastCUDA, m) {
+  m.impl("scan", autocast<c10::DeviceType::CUDA, c10::DispatchKey::AutocastCUDA>);
+}
+
+}  // namespace fastrnn

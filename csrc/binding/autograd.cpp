@@ -1,0 +1,228 @@
+// Autograd of `scan`: in C++ because a call costs a fifth of what it costs from Python.
+#include <ATen/core/ivalue.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "binding/callbacks.h"
+#include "binding/op.h"
+
+namespace fastrnn {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// Lists are passed to autograd as one flat list; their sizes say where each ends.
+struct Sizes {
+  int64_t lanes, b, w_hr, s0;
+};
+
+variable_list flattened(const ScanInputs& in) {
+  variable_list flat;
+  flat.reserve(1 + 5 * in.w_hh.size() + in.s0.size());
+  flat.push_back(in.x);
+  for (TensorList list : {in.w_ih, in.w_hh, in.b_ih, in.b_hh, in.w_hr, in.s0})
+    flat.insert(flat.end(), list.begin(), list.end());
+  return flat;
+}
+
+ScanInputs unflattened(std::string_view cell, TensorList flat, const Sizes& n,
+                       const std::optional<Tensor>& batch_sizes,
+                       const std::optional<Tensor>& lengths, const std::optional<Tensor>& resets,
+                       int64_t reverse) {
+  size_t at = 1;
+  auto next = [&](int64_t count) {
+    TensorList part = flat.slice(at, count);
+    at += count;
+    return part;
+  };
+  const TensorList w_ih = next(n.lanes), w_hh = next(n.lanes), b_ih = next(n.b), b_hh = next(n.b),
+                   w_hr = next(n.w_hr), s0 = next(n.s0);
+  return {cell, flat[0], w_ih, w_hh, b_ih, b_hh, w_hr, s0, batch_sizes, lengths, resets, reverse};
+}
+
+std::vector<Tensor> call_scan_backward(const ScanInputs& in, const Incoming& grads, const Tensor& y,
+                                       const Tensor& tape, const Needs& needs) {
+  static auto op = c10::Dispatcher::singleton()
+                       .findSchemaOrThrow("fastrnn::scan_backward", "")
+                       .typed<std::vector<Tensor>(
+                           std::string_view, const std::optional<Tensor>&,
+                           const c10::List<std::optional<Tensor>>&, const Tensor&, TensorList,
+                           TensorList, const OptionalList&, const OptionalList&,
+                           const OptionalList&, const OptionalList&, const std::optional<Tensor>&,
+                           const std::optional<Tensor>&, const std::optional<Tensor>&, int64_t,
+                           const Tensor&, const Tensor&, std::array<bool, kNeeds>)>();
+  c10::List<std::optional<Tensor>> dstates;
+  for (const Tensor& each : grads.dstates)
+    dstates.push_back(each.defined() ? std::optional<Tensor>(each) : std::nullopt);
+  return op.call(in.cell, grads.dy.defined() ? std::optional<Tensor>(grads.dy) : std::nullopt,
+                 dstates, in.x, in.w_ih, in.w_hh, or_none(in.b_ih), or_none(in.b_hh),
+                 or_none(in.w_hr), or_none(in.s0), in.batch_sizes, in.lengths, in.resets,
+                 in.reverse, y, tape, needs);
+}
+
+// What backward must know besides tensors; one object, because each entry of a context costs as
+// much as a small layer.
+struct Recorded : torch::CustomClassHolder {
+  Recorded(std::string cell, int64_t reverse, const Sizes& sizes, const Tensor& y)
+      : cell(std::move(cell)),
+        reverse(reverse),
+        sizes(sizes),
+        y_counter(y.unsafeGetTensorImpl()->version_counter()),
+        y_version(y_counter.current_version()) {}
+  // Whether y was changed in place, found out without keeping it alive.
+  bool y_changed() const { return y_counter.current_version() != y_version; }
+
+  std::string cell;
+  int64_t reverse;
+  Sizes sizes;
+  c10::VariableVersion y_counter;
+  uint32_t y_version;
+};
+
+std::optional<Tensor> optional(const Tensor& tensor) {
+  return tensor.defined() ? std::optional<Tensor>(tensor) : std::nullopt;
+}
+
+// Whether vmap runs over gradients, as with is_grads_batched: plain operations can be batched.
+bool batched(const variable_list& grads) {
+  for (const Tensor& each : grads)
+    if (each.defined() && each.key_set().has_any(c10::DispatchKeySet(
+                              {c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Batched})))
+      return true;
+  return false;
+}
+
+class ScanFunction : public torch::autograd::Function<ScanFunction> {
+ public:
+  static variable_list forward(AutogradContext* ctx, const std::string& cell, const Sizes& sizes,
+                               TensorList flat, const std::optional<Tensor>& batch_sizes,
+                               const std::optional<Tensor>& lengths,
+                               const std::optional<Tensor>& resets, int64_t reverse,
+                               bool recompute) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    const ScanInputs in = unflattened(cell, flat, sizes, batch_sizes, lengths, resets, reverse);
+    auto [y, states, tape] = call_scan(in, !recompute);
+    variable_list saved = flat.vec();
+    for (const auto& each : {batch_sizes, lengths, resets})
+      saved.push_back(each ? *each : Tensor());
+    // y is the caller's, who may change it in place, as torch.nn allows for most of its layers:
+    // saved under a version of its own, and computed again if it was changed.
+    ctx->saved_data["call"] =
+        c10::IValue::make_capsule(c10::make_intrusive<Recorded>(cell, reverse, sizes, y));
+    saved.push_back(y.variable_data());
+    saved.push_back(tape);
+    ctx->save_for_backward(std::move(saved));
+    ctx->mark_non_differentiable({tape});
+    ctx->set_materialize_grads(false);
+    variable_list out{y};
+    out.insert(out.end(), states.begin(), states.end());
+    out.push_back(tape);
+    return out;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    // Operands have their final dtypes, even where backward() is called within autocast.
+    c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    const auto call =
+        c10::static_intrusive_pointer_cast<Recorded>(ctx->saved_data["call"].toCapsule());
+    const Sizes& sizes = call->sizes;
+    const variable_list saved = ctx->get_saved_variables();
+    const size_t flat_size = saved.size() - 5;
+    const auto batch_sizes = optional(saved[flat_size]), lengths = optional(saved[flat_size + 1]),
+               resets = optional(saved[flat_size + 2]);
+    const ScanInputs in = unflattened(call->cell, TensorList(saved.data(), flat_size), sizes,
+                                      batch_sizes, lengths, resets, call->reverse);
+    Incoming incoming{grads[0], {grads.begin() + 1, grads.end() - 1}};
+
+    auto wanted = [&](size_t first, int64_t count) {
+      for (size_t i = first; i < first + count; ++i)
+        if (ctx->needs_input_grad(i)) return true;
+      return false;
+    };
+    const size_t w_ih = 1, w_hh = w_ih + sizes.lanes, b = w_hh + sizes.lanes,
+                 w_hr = b + 2 * sizes.b, s0 = w_hr + sizes.w_hr;
+    const Needs needs{wanted(0, 1),           wanted(w_ih, sizes.lanes), wanted(w_hh, sizes.lanes),
+                      wanted(b, 2 * sizes.b), wanted(w_hr, sizes.w_hr),  wanted(s0, sizes.s0)};
+    std::vector<Tensor> found;
+    if (at::GradMode::is_enabled() || batched(grads)) {
+      found = python_differentiable_backward(in, incoming, needs);
+    } else {
+      at::AutoDispatchBelowADInplaceOrView below;
+      Tensor y = saved[flat_size + 3], tape = saved[flat_size + 4];
+      if (call->y_changed()) std::tie(y, std::ignore, tape) = call_scan(in, true);
+      found = call_scan_backward(in, incoming, y, tape, needs);
+    }
+
+    variable_list out(kFlatArgument + flat_size + 5);
+    auto next = found.begin();
+    auto place = [&](bool present, size_t first, int64_t count) {
+      for (size_t i = first; present && i < first + count; ++i) out[kFlatArgument + i] = *next++;
+    };
+    place(needs[kNeedX], 0, 1);
+    place(needs[kNeedWih], w_ih, sizes.lanes);
+    place(needs[kNeedWhh], w_hh, sizes.lanes);
+    place(needs[kNeedBias], b, 2 * sizes.b);
+    place(needs[kNeedWhr], w_hr, sizes.w_hr);
+    place(needs[kNeedStates], s0, sizes.s0);
+    return out;
+  }
+
+ private:
+  static constexpr size_t kFlatArgument = 2;  // `cell` and `sizes` come before
+};
+
+std::vector<Tensor> scan_autograd(std::string_view cell, const Tensor& x, TensorList w_ih,
+                                  TensorList w_hh, const OptionalList& b_ih,
+                                  const OptionalList& b_hh, const OptionalList& w_hr,
+                                  const OptionalList& s0, const std::optional<Tensor>& batch_sizes,
+                                  const std::optional<Tensor>& lengths,
+                                  const std::optional<Tensor>& resets, int64_t reverse, bool tape,
+                                  bool recompute) {
+  const ScanInputs in{
+      cell,         x,           w_ih,    w_hh,   or_empty(b_ih), or_empty(b_hh), or_empty(w_hr),
+      or_empty(s0), batch_sizes, lengths, resets, reverse};
+  TORCH_CHECK(in.b_ih.size() == in.b_hh.size(), "scan: b_ih and b_hh come together, got ",
+              in.b_ih.size(), " and ", in.b_hh.size());
+  bool differentiable = x.requires_grad();
+  for (TensorList list : {in.w_ih, in.w_hh, in.b_ih, in.b_hh, in.w_hr, in.s0})
+    for (const Tensor& each : list) differentiable |= each.requires_grad();
+  if (!differentiable || !at::GradMode::is_enabled()) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return as_list(call_scan(in, tape));
+  }
+  const Sizes sizes{static_cast<int64_t>(in.w_hh.size()), static_cast<int64_t>(in.b_ih.size()),
+                    static_cast<int64_t>(in.w_hr.size()), static_cast<int64_t>(in.s0.size())};
+  const variable_list flat = flattened(in);
+  return ScanFunction::apply(std::string(cell), sizes, TensorList(flat), batch_sizes, lengths,
+                             resets, reverse, recompute);
+}
+
+// Shares memory and the count of changes with y, as a view does.
+Tensor transposed_alias(const Tensor& y) {
+  at::AutoDispatchBelowADInplaceOrView below;
+  Tensor turned = y.transpose(0, 1);
+  if (!y.is_inference())
+    turned.unsafeGetTensorImpl()->set_version_counter(y.unsafeGetTensorImpl()->version_counter());
+  return turned;
+}
+
+class TransposeFunction : public torch::autograd::Function<TransposeFunction> {
+ public:
+  static Tensor forward(AutogradContext*, const Tensor& y) { return transposed_alias(y); }
+  static variable_list backward(AutogradContext*, variable_list grads) {
+    return {grads[0].defined() ? grads[0].transpose(0, 1) : Tensor()};
+  }
+};
+
+}  // namespace
+
+Tensor transposed(const Tensor& y) {
+  return y.requires_grad() && at::GradMode::is_enabled() ? TransposeFunction::apply(y)
+                                                         : transposed_alias(y);
+}
+
+TORCH_LIBRARY_IMPL(fastrnn, Autograd, m) { m.impl("scan", scan_autograd); }
+
+}  // namespace fastrnn

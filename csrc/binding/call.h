@@ -1,0 +1,79 @@
+// One call of the operator as values: its inputs, its results, its gradients.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/contract.h"
+#include "cpu/registry.h"
+
+namespace fastrnn {
+
+using at::Tensor;
+using at::TensorList;
+
+// Which gradients a caller of scan_backward wants.
+enum Need { kNeedX, kNeedWih, kNeedWhh, kNeedBias, kNeedWhr, kNeedStates, kNeeds };
+using Needs = std::array<bool, kNeeds>;
+
+// The inputs of `scan` as its schema orders them; fastrnn/reference.py documents the shapes.
+struct ScanInputs {
+  std::string_view cell;
+  const Tensor& x;
+  TensorList w_ih, w_hh, b_ih, b_hh, w_hr, s0;
+  const std::optional<Tensor>&batch_sizes, &lengths, &resets;
+  int64_t reverse;
+  TensorList packed = {};  // the weights of each scan by pack(), or none
+};
+
+using ScanOutputs = std::tuple<Tensor, std::vector<Tensor>, Tensor>;  // y, states, tape
+
+// These as the one list that the schema returns, without a tape that is undefined: inductor's C++
+// wrapper takes no list beside other results.
+inline std::vector<Tensor> as_list(ScanOutputs out) {
+  auto& [y, states, tape] = out;
+  std::vector<Tensor> list;
+  list.reserve(states.size() + 2);
+  list.push_back(std::move(y));
+  for (Tensor& each : states) list.push_back(std::move(each));
+  if (tape.defined()) list.push_back(std::move(tape));
+  return list;
+}
+
+// Whether x is one step [B, I] of a cell: its states then have no dimension of scans.
+inline bool one_step(const ScanInputs& in) { return in.x.dim() == 2 && !in.batch_sizes; }
+
+// Lists as the schema has them: ahead-of-time compiled programs pass an empty list as none.
+using OptionalList = std::optional<TensorList>;
+inline TensorList or_empty(const OptionalList& list) { return list.value_or(TensorList()); }
+inline OptionalList or_none(TensorList list) {
+  return list.empty() ? OptionalList() : OptionalList(list);
+}
+
+// Gradients that arrive; undefined stands for zeros.
+struct Incoming {
+  Tensor dy;
+  std::vector<Tensor> dstates;  // S
+};
+
+// Gradients in the order of the op's inputs, present only where needed: x, w_ih.., w_hh.., b_ih..,
+// b_hh.., w_hr.., s0..
+struct Gradients {
+  Tensor x;
+  std::vector<Tensor> w_ih, w_hh, b_ih, b_hh, w_hr, s0;
+
+  std::vector<Tensor> flat(const Needs& needs) const {
+    std::vector<Tensor> all;
+    if (needs[kNeedX]) all.push_back(x);
+    for (const auto* group : {&w_ih, &w_hh, &b_ih, &b_hh, &w_hr, &s0})
+      all.insert(all.end(), group->begin(), group->end());
+    return all;
+  }
+};
+
+}  // namespace fastrnn

@@ -1,0 +1,87 @@
+#include "binding/callbacks.h"
+
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
+
+namespace py = pybind11;
+
+namespace fastrnn {
+namespace {
+
+Callbacks* callbacks = nullptr;
+
+py::tuple inputs_to_python(const ScanInputs& in) {
+  return py::make_tuple(std::string(in.cell), in.x, in.w_ih.vec(), in.w_hh.vec(), in.b_ih.vec(),
+                        in.b_hh.vec(), in.w_hr.vec(), in.s0.vec(), in.batch_sizes, in.lengths,
+                        in.resets, in.reverse);
+}
+
+py::list incoming_to_python(const Incoming& grads) {
+  py::list list;
+  list.append(grads.dy.defined() ? py::cast(grads.dy) : py::none());
+  for (const Tensor& each : grads.dstates)
+    list.append(each.defined() ? py::cast(each) : py::none());
+  return list;
+}
+
+// An op's implementation runs below autograd; a reference that is differentiated needs it back.
+class WithAutograd {
+ public:
+  WithAutograd()
+      : guard_(c10::impl::tls_local_dispatch_key_set().included_,
+               c10::impl::tls_local_dispatch_key_set().excluded_ -
+                   c10::autograd_dispatch_keyset_with_ADInplaceOrView) {}
+
+ private:
+  c10::impl::ForceDispatchKeyGuard guard_;
+};
+
+}  // namespace
+
+void set_callbacks(Callbacks* functions) { callbacks = functions; }
+
+const Callbacks& python() {
+  TORCH_CHECK(callbacks, "fastrnn._C was loaded without `import fastrnn`");
+  return *callbacks;
+}
+
+const CellFacts& known_cell(std::string_view name, at::DeviceType device, at::ScalarType dtype) {
+  const CellFacts* cell = find_cell(std::string(name));
+  const bool in_double = dtype == at::kDouble;
+  if (!cell || (device == at::kCPU && !cell->compiled[in_double])) {
+    // A program exported elsewhere knows cells that are declared but not yet used here, and may run
+    // in another dtype than the cell did so far.
+    py::gil_scoped_acquire gil;
+    python().find(std::string(name), c10::DeviceTypeName(device, /*lower_case=*/true), in_double);
+    cell = find_cell(std::string(name));
+  }
+  TORCH_CHECK(cell, "fastrnn: no cell is registered under '", name,
+              "'; import the module that declares it before it is used");
+  return *cell;
+}
+
+ScanOutputs python_forward(const std::string& kernel, const ScanInputs& in, bool tape) {
+  py::gil_scoped_acquire gil;
+  return python().forward(kernel, inputs_to_python(in), tape).cast<ScanOutputs>();
+}
+
+std::vector<Tensor> python_backward(const std::string& kernel, const ScanInputs& in,
+                                    const Incoming& grads, const Tensor& y, const Tensor& tape,
+                                    const Needs& needs) {
+  WithAutograd autograd;
+  py::gil_scoped_acquire gil;
+  return python()
+      .backward(kernel, inputs_to_python(in), incoming_to_python(grads), y, tape, needs)
+      .cast<std::vector<Tensor>>();
+}
+
+std::vector<Tensor> python_differentiable_backward(const ScanInputs& in, const Incoming& grads,
+                                                   const Needs& needs) {
+  py::gil_scoped_acquire gil;
+  return python()
+      .differentiable_backward(inputs_to_python(in), incoming_to_python(grads), needs)
+      .cast<std::vector<Tensor>>();
+}
+
+}  // namespace fastrnn

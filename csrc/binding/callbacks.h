@@ -1,0 +1,35 @@
+// What C++ asks of Python: plans, cells that are not yet compiled, kernels that are written there.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "binding/call.h"
+#include "cpu/registry.h"
+
+namespace fastrnn {
+
+// Functions of Python, set once on import. Leaked on purpose: no destructor may run after the
+// interpreter is gone.
+struct Callbacks {
+  pybind11::object plan, find, forward, backward, differentiable_backward;
+};
+void set_callbacks(Callbacks* functions);
+// Those that were set; raises before.
+const Callbacks& python();
+
+// The facts of a cell that is to run on tensors of that device and dtype; raises for an unknown
+// one. On a CPU its code is compiled first where there is none yet and it can be had.
+const CellFacts& known_cell(std::string_view name, at::DeviceType device, at::ScalarType dtype);
+
+// Kernels by name.
+ScanOutputs python_forward(const std::string& kernel, const ScanInputs& in, bool tape);
+std::vector<Tensor> python_backward(const std::string& kernel, const ScanInputs& in,
+                                    const Incoming& grads, const Tensor& y, const Tensor& tape,
+                                    const Needs& needs);
+// Gradients that can be differentiated again.
+std::vector<Tensor> python_differentiable_backward(const ScanInputs& in, const Incoming& grads,
+                                                   const Needs& needs);
+
+}  // namespace fastrnn

@@ -1,0 +1,191 @@
+// What Python sees of this library.
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/autocast_mode.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include "binding/callbacks.h"
+#include "binding/cpu_kernel.h"
+#include "binding/fingerprint.h"
+#include "binding/op.h"
+#include "binding/plan_cache.h"
+
+namespace py = pybind11;
+
+namespace fastrnn {
+
+void bind_stepper(py::module_& m);  // stepper.cpp
+
+namespace {
+
+// The op as torch.ops calls it, but for a third of the time that takes to convert the arguments.
+std::pair<Tensor, std::vector<Tensor>> scan_from_python(
+    const std::string& cell, const Tensor& x, const std::vector<Tensor>& w_ih,
+    const std::vector<Tensor>& w_hh, const std::vector<Tensor>& b_ih,
+    const std::vector<Tensor>& b_hh, const std::vector<Tensor>& w_hr, const std::vector<Tensor>& s0,
+    const std::optional<Tensor>& batch_sizes, const std::optional<Tensor>& lengths,
+    const std::optional<Tensor>& resets, int64_t reverse, bool recompute) {
+  auto [y, states, tape] =
+      call_scan({cell, x, w_ih, w_hh, b_ih, b_hh, w_hr, s0, batch_sizes, lengths, resets, reverse},
+                false, recompute);
+  return {y, states};
+}
+
+// A tensor that nothing looks into on its way: of torch's own class, dense, on a CPU.
+const Tensor* plain_tensor(py::handle object, at::IntArrayRef size, at::ScalarType dtype) {
+  if (Py_TYPE(object.ptr()) != reinterpret_cast<PyTypeObject*>(THPVariableClass) &&
+      Py_TYPE(object.ptr()) != reinterpret_cast<PyTypeObject*>(ParameterClass))
+    return nullptr;
+  const Tensor& t = THPVariable_Unpack(object.ptr());
+  const bool fits = t.layout() == at::kStrided && t.is_cpu() && !t.is_nested() &&
+                    t.scalar_type() == dtype && t.sizes() == size;
+  return fits ? &t : nullptr;
+}
+
+// Whether a caller asks for gradients that a frozen layer does not have.
+bool wants_gradients(const ScanInputs& in) {
+  if (!at::GradMode::is_enabled()) return false;
+  bool wanted = in.x.requires_grad();
+  for (TensorList list : {in.w_ih, in.w_hh, in.b_ih, in.b_hh, in.s0})
+    for (const Tensor& each : list) wanted |= each.requires_grad();
+  return wanted;
+}
+
+// One step of a cell on x [B, I] and states [B, H], with weights w_ih, w_hh, b_ih, b_hh and, of a
+// frozen cell, what pack() made of them: the tuple of next states; the views and checks of Python
+// take longer than a small cell. None where anything asks for a closer look.
+py::object step_from_python(const std::string& cell, py::handle input, py::tuple before,
+                            py::tuple weights, const std::optional<std::vector<Tensor>>& packed,
+                            const std::optional<Tensor>& expected) {
+  const CellFacts* facts = find_cell(cell);
+  if (!facts || at::impl::torch_function_mode_enabled() ||
+      at::autocast::is_autocast_enabled(at::kCPU) || !THPVariable_Check(input.ptr()) ||
+      !THPVariable_Check(weights[1].ptr()))
+    return py::none();
+  const Tensor &like = THPVariable_Unpack(input.ptr()), &w = THPVariable_Unpack(weights[1].ptr());
+  if (like.dim() != 2 || w.dim() != 2) return py::none();
+  const int64_t B = like.size(0), I = like.size(1), H = w.size(1), rows = facts->gates * H;
+  const auto dtype = like.scalar_type();
+  const Tensor* x = plain_tensor(input, {B, I}, dtype);
+  const Tensor* w_ih = plain_tensor(weights[0], {rows, I}, dtype);
+  const Tensor* w_hh = plain_tensor(weights[1], {rows, H}, dtype);
+  const bool biased = !weights[2].is_none();
+  const Tensor* b_ih = biased ? plain_tensor(weights[2], {rows}, dtype) : nullptr;
+  const Tensor* b_hh = biased ? plain_tensor(weights[3], {rows}, dtype) : nullptr;
+  if (!x || !w_ih || !w_hh || (biased ? !b_ih || !b_hh : !weights[3].is_none())) return py::none();
+  if (!before.empty() && static_cast<int32_t>(before.size()) != facts->states) return py::none();
+  std::array<Tensor, kMaxStates> s0;
+  for (size_t s = 0; s < before.size(); ++s) {
+    const Tensor* state = plain_tensor(before[s], {B, H}, dtype);
+    if (!state) return py::none();
+    s0[s] = *state;
+  }
+  const TensorList none;
+  const std::optional<Tensor> absent;
+  ScanInputs in{cell,
+                *x,
+                *w_ih,
+                *w_hh,
+                biased ? TensorList(*b_ih) : none,
+                biased ? TensorList(*b_hh) : none,
+                none,
+                TensorList(s0.data(), before.size()),
+                absent,
+                absent,
+                absent,
+                0};
+  if (packed) in.packed = *packed;
+  if (packed && (wants_gradients(in) || c10::impl::TorchDispatchModeTLS::any_modes_set()))
+    return py::none();
+  std::vector<Tensor> states;
+  Tensor y;
+  {
+    py::gil_scoped_release release;
+    std::tie(y, states, std::ignore) = packed ? scan_frozen(in, *expected) : call_scan(in, false);
+  }
+  py::tuple after(states.size());
+  after[0] = std::move(y);
+  for (size_t s = 1; s < states.size(); ++s) after[s] = std::move(states[s]);
+  return after;
+}
+
+std::pair<Tensor, std::vector<Tensor>> packed_from_python(
+    const std::string& cell, const Tensor& x, const std::vector<Tensor>& w_ih,
+    const std::vector<Tensor>& w_hh, const std::vector<Tensor>& b_ih,
+    const std::vector<Tensor>& b_hh, const std::vector<Tensor>& w_hr, const std::vector<Tensor>& s0,
+    const std::optional<Tensor>& batch_sizes, const std::optional<Tensor>& lengths,
+    const std::optional<Tensor>& resets, int64_t reverse, const std::vector<Tensor>& packed,
+    const Tensor& expected) {
+  std::vector<Tensor> list = call_packed(
+      {cell, x, w_ih, w_hh, b_ih, b_hh, w_hr, s0, batch_sizes, lengths, resets, reverse, packed},
+      expected);
+  Tensor y = std::move(list.front());
+  list.erase(list.begin());
+  return {std::move(y), std::move(list)};
+}
+
+Tensor pack_from_python(const std::string& cell, const Tensor& w_ih, const Tensor& w_hh,
+                        const std::optional<Tensor>& b_ih, const std::optional<Tensor>& b_hh,
+                        const std::optional<Tensor>& w_hr) {
+  return pack(known_cell(cell, at::kCPU, w_ih.scalar_type()), w_ih, w_hh, b_ih, b_hh, w_hr);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  bind_stepper(m);
+  m.def("scan", scan_from_python, py::call_guard<py::gil_scoped_release>(),
+        "torch.ops.fastrnn.scan without its tape.");
+  m.def("step", step_from_python, "One step of a cell on plain tensors; None for others.",
+        py::arg("cell"), py::arg("input"), py::arg("before"), py::arg("weights"),
+        py::arg("packed") = std::nullopt, py::arg("expected") = std::nullopt);
+  m.def("transposed", transposed, py::call_guard<py::gil_scoped_release>(),
+        "`y.transpose(0, 1)` that is no view to autograd.");
+  m.def("scan_packed", packed_from_python, py::call_guard<py::gil_scoped_release>());
+  m.def("pack", pack_from_python, py::call_guard<py::gil_scoped_release>(), py::arg("cell"),
+        py::arg("w_ih"), py::arg("w_hh"), py::arg("b_ih") = std::nullopt,
+        py::arg("b_hh") = std::nullopt, py::arg("w_hr") = std::nullopt);
+  m.def(
+      "fingerprint", [](const std::vector<Tensor>& tensors) { return fingerprint(tensors); },
+      "What scan_packed expects of its weights.");
+  m.attr("built_for") = FASTRNN_TORCH_VERSION;
+  m.def("isas", compiled_isas, "Instruction sets compiled in that this machine has, best last.");
+  m.def("isa", isa_in_use);
+  m.def("vector_bytes", vector_bytes);
+  m.def("forget_plans", forget_plans);
+  m.def("add_cell_facts", add_cell_facts, py::arg("name"), py::arg("gates"), py::arg("states"),
+        py::arg("kept"), py::arg("tied"), py::arg("projectable"),
+        "Makes a cell known without code for CPUs, which load_cells may add.");
+  m.def(
+      "has_code",
+      [](const std::string& name, bool in_double) {
+        const CellFacts* cell = find_cell(name);
+        return cell && cell->compiled[in_double];
+      },
+      py::arg("name"), py::arg("in_double") = false,
+      "Whether a cell is known and has code for CPUs that computes in float, or in double.");
+  m.def(
+      "load_cells",
+      [](const std::string& path, const std::string& symbol) {
+        load_cells(path, symbol);
+        forget_plans();  // of cells that were known without code
+      },
+      py::arg("path"), py::arg("symbol"));
+  m.def(
+      "cell_facts",
+      [](const std::string& name) -> py::object {
+        const CellFacts* cell = find_cell(name);
+        if (!cell) return py::none();
+        return py::make_tuple(cell->gates, cell->states, cell->kept);
+      },
+      "(gates, states, kept values) of a cell, or None.");
+  m.def("set_callbacks", [](py::object plan, py::object find, py::object forward,
+                            py::object backward, py::object differentiable_backward) {
+    set_callbacks(new Callbacks{plan, find, forward, backward, differentiable_backward});
+  });
+}
+
+}  // namespace fastrnn

@@ -1,0 +1,203 @@
+// The operator: its schemas, and the kernel that is chosen for a call.
+#include "binding/op.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
+
+#include <algorithm>
+
+#include "binding/callbacks.h"
+#include "binding/cpu_kernel.h"
+#include "binding/fingerprint.h"
+#include "binding/plan_cache.h"
+#include "binding/schema.h"
+
+namespace fastrnn {
+namespace {
+
+ScanOutputs from_list(std::vector<Tensor> list) {
+  ScanOutputs out;
+  auto& [y, states, tape] = out;
+  y = std::move(list.front());
+  tape = std::move(list.back());
+  states.assign(std::make_move_iterator(list.begin() + 1), std::make_move_iterator(list.end() - 1));
+  return out;
+}
+
+Problem problem_of(const Call& call, bool tape, bool backward) {
+  const auto& [cell, in, n, tables] = call;
+  return {in.cell,
+          n.T,
+          n.B,
+          tables.live_rows(),
+          n.I,
+          n.H,
+          n.P,
+          in.x.scalar_type(),
+          in.x.device().type(),
+          tape,
+          backward,
+          n.projected,
+          !in.packed.empty()};
+}
+
+// On tensors on a CPU, which another kernel may be chosen for, too.
+ScanOutputs scan_on_cpu(const ScanInputs& in, bool tape) {
+  const Call call(known_cell(in.cell, at::kCPU, in.x.scalar_type()), in);
+  const Choice& choice = choose(call.cell, problem_of(call, tape, false));
+  return choice.kernel == "cpu" ? forward_on_cpu(call, choice.cpu, tape)
+                                : python_forward(choice.kernel, in, tape);
+}
+
+}  // namespace
+
+ScanOutputs call_scan(const ScanInputs& in, bool tape, bool recompute) {
+  static auto op = c10::Dispatcher::singleton()
+                       .findSchemaOrThrow("fastrnn::scan", "")
+                       .typed<std::vector<Tensor>(FASTRNN_SCAN_PARAMETERS, bool, bool)>();
+  return from_list(op.call(in.cell, in.x, in.w_ih, in.w_hh, or_none(in.b_ih), or_none(in.b_hh),
+                           or_none(in.w_hr), or_none(in.s0), in.batch_sizes, in.lengths, in.resets,
+                           in.reverse, tape, recompute));
+}
+
+std::vector<Tensor> call_packed(const ScanInputs& in, const Tensor& expected) {
+  static auto op = c10::Dispatcher::singleton()
+                       .findSchemaOrThrow("fastrnn::scan_packed", "")
+                       .typed<std::vector<Tensor>(FASTRNN_PACKED_PARAMETERS)>();
+  return op.call(in.cell, in.x, in.w_ih, in.w_hh, or_none(in.b_ih), or_none(in.b_hh),
+                 or_none(in.w_hr), or_none(in.s0), in.batch_sizes, in.lengths, in.resets,
+                 in.reverse, in.packed, expected);
+}
+
+// A frozen layer: the weights are there for their sizes, and for kernels other than the CPU's.
+ScanOutputs scan_frozen(const ScanInputs& in, const Tensor& expected) {
+  c10::SmallVector<Tensor, 4> weights;
+  for (TensorList list : {in.w_ih, in.w_hh, in.b_ih, in.b_hh, in.w_hr})
+    weights.insert(weights.end(), list.begin(), list.end());
+  TORCH_CHECK(
+      unchanged(weights, expected, in.x.numel() / std::max<int64_t>(in.x.size(-1), 1)),
+      "fastrnn: the weights of a frozen layer were changed or replaced after freezing. Call "
+      "fastrnn.freeze(module) again to take the new ones over, or fastrnn.unfreeze(module) "
+      "before changing them");
+  ScanOutputs out = scan_on_cpu(in, false);
+  std::get<2>(out).reset();
+  return out;
+}
+
+namespace {
+
+// `recompute` is for autograd, which stands before these.
+std::vector<Tensor> cpu(FASTRNN_SCAN_PARAMETERS, bool tape, bool) {
+  const ScanInputs in = FASTRNN_SCAN_INPUTS;
+  // Of x and weights made in inference mode the dispatcher knows no autograd, and it does not look
+  // at the others.
+  if (x.is_inference() && at::GradMode::is_enabled() &&
+      !c10::impl::tls_is_dispatch_key_excluded(c10::DispatchKey::AutogradCPU))
+    for (TensorList list : {in.b_ih, in.b_hh, in.w_hr, in.s0})
+      for (const Tensor& each : list)
+        TORCH_CHECK(!each.requires_grad(),
+                    "scan: a bias or state requires gradients, but x and the weights are inference "
+                    "tensors, which cannot be saved for backward; clone them outside "
+                    "torch.inference_mode()");
+  return as_list(scan_on_cpu(in, tape));
+}
+
+std::vector<Tensor> cpu_packed(FASTRNN_PACKED_PARAMETERS) {
+  ScanInputs in = FASTRNN_SCAN_INPUTS;
+  in.packed = packed;
+  return as_list(scan_frozen(in, expected));
+}
+
+// Devices and dtypes without a kernel of their own in C++.
+std::string kernel_elsewhere(const ScanInputs& in, bool tape, bool backward) {
+  const CellFacts& facts = known_cell(in.cell, in.x.device().type(), in.x.scalar_type());
+  const Tensor& x = in.x;
+  const int64_t steps = x.dim() == 3 ? x.size(0) : 1, batch = x.size(-2);
+  return choose(facts,
+                {in.cell, steps, batch, steps * batch, x.size(-1), in.w_hh[0].size(0) / facts.gates,
+                 static_cast<int64_t>(in.w_hh.size()), x.scalar_type(), x.device().type(), tape,
+                 backward, !in.w_hr.empty(), false})
+      .kernel;
+}
+
+std::vector<Tensor> elsewhere(FASTRNN_SCAN_PARAMETERS, bool tape, bool) {
+  const ScanInputs in = FASTRNN_SCAN_INPUTS;
+  return as_list(python_forward(kernel_elsewhere(in, tape, false), in, tape));
+}
+
+Incoming incoming(const std::optional<Tensor>& dy,
+                  const c10::List<std::optional<Tensor>>& dstates) {
+  Incoming grads;
+  if (dy) grads.dy = *dy;
+  for (std::optional<Tensor> each : dstates) grads.dstates.push_back(each ? *each : Tensor());
+  return grads;
+}
+
+#define FASTRNN_BACKWARD_PARAMETERS                                                              \
+  std::string_view cell, const std::optional<Tensor>&dy,                                         \
+      const c10::List<std::optional<Tensor>>&dstates, const Tensor &x, TensorList w_ih,          \
+      TensorList w_hh, const OptionalList &b_ih, const OptionalList &b_hh,                       \
+      const OptionalList &w_hr, const OptionalList &s0, const std::optional<Tensor>&batch_sizes, \
+      const std::optional<Tensor>&lengths, const std::optional<Tensor>&resets, int64_t reverse,  \
+      const Tensor &y, const Tensor &tape, Needs needs
+
+std::vector<Tensor> backward_cpu(FASTRNN_BACKWARD_PARAMETERS) {
+  const ScanInputs in = FASTRNN_SCAN_INPUTS;
+  const Incoming grads = incoming(dy, dstates);
+  const Call call(known_cell(cell, at::kCPU, x.scalar_type()), in);
+  const Choice choice = choose(call.cell, problem_of(call, true, true));
+  if (choice.kernel != "cpu") return python_backward(choice.kernel, in, grads, y, tape, needs);
+  const bool has_tape = call.n.R == 0 || tape.size(0) > 0;
+  return backward_on_cpu(call, choice.cpu, grads, y,
+                         has_tape ? tape : std::get<2>(scan_on_cpu(in, true)), needs);
+}
+
+std::vector<Tensor> backward_elsewhere(FASTRNN_BACKWARD_PARAMETERS) {
+  const ScanInputs in = FASTRNN_SCAN_INPUTS;
+  return python_backward(kernel_elsewhere(in, true, true), in, incoming(dy, dstates), y, tape,
+                         needs);
+}
+
+}  // namespace
+
+TORCH_LIBRARY(fastrnn, m) {
+  // fastrnn/reference.py documents the arguments. Gives y, the S states and the tape, which is
+  // what scan_backward needs and has no rows unless `tape` asks for it. With `recompute` autograd
+  // keeps no tape, and gives scan_backward one without rows. Lists that may be empty are optional,
+  // since ahead-of-time compiled programs pass an empty list as none.
+  m.def(
+      "scan(str cell, Tensor x, Tensor[] w_ih, Tensor[] w_hh, Tensor[]? b_ih, Tensor[]? b_hh, "
+      "Tensor[]? w_hr, Tensor[]? s0, Tensor? batch_sizes, Tensor? lengths, Tensor? resets, "
+      "int reverse, bool tape=False, bool recompute=False) -> Tensor[]");
+  // Gives y and the states, by weights that pack() packed; `expected` is what fingerprint() said of
+  // them then: a tensor, as a number would be a constant of a traced graph.
+  m.def(
+      "scan_packed(str cell, Tensor x, Tensor[] w_ih, Tensor[] w_hh, Tensor[]? b_ih, "
+      "Tensor[]? b_hh, Tensor[]? w_hr, Tensor[]? s0, Tensor? batch_sizes, Tensor? lengths, "
+      "Tensor? resets, int reverse, Tensor[] packed, Tensor expected) -> Tensor[]");
+  // Gradients of x, w_ih, w_hh, b_ih, b_hh, w_hr, s0; `needs` picks x, w_ih, w_hh, biases, w_hr,
+  // s0.
+  m.def(
+      "scan_backward(str cell, Tensor? dy, Tensor?[] dstates, Tensor x, Tensor[] w_ih, "
+      "Tensor[] w_hh, Tensor[]? b_ih, Tensor[]? b_hh, Tensor[]? w_hr, Tensor[]? s0, "
+      "Tensor? batch_sizes, Tensor? lengths, Tensor? resets, int reverse, Tensor y, Tensor tape, "
+      "bool[6] needs) -> Tensor[]");
+}
+
+TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
+  m.impl("scan", cpu);
+  m.impl("scan_packed", cpu_packed);
+  m.impl("scan_backward", backward_cpu);
+}
+
+TORCH_LIBRARY_IMPL(fastrnn, CompositeExplicitAutograd, m) {
+  m.impl("scan", elsewhere);
+  m.impl("scan_backward", backward_elsewhere);
+}
+
+// Who asks for gradients has been refused; torch's own fallback would look again, slowly.
+TORCH_LIBRARY_IMPL(fastrnn, Autograd, m) {
+  m.impl("scan_packed", torch::CppFunction::makeFallthrough());
+}
+
+}  // namespace fastrnn

@@ -1,0 +1,268 @@
+// The operands of a call as the CPU kernel takes them: checked, in its dtypes, with tables of rows.
+#pragma once
+
+#include <ATen/Functions.h>
+#include <c10/util/DimVector.h>
+
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
+#include "binding/call.h"
+
+namespace fastrnn {
+
+struct Shape {
+  int64_t T, B, R, I, H, Q, P;
+  bool projected;
+  bool step;  // x is [B, I], one step of one scan, and its states are [B, *]
+
+  int64_t width(int64_t state) const { return state ? H : Q; }
+  c10::DimVector state_size(int64_t state) const {
+    c10::DimVector size{P, B, width(state)};
+    if (step) size.erase(size.begin());
+    return size;
+  }
+};
+
+// The dispatcher looks into x and the weights, but into no optional list: what it would have done
+// for a tensor in one is done or refused here.
+inline void check_plain(const Tensor& each, const char* name) {
+  constexpr c10::DispatchKeySet unusual{c10::DispatchKey::Python, c10::DispatchKey::ZeroTensor,
+                                        c10::DispatchKey::FuncTorchBatched,
+                                        c10::DispatchKey::FuncTorchGradWrapper};
+  TORCH_CHECK(!each.key_set().has_any(unusual), "scan: ", name,
+              " is a tensor subclass or transformed, but x and the weights are not; convert it, or "
+              "them");
+}
+inline Tensor resolved(const Tensor& each) { return each.is_neg() ? each.resolve_neg() : each; }
+
+// Checks what memory safety needs; modules have said it in torch.nn's words before.
+inline Shape checked_shape(const CellFacts& cell, const ScanInputs& in) {
+  const Tensor& x = in.x;
+  const int64_t G = cell.gates, P = in.w_hh.size();
+  TORCH_CHECK(
+      x.dim() == 3 || (x.dim() == 2 && !in.lengths),
+      "scan: x should be [T, B, I], packed [R, I] with batch_sizes, or [B, I] for one step, "
+      "got ",
+      x.sizes());
+  TORCH_CHECK(P >= 1 && P <= 64, "scan: 1 to 64 scans side by side, got ", P);
+  TORCH_CHECK(!in.batch_sizes || x.dim() == 2, "scan: packed x should be [R, I], got ", x.sizes());
+  Shape n;
+  n.step = one_step(in);
+  TORCH_CHECK(!n.step || P == 1, "scan: one step [B, I] is that of one scan, got ", P,
+              " sets of weights; pass x as [1, B, I]");
+  n.I = x.size(-1);
+  n.P = P;
+  n.R = x.dim() == 3 ? x.size(0) * x.size(1) : x.size(0);
+  TORCH_CHECK(in.w_hh[0].dim() == 2, "scan: w_hh should be [G*H, Q], got ", in.w_hh[0].sizes());
+  n.H = in.w_hh[0].size(0) / G;
+  n.projected = !in.w_hr.empty();
+  n.Q = n.projected ? in.w_hr[0].size(0) : n.H;
+  auto all = [&](TensorList tensors, const char* name, at::IntArrayRef size, bool optional) {
+    TORCH_CHECK((optional && tensors.empty()) || static_cast<int64_t>(tensors.size()) == P,
+                "scan: ", name, " should hold one tensor per scan, ", P, ", got ", tensors.size());
+    for (const Tensor& each : tensors) {
+      check_plain(each, name);
+      TORCH_CHECK(each.sizes() == size, "scan: ", name, " should be ", size, ", got ",
+                  each.sizes());
+      TORCH_CHECK(each.scalar_type() == x.scalar_type(), "scan: ", name, " is ", each.scalar_type(),
+                  " but x is ", x.scalar_type());
+      TORCH_CHECK(each.device() == x.device(), "scan: ", name, " is on ", each.device(),
+                  " but x is on ", x.device());
+    }
+  };
+  all(in.w_ih, "w_ih", {G * n.H, n.I}, false);
+  all(in.w_hh, "w_hh", {G * n.H, n.Q}, false);
+  all(in.b_ih, "b_ih", {G * n.H}, true);
+  all(in.b_hh, "b_hh", {G * n.H}, true);
+  all(in.w_hr, "w_hr", {n.Q, n.H}, true);
+  if (in.batch_sizes) {
+    const Tensor& sizes = *in.batch_sizes;
+    TORCH_CHECK(sizes.dim() == 1 && sizes.scalar_type() == at::kLong && sizes.is_cpu(),
+                "scan: batch_sizes should be int64 [T] on the CPU, got ", sizes.scalar_type(), " ",
+                sizes.sizes(), " on ", sizes.device());
+    TORCH_CHECK(!in.s0.empty() && in.s0[0].dim() == 3, "scan: packed x needs s0");
+    n.T = sizes.size(0);
+    n.B = in.s0[0].size(1);
+  } else {
+    n.T = x.dim() == 3 ? x.size(0) : 1;
+    n.B = x.dim() == 3 ? x.size(1) : x.size(0);
+  }
+  TORCH_CHECK(in.s0.empty() || static_cast<int64_t>(in.s0.size()) == cell.states,
+              "scan: s0 should hold ", cell.states, " states, got ", in.s0.size());
+  for (size_t s = 0; s < in.s0.size(); ++s) {
+    const Tensor& each = in.s0[s];
+    check_plain(each, "s0");
+    TORCH_CHECK(each.sizes() == n.state_size(s), "scan: state ", s, " should be ",
+                at::IntArrayRef(n.state_size(s)), ", got ", each.sizes());
+    TORCH_CHECK(each.scalar_type() == x.scalar_type() && each.device() == x.device(),
+                "scan: state ", s, " is ", each.scalar_type(), " on ", each.device(), " but x is ",
+                x.scalar_type(), " on ", x.device());
+  }
+  if (in.lengths)
+    TORCH_CHECK(in.lengths->dim() == 1 && in.lengths->size(0) == n.B &&
+                    in.lengths->scalar_type() == at::kLong,
+                "scan: lengths should be int64 [", n.B, "], got ", in.lengths->scalar_type(), " ",
+                in.lengths->sizes());
+  if (in.resets)
+    TORCH_CHECK(in.resets->scalar_type() == at::kBool &&
+                    in.resets->sizes() == x.sizes().slice(0, x.dim() - 1),
+                "scan: resets should be bool with x's shape but for the last dimension, got ",
+                in.resets->scalar_type(), " ", in.resets->sizes(), " for x ", x.sizes());
+  return n;
+}
+
+// Owns what `Rows` points to.
+struct RowTables {
+  Rows rows;
+  std::vector<int64_t> live, compact, order;
+  Tensor resets;
+
+  RowTables(const Shape& n, const ScanInputs& in) {
+    rows.steps = n.T;
+    rows.batch = n.B;
+    if (in.batch_sizes) {
+      const Tensor sizes = in.batch_sizes->contiguous();
+      const int64_t* size = sizes.const_data_ptr<int64_t>();
+      live.assign(size, size + n.T);
+    }
+    if (in.lengths) {
+      const Tensor lengths = in.lengths->to(at::kCPU).contiguous();
+      const int64_t* length = lengths.const_data_ptr<int64_t>();
+      order.resize(n.B);
+      std::iota(order.begin(), order.end(), 0);
+      std::stable_sort(order.begin(), order.end(),
+                       [&](int64_t a, int64_t b) { return length[a] > length[b]; });
+      live.assign(n.T, 0);
+      for (int64_t b = 0; b < n.B; ++b) {
+        TORCH_CHECK(length[b] >= 0 && length[b] <= n.T, "scan: lengths should be in [0, ", n.T,
+                    "], got ", length[b]);
+        if (length[b] > 0) ++live[length[b] - 1];
+      }
+      for (int64_t t = n.T - 2; t >= 0; --t) live[t] += live[t + 1];
+      rows.order = order.data();
+    }
+    if (in.batch_sizes || in.lengths) {
+      compact.resize(n.T + 1, 0);
+      for (int64_t t = 0; t < n.T; ++t) {
+        TORCH_CHECK(live[t] >= 0 && live[t] <= (t ? live[t - 1] : n.B),
+                    "scan: batch_sizes should not increase, nor exceed the batch ", n.B, ", got ",
+                    live[t], " at step ", t);
+        compact[t + 1] = compact[t] + live[t];
+      }
+      TORCH_CHECK(in.lengths || compact[n.T] == n.R, "scan: batch_sizes add up to ", compact[n.T],
+                  " but x has ", n.R, " rows");
+      rows.live_slots = live.data();
+      rows.compact = compact.data();
+    }
+    if (in.resets) {
+      resets = in.resets->contiguous();
+      rows.resets = reinterpret_cast<const uint8_t*>(resets.const_data_ptr<bool>());
+    }
+  }
+
+  int64_t live_rows() const { return compact.empty() ? rows.steps * rows.batch : compact.back(); }
+
+  // The first of the steps up to `end` that have at most `most` live rows, in either direction;
+  // at least one step.
+  int64_t stretch_begin(int64_t end, int64_t most) const {
+    int64_t begin = end, forward = 0, reverse = 0;
+    while (begin > 0) {
+      forward += rows.live(begin - 1);
+      reverse += rows.live(rows.steps - begin);
+      if (begin < end && std::max(forward, reverse) > most) break;
+      --begin;
+    }
+    return begin;
+  }
+};
+
+// A call that was checked, of a cell on tensors on a CPU.
+struct Call {
+  const CellFacts& cell;
+  const ScanInputs& in;
+  const Shape n;
+  const RowTables tables;
+
+  Call(const CellFacts& cell, const ScanInputs& in)
+      : cell(cell), in(in), n(checked_shape(cell, in)), tables(n, in) {}
+  Call(const Call&) = delete;
+  Call& operator=(const Call&) = delete;
+};
+
+inline at::ScalarType compute_type(at::ScalarType stored) {
+  return stored == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+inline Storage storage_of(at::ScalarType type) {
+  return type == at::kBFloat16 ? Storage::kBfloat16
+         : type == at::kHalf   ? Storage::kFloat16
+                               : Storage::kSame;
+}
+
+// Tensors kept alive while kernels read them.
+inline std::vector<Tensor> as_computed(TensorList tensors, at::ScalarType compute) {
+  std::vector<Tensor> out;
+  out.reserve(tensors.size());
+  for (const Tensor& each : tensors) out.push_back(resolved(each).to(compute).contiguous());
+  return out;
+}
+
+inline Tensor with_unit_stride(const Tensor& x) {
+  return x.stride(-1) == 1 || x.size(-1) <= 1 ? x : x.contiguous();
+}
+
+inline std::vector<Tensor> contiguous(TensorList tensors) {
+  std::vector<Tensor> out;
+  out.reserve(tensors.size());
+  for (const Tensor& each : tensors) out.push_back(resolved(each).contiguous());
+  return out;
+}
+
+// Owns what `Scan` points to, for either sweep.
+struct Operands {
+  std::vector<Tensor> w_ih, w_hh, b_ih, b_hh, w_hr, s0;
+  std::vector<Lane> lanes;
+
+  Operands(const ScanInputs& in, const Shape& n, at::ScalarType compute)
+      : s0(contiguous(in.s0)), lanes(n.P) {
+    for (int64_t p = 0; p < n.P; ++p) {
+      Lane& lane = lanes[p];
+      lane.reverse = in.reverse >> p & 1;
+      for (size_t s = 0; s < s0.size(); ++s)
+        lane.s0[s] = static_cast<const char*>(s0[s].const_data_ptr()) +
+                     p * n.B * n.width(s) * s0[s].itemsize();
+    }
+    if (!in.packed.empty()) {
+      for (int64_t p = 0; p < n.P; ++p) lanes[p].packed = in.packed[p].const_data_ptr();
+      return;
+    }
+    w_ih = as_computed(in.w_ih, compute);
+    w_hh = as_computed(in.w_hh, compute);
+    b_ih = as_computed(in.b_ih, compute);
+    b_hh = as_computed(in.b_hh, compute);
+    w_hr = as_computed(in.w_hr, compute);
+    for (int64_t p = 0; p < n.P; ++p) {
+      Lane& lane = lanes[p];
+      lane.w_ih = w_ih[p].const_data_ptr();
+      lane.w_hh = w_hh[p].const_data_ptr();
+      lane.b_ih = b_ih.empty() ? nullptr : b_ih[p].const_data_ptr();
+      lane.b_hh = b_hh.empty() ? nullptr : b_hh[p].const_data_ptr();
+      lane.w_hr = w_hr.empty() ? nullptr : w_hr[p].const_data_ptr();
+    }
+  }
+
+  void fill(Scan& scan, const Shape& n, const RowTables& tables, Storage storage) const {
+    scan.rows = tables.rows;
+    scan.inputs = n.I;
+    scan.hidden = n.H;
+    scan.recurrent = n.Q;
+    scan.projected = n.projected;
+    scan.lanes = static_cast<int32_t>(n.P);
+    scan.storage = storage;
+    scan.lane = lanes.data();
+  }
+};
+
+}  // namespace fastrnn

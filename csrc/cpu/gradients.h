@@ -1,0 +1,283 @@
+// Gradients of weights, biases and input from du and dv of one stretch, while those are in cache.
+//
+// Every thread owns a range of gate rows of all weights, then a range of rows of x. Here rather
+// than in a library because x may be strided, scattered or 16 bits wide, and because libraries
+// reach half the speed of these tiles on some processors.
+#pragma once
+
+#include <cstdint>
+
+#include "core/math.h"
+#include "cpu/contract.h"
+#include "cpu/product.h"
+#include "cpu/team.h"
+
+namespace fastrnn {
+inline namespace FASTRNN_ISA {
+
+// Lanes of the vector at `column` that are columns.
+template <class T>
+FASTRNN_INLINE int live_lanes(int64_t column, int64_t columns) {
+  constexpr int n = lanes<Vec<T>>();
+  const int64_t left = columns - column;
+  return static_cast<int>(left < n ? left : n);
+}
+
+// acc[r][v] += sum over k < depth of a[k][r] * band[k][v].
+template <int kRows, int kVectors, class T>
+FASTRNN_INLINE void multiply_transposed(Vec<T> (&out)[kRows][kVectors], const T* a, const T* band,
+                                        int64_t depth) {
+  using V = Vec<T>;
+  V acc[kRows][kVectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) acc[r][v] = out[r][v];
+  for (int64_t k = 0; k < depth; ++k, a += kRows, band += kVectors * lanes<V>()) {
+    V row[kVectors];
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) row[v] = load<V>(band + v * lanes<V>());
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const V scale = broadcast<V>(a[r]);
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = acc[r][v] + scale * row[v];
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) out[r][v] = acc[r][v];
+}
+
+constexpr int kGateRows = tile_rows(kBandVectors);
+
+// Gates [begin, end) of `depth` rows, tile by tile: [tile][k][gates of the tile]. Rows lie a power
+// of two apart more often than not, where a walk down a column would find no place in a cache; a
+// few rows at a time stay there.
+template <class T>
+void pack_gates(const T* dgates, int64_t stride, Range gates, int64_t depth, T* tiles) {
+  constexpr int64_t kBlock = 16;
+  for (int64_t k0 = 0; k0 < depth; k0 += kBlock) {
+    const int64_t k1 = k0 + kBlock < depth ? k0 + kBlock : depth;
+    for_each_tile<kGateRows>(gates.size(), [&](int64_t first, auto count) {
+      constexpr int kTile = decltype(count)::value;
+      const T* from = dgates + k0 * stride + gates.begin + first;
+      T* to = tiles + first * depth + k0 * kTile;
+      for (int64_t k = k0; k < k1; ++k, from += stride, to += kTile)
+        memcpy(to, from, kTile * sizeof(T));
+    });
+  }
+}
+
+// dw[g, c] += sum over k < depth of the gates' gradients [k, g] * column band c of the rows, for g
+// in `gates`, which were packed into `tiles`.
+// pack(column, width, band) writes band[k][width vectors]; `band` has room for depth of them.
+template <class T, class Pack>
+void add_weight_gradient(T* dw, int64_t columns, const T* tiles, Range gates, int64_t depth,
+                         T* band, const Pack& pack) {
+  using V = Vec<T>;
+  constexpr int n = lanes<V>();
+  for_each_band(0, (columns + n - 1) / n, [&](int64_t vector, auto width) {
+    const int64_t column = vector * n;
+    constexpr int kWide = decltype(width)::value;
+    pack(column, width, band);
+    for_each_tile<kGateRows>(gates.size(), [&](int64_t first, auto count) {
+      constexpr int kTile = decltype(count)::value;
+      T* to = dw + (gates.begin + first) * columns + column;
+      V acc[kTile][kWide];
+      for (int r = 0; r < kTile; ++r)
+        for (int v = 0; v < kWide; ++v)
+          acc[r][v] = load<V>(to + r * columns + v * n, live_lanes<T>(column + v * n, columns));
+      multiply_transposed<kTile, kWide, T>(acc, tiles + first * depth, band, depth);
+      for (int r = 0; r < kTile; ++r)
+        for (int v = 0; v < kWide; ++v)
+          store(to + r * columns + v * n, acc[r][v], live_lanes<T>(column + v * n, columns));
+    });
+  });
+}
+
+// db[g] += sum over k < depth of dgates[k, g], for g in `gates`.
+template <class T>
+void add_bias_gradient(T* db, const T* dgates, int64_t stride, Range gates, int64_t depth) {
+  using V = Vec<T>;
+  constexpr int n = lanes<V>();
+  for_each_band(0, (gates.size() + n - 1) / n, [&](int64_t vector, auto width) {
+    constexpr int kWide = decltype(width)::value;
+    const int64_t first = gates.begin + vector * n;
+    V sum[kWide];
+    for (int v = 0; v < kWide; ++v)
+      sum[v] = load<V>(db + first + v * n, live_lanes<T>(first + v * n, gates.end));
+    for (int64_t k = 0; k < depth; ++k)
+      for (int v = 0; v < kWide; ++v)
+        sum[v] = sum[v] + load<V>(dgates + k * stride + first + v * n,
+                                  live_lanes<T>(first + v * n, gates.end));
+    for (int v = 0; v < kWide; ++v)
+      store(db + first + v * n, sum[v], live_lanes<T>(first + v * n, gates.end));
+  });
+}
+
+// Packs the column bands of a row-major matrix [depth, columns] one behind the other; those whose
+// number is `turn` modulo `turns`.
+template <class T>
+void pack_column_bands(const T* matrix, int64_t columns, int64_t depth, T* bands, int32_t turn,
+                       int32_t turns) {
+  constexpr int n = lanes<Vec<T>>();
+  int64_t number = 0;
+  for_each_band(0, (columns + n - 1) / n, [&](int64_t vector, auto width) {
+    const int64_t column = vector * n;
+    if (number++ % turns == turn)
+      pack_columns(matrix + column, columns, columns - column, depth, bands + column * depth,
+                   decltype(width)::value);
+  });
+}
+
+template <class T>
+class GradientSweep {
+  using V = Vec<T>;
+
+ public:
+  static bool run(const GradientArgs& args, const CpuPlan& plan) {
+    return run_sweep<GradientSweep>(args, plan);
+  }
+
+  GradientSweep(const GradientArgs& args, const CpuPlan& plan)
+      : args_(args), plan_(plan), width_((args.inputs + kLanes - 1) / kLanes * kLanes) {
+    for (int32_t p = 0; p < args.lanes; ++p)
+      if (live_rows(p) > most_) most_ = live_rows(p);
+  }
+
+  void place(Arena& arena) {
+    places_ = arena.take<Place>(args_.lanes * most_);
+    scratch_ = arena.take<T>(plan_.threads() * scratch_of_one());
+  }
+
+  void thread(Member& me) const {
+    const int32_t threads = plan_.threads();
+    for (int32_t p = 0; p < args_.lanes; ++p) {
+      if (p % threads == me.index) find_rows(p);
+      if (args_.dx && args_.end == args_.rows.steps)
+        pack_column_bands(static_cast<const T*>(args_.lane[p].w_ih), args_.inputs, args_.depth,
+                          bands(p), me.index, threads);
+    }
+    me.publish(1);
+    me.wait_for_all(1);
+    for (int32_t p = 0; p < args_.lanes; ++p) {
+      weights(p, me.index, scratch_ + me.index * scratch_of_one());
+      if (!args_.dx) continue;
+      if (p > 0) {  // lanes may add to the same rows
+        me.publish(1 + p);
+        me.wait_for_all(1 + p);
+      }
+      const Place* places = places_ + p * most_;
+      const Range own = part_of(live_rows(p), threads, me.index);
+      const T* du = static_cast<const T*>(args_.du[p]) + own.begin * args_.depth;
+      multiply_bands<T>(du, args_.depth, own.size(), bands(p), args_.depth, 0, width_ / kLanes,
+                        [&](int64_t row, int64_t vector, V sum) {
+                          const int64_t column = vector * kLanes;
+                          const int live = live_lanes<T>(column, args_.inputs);
+                          T* to = static_cast<T*>(args_.dx) +
+                                  places[own.begin + row].row * args_.inputs + column;
+                          store(to, args_.lanes > 1 ? load<V>(to, live) + sum : sum, live);
+                        });
+    }
+  }
+
+ private:
+  // Where the live rows of a lane's stretch lie: elements of x, and rows.
+  struct Place {
+    int64_t x, row;
+  };
+
+  Range times(int32_t p) const {
+    const int64_t steps = args_.rows.steps;
+    return args_.lane[p].reverse ? Range{steps - args_.end, steps - args_.begin}
+                                 : Range{args_.begin, args_.end};
+  }
+  int64_t live_rows(int32_t p) const {
+    const Range t = times(p);
+    return args_.rows.compact_row(t.end, 0) - args_.rows.compact_row(t.begin, 0);
+  }
+
+  void find_rows(int32_t p) const {
+    const Rows& rows = args_.rows;
+    Place* to = places_ + p * most_;
+    const Range time = times(p);
+    for (int64_t t = time.begin; t < time.end; ++t)
+      for (int64_t i = 0; i < rows.live(t); ++i) {
+        const int64_t row = rows.row(t, i);
+        *to++ = {rows.packed() ? row * args_.x_row : t * args_.x_step + rows.slot(i) * args_.x_row,
+                 row};
+      }
+  }
+
+  // band[k][width vectors] from rows in storage, row k beginning at element at(k) of `base`.
+  template <class At>
+  void pack_rows(const void* base, int64_t column, int64_t columns, int width, int64_t depth,
+                 T* band, const At& at) const {
+    for (int64_t k = 0; k < depth; ++k)
+      for (int v = 0; v < width; ++v, band += kLanes) {
+        const int64_t c = column + v * kLanes;
+        store(band, load_as<V>(base, at(k) + c, live_lanes<T>(c, columns), args_.storage));
+      }
+  }
+
+  void weights(int32_t p, int32_t index, T* tiles) const {
+    const Range gates = part_of(args_.depth, plan_.threads(), index);
+    const int64_t depth = live_rows(p), stride = args_.depth;
+    T* band = tiles + most_ * most_gates();
+    const T* du = static_cast<const T*>(args_.du[p]);
+    const T* dv = static_cast<const T*>(args_.dv[p]);
+    const Place* places = places_ + p * most_;
+    if (args_.dw_ih || (args_.dw_hh && du == dv)) pack_gates(du, stride, gates, depth, tiles);
+    if (args_.dw_ih)
+      add_weight_gradient(static_cast<T*>(args_.dw_ih[p]), args_.inputs, tiles, gates, depth, band,
+                          [&](int64_t column, auto width, T* to) {
+                            pack_rows(args_.x, column, args_.inputs, decltype(width)::value, depth,
+                                      to, [&](int64_t k) { return places[k].x; });
+                          });
+    if (args_.dw_hh) {
+      const T* previous = static_cast<const T*>(args_.previous[p]);
+      const int64_t Q = args_.recurrent;
+      if (du != dv) pack_gates(dv, stride, gates, depth, tiles);
+      add_weight_gradient(static_cast<T*>(args_.dw_hh[p]), Q, tiles, gates, depth, band,
+                          [&](int64_t column, auto width, T* to) {
+                            pack_columns(previous + column, Q, Q - column, depth, to,
+                                         decltype(width)::value);
+                          });
+    }
+    if (args_.dw_hr) {
+      const int64_t Q = args_.recurrent, H = args_.hidden, W = args_.tape_width;
+      const Range columns = part_of(Q, plan_.threads(), index);
+      pack_gates(static_cast<const T*>(args_.dh[p]), Q, columns, depth, tiles);
+      add_weight_gradient(static_cast<T*>(args_.dw_hr[p]), H, tiles, columns, depth, band,
+                          [&](int64_t column, auto width, T* to) {
+                            pack_rows(args_.tape, column, H, decltype(width)::value, depth, to,
+                                      [&](int64_t k) {
+                                        return ((places[k].row * args_.lanes + p) * W + W - 1) * H;
+                                      });
+                          });
+    }
+    if (args_.db_ih) add_bias_gradient(static_cast<T*>(args_.db_ih[p]), du, stride, gates, depth);
+    if (args_.db_hh) add_bias_gradient(static_cast<T*>(args_.db_hh[p]), dv, stride, gates, depth);
+  }
+
+  T* bands(int32_t p) const { return static_cast<T*>(args_.packed) + p * width_ * args_.depth; }
+  // Gates, or columns of a projected state, that one thread owns at most.
+  int64_t most_gates() const {
+    const int64_t all = args_.depth > args_.recurrent ? args_.depth : args_.recurrent;
+    return (all + plan_.threads() - 1) / plan_.threads();
+  }
+  int64_t scratch_of_one() const { return most_ * (most_gates() + kBandVectors * kLanes); }
+
+  static constexpr int kLanes = lanes<V>();
+  const GradientArgs& args_;
+  const CpuPlan& plan_;
+  const int64_t width_;  // inputs, rounded up to whole vectors
+  int64_t most_ = 0;     // live rows of any lane
+  Place* places_ = nullptr;
+  T* scratch_ = nullptr;  // of every thread, packed gates and one band
+};
+
+}  // namespace FASTRNN_ISA
+}  // namespace fastrnn

@@ -1,0 +1,134 @@
+// A lane's weights in the layout that the forward kernels read, and how they are packed into it.
+// It depends on the cell, the type and the instruction set only: one packing serves every plan.
+#pragma once
+
+#include <cstdint>
+
+#include "core/cell.h"
+#include "core/math.h"
+#include "cpu/contract.h"
+#include "cpu/product.h"
+#include "cpu/team.h"
+
+namespace fastrnn {
+inline namespace FASTRNN_ISA {
+
+template <class Cell, class T>
+struct Packed {
+  using V = Vec<T>;
+  static constexpr int G = Cell::kGates;
+  static constexpr int kLanes = lanes<V>();
+  static constexpr int kUnitVectors = G >= 4 ? 1 : 4 / G;  // unit vectors in a panel
+  static constexpr int kVectors = G * kUnitVectors;        // vectors in a panel's row
+  static constexpr int kUnits = kUnitVectors * kLanes;     // units in a panel
+  static constexpr int kWidth = kVectors * kLanes;         // numbers in a panel's row
+  static_assert(kPadding % kUnits == 0, "padded states hold whole panels");
+
+  T *w_ih, *w_hh;      // [panel][I or Q][kWidth]; not there where weights are read as they lie
+  T *bias_u, *bias_v;  // [panel][kWidth]; v's for gates that are not tied
+  T* w_hr;             // bands of w_hr^T, [padded Q][H]
+
+  static int64_t panels(const LaneSizes& n) { return (n.hidden + kUnits - 1) / kUnits; }
+  // Vectors of state 0.
+  static int64_t columns(const LaneSizes& n) { return (n.recurrent + kLanes - 1) / kLanes; }
+
+  // Takes memory by take(count), in an order that is part of the layout.
+  template <class Take>
+  void place(const LaneSizes& n, bool matrices, const Take& take) {
+    w_ih = take(matrices ? panels(n) * n.inputs * kWidth : 0);
+    w_hh = take(matrices ? panels(n) * n.recurrent * kWidth : 0);
+    bias_u = take(panels(n) * kWidth);
+    bias_v = take(panels(n) * kWidth);
+    w_hr = take(matrices && n.projected ? columns(n) * kLanes * n.hidden : 0);
+  }
+
+  // Over memory that pack_all() wrote or will write, all of it in one piece.
+  static Packed at(const LaneSizes& n, const void* base) {
+    Packed out;
+    T* next = static_cast<T*>(const_cast<void*>(base));
+    out.place(n, true, [&](int64_t count) {
+      T* from = next;
+      next += count;
+      return from;
+    });
+    return out;
+  }
+
+  static int64_t bytes(const LaneSizes& n) {
+    Packed out;
+    int64_t total = 0;
+    out.place(n, true, [&](int64_t count) {
+      total += count;
+      return static_cast<T*>(nullptr);
+    });
+    return total * static_cast<int64_t>(sizeof(T));
+  }
+
+  static void pack_all(const LaneSizes& n, const Lane& lane, void* base) {
+    const Packed out = at(n, base);
+    out.pack(n, lane, true, {0, panels(n)}, 0, 1);
+    if constexpr (Cell::kProjectable)
+      if (n.projected) out.pack_projection(n, lane, {0, columns(n)}, 0, 1);
+  }
+
+  // Every `turns`th of the panels.
+  void pack(const LaneSizes& n, const Lane& lane, bool matrices, Range which, int32_t turn,
+            int32_t turns) const {
+    const int64_t H = n.hidden, I = n.inputs, Q = n.recurrent;
+    for (int64_t panel = which.begin + turn; panel < which.end; panel += turns) {
+      for (int u = 0; u < kUnitVectors; ++u) {
+        const int64_t unit = panel * kUnits + u * kLanes;
+        const int live = within<V>(unit, H);
+        for (int g = 0; g < G; ++g) {
+          const int64_t row = g * H + (live ? unit : 0);
+          const int at = u * G + g;
+          if (matrices) {
+            pack_transposed(static_cast<const T*>(lane.w_ih) + row * I, I, live, I,
+                            w_ih + panel * I * kWidth, kVectors, at);
+            pack_transposed(static_cast<const T*>(lane.w_hh) + row * Q, Q, live, Q,
+                            w_hh + panel * Q * kWidth, kVectors, at);
+          }
+          const V b_ih = bias(lane.b_ih, row, live), b_hh = bias(lane.b_hh, row, live);
+          const int64_t to = panel * kWidth + at * kLanes;
+          store(bias_u + to, Cell::kTied[g] ? b_ih + b_hh : b_ih);
+          store(bias_v + to, b_hh);
+        }
+      }
+    }
+  }
+
+  // Every `turns`th of the bands that begin at vector which.begin.
+  void pack_projection(const LaneSizes& n, const Lane& lane, Range which, int32_t turn,
+                       int32_t turns) const {
+    const int64_t H = n.hidden;
+    int64_t band = 0;
+    for_each_band(which.begin, which.end, [&](int64_t vector, auto count) {
+      if (band++ % turns != turn) return;
+      for (int v = 0; v < decltype(count)::value; ++v) {
+        const int64_t column = (vector + v) * kLanes;
+        pack_transposed(static_cast<const T*>(lane.w_hr) + column * H, H,
+                        within<V>(column, n.recurrent), H, w_hr + vector * kLanes * H,
+                        decltype(count)::value, v);
+      }
+    });
+  }
+
+ private:
+  static V bias(const void* b, int64_t row, int live) {
+    return b ? load<V>(static_cast<const T*>(b) + row, live) : splat<V>(0);
+  }
+};
+
+// Part `index` of `parts` of the columns of a projection, in vectors. Where they were packed for
+// any number of threads at once, no part begins within a band.
+FASTRNN_INLINE Range columns_of(int64_t vectors, bool whole_bands, int64_t parts, int64_t index) {
+  if (!whole_bands) return part_of(vectors, parts, index);
+  const Range bands = part_of((vectors + kBandVectors - 1) / kBandVectors, parts, index);
+  const auto limit = [&](int64_t band) {
+    return band * kBandVectors < vectors ? band * kBandVectors : vectors;
+  };
+  return {limit(bands.begin), limit(bands.end)};
+}
+
+}  // namespace FASTRNN_ISA
+}  // namespace fastrnn

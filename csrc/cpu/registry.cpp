@@ -1,0 +1,161 @@
+#include "cpu/registry.h"
+
+#include <dlfcn.h>
+
+#include <cstdlib>
+#include <map>
+#include <mutex>
+#include <shared_mutex>
+#include <stdexcept>
+
+extern "C" {
+fastrnn::CompiledCells fastrnn_cells_baseline();
+#ifdef __x86_64__
+fastrnn::CompiledCells fastrnn_cells_avx2();
+fastrnn::CompiledCells fastrnn_cells_avx512();
+#endif
+}
+
+namespace fastrnn {
+namespace {
+
+struct Isa {
+  const char* name;
+  int64_t vector_bytes;
+  bool supported;
+  CompiledCells (*cells)();
+};
+
+const std::vector<Isa>& isas() {
+  static const std::vector<Isa> all = {
+      {"baseline", 16, true, fastrnn_cells_baseline},
+#ifdef __x86_64__
+      {"avx2", 32,
+       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("f16c"),
+       fastrnn_cells_avx2},
+      {"avx512", 64,
+       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"),
+       fastrnn_cells_avx512},
+#endif
+  };
+  return all;
+}
+
+const Isa& chosen() {
+  static const Isa& isa = []() -> const Isa& {
+    if (const char* asked = std::getenv("FASTRNN_ISA")) {
+      for (const Isa& each : isas())
+        if (each.supported && std::string(asked) == each.name) return each;
+      throw std::runtime_error(
+          std::string("FASTRNN_ISA=") + asked +
+          " is not one of the instruction sets compiled in and supported by this machine; "
+          "`python -m fastrnn info` lists them");
+    }
+    const Isa* best = nullptr;
+    for (const Isa& each : isas())
+      if (each.supported) best = &each;
+    return *best;
+  }();
+  return isa;
+}
+
+struct Registry {
+  std::shared_mutex mutex;
+  std::map<std::string, CellFacts, std::less<>> cells;
+
+  // A cell that is known stays in its place: others read it meanwhile.
+  CellFacts& add(const std::string& name, int32_t gates, int32_t states, int32_t kept,
+                 uint32_t tied, bool projectable) {
+    auto [place, added] = cells.try_emplace(name);
+    CellFacts& facts = place->second;
+    if (added) {
+      facts.name = name;
+      facts.gates = gates;
+      facts.states = states;
+      facts.kept = kept;
+      facts.tied = tied;
+      facts.projectable = projectable;
+    }
+    return facts;
+  }
+
+  void add(const CompiledCells& from) {
+    for (int32_t i = 0; i < from.count; ++i) {
+      const CompiledCell& cell = from.cells[i];
+      CellFacts& facts =
+          add(cell.name, cell.gates, cell.states, cell.kept, cell.tied, cell.projectable);
+      for (int type = 0; type < 2; ++type)
+        if (cell.forward[type]) facts.compiled[type] = &cell;
+    }
+  }
+};
+
+Registry& registry() {
+  static Registry* all = [] {
+    auto* made = new Registry;
+    made->add(chosen().cells());
+    return made;
+  }();
+  return *all;
+}
+
+}  // namespace
+
+const CellFacts* find_cell(const std::string& name) {
+  Registry& all = registry();
+  std::shared_lock lock(all.mutex);
+  auto found = all.cells.find(name);
+  return found == all.cells.end() ? nullptr : &found->second;
+}
+
+const CompiledCell& CellFacts::code(bool in_double) const {
+  const CompiledCell* found = compiled[in_double];
+  if (!found)
+    throw std::runtime_error("there is no compiled code for cell '" + name + "' in " +
+                             (in_double ? "double" : "float"));
+  return *found;
+}
+
+void add_cell_facts(const std::string& name, int32_t gates, int32_t states, int32_t kept,
+                    uint32_t tied, bool projectable) {
+  if (gates < 1 || gates > kMaxGates || states < 1 || states > kMaxStates || kept < 0)
+    throw std::runtime_error("cell '" + name + "' should have at most " +
+                             std::to_string(kMaxGates) + " gates and " +
+                             std::to_string(kMaxStates) + " states");
+  Registry& all = registry();
+  std::unique_lock lock(all.mutex);
+  all.add(name, gates, states, kept, tied, projectable);
+}
+
+void load_cells(const std::string& path, const std::string& symbol) {
+  void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (!library) throw std::runtime_error(dlerror());
+  auto cells = reinterpret_cast<CompiledCells (*)()>(dlsym(library, symbol.c_str()));
+  if (!cells) {
+    dlclose(library);
+    throw std::runtime_error(path + " has no symbol " + symbol);
+  }
+  Registry& all = registry();
+  std::unique_lock lock(all.mutex);
+  all.add(cells());
+}
+
+bool run_gradients(bool in_double, const GradientArgs& args, const CpuPlan& plan) {
+  static const CompiledCells cells = chosen().cells();
+  return cells.gradients[in_double](args, plan);
+}
+
+std::vector<std::string> compiled_isas() {
+  std::vector<std::string> names;
+  for (const Isa& each : isas())
+    if (each.supported) names.push_back(each.name);
+  return names;
+}
+
+std::string isa_in_use() { return chosen().name; }
+
+int64_t vector_bytes() { return chosen().vector_bytes; }
+
+}  // namespace fastrnn

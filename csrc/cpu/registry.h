@@ -1,0 +1,48 @@
+// Which cells there are, and their compiled code for this machine.
+#pragma once
+
+#include <atomic>
+#include <string>
+#include <vector>
+
+#include "cpu/contract.h"
+
+namespace fastrnn {
+
+// What the op must know about a cell. Code for CPUs may come later, or never.
+struct CellFacts {
+  std::string name;
+  int32_t gates = 0;
+  int32_t states = 0;
+  int32_t kept = 0;
+  uint32_t tied = 0;
+  bool projectable = false;                           // as in CompiledCell
+  std::atomic<const CompiledCell*> compiled[2] = {};  // to compute in float, and in double
+
+  bool all_tied() const { return tied == (gates >= 32 ? ~0u : (1u << gates) - 1); }
+  // Values a row keeps per unit: states past the first, what the derivative needs, and state 0
+  // before its projection.
+  int64_t tape_width(bool projected) const { return states - 1 + kept + projected; }
+  // Its code for CPUs in that type; throws std::runtime_error where there is none.
+  const CompiledCell& code(bool in_double) const;
+};
+
+// The facts of a cell, or null. The pointer stays valid for good.
+const CellFacts* find_cell(const std::string& name);
+// Makes a cell known by its facts alone, unless it is known.
+void add_cell_facts(const std::string& name, int32_t gates, int32_t states, int32_t kept,
+                    uint32_t tied, bool projectable);
+// Adds the cells of a shared library; throws std::runtime_error when it cannot be loaded.
+void load_cells(const std::string& path, const std::string& symbol);
+
+// The cell-independent part of the backward pass; index 0 computes in float, 1 in double.
+bool run_gradients(bool in_double, const GradientArgs& args, const CpuPlan& plan);
+
+// Instruction sets compiled in, best last, and the one in use: the best this machine has, or the
+// one named by the environment variable FASTRNN_ISA.
+std::vector<std::string> compiled_isas();
+std::string isa_in_use();
+// Widest vector of the instruction set in use.
+int64_t vector_bytes();
+
+}  // namespace fastrnn

@@ -1,0 +1,254 @@
+#include "cpu/stepper.h"
+
+#include <pthread.h>
+#include <sched.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "cpu/memory.h"
+
+#ifdef __linux__
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace fastrnn {
+namespace {
+
+// A forked process has none of the threads.
+std::atomic<int64_t> forks{0};
+const int fork_handler = pthread_atfork(nullptr, nullptr, [] { ++forks; });
+
+constexpr int64_t kLine = 128;  // bytes; pairs of cache lines are fetched together
+// About 200 us, some steps of audio at 48 kHz: helpers of a stream that pauses let the core go.
+constexpr int32_t kSpinsBeforeSleep = 5000;
+constexpr int32_t kSpinsBeforeYield = 1000;
+
+void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+#ifdef __linux__
+void sleep_while(std::atomic<uint32_t>& word, uint32_t value) {
+  syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, value, nullptr, nullptr, 0);
+}
+void wake_all(std::atomic<uint32_t>& word) {
+  syscall(SYS_futex, &word, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
+}
+#else
+void sleep_while(std::atomic<uint32_t>&, uint32_t) {
+  std::this_thread::sleep_for(std::chrono::microseconds(50));
+}
+void wake_all(std::atomic<uint32_t>&) {}
+#endif
+
+int64_t rounded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+}  // namespace
+
+void Stepper::Free::operator()(char* memory) const { std::free(memory); }
+
+Stepper::Stepper(const CompiledCell& cell, bool in_double, Storage storage, int64_t batch,
+                 const std::vector<LaneSizes>& layers, int32_t threads)
+    : cell_(cell),
+      kernel_(cell.step[in_double]),
+      in_double_(in_double),
+      storage_(storage),
+      batch_(batch),
+      stride_(rounded(layers.front().hidden, kPadding)),
+      sizes_(layers),
+      threads_(threads),
+      number_(in_double ? 8 : 4),
+      stored_(storage == Storage::kSame ? number_ : 2),
+      parts_(new Part[threads]),
+      forks_(forks) {
+  const int64_t L = this->layers(), buffers = 1 + cell.states;
+  weights_.resize(L);
+  states_.resize(L * buffers);
+  args_.resize(threads * L);
+  std::vector<char*> projected(L), converted(threads);
+  // Twice: once to count, once to hand out.
+  for (int pass = 0; pass < 2; ++pass) {
+    int64_t used = 0;
+    char* const base = memory_.get();
+    const auto take = [&](int64_t bytes) {
+      char* at = base ? base + used : nullptr;
+      used += rounded(bytes, kLine);
+      return at;
+    };
+    for (int64_t l = 0; l < L; ++l) {
+      weights_[l] = take(cell.packed_bytes[in_double](sizes_[l]));
+      for (int64_t k = 0; k < buffers; ++k)
+        states_[l * buffers + k] = take(batch * stride_ * number_);
+      projected[l] = take(sizes_[l].projected ? batch * stride_ * number_ : 0);
+    }
+    for (char*& each : converted)
+      each = take(storage == Storage::kSame ? 0 : batch * inputs() * number_);
+    x_copy_ = take(batch * inputs() * stored_);
+    if (base) continue;
+    memory_.reset(allocate(used));
+    if (!memory_) throw std::bad_alloc();
+    std::memset(memory_.get(), 0, used);  // padding, states, and pages that are there
+  }
+  for (int32_t part = 0; part < threads; ++part)
+    for (int64_t l = 0; l < L; ++l) {
+      StepArgs& args = args_[part * L + l];
+      args.sizes = sizes_[l];
+      args.batch = batch;
+      args.packed = weights_[l];
+      args.x_storage = l ? Storage::kSame : storage;
+      args.converted = converted[part];
+      args.x_row = args.stride = stride_;
+      for (int32_t s = 1; s < cell.states; ++s) args.s[s] = states_[l * buffers + 1 + s];
+      args.m = projected[l];
+      args.y_storage = storage;
+      args.part = part;
+      args.parts = threads;
+    }
+  if (threads == 1) return;
+  helpers_ = new std::vector<std::thread>;
+  for (int32_t part = 1; part < threads; ++part)
+    helpers_->emplace_back([this, part] { help(part); });
+}
+
+Stepper::~Stepper() {
+  if (!helpers_ || forks_ != forks) return;  // in a forked process there is nobody to join
+  stop_ = true;
+  ++phase_;
+  wake_all(phase_);
+  for (std::thread& each : *helpers_) each.join();
+  delete helpers_;
+}
+
+void Stepper::pack(int64_t layer, const Lane& weights) {
+  cell_.pack[in_double_](sizes_[layer], weights, weights_[layer]);
+}
+
+void Stepper::step(const void* x, int64_t x_row, void* y, int64_t y_row) {
+  const auto extent = [&](const void* base, int64_t row, int64_t width) {
+    const char* first = static_cast<const char*>(base);
+    const char* last = first + (batch_ - 1) * row * stored_;
+    return std::make_pair(std::min(first, last), std::max(first, last) + width * stored_);
+  };
+  const auto read = extent(x, x_row, inputs()), written = extent(y, y_row, outputs());
+  if (read.first < written.second && written.first < read.second) {
+    for (int64_t i = 0; i < batch_; ++i)
+      std::memcpy(x_copy_ + i * inputs() * stored_,
+                  static_cast<const char*>(x) + i * x_row * stored_, inputs() * stored_);
+    x = x_copy_;
+    x_row = inputs();
+  }
+  x_ = x;
+  y_ = y;
+  x_row_ = x_row;
+  y_row_ = y_row;
+  for (layer_ = 0; layer_ < layers(); ++layer_) {
+    project_ = false;
+    run_phase();
+    if (!sizes_[layer_].projected) continue;
+    project_ = true;
+    run_phase();
+  }
+  odd_ = !odd_;
+}
+
+// One part of the phase.
+void Stepper::run(int32_t part) {
+  const int64_t L = layers(), buffers = 1 + cell_.states;
+  StepArgs& args = args_[part * L + layer_];
+  args.h = states_[layer_ * buffers + odd_];
+  args.next_h = states_[layer_ * buffers + !odd_];
+  args.descending = odd_;
+  args.project = project_;
+  if (layer_ == 0) {
+    args.x = x_;
+    args.x_row = x_row_;
+  } else {
+    args.x = states_[(layer_ - 1) * buffers + !odd_];
+  }
+  if (layer_ == L - 1) {
+    args.y = y_;
+    args.y_row = y_row_;
+  }
+  kernel_(args);
+}
+
+bool Stepper::run_if_free(int32_t part, uint32_t phase) {
+  uint32_t before = phase - 1;
+  if (!parts_[part].begun.compare_exchange_strong(before, phase)) return false;
+  run(part);
+  parts_[part].done.store(phase, std::memory_order_release);
+  return true;
+}
+
+void Stepper::run_phase() {
+  if (threads_ == 1) return run(0);
+  // Sequentially consistent, as is the helpers' side: either they see the phase, or this sees them
+  // asleep.
+  const uint32_t phase = ++phase_;
+  if (layer_ == 0 && !project_ && asleep_ > 0) wake_all(phase_);
+  run(0);
+  for (int32_t part = 1; part < threads_; ++part) run_if_free(part, phase);
+  for (int32_t part = 1; part < threads_; ++part)
+    for (int32_t spins = 0; parts_[part].done.load(std::memory_order_acquire) != phase;) {
+      relax();
+      if (++spins == kSpinsBeforeYield) {
+        sched_yield();
+        spins = 0;
+      }
+    }
+}
+
+void Stepper::help(int32_t part) {
+  for (uint32_t seen = 0;;) {
+    for (int32_t spins = 0; phase_.load(std::memory_order_acquire) == seen; ++spins) {
+      if (spins < kSpinsBeforeSleep) {
+        relax();
+        continue;
+      }
+      ++asleep_;
+      while (phase_ == seen) sleep_while(phase_, seen);
+      --asleep_;
+    }
+    if (stop_) return;
+    seen = phase_;
+    run_if_free(part, seen);
+  }
+}
+
+char* Stepper::state(int64_t layer, int32_t s) const {
+  return states_[layer * (1 + cell_.states) + (s ? 1 + s : odd_)];
+}
+
+void Stepper::reset() {
+  for (int64_t l = 0; l < layers(); ++l)
+    for (int32_t s = 0; s < cell_.states; ++s)
+      std::memset(state(l, s), 0, batch_ * stride_ * number_);
+}
+
+void Stepper::read(int32_t s, void* to) const {
+  const int64_t row = width(s) * number_;
+  char* at = static_cast<char*>(to);
+  for (int64_t l = 0; l < layers(); ++l)
+    for (int64_t i = 0; i < batch_; ++i, at += row)
+      std::memcpy(at, state(l, s) + i * stride_ * number_, row);
+}
+
+void Stepper::write(int32_t s, const void* from) {
+  const int64_t row = width(s) * number_;
+  const char* at = static_cast<const char*>(from);
+  for (int64_t l = 0; l < layers(); ++l)
+    for (int64_t i = 0; i < batch_; ++i, at += row)
+      std::memcpy(state(l, s) + i * stride_ * number_, at, row);
+}
+
+}  // namespace fastrnn

@@ -1,0 +1,120 @@
+// The contract between the host and the CUDA kernels: plain data, shapes, no ownership. The library
+// of these kernels has a C interface and no torch in it: fastrnn/cuda_scan.py fills these structs,
+// field by field, through ctypes.
+//
+// T steps, B batch, H hidden units, G gates, S states, K kept values, P lanes (independent scans of
+// the same input: directions, heads), W = S-1+K values of [H] that a row of the tape holds. A
+// lane's *step* counts in its own direction; `t` is always the position in time.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/storage.h"
+
+namespace fastrnn {
+
+// How numbers are stored, and multiplied by the recurrent weights. Sums, states and their gradients
+// are in float, but for kFloat64; so is the cell's arithmetic.
+enum class Number : int32_t {
+  kFloat64 = 0,
+  kFloat32 = 1,  // stored and multiplied in float
+  kTf32 = 2,     // stored in float, multiplied as TF32
+  kTf32x3 = 3,   // stored in float, multiplied in three parts of TF32 each, nearly as float
+  kBfloat16 = 4,
+  kFloat16 = 5,
+};
+
+// One launch: every lane through the steps [begin, end) of its own direction. All pointers are to
+// memory of the device, contiguous, aligned to 16 bytes.
+struct Sweep {
+  int64_t steps = 0;  // T
+  int64_t batch = 0;  // B, not 0
+  int64_t hidden = 0;
+  int64_t lanes = 0;
+  int64_t begin = 0;
+  int64_t end = 0;
+  // Row of the batch's rows at which the chunk begins, for lanes forward in time and backward. Row
+  // r is row r - base of `u`, `du`, `dv` and `previous`, and row r of `y`, `dy`, `tape` and
+  // `resets`.
+  int64_t base = 0;
+  int64_t base_reverse = 0;
+  int64_t chunk_rows = 0;  // rows of `u`, `du`, `dv`, `previous` per lane
+  // Row r of the tape is row r - tape_base of `tape`: not 0 for the tape of a chunk.
+  int64_t tape_base = 0;
+  int64_t tape_base_reverse = 0;
+  uint64_t reverse = 0;             // a bit per lane
+  const int64_t* first = nullptr;   // [T+1] row at which a step begins, packed; null: t*B
+  const int64_t* length = nullptr;  // [B] steps of each row of the batch; null: T
+  const uint8_t* resets = nullptr;  // [rows], an episode begins at this row; or null
+  const void* w_hh = nullptr;       // [P, G*H, H], stored
+  // Forward.
+  const void* u = nullptr;     // [P, chunk_rows, G*H], stored; biases are in
+  const void* b_hh = nullptr;  // [P, G*H], stored, for gates that are not tied; or null
+  void* carry = nullptr;       // [S+1, P, B, H], of sums: states before and then after the chunk;
+                               // the last is room for another state 0
+  void* y = nullptr;           // [rows, P, H], stored; only read on the way back
+  void* tape = nullptr;        // [rows, P, W, H], stored, or null; only read on the way back
+  // Recomputation of a tape that was not kept; u, b_hh, carry, y and tape are as forward has them.
+  const void* v = nullptr;  // [P, chunk_rows, G*H], stored: `previous` times the recurrent weights
+  // Backward, from step end-1 to begin.
+  const void* dy = nullptr;  // [rows, P, H], stored, or null for zeros
+  const void* s0 = nullptr;  // [S, P, B, H], of sums
+  void* ds = nullptr;        // [S, P, B, H], of sums: gradients of states after and then before
+  void* du = nullptr;        // [P, chunk_rows, G*H], stored; is `dv` where all gates are tied
+  void* dv = nullptr;        // [P, chunk_rows, G*H], stored
+  void* previous = nullptr;  // [P, chunk_rows, H], stored: state 0 before each step
+  // Working memory, `workspace_bytes` of it; the launch clears what it needs cleared.
+  void* workspace = nullptr;
+};
+
+// How it runs; chosen by fastrnn/plan.
+struct CudaPlan {
+  Number number = Number::kFloat32;
+  int32_t regime = 0;      // Regime
+  int32_t batch_tile = 8;  // rows of the batch that a group of blocks works on: 8, 16 or 32; of
+                           // kStep 16, 32 or 64
+  int32_t blocks = 1;      // of a group, which shares the hidden units of a tile
+  int32_t warps = 4;       // of a block
+  int32_t groups = 1;      // of kGrid, that run at the same time; the others follow
+};
+
+enum Regime : int32_t {
+  kStep = 0,     // a launch a step, weights from the cache: any H, any number
+  kBlock = 1,    // one block holds all weights of a lane
+  kCluster = 2,  // a cluster of blocks holds them, and exchanges h through distributed memory
+  kGrid = 3,     // a group of blocks anywhere on the device, which exchanges h through the L2 cache
+};
+
+}  // namespace fastrnn
+
+// 0, or a cudaError_t. A cell is known by its name, as in fastrnn/cells.py.
+extern "C" {
+int fastrnn_cuda_forward(const char* cell, const fastrnn::Sweep*, const fastrnn::CudaPlan*,
+                         void* stream);
+int fastrnn_cuda_backward(const char* cell, const fastrnn::Sweep*, const fastrnn::CudaPlan*,
+                          void* stream);
+// Recomputation: `previous`, state 0 before each step, from y and state 0 of s0; then, when `v` is
+// there, the tape (where there is one) and the states past the first in `carry`, before the chunk
+// and then after it.
+int fastrnn_cuda_previous(const char* cell, const fastrnn::Sweep*, const fastrnn::CudaPlan*,
+                          void* stream);
+int fastrnn_cuda_replay(const char* cell, const fastrnn::Sweep*, const fastrnn::CudaPlan*,
+                        void* stream);
+// Bytes of `workspace` that a launch needs.
+int64_t fastrnn_cuda_workspace_bytes(const char* cell, const fastrnn::Sweep*,
+                                     const fastrnn::CudaPlan*, int backward);
+// Bytes of shared memory of a block of a persistent kernel; negative where no block can do its part
+// of such a plan.
+int64_t fastrnn_cuda_shared_bytes(const char* cell, const fastrnn::Sweep*, const fastrnn::CudaPlan*,
+                                  int backward);
+// How many clusters of `blocks` blocks, each with `shared_bytes` of shared memory, run at the same
+// time on the current device; 0 where there are no clusters, negative for an error.
+int fastrnn_cuda_resident_clusters(int blocks, int threads, int64_t shared_bytes);
+// The text of an error.
+const char* fastrnn_cuda_error(int error);
+// Names of the cells that it has kernels for, with a space after each.
+const char* fastrnn_cuda_cells();
+// Whether this library runs the kernels in the simulator of the tests, on memory of the CPU.
+int fastrnn_cuda_simulated();
+}

@@ -1,0 +1,111 @@
+// The C interface of csrc/cuda/contract.h: what a call must hold, and which launcher takes it.
+
+#include <cstring>
+#include <limits>
+#include <string>
+
+#include "cuda/launch.h"
+#include "cuda/platform.cuh"
+
+namespace fastrnn {
+namespace {
+
+// Index in FASTRNN_CELLS; -1 where there is no such cell.
+int cell_index(const char* name) {
+  int index = 0;
+#define FASTRNN_NAME(Cell)                               \
+  if (std::strcmp(name, Cell::kName) == 0) return index; \
+  ++index;
+  FASTRNN_CELLS(FASTRNN_NAME)
+#undef FASTRNN_NAME
+  return -1;
+}
+
+bool valid(int cell, const Sweep& s, const CudaPlan& plan) {
+  const bool sizes = s.steps > 0 && s.batch > 0 && s.hidden > 0 && s.lanes > 0 && s.lanes <= 64;
+  const bool chunk = 0 <= s.begin && s.begin <= s.end && s.end <= s.steps;
+  // Times are 32 bits wide in kernels, and so is the number of a block.
+  constexpr int64_t most = std::numeric_limits<int32_t>::max();
+  const bool narrow = s.steps < most && s.batch < most && s.hidden < most / 64;
+  const bool known = plan.number >= Number::kFloat64 && plan.number <= Number::kFloat16 &&
+                     plan.regime >= kStep && plan.regime <= kGrid;
+  return cell >= 0 && sizes && chunk && narrow && known;
+}
+
+}  // namespace
+
+}  // namespace fastrnn
+
+#define FASTRNN_EXPORT __attribute__((visibility("default")))
+
+extern "C" {
+
+FASTRNN_EXPORT int fastrnn_cuda_forward(const char* cell, const fastrnn::Sweep* sweep,
+                                        const fastrnn::CudaPlan* plan, void* stream) {
+  const int index = fastrnn::cell_index(cell);
+  if (!fastrnn::valid(index, *sweep, *plan)) return fastrnn::kInvalidValue;
+  const auto launch = plan->regime == fastrnn::kStep ? fastrnn::launch_step_forward
+                                                     : fastrnn::launch_persistent_forward;
+  return sweep->begin == sweep->end ? 0 : launch(index, *sweep, *plan, stream);
+}
+
+FASTRNN_EXPORT int fastrnn_cuda_backward(const char* cell, const fastrnn::Sweep* sweep,
+                                         const fastrnn::CudaPlan* plan, void* stream) {
+  const int index = fastrnn::cell_index(cell);
+  if (!fastrnn::valid(index, *sweep, *plan)) return fastrnn::kInvalidValue;
+  const auto launch = plan->regime == fastrnn::kStep ? fastrnn::launch_step_backward
+                                                     : fastrnn::launch_persistent_backward;
+  return sweep->begin == sweep->end ? 0 : launch(index, *sweep, *plan, stream);
+}
+
+FASTRNN_EXPORT int fastrnn_cuda_previous(const char* cell, const fastrnn::Sweep* sweep,
+                                         const fastrnn::CudaPlan* plan, void* stream) {
+  const int index = fastrnn::cell_index(cell);
+  if (!fastrnn::valid(index, *sweep, *plan)) return fastrnn::kInvalidValue;
+  return sweep->begin == sweep->end ? 0 : fastrnn::launch_previous(index, *sweep, *plan, stream);
+}
+
+FASTRNN_EXPORT int fastrnn_cuda_replay(const char* cell, const fastrnn::Sweep* sweep,
+                                       const fastrnn::CudaPlan* plan, void* stream) {
+  const int index = fastrnn::cell_index(cell);
+  if (!fastrnn::valid(index, *sweep, *plan)) return fastrnn::kInvalidValue;
+  return sweep->begin == sweep->end ? 0 : fastrnn::launch_replay(index, *sweep, *plan, stream);
+}
+
+FASTRNN_EXPORT int64_t fastrnn_cuda_workspace_bytes(const char* cell, const fastrnn::Sweep* sweep,
+                                                    const fastrnn::CudaPlan* plan, int backward) {
+  const int index = fastrnn::cell_index(cell);
+  if (plan->regime == fastrnn::kStep || !fastrnn::valid(index, *sweep, *plan)) return 0;
+  return backward ? fastrnn::persistent_backward_workspace_bytes(index, *sweep, *plan)
+                  : fastrnn::persistent_forward_workspace_bytes(index, *sweep, *plan);
+}
+
+FASTRNN_EXPORT int64_t fastrnn_cuda_shared_bytes(const char* cell, const fastrnn::Sweep* sweep,
+                                                 const fastrnn::CudaPlan* plan, int backward) {
+  const int index = fastrnn::cell_index(cell);
+  if (plan->regime == fastrnn::kStep || !fastrnn::valid(index, *sweep, *plan)) return -1;
+  return backward ? fastrnn::persistent_backward_shared_bytes(index, *sweep, *plan)
+                  : fastrnn::persistent_forward_shared_bytes(index, *sweep, *plan);
+}
+
+FASTRNN_EXPORT int fastrnn_cuda_resident_clusters(int blocks, int threads, int64_t shared_bytes) {
+  return fastrnn::resident_clusters(blocks, threads, shared_bytes);
+}
+
+FASTRNN_EXPORT const char* fastrnn_cuda_error(int error) { return fastrnn::dev::error_text(error); }
+
+FASTRNN_EXPORT const char* fastrnn_cuda_cells() {
+  // A cell's name has no space in it.
+  static const std::string names = [] {
+    std::string all;
+#define FASTRNN_NAME(Cell) all += std::string(fastrnn::Cell::kName) + " ";
+    FASTRNN_CELLS(FASTRNN_NAME)
+#undef FASTRNN_NAME
+    return all;
+  }();
+  return names.c_str();
+}
+
+FASTRNN_EXPORT int fastrnn_cuda_simulated() { return fastrnn::dev::kSimulated ? 1 : 0; }
+
+}  // extern "C"

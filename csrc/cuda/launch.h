@@ -1,0 +1,45 @@
+// What stands between the C interface, csrc/cuda/entry.cu, and the kernels: a launcher per regime
+// and direction. Each returns 0 or a cudaError_t, and launches on `stream` without waiting for it.
+#pragma once
+
+#include "core/cell.h"
+#include "cuda/contract.h"
+
+namespace fastrnn {
+
+// The errors that launchers return on their own account, which are CUDA's.
+constexpr int kInvalidValue = 1;          // cudaErrorInvalidValue
+constexpr int kInvalidConfiguration = 9;  // cudaErrorInvalidConfiguration: the plan does not fit
+
+// Whatever a launcher compiles once per cell: `with_cell(cell, [&](auto c) { ... decltype(c) ...
+// })` calls it with an object of the cell of that index, which is one of FASTRNN_CELLS.
+template <class F>
+int with_cell(int cell, F f) {
+  int index = 0;
+#define FASTRNN_CASE(Cell) \
+  if (cell == index++) return f(Cell{});
+  FASTRNN_CELLS(FASTRNN_CASE)
+#undef FASTRNN_CASE
+  return kInvalidValue;
+}
+
+// csrc/cuda/step/forward.cu
+int launch_step_forward(int cell, const Sweep& sweep, const CudaPlan& plan, void* stream);
+int launch_step_backward(int cell, const Sweep& sweep, const CudaPlan& plan, void* stream);
+
+// csrc/cuda/replay.cu
+int launch_previous(int cell, const Sweep& sweep, const CudaPlan& plan, void* stream);
+int launch_replay(int cell, const Sweep& sweep, const CudaPlan& plan, void* stream);
+
+// csrc/cuda/persistent/forward.cu
+int launch_persistent_forward(int cell, const Sweep& sweep, const CudaPlan& plan, void* stream);
+int64_t persistent_forward_workspace_bytes(int cell, const Sweep& sweep, const CudaPlan& plan);
+int64_t persistent_forward_shared_bytes(int cell, const Sweep& sweep, const CudaPlan& plan);
+int resident_clusters(int blocks, int threads, int64_t shared_bytes);
+
+// csrc/cuda/persistent/backward.cu
+int launch_persistent_backward(int cell, const Sweep& sweep, const CudaPlan& plan, void* stream);
+int64_t persistent_backward_workspace_bytes(int cell, const Sweep& sweep, const CudaPlan& plan);
+int64_t persistent_backward_shared_bytes(int cell, const Sweep& sweep, const CudaPlan& plan);
+
+}  // namespace fastrnn

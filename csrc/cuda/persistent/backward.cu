@@ -1,0 +1,357 @@
+// The sweep from the end in one launch: the recurrent weights stay on chip, the steps are a loop.
+
+#include "cuda/persistent/launch.cuh"
+#include "cuda/quick_math.cuh"
+#include "cuda/rows.cuh"
+
+namespace fastrnn {
+namespace {
+
+using persistent::Launched;
+using tile::kWarp;
+using tile::Layout;
+
+// ---- Traits ------------------------------------------------------------------------------------
+
+// A row group has kTiles times 16 units; its product adds up, over the gates of all units, what of
+// their gradients reaches state 0 of these. Of the result an *item* is 8 units in 8 columns, two
+// numbers to a thread. The warps of a row group, each with a slice of the product, share out the
+// items, because the cell's arithmetic takes as long as the product.
+template <class Cell_, Number number_, int kTiles_, int kColumnTiles>
+struct Traits {
+  using Cell = Cell_;
+  static constexpr Number number = number_;
+  static constexpr int kGates = Cell::kGates, kStates = Cell::kStates, kKept = Cell::kKept;
+  static constexpr int kTiles = kTiles_, N = kColumnTiles;
+  static constexpr int kColumns = 8 * N;
+  static constexpr int kUnits = 16 * kTiles;
+  static constexpr int kItems = 2 * kTiles * N;
+  // Chunks for which there are registers, eight of these for each tile; splitting numbers in parts
+  // takes some.
+  static constexpr bool kSplit = number == Number::kTf32x3;
+  static constexpr int kRoom =
+      (N == 4 ? 8 : 10) - (kSplit ? 4 : 0) - (kSplit && kItems >= 16 ? 2 : 0);
+  static constexpr int kResident = kRoom / kTiles;
+  static constexpr int kSize = tile::operand_bytes(number);
+  static constexpr int kGatePieces = 8 * kSize / tile::kPiece;  // of an item's column, per gate
+  static constexpr int kPieces = kGates * kGatePieces;
+  static constexpr int kTaped = kStates - 1 + kKept;
+  // Of a row group in shared memory: gradients of states, and steps of the rows of the batch.
+  static constexpr int kGradients = kItems * kStates * kWarp * sizeof(float2);
+  static constexpr int kOwn = kGradients + kColumns * sizeof(int);
+  using Format = tile::Format<number>;
+  using Stored = typename Format::Stored;
+  using Operand = typename Format::Operand;
+  using Product = tile::Product<number, kTiles, N, kResident>;
+
+  static tile::Need need(int64_t hidden) {
+    const int64_t padded = (hidden + 7) / 8 * 8;
+    return {(hidden + kUnits - 1) / kUnits,
+            kGates * padded * kSize,
+            kTiles,
+            kColumns,
+            kResident,
+            tile::staged_bytes<kPieces>(),
+            kOwn,
+            true};
+  }
+};
+
+// What the cell's derivative reads at a step, as it is stored, for both numbers of an item.
+template <class X>
+struct Values {
+  typename X::Stored kept[2][X::kKept + 1], before[2][X::kStates], after[2][X::kStates], dy[2];
+  uint8_t resets[2];
+  bool alive[2];
+};
+
+// ---- Kernel ------------------------------------------------------------------------------------
+
+// A group of blocks takes one lane and one tile of N rows of the batch through all steps, from the
+// last. A block owns the columns of the weights for some units, in registers and then in shared
+// memory, where the gradients of these units' states lie too, in float. dv is what the blocks
+// exchange, as tile::Exchange has it; operand i is the dv of the step before in this loop:
+//   wait for dv of all units -> R^T * dv -> add up the slices -> cell -> send dv -> store it.
+// What the cell reads of an item is loaded two items ahead: for most plans that is a whole step.
+// Per step and group: 2*G*H*H*N FLOP; (S + K + 2)*H*N numbers in, (G + 1)*H*N out.
+template <class X>
+__global__ void __launch_bounds__(tile::kThreads, 1)
+    persistent_backward(const Sweep sweep, const Launched launched) {
+  using Cell = typename X::Cell;
+  using Format = typename X::Format;
+  using Stored = typename X::Stored;
+  constexpr int G = X::kGates, S = X::kStates, K = X::kKept, N = X::N;
+  FASTRNN_SHARED(char, shared);
+  const Layout& layout = launched.at;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int group = warp % layout.groups, slice = warp / layout.groups;
+  const int rank = blockIdx.x % launched.blocks;
+  const int task = launched.first + static_cast<int>(blockIdx.x) / launched.blocks;
+  const Lane at(sweep, task / launched.tiles);
+  const int64_t b0 = int64_t{task % launched.tiles} * X::kColumns;
+  const int hidden = static_cast<int>(sweep.hidden), padded = (hidden + 7) / 8 * 8;
+
+  char* own = shared + layout.own + group * X::kOwn;
+  int* stops = reinterpret_cast<int*>(own + X::kGradients);  // [N]
+  int longest = 0;
+  for (int n = lane; n < X::kColumns; n += kWarp) {
+    const int stop = at.stop(b0 + n);
+    longest = stop > longest ? stop : longest;
+    if (slice == 0) stops[n] = stop;
+  }
+#pragma unroll
+  for (int lanes = 1; lanes < kWarp; lanes *= 2) {
+    const int other = __shfl_xor_sync(0xffffffffu, longest, lanes);
+    longest = other > longest ? other : longest;
+  }
+  const int low = at.low(longest), high = at.high(longest), steps = high - low;
+  if (steps <= 0) return;  // and so does the whole group
+
+  const tile::Exchange exchange{layout,
+                                launched.regime,
+                                rank,
+                                X::kColumns,
+                                steps + 1,
+                                shared,
+                                reinterpret_cast<uint64_t*>(shared + layout.barriers),
+                                launched.areas + task * tile::area_bytes(layout, X::kColumns),
+                                launched.flags + task * tile::flag_bytes(layout)};
+  if (rank >= layout.active) {
+    exchange.ready();
+    exchange.end();
+    return;
+  }
+  exchange.begin();
+
+  const int first_unit = (rank * layout.groups + group) * X::kUnits;
+  const bool computes = first_unit < hidden;  // this warp
+  typename X::Product product;
+  if (computes) {
+    const Stored* w_hh = static_cast<const Stored*>(sweep.w_hh) + at.weights(G, 0);
+    product.load(layout, shared, warp, slice, [&](int row, int w) {
+      const int n = first_unit + row, k = w * 4 / X::kSize;
+      const int g = k / padded, from = k % padded;
+      if (n >= hidden || g >= G) return 0u;
+      const Stored* weights = w_hh + int64_t{g} * hidden * hidden + n;
+      return tile::column_word<Format>(weights, hidden, from, hidden);
+    });
+  }
+
+  // This warp's items are slice, slice + slices, ...: octets of units, N times 8 columns of each.
+  const auto item = [&](int i) { return slice + i * layout.slices; };
+  const auto unit = [&](int i) { return first_unit + item(i) / N * 8; };
+  const auto column = [&](int i) { return item(i) % N * 8; };
+  int items = 0;
+  while (item(items) < X::kItems && unit(items) < hidden) ++items;
+  const int pair = lane % 4 * 2;  // of an item's columns, this one and the next
+  const auto gradient = [&](int i, int k) -> float2& {
+    return reinterpret_cast<float2*>(own)[(item(i) * S + k) * kWarp + lane];
+  };
+  float* states = static_cast<float*>(sweep.ds);
+#pragma unroll 1
+  for (int i = 0; i < items; ++i) {
+    const int n = unit(i) + lane / 4;
+    const int64_t b = b0 + column(i) + pair;
+#pragma unroll
+    for (int k = 0; k < S; ++k) {
+      float2 x = make_float2(0, 0);
+      if (n < hidden && b < sweep.batch) x.x = states[at.state(k, b) + n];
+      if (n < hidden && b + 1 < sweep.batch) x.y = states[at.state(k, b + 1) + n];
+      gradient(i, k) = x;
+    }
+  }
+
+  // Of a step of the loop its time, and where the rows of the tile begin then.
+  const auto time = [&](int step) { return at.time(high - 1 - step > 0 ? high - 1 - step : 0); };
+  const auto row = [&](int step) { return at.row(time(step), b0); };
+  const auto fetch = [&](Values<X>& to, int i, int t, int64_t row0, int64_t row0_before) {
+    const int n = unit(i) + lane / 4, c = column(i) + pair;
+    const Stored* y = static_cast<const Stored*>(sweep.y) + n;
+    const Stored* tape = static_cast<const Stored*>(sweep.tape) + at.tape_origin(X::kTaped) + n;
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int stop = stops[c + e];
+      to.alive[e] = t < stop && n < hidden;
+      if (!to.alive[e]) continue;
+      const int64_t here = at.output(row0 + c + e), taped = here * X::kTaped;
+#pragma unroll
+      for (int k = 0; k < K; ++k) to.kept[e][k] = tape[taped + (S - 1 + k) * hidden];
+      to.after[e][0] = y[here];
+#pragma unroll
+      for (int k = 1; k < S; ++k) to.after[e][k] = tape[taped + (k - 1) * hidden];
+      if (sweep.dy != nullptr) to.dy[e] = static_cast<const Stored*>(sweep.dy)[here + n];
+      if (at.initial(t, stop)) {
+        // They came in as stored numbers, so that nothing is lost.
+        const float* s0 = static_cast<const float*>(sweep.s0) + n;
+#pragma unroll
+        for (int k = 0; k < S; ++k)
+          to.before[e][k] = dev::from_float<Stored>(s0[at.state(k, b0 + c + e)]);
+      } else {
+        const int64_t there = at.output(row0_before + c + e);
+        to.before[e][0] = y[there];
+#pragma unroll
+        for (int k = 1; k < S; ++k) to.before[e][k] = tape[there * X::kTaped + (k - 1) * hidden];
+      }
+      if (sweep.resets != nullptr) {
+        const int edge = at.reverse ? t + 1 : t;
+        const int64_t row_of_edge = at.reverse ? row0_before : row0;
+        to.resets[e] = edge < stop ? sweep.resets[row_of_edge + c + e] : 0;
+      }
+    }
+  };
+  int64_t row0 = row(0), row0_before = row(1);
+  Values<X> even = {}, odd = {};
+  if (items > 0) fetch(even, 0, time(0), row0, row0_before);
+  if (items > 1) fetch(odd, 1, time(0), row0, row0_before);
+  char* staging = shared + layout.staging + warp * layout.staged;
+  const int gate_stride = launched.regime == kBlock ? padded : 8;  // where `place` says
+  uint32_t passes = 0;  // a bit per number: the product of the next operand is part of it
+  const auto add_product = [&](int i, float2 x) {
+    const float2 sum = tile::sum_of<X::kItems>(layout, shared, group, item(i));
+    if (passes >> 2 * i & 1) x.x += sum.x;
+    if (passes >> 2 * i & 2) x.y += sum.y;
+    return x;
+  };
+  exchange.ready();
+
+  for (int step = 0;; ++step) {
+    const char* operand = exchange.wait(step, computes);
+    if (computes && step > 0) {
+      typename X::Product::Sums sum;
+      if (launched.regime == kGrid)
+        product.run_in_place(operand, sum);
+      else
+        product.run(operand, sum);
+      tile::share_sums(layout, shared, group, slice, sum);
+    }
+    if (step == steps) break;
+    const int t = time(step);
+    const int64_t row0_later = row(step + 2);
+    const auto process = [&](Values<X>& given, int i) {
+      const int n = unit(i) + lane / 4, c = column(i) + pair;
+      float2 ds[S];
+#pragma unroll
+      for (int k = 0; k < S; ++k) ds[k] = gradient(i, k);
+      if (step > 0) ds[0] = add_product(i, ds[0]);
+      const auto place =
+          exchange.place<X::kPieces>(step + 1, staging, column(i), unit(i) * X::kSize);
+      Quick du[2][G], dv[2][G];
+      Stored previous[2];
+      const bool alive[2] = {given.alive[0], given.alive[1]};
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const bool cut = sweep.resets != nullptr && given.resets[e] != 0;
+        Quick kept[K + 1], before[S], after[S], dafter[S], dbefore[S];
+#pragma unroll
+        for (int k = 0; k < K; ++k) kept[k] = dev::to_float(given.kept[e][k]);
+#pragma unroll
+        for (int k = 0; k < S; ++k) {
+          before[k] = cut ? 0 : dev::to_float(given.before[e][k]);
+          after[k] = dev::to_float(given.after[e][k]);
+          dafter[k] = e == 0 ? ds[k].x : ds[k].y;
+        }
+        dafter[0] = dafter[0] + dev::to_float(given.dy[e]);
+        previous[e] = cut ? Stored(0.0f) : given.before[e][0];
+        Cell::backward(kept, before, after, dafter, du[e], dv[e], dbefore);
+        auto* to = reinterpret_cast<typename X::Operand*>(place.to + e * place.pitch);
+#pragma unroll
+        for (int g = 0; g < G; ++g) {
+          if (!alive[e]) dv[e][g] = 0;
+          Format::store(to + g * gate_stride + lane / 4, dv[e][g].x);
+        }
+#pragma unroll
+        for (int k = 0; k < S; ++k) {
+          if (alive[e]) (e == 0 ? ds[k].x : ds[k].y) = cut ? 0 : dbefore[k].x;
+        }
+        const uint32_t bit = 1u << (2 * i + e);
+        passes = alive[e] && !cut ? passes | bit : passes & ~bit;
+      }
+      exchange.send<X::kPieces>(step + 1, staging, column(i), [&](int piece) {
+        const int g = piece / X::kGatePieces, part = piece % X::kGatePieces;
+        return (g * padded + unit(i)) * X::kSize + part * tile::kPiece;
+      });
+#pragma unroll
+      for (int k = 0; k < S; ++k) gradient(i, k) = ds[k];
+      // The next item in this place: of this step still, or of the next.
+      const bool still = i + 2 < items;
+      if (still || step + 1 < steps) {
+        fetch(given, still ? i + 2 : i % 2, still ? t : time(step + 1), still ? row0 : row0_before,
+              still ? row0_before : row0_later);
+      }
+      // Nobody waits for these.
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        if (!alive[e]) continue;
+        const int64_t into = at.chunk_row(row0 + c + e) * hidden;
+        static_cast<Stored*>(sweep.previous)[into + n] = previous[e];
+#pragma unroll
+        for (int g = 0; g < G; ++g) {
+          const int64_t gate = into * G + g * hidden + n;
+          dev::store(static_cast<Stored*>(sweep.dv) + gate, dv[e][g].x);
+          if (!all_tied<Cell>()) dev::store(static_cast<Stored*>(sweep.du) + gate, du[e][g].x);
+        }
+      }
+    };
+#pragma unroll 1
+    for (int i = 0; i < items; i += 2) {
+      process(even, i);
+      if (i + 1 < items) process(odd, i + 1);
+    }
+    exchange.sent(step + 1);
+    row0 = row0_before;
+    row0_before = row0_later;
+  }
+#pragma unroll 1
+  for (int i = 0; i < items; ++i) {
+    const int n = unit(i) + lane / 4;
+    const int64_t b = b0 + column(i) + pair;
+#pragma unroll
+    for (int k = 0; k < S; ++k) {
+      const float2 x = k == 0 ? add_product(i, gradient(i, 0)) : gradient(i, k);
+      if (n < hidden && b < sweep.batch) states[at.state(k, b) + n] = x.x;
+      if (n < hidden && b + 1 < sweep.batch) states[at.state(k, b + 1) + n] = x.y;
+    }
+  }
+  exchange.end();
+}
+
+// ---- Launch ------------------------------------------------------------------------------------
+
+// A row group has 16 units. It has 32 where a block of a grid has more than 16, so that its warps,
+// which read the operand each for themselves, read it once; and, for a cell of one gate and 8
+// columns, 64 where a block would need too many warps for less.
+struct Choice {
+  template <class Cell, Number number, int N, class F>
+  static int with_traits(const Sweep& sweep, const CudaPlan& plan, F f) {
+    using Few = Traits<Cell, number, 1, N>;
+    using Two = Traits<Cell, number, 2, N>;
+    if (plan.regime == kGrid && persistent::lay_out<Few>(sweep, plan).groups != 1 &&
+        persistent::lay_out<Two>(sweep, plan).groups != 0)
+      return f(Two{});
+    if constexpr (Cell::kGates == 1 && N == 1) {
+      if (persistent::lay_out<Few>(sweep, plan).groups == 0) return f(Traits<Cell, number, 4, N>{});
+    }
+    return f(Few{});
+  }
+};
+
+}  // namespace
+
+// ---- Entry -------------------------------------------------------------------------------------
+
+int launch_persistent_backward(int cell, const Sweep& sweep, const CudaPlan& plan, void* stream) {
+  return persistent::with_traits<Choice>(cell, sweep, plan, [&](auto x) {
+    using X = decltype(x);
+    return persistent::launch<X>(persistent_backward<X>, sweep, plan, stream);
+  });
+}
+
+int64_t persistent_backward_workspace_bytes(int cell, const Sweep& sweep, const CudaPlan& plan) {
+  return persistent::workspace_bytes<Choice>(cell, sweep, plan);
+}
+
+int64_t persistent_backward_shared_bytes(int cell, const Sweep& sweep, const CudaPlan& plan) {
+  return persistent::shared_bytes<Choice>(cell, sweep, plan);
+}
+
+}  // namespace fastrnn

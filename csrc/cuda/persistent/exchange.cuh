@@ -1,0 +1,202 @@
+// How the operand of the next step gets from the warps that compute it to all blocks of a group: in
+// shared memory, through a cluster's, or through the L2 cache.
+#pragma once
+
+#include "cuda/persistent/product.cuh"
+
+namespace fastrnn {
+namespace tile {
+
+constexpr int kFlag = 128;  // bytes from a flag to the next, a line of the L2 cache
+
+// Bytes of working memory that a group of a grid needs: flags, which must be zero before the launch
+// and lie side by side for all groups, and B twice.
+__host__ __device__ constexpr int64_t flag_bytes(const Layout& at) {
+  return int64_t{at.active} * kFlag;
+}
+__host__ __device__ constexpr int64_t area_bytes(const Layout& at, int columns) {
+  return int64_t{2} * columns * at.exchanged;
+}
+
+// A warp collects what it sends in eight rows of kPieces. At one time it writes eight numbers side
+// by side into rows 0, 2, 4 and 6, or 1, 3, 5 and 7, and it reads eight pieces in the order of
+// rows. Gaps before some rows, bytes before row n all told, keep either from meeting in a bank.
+template <int kPieces>
+__host__ __device__ constexpr int staged_gaps(int n) {
+  constexpr int kTogether = kPieces % 2 != 0 ? 8 : kPieces % 4 != 0 ? 4 : 2;
+  return n / kTogether * 32;
+}
+template <int kPieces>
+constexpr int staged_bytes() {
+  return 8 * kPieces * kPiece + staged_gaps<kPieces>(7);
+}
+
+// How the operand of the next step gets from the warps that compute it to all blocks of the group.
+// Operand 0 lies in `first()` when the loop begins, `wait(i)` gives operand i, `send` takes pieces
+// of operand i + 1, and every thread calls `sent` after the last of them. All threads of a block
+// call `wait` and `sent` for the same operands.
+//
+// Of a grid operand i lies in global memory, and is copied from there into shared memory unless it
+// is read in place; operand 0 is not there then.
+//
+// Two places for B are enough. A block writes into operand i + 1's place, or a peer's, after it has
+// received all of operand i. Each warp that read operand i - 1, from the same place, had a part in
+// some piece of operand i, which was sent only after that warp had finished reading.
+struct Exchange {
+  const Layout& at;
+  int regime;
+  int rank;            // of this block in its group
+  int columns;         // N
+  int operands;        // how many there will be: the loop's steps, operand 0 included
+  char* tiles;         // B in shared memory
+  uint64_t* barriers;  // of a cluster: one for each place, counting bytes
+  char* area;          // of a grid: B twice in global memory, rows `exchanged` bytes apart
+  char* flags;         // of a grid: the operand that a block has sent, one per block
+
+  __device__ __forceinline__ char* first() const { return tiles; }
+
+  // Before operand 0 is written. `begin` makes shared memory ready, a place that no piece reaches
+  // included; after `ready` no block is behind.
+  __device__ __forceinline__ void begin() const {
+    const int bytes = at.tile * (regime == kGrid ? 1 : 2);
+    for (int i = threadIdx.x * 16; i < bytes; i += blockDim.x * 16)
+      *reinterpret_cast<uint4*>(tiles + i) = make_uint4(0, 0, 0, 0);
+    if (regime == kCluster && threadIdx.x == 0) {
+      dev::barrier_init(&barriers[0], 1);
+      dev::barrier_init(&barriers[1], 1);
+      dev::barrier_fence_init();
+      if (operands > 1) dev::barrier_expect(&barriers[1], columns * at.exchanged);
+    }
+    __syncthreads();
+  }
+
+  __device__ __forceinline__ void ready() const {
+    if (regime == kCluster)
+      dev::cluster_sync();
+    else
+      __syncthreads();
+  }
+
+  // Before a block changes what all blocks made operand 0 of. Where there is another operand, or
+  // a cluster or a block that was `ready`, all have; else the blocks of a grid wait for each other.
+  __device__ __forceinline__ void settle() const {
+    if (regime != kGrid || operands > 1) return;
+    sent(1);
+    await(1);
+  }
+
+  // Before a block leaves: its peers may still write into its shared memory.
+  __device__ __forceinline__ void end() const {
+    if (regime == kCluster) dev::cluster_sync();
+  }
+
+  // A warp without units does not wait for a cluster's operands: nothing that it sends would keep
+  // the others from coming two phases further, which looks as if none had passed.
+  __device__ __forceinline__ const char* wait(int i, bool computes) const {
+    if (regime == kGrid) {
+      if (i > 0) await(i);
+      if (at.tile == 0) return arrived(i);
+      if (i > 0) receive(i);
+      return tiles;
+    }
+    const int place = i & 1;
+    if (regime == kBlock) {
+      if (i > 0) __syncthreads();
+    } else {
+      if (i > 0 && computes) dev::barrier_wait(&barriers[place], (i - 1) >> 1 & 1);
+      // Its next phase: no byte for it is on the way before this warp has sent its part.
+      if (threadIdx.x == 0 && i + 2 < operands)
+        dev::barrier_expect(&barriers[place], columns * at.exchanged);
+    }
+    return tiles + place * at.tile;
+  }
+
+  // Where a thread writes what its warp is going to send of operand i, eight columns from `column`
+  // on: it has two of them, 2 (lane % 4) and the next, whose rows are `pitch` bytes apart. A lone
+  // block writes into the operand itself, from `offset` on.
+  struct Place {
+    char* to;
+    int pitch;
+  };
+  template <int kPieces>
+  __device__ __forceinline__ Place place(int i, const char* staging, int column, int offset) const {
+    const bool alone = regime == kBlock;
+    const int pair = threadIdx.x % 4 * 2;
+    // A choice of numbers, not of pointers, lets the compiler see that this is shared memory.
+    const int own = static_cast<int>(staging - tiles);
+    const int first = alone ? (i & 1) * at.tile + column * at.pitch + offset : own;
+    const int pitch = alone ? at.pitch : kPieces * kPiece;
+    const int gaps = alone ? 0 : staged_gaps<kPieces>(pair);
+    return {tiles + first + pair * pitch + gaps, pitch};
+  }
+
+  // Sends, of eight columns from `column` on, kPieces pieces each, which lie in `staging`. Piece q
+  // goes to `offset(q)` in the row of B; one past the row's end does not go.
+  template <int kPieces, class Offset>
+  __device__ __forceinline__ void send(int i, const char* staging, int column,
+                                       Offset offset) const {
+    if (regime == kBlock) return;
+    constexpr int kAll = 8 * kPieces;
+    constexpr int kAtOnce = kAll % kWarp == 0 ? kWarp : kAll % 16 == 0 ? 16 : 8;  // lanes, a peer
+    const int lane = threadIdx.x % kWarp, place = i & 1;
+    __syncwarp();
+#pragma unroll
+    for (int first = 0; first < kAll; first += kAtOnce) {
+      const int piece = first + lane % kAtOnce;
+      const int row = piece / kPieces, n = column + row, to = offset(piece % kPieces);
+      if (to >= at.exchanged) continue;
+      const char* from = staging + piece * kPiece + staged_gaps<kPieces>(row);
+      const uint4 value = *reinterpret_cast<const uint4*>(from);
+      if (regime == kCluster) {
+        const char* here = tiles + place * at.tile + n * at.pitch + to;
+        for (int peer = lane / kAtOnce; peer < at.active; peer += kWarp / kAtOnce) {
+          dev::st_async16(dev::peer_address(here, peer), value,
+                          dev::peer_address(&barriers[place], peer));
+        }
+      } else if (lane < kAtOnce) {
+        *reinterpret_cast<uint4*>(area + (place * columns + n) * int64_t{at.exchanged} + to) =
+            value;
+      }
+    }
+    __syncwarp();  // before the next pieces are written over these
+  }
+
+  __device__ __forceinline__ void sent(int i) const {
+    if (regime != kGrid) return;
+    __syncthreads();
+    if (threadIdx.x == 0) dev::store_release(reinterpret_cast<uint32_t*>(flags + rank * kFlag), i);
+  }
+
+ private:
+  // Until all blocks of a grid's group have sent operand i.
+  __device__ __forceinline__ void await(int i) const {
+    if (threadIdx.x < kWarp) {
+      const int lane = threadIdx.x;
+      for (int block = lane; block < at.active; block += kWarp) {
+        const uint32_t* flag = reinterpret_cast<const uint32_t*>(flags + block * kFlag);
+        while (dev::load_acquire(flag) < static_cast<uint32_t>(i)) {
+        }
+      }
+    }
+    __syncthreads();
+  }
+
+  __device__ __forceinline__ const char* arrived(int i) const {
+    return area + (i & 1) * columns * int64_t{at.exchanged};
+  }
+
+  __device__ __forceinline__ void receive(int i) const {
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    const char* from = arrived(i);
+    for (int n = warp; n < columns; n += blockDim.x / kWarp) {
+      for (int k = lane * kPiece; k < at.exchanged; k += kWarp * kPiece)
+        dev::copy_async16(tiles + n * at.pitch + k, from + n * int64_t{at.exchanged} + k, true);
+    }
+    dev::copy_async_commit();
+    dev::copy_async_wait<0>();
+    __syncthreads();
+  }
+};
+
+}  // namespace tile
+}  // namespace fastrnn

@@ -1,0 +1,344 @@
+// The forward sweep in one launch: the recurrent weights stay on chip, the steps are a loop.
+
+#include <type_traits>
+
+#include "cuda/persistent/launch.cuh"
+#include "cuda/quick_math.cuh"
+#include "cuda/rows.cuh"
+
+namespace fastrnn {
+namespace {
+
+using persistent::Launched;
+using tile::kWarp;
+using tile::Layout;
+
+// ---- Traits ------------------------------------------------------------------------------------
+
+// A row group has the rows of all gates for kOctets times 8 units. In the order octet, gate, unit
+// they are halves of tiles of 16 rows, so that a thread gets the sums of all gates of unit lane / 4
+// of each octet, and the cell's arithmetic needs nothing from other threads.
+template <class Cell_, Number number_, int kOctets_, int kColumnTiles>
+struct Traits {
+  using Cell = Cell_;
+  static constexpr Number number = number_;
+  static constexpr int kGates = Cell::kGates, kStates = Cell::kStates, kKept = Cell::kKept;
+  static constexpr int kOctets = kOctets_;
+  static constexpr int kHalves = kGates * kOctets;
+  static_assert(kHalves % 2 == 0, "whole tiles");
+  static constexpr int kTiles = kHalves / 2;
+  static constexpr int N = kColumnTiles;
+  static constexpr int kColumns = 8 * kColumnTiles;
+  static constexpr int kResident = tile::resident_chunks(number, kTiles, kColumnTiles);
+  static constexpr int kSize = tile::operand_bytes(number);
+  static constexpr int kPieces = kOctets * 8 * kSize / tile::kPiece;  // of a column
+  static constexpr int kTaped = kStates - 1 + kKept;
+  using Format = tile::Format<number>;
+  using Stored = typename Format::Stored;
+  using Operand = typename Format::Operand;
+  using Value = std::conditional_t<number == Number::kBfloat16, Rough, Quick>;
+  using Product = tile::Product<number, kTiles, N, kResident>;
+
+  static tile::Need need(int64_t hidden) {
+    const int64_t octets = (hidden + 7) / 8;
+    return {(octets + kOctets - 1) / kOctets, octets * 8 * kSize, kTiles, kColumns, kResident,
+            tile::staged_bytes<kPieces>()};
+  }
+};
+
+// ---- Kernel ------------------------------------------------------------------------------------
+
+// A group of blocks takes one lane and one tile of N rows of the batch through all steps. A block
+// owns the weights of some units, in registers and then in shared memory; a warp of slice 0 owns
+// their states, in float, and computes them anew at each step:
+//   wait for h of all units -> R*h -> add up the slices -> cell -> send h -> store y and tape.
+// u of the next step is loaded before the wait, so that it is there when it is needed. Only the
+// exchange (see tile::Exchange) makes blocks wait, for those of their group.
+// Per step and group: 2*G*H*H*N FLOP; G*H*N numbers of u in, (S + K)*H*N of y and tape out.
+template <class X>
+__global__ void __launch_bounds__(tile::kThreads, 1)
+    persistent_forward(const Sweep sweep, const Launched launched) {
+  using Cell = typename X::Cell;
+  using Format = typename X::Format;
+  using Stored = typename X::Stored;
+  using Value = typename X::Value;
+  constexpr int G = X::kGates, S = X::kStates, N = X::N, kOctets = X::kOctets;
+  FASTRNN_SHARED(char, shared);
+  const Layout& layout = launched.at;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int group = warp % layout.groups, slice = warp / layout.groups;
+  const int rank = blockIdx.x % launched.blocks;
+  const int task = launched.first + static_cast<int>(blockIdx.x) / launched.blocks;
+  const Lane at(sweep, task / launched.tiles);
+  const int64_t b0 = int64_t{task % launched.tiles} * X::kColumns;
+  const int hidden = static_cast<int>(sweep.hidden);
+
+  // The columns and the units of this thread: 8j + 2 (lane % 4) + e, and 8o + lane / 4.
+  const int column = lane % 4 * 2;
+  const int unit = (rank * layout.groups + group) * kOctets * 8 + lane / 4;
+  const bool computes = unit - lane / 4 < hidden;  // this warp
+  int stop[N][2];
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) stop[j][e] = at.stop(b0 + 8 * j + column + e);
+  }
+  int longest = 0;
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) longest = stop[j][e] > longest ? stop[j][e] : longest;
+  }
+#pragma unroll
+  for (int lanes = 1; lanes < 4; lanes *= 2) {
+    const int other = __shfl_xor_sync(0xffffffffu, longest, lanes);
+    longest = other > longest ? other : longest;
+  }
+  const int low = at.low(longest), steps = at.high(longest) - low;
+  if (steps <= 0) return;  // and so does the whole group
+
+  tile::Exchange exchange{layout,
+                          launched.regime,
+                          rank,
+                          X::kColumns,
+                          steps,
+                          shared,
+                          reinterpret_cast<uint64_t*>(shared + layout.barriers),
+                          launched.areas + task * tile::area_bytes(layout, X::kColumns),
+                          launched.flags + task * tile::flag_bytes(layout)};
+  if (rank >= layout.active) {
+    exchange.ready();
+    exchange.end();
+    return;
+  }
+  exchange.begin();
+
+  // Operand 0 is state 0 as it comes in, of all units; every block reads it for itself.
+  float* carry = static_cast<float*>(sweep.carry);
+  for (int n = warp; n < X::kColumns && b0 + n < sweep.batch; n += blockDim.x / kWarp) {
+    const float* from = carry + at.state(0, b0 + n);
+    auto* to = reinterpret_cast<typename X::Operand*>(exchange.first() + n * layout.pitch);
+    for (int k = lane; k < hidden; k += kWarp) Format::store(to + k, from[k]);
+  }
+  typename X::Product product;
+  if (computes) {
+    const Stored* w_hh = static_cast<const Stored*>(sweep.w_hh) + at.weights(G, 0);
+    const auto load = [&](auto aligned) {
+      product.load(layout, shared, warp, slice, [&](int row, int w) {
+        const int half = row / 8, g = half % G;
+        const int n = unit - lane / 4 + half / G * 8 + row % 8;
+        const Stored* from = w_hh + (int64_t{g} * hidden + n) * hidden;
+        return n < hidden ? tile::row_word<Format, aligned.value>(from, w, hidden) : 0u;
+      });
+    };
+    if (hidden % 2 == 0)
+      load(std::true_type{});
+    else
+      load(std::false_type{});
+  }
+
+  const bool owns = computes && slice == 0;
+  float s[S][kOctets][N][2] = {};
+  float bias[kOctets][G] = {};
+  Stored u[kOctets][G][N][2] = {};
+  if (owns) {
+#pragma unroll
+    for (int o = 0; o < kOctets; ++o) {
+      const int n = unit + 8 * o;
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int64_t b = b0 + 8 * j + column + e;
+#pragma unroll
+          for (int k = 0; k < S; ++k) {
+            if (b < sweep.batch && n < hidden) s[k][o][j][e] = carry[at.state(k, b) + n];
+          }
+        }
+      }
+#pragma unroll
+      for (int g = 0; g < G; ++g) {
+        if (!is_tied<Cell>(g) && sweep.b_hh != nullptr && n < hidden) {
+          bias[o][g] = dev::to_float(static_cast<const Stored*>(sweep.b_hh)[at.bias(G, g) + n]);
+        }
+      }
+    }
+  }
+  // u of eight columns at one time.
+  const auto fetch = [&](int t, int j) {
+    const Stored* from = static_cast<const Stored*>(sweep.u) +
+                         at.chunk_row(at.row(t, b0)) * (G * sweep.hidden) + unit;
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int row = (8 * j + column + e) * G;
+#pragma unroll
+      for (int o = 0; o < kOctets; ++o) {
+#pragma unroll
+        for (int g = 0; g < G; ++g) {
+          if (t < stop[j][e] && unit + 8 * o < hidden)
+            u[o][g][j][e] = from[(row + g) * hidden + 8 * o];
+        }
+      }
+    }
+  };
+  if (owns) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) fetch(at.time(low), j);
+  }
+  char* staging = shared + layout.staging + group * layout.staged;
+  const int offset = (unit - lane / 4) * X::kSize;  // of this warp's units in an operand's row
+  exchange.ready();
+
+  for (int i = 0; i < steps; ++i) {
+    const int t = at.time(low + i);
+    uint32_t cuts = 0;  // a bit for each column
+
+    if (owns && sweep.resets != nullptr) {
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          cuts |= uint32_t{at.cut(t, b0 + 8 * j + column + e, stop[j][e])} << (2 * j + e);
+      }
+    }
+    const char* operand = exchange.wait(i, computes);
+    const bool sends = i + 1 < steps;
+    if (computes) {
+      typename X::Product::Sums sum;
+      product.run(operand, sum);
+      tile::add_slices(layout, shared, group, slice, sum);
+      if (owns) {
+        const int64_t row0 = at.row(t, b0);
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+          Value kept[kOctets][2][X::kKept + 1];
+          const auto place = exchange.place<X::kPieces>(i + 1, staging, 8 * j, offset);
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            auto* to = reinterpret_cast<typename X::Operand*>(place.to + e * place.pitch);
+#pragma unroll
+            for (int o = 0; o < kOctets; ++o) {
+              const bool cut = cuts >> (2 * j + e) & 1;
+              Value us[G], vs[G], before[S], after[S];
+#pragma unroll
+              for (int g = 0; g < G; ++g) {
+                const int half = o * G + g;
+                const float product_of_h = sum[half / 2][j][half % 2 * 2 + e];
+                const float own = dev::to_float(u[o][g][j][e]);
+                us[g] = own;
+                vs[g] = (cut ? 0 : product_of_h) + (is_tied<Cell>(g) ? own : bias[o][g]);
+              }
+#pragma unroll
+              for (int k = 0; k < S; ++k) before[k] = cut ? 0 : s[k][o][j][e];
+              Cell::forward(us, vs, before, after, kept[o][e]);
+              const bool here = t < stop[j][e] && unit + 8 * o < hidden;
+#pragma unroll
+              for (int k = 0; k < S; ++k) s[k][o][j][e] = here ? after[k].x : s[k][o][j][e];
+              if (sends && (kOctets == 1 || offset + o * 8 * X::kSize < layout.exchanged))
+                Format::store(to + 8 * o + lane / 4, s[0][o][j][e]);
+            }
+          }
+          if (sends) {
+            exchange.send<X::kPieces>(i + 1, staging, 8 * j,
+                                      [&](int piece) { return offset + piece * tile::kPiece; });
+            fetch(at.time(low + i + 1), j);
+          }
+          // Nobody waits for these.
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            if (t >= stop[j][e]) continue;
+            const int n = 8 * j + column + e;
+            Stored* y = static_cast<Stored*>(sweep.y) + at.output(row0) + unit;
+            // All rows are there, on the way forward: no `tape_base`.
+            Stored* tape = static_cast<Stored*>(sweep.tape) + at.output(row0) * X::kTaped + unit;
+            const int y_row = n * static_cast<int>(sweep.lanes) * hidden;
+#pragma unroll
+            for (int o = 0; o < kOctets; ++o) {
+              if (unit + 8 * o >= hidden) continue;
+              dev::store(y + y_row + 8 * o, s[0][o][j][e]);
+              if (sweep.tape == nullptr) continue;
+#pragma unroll
+              for (int k = 0; k < X::kTaped; ++k) {
+                const float value = k < S - 1 ? s[k + 1][o][j][e] : kept[o][e][k - (S - 1)].x;
+                dev::store(tape + y_row * X::kTaped + k * hidden + 8 * o, value);
+              }
+            }
+          }
+        }
+      }
+    }
+    if (sends) exchange.sent(i + 1);
+  }
+
+  exchange.settle();
+  if (owns) {
+#pragma unroll
+    for (int o = 0; o < kOctets; ++o) {
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int64_t b = b0 + 8 * j + column + e;
+#pragma unroll
+          for (int k = 0; k < S; ++k) {
+            if (b < sweep.batch && unit + 8 * o < hidden)
+              carry[at.state(k, b) + unit + 8 * o] = s[k][o][j][e];
+          }
+        }
+      }
+    }
+  }
+  exchange.end();
+}
+
+// ---- Launch ------------------------------------------------------------------------------------
+
+// A row group has as few units as make whole tiles, or, where a block would need too many warps for
+// that, as many as make up to four tiles.
+struct Choice {
+  template <class Cell, Number number, int N, class F>
+  static int with_traits(const Sweep& sweep, const CudaPlan& plan, F f) {
+    constexpr int kFew = Cell::kGates % 2 == 0 ? 1 : 2;
+    constexpr int kMany = 8 / Cell::kGates / kFew * kFew;
+    using Few = Traits<Cell, number, kFew, N>;
+    if constexpr (number == Number::kTf32x3 && N > 2) {
+      return kInvalidConfiguration;  // split weights leave no registers for so many columns
+    } else {
+      if constexpr (kMany > kFew && N <= 2) {
+        if (persistent::lay_out<Few>(sweep, plan).groups == 0)
+          return f(Traits<Cell, number, kMany, N>{});
+      }
+      return f(Few{});
+    }
+  }
+};
+
+}  // namespace
+
+// ---- Entry -------------------------------------------------------------------------------------
+
+int launch_persistent_forward(int cell, const Sweep& sweep, const CudaPlan& plan, void* stream) {
+  return persistent::with_traits<Choice>(cell, sweep, plan, [&](auto x) {
+    using X = decltype(x);
+    return persistent::launch<X>(persistent_forward<X>, sweep, plan, stream);
+  });
+}
+
+int64_t persistent_forward_workspace_bytes(int cell, const Sweep& sweep, const CudaPlan& plan) {
+  return persistent::workspace_bytes<Choice>(cell, sweep, plan);
+}
+
+int64_t persistent_forward_shared_bytes(int cell, const Sweep& sweep, const CudaPlan& plan) {
+  return persistent::shared_bytes<Choice>(cell, sweep, plan);
+}
+
+// All persistent kernels allow the same: a block on a multiprocessor.
+int resident_clusters(int blocks, int threads, int64_t shared_bytes) {
+  return with_cell(0, [&](auto cell) {
+    using Cell = decltype(cell);
+    using X = Traits<Cell, Number::kBfloat16, Cell::kGates % 2 == 0 ? 1 : 2, 1>;
+    return dev::resident_clusters(persistent_forward<X>, blocks, threads, shared_bytes);
+  });
+}
+
+}  // namespace fastrnn

@@ -1,0 +1,135 @@
+// What the persistent kernels of both directions have in common: how a plan becomes a launch.
+//
+// A direction has a `Choice`, whose `with_traits<Cell, number, N>(sweep, plan, f)` calls f(X{})
+// with the traits of the kernel for a plan whose tiles have 8 * N columns, or returns an error.
+// X::need(hidden) says what that kernel needs of a block.
+#pragma once
+
+#include <limits>
+
+#include "core/cell.h"
+#include "cuda/launch.h"
+#include "cuda/persistent/exchange.cuh"
+
+namespace fastrnn {
+namespace persistent {
+
+// What a launch knows that kernels need, besides the sweep.
+struct Launched {
+  tile::Layout at;
+  int regime;
+  int first;    // group of this launch
+  int tiles;    // of the batch
+  int blocks;   // of a group, those without units included
+  char* flags;  // of a grid
+  char* areas;
+};
+
+template <class X>
+tile::Layout lay_out(const Sweep& sweep, const CudaPlan& plan) {
+  return tile::lay_out(X::need(sweep.hidden), plan);
+}
+
+// Groups of blocks: one for each lane and tile of the batch.
+inline int64_t batch_tiles(const Sweep& sweep, const CudaPlan& plan) {
+  return (sweep.batch + plan.batch_tile - 1) / plan.batch_tile;
+}
+inline int64_t groups(const Sweep& sweep, const CudaPlan& plan) {
+  return sweep.lanes * batch_tiles(sweep, plan);
+}
+
+template <class Choice, class Cell, Number number, class F>
+int with_columns(const Sweep& sweep, const CudaPlan& plan, F f) {
+  switch (plan.batch_tile) {
+    case 8:
+      return Choice::template with_traits<Cell, number, 1>(sweep, plan, f);
+    case 16:
+      return Choice::template with_traits<Cell, number, 2>(sweep, plan, f);
+    case 32:
+      return Choice::template with_traits<Cell, number, 4>(sweep, plan, f);
+    default:
+      return kInvalidConfiguration;
+  }
+}
+
+// f(X{}) with the traits of the kernel for a cell and a plan.
+template <class Choice, class F>
+int with_traits(int cell, const Sweep& sweep, const CudaPlan& plan, F f) {
+  const bool one = plan.regime == kBlock && plan.blocks == 1;
+  if (!one && (plan.regime == kBlock || plan.blocks < 1)) return kInvalidConfiguration;
+  if (plan.warps < 1) return kInvalidConfiguration;
+  return with_cell(cell, [&](auto c) {
+    using Cell = decltype(c);
+    switch (plan.number) {
+      case Number::kTf32:
+        return with_columns<Choice, Cell, Number::kTf32>(sweep, plan, f);
+      case Number::kTf32x3:
+        return with_columns<Choice, Cell, Number::kTf32x3>(sweep, plan, f);
+      case Number::kBfloat16:
+        return with_columns<Choice, Cell, Number::kBfloat16>(sweep, plan, f);
+      case Number::kFloat16:
+        return with_columns<Choice, Cell, Number::kFloat16>(sweep, plan, f);
+      default:
+        return kInvalidConfiguration;
+    }
+  });
+}
+
+template <class X>
+int launch(void (*kernel)(Sweep, Launched), const Sweep& sweep, const CudaPlan& plan,
+           void* stream) {
+  const tile::Layout at = lay_out<X>(sweep, plan);
+  const int64_t all = groups(sweep, plan);
+  const bool too_many = all * plan.blocks > std::numeric_limits<int32_t>::max();
+  if (at.groups == 0 || too_many || plan.groups < 1) return kInvalidConfiguration;
+  char* flags = static_cast<char*>(sweep.workspace);
+  const int64_t flag_bytes = all * tile::flag_bytes(at);
+  if (plan.regime == kGrid) {
+    const int error = dev::clear(flags, flag_bytes, stream);
+    if (error != 0) return error;
+  }
+  const int tiles = static_cast<int>(batch_tiles(sweep, plan));
+  Launched launched{at, plan.regime, 0, tiles, plan.blocks, flags, flags + flag_bytes};
+  dev::Launch how;
+  how.block = dim3(tile::kWarp * at.warps());
+  how.shared_bytes = at.bytes;
+  how.cluster = plan.regime == kCluster ? plan.blocks : 1;
+  how.cooperative = plan.regime == kGrid;
+  const int64_t at_once = plan.regime == kGrid ? plan.groups : all;
+  for (int64_t first = 0; first < all; first += at_once) {
+    launched.first = static_cast<int>(first);
+    const int64_t now = all - first < at_once ? all - first : at_once;
+    how.grid = dim3(static_cast<unsigned>(now * plan.blocks));
+    const int error = dev::launch(kernel, how, stream, sweep, launched);
+    if (error != 0) return error;
+  }
+  return 0;
+}
+
+template <class Choice>
+int64_t workspace_bytes(int cell, const Sweep& sweep, const CudaPlan& plan) {
+  int64_t bytes = 0;
+  if (plan.regime != kGrid) return bytes;
+  with_traits<Choice>(cell, sweep, plan, [&](auto x) {
+    using X = decltype(x);
+    const tile::Layout at = lay_out<X>(sweep, plan);
+    bytes = groups(sweep, plan) * (tile::flag_bytes(at) + tile::area_bytes(at, X::kColumns));
+    return 0;
+  });
+  return bytes;
+}
+
+// Negative where no block can do its part.
+template <class Choice>
+int64_t shared_bytes(int cell, const Sweep& sweep, const CudaPlan& plan) {
+  int64_t bytes = -1;
+  with_traits<Choice>(cell, sweep, plan, [&](auto x) {
+    const tile::Layout at = lay_out<decltype(x)>(sweep, plan);
+    if (at.groups > 0) bytes = at.bytes;
+    return 0;
+  });
+  return bytes;
+}
+
+}  // namespace persistent
+}  // namespace fastrnn

@@ -1,0 +1,179 @@
+// The regime kStep, backward: a launch a step, and one more that completes the gradients of the
+// states before the chunk.
+
+#include "cuda/step/product.cuh"
+
+namespace fastrnn {
+namespace step {
+
+// Rows of the batch x units of a block.
+using Small = Shape<1, 2, 1, 1, 4, 256, 4>;   // 16 x 16
+using Middle = Shape<1, 2, 2, 1, 4, 256, 3>;  // 32 x 16
+using Large = Shape<2, 2, 2, 2, 2, 128, 3>;   // 64 x 32
+
+// A block has some units of some rows: d of state 0 is what the step processed before, one later in
+// the lane, passes on through its gates, dv * R over all G*H of them, and what its cell passed on
+// directly, which lies in `ds`; then the derivative of the cell, a unit of a row per thread. Where
+// a row does not live here but did at the step processed before, only the sum is left to do; step
+// begin - 1 does that for all rows. What the forward left does not depend on the step processed
+// before, so it and the weights are on their way before this launch waits for that one. Per block
+// and step: G*H*kUnits weights and kRows*G*H of dv in, 2*kRows*G*H*kUnits FLOPs.
+template <class Cell, Number number, class Shape>
+__global__ void __launch_bounds__(Shape::kThreads, 1)
+    backward_step(const Sweep sweep, const int step) {
+  constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kKept;
+  constexpr int kWidth = S - 1 + K, kKept = K > 0 ? K : 1;
+  using Multiply = Product<number, Shape, 1, true>;
+  using Stored = typename Multiply::Stored;
+  using Sum = typename Multiply::Sum;
+  FASTRNN_SHARED(unsigned char, shared);
+
+  const Lane lane(sweep, blockIdx.y);
+  const Part<Shape> part(sweep);
+  const int hidden = static_cast<int>(sweep.hidden);
+  const int t = lane.time(step), t_after = lane.time(step + 1);
+  const auto* const dy = static_cast<const Stored*>(sweep.dy);
+  const auto* const y = static_cast<const Stored*>(sweep.y);
+  const auto* const tape = static_cast<const Stored*>(sweep.tape);
+  const auto* const s0 = static_cast<const Sum*>(sweep.s0);
+  auto* const ds = static_cast<Sum*>(sweep.ds);
+  auto* const du = static_cast<Stored*>(sweep.du);
+  auto* const dv = static_cast<Stored*>(sweep.dv);
+  auto* const previous = static_cast<Stored*>(sweep.previous);
+  Multiply product(shared, static_cast<const Stored*>(sweep.w_hh) + lane.weights(G, 0), hidden,
+                   G * hidden, part.first_unit, part.rows);
+
+  if (threadIdx.x < Shape::kRows) {
+    const int64_t b = part.first_row + threadIdx.x;
+    auto& row = product.row(threadIdx.x);
+    row = {};
+    const int stop = lane.stop(b);
+    row.alive = step >= sweep.begin && t < stop;
+    if (row.alive) {
+      row.at = lane.row(t, b);
+      row.cut = lane.cut(t, b, stop);
+      row.before = lane.initial(t, stop) ? -1 : lane.row(lane.time_before(t), b);
+    }
+    if (step + 1 < sweep.end && t_after < stop && !lane.cut(t_after, b, stop)) {
+      row.operand = dv + lane.chunk_row(lane.row(t_after, b)) * G * hidden;
+    }
+  }
+  dev::allow_next_launch();
+  __syncthreads();
+  product.start();
+
+  // What the forward knew of a unit of a row, and gradients of its states, without the product.
+  struct Element {
+    Sum kept[kKept], before[S], after[S], dy, d[S];
+  };
+  const auto load_known = [&](int i, Element& e) {
+    const auto& row = product.row(part.row(i));
+    const int n = part.first_unit + part.unit(i);
+    if (!row.alive || n >= hidden) return;
+    const auto taped = [&](int64_t at, int j) {
+      return dev::to_float(tape[lane.taped(at, kWidth, j) + n]);
+    };
+#pragma unroll
+    for (int j = 0; j < K; ++j) e.kept[j] = taped(row.at, S - 1 + j);
+    e.dy = dy ? dev::to_float(dy[lane.output(row.at) + n]) : Sum(0);
+    e.after[0] = dev::to_float(y[lane.output(row.at) + n]);
+#pragma unroll
+    for (int j = 1; j < S; ++j) e.after[j] = taped(row.at, j - 1);
+#pragma unroll
+    for (int j = 0; j < S; ++j) {
+      if (row.cut) {
+        e.before[j] = 0;
+      } else if (row.before < 0) {
+        e.before[j] = s0[lane.state(j, part.first_row + part.row(i)) + n];
+      } else if (j == 0) {
+        e.before[j] = dev::to_float(y[lane.output(row.before) + n]);
+      } else {
+        e.before[j] = taped(row.before, j - 1);
+      }
+    }
+  };
+  const auto load_gradients = [&](int i, Element& e) {
+    const int r = part.row(i), n = part.first_unit + part.unit(i);
+    if (r >= part.rows || n >= hidden) return;
+#pragma unroll
+    for (int j = 0; j < S; ++j) e.d[j] = ds[lane.state(j, part.first_row + r) + n];
+  };
+  const auto finish = [&](int i, Element& e) {
+    const int r = part.row(i), n = part.first_unit + part.unit(i);
+    const int64_t b = part.first_row + r;
+    if (r >= part.rows || n >= hidden) return;
+    const auto& row = product.row(r);
+    e.d[0] += product.sum(0, r, part.unit(i));
+    if (!row.alive) {
+      if (row.operand) ds[lane.state(0, b) + n] = e.d[0];
+      return;
+    }
+    e.d[0] += e.dy;
+    Sum gradient_u[G], gradient_v[G], passed[S];
+    Cell::backward(e.kept, e.before, e.after, e.d, gradient_u, gradient_v, passed);
+    const int64_t at = lane.chunk_row(row.at);
+#pragma unroll
+    for (int g = 0; g < G; ++g) {
+      dev::store(dv + (at * G + g) * hidden + n, gradient_v[g]);
+      if constexpr (!all_tied<Cell>()) dev::store(du + (at * G + g) * hidden + n, gradient_u[g]);
+    }
+    dev::store(previous + at * hidden + n, e.before[0]);
+#pragma unroll
+    for (int j = 0; j < S; ++j) ds[lane.state(j, b) + n] = row.cut ? Sum(0) : passed[j];
+  };
+
+  constexpr int kGroup = elements_at_a_time<Shape>(sizeof(Element));
+  Element ahead[kGroup] = {};
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) load_known(i, ahead[i]);
+  dev::wait_for_previous_launch();
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) load_gradients(i, ahead[i]);
+  product.run();
+#pragma unroll 1
+  for (int first = 0; first < Shape::kPerThread; first += kGroup) {
+    Element now[kGroup];
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      now[i] = ahead[i];
+      if (first + kGroup < Shape::kPerThread) {
+        load_known(first + kGroup + i, ahead[i]);
+        load_gradients(first + kGroup + i, ahead[i]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) finish(first + i, now[i]);
+  }
+}
+
+template <class Cell, Number number, class Shape>
+int backward(const Sweep& sweep, void* stream) {
+  using Multiply = Product<number, Shape, 1, true>;
+  dev::Launch how{grid<Shape>(sweep), dim3(Shape::kThreads), Multiply::kSharedBytes};
+  for (int64_t step = sweep.end - 1; step >= sweep.begin - 1; --step) {
+    how.overlaps = step < sweep.end - 1;
+    const int error =
+        dev::launch(backward_step<Cell, number, Shape>, how, stream, sweep, static_cast<int>(step));
+    if (error != 0) return error;
+  }
+  return 0;
+}
+
+}  // namespace step
+
+int launch_step_backward(int cell, const Sweep& sweep, const CudaPlan& plan, void* stream) {
+  return with_cell(cell, [&](auto c) {
+    return step::with_number(plan.number, [&](auto n) {
+      using Cell = decltype(c);
+      constexpr Number number = decltype(n)::kValue;
+      if (plan.batch_tile <= 16) return step::backward<Cell, number, step::Small>(sweep, stream);
+      // Large tiles of sums in double would not fit in registers.
+      if constexpr (number != Number::kFloat64) {
+        if (plan.batch_tile > 32) return step::backward<Cell, number, step::Large>(sweep, stream);
+      }
+      return step::backward<Cell, number, step::Middle>(sweep, stream);
+    });
+  });
+}
+
+}  // namespace fastrnn

@@ -1,0 +1,179 @@
+// The regime kStep, forward: a launch a step, for any H, number and cell. Weights come from the L2
+// cache or from memory at every step.
+
+#include "cuda/step/product.cuh"
+
+namespace fastrnn {
+namespace step {
+
+// Rows of the batch x units (of every gate) of a block.
+using Small = Shape<1, 1, 1, 1, 4, 256, 4>;   // 16 x 8
+using Middle = Shape<1, 2, 2, 1, 2, 128, 4>;  // 32 x 16
+using Large = Shape<2, 2, 2, 2, 1, 128, 3>;   // 64 x 32
+
+// A block computes all gates of its units for its rows: the product in parts of the depth, which
+// pass through shared memory in a ring of stages, then the cell, a unit of a row per thread. In
+// 16 bits the operand is `y` as stored, otherwise state 0 of `carry`, which steps keep in two
+// places in turn. Weights and inputs do not depend on the step before, so they are on their way
+// before this launch waits for that one. Per block and step: G*kUnits*H weights and kRows*H of h
+// in, 2*kRows*G*kUnits*H FLOPs.
+template <class Cell, Number number, class Shape>
+__global__ void __launch_bounds__(Shape::kThreads, 1)
+    forward_step(const Sweep sweep, const int step, const bool odd) {
+  constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kKept;
+  constexpr int kWidth = S - 1 + K, kKept = K > 0 ? K : 1;
+  using Multiply = Product<number, Shape, G, false>;
+  using Stored = typename Multiply::Stored;
+  using Sum = typename Multiply::Sum;
+  FASTRNN_SHARED(unsigned char, shared);
+
+  const Lane lane(sweep, blockIdx.y);
+  const Part<Shape> part(sweep);
+  const int hidden = static_cast<int>(sweep.hidden), t = lane.time(step);
+  const auto* const u = static_cast<const Stored*>(sweep.u);
+  const auto* const bias = static_cast<const Stored*>(sweep.b_hh);
+  auto* const carry = static_cast<Sum*>(sweep.carry);
+  auto* const y = static_cast<Stored*>(sweep.y);
+  auto* const tape = static_cast<Stored*>(sweep.tape);
+  const int place = odd ? S : 0, next_place = odd ? 0 : S;  // of state 0
+  Multiply product(shared, static_cast<const Stored*>(sweep.w_hh) + lane.weights(G, 0), hidden,
+                   hidden, part.first_unit, part.rows);
+
+  if (threadIdx.x < Shape::kRows) {
+    const int64_t b = part.first_row + threadIdx.x;
+    auto& row = product.row(threadIdx.x);
+    row = {};
+    const int stop = lane.stop(b);
+    row.alive = t < stop;
+    if (row.alive) {
+      row.at = lane.row(t, b);
+      row.cut = lane.cut(t, b, stop);
+      const Sum* const state = carry + lane.state(place, b);
+      if (row.cut) {
+      } else if constexpr (kSame<Stored, Sum>) {
+        row.operand = state;
+      } else if (lane.initial(t, stop)) {
+        row.start = state;
+      } else {
+        row.operand = y + lane.output(lane.row(lane.time_before(t), b));
+      }
+    }
+  }
+  dev::allow_next_launch();
+  __syncthreads();
+  product.start();
+
+  // What a unit of a row begins with: u, the part of v that is not the product, the states before.
+  struct Element {
+    Sum u[G], v[G], s[S];
+  };
+  const auto load_inputs = [&](int i, Element& e) {
+    const auto& row = product.row(part.row(i));
+    const int n = part.first_unit + part.unit(i);
+    if (!row.alive || n >= hidden) return;
+    const Stored* const from = u + lane.chunk_row(row.at) * G * hidden + n;
+#pragma unroll
+    for (int g = 0; g < G; ++g) {
+      e.u[g] = dev::to_float(from[g * sweep.hidden]);
+      if (is_tied<Cell>(g)) {
+        e.v[g] = e.u[g];
+      } else {
+        e.v[g] = bias ? dev::to_float(bias[lane.bias(G, g) + n]) : Sum(0);
+      }
+    }
+  };
+  const auto load_states = [&](int i, Element& e) {
+    const int r = part.row(i), n = part.first_unit + part.unit(i);
+    if (r >= part.rows || n >= hidden) return;
+    const bool cut = product.row(r).cut;
+#pragma unroll
+    for (int j = 0; j < S; ++j) {
+      e.s[j] = cut ? Sum(0) : carry[lane.state(j ? j : place, part.first_row + r) + n];
+    }
+  };
+  const auto finish = [&](int i, Element& e) {
+    const int r = part.row(i), n = part.first_unit + part.unit(i);
+    const int64_t b = part.first_row + r;
+    if (r >= part.rows || n >= hidden) return;
+    const auto& row = product.row(r);
+    if (!row.alive) {
+      carry[lane.state(next_place, b) + n] = e.s[0];
+      return;
+    }
+    Sum next[S], kept[kKept];
+#pragma unroll
+    for (int g = 0; g < G; ++g) e.v[g] += product.sum(g, r, part.unit(i));
+    Cell::forward(e.u, e.v, e.s, next, kept);
+    dev::store(y + lane.output(row.at) + n, next[0]);
+#pragma unroll
+    for (int j = 0; j < S; ++j) carry[lane.state(j ? j : next_place, b) + n] = next[j];
+    if (tape) {
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) {
+        const Sum value =
+            j < S - 1 ? next[j < S - 1 ? 1 + j : 0] : kept[j < S - 1 ? 0 : j - (S - 1)];
+        dev::store(tape + lane.taped(row.at, kWidth, j) + n, value);
+      }
+    }
+  };
+
+  constexpr int kGroup = elements_at_a_time<Shape>(sizeof(Element));
+  Element ahead[kGroup] = {};
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) load_inputs(i, ahead[i]);
+  dev::wait_for_previous_launch();
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) load_states(i, ahead[i]);
+  product.run();
+#pragma unroll 1
+  for (int first = 0; first < Shape::kPerThread; first += kGroup) {
+    Element now[kGroup];
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      now[i] = ahead[i];
+      if (first + kGroup < Shape::kPerThread) {
+        load_inputs(first + kGroup + i, ahead[i]);
+        load_states(first + kGroup + i, ahead[i]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) finish(first + i, now[i]);
+  }
+}
+
+template <class Cell, Number number, class Shape>
+int forward(const Sweep& sweep, void* stream) {
+  using Multiply = Product<number, Shape, Cell::kGates, false>;
+  dev::Launch how{grid<Shape>(sweep), dim3(Shape::kThreads), Multiply::kSharedBytes};
+  bool odd = false;
+  for (int64_t step = sweep.begin; step < sweep.end; ++step, odd = !odd) {
+    how.overlaps = step > sweep.begin;
+    const int error = dev::launch(forward_step<Cell, number, Shape>, how, stream, sweep,
+                                  static_cast<int>(step), odd);
+    if (error != 0) return error;
+  }
+  if (!odd) return 0;
+  // State 0 is in the second place.
+  auto* const carry = static_cast<typename Multiply::Sum*>(sweep.carry);
+  const int64_t size = sweep.lanes * sweep.batch * sweep.hidden;
+  return dev::copy(carry, carry + Cell::kStates * size, size * sizeof *carry, stream);
+}
+
+}  // namespace step
+
+int launch_step_forward(int cell, const Sweep& sweep, const CudaPlan& plan, void* stream) {
+  return with_cell(cell, [&](auto c) {
+    return step::with_number(plan.number, [&](auto n) {
+      using Cell = decltype(c);
+      constexpr Number number = decltype(n)::kValue;
+      if (plan.batch_tile <= 16) return step::forward<Cell, number, step::Small>(sweep, stream);
+      // Large tiles of sums in double would not fit in registers.
+      if constexpr (number != Number::kFloat64) {
+        if (plan.batch_tile > 32) return step::forward<Cell, number, step::Large>(sweep, stream);
+      }
+      return step::forward<Cell, number, step::Middle>(sweep, stream);
+    });
+  });
+}
+
+}  // namespace fastrnn

@@ -1,0 +1,472 @@
+// The matrix product of one step, as both directions of csrc/cuda_step*.cu use it: a block's tile
+// of the batch times some columns of the recurrent weights, which stream through shared memory.
+//
+//   forward:  v[b, g, n] = sum of h[b, k] * R[g, n, k] over k < H, for every gate g
+//   backward: d[b, n] = sum of dv[b, k] * R[k, n] over k < G*H, the rows of R
+//
+// A block has its kRows rows of the batch and kUnits units n. Sums end in shared memory, parts of
+// the depth side by side, from where any thread takes any of them.
+#pragma once
+
+#include "core/cell.h"
+#include "cuda/launch.h"
+#include "cuda/platform.cuh"
+#include "cuda/rows.cuh"
+
+namespace fastrnn {
+namespace step {
+
+// ---- Numbers -----------------------------------------------------------------------------------
+
+// kDepth: what an instruction of matrix units multiplies at a time, or a vector of 16 bytes holds.
+template <Number number>
+struct Numbers {
+  using Stored = float;
+  using Sum = float;
+  static constexpr bool kMatrixUnits = number != Number::kFloat32;
+  static constexpr int kDepth = kMatrixUnits ? 8 : 4;
+};
+template <>
+struct Numbers<Number::kFloat64> {
+  using Stored = double;
+  using Sum = double;
+  static constexpr bool kMatrixUnits = false;
+  static constexpr int kDepth = 2;
+};
+template <>
+struct Numbers<Number::kBfloat16> {
+  using Stored = dev::bfloat16;
+  using Sum = float;
+  static constexpr bool kMatrixUnits = true;
+  static constexpr int kDepth = 16;
+};
+template <>
+struct Numbers<Number::kFloat16> {
+  using Stored = dev::float16;
+  using Sum = float;
+  static constexpr bool kMatrixUnits = true;
+  static constexpr int kDepth = 16;
+};
+
+template <class A, class B>
+constexpr bool kSame = false;
+template <class A>
+constexpr bool kSame<A, A> = true;
+
+// ---- Tiles -------------------------------------------------------------------------------------
+
+// A warp multiplies 16 * kTilesM rows by 8 * kTilesN units. Warps lie side by side along rows,
+// units and the depth; the last is for small tiles, which need many loads under way at once.
+template <int tiles_m, int tiles_n, int warps_m, int warps_n, int warps_k, int depth_bytes,
+          int stages>
+struct Shape {
+  static constexpr int kTilesM = tiles_m, kTilesN = tiles_n;
+  static constexpr int kWarpsM = warps_m, kWarpsN = warps_n, kWarpsK = warps_k;
+  static constexpr int kRows = 16 * tiles_m * warps_m;
+  static constexpr int kUnits = 8 * tiles_n * warps_n;
+  static constexpr int kThreads = 32 * warps_m * warps_n * warps_k;
+  static constexpr int kDepthBytes = depth_bytes;  // of a row, for each stage of the pipeline
+  static constexpr int kStages = stages;
+  static constexpr int kPerThread = kRows * kUnits / kThreads;
+  static_assert(kPerThread * kThreads == kRows * kUnits, "threads share a tile evenly");
+  static_assert(kRows <= kThreads, "a thread for each row");
+};
+
+// A row of the batch at a step: where the product's operand lies, if it has one, and the rest.
+template <class Stored, class Sum>
+struct Row {
+  const Stored* operand;  // null: zeros
+  const Sum* start;       // the operand in the type of sums, to be rounded; or null
+  int64_t at;             // row of the batch's rows, if it lives
+  int64_t before;         // that of the step before; -1: this is the first step
+  bool alive;
+  bool cut;
+};
+
+// kTransposed: the weights are [depth][unit], as the way back needs them.
+template <Number number, class Shape, int gates, bool transposed>
+class Product {
+ public:
+  using Stored = typename Numbers<number>::Stored;
+  using Sum = typename Numbers<number>::Sum;
+  using TileRow = Row<Stored, Sum>;
+
+ private:
+  static constexpr int kItem = sizeof(Stored);
+  static constexpr int kChunk = 16 / kItem;  // numbers copied at a time
+  static constexpr int kDepth = Shape::kDepthBytes / kItem;
+  static constexpr int kStep = Numbers<number>::kDepth;
+  static constexpr int kTiles = gates * Shape::kTilesN;
+  // Rows of shared memory are padded so that the loads of a warp meet different banks.
+  static constexpr int kPitch = kDepth + kChunk;
+  static constexpr int kWeightRows = transposed ? kDepth : gates * Shape::kUnits;
+  static constexpr int kWeightPitch =
+      transposed ? Shape::kUnits + (kItem == 4 ? 2 : 1) * kChunk : kPitch;
+  static constexpr int kStageBytes = (Shape::kRows * kPitch + kWeightRows * kWeightPitch) * kItem;
+  static constexpr int kSumBytes =
+      Shape::kWarpsK * gates * Shape::kRows * Shape::kUnits * static_cast<int>(sizeof(Sum));
+  static constexpr int kRowBytes = Shape::kRows * static_cast<int>(sizeof(TileRow));
+  static_assert(kDepth % (kStep * Shape::kWarpsK) == 0, "warps share the depth evenly");
+  static_assert(!transposed || gates == 1, "weights of all gates are one operand on the way back");
+  static_assert(!transposed || kItem != 2 || Shape::kTilesN % 2 == 0, "loaded two at a time");
+  static_assert(kRowBytes % 16 == 0 && kStageBytes % 16 == 0, "copies are aligned");
+
+ public:
+  static constexpr size_t kSharedBytes =
+      kRowBytes +
+      (Shape::kStages * kStageBytes > kSumBytes ? Shape::kStages * kStageBytes : kSumBytes);
+  static_assert(kSharedBytes <= 99 << 10, "every device has as much");
+
+  // `weights` are [rows][hidden] of one lane; the depth is that of the sum.
+  __device__ __forceinline__ Product(unsigned char* shared, const Stored* weights, int hidden,
+                                     int depth, int first_unit, int rows)
+      : rows_(reinterpret_cast<TileRow*>(shared)),
+        stages_(shared + kRowBytes),
+        weights_(weights),
+        hidden_(hidden),
+        depth_(depth),
+        first_unit_(first_unit),
+        live_rows_(rows),
+        aligned_(hidden % kChunk == 0) {}
+
+  __device__ __forceinline__ TileRow& row(int r) { return rows_[r]; }
+
+  // Looks whether any row has an operand; after a barrier since rows were written. If none has,
+  // nothing below does anything, and sums are zero.
+  __device__ __forceinline__ void start() {
+    const int lane = threadIdx.x % 32;
+    bool any = false;
+    for (int r = lane; r < Shape::kRows; r += 32) any |= rows_[r].operand || rows_[r].start;
+    count_ = __ballot_sync(0xffffffffu, any) ? (depth_ + kDepth - 1) / kDepth : 0;
+#pragma unroll 1
+    for (int i = 0; i < Shape::kStages - 1 && i < count_; ++i) copy_weights(i);
+  }
+
+  // The whole product. start() has begun to copy weights; operands are first read here.
+  __device__ __forceinline__ void run() {
+    if (count_ == 0) return;
+    Sum sums[kTiles][Shape::kTilesM][4] = {};
+#pragma unroll 1
+    for (int i = 1 - Shape::kStages; i < count_; ++i) {
+      if (i >= 0) {
+        dev::copy_async_wait<Shape::kStages - 2>();
+        // Stage i is complete for all threads, and all are through with the one that is next
+        // written.
+        __syncthreads();
+      }
+      const int ahead = i + Shape::kStages - 1;
+      if (ahead < count_) {
+        if (i >= 0) copy_weights(ahead);
+        copy_rows(ahead);
+      }
+      dev::copy_async_commit();
+      if (i >= 0) multiply(sums, stage(i), depth_ - i * kDepth);
+    }
+    __syncthreads();  // the stages make room for sums
+    put(sums);
+    __syncthreads();
+  }
+
+  __device__ __forceinline__ Sum sum(int g, int r, int n) const {
+    if (count_ == 0) return Sum(0);
+    Sum total = 0;
+    for (int k = 0; k < Shape::kWarpsK; ++k) total += sums()[place(k, g, r, n)];
+    return total;
+  }
+
+ private:
+  __device__ __forceinline__ Stored* stage(int i) const {
+    return reinterpret_cast<Stored*>(stages_ + i % Shape::kStages * kStageBytes);
+  }
+  __device__ __forceinline__ Sum* sums() const { return reinterpret_cast<Sum*>(stages_); }
+  static __device__ __forceinline__ int place(int k, int g, int r, int n) {
+    return ((k * gates + g) * Shape::kRows + r) * Shape::kUnits + n;
+  }
+  static __device__ __forceinline__ int warp_k() { return threadIdx.x / 32 % Shape::kWarpsK; }
+  static __device__ __forceinline__ int warp_row() {
+    return threadIdx.x / 32 / (Shape::kWarpsK * Shape::kWarpsN) * 16 * Shape::kTilesM;
+  }
+  static __device__ __forceinline__ int warp_unit() {
+    return threadIdx.x / 32 / Shape::kWarpsK % Shape::kWarpsN * 8 * Shape::kTilesN;
+  }
+
+  // The first `count` of kChunk numbers, and zeros.
+  __device__ __forceinline__ void copy_chunk(Stored* to, const Stored* from, int count) const {
+    if (aligned_) {
+      dev::copy_async16(to, count > 0 ? from : weights_, count > 0);
+      return;
+    }
+#pragma unroll 1
+    for (int e = 0; e < kChunk; ++e) {
+      if (e < count) {
+        to[e] = from[e];
+      } else {
+        dev::store(to + e, Sum(0));
+      }
+    }
+  }
+
+  __device__ __forceinline__ void copy_weights(int i) const {
+    Stored* const to = stage(i) + Shape::kRows * kPitch;
+    constexpr int kChunks = (transposed ? Shape::kUnits : kDepth) / kChunk;  // of a row
+    const int k0 = i * kDepth;
+#pragma unroll 2
+    for (int c = threadIdx.x; c < kWeightRows * kChunks; c += Shape::kThreads) {
+      const int r = c / kChunks, e = c % kChunks * kChunk;
+      if (transposed) {
+        const int k = k0 + r, n = first_unit_ + e;
+        copy_chunk(to + r * kWeightPitch + e, weights_ + int64_t{k} * hidden_ + n,
+                   k < depth_ ? hidden_ - n : 0);
+      } else {
+        const int n = first_unit_ + r % Shape::kUnits, k = k0 + e;
+        const int64_t from = int64_t{r / Shape::kUnits} * hidden_ + n;
+        copy_chunk(to + r * kWeightPitch + e, weights_ + from * hidden_ + k,
+                   n < hidden_ ? depth_ - k : 0);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void copy_rows(int i) const {
+    Stored* const to = stage(i);
+    constexpr int kChunks = kDepth / kChunk;
+    const int k0 = i * kDepth;
+#pragma unroll 2
+    for (int c = threadIdx.x; c < Shape::kRows * kChunks; c += Shape::kThreads) {
+      const int r = c / kChunks, e = c % kChunks * kChunk, k = k0 + e;
+      const TileRow& row = rows_[r];
+      if (!kSame<Stored, Sum> && row.start) {
+#pragma unroll 1
+        for (int x = 0; x < kChunk; ++x) {
+          dev::store(to + r * kPitch + e + x, k + x < depth_ ? row.start[k + x] : Sum(0));
+        }
+      } else {
+        copy_chunk(to + r * kPitch + e, row.operand + k, row.operand ? depth_ - k : 0);
+      }
+    }
+  }
+
+  // Adds a stage of which `depth` numbers are not zeros.
+  __device__ __forceinline__ void multiply(Sum (&sums)[kTiles][Shape::kTilesM][4],
+                                           const Stored* stage, int depth) const {
+    const Stored* const w = stage + Shape::kRows * kPitch;
+#pragma unroll 2
+    for (int i = 0; i < kDepth / kStep / Shape::kWarpsK; ++i) {
+      const int k = (i * Shape::kWarpsK + warp_k()) * kStep;
+      if (k >= depth) break;
+      if constexpr (Numbers<number>::kMatrixUnits) {
+        multiply_tiles(sums, stage, w, k);
+      } else {
+        multiply_vectors(sums, stage, w, k);
+      }
+    }
+  }
+
+  // A fragment as the matrix units take it, in one part or two.
+  static constexpr int kParts = number == Number::kTf32x3 ? 2 : 1;
+  template <int n>
+  struct Fragment {
+    uint32_t part[kParts][n];
+
+    __device__ __forceinline__ void set(int i, uint32_t bits) {
+      if constexpr (kItem == 2) {
+        part[0][i] = bits;
+      } else {
+        const float x = bit_cast<float>(bits);
+        part[0][i] = dev::to_tf32(x);
+        if constexpr (kParts == 2) part[1][i] = dev::to_tf32(x - bit_cast<float>(part[0][i]));
+      }
+    }
+  };
+
+  static __device__ __forceinline__ void add_product(float (&sum)[4], const Fragment<4>& a,
+                                                     const Fragment<2>& b) {
+    if constexpr (kItem == 2) {
+      dev::mma(sum, a.part[0], b.part[0], Stored{});
+    } else {
+      if constexpr (kParts == 2) {
+        dev::mma_tf32(sum, a.part[1], b.part[0]);
+        dev::mma_tf32(sum, a.part[0], b.part[1]);
+      }
+      dev::mma_tf32(sum, a.part[0], b.part[0]);
+    }
+  }
+
+  __device__ __forceinline__ void multiply_tiles(Sum (&sums)[kTiles][Shape::kTilesM][4],
+                                                 const Stored* rows, const Stored* w, int k) const {
+    const int lane = threadIdx.x % 32;
+    Fragment<4> a[Shape::kTilesM];
+#pragma unroll
+    for (int m = 0; m < Shape::kTilesM; ++m) {
+      uint32_t bits[4];
+      const int r = warp_row() + 16 * m + lane % 16;
+      dev::ldmatrix4(bits, rows + r * kPitch + k + lane / 16 * kChunk);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[m].set(i, bits[i]);
+    }
+#pragma unroll
+    for (int q = 0; q < kTiles; q += 2) {  // two tiles of 8 units at a time
+      uint32_t bits[4];
+      if constexpr (!transposed) {
+        const int last = q + 1 < kTiles ? q + 1 : q, tile = lane < 16 ? q : last;
+        const int r = tile / Shape::kTilesN * Shape::kUnits + warp_unit() +
+                      tile % Shape::kTilesN * 8 + lane % 8;
+        dev::ldmatrix4(bits, w + r * kWeightPitch + k + lane / 8 % 2 * kChunk);
+      } else if constexpr (kItem == 2) {
+        const int n = warp_unit() + 8 * q + lane / 16 * 8;
+        dev::ldmatrix4_transposed(bits, w + (k + lane % 16) * kWeightPitch + n);
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int tile = q + i / 2 < kTiles ? q + i / 2 : q;
+          const int r = k + lane % 4 + i % 2 * 4, n = warp_unit() + 8 * tile + lane / 4;
+          bits[i] = bit_cast<uint32_t>(w[r * kWeightPitch + n]);
+        }
+      }
+#pragma unroll
+      for (int half = 0; half < 2 && q + half < kTiles; ++half) {
+        Fragment<2> b;
+        b.set(0, bits[2 * half]);
+        b.set(1, bits[2 * half + 1]);
+#pragma unroll
+        for (int m = 0; m < Shape::kTilesM; ++m) add_product(sums[q + half][m], a[m], b);
+      }
+    }
+  }
+
+  // Without matrix units: of each 16 rows a thread has every fourth, of each 8 units one. Rows past
+  // the batch cost nothing, which makes this fit for a few rows as well.
+  struct alignas(16) Vector {
+    Sum x[kStep];
+  };
+  __device__ __forceinline__ void multiply_vectors(Sum (&sums)[kTiles][Shape::kTilesM][4],
+                                                   const Stored* rows, const Stored* w,
+                                                   int k) const {
+    const int lane = threadIdx.x % 32;
+    Vector b[kTiles];
+#pragma unroll
+    for (int q = 0; q < kTiles; ++q) {
+      const int n =
+          q / Shape::kTilesN * Shape::kUnits + warp_unit() + q % Shape::kTilesN * 8 + lane % 8;
+      if constexpr (transposed) {
+#pragma unroll
+        for (int x = 0; x < kStep; ++x) b[q].x[x] = w[(k + x) * kWeightPitch + n];
+      } else {
+        b[q] = *reinterpret_cast<const Vector*>(w + n * kWeightPitch + k);
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < Shape::kTilesM; ++m) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int r = warp_row() + 16 * m + 4 * i;
+        if (r < live_rows_) {
+          const Vector a = *reinterpret_cast<const Vector*>(rows + (r + lane / 8) * kPitch + k);
+#pragma unroll
+          for (int q = 0; q < kTiles; ++q) {
+#pragma unroll
+            for (int x = 0; x < kStep; ++x) sums[q][m][i] += a.x[x] * b[q].x[x];
+          }
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void put(const Sum (&sums)[kTiles][Shape::kTilesM][4]) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int q = 0; q < kTiles; ++q) {
+#pragma unroll
+      for (int m = 0; m < Shape::kTilesM; ++m) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          int r = warp_row() + 16 * m, n = warp_unit() + q % Shape::kTilesN * 8;
+          if constexpr (Numbers<number>::kMatrixUnits) {
+            r += lane / 4 + i / 2 * 8;
+            n += lane % 4 * 2 + i % 2;
+          } else {
+            r += lane / 8 + 4 * i;
+            n += lane % 8;
+          }
+          this->sums()[place(warp_k(), q / Shape::kTilesN, r, n)] = sums[q][m][i];
+        }
+      }
+    }
+  }
+
+  TileRow* const rows_;
+  unsigned char* const stages_;
+  const Stored* const weights_;
+  const int hidden_, depth_, first_unit_, live_rows_;
+  const bool aligned_;
+  int count_ = 0;  // stages' worth of the depth
+};
+
+// How many elements a thread has under way, so that their values fit in registers.
+template <class Shape>
+FASTRNN_HD constexpr int elements_at_a_time(int bytes_each) {
+  int count = Shape::kPerThread;
+  while (count > 1 && count * bytes_each > 128) count /= 2;
+  return count;
+}
+
+// ---- Launches ----------------------------------------------------------------------------------
+
+// Blocks along x: tiles of units of a tile of the batch side by side; along y: lanes.
+template <class Shape>
+dim3 grid(const Sweep& sweep) {
+  const int64_t units = (sweep.hidden + Shape::kUnits - 1) / Shape::kUnits;
+  const int64_t rows = (sweep.batch + Shape::kRows - 1) / Shape::kRows;
+  return dim3(static_cast<unsigned>(units * rows), static_cast<unsigned>(sweep.lanes));
+}
+
+// A block's part of the sweep, of which a thread has kPerThread elements: units of rows.
+template <class Shape>
+struct Part {
+  int first_unit;
+  int64_t first_row;
+  int rows;
+
+  __device__ __forceinline__ explicit Part(const Sweep& sweep) {
+    const unsigned tiles =
+        (static_cast<unsigned>(sweep.hidden) + Shape::kUnits - 1) / Shape::kUnits;
+    first_unit = static_cast<int>(blockIdx.x % tiles) * Shape::kUnits;
+    first_row = int64_t{blockIdx.x / tiles} * Shape::kRows;
+    const int64_t left = sweep.batch - first_row;
+    rows = left < Shape::kRows ? static_cast<int>(left) : Shape::kRows;
+  }
+
+  // Row and unit of this thread's element i, counted in the block.
+  static __device__ __forceinline__ int row(int i) {
+    return (threadIdx.x + i * Shape::kThreads) / Shape::kUnits;
+  }
+  static __device__ __forceinline__ int unit(int i) {
+    return (threadIdx.x + i * Shape::kThreads) % Shape::kUnits;
+  }
+};
+
+// f(number) for the plan's number, as a constant.
+template <Number number>
+struct NumberConstant {
+  static constexpr Number kValue = number;
+};
+template <class F>
+int with_number(Number number, F f) {
+  switch (number) {
+    case Number::kFloat64:
+      return f(NumberConstant<Number::kFloat64>{});
+    case Number::kFloat32:
+      return f(NumberConstant<Number::kFloat32>{});
+    case Number::kTf32:
+      return f(NumberConstant<Number::kTf32>{});
+    case Number::kTf32x3:
+      return f(NumberConstant<Number::kTf32x3>{});
+    case Number::kBfloat16:
+      return f(NumberConstant<Number::kBfloat16>{});
+    case Number::kFloat16:
+      return f(NumberConstant<Number::kFloat16>{});
+  }
+  return kInvalidValue;
+}
+
+}  // namespace step
+}  // namespace fastrnn

@@ -1,0 +1,196 @@
+"""Settings of the clients' tests, and the table of what they timed.
+
+`ratio` compares, then times, and keeps a row; `--table FILE` writes all rows into that file,
+between its markers, once every test has passed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fastrnn.bench.contender import Prepared
+from fastrnn.bench.measure import interleaved
+from fastrnn.info import processor
+
+import fastrnn
+from fastrnn.extension import _C
+from tests.clients.support import Client, Ratio, difference
+
+BEGIN, END = "<!-- make clients -->", "<!-- end -->"
+SECONDS = 0.6  # of calls of each contender
+
+
+@dataclass(frozen=True)
+class Row:
+    client: Client
+    call: str
+    error: float
+    before: float  # microseconds
+    after: float
+    baseline: str
+
+    @property
+    def ratio(self) -> float:
+        return self.before / self.after
+
+
+@dataclass
+class Table:
+    rows: list[Row] = field(default_factory=list)
+
+    def markdown(self) -> str:
+        lines = [
+            "| client | recurrent part | call | largest difference | theirs | fastrnn "
+            "| times as fast |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        before = None
+        for row in sorted(self.rows, key=lambda row: row.client.distribution.lower()):
+            again = row.client == before
+            before = row.client
+            name = f"{row.client.distribution}{' **W**' if row.client.trained else ''}"
+            theirs = micros(row.before) + (f", {row.baseline}" if row.baseline else "")
+            ratio = f"{row.ratio:.3g}×"
+            cells = [
+                "" if again else name,
+                "" if again else row.client.part,
+                row.call,
+                f"{row.error:.1g}",
+                theirs,
+                micros(row.after),
+                ratio if row.ratio >= 1 else f"*{ratio}*",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+        return "\n".join([*lines, "", f"*{self.conditions()}*"])
+
+    def conditions(self) -> str:
+        """Where, when and with what the rows were timed."""
+        names = sorted({row.client.distribution for row in self.rows}, key=str.lower)
+        told = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
+        )
+        versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+        return (
+            f"{processor()} ({_C.isa()}), 1 thread, float32, load average "
+            f"{os.getloadavg()[1]:.1f} on {os.cpu_count()} cores; fastrnn {fastrnn.__version__}, "
+            f"torch {torch.__version__}, Python {platform.python_version()}, {versions}; "
+            f"commit {told.stdout.strip() or 'unknown'}, {time.strftime('%Y-%m-%d')}"
+        )
+
+
+TABLE = pytest.StashKey[Table]()
+
+
+def micros(value: float) -> str:
+    """A time in the unit that reads best."""
+    if value < 1000:
+        return f"{value:.3g} µs"
+    return f"{value / 1e3:.3g} ms" if value < 1e6 else f"{value / 1e6:.3g} s"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--table", type=Path, help="the page that the table of times is written to")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[TABLE] = Table()
+
+
+def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
+    table = config.stash[TABLE]
+    if not table.rows:
+        return
+    terminalreporter.write_sep("-", "times")
+    terminalreporter.write_line(table.markdown())
+    page: Path | None = config.getoption("--table")
+    if page is None:
+        return
+    # A table of some rows only would pass for one of all.
+    left_out = terminalreporter.stats.get("deselected") or terminalreporter.stats.get("skipped")
+    if exitstatus != 0 or left_out:
+        terminalreporter.write_line(f"{page} stays as it is: not every test was run and passed")
+        return
+    pattern = re.compile(f"{re.escape(BEGIN)}\n.*?{re.escape(END)}", re.DOTALL)
+    text = page.read_text()
+    assert pattern.search(text), f"{page} has no {BEGIN} … {END} to put the table into"
+    page.write_text(pattern.sub(lambda _: f"{BEGIN}\n{table.markdown()}\n{END}", text, count=1))
+    terminalreporter.write_line(f"{page}: table rewritten")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def poisoned_memory() -> Iterator[None]:
+    """Uninitialised memory is NaN everywhere, as in the other tests. Clients may call what torch
+    has no deterministic kernel for."""
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    with _poisoned(True):
+        yield
+
+
+@contextlib.contextmanager
+def _poisoned(on: bool) -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(on, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=True)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Some clients set one thread when they are imported: then all have one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def ratio(request: pytest.FixtureRequest) -> Ratio:
+    """`ratio(client, call, torchs, ours, within)`: how many times as fast `ours` is as `torchs`.
+
+    Both are functions without arguments. What they return must agree `within` a limit, first; then
+    they are timed in turn, a block of calls of each, in inference unless `grad=True`. `call` says
+    in the table what is called, `baseline` who is not torch.nn.
+    """
+    table = request.config.stash[TABLE]
+
+    def measure(
+        client: Client,
+        call: str,
+        torchs: Callable[[], Any],
+        ours: Callable[[], Any],
+        *,
+        within: float,
+        grad: bool = False,
+        baseline: str = "",
+    ) -> float:
+        mode = torch.enable_grad if grad else torch.no_grad
+        with mode():
+            error = difference(ours(), torchs(), gradients=grad)
+        assert error <= within, f"{call}: {error:.3g} exceeds {within:.3g}"
+        with _poisoned(False):
+            times = interleaved(
+                {
+                    name: Prepared(each, lambda result: {}, mode)
+                    for name, each in (("torchs", torchs), ("ours", ours))
+                },
+                SECONDS,
+            )
+        row = Row(client, call, error, times["torchs"].median, times["ours"].median, baseline)
+        table.rows.append(row)
+        return row.ratio
+
+    return measure
