@@ -1,7 +1,7 @@
 # mypy: ignore-errors
 # ruff: noqa: RUF005, SIM108
 # Triton has no unpacking of tuples, and what depends on a constant reads best as `if`.
-"""The sweep from the end in Triton, resident and streamed; see `triton_sweep.py`."""
+"""The sweep from the end in Triton, resident and streamed; see `common.py`."""
 
 import triton
 import triton.language as tl

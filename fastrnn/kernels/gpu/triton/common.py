@@ -1,7 +1,6 @@
 # mypy: ignore-errors
 # Triton's functions have no types: they are compiled, not run.
-"""What the sweeps in Triton share, forward (`triton_forward.py`) and backward
-(`triton_backward.py`), for any cell.
+"""What the sweeps in Triton share, `forward.py` and `backward.py`, for any cell.
 
 A program runs one scan `p` and one tile of `BB` rows of the batch from the first step of a chunk to
 its last, so a chunk is one launch and no program waits for another. Two ways:

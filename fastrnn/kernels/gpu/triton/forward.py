@@ -1,7 +1,7 @@
 # mypy: ignore-errors
 # ruff: noqa: RUF005, SIM108
 # Triton has no unpacking of tuples, and what depends on a constant reads best as `if`.
-"""The forward sweep in Triton, resident and streamed; see `triton_sweep.py`."""
+"""The forward sweep in Triton, resident and streamed; see `common.py`."""
 
 import triton
 import triton.language as tl
