@@ -26,7 +26,7 @@ import pytest
 from fastrnn import cells
 from fastrnn.compiler import emit_cpp
 from fastrnn.compiler.derive import derive
-from fastrnn.kernels.gpu import cuda as cuda_scan
+from fastrnn.kernels.gpu import cuda
 
 pytestmark = pytest.mark.compiles
 
@@ -218,9 +218,9 @@ def test_the_library_loads_where_no_gpu_is() -> None:
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     library = SOME.folder / "sm_90a" / "_cuda.so"
     script = f"""
-from fastrnn.kernels.gpu import cuda as cuda_scan
+from fastrnn.kernels.gpu import cuda
 from fastrnn.kernels.gpu.cuda import CudaPlan, Sweep
-found = cuda_scan.Library({str(library)!r})
+found = cuda.Library({str(library)!r})
 assert not found.simulated
 assert found.cells == {SOME.cells!r}, found.cells
 assert found.resident_clusters(8, 256, 1 << 16) == 0
@@ -271,7 +271,7 @@ def test_the_library_keeps_to_itself() -> None:
     assert exported == declared
     assert not re.search(r"torch|c10|libcud", says("ldd", library))
     assert isinstance(ctypes.CDLL(library), ctypes.CDLL)
-    assert isinstance(cuda_scan.Library(library), cuda_scan.Library)
+    assert isinstance(cuda.Library(library), cuda.Library)
 
 
 def main(arguments: list[str]) -> int:

@@ -23,7 +23,7 @@ import fastrnn
 from fastrnn import cells, kernels, ops, plan
 from fastrnn.compiler.derive import derive
 from fastrnn.kernels import reference
-from fastrnn.kernels.gpu import cuda as cuda_scan
+from fastrnn.kernels.gpu import cuda
 from tests.support import flatten, largest_error
 from tests.test_kernels import BUILT_IN, check, linear, operands, planned, run, whole
 
@@ -116,11 +116,11 @@ def forced(regime: str, number: str, blocks: int, batch_tile: int) -> dict[str, 
 
 def fits(name: str, shape: tuple[int, ...], fields: dict[str, Any]) -> bool:
     """Whether a block has shared memory for such a plan, both ways."""
-    library = cuda_scan.library()
-    assert isinstance(library, cuda_scan.Library), library
+    library = cuda.library()
+    assert isinstance(library, cuda.Library), library
     steps, batch, _, hidden, lanes = shape
-    sweep = cuda_scan.Sweep(steps=steps, batch=batch, hidden=hidden, lanes=lanes, end=steps)
-    wanted = cuda_scan.cuda_plan(plan.Plan("cuda", **fields))
+    sweep = cuda.Sweep(steps=steps, batch=batch, hidden=hidden, lanes=lanes, end=steps)
+    wanted = cuda.cuda_plan(plan.Plan("cuda", **fields))
     most = torch.cuda.get_device_properties().shared_memory_per_block_optin
     needed = [library.shared_bytes(name, sweep, wanted, backward) for backward in (False, True)]
     return fields["regime"] == "step" or all(0 <= each <= most for each in needed)
@@ -279,8 +279,8 @@ def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
 
 def test_first_library() -> None:
     """Beside torch's own copy of CUDA's runtime."""
-    library = cuda_scan.library()
-    assert isinstance(library, cuda_scan.Library), library
+    library = cuda.library()
+    assert isinstance(library, cuda.Library), library
     assert not library.simulated
     assert set(BUILT_IN) <= set(library.cells)
 

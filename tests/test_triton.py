@@ -26,7 +26,7 @@ from fastrnn import cache, cells, kernels, ops, plan
 from fastrnn.compiler.derive import derive
 from fastrnn.extension import _C
 from fastrnn.kernels import reference
-from fastrnn.kernels.gpu.triton import launch as triton_scan
+from fastrnn.kernels.gpu.triton import launch
 from fastrnn.kernels.prepare import prepare
 from tests.support import batches, flatten, largest_error
 from tests.test_kernels import (
@@ -46,7 +46,7 @@ pytestmark = pytest.mark.interpreter
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton", allow_module_level=True)
 
-INTERPRETED = triton_scan.interpreted()
+INTERPRETED = launch.interpreted()
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
 
 TILES = {"batch_tile": 16, "matrix_units": True}
@@ -245,7 +245,7 @@ def test_strided_empty_or_without_bias() -> None:
     check(cell, operands(cell, 3, 0, 4, 9), "triton")
     check(cell, operands(cell, 3, 2, 0, 9), "triton")
     step = operands(cell, 1, 2, 4, 9)
-    check(cell, {**step, "x": step["x"][0]}, "triton")
+    check(cell, {**step, "x": step["x"][0], "s0": [s[0] for s in step["s0"]]}, "triton")
 
 
 @interpreted
@@ -297,7 +297,7 @@ def test_functions_a_cell_may_call() -> None:
 def test_functions_are_accurate_near_zero_and_far_away() -> None:
     import triton
 
-    source = triton_scan._cell_module  # a module from a source file, as cells are
+    source = launch._cell_module  # a module from a source file, as cells are
     scale = torch.logspace(-30, 2.5, 4096, dtype=torch.float64)
     points = torch.cat([-scale, scale, torch.tensor([0.0, -0.0], dtype=torch.float64)])
     for name in ("tanh", "expm1", "sigmoid", "log1p", "exp"):
@@ -432,16 +432,16 @@ def test_tensors_of_more_elements_than_32_bits_count(
             ):  # fmt: skip
                 new(name, dtype, *size)
             chosen = plan.Plan("triton", **regime(way, hidden, 16, torch.float32))
-            kernel = triton_scan.kernel(chosen, backward)
+            kernel = launch.kernel(chosen, backward)
             values = (steps, batch, begin, begin + 1, 0, 0, rows, 0, hidden, recurrent)
             given = memory.pointers | {
                 name: number(value, kernel.fn.__annotations__.get(name))
                 for name, value in zip(RUN_TIME, values, strict=True)
             }
             flags = {} if backward else {"tape": True}
-            given |= triton_scan.meta_arguments(
-                derived, chosen, hidden, "ieee", backward, packed=packed, projected=projected,
-                resets=packed, **flags,
+            given |= launch.meta_arguments(
+                derived, chosen, hidden, "ieee", backward=backward, packed=packed,
+                projected=projected, resets=packed, **flags,
             )  # fmt: skip
             arguments = {name: given[name] for name in kernel.arg_names}
             with monkeypatch.context() as patch:
@@ -471,8 +471,8 @@ def test_triton_is_not_imported_until_it_runs() -> None:
 
 def test_sources_are_kept_and_found_again() -> None:
     derived = derive(cells.get("lstm"))
-    module = triton_scan.cell_module(derived)
-    assert module is triton_scan.cell_module(replace(derived))
+    module = launch.cell_module(derived)
+    assert module is launch.cell_module(replace(derived))
     assert isinstance(module.__file__, str) and os.path.isfile(module.__file__)
 
 
@@ -480,7 +480,7 @@ def test_what_is_kept_is_run_only_where_nobody_else_could_write_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FASTRNN_CACHE", str(tmp_path / "cache"))
-    make = triton_scan._cell_module.__wrapped__
+    make = launch._cell_module.__wrapped__
     path = Path(str(make("taken = None\n", "kept").__file__))
     other = tmp_path / "other.py"
     other.write_text("taken = 'from beside it'\n")

@@ -29,7 +29,7 @@ import torch
 
 from fastrnn import cells, plan
 from fastrnn.compiler.derive import derive
-from fastrnn.kernels.gpu.triton import launch as triton_scan
+from fastrnn.kernels.gpu.triton import launch
 
 pytestmark = pytest.mark.compiles
 
@@ -138,10 +138,10 @@ def compiled(case: Case) -> Report:
     target, problem, chosen, packed = case.target, case.problem, case.plan, case.packed
     assert chosen.kernel == "triton"
     derived = derive(cells.get(problem.cell))
-    kernel = triton_scan.kernel(chosen, problem.backward)
+    kernel = launch.kernel(chosen, problem.backward)
     only = {} if problem.backward else {"bias": not all(derived.tied), "tape": problem.tape}
-    meta = triton_scan.meta_arguments(
-        derived, chosen, problem.hidden, case.precision, problem.backward,
+    meta = launch.meta_arguments(
+        derived, chosen, problem.hidden, case.precision, backward=problem.backward,
         packed=packed, ragged=packed, resets=packed,
         projected=problem.hidden // 2 if problem.projected else None, **only,
     )  # fmt: skip
@@ -168,7 +168,7 @@ def compiled(case: Case) -> Report:
     made = triton.compile(
         source,
         target=GPUTarget(target.backend, target.arch, target.warp),
-        options=triton_scan.compile_options(chosen, target.backend == "cuda"),
+        options=launch.compile_options(chosen, target.backend == "cuda"),
     )
     read = _amd(made.asm["amdgcn"]) if target.backend == "hip" else _nvidia(made.asm["cubin"])
     return Report(case, made.metadata.shared, *read)
@@ -287,10 +287,10 @@ def test_kernels_fit_and_spill_nothing(target: Target) -> None:
 def test_what_a_batch_decides_is_no_constant_of_a_kernel() -> None:
     from fastrnn.kernels.gpu.triton.common import RUN_TIME
 
-    if triton_scan.interpreted():
+    if launch.interpreted():
         pytest.skip("needs Triton's compiler")
     for backward, resident in itertools.product((False, True), repeat=2):
-        kernel = triton_scan.kernel(plan.Plan("triton", resident=resident), backward)
+        kernel = launch.kernel(plan.Plan("triton", resident=resident), backward)
         free = {p.name for p in kernel.params if p.do_not_specialize}
         assert free == set(RUN_TIME) - ({"hidden", "width"} if resident else set())
         wide_numbers = {p.name for p in kernel.params if p.annotation_type == "i64"}

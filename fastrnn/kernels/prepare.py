@@ -70,7 +70,7 @@ def _prepared_now(cell: Cell, kind: str, dtype: torch.dtype) -> str | None:
         return _keys[cell]
     with _preparing:
         if cell not in _compiled[in_double] and (cell, compiled) not in _refused:
-            _prepare(cell, compiled, in_double)
+            _prepare(cell, compiled=compiled, in_double=in_double)
     reason = _refused.get((cell, compiled))
     if reason is None:
         return _keys[cell]
@@ -79,7 +79,7 @@ def _prepared_now(cell: Cell, kind: str, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _prepare(cell: Cell, compiled: bool, in_double: bool) -> None:
+def _prepare(cell: Cell, *, compiled: bool, in_double: bool) -> None:
     try:
         _keys[cell] = _load(cell, in_double) if compiled else _add_facts(cell)
         if compiled:

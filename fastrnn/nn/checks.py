@@ -287,6 +287,7 @@ def check_arguments(
     input_size: int,
     hidden_size: int,
     num_layers: int,
+    *,
     bias: bool,
     batch_first: bool,
     dropout: Any,

@@ -92,7 +92,15 @@ class _Layer(Freezable, nn.RNNBase):
         self.dropout = float(dropout)
         self.bidirectional = bidirectional
         self.proj_size = proj_size
-        check_arguments(input_size, hidden_size, num_layers, bias, batch_first, dropout, proj_size)
+        check_arguments(
+            input_size,
+            hidden_size,
+            num_layers,
+            bias=bias,
+            batch_first=batch_first,
+            dropout=dropout,
+            proj_size=proj_size,
+        )
         check_heads(heads, hidden_size, bidirectional, proj_size)
         if heads > 1:
             self.heads = heads
