@@ -29,7 +29,7 @@ ARGS ?=
 
 CPP = $(foreach kind,h cpp cu cuh,$(shell find csrc tests benchmarks -name '*.$(kind)'))
 
-GENERATOR = $(addprefix fastrnn/,cells.py codegen.py expression.py trace.py)
+GENERATOR = $(wildcard fastrnn/cells/*.py fastrnn/compiler/*.py)
 
 .PHONY: demo test test-long test-all clients bench bench-full gpu docs lint format clean in-place
 

@@ -30,7 +30,7 @@ KERNELS = "_cuda.so"  # beside the extension
 # The folder that alone has torch in reach: the others are compiled without its headers.
 BINDING = SOURCES / "binding"
 CPU_KERNELS = SOURCES / "cpu" / "kernels.cpp"
-FLAGS = runpy.run_path(str(ROOT / "fastrnn" / "flags.py"))
+FLAGS = runpy.run_path(str(ROOT / "fastrnn" / "compiler" / "flags.py"))
 ISA_FLAGS: dict[str, str] = FLAGS["ISA"]
 CXX_FLAGS = f"{FLAGS['CXX']} -Wall -Wextra"
 NINJA_FILE = """\
@@ -112,7 +112,7 @@ def write_cells(header: Path) -> None:
     package = types.ModuleType("fastrnn")
     package.__path__ = [str(ROOT / "fastrnn")]
     sys.modules["fastrnn"] = package
-    from fastrnn.codegen import write_header
+    from fastrnn.compiler.emit_cpp import write_header
 
     fresh = Path(f"{header}.new")
     write_header(fresh)

@@ -22,8 +22,8 @@ import pytest
 import torch
 
 from benchmarks.workloads import GPU, SMOKE, WORKLOADS
-from fastrnn.bench import machine, store
-from fastrnn.bench.race import Row
+from fastrnn.tools.bench import machine, store
+from fastrnn.tools.bench.race import Row
 
 RESULTS = Path(__file__).parent / "results"
 BAR = 24

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import jinja2
 
-from fastrnn.bench import store
-from fastrnn.bench.race import TORCH, Row
-from fastrnn.bench.workload import BEST_RIVAL, CELLS
+from fastrnn.tools.bench import store
+from fastrnn.tools.bench.race import TORCH, Row
+from fastrnn.tools.bench.workload import BEST_RIVAL, CELLS
 
 BEGIN, END = "<!-- benchmarks/report.py -->", "<!-- end -->"
 BEGIN_LOSSES = "<!-- benchmarks/report.py, losses -->"

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from fastrnn.bench import race
-from fastrnn.bench.machine import Machine
-from fastrnn.bench.workload import Workload
+from fastrnn.tools.bench import race
+from fastrnn.tools.bench.machine import Machine
+from fastrnn.tools.bench.workload import Workload
 
 ROUNDS = 5  # of pytest-benchmark's own timing
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastrnn.bench.workload import (
+from fastrnn.tools.bench.workload import (
     BEST_RIVAL,
     MICROSECONDS,
     PEAK,

@@ -1,12 +1,12 @@
 """Recurrent networks at hardware speed for PyTorch."""
 
 from fastrnn._version import __version__
-from fastrnn.cell_modules import GRUCell, LSTMCell, RNNCell
 from fastrnn.cells import Cell, cell
-from fastrnn.convert import from_torch, to_torch
-from fastrnn.freeze import freeze, unfreeze
-from fastrnn.modules import GRU, LSTM, RNN, Recurrent
-from fastrnn.replace import replace_, restore_
+from fastrnn.nn.cell_modules import GRUCell, LSTMCell, RNNCell
+from fastrnn.nn.convert import from_torch, to_torch
+from fastrnn.nn.freeze import freeze, unfreeze
+from fastrnn.nn.layers import GRU, LSTM, RNN, Recurrent
+from fastrnn.nn.replace import replace_, restore_
 
 __all__ = [
     "GRU",
@@ -26,3 +26,8 @@ __all__ = [
     "to_torch",
     "unfreeze",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names, and not the folders and files behind them."""
+    return [*__all__, "cells", "kernels", "plan"]

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from fastrnn._version import __version__
+from fastrnn.plan.dtypes import BYTES
 
-_DTYPES = ("float32", "float64", "bfloat16", "float16", "complex64", "complex128")
+_DTYPES = (*BYTES, "complex64", "complex128")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,11 +19,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     given, rest = parser.parse_known_args(argv)
     if given.command == "demo":
-        from fastrnn import demo
+        from fastrnn.tools import demo
 
         return demo.main(rest)
     if given.command == "bench":
-        from fastrnn.bench import command
+        from fastrnn.tools.bench import command
 
         return command.main(rest)
     if rest:
@@ -81,7 +82,7 @@ def _shape(text: str) -> tuple[int, int, int, int]:
 
 
 def _info(given: argparse.Namespace) -> int:
-    from fastrnn import info
+    from fastrnn.tools import info
 
     if given.markdown:
         print(info.support_markdown())
@@ -92,17 +93,20 @@ def _info(given: argparse.Namespace) -> int:
 
 
 def _cell(given: argparse.Namespace) -> int:
-    from fastrnn import cells, codegen
+    from fastrnn import cells
+    from fastrnn.compiler.derive import derive
+    from fastrnn.compiler.describe import describe
 
     try:
-        print(codegen.describe(codegen.derive(cells.get(given.name))))
+        print(describe(derive(cells.get(given.name))))
     except ValueError as error:
         return _refused(error)
     return 0
 
 
 def _plan(given: argparse.Namespace) -> int:
-    from fastrnn import info, plan
+    from fastrnn import plan
+    from fastrnn.tools import info
 
     try:
         problem, device, chosen = info.plan_for(

@@ -7,12 +7,16 @@ Whoever needs the compiled part takes it from here: `from fastrnn.extension impo
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
 
-__all__ = ["_C", "load"]
+__all__ = ["CUDA_KERNELS", "_C", "load"]
+
+# Where the library of CUDA kernels lies, if it was built.
+CUDA_KERNELS = Path(__file__).with_name("_cuda.so")
 
 _REMEDY = (
     "Build it again for this torch, in the source folder: pip install --no-build-isolation "

@@ -15,9 +15,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import has_torch_function
 
-from fastrnn import flops, kernels, plan, reference
+from fastrnn import flops, plan
 from fastrnn.cells import Cell
 from fastrnn.extension import _C
+from fastrnn.kernels import device, reference
+from fastrnn.kernels.operands import Needs, Operands, Weights, side_by_side
+from fastrnn.kernels.prepare import prepare
 
 __all__ = ["Packed", "pack", "scan", "step"]
 
@@ -30,33 +33,30 @@ class Packed(NamedTuple):
     fingerprint: Tensor  # int64; it also remembers what was compared last
 
 
-def pack(cell: Cell, weights: Sequence[Sequence[Tensor]]) -> Packed | None:
-    """Pack one layer: for every scan `[w_ih, w_hh, b_ih, b_hh, w_hr]`, as `functional.rnn` has it.
+def pack(cell: Cell, weights: Sequence[Weights]) -> Packed | None:
+    """Pack one layer, from the weights of every recurrence in it.
 
     None where the CPU kernel would not run them.
 
     Raises:
         RuntimeError: for weights whose shapes do not fit together.
     """
-    first = weights[0][0]
-    key = kernels.prepare(cell, first.device.type, first.dtype)
+    first = weights[0].w_ih
+    key = prepare(cell, first.device.type, first.dtype)
     problem = plan.Problem(
         cell=cell.name,
         steps=1,
         batch=1,
         inputs=first.size(1),
-        hidden=weights[0][1].size(0) // len(cell.gates),
+        hidden=weights[0].w_hh.size(0) // len(cell.gates),
         gates=len(cell.gates),
         dtype=str(first.dtype).removeprefix("torch."),
     )
-    device = kernels.device(first.device.type, compiled=key is not None)
-    if key is None or plan.refusal("cpu", problem, device) is not None:
+    offered = device.current(first.device.type, compiled=key is not None)
+    if key is None or plan.refusal("cpu", problem, offered) is not None:
         return None
-    packed = []
-    for w_ih, w_hh, *rest in weights:
-        b_ih, b_hh = rest[:2] if len(rest) > 1 else (None, None)
-        packed.append(_C.pack(key, w_ih, w_hh, b_ih, b_hh, rest[-1] if len(rest) & 1 else None))
-    return Packed(packed, _C.fingerprint([t for g in zip(*weights, strict=True) for t in g]))
+    packed = [_C.pack(key, *each) for each in weights]
+    return Packed(packed, _C.fingerprint([t for group in side_by_side(weights) for t in group]))
 
 
 def scan(
@@ -64,6 +64,7 @@ def scan(
     x: Tensor,
     w_ih: Sequence[Tensor],
     w_hh: Sequence[Tensor],
+    *,
     b_ih: Sequence[Tensor] = (),
     b_hh: Sequence[Tensor] = (),
     w_hr: Sequence[Tensor] = (),
@@ -77,7 +78,7 @@ def scan(
 ) -> tuple[Tensor, list[Tensor]]:
     """Run `P` independent scans of one cell over the same input, on the kernel of the plan.
 
-    Arguments and results are those of `fastrnn.reference.scan`; `packed` are the same weights by
+    Arguments and results are those of `kernels.reference.scan`; `packed` are the same weights by
     `pack`, which spares the CPU kernel the packing, and the caller the gradients. With `recompute`
     nothing is kept for a gradient but the operands and the output.
 
@@ -86,18 +87,18 @@ def scan(
             a gradient is asked for, or the weights have changed since.
         fastrnn.plan.KernelRefused: when a kernel was asked for by name and cannot run this.
     """
-    arguments = (x, w_ih, w_hh, b_ih, b_hh, w_hr, s0, batch_sizes, lengths, resets, reverse)
-    key = kernels.prepare(cell, x.device.type, x.dtype)
+    operands = Operands(x, w_ih, w_hh, b_ih, b_hh, w_hr, s0, batch_sizes, lengths, resets, reverse)
+    key = prepare(cell, x.device.type, x.dtype)
     if packed is not None and key is not None:
         if torch.is_grad_enabled():
             _refuse_gradients(x, *w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *s0)
         if _can_use_packed(x):
             if torch.compiler.is_compiling() or torch._C._is_torch_function_mode_enabled():
                 y, *states = torch.ops.fastrnn.scan_packed.default(
-                    key, *_optional(*arguments), *packed
+                    key, *_optional(operands), *packed
                 )
                 return y, states
-            return _C.scan_packed(key, *arguments, *packed)
+            return _C.scan_packed(key, *operands, *packed)
     every = (x, *w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *s0)
     compiling = torch.compiler.is_compiling()
     # Functions that are overridden, by a subclass or by a mode such as the default device, need the
@@ -105,18 +106,17 @@ def scan(
     if compiling or (has_torch_function(every) and not _transformed()):
         if key is not None:
             y, *states, _ = torch.ops.fastrnn.scan.default(
-                key, *_optional(*arguments), False, recompute
+                key, *_optional(operands), False, recompute
             )
             return y, states
     elif key is not None and not _transformed():
-        return _C.scan(key, *arguments, recompute)
-    return _as_operations(cell, *arguments)
+        return _C.scan(key, *operands, recompute)
+    return _as_operations(cell, operands)
 
 
-def _optional(
-    x: Tensor, w_ih: Sequence[Tensor], w_hh: Sequence[Tensor], *rest: Any
-) -> tuple[Any, ...]:
-    """Arguments of `scan` as its schema has them, with None for the lists that are empty."""
+def _optional(operands: Operands) -> tuple[Any, ...]:
+    """As the schema of the operator has them, with None for the lists that are empty."""
+    x, w_ih, w_hh, *rest = operands
     return x, w_ih, w_hh, *[None if isinstance(a, Sequence) and not a else a for a in rest]
 
 
@@ -124,7 +124,7 @@ def step(
     cell: Cell,
     x: Tensor,
     states: Sequence[Tensor],
-    weights: Sequence[Tensor | None],
+    weights: Weights,
     packed: Packed | None = None,
 ) -> tuple[Tensor, ...] | None:
     """One time step in one call, for what most calls look like: `scan` serves them all.
@@ -132,7 +132,7 @@ def step(
     Args:
         x: [B, I].
         states: `S` tensors [B, H], none for zeros.
-        weights: w_ih, w_hh, b_ih, b_hh; both biases may be None.
+        weights: without a projection.
         packed: the same by `pack`.
 
     Returns:
@@ -145,12 +145,10 @@ def step(
     """
     if torch.compiler.is_compiling() or _transformed():
         return None
-    key = kernels.prepare(cell, x.device.type, x.dtype)
+    key = prepare(cell, x.device.type, x.dtype)
     if key is None:
         return None
-    if packed is None:
-        return _C.step(key, x, tuple(states), tuple(weights))
-    return _C.step(key, x, tuple(states), tuple(weights), *packed)
+    return _C.step(key, x, tuple(states), weights[:4], *(packed or ()))
 
 
 def transposed(y: Tensor) -> Tensor:
@@ -193,41 +191,30 @@ def _transformed() -> bool:
     )
 
 
-def _as_operations(cell: Cell, x: Tensor, *arguments: Any) -> tuple[Tensor, list[Tensor]]:
+def _as_operations(cell: Cell, operands: Operands) -> tuple[Tensor, list[Tensor]]:
     """The reference, with operands in autocast's dtype (as in `csrc/binding/autocast.cpp`)."""
-    kind = x.device.type
+    kind = operands.x.device.type
     if not torch.is_autocast_enabled(kind):
-        return reference.scan(cell, x, *arguments)
-    s0 = arguments[5]
-    state = s0[0] if s0 else x
+        return reference.scan(cell, **operands._asdict())
+    state = operands.s0[0] if operands.s0 else operands.x
     stays = kind == "cpu" and cell.name == "gru" and state.dtype == torch.float32
     dtype = torch.float32 if stays else torch.get_autocast_dtype(kind)
 
-    def cast(argument: Any) -> Any:
-        return [t.to(dtype) for t in argument] if isinstance(argument, list | tuple) else argument
+    def cast(operand: Any) -> Any:
+        return [t.to(dtype) for t in operand] if isinstance(operand, list | tuple) else operand
 
+    given = {name: cast(operand) for name, operand in operands._asdict().items()}
     with torch.autocast(kind, enabled=False):
-        return reference.scan(cell, x.to(dtype), *map(cast, arguments))
+        return reference.scan(cell, **given | {"x": operands.x.to(dtype)})
 
 
 @torch.library.register_fake("fastrnn::scan")
-def _scan_fake(
-    cell: str,
-    x: Tensor,
-    w_ih: list[Tensor],
-    w_hh: list[Tensor],
-    b_ih: list[Tensor] | None,
-    b_hh: list[Tensor] | None,
-    w_hr: list[Tensor] | None,
-    s0: list[Tensor] | None,
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    reverse: int,
-    tape: bool = False,
-    recompute: bool = False,
-) -> list[Tensor]:
-    for tensors in (w_ih, w_hh, b_ih, b_hh, w_hr, s0):
+def _scan_fake(cell: str, *arguments: Any) -> list[Tensor]:
+    operands, tape = Operands(*arguments[: len(Operands._fields)]), False
+    if len(arguments) > len(operands):
+        tape = arguments[len(operands)]
+    x, w_hh, w_hr, s0 = operands.x, operands.w_hh, operands.w_hr, operands.s0
+    for tensors in operands[1:7]:
         for each in tensors or ():
             torch._check(
                 each.device == x.device,
@@ -241,7 +228,7 @@ def _scan_fake(
     batch = s0[0].size(-2) if s0 else x.size(-2)
     rows = x.size(0) * x.size(1) if x.dim() == 3 else x.size(0)
     y = x.new_empty(*x.shape[:-1], lanes * recurrent)
-    before = (batch,) if x.dim() == 2 and batch_sizes is None else (lanes, batch)
+    before = (batch,) if x.dim() == 2 and operands.batch_sizes is None else (lanes, batch)
     last = [x.new_empty(*before, hidden if s else recurrent) for s in range(states)]
     width = states - 1 + kept + bool(w_hr)
     return [y, *last, x.new_empty(rows if tape else 0, lanes, width, hidden)]
@@ -254,29 +241,13 @@ def _scan_packed_fake(*arguments: Any) -> list[Tensor]:
 
 @torch.library.register_fake("fastrnn::scan_backward")
 def _scan_backward_fake(
-    cell: str,
-    dy: Tensor | None,
-    dstates: list[Tensor | None],
-    x: Tensor,
-    w_ih: list[Tensor],
-    w_hh: list[Tensor],
-    b_ih: list[Tensor] | None,
-    b_hh: list[Tensor] | None,
-    w_hr: list[Tensor] | None,
-    s0: list[Tensor] | None,
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    reverse: int,
-    y: Tensor,
-    tape: Tensor,
-    needs: list[bool],
+    cell: str, dy: Tensor | None, dstates: list[Tensor | None], *arguments: Any
 ) -> list[Tensor]:
-    groups = [[x], w_ih, w_hh, b_ih, b_hh, w_hr, s0]
-    wanted = [needs[0], needs[1], needs[2], needs[3], needs[3], needs[4], needs[5]]
+    *inputs, _, _, needs = arguments
+    operands = Operands(*inputs)
     return [
         t.new_empty(t.shape)
-        for group, want in zip(groups, wanted, strict=True)
+        for group, want in zip([[operands.x], *operands[1:7]], Needs(*needs).groups(), strict=True)
         if want
         for t in group or ()
     ]

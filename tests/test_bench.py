@@ -18,13 +18,13 @@ from torch import nn
 import fastrnn
 from benchmarks import report, workloads
 from fastrnn import __main__
-from fastrnn.bench import measure, race, store
-from fastrnn.bench.contender import Case, CompiledLoop, Contender, Prepared, TorchLayer
-from fastrnn.bench.jax_rival import Jax
-from fastrnn.bench.machine import Machine, slug
-from fastrnn.bench.onnx_rivals import OnnxRuntime, OpenVino
-from fastrnn.bench.race import Entry, Row, Verdict
-from fastrnn.bench.workload import BEST_RIVAL, CELLS, MICROSECONDS, PEAK, Target, Workload
+from fastrnn.tools.bench import measure, race, store
+from fastrnn.tools.bench.contender import Case, CompiledLoop, Contender, Prepared, TorchLayer
+from fastrnn.tools.bench.jax_rival import Jax
+from fastrnn.tools.bench.machine import Machine, slug
+from fastrnn.tools.bench.onnx_rivals import OnnxRuntime, OpenVino
+from fastrnn.tools.bench.race import Entry, Row, Verdict
+from fastrnn.tools.bench.workload import BEST_RIVAL, CELLS, MICROSECONDS, PEAK, Target, Workload
 
 ROOT = Path(__file__).resolve().parent.parent
 MACHINE = Machine(
@@ -625,7 +625,7 @@ def test_pages_have_the_tables_of_the_results(
 
 @pytest.fixture
 def quick_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastrnn.bench.machine.measure", lambda device: here())
+    monkeypatch.setattr("fastrnn.tools.bench.machine.measure", lambda device: here())
 
 
 def test_a_shape_of_your_own(quick_machine: None, capsys: pytest.CaptureFixture[str]) -> None:

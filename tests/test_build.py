@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import platform
+import re
 import subprocess
 import sys
 from itertools import pairwise
@@ -196,9 +197,45 @@ build.write_cells(header)
 assert "struct" in header.read_text()
 assert sorted(p.name for p in header.parent.iterdir()) == ["cells.gen.h", "cells.gen.h.d"]
 made_from = pathlib.Path(f"{{header}}.d").read_text()
-assert "fastrnn/cells.py" in made_from and "fastrnn/codegen.py" in made_from
+assert "fastrnn/cells/declare.py" in made_from and "fastrnn/compiler/derive.py" in made_from
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def kernel_sources() -> set[str]:
+    """What a user's cell is compiled from: the CPU kernel, and all that it includes."""
+    csrc, found = ROOT / "csrc", {ROOT / "csrc" / "cpu" / "kernels.cpp"}
+    left = set(found)
+    while left:
+        source = left.pop()
+        for name in re.findall(r'^#include "(.+)"', source.read_text(), re.MULTILINE):
+            here = [f / name for f in (source.parent, csrc) if (f / name).is_file()]
+            left |= set(here[:1]) - found  # none is there of what is generated
+            found |= set(here[:1])
+    return {path.relative_to(csrc).as_posix() for path in found}
+
+
+def test_every_source_is_in_the_wheel(tmp_path: Path) -> None:
+    command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=120)
+    built = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*")}
+    kinds = (".py", ".pyi", ".typed")
+    files = [path for path in (ROOT / "fastrnn").rglob("*") if path.suffix in kinds]
+    assert len({path.parent for path in files}) > 8
+    wanted = {path.relative_to(ROOT).as_posix() for path in files}
+    kernel = kernel_sources()
+    assert len(kernel) > 8
+    assert wanted | {f"fastrnn/csrc/{name}" for name in kernel} <= built
+
+
+def test_every_source_is_in_the_source_distribution(tmp_path: Path) -> None:
+    command = [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=120)
+    listed = set((tmp_path / "fastrnn.egg-info" / "SOURCES.txt").read_text().splitlines())
+    kinds = (".py", ".pyi", ".typed", ".md", ".h", ".cpp", ".cu", ".cuh")
+    files = [p for part in ("fastrnn", "csrc") for p in (ROOT / part).rglob("*.*")]
+    wanted = {path.relative_to(ROOT).as_posix() for path in files if path.suffix in kinds}
+    assert len(wanted) > 80 and wanted <= listed, sorted(wanted - listed)
 
 
 def test_not_built(monkeypatch: pytest.MonkeyPatch) -> None:

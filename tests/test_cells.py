@@ -23,16 +23,17 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import fastrnn
 from fastrnn import cells
 from fastrnn.cells import Cell, Gates
+from fastrnn.cells import declare as declaration
 
 ROOT = Path(fastrnn.__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
 def same_registry_afterwards() -> Iterator[None]:
-    before = dict(cells._registry)
+    before = dict(declaration._registry)
     yield
-    cells._registry.clear()
-    cells._registry.update(before)
+    declaration._registry.clear()
+    declaration._registry.update(before)
 
 
 def leaky(u: Any, v: Any, h: Tensor, rate: float = 0.5) -> Tensor:
@@ -182,7 +183,7 @@ def test_loading_does_not_change_the_cell() -> None:
         changed()
         with pytest.raises(ValueError, match=r"'changing' declared here is not .* state_dict"):
             pickle.loads(saved)
-    del cells._registry["changing"]
+    del declaration._registry["changing"]
     with pytest.raises(ValueError, match=r"no cell named 'changing' .*_cells, as declare.*declare"):
         pickle.loads(saved)
 
@@ -211,7 +212,7 @@ def make(kept):
 def digest(source: str, kept: float = 2.0) -> str:
     module = types.ModuleType("written")
     exec(source, vars(module))
-    return cells._digest(module.make(kept))
+    return declaration._digest(module.make(kept))
 
 
 def test_the_digest_is_that_of_behaviour() -> None:
@@ -402,7 +403,7 @@ def test_the_digest_sees_captured_tensors_and_settings() -> None:
         def step(u: Any, v: Any, h: Tensor) -> Tensor:
             return value * h + u.a
 
-        return cells._digest(step)
+        return declaration._digest(step)
 
     def settings(rate: float) -> types.SimpleNamespace:
         return types.SimpleNamespace(rate=rate)

@@ -18,9 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastrnn import cells, codegen, expression
+from fastrnn import cells
 from fastrnn.cells import Cell
-from fastrnn.codegen import Derived, Underivable, derive
+from fastrnn.compiler import emit_cpp, expression
+from fastrnn.compiler.derive import Derived, Underivable, derive
+from fastrnn.compiler.describe import describe
 from tests.properties import given, settings, st
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
@@ -312,14 +314,14 @@ def test_deriving_does_not_see_the_modes_of_the_caller() -> None:
     def fresh() -> Cell:
         return make("fn", "h", lambda u, v, h: mgu(u, v, h), "mode")
 
-    want = codegen.cpp(derive(fresh()))
+    want = emit_cpp.struct(derive(fresh()))
     with FakeTensorMode():
-        assert codegen.cpp(derive(fresh())) == want
+        assert emit_cpp.struct(derive(fresh())) == want
     with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
-        assert codegen.cpp(derive(fresh())) == want
+        assert emit_cpp.struct(derive(fresh())) == want
 
     def inside(x: Tensor) -> Tensor:
-        assert codegen.cpp(derive(fresh())) == want
+        assert emit_cpp.struct(derive(fresh())) == want
         return x.sum()
 
     torch.func.vmap(torch.func.grad(inside))(torch.ones(2, 3))
@@ -329,25 +331,25 @@ def test_deriving_does_not_see_the_modes_of_the_caller() -> None:
 
 
 def test_key_follows_what_a_cell_does() -> None:
-    assert codegen.key(cells.get("gru")) == "gru"
-    assert codegen.key(make("h", "h", cells.get("rnn_tanh").function, "rnn_tanh")) == "rnn_tanh"
+    assert emit_cpp.key(cells.get("gru")) == "gru"
+    assert emit_cpp.key(make("h", "h", cells.get("rnn_tanh").function, "rnn_tanh")) == "rnn_tanh"
     twin = make("fn", "h", lambda u, v, h: mgu(u, v, h), "mgu")
-    first = codegen.key(make("fn", "h", mgu))
+    first = emit_cpp.key(make("fn", "h", mgu))
     assert first.startswith("mgu-") and len(first) == len("mgu-") + 8
-    assert codegen.key(twin) == first
+    assert emit_cpp.key(twin) == first
     other = make("fn", "h", lambda u, v, h: mgu(u, v, h) * 2, "mgu")
-    assert codegen.key(other) != first
+    assert emit_cpp.key(other) != first
     impostor = make("h", "h", lambda u, v, h: torch.tanh(u.h + v.h) * 2, "rnn_tanh")
-    assert codegen.key(impostor).startswith("rnn_tanh-")
+    assert emit_cpp.key(impostor).startswith("rnn_tanh-")
 
 
 def test_a_cell_that_cannot_be_derived_has_no_key() -> None:
-    with pytest.raises(codegen.Underivable, match="cumsum"):
-        codegen.key(make("a", "h", lambda u, v, h: torch.cumsum(h, -1), "cumulative"))
+    with pytest.raises(Underivable, match="cumsum"):
+        emit_cpp.key(make("a", "h", lambda u, v, h: torch.cumsum(h, -1), "cumulative"))
 
 
 def test_description_of_gru() -> None:
-    assert codegen.describe(derive(cells.get("gru"))) == (
+    assert describe(derive(cells.get("gru"))) == (
         "cell gru\n"
         "  gates   r z n\n"
         "  states  h\n"
@@ -371,20 +373,20 @@ def test_description_of_gru() -> None:
 
 def test_header_is_written_only_when_it_changes(tmp_path: Path) -> None:
     path = tmp_path / "new" / "cells.gen.h"
-    assert codegen.write_header(path)
+    assert emit_cpp.write_header(path)
     os.utime(path, (1, 1))
-    assert not codegen.write_header(path)
+    assert not emit_cpp.write_header(path)
     assert path.stat().st_mtime == 1
     text = path.read_text()
     assert "#define FASTRNN_CELLS(X) X(RnnTanh) X(RnnRelu) X(Lstm) X(Gru)\n" in text
     path.write_text(text + "// old\n")
-    assert codegen.write_header(path) and path.read_text() == text
+    assert emit_cpp.write_header(path) and path.read_text() == text
 
 
 def test_header_refuses_two_cells_of_one_name() -> None:
     derived = derive(cells.get("gru"))
     with pytest.raises(ValueError, match="Gru, Gru"):
-        codegen.header([derived, derived])
+        emit_cpp.header([derived, derived])
 
 
 @pytest.mark.parametrize(
@@ -398,7 +400,7 @@ def test_header_refuses_two_cells_of_one_name() -> None:
     ],
 )
 def test_struct_names(name: str, struct: str) -> None:
-    assert codegen.struct_name(name) == struct
+    assert emit_cpp.struct_name(name) == struct
 
 
 # C++.
@@ -464,7 +466,7 @@ FASTRNN_CELLS(ENTRIES)
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """All cells in C++, one unit at a time and in vectors."""
     folder = tmp_path_factory.mktemp("cells")
-    (folder / "cells.gen.h").write_text(codegen.header([derive(c) for c in ALL]))
+    (folder / "cells.gen.h").write_text(emit_cpp.header([derive(c) for c in ALL]))
     (folder / "cells.cpp").write_text("#include <cstring>\n" + HARNESS)
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or "c++"
     command = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", "-DFASTRNN_ISA=test", "-Werror"]
@@ -493,7 +495,7 @@ def test_cpp_computes_what_the_expressions_say(
 ) -> None:
     dtype = torch.float32 if lanes[0] == "f" else torch.float64
     tolerance = {"rtol": 2e-5, "atol": 2e-5} if lanes[0] == "f" else {"rtol": 1e-12, "atol": 1e-12}
-    derived, name = derive(cell), codegen.struct_name(cell.name)
+    derived, name = derive(cell), emit_cpp.struct_name(cell.name)
     u, v, s, dnext = inputs(cell, dtype=dtype)
     after, kept = derived.forward(u, v, s)
     gates, states = len(cell.gates), len(cell.states)

@@ -22,7 +22,12 @@ import pytest
 import torch
 
 import fastrnn
-from fastrnn import _C, cells, codegen, cuda_scan, kernels, ops, plan, reference
+from fastrnn import _C, cells, kernels, ops, plan
+from fastrnn.compiler import emit_cpp
+from fastrnn.compiler.derive import derive
+from fastrnn.kernels import device, reference
+from fastrnn.kernels.gpu import cuda
+from fastrnn.kernels.prepare import prepare
 from tests.cudasim.build import build, missing
 from tests.support import flatten, largest_error, rms_error
 from tests.test_kernels import BUILT_IN, converted, doubled, linear, operands, run, whole
@@ -41,8 +46,8 @@ PARTS = ["step", "block", "cluster", "grid"]
 def library() -> Path:
     """The simulated kernels, of the built-in cells and the linear one."""
     made = [cells.get(name) for name in BUILT_IN] + [linear]
-    names = [codegen.key(cell) for cell in made]
-    return build(cells=codegen.header([codegen.derive(cell) for cell in made], names))
+    names = [emit_cpp.key(cell) for cell in made]
+    return build(cells=emit_cpp.header([derive(cell) for cell in made], names))
 
 
 @pytest.mark.skipif(SIMULATED, reason="this is such a run")
@@ -293,13 +298,13 @@ def test_tapes_made_again(
 ) -> None:
     """Nothing was kept but the output: the tape of a chunk follows from it, without a sweep."""
     launched: list[str] = []
-    launch = cuda_scan.Library.launch
+    launch = cuda.Library.launch
 
-    def counted(self: cuda_scan.Library, kind: str, *rest: Any) -> None:
+    def counted(self: cuda.Library, kind: str, *rest: Any) -> None:
         launched.append(kind)
         launch(self, kind, *rest)
 
-    monkeypatch.setattr(cuda_scan.Library, "launch", counted)
+    monkeypatch.setattr(cuda.Library, "launch", counted)
     cell = cells.get(name)
     for steps, batch, hidden, lanes in RAGGED:
         for number in numbers(part):
@@ -353,7 +358,7 @@ def test_a_kernel_takes_the_tape_of_another(name: str, part: str) -> None:
     for extra in ({}, {"resets": torch.rand(4, 3) < 0.3}, {"lengths": torch.tensor([3, 0, 4])}):
         given = {**operands(cell, 4, 3, 3, 19, 2, NUMBERS[number]), **extra}
         arguments = (
-            codegen.key(cell),
+            emit_cpp.key(cell),
             *(given[k] for k in ("x", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "s0")),
             None,
             given.get("lengths"),
@@ -368,7 +373,7 @@ def test_a_kernel_takes_the_tape_of_another(name: str, part: str) -> None:
         results = {}
         for kernel in ("cpu", "cuda"):
             with using(kernel):
-                kernels.prepare(cell)
+                prepare(cell)
                 results[kernel] = torch.ops.fastrnn.scan(*arguments, tape=True)
         for a, b in zip(flatten(results["cpu"]), flatten(results["cuda"]), strict=True):
             assert largest_error(a, b) < tolerance
@@ -390,8 +395,8 @@ def test_a_kernel_takes_the_tape_of_another(name: str, part: str) -> None:
 @simulated
 @pytest.mark.parametrize("part", PARTS)
 def test_every_schedule_gives_the_same_bits(part: str) -> None:
-    found = cuda_scan.library()
-    assert isinstance(found, cuda_scan.Library)
+    found = cuda.library()
+    assert isinstance(found, cuda.Library)
     seed = ctypes.CDLL(str(found.path)).fastrnn_cudasim_seed
     seed.argtypes = [ctypes.c_uint64]
     cell = cells.get("lstm")
@@ -482,7 +487,7 @@ def test_modules_from_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     for precision, tolerance in (("ieee", 2e-5), ("tf32", 5e-3)):
         monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", precision)
         for layer, given in layers:
-            kernels._C.forget_plans()
+            _C.forget_plans()
             ours = flatten(layer(given))
             ours += torch.autograd.grad(ours[0].sin().sum(), list(layer.parameters()))
             with kernels.use("cpu"):
@@ -497,7 +502,7 @@ def test_modules_from_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(plan.KernelRefused, match=reason):
             layer(x)
     monkeypatch.undo()
-    kernels._C.forget_plans()
+    _C.forget_plans()
 
 
 @cells.cell(gates="a", states="h")
@@ -543,8 +548,8 @@ def test_what_lies_around_outputs_is_not_written(part: str) -> None:
 @simulated
 def test_plans_know_what_a_block_holds() -> None:
     """`plan.cuda.lay_out` against the library, for all that a plan may have to weigh."""
-    found = cuda_scan.library()
-    assert isinstance(found, cuda_scan.Library)
+    found = cuda.library()
+    assert isinstance(found, cuda.Library)
     known = 0
     for name, hidden, number, tile, (regime, blocks) in itertools.product(
         BUILT_IN,
@@ -558,7 +563,7 @@ def test_plans_know_what_a_block_holds() -> None:
         made = plan.Plan(
             "cuda", number=number, regime=regime, batch_tile=tile, blocks=blocks, warps=8
         )
-        sweep = cuda_scan.Sweep(steps=5, batch=70, hidden=hidden, lanes=1, end=5)
+        sweep = cuda.Sweep(steps=5, batch=70, hidden=hidden, lanes=1, end=5)
         for backward in (False, True):
             problem = plan.Problem(
                 *(name, 5, 70, 1, hidden, len(cell.gates), len(cell.states)),
@@ -567,7 +572,7 @@ def test_plans_know_what_a_block_holds() -> None:
             )
             layout = plan.cuda.lay_out(problem, made)
             ours = -1 if layout is None else layout.shared_bytes
-            theirs = found.shared_bytes(name, sweep, cuda_scan.cuda_plan(made), backward)
+            theirs = found.shared_bytes(name, sweep, cuda.cuda_plan(made), backward)
             assert ours == theirs, (name, hidden, made, backward)
             known += layout is not None
     assert known > 1000
@@ -577,7 +582,7 @@ def test_structures_are_laid_out_as_in_c(tmp_path: Path) -> None:
     """csrc/cuda/contract.h against its mirror in Python, by the C++ compiler."""
     root = Path(__file__).resolve().parents[1]
     lines = []
-    for structure in (cuda_scan.Sweep, cuda_scan.CudaPlan):
+    for structure in (cuda.Sweep, cuda.CudaPlan):
         name = structure.__name__
         lines.append(f'printf("{name} %zu\\n", sizeof(fastrnn::{name}));')
         lines += [
@@ -585,7 +590,7 @@ def test_structures_are_laid_out_as_in_c(tmp_path: Path) -> None:
             f"sizeof(fastrnn::{name}::{field}));"
             for field, _ in structure._fields_
         ]
-    enums = {"Number": cuda_scan.NUMBERS, "Regime": cuda_scan.REGIMES}
+    enums = {"Number": cuda.NUMBERS, "Regime": cuda.REGIMES}
     for kind, values in enums.items():
         lines += [
             f'printf("{kind}.{n} %d\\n", int(fastrnn::{kind}::k{n[0].upper()}{n[1:]}));'
@@ -600,7 +605,7 @@ def test_structures_are_laid_out_as_in_c(tmp_path: Path) -> None:
     subprocess.run(["c++", "-std=c++17", "-w", str(source), "-o", str(program)], check=True)
     said = subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout
     expected = []
-    for structure in (cuda_scan.Sweep, cuda_scan.CudaPlan):
+    for structure in (cuda.Sweep, cuda.CudaPlan):
         name = structure.__name__
         expected.append(f"{name} {ctypes.sizeof(structure)}")
         expected += [
@@ -616,10 +621,10 @@ def test_tf32_where_torch_lets_its_rnn_use_it(monkeypatch: pytest.MonkeyPatch) -
     rnn: Any = torch.backends.cudnn.rnn
     for precision in ("ieee", "tf32"):
         monkeypatch.setattr(rnn, "fp32_precision", precision)
-        assert kernels.device().tf32 is (precision == "tf32")
+        assert device.current().tf32 is (precision == "tf32")
     for allowed in (False, True):
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
-        assert kernels.device().tf32 is allowed
+        assert device.current().tf32 is allowed
 
 
 def test_no_library_and_a_damaged_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -627,10 +632,10 @@ def test_no_library_and_a_damaged_one(tmp_path: Path, monkeypatch: pytest.Monkey
     broken.write_text("no library")
     monkeypatch.setenv("FASTRNN_CUDA_LIBRARY", str(broken))
     monkeypatch.setenv("FASTRNN_KERNEL", "cuda")
-    found = cuda_scan.library()
+    found = cuda.library()
     assert isinstance(found, str) and "cannot be loaded" in found and str(broken) in found
-    kernels._C.forget_plans()
+    _C.forget_plans()
     with pytest.raises(plan.KernelRefused, match="asked for but refuses"):
         fastrnn.LSTM(2, 3)(torch.zeros(1, 1, 2))
     monkeypatch.undo()
-    kernels._C.forget_plans()
+    _C.forget_plans()

@@ -23,7 +23,10 @@ from types import ModuleType
 
 import pytest
 
-from fastrnn import cells, codegen, cuda_scan
+from fastrnn import cells
+from fastrnn.compiler import emit_cpp
+from fastrnn.compiler.derive import derive
+from fastrnn.kernels.gpu import cuda
 
 pytestmark = pytest.mark.compiles
 
@@ -104,7 +107,7 @@ def make(selection: Selection, *outputs: str) -> subprocess.CompletedProcess[str
         builds="\n".join(builds),
     )
     (folder / "build.ninja").write_text(text)
-    header = codegen.header([codegen.derive(cells.get(name)) for name in selection.cells])
+    header = emit_cpp.header([derive(cells.get(name)) for name in selection.cells])
     there = folder / "cells.gen.h"
     if not there.exists() or there.read_text() != header:
         there.write_text(header)
@@ -215,9 +218,9 @@ def test_the_library_loads_where_no_gpu_is() -> None:
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     library = SOME.folder / "sm_90a" / "_cuda.so"
     script = f"""
-from fastrnn import cuda_scan
-from fastrnn.cuda_scan import CudaPlan, Sweep
-found = cuda_scan.Library({str(library)!r})
+from fastrnn.kernels.gpu import cuda
+from fastrnn.kernels.gpu.cuda import CudaPlan, Sweep
+found = cuda.Library({str(library)!r})
 assert not found.simulated
 assert found.cells == {SOME.cells!r}, found.cells
 assert found.resident_clusters(8, 256, 1 << 16) == 0
@@ -268,7 +271,7 @@ def test_the_library_keeps_to_itself() -> None:
     assert exported == declared
     assert not re.search(r"torch|c10|libcud", says("ldd", library))
     assert isinstance(ctypes.CDLL(library), ctypes.CDLL)
-    assert isinstance(cuda_scan.Library(library), cuda_scan.Library)
+    assert isinstance(cuda.Library(library), cuda.Library)
 
 
 def main(arguments: list[str]) -> int:

@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from fastrnn import cells, codegen
+from fastrnn import cells
+from fastrnn.compiler import emit_cpp
+from fastrnn.compiler.derive import derive
 from tests.cudasim.build import Fault, build, missing
 from tests.cudasim.sweeps import Case, said
 from tests.test_kernels import BUILT_IN
@@ -419,7 +421,7 @@ FAULTS = [
 @functools.cache
 def library(sanitizer: str | None) -> Path:
     made = [cells.get(name) for name in (BUILT_IN if sanitizer else [CELL])]
-    header = codegen.header(list(map(codegen.derive, made)), list(map(codegen.key, made)))
+    header = emit_cpp.header(list(map(derive, made)), list(map(emit_cpp.key, made)))
     return build(None, sanitizer, [planted.fault for planted in FAULTS], header)
 
 

@@ -16,7 +16,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
 import fastrnn
-from fastrnn import codegen, kernels
+from fastrnn import kernels
+from fastrnn.compiler import emit_cpp
+from fastrnn.compiler.derive import derive
 from tests.support import CELLS, LAYERS, flatten
 
 PACKAGE = Path(fastrnn.__file__).resolve().parent
@@ -177,7 +179,7 @@ def test_layers_are_made_on_the_default_device() -> None:
 def test_a_cell_is_derived_on_the_cpu() -> None:
     with torch.device("meta"):
         cell = fastrnn.cell(gates="ab", states="h", name="derived_under_meta")(late.function)
-        under = codegen.derive(cell)
-    assert codegen.cpp(under, "key") == codegen.cpp(codegen.derive(late), "key").replace(
+        under = derive(cell)
+    assert emit_cpp.struct(under, "key") == emit_cpp.struct(derive(late), "key").replace(
         "default_device_cell", "derived_under_meta"
     )

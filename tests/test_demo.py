@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastrnn import demo
-from fastrnn.demo import FASTRNN, TORCH, Corpus, NextCharacter, Options
+from fastrnn.tools import demo
+from fastrnn.tools.demo import FASTRNN, TORCH, Corpus, NextCharacter, Options
 
 TINY = ["--hidden", "8", "--window", "5", "--batch", "4", "--text", __file__, "--sample", "30"]
 

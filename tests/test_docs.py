@@ -105,6 +105,8 @@ def test_switches_are_the_ones_read() -> None:
     for folder, kinds in (("fastrnn", ("py",)), ("csrc", ("cpp", "h", "cu", "cuh"))):
         sources += [file for kind in kinds for file in (ROOT / folder).rglob(f"*.{kind}")]
     read = r"(?:environ(?:\.get\(|\[|\.setdefault\()\s*|getenv\()[\"'](\w+)"
+    folders = {source.parent.relative_to(ROOT).as_posix() for source in sources}
+    assert {"fastrnn", "fastrnn/compiler", "fastrnn/kernels/gpu/triton", "csrc/cpu"} <= folders
     used = {name for s in sources for name in re.findall(read, s.read_text(encoding="utf-8"))}
     page = (DOCS / "switches.md").read_text()
     ours = {name for name in used if name.startswith("FASTRNN_")}

@@ -196,7 +196,7 @@ def test_a_change_of_a_cell_is_found_out(name: str) -> None:
 @pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
 def test_a_cell_takes_the_short_way(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cell = fastrnn.freeze(getattr(fastrnn, name)(5, 9))
-    monkeypatch.setattr(fastrnn.functional, "rnn_cell", None)
+    monkeypatch.setattr(fastrnn.nn.functional, "rnn_cell", None)
     cell(torch.randn(3, 5), cell(torch.randn(3, 5)))
 
 
@@ -388,7 +388,7 @@ def test_the_way_back_to_torch() -> None:
 def test_the_operator_checks_what_it_is_given() -> None:
     module = fastrnn.freeze(fastrnn.GRU(5, 9))
     (packed,) = module._frozen.layers  # type: ignore[union-attr]
-    w_ih, w_hh, b_ih, b_hh = ([w] for w in module._weights()[0])  # type: ignore[operator]
+    w_ih, w_hh, b_ih, b_hh = ([w] for w in module._weights()[0][:4])  # type: ignore[operator]
 
     def call(*last: Any) -> Any:
         given = (w_ih, w_hh, b_ih, b_hh, [], [], None, None, None, 0, *last)

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from fastrnn import cells, ops, reference
-from fastrnn import functional as F
+from fastrnn import cells, ops
+from fastrnn.cells import Cell
+from fastrnn.kernels import reference
+from fastrnn.kernels.operands import Weights
+from fastrnn.nn import functional as F
 from tests.support import LAYERS, flatten, twins
 
 F64 = torch.float64
@@ -68,11 +71,11 @@ def test_dropout_needs_training() -> None:
 
 def test_one_scan_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both directions together, and the masks to every layer."""
-    calls: list[tuple[Any, ...]] = []
+    calls: list[dict[str, Any]] = []
 
-    def scan(*arguments: Any) -> Any:
-        calls.append(arguments)
-        return reference.scan(*arguments[:-2])
+    def scan(cell: Cell, *arguments: Any, packed: Any, recompute: bool, **keywords: Any) -> Any:
+        calls.append({"packed": packed, "recompute": recompute, **keywords})
+        return reference.scan(cell, *arguments, **keywords)
 
     monkeypatch.setattr(ops, "scan", scan)
     _, theirs, _ = twins("GRU", 3, 5, num_layers=3, bidirectional=True)
@@ -80,9 +83,10 @@ def test_one_scan_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"bidirectional": True, "recompute": True}
     F.rnn(cells.gru, x, theirs.all_weights, lengths=[4, 1], resets=resets, **options)
     assert len(calls) == 3
-    for _, _, w_ih, _, _, _, _, _, _, lengths, flags, reverse, packed, recompute in calls:
-        assert len(w_ih) == 2 and reverse == 0b10 and packed is None and recompute is True
-        assert lengths.tolist() == [4, 1] and flags is resets
+    for call in calls:
+        assert len(call["b_ih"]) == 2 and call["reverse"] == 0b10
+        assert call["packed"] is None and call["recompute"] is True
+        assert call["lengths"].tolist() == [4, 1] and call["resets"] is resets
 
 
 def weights(inputs: int = 3, hidden: int = 5) -> list[list[Tensor]]:
@@ -143,8 +147,8 @@ def test_one_step(name: str) -> None:
     states = tuple(torch.randn(len(cell.states), 2, 5, dtype=F64))
     for row in (slice(None), 0):  # batched and unbatched
         piece = tuple(s[row] for s in states)
-        assert_same(F.rnn_cell(cell, x[row], (), *parameters), theirs(x[row]))
-        after = F.rnn_cell(cell, x[row], piece, *parameters)
+        assert_same(F.rnn_cell(cell, x[row], (), Weights(*parameters)), theirs(x[row]))
+        after = F.rnn_cell(cell, x[row], piece, Weights(*parameters))
         assert [s.shape for s in after] == [s.shape for s in piece]
         assert_same(after, theirs(x[row], piece if len(piece) > 1 else piece[0]))
     hx = states if len(states) > 1 else states[0]
@@ -154,4 +158,4 @@ def test_one_step(name: str) -> None:
         without = copy.deepcopy(theirs)
         for bias in absent:
             setattr(without, bias, None)
-        assert_same(F.rnn_cell(cell, x, states, *given), without(x, hx))
+        assert_same(F.rnn_cell(cell, x, states, Weights(*given)), without(x, hx))

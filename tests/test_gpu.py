@@ -20,7 +20,10 @@ import torch
 from torch import Tensor, nn
 
 import fastrnn
-from fastrnn import cells, codegen, cuda_scan, kernels, ops, plan, reference
+from fastrnn import cells, kernels, ops, plan
+from fastrnn.compiler.derive import derive
+from fastrnn.kernels import reference
+from fastrnn.kernels.gpu import cuda
 from tests.support import flatten, largest_error
 from tests.test_kernels import BUILT_IN, check, linear, operands, planned, run, whole
 
@@ -113,11 +116,11 @@ def forced(regime: str, number: str, blocks: int, batch_tile: int) -> dict[str, 
 
 def fits(name: str, shape: tuple[int, ...], fields: dict[str, Any]) -> bool:
     """Whether a block has shared memory for such a plan, both ways."""
-    library = cuda_scan.library()
-    assert isinstance(library, cuda_scan.Library), library
+    library = cuda.library()
+    assert isinstance(library, cuda.Library), library
     steps, batch, _, hidden, lanes = shape
-    sweep = cuda_scan.Sweep(steps=steps, batch=batch, hidden=hidden, lanes=lanes, end=steps)
-    wanted = cuda_scan.cuda_plan(plan.Plan("cuda", **fields))
+    sweep = cuda.Sweep(steps=steps, batch=batch, hidden=hidden, lanes=lanes, end=steps)
+    wanted = cuda.cuda_plan(plan.Plan("cuda", **fields))
     most = torch.cuda.get_device_properties().shared_memory_per_block_optin
     needed = [library.shared_bytes(name, sweep, wanted, backward) for backward in (False, True)]
     return fields["regime"] == "step" or all(0 <= each <= most for each in needed)
@@ -276,8 +279,8 @@ def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
 
 def test_first_library() -> None:
     """Beside torch's own copy of CUDA's runtime."""
-    library = cuda_scan.library()
-    assert isinstance(library, cuda_scan.Library), library
+    library = cuda.library()
+    assert isinstance(library, cuda.Library), library
     assert not library.simulated
     assert set(BUILT_IN) <= set(library.cells)
 
@@ -412,7 +415,7 @@ def test_whole_sizes(kernel: str, size: tuple[int, int], number: str) -> None:
 
 
 def test_whole_cells_of_ones_own_go_to_triton() -> None:
-    assert codegen.derive(linear)
+    assert derive(linear)
     layer = fastrnn.Recurrent(linear, 3, 5, device="cuda")
     x = torch.randn(4, 2, 3, device="cuda")
     ours: Callable[[], list[Tensor]] = lambda: both_ways(layer, x)  # noqa: E731

@@ -16,7 +16,7 @@ from benchmarks.gpu import __main__ as driver
 from benchmarks.gpu import baseline, exchange, results
 from benchmarks.gpu.__main__ import Step
 from benchmarks.workloads import GPU
-from fastrnn.bench.machine import slug
+from fastrnn.tools.bench.machine import slug
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fastrnn
+
 ROOT = Path(__file__).resolve().parent.parent
 
 MEASURE = """
@@ -37,3 +39,9 @@ def test_import_is_light() -> None:
     assert len(others) < 30, others
     assert seconds < 0.15
     assert mib < 20
+
+
+def test_the_package_shows_its_public_names() -> None:
+    shown = dir(fastrnn)
+    assert set(shown) == {*fastrnn.__all__, "cells", "kernels", "plan"}
+    assert all(hasattr(fastrnn, name) for name in shown)

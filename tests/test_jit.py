@@ -18,11 +18,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastrnn import cache, flags, jit
+from fastrnn import cache
 from fastrnn.cells import Cell
-from fastrnn.codegen import Derived, derive, key
+from fastrnn.compiler import flags, jit
+from fastrnn.compiler.derive import Derived, derive, key
+from fastrnn.compiler.jit import CompilationFailed, compile_cell
 from fastrnn.extension import _C
-from fastrnn.jit import CompilationFailed, compile_cell
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -293,7 +294,8 @@ def test_compiling_at_once_gives_one_whole_library(
 PROCESS = """
 import sys
 from pathlib import Path
-from fastrnn import cache, flags, jit
+from fastrnn import cache
+from fastrnn.compiler import flags, jit
 from tests.test_jit import leaky
 jit.sources = lambda: Path(sys.argv[1])
 jit.compile_cell(leaky(0.5), "leaky")

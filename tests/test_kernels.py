@@ -16,7 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastrnn import _C, RNN, cells, kernels, ops, plan, reference
+from fastrnn import _C, RNN, cells, kernels, ops, plan
+from fastrnn.kernels import reference
+from fastrnn.kernels.prepare import prepare
 from tests.support import LONG, flatten, largest_error, rms_error
 
 BUILT_IN = ["rnn_tanh", "rnn_relu", "lstm", "gru"]
@@ -302,7 +304,7 @@ def test_a_kernel_takes_the_tape_of_another(name: str, projected: int | None) ->
     for extra in ({}, {"resets": torch.rand(6, 4) < 0.3}, {"lengths": torch.tensor([3, 6, 0, 5])}):
         given = {**operands(cell, 6, 4, 3, 19, lanes=2, projected=projected), **extra}
         arguments = (
-            kernels.prepare(cell),
+            prepare(cell),
             *(given[k] for k in ("x", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "s0")),
             None,
             given.get("lengths"),

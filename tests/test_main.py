@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import fastrnn
-from fastrnn import __main__, cache, cells, demo, info, plan
+from fastrnn import __main__, cache, cells, hardware, plan
 from fastrnn._version import __version__
+from fastrnn.tools import demo, info
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
@@ -36,7 +37,7 @@ def test_info_names_machine_build_and_kernels(capsys: pytest.CaptureFixture[str]
     code, out, _ = run(capsys, "info")
     assert code == 0
     assert __version__ in out and torch.__version__ in out
-    assert info.processor() in out
+    assert hardware.processor() in out
     for name in plan.KERNELS:
         assert f"kernel {name}" in out
     assert "self-check" in out and "passed" in out

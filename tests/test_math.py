@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastrnn import flags
+from fastrnn.compiler import flags
 
 np = pytest.importorskip("numpy")
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
-from fastrnn import _C, GRU, cells, kernels, ops, plan, reference
+from fastrnn import _C, GRU, cells, kernels, ops, plan
+from fastrnn.kernels import reference
 from tests.support import flatten, largest_error, mapped
 from tests.test_kernels import operands, planned, run
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from fastrnn.plan import Device, KernelRefused, Plan, Problem, choose
+from fastrnn.plan.dtypes import BYTES
 
 LSTM = Problem("lstm", steps=100, batch=1, inputs=64, hidden=64, gates=4, states=2)
 TWO = Device(threads=2, vector_bytes=64)
@@ -167,7 +168,7 @@ def test_weights_are_resident_where_they_fit(
 @pytest.mark.parametrize("hidden", [1, 5, 64, 100, 1000, 4096])
 @pytest.mark.parametrize("gates", [1, 3, 4, 16])
 def test_tiles_of_triton(device: Device, dtype: str, hidden: int, gates: int) -> None:
-    size = {"float32": 4, "float64": 8, "bfloat16": 2}[dtype]
+    size = BYTES[dtype]
     problem = replace(LSTM, dtype=dtype, hidden=hidden, gates=gates)
     for backward in (False, True):
         kinds = set()

@@ -46,3 +46,16 @@ def test_it_is_one_page() -> None:
     assert len(README.splitlines()) <= 100
     assert len(README.split()) <= 900
     assert len(README.split("\n## ")[0].splitlines()) <= 50
+
+
+def test_every_folder_of_the_package_tells_what_is_in_it() -> None:
+    folders = {path.parent for path in (ROOT / "fastrnn").rglob("*.py")}
+    assert ROOT / "fastrnn" / "kernels" / "gpu" / "triton" in folders
+    for folder in folders:
+        text = (folder / "README.md").read_text()
+        assert len(text.splitlines()) <= 40, folder
+        files = {path.name for path in folder.glob("*.py")} - {"__init__.py"}
+        inside = {f"{path.name}/" for path in folder.iterdir() if path in folders}
+        assert [name for name in sorted(files | inside) if f"`{name}`" not in text] == [], folder
+        named = set(re.findall(r"^- `([\w/.]+)`", text, re.MULTILINE))
+        assert [name for name in named if not (folder / name).exists()] == [], folder

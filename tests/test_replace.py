@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import fastrnn
-from fastrnn.replace import Report
+from fastrnn.nn.replace import Report
 
 NAMES = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
 SIZES = (5, 7)

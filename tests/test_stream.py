@@ -24,8 +24,10 @@ import torch
 from torch import Tensor
 
 import fastrnn
-from fastrnn import kernels, plan, stream
+from fastrnn import kernels, plan
 from fastrnn.extension import _C
+from fastrnn.kernels.prepare import prepare
+from fastrnn.nn import stream
 from tests.support import CELLS, DTYPES, assert_matches, flatten, twins
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,8 +58,9 @@ def made(kind: str, *sizes: int, **kwargs: Any) -> Any:
 
 def with_threads(layer: Any, batch: int, threads: int) -> stream.Stepper:
     """A stepper of that many threads, whatever the plan thinks of it."""
-    key = kernels.prepare(layer._cell())
-    return stream.Stepper(key, layer._weights(), batch, threads, True)
+    key = prepare(layer._cell())
+    lists = [[w for w in each if w is not None] for each in layer._weights()]
+    return stream.Stepper(key, lists, batch, threads, True)
 
 
 def stepped(stepper: stream.Stepper, x: Tensor) -> Tensor:
@@ -446,14 +449,17 @@ def test_a_step_allocates_nothing(tmp_path: Path) -> None:
     program = f"""
         import ctypes, sys
         import numpy as np, torch, fastrnn
-        from fastrnn import stream, kernels
+        from fastrnn import kernels
+        from fastrnn.kernels.prepare import prepare
+        from fastrnn.nn import stream
         count = ctypes.CDLL({str(library)!r}).allocations
         count.restype = ctypes.c_long
         for dtype, proj in ((torch.float32, 0), (torch.bfloat16, 5)):
             layer = fastrnn.LSTM(7, 33, num_layers=2, proj_size=proj, dtype=dtype)
-            key = kernels.prepare(layer._cell())
+            key = prepare(layer._cell())
             for threads in (1, 2):
-                step = stream.Stepper(key, layer._weights(), 1, threads, True).step
+                lists = [[w for w in each if w is not None] for each in layer._weights()]
+                step = stream.Stepper(key, lists, 1, threads, True).step
                 x, out = torch.zeros(1, 7, dtype=dtype), torch.zeros(1, proj or 33, dtype=dtype)
                 pairs = [(x, out), (x[0], out[0])]
                 if not proj:

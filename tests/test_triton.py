@@ -22,7 +22,12 @@ import torch
 from torch.nn.utils.rnn import pack_sequence
 
 import fastrnn
-from fastrnn import cache, cells, codegen, kernels, ops, plan, reference, triton_scan
+from fastrnn import cache, cells, kernels, ops, plan
+from fastrnn.compiler.derive import derive
+from fastrnn.extension import _C
+from fastrnn.kernels import reference
+from fastrnn.kernels.gpu.triton import launch
+from fastrnn.kernels.prepare import prepare
 from tests.support import batches, flatten, largest_error
 from tests.test_kernels import (
     BUILT_IN,
@@ -41,7 +46,7 @@ pytestmark = pytest.mark.interpreter
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton", allow_module_level=True)
 
-INTERPRETED = triton_scan.interpreted()
+INTERPRETED = launch.interpreted()
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
 
 TILES = {"batch_tile": 16, "matrix_units": True}
@@ -180,7 +185,7 @@ def test_a_kernel_takes_the_tape_of_another(name: str, projected: int | None) ->
     for extra in ({}, {"resets": torch.rand(4, 3) < 0.3}, {"lengths": torch.tensor([3, 0, 4])}):
         given = {**operands(cell, 4, 3, 3, 19, lanes=2, projected=projected), **extra}
         arguments = (
-            kernels.prepare(cell),
+            prepare(cell),
             *(given[k] for k in ("x", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "s0")),
             None,
             given.get("lengths"),
@@ -193,7 +198,7 @@ def test_a_kernel_takes_the_tape_of_another(name: str, projected: int | None) ->
                 results[kernel] = torch.ops.fastrnn.scan(*arguments, tape=True)
         for a, b in zip(flatten(results["cpu"]), flatten(results["triton"]), strict=True):
             assert largest_error(a, b) < 1e-13
-        y, states, _ = results["cpu"]
+        y, *states, _ = results["cpu"]
         incoming = (torch.randn_like(y), [torch.randn_like(s) for s in states])
         gradients = {}
         for writer, (y, *_, tape) in results.items():
@@ -240,7 +245,7 @@ def test_strided_empty_or_without_bias() -> None:
     check(cell, operands(cell, 3, 0, 4, 9), "triton")
     check(cell, operands(cell, 3, 2, 0, 9), "triton")
     step = operands(cell, 1, 2, 4, 9)
-    check(cell, {**step, "x": step["x"][0]}, "triton")
+    check(cell, {**step, "x": step["x"][0], "s0": [s[0] for s in step["s0"]]}, "triton")
 
 
 @interpreted
@@ -258,7 +263,7 @@ def test_modules_from_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
             pack_sequence(batches([3, 5, 1], 5, torch.float32), enforce_sorted=False),
         ),
     ):
-        kernels._C.forget_plans()
+        _C.forget_plans()
         ours = flatten(layer(x))
         ours += torch.autograd.grad(ours[0].sin().sum(), list(layer.parameters()))
         with kernels.use("cpu"):
@@ -268,7 +273,7 @@ def test_modules_from_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(plan.KernelRefused, match="computes bfloat16 wrongly"):
         fastrnn.LSTM(5, 6, dtype=torch.bfloat16)(torch.zeros(4, 3, 5, dtype=torch.bfloat16))
     monkeypatch.undo()
-    kernels._C.forget_plans()
+    _C.forget_plans()
 
 
 @cells.cell(gates="abcd", states="hcm")
@@ -292,14 +297,14 @@ def test_functions_a_cell_may_call() -> None:
 def test_functions_are_accurate_near_zero_and_far_away() -> None:
     import triton
 
-    source = triton_scan._cell_module  # a module from a source file, as cells are
+    source = launch._cell_module  # a module from a source file, as cells are
     scale = torch.logspace(-30, 2.5, 4096, dtype=torch.float64)
     points = torch.cat([-scale, scale, torch.tensor([0.0, -0.0], dtype=torch.float64)])
     for name in ("tanh", "expm1", "sigmoid", "log1p", "exp"):
         text = f"""import triton
 import triton.language as tl
 
-from fastrnn.triton_math import {name}
+from fastrnn.kernels.gpu.triton.math import {name}
 
 
 @triton.jit
@@ -401,9 +406,9 @@ def test_tensors_of_more_elements_than_32_bits_count(
     backward: bool, projected: int | None, packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last program of a grid touches the last element of every tensor, and none past it."""
-    from fastrnn.triton_sweep import RUN_TIME
+    from fastrnn.kernels.gpu.triton.common import RUN_TIME
 
-    derived = codegen.derive(cells.get("lstm"))
+    derived = derive(cells.get("lstm"))
     steps, batch, lanes, hidden = 6, (1 << 29) - 3, 2, 5
     recurrent, depth, rows = projected or hidden, 4 * hidden, steps * batch
     slots = 1 + len(derived.kept) + (projected is not None)
@@ -427,16 +432,16 @@ def test_tensors_of_more_elements_than_32_bits_count(
             ):  # fmt: skip
                 new(name, dtype, *size)
             chosen = plan.Plan("triton", **regime(way, hidden, 16, torch.float32))
-            kernel = triton_scan.kernel(chosen, backward)
+            kernel = launch.kernel(chosen, backward)
             values = (steps, batch, begin, begin + 1, 0, 0, rows, 0, hidden, recurrent)
             given = memory.pointers | {
                 name: number(value, kernel.fn.__annotations__.get(name))
                 for name, value in zip(RUN_TIME, values, strict=True)
             }
             flags = {} if backward else {"tape": True}
-            given |= triton_scan.meta_arguments(
-                derived, chosen, hidden, "ieee", backward, packed=packed, projected=projected,
-                resets=packed, **flags,
+            given |= launch.meta_arguments(
+                derived, chosen, hidden, "ieee", backward=backward, packed=packed,
+                projected=projected, resets=packed, **flags,
             )  # fmt: skip
             arguments = {name: given[name] for name in kernel.arg_names}
             with monkeypatch.context() as patch:
@@ -465,9 +470,9 @@ def test_triton_is_not_imported_until_it_runs() -> None:
 
 
 def test_sources_are_kept_and_found_again() -> None:
-    derived = codegen.derive(cells.get("lstm"))
-    module = triton_scan.cell_module(derived)
-    assert module is triton_scan.cell_module(replace(derived))
+    derived = derive(cells.get("lstm"))
+    module = launch.cell_module(derived)
+    assert module is launch.cell_module(replace(derived))
     assert isinstance(module.__file__, str) and os.path.isfile(module.__file__)
 
 
@@ -475,7 +480,7 @@ def test_what_is_kept_is_run_only_where_nobody_else_could_write_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FASTRNN_CACHE", str(tmp_path / "cache"))
-    make = triton_scan._cell_module.__wrapped__
+    make = launch._cell_module.__wrapped__
     path = Path(str(make("taken = None\n", "kept").__file__))
     other = tmp_path / "other.py"
     other.write_text("taken = 'from beside it'\n")

@@ -27,7 +27,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastrnn import cells, codegen, plan, triton_scan
+from fastrnn import cells, plan
+from fastrnn.compiler.derive import derive
+from fastrnn.kernels.gpu.triton import launch
 
 pytestmark = pytest.mark.compiles
 
@@ -131,15 +133,15 @@ def compiled(case: Case) -> Report:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from fastrnn.triton_sweep import RUN_TIME
+    from fastrnn.kernels.gpu.triton.common import RUN_TIME
 
     target, problem, chosen, packed = case.target, case.problem, case.plan, case.packed
     assert chosen.kernel == "triton"
-    derived = codegen.derive(cells.get(problem.cell))
-    kernel = triton_scan.kernel(chosen, problem.backward)
+    derived = derive(cells.get(problem.cell))
+    kernel = launch.kernel(chosen, problem.backward)
     only = {} if problem.backward else {"bias": not all(derived.tied), "tape": problem.tape}
-    meta = triton_scan.meta_arguments(
-        derived, chosen, problem.hidden, case.precision, problem.backward,
+    meta = launch.meta_arguments(
+        derived, chosen, problem.hidden, case.precision, backward=problem.backward,
         packed=packed, ragged=packed, resets=packed,
         projected=problem.hidden // 2 if problem.projected else None, **only,
     )  # fmt: skip
@@ -166,7 +168,7 @@ def compiled(case: Case) -> Report:
     made = triton.compile(
         source,
         target=GPUTarget(target.backend, target.arch, target.warp),
-        options=triton_scan.compile_options(chosen, target.backend == "cuda"),
+        options=launch.compile_options(chosen, target.backend == "cuda"),
     )
     read = _amd(made.asm["amdgcn"]) if target.backend == "hip" else _nvidia(made.asm["cubin"])
     return Report(case, made.metadata.shared, *read)
@@ -228,7 +230,7 @@ SIZES = (1, 32, 64, 100, 128, 256, 512, 1000)
 def problems() -> Iterator[plan.Problem]:
     for name in CELLS:
         cell = cells.get(name)
-        projectable = codegen.derive(cell).projectable
+        projectable = derive(cell).projectable
         for dtype, hidden, batch, projected, backward in itertools.product(
             ("bfloat16", "float32", "float64"), SIZES, (1, 64), (False, True), (False, True)
         ):
@@ -283,12 +285,12 @@ def test_kernels_fit_and_spill_nothing(target: Target) -> None:
 
 
 def test_what_a_batch_decides_is_no_constant_of_a_kernel() -> None:
-    from fastrnn.triton_sweep import RUN_TIME
+    from fastrnn.kernels.gpu.triton.common import RUN_TIME
 
-    if triton_scan.interpreted():
+    if launch.interpreted():
         pytest.skip("needs Triton's compiler")
     for backward, resident in itertools.product((False, True), repeat=2):
-        kernel = triton_scan.kernel(plan.Plan("triton", resident=resident), backward)
+        kernel = launch.kernel(plan.Plan("triton", resident=resident), backward)
         free = {p.name for p in kernel.params if p.do_not_specialize}
         assert free == set(RUN_TIME) - ({"hidden", "width"} if resident else set())
         wide_numbers = {p.name for p in kernel.params if p.annotation_type == "i64"}

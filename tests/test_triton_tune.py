@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastrnn import triton_scan
+from fastrnn.kernels.gpu.triton import launch
+from fastrnn.kernels.gpu.triton.tune import Tuner
 from fastrnn.plan import Device, Plan, Problem, alternatives, choose
-from fastrnn.triton_tune import Tuner
 
 pytestmark = pytest.mark.interpreter
 
@@ -107,9 +107,9 @@ def test_alternatives_need_no_more_memory_and_no_more_registers_than_there_are()
 
 def test_only_on_a_gpu_and_only_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FASTRNN_TUNE", raising=False)
-    assert not triton_scan.triton_tune.wanted()
+    assert not launch.tune.wanted()
     monkeypatch.setenv("FASTRNN_TUNE", "1")
-    assert triton_scan.triton_tune.wanted()
+    assert launch.tune.wanted()
 
 
 def test_what_a_launch_changes_is_as_before_when_all_were_timed(
@@ -139,11 +139,11 @@ def test_what_a_launch_changes_is_as_before_when_all_were_timed(
 
     monkeypatch.setattr(torch.cpu, "Event", Event, raising=False)
     monkeypatch.setattr(torch.cpu, "get_device_name", lambda _: "none", raising=False)
-    monkeypatch.setattr(triton_scan, "_tuner", Tuner(folder))
+    monkeypatch.setattr(launch, "_tuner", Tuner(folder))
     scan = SimpleNamespace(
         given=SimpleNamespace(x=torch.zeros(1)), cell="lstm", hidden=5, recurrent=5, plan=FIRST
     )
     for _ in range(2):
-        assert triton_scan._fastest(False, scan, run, carry).warps == 4  # type: ignore[arg-type]
+        assert launch._fastest(False, scan, run, carry).warps == 4  # type: ignore[arg-type]
         assert torch.equal(carry, torch.ones(3))
     assert len(ran) == 5 * len(PLANS)  # once

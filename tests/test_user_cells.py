@@ -16,7 +16,12 @@ import torch
 from torch import Tensor
 
 import fastrnn
-from fastrnn import cells, jit, kernels, ops, plan, reference
+from fastrnn import cells, kernels, ops, plan
+from fastrnn.compiler import emit_cpp, jit
+from fastrnn.compiler.derive import derive
+from fastrnn.extension import _C
+from fastrnn.kernels import reference
+from fastrnn.kernels.prepare import prepare
 from tests.support import largest_error
 from tests.test_kernels import operands, run
 
@@ -101,7 +106,7 @@ def test_a_damaged_library_in_the_cache_is_built_again(
     cell = declared(lambda u, v, h: torch.cos(u.h + v.h), "damaged")
     given = operands(cell, 2, 2, 3, 4)
     assert given["x"].dtype == torch.float64
-    library = jit.compile_cell(fastrnn.codegen.derive(cell), fastrnn.codegen.key(cell), "double")
+    library = jit.compile_cell(derive(cell), emit_cpp.key(cell), "double")
     library.write_bytes(b"not a library")
     ours = run(ops.scan, cell, given)
     for what, right in run(reference.scan, cell, given).items():
@@ -167,7 +172,12 @@ NO_COMPILER = """
     os.environ |= {"CXX": "no-such-compiler", "FASTRNN_CACHE": "CACHE"}
     import torch
     import fastrnn
-    from fastrnn import kernels, plan
+    from fastrnn import plan
+    from fastrnn.compiler import emit_cpp
+    from fastrnn.compiler.derive import derive
+    from fastrnn import kernels
+    from fastrnn.extension import _C
+    from fastrnn.kernels.prepare import prepare
 
     @fastrnn.cell(gates="ab", states="hc")
     def mine(u, v, h, c):
@@ -220,9 +230,9 @@ def test_elsewhere_no_compiler_is_asked_for(tmp_path: Path) -> None:
         elsewhere = layer.to("meta")
         y, states = elsewhere(x.to("meta"))
         assert y.shape == (5, 2, 4)
-        key = kernels.prepare(mine, "cuda")
-        assert kernels._C.cell_facts(key) == (2, 2, len(fastrnn.codegen.derive(mine).kept))
-        assert not kernels._C.has_code(key)
+        key = prepare(mine, "cuda")
+        assert _C.cell_facts(key) == (2, 2, len(derive(mine).kept))
+        assert not _C.has_code(key)
         """,
         tmp_path,
     )
@@ -230,21 +240,21 @@ def test_elsewhere_no_compiler_is_asked_for(tmp_path: Path) -> None:
 
 def test_facts_first_and_code_later() -> None:
     cell = declared(lambda u, v, h: torch.sin(u.h + v.h) * 0.25, "facts_first")
-    key = kernels.prepare(cell, "cuda")
+    key = prepare(cell, "cuda")
     assert key is not None
-    assert not kernels._C.has_code(key)
+    assert not _C.has_code(key)
     given = operands(cell, 2, 2, 3, 4)
     weights = [given[k][0] for k in ("w_ih", "w_hh", "b_ih", "b_hh")]
     with (
         kernels.use("triton"),
         pytest.raises(RuntimeError, match=r"no compiled code for cell 'facts_first-\w+' in double"),
     ):
-        kernels._C.pack(key, *weights)
-    assert not kernels._C.has_code(key, True)
+        _C.pack(key, *weights)
+    assert not _C.has_code(key, True)
     with kernels.use("cpu"):
         y, *_ = by_key(key, given)
     torch.testing.assert_close(y, reference.scan(cell, **given)[0])
-    assert kernels._C.has_code(key, True)
+    assert _C.has_code(key, True)
 
 
 def by_key(key: str, given: dict[str, Any]) -> list[Tensor]:
@@ -273,15 +283,15 @@ def two_states(name: str) -> cells.Cell:
 @pytest.mark.parametrize("first", [torch.float32, torch.float64], ids=["float", "double"])
 def test_each_number_is_compiled_when_it_is_first_used(first: torch.dtype) -> None:
     cell = two_states(f"lazy_{str(first)[-2:]}")
-    key, exact = fastrnn.codegen.key(cell), operands(cell, 4, 3, 5, 9)
+    key, exact = emit_cpp.key(cell), operands(cell, 4, 3, 5, 9)
     given = {torch.float32: in_float(exact), torch.float64: exact}
     second = torch.float64 if first == torch.float32 else torch.float32
     with kernels.use("cpu"):
         ours = {first: run(ops.scan, cell, given[first])}
-        assert kernels._C.has_code(key, first == torch.float64)
-        assert not kernels._C.has_code(key, second == torch.float64)
+        assert _C.has_code(key, first == torch.float64)
+        assert not _C.has_code(key, second == torch.float64)
         ours[second] = run(ops.scan, cell, given[second])
-    assert kernels._C.has_code(key, second == torch.float64)
+    assert _C.has_code(key, second == torch.float64)
     exact_results = run(reference.scan, cell, exact)
     for dtype, bound in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
         for what, right in exact_results.items():
@@ -292,12 +302,12 @@ def test_each_number_is_compiled_when_it_is_first_used(first: torch.dtype) -> No
 def test_the_op_compiles_what_nobody_prepared() -> None:
     """An exported program that runs in another dtype than the cell did so far, or first of all."""
     cell = two_states("by_key")
-    key, given = fastrnn.codegen.key(cell), operands(cell, 4, 3, 5, 9)
-    assert kernels._C.cell_facts(key) is None
+    key, given = emit_cpp.key(cell), operands(cell, 4, 3, 5, 9)
+    assert _C.cell_facts(key) is None
     wanted, _ = reference.scan(cell, **given)
     with kernels.use("cpu"):
         assert largest_error(by_key(key, in_float(given))[0], wanted) < 1e-5
-        assert not kernels._C.has_code(key, True)
+        assert not _C.has_code(key, True)
         assert largest_error(by_key(key, given)[0], wanted) < 1e-12
 
 
@@ -324,6 +334,8 @@ def test_frozen_streamed_and_compiled_in_each_number(dtype: torch.dtype) -> None
 SAME_AS_BUILT_IN = """
     import torch, fastrnn
     from fastrnn import kernels
+    from fastrnn.extension import _C
+    from fastrnn.kernels.prepare import prepare
 
     built_in = fastrnn.cells.get("lstm")
     mine = fastrnn.cells.Cell("mine", built_in.gates, built_in.states, built_in.function)
@@ -343,7 +355,7 @@ SAME_AS_BUILT_IN = """
 """
 
 
-@pytest.mark.parametrize("isa", kernels._C.isas())
+@pytest.mark.parametrize("isa", _C.isas())
 def test_a_custom_cell_gives_the_numbers_of_the_built_in_one(isa: str) -> None:
     """Bit for bit: it is compiled in the same way for the same instruction set."""
     done = subprocess.run(

@@ -146,7 +146,7 @@ def _run(step: Step, folder: Path, allowed: float, environment: dict[str, str]) 
 
 
 def folder_of(device: str) -> str:
-    """As `fastrnn.bench.machine.slug`, which cannot be imported before the build."""
+    """As `fastrnn.tools.bench.machine.slug`, which cannot be imported before the build."""
     return re.sub(r"\W+", "-", device.lower()).strip("-")
 
 

@@ -19,10 +19,10 @@ import torch
 
 from benchmarks.gpu import results
 from benchmarks.workloads import of_lengths
-from fastrnn.bench import measure, store
-from fastrnn.bench.contender import Case, TorchLayer
-from fastrnn.bench.machine import Machine
-from fastrnn.bench.workload import Workload
+from fastrnn.tools.bench import measure, store
+from fastrnn.tools.bench.contender import Case, TorchLayer
+from fastrnn.tools.bench.machine import Machine
+from fastrnn.tools.bench.workload import Workload
 
 STEPS = 512
 SECONDS = 0.03  # of calls

@@ -32,7 +32,7 @@ def main() -> int:
     import torch
 
     from benchmarks.gpu.baseline import NO_MACHINE
-    from fastrnn.bench import store
+    from fastrnn.tools.bench import store
 
     path = Path(sys.argv[1])
     conditions = asdict(store.conditions(NO_MACHINE, "python -m benchmarks.gpu.exchange", "cuda"))

@@ -21,7 +21,7 @@ using at::TensorList;
 enum Need { kNeedX, kNeedWih, kNeedWhh, kNeedBias, kNeedWhr, kNeedStates, kNeeds };
 using Needs = std::array<bool, kNeeds>;
 
-// The inputs of `scan` as its schema orders them; fastrnn/reference.py documents the shapes.
+// The inputs of `scan` as its schema orders them; kernels/reference.py documents the shapes.
 struct ScanInputs {
   std::string_view cell;
   const Tensor& x;

@@ -161,7 +161,7 @@ std::vector<Tensor> backward_elsewhere(FASTRNN_BACKWARD_PARAMETERS) {
 }  // namespace
 
 TORCH_LIBRARY(fastrnn, m) {
-  // fastrnn/reference.py documents the arguments. Gives y, the S states and the tape, which is
+  // kernels/reference.py documents the arguments. Gives y, the S states and the tape, which is
   // what scan_backward needs and has no rows unless `tape` asks for it. With `recompute` autograd
   // keeps no tape, and gives scan_backward one without rows. Lists that may be empty are optional,
   // since ahead-of-time compiled programs pass an empty list as none.

@@ -345,7 +345,7 @@ PyObject* write(PyObject* object, PyObject* given) {
 }
 
 // (cell, layers, batch_size, threads, release_gil); a layer is [w_ih, w_hh, b_ih, b_hh, w_hr],
-// without what there is not. fastrnn/stream.py has checked them.
+// without what there is not. fastrnn/nn/stream.py has checked them.
 PyObject* make(PyTypeObject* type, PyObject* args, PyObject*) {
   HANDLE_TH_ERRORS
   const char* name = nullptr;

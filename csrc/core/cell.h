@@ -1,4 +1,4 @@
-// The cells, generated from fastrnn/cells.py. A cell is a struct with
+// The cells, generated from fastrnn/cells. A cell is a struct with
 //   kName, kGates (G), kStates (S), kKept (K), kTied[G], kProjectable
 //   forward(u[G], v[G], s[S], next[S], kept[K])
 //   backward(kept[K], s[S], next[S], dnext[S], du[G], dv[G], ds[S])

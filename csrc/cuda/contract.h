@@ -1,5 +1,5 @@
 // The contract between the host and the CUDA kernels: plain data, shapes, no ownership. The library
-// of these kernels has a C interface and no torch in it: fastrnn/cuda_scan.py fills these structs,
+// of these kernels has a C interface and no torch in it: kernels/gpu/cuda.py fills these structs,
 // field by field, through ctypes.
 //
 // T steps, B batch, H hidden units, G gates, S states, K kept values, P lanes (independent scans of
@@ -88,7 +88,7 @@ enum Regime : int32_t {
 
 }  // namespace fastrnn
 
-// 0, or a cudaError_t. A cell is known by its name, as in fastrnn/cells.py.
+// 0, or a cudaError_t. A cell is known by its name, as in fastrnn/cells.
 extern "C" {
 int fastrnn_cuda_forward(const char* cell, const fastrnn::Sweep*, const fastrnn::CudaPlan*,
                          void* stream);

@@ -1,5 +1,5 @@
 // Where the rows of a sweep lie and which of them live at a step, on the device. All kernels share
-// this; fastrnn/triton_sweep.py has the same functions for Triton.
+// this; kernels/gpu/triton/common.py has the same functions for Triton.
 //
 // Row b of the batch lives while t < stop(b). A lane's step before another is the one before in its
 // own direction. Steps and times are 32 bits wide (fastrnn_cuda_forward refuses more), offsets 64.

@@ -17,7 +17,7 @@ from opacus.validators.errors import ShouldReplaceModuleError, UnsupportedModule
 from opacus.validators.utils import register_module_fixer, register_module_validator
 from torch import nn
 
-from fastrnn.convert import TO_TORCH
+from fastrnn.nn.convert import TO_TORCH
 
 __all__ = ["fix", "sample", "validate"]
 

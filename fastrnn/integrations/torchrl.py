@@ -17,9 +17,9 @@ from tensordict.nn import dispatch
 from torch import Tensor
 from torchrl import modules
 
-from fastrnn.convert import TO_TORCH
+from fastrnn.nn.convert import TO_TORCH, WRAPPERS, Wrapper
 
-__all__ = ["WRAPPERS", "GRUModule", "LSTMModule"]
+__all__ = ["GRUModule", "LSTMModule"]
 
 
 class _Episodes:
@@ -48,11 +48,8 @@ class GRUModule(_Episodes, modules.GRUModule):
     _name = "gru"
 
 
-# TorchRL's class, ours, and where it holds the layer.
-WRAPPERS: tuple[tuple[type, type, str], ...] = (
-    (modules.LSTMModule, LSTMModule, "lstm"),
-    (modules.GRUModule, GRUModule, "gru"),
-)
+WRAPPERS.append(Wrapper(modules.LSTMModule, LSTMModule, "lstm"))
+WRAPPERS.append(Wrapper(modules.GRUModule, GRUModule, "gru"))
 
 
 # How many episodes there are is in the data: no graph can hold it. TorchRL's `pad` is the same.

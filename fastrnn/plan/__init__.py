@@ -61,7 +61,7 @@ def refusal(kernel: str, problem: Problem, device: Device) -> str | None:
     return _KERNELS[kernel][0](problem, device)
 
 
-# reference: torch operations (fastrnn/reference.py); refuses nothing
+# reference: torch operations (fastrnn/kernels/reference.py); refuses nothing
 
 
 def _reference_refuse(problem: Problem, device: Device) -> str | None:

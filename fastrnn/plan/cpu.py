@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
+from fastrnn.plan import dtypes
 from fastrnn.plan.problem import Device, Plan, Problem
 
 __all__ = ["configure", "refuse", "step_threads"]
 
-_DTYPES = ("float32", "float64", "bfloat16", "float16")
 # A weight read as it lies costs one pass; packing costs about three more before any row is done.
 _UNPACKED_ROWS = 3
 # Below this many multiply-adds the wake-up and hand-over of threads cost more than they save.
@@ -25,8 +25,8 @@ def refuse(problem: Problem, device: Device) -> str | None:
         return f"it runs on CPUs, the tensors are on {device.kind}"
     if not device.compiled:
         return f"there is no compiled code for cell {problem.cell!r}"
-    if problem.dtype not in _DTYPES:
-        return f"it computes {', '.join(_DTYPES)}, not {problem.dtype}"
+    if (reason := dtypes.unsupported(problem.dtype)) is not None:
+        return reason
     if problem.projected and not problem.projectable:
         return f"cell {problem.cell!r} reads state 0 unit by unit, so it cannot be projected"
     return None

@@ -1,16 +1,15 @@
-"""Plans of the CUDA kernels, for the built-in cells (csrc/cuda_*.cu, fastrnn/cuda_scan.py)."""
+"""Plans of the CUDA kernels, for the built-in cells (csrc/cuda_*.cu, kernels/gpu/cuda.py)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from fastrnn.plan import dtypes
 from fastrnn.plan.problem import Device, Plan, Problem
 
 __all__ = ["Layout", "configure", "cycles", "lay_out", "refuse"]
 
-_NUMBERS = {"float32": "", "float64": "float64", "bfloat16": "bfloat16", "float16": "float16"}
-_STORED = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}  # bytes
 _LANES = 64  # a bit for each says which way it runs
 _CHUNK_BYTES = 64 << 20  # of u and du: a launch loads all weights, so it should be long
 _TILES = (8, 16, 32)  # rows of the batch: columns of matrix products, 8 at a time
@@ -30,8 +29,8 @@ def refuse(problem: Problem, device: Device) -> str | None:
         return device.cuda
     if problem.cell not in device.cuda_cells:
         return f"it has no code for cell {problem.cell!r}; triton runs cells of one's own"
-    if problem.dtype not in _NUMBERS:
-        return f"it computes {', '.join(_NUMBERS)}, not {problem.dtype}"
+    if (reason := dtypes.unsupported(problem.dtype)) is not None:
+        return reason
     if problem.projected:
         return "it does not project the output (proj_size)"
     if problem.hidden == 0:
@@ -54,7 +53,7 @@ def configure(problem: Problem, device: Device) -> Plan:
 @lru_cache(maxsize=1024)
 def _best(problem: Problem, device: Device) -> Plan:
     """The regime of the least estimated time of a step."""
-    row = problem.gates * problem.hidden * problem.lanes * _STORED[problem.dtype]
+    row = problem.gates * problem.hidden * problem.lanes * dtypes.BYTES[problem.dtype]
     plans = _steps(problem, device)
     if problem.dtype != "float64" and problem.batch and problem.steps > _FEW_STEPS:
         plans += _resident(problem, device)
@@ -63,7 +62,9 @@ def _best(problem: Problem, device: Device) -> Plan:
 
 
 def _number(problem: Problem, device: Device) -> str:
-    return _NUMBERS[problem.dtype] or ("tf32" if device.tf32 else "tf32x3")
+    if problem.dtype != "float32":
+        return problem.dtype
+    return "tf32" if device.tf32 else "tf32x3"
 
 
 def _steps(problem: Problem, device: Device) -> list[Plan]:
@@ -144,7 +145,7 @@ class Layout:
 def lay_out(problem: Problem, plan: Plan) -> Layout | None:
     """The layout of a block, or None where a block would have more rows than its warps can take:
     `need` of the traits in csrc/cuda/persistent/forward.cu or csrc/cuda/persistent/backward.cu."""
-    size = min(4, _STORED[problem.dtype])
+    size = min(4, dtypes.BYTES[problem.dtype])
     columns, gates, octets = plan.batch_tile // 8, problem.gates, -(-problem.hidden // 8)
     if problem.backward:
         choices = [1, 4] if gates == columns == 1 else [1]
@@ -248,7 +249,7 @@ def cycles(problem: Problem, device: Device, plan: Plan) -> float:
     if plan.regime == "cluster":
         at_once = dict(device.clusters)[plan.blocks]
     waves = -(-groups // max(1, at_once))
-    weights = layout.rows * layout.row_bytes // min(4, _STORED[problem.dtype])
+    weights = layout.rows * layout.row_bytes // min(4, dtypes.BYTES[problem.dtype])
     product = max(
         weights * plan.batch_tile / _MATRIX_SPEED[plan.number], layout.spilled / _SHARED_SPEED
     )
@@ -257,7 +258,7 @@ def cycles(problem: Problem, device: Device, plan: Plan) -> float:
 
 
 def _step_cycles(problem: Problem, device: Device, plan: Plan) -> float:
-    size, multiprocessors = _STORED[problem.dtype], max(1, device.multiprocessors)
+    size, multiprocessors = dtypes.BYTES[problem.dtype], max(1, device.multiprocessors)
     units = _STEP_UNITS[plan.batch_tile][problem.backward]
     tiles = -(-problem.batch // plan.batch_tile) * -(-problem.hidden // units)
     waves = -(-problem.lanes * tiles // multiprocessors)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fastrnn.plan.dtypes import computed_bytes
+
 __all__ = ["Device", "Plan", "Problem"]
 
 
@@ -34,7 +36,7 @@ class Problem:
     @property
     def itemsize(self) -> int:
         """Bytes of a number as computed."""
-        return 8 if self.dtype == "float64" else 4
+        return computed_bytes(self.dtype)
 
 
 @dataclass(frozen=True)

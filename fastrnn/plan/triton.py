@@ -1,15 +1,15 @@
-"""Plans of the Triton kernels, for any cell: a launch per chunk (fastrnn/triton_scan.py)."""
+"""Plans of the Triton kernels, for any cell: a launch per chunk (kernels/gpu/triton)."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+from fastrnn.plan import dtypes
 from fastrnn.plan.problem import Device, Plan, Problem
 
 __all__ = ["alternatives", "configure", "refuse"]
 
 _DEVICES = ("cuda", "xpu")  # torch calls AMD's GPUs cuda as well
-_SIZES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 _MATRIX_ROWS = 16  # the least that a product of tiles takes
 # Of the 255 registers of a thread, those for the blocks that a step holds, and for weights where
 # no matrix unit multiplies them; addresses and the cell's arithmetic take the others.
@@ -25,8 +25,8 @@ _STRETCH_BYTES = 64 << 20  # of du, whose products want many rows
 def refuse(problem: Problem, device: Device) -> str | None:
     if device.triton is not None:
         return device.triton
-    if problem.dtype not in _SIZES:
-        return f"it computes {', '.join(_SIZES)}, not {problem.dtype}"
+    if (reason := dtypes.unsupported(problem.dtype)) is not None:
+        return reason
     if device.kind == "cpu" and device.interpreted:
         if device.forced != "triton":
             return "on CPUs it runs in Triton's interpreter, and only when it is asked for by name"
@@ -44,7 +44,7 @@ def refuse(problem: Problem, device: Device) -> str | None:
 def configure(problem: Problem, device: Device) -> Plan:
     """Tiles and warps. Of T and B only `batch_tile` depends on B, and takes one of few values, so
     that nothing is compiled anew for the lengths and sizes of batches."""
-    itemsize = _SIZES[problem.dtype]
+    itemsize = dtypes.BYTES[problem.dtype]
     words = max(1, problem.itemsize // 4)  # registers of a number as computed
     padded = max(16, _power_of_two(problem.hidden))
     weights = problem.gates * padded * padded

@@ -20,12 +20,12 @@ from typing import Any
 
 import pytest
 import torch
-
-import fastrnn
 from fastrnn.bench.contender import Prepared
 from fastrnn.bench.measure import interleaved
-from fastrnn.extension import _C
 from fastrnn.info import processor
+
+import fastrnn
+from fastrnn.extension import _C
 from tests.clients.support import Client, Ratio, difference
 
 BEGIN, END = "<!-- make clients -->", "<!-- end -->"

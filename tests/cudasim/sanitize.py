@@ -13,7 +13,9 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from fastrnn import cells, codegen
+from fastrnn import cells
+from fastrnn.compiler import emit_cpp
+from fastrnn.compiler.derive import derive
 from tests.cudasim.build import ROOT, build, version
 from tests.cudasim.sweeps import Case, said
 from tests.test_cuda import PARTS, numbers
@@ -79,9 +81,9 @@ def main() -> int:
     whole = not (options.sanitizer or options.cell or options.regime)
     if options.save and not whole:
         parser.error("only what ran whole is saved")
-    header = codegen.header(
-        [codegen.derive(cells.get(name)) for name in BUILT_IN],
-        [codegen.key(cells.get(name)) for name in BUILT_IN],
+    header = emit_cpp.header(
+        [derive(cells.get(name)) for name in BUILT_IN],
+        [emit_cpp.key(cells.get(name)) for name in BUILT_IN],
     )
     rows, failed = [], False
     for sanitizer in [options.sanitizer] if options.sanitizer else SANITIZERS:

@@ -1,0 +1,26 @@
+"""What a cell is, and the cells there are."""
+
+from fastrnn.cells.declare import MAX_GATES, MAX_STATES, Cell, Gates, cell, get, names, seal
+
+# isort: off
+# In the order in which they are listed.
+from fastrnn.cells.elman import rnn_relu, rnn_tanh
+from fastrnn.cells.lstm import lstm
+from fastrnn.cells.gru import gru
+# isort: on
+
+__all__ = [
+    "MAX_GATES",
+    "MAX_STATES",
+    "Cell",
+    "Gates",
+    "cell",
+    "get",
+    "gru",
+    "lstm",
+    "names",
+    "rnn_relu",
+    "rnn_tanh",
+]
+
+seal()

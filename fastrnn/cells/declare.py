@@ -1,0 +1,369 @@
+"""How a cell is declared, found by its name, and saved.
+
+A cell maps the projections of one time step and the previous states to the next states,
+unit by unit. Its derivative, what back-propagation keeps, the C++ and the GPU code are all
+derived from this one function (`compiler/`); its arithmetic stands nowhere else.
+
+`u = W·x + b_ih` and `v = R·h + b_hh` arrive with one attribute per gate; state 0 is the
+recurrent one and is the output of the layer. A cell may use torch's pointwise functions only,
+so that every unit of the hidden state is independent of the others within a step.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import dis
+import functools
+import hashlib
+import importlib
+import inspect
+import operator
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from types import CellType, CodeType, FunctionType, ModuleType
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["MAX_GATES", "MAX_STATES", "Cell", "Gates", "cell", "get", "names", "seal"]
+
+# kMaxGates and kMaxStates of csrc/cpu/contract.h.
+MAX_GATES = 16
+MAX_STATES = 8
+
+
+class Gates:
+    """What a cell is given as `u` and `v`: one tensor per gate, as attributes."""
+
+    def __init__(self, cell: Cell, values: Iterable[Tensor]) -> None:
+        self.__cell = cell
+        for name, value in zip(cell.gates, values, strict=True):
+            setattr(self, name, value)
+
+    def __getattr__(self, name: str) -> Tensor:
+        # Not through `self`: on an object that is only half made, that would end up here again.
+        cell = vars(self).get("_Gates__cell")
+        raise AttributeError(
+            f"cell {cell.name!r} has no gate {name!r}; its gates are: {', '.join(cell.gates)}"
+            if cell
+            else name
+        )
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A recurrent cell.
+
+    Attributes:
+        name: unique name, the key of the registry and of `torch.ops.fastrnn.scan`.
+        gates: names of the gates, in the order of the blocks of `weight_ih` and `weight_hh`.
+        states: names of the states; the first is recurrent and is the output.
+        function: `function(u, v, *states) -> states`, pointwise.
+    """
+
+    name: str
+    gates: tuple[str, ...]
+    states: tuple[str, ...]
+    function: Callable[..., Tensor | tuple[Tensor, ...]]
+
+    def __hash__(self) -> int:
+        # Every call of a layer looks its cell up; the dataclass would hash all fields each time.
+        return hash(self.name)
+
+    def step(self, u: Sequence[Tensor], v: Sequence[Tensor], s: Sequence[Tensor]) -> list[Tensor]:
+        """One time step on tensors: `u`, `v` one tensor per gate, `s` one per state."""
+        out = self.function(Gates(self, u), Gates(self, v), *s)
+        states = [out] if isinstance(out, Tensor) else list(out)
+        if len(states) != len(self.states):
+            raise ValueError(
+                f"cell {self.name!r} returned {len(states)} states, "
+                f"but was declared with {len(self.states)}: {', '.join(self.states)}"
+            )
+        return states
+
+    def __call__(self, *args: Tensor) -> Tensor | tuple[Tensor, ...]:
+        return self.function(*args)
+
+    @property
+    def is_built_in(self) -> bool:
+        """Whether it is one of the package's own, which the kernels have compiled in."""
+        return self.name in _built_in and _registry[self.name] == self
+
+    # The copy of a layer must compute the same, whatever was declared under the name since.
+
+    def __copy__(self) -> Cell:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Cell:
+        return self
+
+    def __reduce__(self) -> tuple[Callable[..., Cell], tuple[Any, ...]]:
+        """By name; with all that tells whether the cell found under it later is still this one,
+        and with what carries the function where a name does not reach."""
+        if self.is_built_in:
+            return get, (self.name,)
+        where = (getattr(self.function, a, None) for a in ("__module__", "__qualname__"))
+        digest = _digest(self.function)
+        return _restore, (self.name, self.gates, self.states, digest, *where, self._carrier)
+
+    @functools.cached_property
+    def _carrier(self) -> _Carrier:
+        # Under the name of an attribute of the cell, which leads to it where the cell's name does.
+        name = f"{getattr(self.function, '__qualname__', self.name)}._carrier"
+        module = getattr(self.function, "__module__", None)
+        body = {"function": staticmethod(self.function), "__module__": module, "__qualname__": name}
+        return _carries(_Carrier("_carrier", (), body), self)
+
+
+class _Carrier(type):
+    """Type of a class that holds a cell's function, for those who pickle functions by value.
+
+    A function can be pickled by name only where the name leads to it, and the name of one that was
+    decorated leads to the cell. So a cell is reduced to such a class beside its own name. pickle
+    looks its type up in the table of copyreg, which makes None of it: the name must do. cloudpickle
+    looks at classes before that table, in every package that brings a copy of its own (Ray, joblib,
+    Spark): it pickles a class with all that it holds where it cannot be imported by name, as in a
+    script, a notebook or a function, or where the user told it to for a module.
+    """
+
+    function: Callable[..., Any]
+
+
+def _left_behind(carrier: _Carrier) -> Any:
+    return type(None), ()
+
+
+copyreg.pickle(_Carrier, _left_behind)
+
+
+_registry: dict[str, Cell] = {}
+_built_in: set[str] = set()
+_carried: weakref.WeakKeyDictionary[_Carrier, weakref.ref[Cell]] = weakref.WeakKeyDictionary()
+
+
+def cell(
+    function: object = None,
+    /,
+    *,
+    gates: str | Sequence[str] = (),
+    states: str | Sequence[str] = (),
+    name: str | None = None,
+) -> Callable[[Callable[..., Tensor | tuple[Tensor, ...]]], Cell]:
+    """Declare a cell from a function of one time step.
+
+    Numbers that the function reads from elsewhere (globals, closed-over variables, defaults) are
+    constants of the cell: they are fixed when it is first used, and changing them later has no
+    effect. What is to be learned must come through `u`, `v` or a state.
+
+    Args:
+        gates: gate names, one letter each as a string (`"ifgo"`) or a sequence of identifiers,
+            in the order of the weight blocks; at most `cells.MAX_GATES`.
+        states: state names in the same form, at most `cells.MAX_STATES`; the first is recurrent
+            and is the output.
+        name: registry name; the function's own by default.
+
+    Raises:
+        TypeError: where what is decorated is no function, or `cell` itself was not called.
+        ValueError: for names that repeat or are no identifiers, for too many of them, for a
+            function that cannot be called as `(u, v, *states)` or has no name, or for the name of
+            a built-in cell. Declaring another cell of one's own under the same name replaces it,
+            as redefining a function does; layers made before keep the cell they have.
+
+    Example:
+        >>> import torch, fastrnn
+        >>> @fastrnn.cell(gates="fn", states="h")
+        ... def minimal_gated_unit(u, v, h):  # Zhou et al. 2016, arXiv:1603.09420
+        ...     f = torch.sigmoid(u.f + v.f)
+        ...     return (1 - f) * h + f * torch.tanh(u.n + f * v.n)
+    """
+    if function is not None:
+        raise TypeError(
+            "cell must be told the gates and the states; write "
+            '@fastrnn.cell(gates="fn", states="h") above the function'
+        )
+
+    def declare(function: Callable[..., Tensor | tuple[Tensor, ...]]) -> Cell:
+        if not callable(function):
+            raise TypeError(f"a cell is made from a function, got {type(function).__name__}")
+        made = Cell(name or _own_name(function), tuple(gates), tuple(states), function)
+        _check(made)
+        if made.name in _built_in:
+            raise ValueError(
+                f"{made.name!r} is a built-in cell; choose another name with cell(name=...)"
+            )
+        _registry[made.name] = made
+        return made
+
+    return declare
+
+
+def get(name: str) -> Cell:
+    """The cell of that name; `ValueError` lists the known ones."""
+    try:
+        return _registry[name]
+    except KeyError:
+        raise ValueError(f"no cell named {name!r}; there are: {', '.join(_registry)}") from None
+
+
+def names() -> list[str]:
+    """Names of all cells, in order of declaration."""
+    return list(_registry)
+
+
+def seal() -> None:
+    """Make the cells declared so far the built-in ones, whose names are taken."""
+    _built_in.update(_registry)
+
+
+def _own_name(function: Callable[..., Any]) -> str:
+    own: str = getattr(function, "__name__", "<none>")
+    if own.startswith("<"):
+        what = "a lambda" if own == "<lambda>" else f"{type(function).__name__} objects"
+        raise ValueError(f"{what} cannot name the cell; pass cell(name=...)")
+    return own
+
+
+def _check(made: Cell) -> None:
+    for kind, given, most in (
+        ("gates", made.gates, MAX_GATES),
+        ("states", made.states, MAX_STATES),
+    ):
+        if not given:
+            raise ValueError(f"cell {made.name!r} needs at least one of {kind}: cell({kind}=...)")
+        if len(set(given)) != len(given) or not all(n.isidentifier() for n in given):
+            raise ValueError(f"{kind} of cell {made.name!r} must be distinct identifiers: {given}")
+        if len(given) > most:
+            raise ValueError(
+                f"cell {made.name!r} has {len(given)} {kind}, and the kernels are made for at most "
+                f"{most}; split it into several cells"
+            )
+    signature = inspect.signature(made.function)
+    try:
+        signature.bind(*range(2 + len(made.states)))
+    except TypeError as error:
+        raise ValueError(
+            f"cell {made.name!r} must be a function of (u, v, {', '.join(made.states)}), any "
+            f"further parameters with defaults; got {signature}: {error}"
+        ) from None
+
+
+# Saved cells. They are found again by name, so what they are must be compared.
+
+
+def _restore(
+    name: str,
+    gates: tuple[str, ...],
+    states: tuple[str, ...],
+    digest: str,
+    module: str | None,
+    qualname: str | None,
+    carrier: _Carrier | None = None,
+) -> Cell:
+    """The cell that was saved: as it was brought along, from this process, or from the module that
+    declares it."""
+    if carrier is not None:
+        return _unpacked(carrier, name, gates, states)
+
+    def same(found: object) -> bool:
+        if not isinstance(found, Cell) or (found.gates, found.states) != (gates, states):
+            return False
+        own = _digest(found.function)
+        # Other versions of Python compile the same source to other byte code.
+        return own == digest or own.split()[0] != digest.split()[0]
+
+    found: object = _registry.get(name)
+    failure = ""
+    if not same(found) and module and qualname:
+        try:
+            found = operator.attrgetter(qualname)(importlib.import_module(module))
+        except (ImportError, AttributeError) as error:
+            failure = f" ({error})"
+        if not same(found):
+            found = _registry.get(name)
+    if isinstance(found, Cell) and same(found):
+        return found
+    where = f"in module {module}, as {qualname}"
+    if module in (None, "__main__", "__mp_main__"):
+        where = (
+            "in the script or session that saved it, which cannot be imported (cloudpickle takes "
+            "such a cell along)"
+        )
+    if found is None:
+        raise ValueError(
+            f"no cell named {name!r} is declared here{failure}. It was declared {where}: declare "
+            "it before loading, best in a module that can be imported"
+        )
+    raise ValueError(
+        f"the cell {name!r} declared here is not the one that was saved: its gates, states or "
+        f"function differ. That one was declared {where}: load where it is declared as it was; or, "
+        "if the change is meant, make the layer anew and give it the saved state_dict"
+    )
+
+
+def _unpacked(
+    carrier: _Carrier, name: str, gates: tuple[str, ...], states: tuple[str, ...]
+) -> Cell:
+    """The cell that came with its function: the same one every time the same carrier comes."""
+    known = _carried.get(carrier)
+    made = known() if known else None
+    if made is None:
+        made = Cell(name, gates, states, carrier.function)
+        vars(made)["_carrier"] = _carries(carrier, made)
+        # One that is declared here under the name keeps it: this one may differ.
+        _registry.setdefault(name, made)
+    return made
+
+
+def _carries(carrier: _Carrier, made: Cell) -> _Carrier:
+    _carried[carrier] = weakref.ref(made)  # the cell holds its carrier, which must not hold it
+    return carrier
+
+
+def _digest(function: Callable[..., Any]) -> str:
+    """The version of Python, and a digest of what decides the function's behaviour."""
+    content = repr(_content(function, getattr(function, "__module__", None), ()))
+    return f"{sys.implementation.cache_tag} {hashlib.sha256(content.encode()).hexdigest()[:16]}"
+
+
+def _content(value: Any, module: str | None, above: tuple[object, ...]) -> object:
+    """`value` as text and tuples without addresses; functions of `module` by what they do."""
+
+    def inside(values: Iterable[Any]) -> tuple[object, ...]:
+        return tuple(_content(v, module, (*above, value)) for v in values)
+
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
+        return repr(value)
+    if isinstance(value, (tuple, list)):
+        return inside(value)
+    if isinstance(value, frozenset):
+        return sorted(map(repr, value))
+    if isinstance(value, dict):
+        return inside(sorted(value.items(), key=repr))
+    if not isinstance(value, type) and hasattr(value, "tolist"):  # torch and NumPy
+        return str(value.dtype), value.tolist()
+    if isinstance(value, Cell):
+        return value.gates, value.states, inside([value.function])
+    if isinstance(value, functools.partial):
+        return inside([value.func, value.args, sorted(value.keywords.items())])
+    if isinstance(value, CodeType):
+        return value.co_code, value.co_names, inside(value.co_consts)
+    if isinstance(value, FunctionType) and value.__module__ == module and value not in above:
+        code = value.__code__
+        constants = [None if c == value.__doc__ else c for c in code.co_consts]
+        read = [value.__globals__[n] for n in _globals(code) if n in value.__globals__]
+        captured = [c.cell_contents for c in value.__closure__ or () if c != CellType()]
+        defaults = value.__defaults__, sorted((value.__kwdefaults__ or {}).items())
+        return code.co_code, code.co_names, inside([constants, read, captured, defaults])
+    if hasattr(value, "__dict__") and not isinstance(value, (type, FunctionType, ModuleType)):
+        plain = {n: v for n, v in vars(value).items() if isinstance(v, (int, float, complex, str))}
+        return str(type(value)), inside(sorted(plain.items()))
+    return getattr(value, "__module__", None), getattr(value, "__qualname__", str(type(value)))
+
+
+def _globals(code: CodeType) -> list[str]:
+    """Names of the globals that the code reads, functions inside it included."""
+    inner = [n for c in code.co_consts if isinstance(c, CodeType) for n in _globals(c)]
+    own = [i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"]
+    return sorted({*own, *inner})

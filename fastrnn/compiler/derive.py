@@ -1,0 +1,319 @@
+"""What is derived from a cell's function: its derivative, and what back-propagation keeps.
+
+The function and its vector-Jacobian product are traced once (`trace.py`) into pointwise expressions
+(`expression.py`). Two rules then shape them:
+
+- **tied**: where the gradients of a gate's `u` and `v` are the same node, the cell depends on their
+  sum `a` alone, and one array serves both.
+- **keep**: backward is given the states before and after the step. Whatever follows from those is
+  recomputed. Of the rest, the fewest values are kept from which backward follows by arithmetic
+  alone, without a transcendental function.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrnn.cells import Cell
+from fastrnn.compiler.expression import (
+    MASKS,
+    TRANSCENDENTAL,
+    Algebra,
+    Expr,
+    evaluate,
+    ordered,
+    uses,
+)
+from fastrnn.compiler.trace import Underivable, trace
+
+__all__ = ["Derived", "Underivable", "derive"]
+
+
+@dataclass(frozen=True, eq=False)
+class Derived:
+    """What follows from a cell's function.
+
+    Attributes:
+        name, gates, states: the cell's.
+        tied: per gate, whether the cell depends on `u + v` alone.
+        kept: names of the values kept per unit and step for backward: a gate's name for what its
+            nonlinearity gives, `v.n` or `u.n` for a raw projection, `a.n` for their sum.
+        projectable: whether state 0 enters a step through `v` alone, so that it may be projected
+            to another width between the steps.
+        step: expressions of the next states and the kept values.
+        gradients: expressions of the gradients of `u`, `v` and the states.
+    """
+
+    name: str
+    gates: tuple[str, ...]
+    states: tuple[str, ...]
+    tied: tuple[bool, ...]
+    kept: tuple[str, ...]
+    projectable: bool
+    step: tuple[Expr, ...]
+    gradients: tuple[Expr, ...]
+
+    @property
+    def summary(self) -> str:
+        """One line about it, for the head of generated code."""
+        name = " ".join(self.name.split()).rstrip("\\")
+        gates, states, kept = (" ".join(names) for names in (self.gates, self.states, self.kept))
+        return f"{name}: gates {gates}, states {states}; keeps {kept or 'nothing'}"
+
+    def places(self, after: str = "next", dafter: str = "dnext") -> dict[str, str]:
+        """Where generated code finds what the expressions read: elements of arrays, of which those
+        for the states after the step and their gradients are named by the caller."""
+        arrays = {"u": self.gates, "v": self.gates, "a": self.gates, "kept": self.kept}
+        arrays |= dict.fromkeys(("s", "next", "dnext"), self.states)
+        named = {"a": "v", "next": after, "dnext": dafter}
+        return {
+            f"{array}.{name}": f"{named.get(array, array)}[{k}]"
+            for array, names in arrays.items()
+            for k, name in enumerate(names)
+        }
+
+    def forward(
+        self, u: Sequence[Tensor], v: Sequence[Tensor], s: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """One step on tensors of one shape, one per gate and state: `(next, kept)`.
+
+        State 0 of a projectable cell may have any shape.
+        """
+        inputs = _labelled("s", self.states, s)
+        if self.projectable:
+            del inputs[f"s.{self.states[0]}"]
+        for name, tied, left, right in zip(self.gates, self.tied, u, v, strict=True):
+            if tied:
+                inputs[f"a.{name}"] = left + right
+            else:
+                inputs |= {f"u.{name}": left, f"v.{name}": right}
+        out = evaluate(self.step, inputs)
+        return out[: len(self.states)], out[len(self.states) :]
+
+    def backward(
+        self,
+        kept: Sequence[Tensor],
+        s: Sequence[Tensor],
+        next: Sequence[Tensor],
+        dnext: Sequence[Tensor],
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Gradients `(du, dv, ds)` of that step, from `dnext`, those of its next states."""
+        inputs = _labelled("s", self.states, s)
+        inputs |= _labelled("next", self.states, next)
+        inputs |= _labelled("dnext", self.states, dnext)
+        inputs |= _labelled("kept", self.kept, kept)
+        out = evaluate(self.gradients, inputs)
+        count = len(self.gates)
+        return out[:count], out[count : 2 * count], out[2 * count :]
+
+
+def _labelled(kind: str, names: Sequence[str], values: Iterable[Tensor]) -> dict[str, Tensor]:
+    return {f"{kind}.{name}": value for name, value in zip(names, values, strict=True)}
+
+
+def derive(cell: Cell) -> Derived:
+    """Derive everything from a cell; remembered per cell.
+
+    Raises:
+        Underivable: names what the function does that no pointwise formula can.
+    """
+    found = _derive(cell)
+    if isinstance(found, Underivable):
+        raise Underivable(*found.args) from found.__cause__
+    return found
+
+
+@functools.cache
+def _derive(cell: Cell) -> Derived | Underivable:
+    if torch.version.cuda:
+        # Without it, a torch 2.11 built for CUDA crashes in the second such thread where no GPU is.
+        torch._C._ensureCUDADeviceGuardSet()
+    # A new thread has none of the caller's modes: autocast, fake tensors, functorch levels. Random
+    # numbers that the cell draws while it is traced are not missing later.
+    with ThreadPoolExecutor(1) as alone, torch.random.fork_rng(devices=[]):
+        try:
+            return alone.submit(_derive_here, cell).result()
+        except Underivable as reason:
+            return reason
+
+
+def _derive_here(cell: Cell) -> Derived:
+    algebra = Algebra()
+    traced = trace(algebra, cell)
+    count, states = len(cell.gates), len(cell.states)
+    du, dv = traced[states : states + count], traced[states + count : states + 2 * count]
+    tied, traced = _tie(algebra, cell, traced, [a is b for a, b in zip(du, dv, strict=True)])
+    step, gradients = traced[:states], traced[states:]
+    gradients = _without_zero_gradients(algebra, gradients)
+    available = {
+        node: algebra.input(f"next.{name}")
+        for node, name in reversed(list(zip(step, cell.states, strict=True)))
+        if node.op != "const" and not node.label.startswith("s.")
+    }
+    kept = _name(_keep(gradients, available), available, cell.gates)
+    known = available | {node: algebra.input(f"kept.{name}") for name, node in kept.items()}
+    gradients = algebra.rebuild(gradients, known)
+    first = f"s.{cell.states[0]}"
+    return Derived(
+        name=cell.name,
+        gates=cell.gates,
+        states=cell.states,
+        tied=tied,
+        kept=tuple(kept),
+        projectable=first not in uses([*gradients, *step, *kept.values()])
+        and gradients[2 * count].constant == 0,
+        step=(*step, *kept.values()),
+        gradients=gradients,
+    )
+
+
+# The rules.
+
+
+def _tie(
+    algebra: Algebra, cell: Cell, traced: tuple[Expr, ...], alike: list[bool]
+) -> tuple[tuple[bool, ...], tuple[Expr, ...]]:
+    """Replace `v` by the sum `a` and `u` by nothing, for each gate where that is the same cell."""
+    tied = list(alike)
+    for k, name in enumerate(cell.gates):
+        if not tied[k]:
+            continue
+        u, v, a = (algebra.input(f"{side}.{name}") for side in "uva")
+        summed = algebra.rebuild(traced, {u: algebra.const(0), v: a})
+        # Equal gradients say nothing about what has none, such as sign(u) or a comparison.
+        tied[k] = _agree(algebra, traced, algebra.rebuild(summed, {a: algebra.make("add", u, v)}))
+        if tied[k]:
+            traced = summed
+    return tuple(tied), traced
+
+
+def _agree(algebra: Algebra, some: tuple[Expr, ...], others: tuple[Expr, ...]) -> bool:
+    """Whether two lists of expressions have the same values, at random points of all scales."""
+    cpu: Any = {"dtype": torch.float64, "device": "cpu"}
+    random = torch.Generator("cpu").manual_seed(0)
+    scale = torch.logspace(-3, 3, 997, **cpu)
+    inputs = {"": scale}  # gives the shape to constants
+    for label in sorted(uses(some) | uses(others)):
+        inputs[label] = scale * torch.randn(len(scale), generator=random, **cpu)
+    left, right = evaluate(some, inputs), evaluate(others, inputs)
+    return all(
+        torch.allclose(a, b, rtol=1e-6, atol=1e-9, equal_nan=True)
+        for a, b in zip(left, right, strict=True)
+    )
+
+
+def _without_zero_gradients(algebra: Algebra, gradients: tuple[Expr, ...]) -> tuple[Expr, ...]:
+    """Drop products of a gradient that is zero by construction, as behind `sign` or `floor`.
+
+    Where the other factor depends on a gradient, the zero is the cell's own and stays.
+    """
+
+    def rule(node: Expr, args: tuple[Expr, ...]) -> Expr | None:
+        if node.op in ("mul", "div"):
+            for zero, other in (args, args[::-1])[: 2 if node.op == "mul" else 1]:
+                if zero.constant == 0 and not any(n.startswith("dnext.") for n in uses([other])):
+                    return algebra.const(0)
+        return None
+
+    return algebra.rebuild(gradients, {}, rule)
+
+
+def _keep(gradients: tuple[Expr, ...], available: Mapping[Expr, Expr]) -> list[Expr]:
+    """The fewest nodes from which, with the states, the gradients follow by arithmetic alone.
+
+    That is a minimum vertex cut between what only the forward step knows (the gates, and the
+    values of transcendental functions) and what backward reads; of several, the one nearest to
+    the former. Masks cannot be kept.
+    """
+    order = ordered(gradients, stop=available)
+    known: set[Expr] = set(available)  # follows from the states
+    backward: set[Expr] = set()  # involves a gradient
+    for node in order:
+        if any(a in backward for a in node.args) or node.label.startswith("dnext."):
+            backward.add(node)
+        elif all(a in known for a in node.args) and node.label[:2] not in ("u.", "v.", "a."):
+            known.add(node)
+    origin, goal = ("origin", 0), ("goal", 0)
+    edges: dict[Any, dict[Any, float]] = {origin: {}, goal: {}}
+
+    def connect(a: Any, b: Any, capacity: float) -> None:
+        edges.setdefault(a, {})[b] = capacity
+        edges.setdefault(b, {}).setdefault(a, 0)
+
+    for node in order:
+        if node in known:
+            continue
+        if node in backward:
+            for arg in node.args:
+                if arg not in backward and arg not in known:
+                    connect((arg, 1), goal, float("inf"))
+            continue
+        connect((node, 0), (node, 1), float("inf") if node.op in MASKS else 1)
+        if not node.args or node.op in TRANSCENDENTAL:
+            connect(origin, (node, 0), float("inf"))
+        else:
+            for arg in node.args:
+                if arg not in known:
+                    connect((arg, 1), (node, 0), float("inf"))
+    while goal in (came := _reach(edges, origin)):
+        place = goal
+        while place != origin:
+            before = came[place]
+            edges[before][place] -= 1
+            edges[place][before] += 1
+            place = before
+    return [n for n in order if (n, 0) in came and (n, 1) in edges and (n, 1) not in came]
+
+
+def _reach(edges: Mapping[Any, Mapping[Any, float]], start: Any) -> dict[Any, Any]:
+    """Every place with a way of free capacity from the start, and the place before it."""
+    came = {start: start}
+    queue = [start]
+    for place in queue:
+        for after, capacity in edges[place].items():
+            if capacity > 0 and after not in came:
+                came[after] = place
+                queue.append(after)
+    return came
+
+
+def _name(
+    kept: list[Expr], available: Mapping[Expr, Expr], gates: tuple[str, ...]
+) -> dict[str, Expr]:
+    """Names for kept values, in the order of the gates they belong to."""
+    claims: list[tuple[int, int, str, Expr]] = []
+    for place, node in enumerate(kept):
+        near = sorted(_near_gates(node, available), key=lambda label: gates.index(label[2:]))
+        raw = node.op == "input"
+        single = near[0] if near and len({label[2:] for label in near}) == 1 else ""
+        name = (single if raw else single[2:]) or ""
+        rank = len(gates) * 2 if not name else gates.index(single[2:]) + (len(gates) if raw else 0)
+        claims.append((rank, place, name, node))
+    names: dict[str, Expr] = {}
+    for _, _, name, node in sorted(claims, key=lambda claim: claim[:2]):
+        if not name or name in names:
+            name = next(f"k{i}" for i in range(len(kept) + 1) if f"k{i}" not in names)
+        names[name] = node
+    return names
+
+
+def _near_gates(node: Expr, available: Mapping[Expr, Expr]) -> set[str]:
+    """Inputs of gates that a node depends on through the fewest nonlinearities, one at most."""
+
+    @functools.cache
+    def within(at: Expr, nonlinearities: int) -> frozenset[str]:
+        if at.op == "input" and at.label[:2] in ("u.", "v.", "a."):
+            return frozenset({at.label})
+        left = nonlinearities - (at.op in TRANSCENDENTAL)
+        if left < 0 or at in available:
+            return frozenset()
+        return frozenset().union(*(within(arg, left) for arg in at.args))
+
+    return set(within(node, 0) or within(node, 1))

@@ -1,0 +1,71 @@
+"""What is derived from a cell, for people: `python -m fastrnn cell`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from fastrnn.compiler.derive import Derived
+from fastrnn.compiler.expression import TRANSCENDENTAL, Expr, ordered, write
+
+__all__ = ["describe"]
+
+
+def describe(derived: Derived) -> str:
+    """What is derived from a cell, as text: equations, tied gates, kept values and costs.
+
+    A prime marks a state after the step, `dx` the gradient of `x`, and `a` is `u + v`.
+    """
+    gates, states = len(derived.gates), len(derived.states)
+    after = [f"{name}'" for name in derived.states]
+    forward = dict(zip(after, derived.step[:states], strict=True))
+    backward: dict[str, Expr] = {}
+    du, dv = derived.gradients[:gates], derived.gradients[gates : 2 * gates]
+    for name, tied, left, right in zip(derived.gates, derived.tied, du, dv, strict=True):
+        backward |= {f"da.{name}": left} if tied else {f"du.{name}": left, f"dv.{name}": right}
+    ds = derived.gradients[2 * gates :]
+    backward |= {f"d{name}": expr for name, expr in zip(derived.states, ds, strict=True)}
+    kept = dict(zip(derived.step[states:], derived.kept, strict=True))
+    sums = [name for name, tied in zip(derived.gates, derived.tied, strict=True) if tied]
+    return "\n".join(
+        [
+            f"cell {derived.name}",
+            f"  gates   {' '.join(derived.gates)}",
+            f"  states  {' '.join(derived.states)}",
+            f"  tied    {' '.join(sums) or 'none'}",
+            f"  keeps   {' '.join(derived.kept) or 'nothing'}: {4 * len(kept)} bytes per unit and "
+            "step in float32, besides the states",
+            "",
+            f"forward: {_cost(derived.step)}",
+            *_equations(forward, kept),
+            "",
+            f"backward: {_cost(derived.gradients)}",
+            *_equations(backward, {}),
+        ]
+    )
+
+
+def _equations(targets: Mapping[str, Expr], names: Mapping[Expr, str]) -> list[str]:
+    def leaf(node: Expr) -> str:
+        if node.op == "const":
+            return node.label.removesuffix(".0")
+        kind, name = node.label.split(".", 1)
+        shown = {"s": name, "next": f"{name}'", "dnext": f"d{name}'", "kept": name}
+        return shown.get(kind, node.label)
+
+    own: dict[Expr, str] = {}
+    for name, root in targets.items():
+        if root.args:
+            own.setdefault(root, name)
+    named = own | {node: name for node, name in names.items() if node.args}
+    lines, texts = write(list(targets.values()), leaf, named)
+    rows = [(name, text) for _, name, text in lines]
+    written = {name for name, _ in rows}
+    rows += [row for row in zip(targets, texts, strict=True) if row[0] not in written]
+    pad = max(len(name) for name, _ in rows)
+    return [f"  {name:<{pad}} = {text}" for name, text in rows]
+
+
+def _cost(roots: Sequence[Expr]) -> str:
+    done = [node for node in ordered(roots) if node.args]
+    dear = sum(node.op in TRANSCENDENTAL for node in done)
+    return f"{len(done)} operation{'s' * (len(done) != 1)}, {dear} transcendental"

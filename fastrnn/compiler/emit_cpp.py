@@ -1,0 +1,162 @@
+"""A cell in C++: one struct, for CPUs and for CUDA."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from fastrnn.cells import Cell, get, names
+from fastrnn.compiler.derive import Derived, derive
+from fastrnn.compiler.expression import MASKS, Expr, uses, write
+
+__all__ = ["header", "key", "struct", "struct_name", "write_header"]
+
+
+def struct_name(name: str) -> str:
+    """The C++ name of a cell: `gru` is `Gru`, `my_cell-1f` is `MyCell1f`."""
+    words = [w for w in re.split(r"[^0-9A-Za-z]+", name) if w]
+    camel = "".join(w[0].upper() + w[1:] for w in words)
+    return camel if camel and not camel[0].isdigit() else f"Cell{camel}"
+
+
+def struct(derived: Derived, name: str | None = None) -> str:
+    """The C++ struct of a cell, known to the kernels as `name` (the cell's own by default)."""
+    name = name or derived.name
+    gates, states, kept = len(derived.gates), len(derived.states), len(derived.kept)
+    forward = _function(
+        derived,
+        "forward",
+        ("u", "v", "s"),
+        {"next": derived.step[:states], "kept": derived.step[states:]},
+    )
+    backward = _function(
+        derived,
+        "backward",
+        ("kept", "s", "next", "dnext"),
+        {
+            "du": derived.gradients[:gates],
+            "dv": derived.gradients[gates : 2 * gates],
+            "ds": derived.gradients[2 * gates :],
+        },
+    )
+    return f"""\
+// {derived.summary}
+struct {struct_name(name)} {{
+  static constexpr const char* kName = {json.dumps(name)};
+  static constexpr int kGates = {gates}, kStates = {states}, kKept = {kept};
+  static constexpr bool kTied[kGates] = {_bools(derived.tied)};
+  // Whether state 0 comes in through v alone.
+  static constexpr bool kProjectable = {"true" if derived.projectable else "false"};
+  // For a tied gate v[g] is the sum of both projections, u[g] is not read, and du[g] equals dv[g].
+  // All reads come before the first write, so that outputs may lie where inputs did.
+{forward}
+{backward}
+}};
+"""
+
+
+def _bools(values: Iterable[bool]) -> str:
+    return "{" + ", ".join("true" if v else "false" for v in values) + "}"
+
+
+def _function(
+    derived: Derived, name: str, inputs: Sequence[str], outputs: Mapping[str, tuple[Expr, ...]]
+) -> str:
+    places = derived.places()
+
+    def leaf(node: Expr) -> str:
+        return places[node.label] if node.op == "input" else f"splat<V>({_number(node.label)})"
+
+    roots = [root for group in outputs.values() for root in group]
+    passed = dict.fromkeys(root for root in roots if root.op == "input")
+    copies = {root: f"r{k}" for k, root in enumerate(passed)}
+    lines, names = write(roots, leaf)
+    body = [f"const V {copy} = {leaf(root)};" for root, copy in copies.items()]
+    body += [f"const {'auto' if n.op in MASKS else 'V'} {to} = {text};" for n, to, text in lines]
+    targets = [f"{array}[{k}]" for array, group in outputs.items() for k in range(len(group))]
+    body += [
+        f"{target} = {copies.get(root, text)};"
+        for target, root, text in zip(targets, roots, names, strict=True)
+    ]
+    read = {places[label].split("[")[0] for label in uses(roots)}
+    parameters = [f"const V* {n if n in read else f'/*{n}*/'}" for n in inputs]
+    parameters += [f"V* {n if group else f'/*{n}*/'}" for n, group in outputs.items()]
+    opening = f"  FASTRNN_HD FASTRNN_INLINE static void {name}("
+    signature = f"{opening}{', '.join(parameters)}) {{"
+    if len(signature) > 100:
+        half = len(inputs)
+        parts = (", ".join(parameters[:half]), ", ".join(parameters[half:]))
+        signature = f"{opening}\n      {parts[0]},\n      {parts[1]}) {{"
+    return "\n".join(["  template <class V>", signature, *(f"    {line}" for line in body), "  }"])
+
+
+def _number(label: str) -> str:
+    value = float(label)
+    if value != value:
+        return "std::numeric_limits<double>::quiet_NaN()"
+    if value in (float("inf"), float("-inf")):
+        return ("-" if value < 0 else "") + "std::numeric_limits<double>::infinity()"
+    return label
+
+
+def header(deriveds: Sequence[Derived], keys: Sequence[str] | None = None) -> str:
+    """The header that `csrc/core/cell.h` includes: structs, and their list `FASTRNN_CELLS(X)`."""
+    keys = list(keys or (d.name for d in deriveds))
+    structs = [struct_name(k) for k in keys]
+    if len(set(structs)) != len(structs):
+        raise ValueError(f"cells need different names in C++, got {', '.join(structs)}")
+    body = "\n".join(struct(d, k) for d, k in zip(deriveds, keys, strict=True))
+    return f"""\
+// Generated from fastrnn/cells by fastrnn/compiler.
+#ifndef FASTRNN_CELLS_GEN_H_
+#define FASTRNN_CELLS_GEN_H_
+
+#include <limits>
+
+#include "core/math.h"
+
+namespace fastrnn {{
+inline namespace FASTRNN_ISA {{
+
+{body}
+}}  // namespace FASTRNN_ISA
+}}  // namespace fastrnn
+
+#define FASTRNN_CELLS(X) {" ".join(f"X({s})" for s in structs)}
+
+#endif  // FASTRNN_CELLS_GEN_H_
+"""
+
+
+def write_header(path: str | Path) -> bool:
+    """Write the header of the built-in cells where it differs from what is there.
+
+    Returns:
+        Whether it was written, so that an unchanged one does not cause a rebuild.
+    """
+    text = header([derive(cell) for cell in map(get, names()) if cell.is_built_in])
+    target = Path(path)
+    if target.is_file() and target.read_text(encoding="utf-8") == text:
+        return False
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(text, encoding="utf-8")
+    return True
+
+
+@functools.cache
+def key(cell: Cell) -> str:
+    """The name under which the kernels know a cell.
+
+    Built-in cells keep theirs. Others get a digest of what was derived from them, so that a cell
+    declared anew never meets old code.
+
+    Raises:
+        Underivable: see `derive`.
+    """
+    if cell.is_built_in:
+        return cell.name
+    return f"{cell.name}-{hashlib.sha256(struct(derive(cell)).encode()).hexdigest()[:8]}"

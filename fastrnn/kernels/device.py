@@ -1,0 +1,118 @@
+"""What this machine offers to kernels, and which of them the user allows."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+
+from fastrnn import hardware, plan
+from fastrnn.extension import _C
+from fastrnn.kernels.gpu import cuda
+from fastrnn.kernels.gpu.sweeps import tf32_allowed
+from fastrnn.kernels.gpu.triton import launch
+
+__all__ = ["asked_for", "current", "use"]
+
+_forced: list[str] = []
+
+
+@contextmanager
+def use(kernel: str) -> Iterator[None]:
+    """Run everything inside the block with this kernel, as FASTRNN_KERNEL=name does.
+
+    It holds for the whole process, other threads included.
+
+    Raises:
+        ValueError: when there is no kernel of that name.
+        plan.KernelRefused: from the first call inside that the kernel cannot run.
+    """
+    if kernel not in plan.KERNELS:
+        raise ValueError(f"no kernel named {kernel!r}; there are: {', '.join(plan.KERNELS)}")
+    _forced.append(kernel)
+    _C.forget_plans()
+    try:
+        yield
+    finally:
+        _forced.pop()
+        _C.forget_plans()
+
+
+def asked_for() -> str | None:
+    """The one kernel that the user allows."""
+    return _forced[-1] if _forced else os.environ.get("FASTRNN_KERNEL") or None
+
+
+def current(
+    kind: str = "cpu", threads: int | None = None, compiled: bool = True, index: int | None = None
+) -> plan.Device:
+    """What this machine offers to a call of `threads` threads, torch's number by default, on the
+    current device of its kind or the one of that index."""
+    return plan.Device(
+        kind=kind,
+        **_triton_facts(kind, index, launch.interpreted())
+        | _cuda_facts(kind, index, cuda.library()),
+        tf32=tf32_allowed(),
+        threads=torch.get_num_threads() if threads is None else threads,
+        vector_bytes=_C.vector_bytes(),
+        l2_bytes=hardware.cache_bytes().get("L2", 1 << 20),
+        compiled=compiled,
+        forced=asked_for(),
+    )
+
+
+@cache
+def _triton_facts(kind: str, index: int | None, interpreted: bool) -> dict[str, Any]:
+    """What `plan.Device` tells about Triton."""
+    if importlib.util.find_spec("triton") is None:
+        return {}
+    facts: dict[str, Any] = {"triton": None, "interpreted": interpreted}
+    if kind in ("cuda", "xpu") and getattr(torch, kind).is_available():
+        properties = getattr(torch, kind).get_device_properties(index)
+        for name, known in {
+            "shared_bytes": ("shared_memory_per_block_optin", "local_mem_size"),
+            "warp": ("warp_size",),
+        }.items():
+            values = [getattr(properties, k) for k in known if hasattr(properties, k)]
+            facts |= {name: int(values[0])} if values else {}
+    return facts
+
+
+# A simulator has the multiprocessors and clusters that tests ask for.
+_SIMULATED = {
+    "simulated": True,
+    "capability": 90,
+    "multiprocessors": 132,
+    "shared_bytes": 227 << 10,
+    "clusters": ((2, 66), (4, 32), (8, 15), (16, 6)),
+}
+
+
+@cache
+def _cuda_facts(kind: str, index: int | None, library: cuda.Library | str) -> dict[str, Any]:
+    """What `plan.Device` tells about the CUDA kernels."""
+    if isinstance(library, str):
+        return {"cuda": library}
+    facts: dict[str, Any] = {"cuda": None, "cuda_cells": library.cells}
+    if library.simulated:
+        return facts | _SIMULATED
+    if kind != "cuda" or not torch.cuda.is_available():
+        return facts
+    if torch.version.hip is not None:
+        return {"cuda": "it runs on NVIDIA's GPUs, and torch is built for AMD's"}
+    with torch.cuda.device(index):
+        properties: Any = torch.cuda.get_device_properties(index)
+        shared = int(properties.shared_memory_per_block_optin)
+        counts = [(n, library.resident_clusters(n, 256, shared)) for n in (2, 4, 8, 16)]
+    return facts | {
+        "capability": 10 * properties.major + properties.minor,
+        "multiprocessors": properties.multi_processor_count,
+        "shared_bytes": shared,
+        "registers": int(properties.regs_per_multiprocessor),
+        "clusters": tuple((blocks, count) for blocks, count in counts if count > 0),
+    }

@@ -1,0 +1,1 @@
+"""Kernels for GPUs, which are launched from Python."""

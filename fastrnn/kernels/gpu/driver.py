@@ -1,0 +1,253 @@
+"""One scan on a GPU, whichever kernels sweep: memory, chunks of steps, and the products around.
+
+Everything of a call but the sweeps themselves is here: the projection of the input a chunk at a
+time, the states that pass from chunk to chunk, the gradients that follow from those of the gates,
+and the tapes of chunks where none was kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastrnn.kernels.gpu.sweeps import ReplayingSweeps, Scan, Sweeps, Tape, stacked
+from fastrnn.kernels.operands import Needs
+
+__all__ = ["backward", "forward"]
+
+
+def forward(sweeps: Sweeps, scan: Scan, tape: bool) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Output, final states and, where asked for, the tape, as `torch.ops.fastrnn.scan`."""
+    given, x, lanes, hidden = scan.given, scan.given.x, scan.lanes, scan.hidden
+    make = torch.empty if given.lengths is None else torch.zeros  # zeros past the end of a row
+    y = make(*x.shape[:-1], lanes * scan.recurrent, dtype=x.dtype, device=x.device)
+    size = scan.rows if tape else 0, lanes, scan.slots(), hidden
+    saved = make(size, dtype=x.dtype, device=x.device)
+    widest = max(hidden, scan.recurrent)
+    carry = x.new_zeros(scan.states + 1, lanes, scan.batch, widest, dtype=scan.compute)
+    for j, state in enumerate(given.s0):
+        carry[j, ..., : scan.width(j)] = state
+    b_ih, b_hh = _biases(scan)
+    u = x.new_empty(lanes, scan.chunk_rows, scan.gates * hidden)
+    for begin in range(0, scan.steps if scan.batch else 0, scan.chunk_steps):
+        end = min(scan.steps, begin + scan.chunk_steps)
+        _project(scan, u, b_ih, begin, end)
+        sweeps.forward(scan, begin, end, u, b_hh, carry, y, saved if tape else None)
+    last = [carry[j, ..., : scan.width(j)] for j in range(scan.states)]
+    # A copy in every case: states are not to keep the rest of `carry` alive, nor share it.
+    return y, [state.to(x.dtype, copy=True).contiguous() for state in last], saved
+
+
+def _biases(scan: Scan) -> tuple[Tensor | None, Tensor | None]:
+    """[P, G*H] to be added to u, and to v: a gate that the cell knows by the sum of the two takes
+    both biases in u."""
+    given, tied = scan.given, scan.derived.tied
+    if not given.b_ih:
+        return None, None
+    b_ih, b_hh = stacked(given.b_ih).clone(), stacked(given.b_hh)
+    for g in range(scan.gates):
+        if tied[g]:
+            part = slice(g * scan.hidden, (g + 1) * scan.hidden)
+            b_ih[:, part] += b_hh[:, part]
+    return b_ih, None if all(tied) else b_hh
+
+
+def _project(scan: Scan, u: Tensor, bias: Tensor | None, begin: int, end: int) -> None:
+    """u = x * w_ih^T + b for the rows of a chunk, of every scan in its direction."""
+    for p, lanes in _runs(scan.backward_lanes):
+        low, high = scan.stretch(begin, end, scan.backward_lanes[p])
+        x = scan.x_rows((low, high))
+        w = scan.w_ih[lanes].transpose(1, 2)
+        out = u[lanes, : high - low]
+        if w.size(0) == 1:
+            if bias is None:
+                torch.mm(x, w[0], out=out[0])
+            else:
+                torch.addmm(bias[p], x, w[0], out=out[0])
+        elif bias is None:
+            torch.bmm(x.expand(w.size(0), *x.shape), w, out=out)
+        else:
+            torch.baddbmm(bias[lanes].unsqueeze(1), x.expand(w.size(0), *x.shape), w, out=out)
+
+
+def backward(
+    sweeps: Sweeps,
+    scan: Scan,
+    grads: Sequence[Tensor | None],
+    y: Tensor,
+    tape: Tensor,
+    needs: Needs,
+) -> list[Tensor]:
+    """Gradients of x, w_ih, w_hh, b_ih, b_hh, w_hr and s0, those that `needs` picks, as
+    `torch.ops.fastrnn.scan_backward`. A tape without rows is made again, a chunk at a time, by
+    kernels that can."""
+    given, x = scan.given, scan.given.x
+    lanes, hidden, compute = scan.lanes, scan.hidden, scan.compute
+    dy = None if grads[0] is None else grads[0].contiguous()
+    widest = max(hidden, scan.recurrent)
+    s0 = x.new_zeros(scan.states, lanes, scan.batch, widest, dtype=compute)
+    ds = torch.zeros_like(s0)
+    for j in range(scan.states):
+        if given.s0:
+            s0[j, ..., : scan.width(j)] = given.s0[j]
+        grad = grads[1 + j]
+        if grad is not None:
+            ds[j, ..., : scan.width(j)] = grad
+    depth = scan.gates * hidden
+
+    def room(width: int) -> Tensor:
+        size = lanes, scan.chunk_rows, width
+        return torch.empty(size, dtype=x.dtype, device=x.device)
+
+    dv = room(depth)
+    du = dv if all(scan.derived.tied) else room(depth)
+    previous = room(scan.recurrent)
+    dh = None if scan.w_hr is None else room(scan.recurrent)
+
+    found = _Gradients(scan, needs)
+    y, whole = y.contiguous(), Tape(tape.contiguous())
+    steps = scan.steps if scan.batch else 0
+    chunks = [(max(0, end - scan.chunk_steps), end) for end in range(steps, 0, -scan.chunk_steps)]
+    replay = None
+    if chunks and scan.slots() and not tape.size(0):
+        assert isinstance(sweeps, ReplayingSweeps), "these need a tape"
+        v = room(depth) if du is dv else du
+        replay = _Replay(sweeps, scan, chunks, s0, y, dv, v, previous)
+    for begin, end in chunks:
+        found_tape = whole if replay is None else replay.tape(begin, end)
+        if given.lengths is not None:  # rows past an end have no gradient
+            for each in (dv, du, previous, dh):
+                if each is not None:
+                    each.zero_()
+        sweeps.backward(scan, begin, end, dy, s0, ds, y, found_tape, du, dv, previous, dh)
+        found.add(begin, end, du, dv, previous, dh, whole.values)
+    out = found.all()
+    if needs.s0:
+        for j in range(len(given.s0)):
+            out.append(ds[j, ..., : scan.width(j)].to(x.dtype, copy=True).contiguous())
+    return out
+
+
+class _Replay:
+    """Tapes of chunks, made again from the output: given that, the projections of all steps are
+    products of matrices, and the cell is left. Only its states past the first pass from step to
+    step, so a first walk through the chunks finds those at which each begins.
+
+    Args:
+        chunks: steps `(begin, end)`, the last chunk first.
+        s0: [S, P, B, H] in `scan.compute`.
+        u, v, previous: room for these.
+    """
+
+    def __init__(
+        self,
+        sweeps: ReplayingSweeps,
+        scan: Scan,
+        chunks: Sequence[tuple[int, int]],
+        s0: Tensor,
+        y: Tensor,
+        u: Tensor,
+        v: Tensor,
+        previous: Tensor,
+    ) -> None:
+        self._sweeps, self._scan, self._s0, self._y = sweeps, scan, s0, y
+        self._u, self._v, self._previous = u, v, previous
+        self._b_ih, self._b_hh = _biases(scan)
+        # The step before a chunk's first has its states there, too.
+        rows = min(scan.rows, scan.chunk_rows + scan.batch)
+        self._values = y.new_empty(rows, scan.lanes, scan.slots(), scan.hidden)
+        carry = s0.clone()
+        self._before = {0: carry}
+        if scan.states > 1:
+            for begin, end in reversed(chunks[1:]):
+                carry = carry.clone()
+                self._walk(begin, end, carry, None)
+                self._before[end] = carry
+
+    def tape(self, begin: int, end: int) -> Tape:
+        """That of a chunk, until the next is asked for."""
+        scan = self._scan
+        start = max(0, begin - 1)
+        tape = Tape(
+            self._values, (scan.stretch(start, end, False)[0], scan.stretch(begin, end, True)[0])
+        )
+        before = self._before.pop(begin) if scan.states > 1 else self._before[0]
+        self._walk(begin, end, before, tape)
+        return tape
+
+    def _walk(self, begin: int, end: int, carry: Tensor, tape: Tape | None) -> None:
+        scan, u, v, previous = self._scan, self._u, self._v, self._previous
+        _project(scan, u, self._b_ih, begin, end)
+        self._sweeps.previous(scan, begin, end, self._s0, self._y, previous)
+        for p, lanes in _runs(scan.backward_lanes):
+            low, high = scan.stretch(begin, end, scan.backward_lanes[p])
+            count = high - low
+            w_hh = scan.w_hh[lanes].transpose(1, 2)
+            torch.bmm(previous[lanes, :count], w_hh, out=v[lanes, :count])
+        self._sweeps.replay(scan, begin, end, u, v, self._b_hh, previous, carry, tape)
+
+
+class _Gradients:
+    """Gradients of the weights, the biases and x, summed up over the stretches of the sweep."""
+
+    def __init__(self, scan: Scan, needs: Needs) -> None:
+        self.scan = scan
+        lanes, depth, x = scan.lanes, scan.gates * scan.hidden, scan.given.x
+        biased = needs.biases and bool(scan.given.b_ih)
+
+        def zeros(wanted: bool, *shape: int) -> Tensor | None:
+            return x.new_zeros(shape, dtype=scan.compute) if wanted else None
+
+        self.x = zeros(needs.x, scan.rows, scan.inputs)
+        self.w_ih = zeros(needs.w_ih, lanes, depth, scan.inputs)
+        self.w_hh = zeros(needs.w_hh, lanes, depth, scan.recurrent)
+        projected = needs.w_hr and scan.w_hr is not None
+        self.w_hr = zeros(projected, lanes, scan.recurrent, scan.hidden)
+        self.b_ih = zeros(biased, lanes, depth)
+        self.b_hh = zeros(biased, lanes, depth)
+
+    def add(
+        self,
+        begin: int,
+        end: int,
+        du: Tensor,
+        dv: Tensor,
+        previous: Tensor,
+        dh: Tensor | None,
+        tape: Tensor,
+    ) -> None:
+        scan = self.scan
+        for p, lanes in _runs(scan.backward_lanes):
+            low, high = scan.stretch(begin, end, scan.backward_lanes[p])
+            count = high - low
+            u, v, h = (each[lanes, :count] for each in (du, dv, previous))
+            if self.w_ih is not None:
+                x = scan.x_rows((low, high))
+                self.w_ih[lanes] += torch.bmm(u.transpose(1, 2), x.expand(u.size(0), *x.shape))
+            if self.w_hh is not None:
+                self.w_hh[lanes] += torch.bmm(v.transpose(1, 2), h)
+            if self.w_hr is not None and dh is not None:
+                unprojected = tape[low:high, lanes, -1].transpose(0, 1)
+                self.w_hr[lanes] += torch.bmm(dh[lanes, :count].transpose(1, 2), unprojected)
+            if self.b_ih is not None and self.b_hh is not None:
+                self.b_ih[lanes] += u.sum(1, dtype=scan.compute)
+                self.b_hh[lanes] += v.sum(1, dtype=scan.compute)
+            if self.x is not None:
+                for lane, gradient in enumerate(u, p):
+                    self.x[low:high] += torch.mm(gradient, scan.w_ih[lane])
+
+    def all(self) -> list[Tensor]:
+        dtype, shape = self.scan.given.x.dtype, self.scan.given.x.shape
+        out = [] if self.x is None else [self.x.view(shape).to(dtype)]
+        for group in (self.w_ih, self.w_hh, self.b_ih, self.b_hh, self.w_hr):
+            out += [] if group is None else list(group.to(dtype).unbind(0))
+        return out
+
+
+def _runs(backward: Sequence[bool]) -> list[tuple[int, slice]]:
+    """Scans side by side that run in the same direction: `(first, slice)` each."""
+    edges = [p for p in range(len(backward)) if p == 0 or backward[p] != backward[p - 1]]
+    ends = [*edges[1:], len(backward)]
+    return [(p, slice(p, end)) for p, end in zip(edges, ends, strict=True)]

@@ -1,0 +1,299 @@
+# mypy: ignore-errors
+# ruff: noqa: RUF005, SIM108
+# Triton has no unpacking of tuples, and what depends on a constant reads best as `if`.
+"""The forward sweep in Triton, resident and streamed; see `common.py`."""
+
+import triton
+import triton.language as tl
+
+from fastrnn.kernels.gpu.triton.common import RUN_TIME, bounds, cuts, row_numbers, stops, times
+
+
+@triton.jit
+def _gates(source, rows, n, alive, H: tl.constexpr, G: tl.constexpr):
+    """G blocks [BB, N] of rows [G * H]."""
+    out = ()
+    for g in tl.static_range(G):
+        at = source + rows[:, None] * (G * H) + g * H + n[None, :]
+        out = out + (tl.load(at, mask=alive[:, None] & (n < H)[None, :], other=0.0),)
+    return out
+
+
+@triton.jit
+def _inputs(u, recurrent, bias, dtype, G: tl.constexpr, TIED: tl.constexpr, BIAS: tl.constexpr):
+    """`(u, v)` as the cell takes them: for a tied gate, `v` is their sum."""
+    us = ()
+    vs = ()
+    for g in tl.static_range(G):
+        own = u[g].to(dtype)
+        v = recurrent[g]
+        if (TIED >> g) & 1:
+            v += own
+        elif BIAS:
+            v += bias[g][None, :]
+        us = us + (own,)
+        vs = vs + (v,)
+    return us, vs
+
+
+@triton.jit
+def _bias(b_hh, p, n, dtype, H: tl.constexpr, G: tl.constexpr, BIAS: tl.constexpr):
+    out = ()
+    if BIAS:
+        for g in tl.static_range(G):
+            out = out + (tl.load(b_hh + (p * G + g) * H + n, mask=n < H, other=0.0).to(dtype),)
+    return out
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def forward_resident(
+    u,  # [P, chunk_rows, G*H], bias in
+    w_hh,  # [P, G*H, H]
+    b_hh,  # [P, G*H] where a gate keeps u and v apart
+    carry,  # [S, P, B, H] in the type of computation: states before and after the chunk
+    y,  # [rows, P, H]
+    tape,  # [rows, P, S-1+K, H]
+    first,  # int64 [T+1]
+    length,  # int64 [B]
+    resets,  # uint8 [rows]
+    steps: tl.int32,  # T
+    batch: tl.int64,  # B
+    begin: tl.int32,  # of the chunk, in steps
+    end: tl.int32,
+    base: tl.int64,  # row of the batch at which the chunk begins, for scans forward in time
+    base_reverse: tl.int64,  # and for those that run backward
+    chunk_rows: tl.int64,
+    reverse: tl.int64,  # a bit per scan
+    CELL: tl.constexpr,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    S: tl.constexpr,
+    K: tl.constexpr,
+    TIED: tl.constexpr,
+    BIAS: tl.constexpr,
+    TAPE: tl.constexpr,
+    PACKED: tl.constexpr,
+    RAGGED: tl.constexpr,
+    RESETS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DOT: tl.constexpr,
+    BB: tl.constexpr,  # rows of the batch in a tile
+    BN: tl.constexpr,  # units, H and up to the next power of two
+    BK: tl.constexpr,
+):
+    p = tl.program_id(1).to(tl.int64)
+    lanes = tl.num_programs(1)
+    backward = ((reverse >> p) & 1) != 0
+    b = tl.program_id(0).to(tl.int64) * BB + tl.arange(0, BB)
+    n = tl.arange(0, BN)
+    k = tl.arange(0, BN)
+    dtype = carry.dtype.element_ty
+    stop = stops(length, b, steps, batch, RAGGED)
+    low, high = bounds(stop, steps, begin, end, backward, RAGGED)
+    u += (p * chunk_rows - tl.where(backward, base_reverse, base)) * (G * H)
+    in_batch = (b < batch)[:, None] & (n < H)[None, :]
+
+    w = ()
+    inside = (k < H)[:, None] & (n < H)[None, :]
+    for g in tl.static_range(G):
+        w_at = w_hh + ((p * G + g) * H + n[None, :]) * H + k[:, None]
+        w = w + (tl.load(w_at, mask=inside, other=0.0),)
+    bias = _bias(b_hh, p, n, dtype, H, G, BIAS)
+    s = ()
+    state = carry + (p * batch + b[:, None]) * H + n[None, :]
+    for j in tl.static_range(S):
+        s = s + (tl.load(state + j * lanes * batch * H, mask=in_batch, other=0.0),)
+
+    # u of the next step is under way while this one computes.
+    t0 = tl.where(backward, steps - 1 - low, low)
+    rows0 = row_numbers(first, tl.minimum(tl.maximum(t0, 0), steps - 1), b, batch, PACKED)
+    ahead = _gates(u, rows0, n, t0 < tl.where(low < high, stop, 0), H, G)
+    for step in tl.range(low, high):
+        t = tl.where(backward, steps - 1 - step, step)
+        rows = row_numbers(first, t, b, batch, PACKED)
+        alive = t < stop
+        if RESETS:
+            cut = cuts(resets, first, t, b, stop, steps, batch, backward, PACKED)
+            before = ()
+            for j in tl.static_range(S):
+                before = before + (tl.where(cut, 0.0, s[j]),)
+        else:
+            before = s
+        own = ahead
+        later = tl.minimum(step + 1, high - 1)
+        t_later = tl.where(backward, steps - 1 - later, later)
+        ahead = _gates(u, row_numbers(first, t_later, b, batch, PACKED), n, t_later < stop, H, G)
+        recurrent = ()
+        for g in tl.static_range(G):
+            recurrent = recurrent + (times(before[0], w[g], DOT, PRECISION),)
+        us, vs = _inputs(own, recurrent, bias, dtype, G, TIED, BIAS)
+        out = CELL(us, vs, before)
+        here = alive[:, None] & (n < H)[None, :]
+        after = ()
+        for j in tl.static_range(S):
+            new = tl.broadcast_to(out[j], (BB, BN))
+            # Past H there may be anything, which times a weight of zero need not be zero.
+            after = after + (tl.where(here, new, s[j]),)
+        s = after
+        y_at = y + (rows[:, None] * lanes + p) * H + n[None, :]
+        tl.store(y_at, after[0].to(y.dtype.element_ty), mask=here)
+        if TAPE:
+            for j in tl.static_range(S - 1 + K):
+                value = tl.broadcast_to(out[1 + j], (BB, BN)).to(tape.dtype.element_ty)
+                tape_at = tape + ((rows[:, None] * lanes + p) * (S - 1 + K) + j) * H + n[None, :]
+                tl.store(tape_at, value, mask=here)
+    tl.debug_barrier()
+    for j in tl.static_range(S):
+        tl.store(state + j * lanes * batch * H, s[j], mask=in_batch)
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def forward_streamed(
+    u,
+    w_hh,  # [P, G*H, Q]
+    b_hh,
+    carry,  # [S+1, P, B, W], W = max(H, Q): the last is state 0 again, which the steps read and
+    # write in turn
+    y,  # [rows, P, Q]
+    tape,  # [rows, P, S-1+K, H], and m as one more where it is projected
+    w_hr,  # [P, Q, H], or any pointer
+    unprojected,  # [P, B, H] room for m in the type of computation, or any pointer
+    first,
+    length,
+    resets,
+    steps: tl.int32,
+    batch: tl.int64,
+    begin: tl.int32,
+    end: tl.int32,
+    base: tl.int64,
+    base_reverse: tl.int64,
+    chunk_rows: tl.int64,
+    reverse: tl.int64,
+    hidden: tl.int32,
+    width: tl.int32,
+    CELL: tl.constexpr,
+    H: tl.constexpr,
+    Q: tl.constexpr,
+    PROJECTED: tl.constexpr,
+    G: tl.constexpr,
+    S: tl.constexpr,
+    K: tl.constexpr,
+    TIED: tl.constexpr,
+    BIAS: tl.constexpr,
+    TAPE: tl.constexpr,
+    PACKED: tl.constexpr,
+    RAGGED: tl.constexpr,
+    RESETS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DOT: tl.constexpr,
+    BB: tl.constexpr,
+    BN: tl.constexpr,  # units computed at a time
+    BK: tl.constexpr,  # numbers of state 0 of the step before multiplied at a time
+):
+    p = tl.program_id(1).to(tl.int64)
+    lanes = tl.num_programs(1)
+    backward = ((reverse >> p) & 1) != 0
+    b = tl.program_id(0).to(tl.int64) * BB + tl.arange(0, BB)
+    dtype = carry.dtype.element_ty
+    stop = stops(length, b, steps, batch, RAGGED)
+    low, high = bounds(stop, steps, begin, end, backward, RAGGED)
+    u += (p * chunk_rows - tl.where(backward, base_reverse, base)) * (G * H)
+    W: tl.constexpr = H if H > Q else Q
+    slots: tl.constexpr = S - 1 + K + PROJECTED
+    state = lanes * batch * W  # from one state to the next in `carry`
+    lane = carry + (p * batch + b[:, None]) * W
+    own_m = unprojected + (p * batch + b[:, None]) * H
+
+    for step in tl.range(low, high, num_stages=1):
+        t = tl.where(backward, steps - 1 - step, step)
+        rows = row_numbers(first, t, b, batch, PACKED)
+        alive = t < stop
+        odd = ((step - low) & 1).to(tl.int64)
+        h_before = lane + odd * S * state
+        h_after = lane + (1 - odd) * S * state
+        if RESETS:
+            cut = cuts(resets, first, t, b, stop, steps, batch, backward, PACKED)
+        for n0 in tl.range(0, H, BN, num_stages=1):
+            n = n0 + tl.arange(0, BN)
+            recurrent = ()
+            for _g in tl.static_range(G):
+                recurrent = recurrent + (tl.zeros((BB, BN), dtype),)
+            for k0 in tl.range(0, width, BK):
+                k = k0 + tl.arange(0, BK)
+                row_inside = (b < batch)[:, None] & (k < Q)[None, :]
+                h = tl.load(h_before + k[None, :], mask=row_inside, other=0.0)
+                if RESETS:
+                    h = tl.where(cut, 0.0, h)
+                inside = (k < Q)[:, None] & (n < H)[None, :]
+                sums = ()
+                for g in tl.static_range(G):
+                    w_at = w_hh + ((p * G + g) * H + n[None, :]) * Q + k[:, None]
+                    w = tl.load(w_at, mask=inside, other=0.0)
+                    sums = sums + (recurrent[g] + times(h, w, DOT, PRECISION),)
+                recurrent = sums
+            own = _gates(u, rows, n, alive, H, G)
+            bias = _bias(b_hh, p, n, dtype, H, G, BIAS)
+            in_batch = (b < batch)[:, None] & (n < H)[None, :]
+            s = ()
+            before = ()
+            for j in tl.static_range(S):
+                if PROJECTED and j == 0:  # which the cell does not read
+                    s = s + (tl.zeros((BB, BN), dtype),)
+                else:
+                    source = h_before if j == 0 else lane + j * state
+                    s = s + (tl.load(source + n[None, :], mask=in_batch, other=0.0),)
+                if RESETS:
+                    before = before + (tl.where(cut, 0.0, s[j]),)
+                else:
+                    before = before + (s[j],)
+            us, vs = _inputs(own, recurrent, bias, dtype, G, TIED, BIAS)
+            out = CELL(us, vs, before)
+            here = alive[:, None] & (n < H)[None, :]
+            if S > 1:
+                tl.debug_barrier()  # between reading and writing a tile of the states
+            for j in tl.static_range(S):
+                new = tl.broadcast_to(out[j], (BB, BN))
+                if PROJECTED and j == 0:
+                    tl.store(own_m + n[None, :], new, mask=here)
+                else:
+                    new = tl.where(here, new, s[j])
+                    to = h_after if j == 0 else lane + j * state
+                    tl.store(to + n[None, :], new, mask=in_batch)
+                if not PROJECTED and j == 0:
+                    y_at = y + (rows[:, None] * lanes + p) * H + n[None, :]
+                    tl.store(y_at, new.to(y.dtype.element_ty), mask=here)
+            if TAPE:
+                for j in tl.static_range(slots):
+                    # States past the first, kept values, and m.
+                    value = out[1 + j] if j < S - 1 + K else out[0]
+                    value = tl.broadcast_to(value, (BB, BN)).to(tape.dtype.element_ty)
+                    place = (rows[:, None] * lanes + p) * slots + j
+                    tl.store(tape + place * H + n[None, :], value, mask=here)
+        # State 0 has two places, which keep this step's reads from its own writes.
+        tl.debug_barrier()
+        if PROJECTED:
+            for q0 in tl.range(0, Q, BN, num_stages=1):
+                q = q0 + tl.arange(0, BN)
+                total = tl.zeros((BB, BN), dtype)
+                for n0 in tl.range(0, hidden, BK):
+                    n = n0 + tl.arange(0, BK)
+                    here = alive[:, None] & (n < H)[None, :]
+                    m = tl.load(own_m + n[None, :], mask=here, other=0.0)
+                    w_at = w_hr + (p * Q + q[None, :]) * H + n[:, None]
+                    inside = (n < H)[:, None] & (q < Q)[None, :]
+                    w = tl.load(w_at, mask=inside, other=0.0)
+                    total += times(m, w, DOT, PRECISION)
+                in_batch = (b < batch)[:, None] & (q < Q)[None, :]
+                here = alive[:, None] & (q < Q)[None, :]
+                old = tl.load(h_before + q[None, :], mask=in_batch, other=0.0)
+                new = tl.where(here, total, old)
+                tl.store(h_after + q[None, :], new, mask=in_batch)
+                y_at = y + (rows[:, None] * lanes + p) * Q + q[None, :]
+                tl.store(y_at, new.to(y.dtype.element_ty), mask=here)
+            tl.debug_barrier()
+    if (high - low) % 2 == 1:  # the last step left state 0 in the second place
+        for n0 in tl.range(0, Q, BN, num_stages=1):
+            n = n0 + tl.arange(0, BN)
+            in_batch = (b < batch)[:, None] & (n < Q)[None, :]
+            last = tl.load(lane + S * state + n[None, :], mask=in_batch, other=0.0)
+            tl.store(lane + n[None, :], last, mask=in_batch)

@@ -1,0 +1,288 @@
+"""The sweep in Triton: what its kernels are compiled for, and how they are launched.
+
+Imports Triton when a kernel first runs, and not before. Environment: under `TRITON_INTERPRET=1`,
+set before Triton is imported, the kernels run in Triton's interpreter on CPU tensors, slowly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrnn import cache
+from fastrnn.compiler import emit_triton
+from fastrnn.compiler.derive import Derived
+from fastrnn.kernels.gpu.sweeps import Scan, Tape, tf32_allowed
+from fastrnn.kernels.gpu.triton import tune
+from fastrnn.plan import Plan, alternatives
+
+__all__ = [
+    "cell_module",
+    "compile_options",
+    "interpreted",
+    "kernel",
+    "meta_arguments",
+    "precision",
+    "sweeps",
+]
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def cell_module(derived: Derived) -> ModuleType:
+    """The module with the cell's functions in Triton, which reads their source from a file."""
+    return _cell_module(emit_triton.module(derived), derived.name)
+
+
+@functools.cache
+def _cell_module(source: str, name: str) -> ModuleType:
+    digest = hashlib.sha256(source.encode()).hexdigest()[:16]
+    path = cache.folder() / f"triton_{re.sub(r'[^0-9A-Za-z]', '_', name)}_{digest}.py"
+    if not _is_there(path, source):
+        cache.write(path, source)
+    module = ModuleType(path.stem)
+    module.__file__ = str(path)
+    # The text at hand, and not an import: that would take compiled code from a folder beside it.
+    exec(compile(source, path, "exec"), module.__dict__)
+    return module
+
+
+def _is_there(path: Path, source: str) -> bool:
+    try:
+        return cache.file_refusal(path) is None and path.read_text(encoding="utf-8") == source
+    except FileNotFoundError:
+        return False
+
+
+def meta_arguments(
+    derived: Derived,
+    plan: Plan,
+    hidden: int,
+    precision: str,
+    *,
+    backward: bool = False,
+    bias: bool = False,
+    tape: bool = False,
+    dy: bool = True,
+    packed: bool = False,
+    ragged: bool = False,
+    resets: bool = False,
+    projected: int | None = None,
+) -> dict[str, Any]:
+    """What a kernel is compiled for: its arguments of type `constexpr`. `projected` is the width
+    of state 0 where it is projected."""
+    cell = cell_module(derived)
+    common = {
+        "CELL": cell.backward if backward else cell.forward,
+        "H": hidden,
+        "G": len(derived.gates),
+        "S": len(derived.states),
+        "K": len(derived.kept),
+        "TIED": sum(tied << g for g, tied in enumerate(derived.tied)),
+        "PACKED": packed,
+        "RAGGED": ragged,
+        "RESETS": resets,
+        "PRECISION": precision,
+        "DOT": plan.matrix_units,
+        "BB": plan.batch_tile,
+        "BN": plan.unit_tile,
+        "BK": plan.depth_tile,
+    }
+    if not plan.resident:
+        common |= {
+            "Q": hidden if projected is None else projected,
+            "PROJECTED": projected is not None,
+        }
+    return common | ({"DY": dy} if backward else {"BIAS": bias, "TAPE": tape})
+
+
+def compile_options(plan: Plan, nvidia: bool) -> dict[str, Any]:
+    """How a kernel is compiled, besides its arguments."""
+    options: dict[str, Any] = {
+        "num_warps": plan.warps,
+        "num_stages": plan.stages,
+        "enable_fp_fusion": True,
+    }
+    if nvidia:
+        # Without a limit the compiler spills to make room for a second program on the
+        # multiprocessor.
+        options["maxnreg"] = plan.registers
+    return options
+
+
+class _Sweeps:
+    """`sweeps.Sweeps` in Triton."""
+
+    def forward(
+        self,
+        scan: Scan,
+        begin: int,
+        end: int,
+        u: Tensor,
+        b_hh: Tensor | None,
+        carry: Tensor,
+        y: Tensor,
+        tape: Tensor | None,
+    ) -> None:
+        none = scan.w_hh  # any pointer, never followed
+        flags = {"bias": b_hh is not None, "tape": tape is not None}
+        rest = [none if b_hh is None else b_hh, carry, y, none if tape is None else tape]
+        if not scan.plan.resident:
+            size = scan.lanes, scan.batch, scan.hidden
+            rest += [none] * 2 if scan.w_hr is None else [scan.w_hr, carry.new_empty(size)]
+        _launch(False, scan, flags, u, scan.w_hh, *rest, *_run_time(scan, begin, end))
+
+    def backward(
+        self,
+        scan: Scan,
+        begin: int,
+        end: int,
+        dy: Tensor | None,
+        s0: Tensor,
+        ds: Tensor,
+        y: Tensor,
+        tape: Tape,
+        du: Tensor,
+        dv: Tensor,
+        previous: Tensor,
+        dh: Tensor | None,
+    ) -> None:
+        none = scan.w_hh
+        rest = [s0, ds, y, tape.values, du, dv, previous]
+        if not scan.plan.resident:
+            rest += [none if scan.w_hr is None else scan.w_hr, none if dh is None else dh]
+        first = y if dy is None else dy
+        flags = {"dy": dy is not None}
+        _launch(True, scan, flags, first, scan.w_hh, *rest, *_run_time(scan, begin, end))
+
+
+sweeps = _Sweeps()
+
+
+def _meta(scan: Scan, plan: Plan, backward: bool, **flags: bool) -> dict[str, Any]:
+    x = scan.given.x
+    return meta_arguments(
+        scan.derived,
+        plan,
+        scan.hidden,
+        precision(x.dtype, _is_nvidia(x.device)),
+        backward=backward,
+        packed=scan.first is not None,
+        ragged=scan.length is not None,
+        resets=scan.resets is not None,
+        projected=None if scan.w_hr is None else scan.recurrent,
+        **flags,
+    )
+
+
+def _run_time(scan: Scan, begin: int, end: int) -> tuple[Any, ...]:
+    """Arguments of a launch from `first` on."""
+    none = scan.w_hh
+    return (
+        none if scan.first_on_device is None else scan.first_on_device,
+        none if scan.length is None else scan.length,
+        none if scan.resets is None else scan.resets,
+        scan.steps,
+        scan.batch,
+        begin,
+        end,
+        scan.stretch(begin, end, False)[0],
+        scan.stretch(begin, end, True)[0],
+        scan.chunk_rows,
+        scan.reverse,
+        *(() if scan.plan.resident else (scan.hidden, scan.recurrent)),
+    )
+
+
+def kernel(plan: Plan, backward: bool) -> Any:
+    """The kernel that a plan asks for."""
+    direction = "backward" if backward else "forward"
+    module = importlib.import_module(f"fastrnn.kernels.gpu.triton.{direction}")
+    return getattr(module, f"{direction}_{'resident' if plan.resident else 'streamed'}")
+
+
+def _launch(backward: bool, scan: Scan, flags: dict[str, bool], *arguments: Any) -> None:
+    device = scan.given.x.device
+
+    def run(plan: Plan) -> None:
+        grid = (-(-scan.batch // plan.batch_tile), scan.lanes)
+        meta = _meta(scan, plan, backward, **flags)
+        kernel(plan, backward)[grid](
+            *arguments, **meta, **compile_options(plan, _is_nvidia(device))
+        )
+
+    with _on(device):
+        chosen = scan.plan
+        if tune.wanted() and device.type != "cpu":
+            # `carry` and `ds`, which a launch changes.
+            chosen = _fastest(backward, scan, run, arguments[3])
+        run(chosen)
+
+
+_tuner = tune.Tuner()
+
+
+def _fastest(backward: bool, scan: Scan, run: Callable[[Plan], None], changed: Tensor) -> Plan:
+    """The plan that is known to run such a launch fastest, or is found to now."""
+    triton, errors = (importlib.import_module(name) for name in ("triton", "triton.errors"))
+    x, library = scan.given.x, getattr(torch, scan.given.x.device.type)
+    before = changed.clone()
+
+    def seconds(plan: Plan) -> float:
+        took = []
+        try:
+            for _ in range(5):  # the first compiles
+                changed.copy_(before)
+                start, end = (library.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                run(plan)
+                end.record()
+                end.synchronize()
+                took.append(start.elapsed_time(end) / 1e3)
+        except errors.TritonError as error:
+            raise RuntimeError(str(error)) from error
+        finally:
+            changed.copy_(before)
+        return min(took)
+
+    capturing = getattr(library, "is_current_stream_capturing", lambda: False)()
+    key = (
+        *(library.get_device_name(x.device), triton.__version__, scan.cell, backward, scan.hidden),
+        *(scan.recurrent, str(x.dtype), precision(x.dtype, _is_nvidia(x.device))),
+    )
+    plans = alternatives(scan.plan)
+    return _tuner.best(key, plans, None if capturing else seconds)
+
+
+def precision(dtype: torch.dtype, nvidia: bool) -> str:
+    """How float32 is multiplied: on NVIDIA's matrix units as TF32 where torch may do that too, and
+    otherwise by three products of TF32 parts, nearly in full; elsewhere in full."""
+    if dtype != torch.float32 or not nvidia:
+        return "ieee"
+    return "tf32" if tf32_allowed() else "tf32x3"
+
+
+def _is_nvidia(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    if device.type == "cpu":
+        return contextlib.nullcontext()
+    context: contextlib.AbstractContextManager[Any] = getattr(torch, device.type).device(device)
+    return context

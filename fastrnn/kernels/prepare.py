@@ -1,0 +1,158 @@
+"""A cell's way to the code that runs it."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fastrnn import cells, plan
+from fastrnn.cells import Cell
+from fastrnn.compiler import jit
+from fastrnn.compiler.derive import Underivable, derive
+from fastrnn.compiler.emit_cpp import key as key_of
+from fastrnn.extension import _C
+from fastrnn.kernels.device import asked_for
+
+__all__ = ["cell_of", "find", "prepare"]
+
+_prepared: dict[str, Cell] = {name: cells.get(name) for name in cells.names()}
+_keys: dict[Cell, str] = {cell: name for name, cell in _prepared.items()}
+_compiled = (set(_keys), set(_keys))  # for CPUs: in float, and in double
+_refused: dict[tuple[Cell, bool], str] = {}  # why: to be compiled for CPUs (True), or at all
+_preparing = threading.Lock()
+
+
+def prepare(cell: Cell, kind: str = "cpu", dtype: torch.dtype = torch.float32) -> str | None:
+    """The name under which the op knows `cell`, or None where only the reference can run it on
+    devices of this kind.
+
+    A user's cell is derived on its first use, and compiled on its first use on a CPU, once to
+    compute in float and once, for tensors of float64, in double: kernels for GPUs need no C++
+    compiler. If that fails, a warning says why.
+
+    Raises:
+        plan.KernelRefused: for such a cell, when a kernel was asked for by name.
+    """
+    if torch.compiler.is_compiling():
+        # In parts: to the compiler of torch 2.11 the cell as a whole is no constant.
+        return _prepared_once(cell.name, cell.gates, cell.states, cell.function, kind, dtype)
+    return _prepared_now(cell, kind, dtype)
+
+
+def _prepared_once(
+    name: str,
+    gates: tuple[str, ...],
+    states: tuple[str, ...],
+    function: Callable[..., Any],
+    kind: str,
+    dtype: torch.dtype,
+) -> str | None:
+    return _prepared_now(Cell(name, gates, states, function), kind, dtype)
+
+
+# All that `torch.compiler.assume_constant_result` does, but for importing the compiler, which takes
+# a second.
+_prepared_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _prepared_now(cell: Cell, kind: str, dtype: torch.dtype) -> str | None:
+    in_double = dtype == torch.float64
+    if cell in _compiled[in_double]:
+        return _keys[cell]
+    forced = asked_for()
+    compiled = kind == "cpu" and forced in (None, "cpu", "reference")
+    if not compiled and cell in _keys:
+        return _keys[cell]
+    with _preparing:
+        if cell not in _compiled[in_double] and (cell, compiled) not in _refused:
+            _prepare(cell, compiled=compiled, in_double=in_double)
+    reason = _refused.get((cell, compiled))
+    if reason is None:
+        return _keys[cell]
+    if forced not in (None, "reference"):
+        raise plan.KernelRefused(f"kernel {forced!r} was asked for but refuses: {reason}")
+    return None
+
+
+def _prepare(cell: Cell, *, compiled: bool, in_double: bool) -> None:
+    try:
+        _keys[cell] = _load(cell, in_double) if compiled else _add_facts(cell)
+        if compiled:
+            _compiled[in_double].add(cell)
+    except (Underivable, jit.CompilationFailed) as error:
+        reason = f"cell {cell.name!r} is not compiled: {error}"
+        _refused[cell, compiled] = reason
+        if isinstance(error, Underivable):
+            _refused[cell, not compiled] = reason
+        warnings.warn(
+            f"cell {cell.name!r} runs as a loop of torch operations, many times slower than "
+            f"compiled: {error}",
+            UserWarning,
+            stacklevel=_callers_level(),
+        )
+
+
+def _add_facts(cell: Cell) -> str:
+    """Make the op know a cell without code of its own for CPUs."""
+    key, derived = key_of(cell), derive(cell)
+    tied = sum(tied << gate for gate, tied in enumerate(derived.tied))
+    sizes = len(derived.gates), len(derived.states), len(derived.kept)
+    try:
+        _C.add_cell_facts(key, *sizes, tied, derived.projectable)
+    except RuntimeError as error:
+        raise Underivable(str(error)) from error
+    _prepared[key] = cell
+    return key
+
+
+def _load(cell: Cell, in_double: bool) -> str:
+    """Compile a cell for the instruction set in use, unless the op knows such code already."""
+    key = key_of(cell)
+    if not _C.has_code(key, in_double):
+        derived, number = derive(cell), "double" if in_double else "float"
+        library = jit.compile_cell(derived, key, number)
+        try:
+            _C.load_cells(str(library), jit.SYMBOL)
+        except RuntimeError as damaged:
+            library = jit.compile_cell(derived, key, number, fresh=True)
+            try:
+                _C.load_cells(str(library), jit.SYMBOL)
+            except RuntimeError:
+                raise jit.CompilationFailed(f"it cannot be loaded: {damaged}") from damaged
+    _prepared[key] = cell
+    return key
+
+
+def _callers_level() -> int:
+    """`stacklevel` of the first frame that belongs neither to this package nor to torch."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in (
+        "fastrnn",
+        "torch",
+    ):
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+def find(key: str, kind: str, in_double: bool) -> None:
+    """Prepare the declared cell that an exported program knows by `key`, or one that is known but
+    not compiled in this number; if only the reference can run it, the op has it run that."""
+    cell = _prepared.get(key)
+    if cell is None:
+        name, _, digest = key.rpartition("-")
+        if not digest or name not in cells.names():
+            return
+        cell = cells.get(name)
+    dtype = torch.float64 if in_double else torch.float32
+    if _prepared_now(cell, kind, dtype) is None and (cell, False) not in _refused:
+        _add_facts(cell)
+
+
+def cell_of(key: str) -> Cell:
+    """The cell that the operator knows by `key`; it was prepared."""
+    return _prepared[key]

@@ -1,0 +1,218 @@
+"""The sweep in plain torch operations: the oracle of every kernel and the universal fallback.
+
+Autograd of it is the oracle for gradients; double backward, `vmap`, forward-mode AD and every
+device or dtype without a kernel of its own run through it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastrnn.cells import Cell
+from fastrnn.compiler.derive import derive
+from fastrnn.extension import _C
+from fastrnn.kernels.operands import Needs, Operands
+
+__all__ = ["forward", "gradients", "scan"]
+
+
+def scan(
+    cell: Cell,
+    x: Tensor,
+    w_ih: Sequence[Tensor],
+    w_hh: Sequence[Tensor],
+    *,
+    b_ih: Sequence[Tensor] = (),
+    b_hh: Sequence[Tensor] = (),
+    w_hr: Sequence[Tensor] = (),
+    s0: Sequence[Tensor] = (),
+    batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    reverse: int = 0,
+    record: Callable[[int, int, Tensor, Tensor, list[Tensor], list[Tensor]], None] | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """Run `P` independent scans of one cell over the same input.
+
+    Args:
+        cell: the cell, with `G` gates and `S` states.
+        x: input, [T, B, I] dense, [R, I] packed (with `batch_sizes`), or [B, I] for one step of
+            one scan, whose states are [B, *] then.
+        w_ih, w_hh: `P` weights each, [G*H, I] and [G*H, Q], where `Q` is the projection size
+            if there is one and `H` otherwise.
+        b_ih, b_hh: `P` biases each, [G*H], or none.
+        w_hr: `P` projections of state 0, [Q, H], or none.
+        s0: `S` initial states, [P, B, Q] for state 0 and [P, B, H] for the others; none for zeros
+            (not with `batch_sizes`).
+        batch_sizes: int64 [T] on the CPU, non-increasing: live rows at every step of packed input.
+        lengths: int64 [B], for dense input: steps of each row, in any order, zero allowed. Output
+            past the end is zero, and the last state is that of the last valid step.
+        resets: bool, shape of `x` without its last dimension: an episode begins at this row, so no
+            state crosses from the step before, in either direction.
+        reverse: bit `p` set means that scan `p` runs backward in time.
+        record: called as `record(p, t, u, v, before, after)` after every step of every scan,
+            before the projection.
+
+    Returns:
+        `y`, `x`'s shape with `P*Q` in place of `I`, and the `S` final states, shaped as `s0`.
+    """
+    packed = batch_sizes is not None
+    one_step = x.dim() == 2 and not packed
+    if one_step:
+        s0 = [s.unsqueeze(0) for s in s0]
+    steps = _steps(x, batch_sizes)
+    sizes = [s.size(-2) for s in steps]
+    batch = sizes[0] if sizes else (s0[0].size(1) if s0 else 0)
+    flags = None if resets is None else _steps(resets.unsqueeze(-1), batch_sizes)
+    alive = None if lengths is None else lengths.to(x.device)
+    outputs: list[Tensor] = []
+    finals: list[list[Tensor]] = []
+    for p in range(len(w_hh)):
+        hidden = w_hh[p].size(0) // len(cell.gates)
+        recurrent = w_hh[p].size(1)
+        if s0:
+            states = [s[p] for s in s0]
+        else:
+            zero = x.new_zeros(batch, hidden)
+            states = [
+                x.new_zeros(batch, recurrent) if k == 0 else zero for k in range(len(cell.states))
+            ]
+        ys: list[Tensor] = [x.new_zeros(0, recurrent)] * len(steps)
+        backward = bool(reverse >> p & 1)
+        order = range(len(steps) - 1, -1, -1) if backward else range(len(steps))
+        for t in order:
+            n = sizes[t]
+            before = [s[:n] for s in states] if packed else states
+            if flags is not None:
+                edge = t + 1 if backward else t
+                if edge < len(steps):
+                    cut = flags[edge]
+                    if alive is not None:
+                        cut = cut & (alive > edge).unsqueeze(-1)
+                    before = [_cut(s, cut) for s in before]
+            u = F.linear(steps[t], w_ih[p], b_ih[p] if b_ih else None)
+            v = F.linear(before[0], w_hh[p], b_hh[p] if b_hh else None)
+            gates_u, gates_v = u.split(hidden, -1), v.split(hidden, -1)
+            after = cell.step(gates_u, gates_v, before)
+            if record is not None:
+                record(p, t, u, v, before, after)
+            if w_hr:
+                after = [F.linear(after[0], w_hr[p]), *after[1:]]
+            y = after[0]
+            if alive is not None:
+                valid = (alive > t).unsqueeze(-1)
+                y = torch.where(valid, y, 0)
+                after = [torch.where(valid, a, s) for a, s in zip(after, states, strict=True)]
+            if packed and n < batch:
+                after = [torch.cat([a, s[n:]]) for a, s in zip(after, states, strict=True)]
+            states, ys[t] = after, y
+        outputs.append(
+            (torch.cat(ys) if packed else torch.stack(ys))
+            if ys
+            else x.new_zeros(0, batch, recurrent)
+        )
+        finals.append(states)
+    y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+    y = y.reshape(*x.shape[:-1], y.size(-1))
+    if one_step:
+        return y, finals[0]
+    return y, [torch.stack(list(s)) for s in zip(*finals, strict=True)]
+
+
+def forward(
+    cell: Cell, key: str, operands: Operands, tape: bool
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Output, final states and, where asked for, the tape, as `torch.ops.fastrnn.scan`."""
+    x = operands.x
+    _, states, kept = _C.cell_facts(key)
+    hidden = operands.w_hh[0].size(0) // len(cell.gates)
+    rows = x.shape[:-1].numel() if tape else 0
+    layout = x.new_zeros(rows, len(operands.w_hh), states - 1 + kept + bool(operands.w_hr), hidden)
+    first = _first_rows(operands)
+
+    def record(
+        p: int, t: int, u: Tensor, v: Tensor, before: list[Tensor], after: list[Tensor]
+    ) -> None:
+        values = after[1:]
+        if kept:
+            gates = u.split(hidden, -1), v.split(hidden, -1)
+            values += derive(cell).forward(*gates, before)[1]
+        if operands.w_hr:
+            values.append(after[0])
+        for k, value in enumerate(values):
+            if operands.lengths is not None:
+                value = torch.where((operands.lengths > t).unsqueeze(-1), value, 0)
+            layout[first[t] : first[t] + value.size(0), p, k] = value
+
+    y, last = scan(cell, **operands._asdict(), record=record if tape else None)
+    return y, last, layout
+
+
+def _first_rows(operands: Operands) -> list[int]:
+    """First row of every time step."""
+    if operands.batch_sizes is not None:
+        return [0, *operands.batch_sizes.cumsum(0).tolist()]
+    x = operands.x
+    return [t * x.size(1) for t in range(x.size(0))] if x.dim() == 3 else [0]
+
+
+def gradients(
+    cell: Cell,
+    operands: Operands,
+    grads: list[Tensor | None],
+    needs: Needs,
+    create_graph: bool,
+) -> list[Tensor]:
+    """Gradients of the operands that `needs` picks, as `torch.ops.fastrnn.scan_backward`, by
+    autograd; it takes no tape."""
+
+    def alias(tensor: Tensor) -> Tensor:
+        # One tensor may stand in several places (tied weights): each has a gradient of its own.
+        return tensor.view_as(tensor) if create_graph else tensor.detach().requires_grad_()
+
+    need_x, *need_lists = needs.groups()
+    with torch.enable_grad():
+        x = alias(operands.x) if need_x else operands.x
+        lists = [
+            [alias(t) if need else t for t in tensors]
+            for tensors, need in zip(operands[1:7], need_lists, strict=True)
+        ]
+        given = operands._asdict() | {"x": x} | dict(zip(Operands._fields[1:7], lists, strict=True))
+        y, states = scan(cell, **given)
+        wanted = [x] if need_x else []
+        for tensors, need in zip(lists, need_lists, strict=True):
+            wanted += tensors if need else []
+        reached = [
+            (out, grad)
+            for out, grad in zip([y, *states], grads, strict=True)
+            if grad is not None and out.requires_grad
+        ]
+        if not reached:
+            return [torch.zeros_like(t) for t in wanted]
+        found = torch.autograd.grad(
+            [out for out, _ in reached],
+            wanted,
+            [grad for _, grad in reached],
+            create_graph=create_graph,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+    return list(found)
+
+
+def _steps(rows: Tensor, batch_sizes: Tensor | None) -> list[Tensor]:
+    """The rows of each time step: [T, B, I] or packed [R, I] cut by time, [B, I] as one step."""
+    if batch_sizes is not None:
+        return list(rows.split(batch_sizes.tolist()))
+    return list(rows.unbind(0)) if rows.dim() == 3 else [rows]
+
+
+def _cut(state: Tensor, flags: Tensor) -> Tensor:
+    """`state` with zeros where `flags` [n, 1] is set; rows past the flags stay."""
+    n = flags.size(0)
+    head = torch.where(flags, 0, state[:n])
+    return head if n == state.size(0) else torch.cat([head, state[n:]])

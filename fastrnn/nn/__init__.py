@@ -1,0 +1,1 @@
+"""Layers, cells and what is done with them, with the manners of torch.nn."""

@@ -1,0 +1,357 @@
+"""What layers check: all that torch.nn's do, in their order and with their words."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from numbers import Number
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from fastrnn.cells import Cell
+from fastrnn.kernels.operands import Weights
+
+__all__ = [
+    "Check",
+    "States",
+    "check_arguments",
+    "check_device",
+    "check_dtype",
+    "check_heads",
+    "check_input",
+    "check_lengths",
+    "check_resets",
+    "check_sizes",
+    "check_states",
+    "different_dtypes",
+    "refuse_unknown",
+    "states_of",
+    "widths",
+]
+
+MOST_RECURRENCES = 64  # of one call of the operator
+
+States = Tensor | Sequence[Tensor]
+Check = Callable[[Tensor, "States | None", "Tensor | None", Tensor], None]
+
+# The names that torch's errors have for dtypes, where they differ from Python's.
+_SCALAR_TYPES = {
+    torch.uint8: "Byte",
+    torch.int8: "Char",
+    torch.int16: "Short",
+    torch.int32: "Int",
+    torch.int64: "Long",
+    torch.float16: "Half",
+    torch.float32: "Float",
+    torch.float64: "Double",
+    torch.bfloat16: "BFloat16",
+    torch.complex64: "ComplexFloat",
+    torch.complex128: "ComplexDouble",
+    torch.bool: "Bool",
+}
+
+
+def check_dtype(input: Tensor, weight: Tensor) -> None:
+    """The input must have the dtype of the weights; `ValueError` otherwise, as torch.nn.
+
+    Under autocast the operator casts.
+    """
+    if input.dtype != weight.dtype and not torch._C._is_any_autocast_enabled():
+        raise ValueError(
+            f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
+            f"Convert input: input.to({weight.dtype}), or convert model: model.to({input.dtype})"
+        )
+
+
+def check_device(input: Tensor, weight: Tensor, states: Sequence[Tensor] = ()) -> None:
+    """The states and the weights must be where the input is; `RuntimeError` otherwise, as torch.nn.
+
+    It looks at the states first.
+    """
+    device = input.device
+    for s in states:
+        if s.device != device:
+            raise RuntimeError(
+                "Input and hidden tensors are not at the same device, found input tensor at "
+                f"{device} and hidden tensor at {s.device}. Move hx: hx.to({str(device)!r})"
+            )
+    if device != weight.device:
+        raise RuntimeError(
+            "Input and parameter tensors are not at the same device, found input tensor at "
+            f"{device} and parameter tensor at {weight.device}. "
+            f"Move input: input.to({str(weight.device)!r}), or the model: "
+            + (
+                "model.to_empty(device=...), then load its weights"
+                if weight.device.type == "meta"
+                else f"model.to({str(device)!r})"
+            )
+        )
+
+
+def check_input(input: Tensor, input_size: int, batch_sizes: Tensor | None) -> None:
+    """torch.nn's checks of dimensions and features; `RuntimeError`."""
+    expected = 3 if batch_sizes is None else 2
+    if input.dim() != expected:
+        raise RuntimeError(f"input must have {expected} dimensions, got {input.dim()}")
+    if input.size(-1) != input_size:
+        raise RuntimeError(
+            "input.size(-1) must be equal to input_size. "
+            f"Expected {input_size}, got {input.size(-1)}"
+        )
+
+
+def check_states(states: Sequence[Tensor], input: Tensor) -> None:
+    """Initial states must have the dtype of the input; `RuntimeError` otherwise."""
+    for s in states:
+        if s.dtype != input.dtype and not torch._C._is_any_autocast_enabled():
+            raise RuntimeError(
+                f"{different_dtypes(s, input)}: hx dtype ({s.dtype}) does not match input dtype "
+                f"({input.dtype}). Convert hx: hx.to({input.dtype})"
+            )
+
+
+def different_dtypes(one: Tensor, other: Tensor) -> str:
+    """What a matrix product of torch says of operands whose dtypes differ."""
+    names = (_SCALAR_TYPES.get(t.dtype, str(t.dtype)) for t in (one, other))
+    return "mat1 and mat2 must have the same dtype, but got {} and {}".format(*names)
+
+
+def states_of(cell: Cell, hx: States, rank: int | None, whole: bool) -> tuple[Tensor, ...]:
+    """The states of `hx`, of `rank` dimensions; None for packed input, where torch.nn looks at
+    sizes only.
+
+    It takes the first two of more states, or the halves of one tensor, unless it passes on `hx`
+    as a whole.
+    """
+    kind = "batched" if rank == 3 else "unbatched"
+    count = len(cell.states)
+    if count == 1:
+        state: Tensor = hx  # type: ignore[assignment]
+        if rank is not None and state.dim() != rank:
+            raise RuntimeError(
+                f"For {kind} {rank}-D input, hx should also be {rank}-D "
+                f"but got {state.dim()}-D tensor"
+            )
+        return (state,)
+    if rank is not None and any(hx[k].dim() != rank for k in range(count)):
+        what = "hx and cx" if count == 2 else f"the {count} states of hx"
+        dims = ", ".join(f"{hx[k].dim()}-D" for k in range(count))
+        raise RuntimeError(
+            f"For {kind} {rank}-D input, {what} should also be {rank}-D but got ({dims}) tensors"
+        )
+    if whole and isinstance(hx, Tensor):
+        raise TypeError(
+            f"{cell.name}() received an invalid combination of arguments: hx must be a tuple of "
+            f"{count} Tensors, not a Tensor; pass hx=({', '.join(cell.states)})"
+        )
+    if whole and len(hx) != count:
+        raise RuntimeError(
+            f"{cell.name} expects {'two' if count == 2 else count} hidden states "
+            f"({', '.join(cell.states)}), got {len(hx)} in hx"
+        )
+    return tuple(hx[k] for k in range(count))
+
+
+def widths(cell: Cell, weight: Weights, heads: int) -> list[int]:
+    """Sizes of the states: what the recurrent weight takes for the first, `H` for the others."""
+    hidden = weight.w_hh.size(0) // len(cell.gates) * heads
+    return [weight.w_hh.size(1) * heads] + [hidden] * (len(cell.states) - 1)
+
+
+def check_sizes(
+    cell: Cell,
+    input: Tensor,
+    hx: States | None,
+    batch_sizes: Tensor | None,
+    weights: Sequence[Weights],
+    *,
+    bidirectional: bool,
+    heads: int,
+    batch_first: bool,
+) -> None:
+    if not weights or len(weights) % (heads * (2 if bidirectional else 1)):
+        raise ValueError(
+            f"weights must hold one list for every layer and direction, got {len(weights)} "
+            f"with bidirectional={bidirectional}"
+            + (f", and for every one of heads={heads}" if heads > 1 else "")
+        )
+    check_dtype(input, weights[0].w_ih)
+    check_input(input, weights[0].w_ih.size(1), batch_sizes)
+    if hx is None:
+        return
+    batch = input.size(0 if batch_first else 1) if batch_sizes is None else int(batch_sizes[0])
+    states = [hx] if isinstance(hx, Tensor) else hx
+    for s, width in zip(states, widths(cell, weights[0], heads), strict=True):
+        expected = (len(weights) // heads, batch, width)
+        if s.size() != expected:
+            raise RuntimeError(f"Expected hidden size {expected}, got {list(s.size())}")
+
+
+def check_lengths(lengths: Tensor | Sequence[int], x: Tensor, batched: bool) -> Tensor:
+    """`lengths` as int64 [B] beside `x` [T, B, I]."""
+    steps, batch = x.size(0), x.size(1)
+    try:
+        # A tensor is taken as it is: torch.as_tensor would move it to the default device.
+        length = lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"lengths must be a tensor or sequence of integers, one for each of the {batch} "
+            f"sequences of the batch: {error}"
+        ) from error
+    if isinstance(lengths, Tensor) or length.numel():  # an empty list makes a float tensor
+        integral = not (length.is_floating_point() or length.is_complex())
+        if not integral or length.dtype == torch.bool:
+            raise TypeError(
+                f"lengths must be integers, got dtype {length.dtype}; convert with "
+                f"{'lengths.long()' if isinstance(lengths, Tensor) else 'int(...)'}"
+            )
+    if length.dim() == 0 and not batched:
+        length = length.unsqueeze(0)
+    if length.dim() != 1 or length.size(0) != batch:
+        raise ValueError(
+            f"lengths must have one entry for each of the {batch} sequences of the batch, "
+            f"got shape {tuple(length.shape)}"
+        )
+    if _readable(length) and batch:
+        low, high = (int(v) for v in torch.aminmax(length))
+        if low < 0 or high > steps:
+            raise ValueError(
+                f"lengths must be between 0 and the {steps} steps of the input, "
+                f"got values from {low} to {high}"
+            )
+    return length.to(device=x.device, dtype=torch.int64)
+
+
+def check_resets(
+    resets: Tensor | PackedSequence,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    order: Tensor | None,
+    swap: bool,
+) -> Tensor:
+    """`resets` in the layout of `x` without its features."""
+    if isinstance(resets, PackedSequence):
+        if batch_sizes is None:
+            raise ValueError("resets is a PackedSequence, but the input is not")
+        same = resets.batch_sizes is batch_sizes
+        if not same and not torch.equal(resets.batch_sizes, batch_sizes):
+            raise ValueError("resets must be packed with the same lengths as the input")
+        theirs = resets.sorted_indices
+        if theirs is not order and theirs is not None and order is not None:
+            readable = _readable(theirs) and _readable(order)
+            if readable and not torch.equal(theirs, order):
+                raise ValueError(
+                    "resets must be packed in the order of the input: sorted_indices differ; "
+                    "pack both with the same lengths, or use "
+                    "input._replace(data=...) with flags in the input's order"
+                )
+        resets = resets.data
+    elif not isinstance(resets, Tensor):
+        raise TypeError(
+            f"resets must be a bool tensor, got {type(resets).__name__}; "
+            "convert with torch.tensor(resets, dtype=torch.bool)"
+        )
+    if resets.dtype != torch.bool:
+        raise TypeError(f"resets must be bool, got {resets.dtype}; convert with resets.bool()")
+    if batch_sizes is None and resets.dim() == 1 and x.size(1) == 1:
+        resets = resets.unsqueeze(1)
+    elif swap and resets.dim() == 2:
+        resets = resets.transpose(0, 1)
+    if resets.shape != x.shape[:-1]:
+        raise ValueError(
+            "resets must have the shape of the input without its last dimension, "
+            f"{_caller(x.shape[:-1], swap)}, got {_caller(resets.shape, swap)}"
+        )
+    return resets.to(x.device)
+
+
+def _caller(shape: torch.Size, swap: bool) -> tuple[int, ...]:
+    return tuple(reversed(shape)) if swap else tuple(shape)
+
+
+def _readable(t: Tensor) -> bool:
+    """Whether values may be looked at: no compiler, transform or tracer, no device to wait for."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(t) is Tensor
+        and t.device.type == "cpu"
+        and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
+    )
+
+
+def check_arguments(
+    input_size: int,
+    hidden_size: int,
+    num_layers: int,
+    *,
+    bias: bool,
+    batch_first: bool,
+    dropout: Any,
+    proj_size: int,
+) -> None:
+    """torch.nn's checks, in its order."""
+    number = isinstance(dropout, Number) and not isinstance(dropout, bool)
+    if not number or not 0 <= dropout <= 1:
+        raise ValueError(
+            "dropout should be a number in range [0, 1] representing the probability of an "
+            f"element being zeroed, got {dropout!r}"
+        )
+    if dropout > 0 and num_layers == 1:
+        warnings.warn(
+            "dropout option adds dropout after all but last recurrent layer, so non-zero dropout "
+            f"expects num_layers greater than 1, but got dropout={dropout} and num_layers=1",
+            stacklevel=4,
+        )
+    for name, flag in (("bias", bias), ("batch_first", batch_first)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} should be of type bool, got: {type(flag).__name__} ({flag!r})")
+    for name, size in (
+        ("input_size", input_size),
+        ("hidden_size", hidden_size),
+        ("num_layers", num_layers),
+    ):
+        if not isinstance(size, int):
+            raise TypeError(f"{name} should be of type int, got: {type(size).__name__} ({size!r})")
+        if size <= 0:
+            raise ValueError(f"{name} must be greater than zero, got {size}")
+    if proj_size < 0:
+        raise ValueError(
+            "proj_size should be a positive integer or zero to disable projections, "
+            f"got {proj_size}"
+        )
+    if proj_size >= hidden_size:
+        raise ValueError(
+            "proj_size has to be smaller than hidden_size, "
+            f"got proj_size={proj_size} and hidden_size={hidden_size}"
+        )
+
+
+def check_heads(heads: int, hidden_size: int, bidirectional: bool, proj_size: int) -> None:
+    if not isinstance(heads, int) or isinstance(heads, bool) or heads < 1:
+        raise ValueError(f"heads should be a positive integer, got {heads!r}")
+    if hidden_size % heads:
+        raise ValueError(f"heads={heads} should divide hidden_size={hidden_size}")
+    if heads > 1 and proj_size:
+        raise ValueError(
+            "heads are not projected; use proj_size=0, or a torch.nn.Linear behind the layer"
+        )
+    if heads * (2 if bidirectional else 1) > MOST_RECURRENCES:
+        raise ValueError(
+            f"a layer runs at most {MOST_RECURRENCES} recurrences side by side, got heads={heads} "
+            f"with bidirectional={bidirectional}"
+        )
+
+
+def refuse_unknown(layer: nn.Module, unknown: dict[str, Any]) -> None:
+    """torch.nn takes `proj_size` for RNN and GRU by position only, and then refuses the call."""
+    if "proj_size" in unknown:
+        raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+    for name in unknown:
+        raise TypeError(
+            f"{type(layer).__name__}.__init__() got an unexpected keyword argument {name!r}"
+        )

@@ -1,0 +1,132 @@
+"""What a machine can do at most, measured: peak of matrix products and bandwidth of each cache."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from fastrnn import hardware
+
+__all__ = ["Floor", "Machine", "measure", "slug"]
+
+_SQUARES = (512, 1024, 2048)
+_SECONDS = 0.06  # for each figure
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The least time a row can take, in microseconds, and what sets it."""
+
+    microseconds: float
+    by: str
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Ceilings of one processor with so many threads.
+
+    Attributes:
+        gflops: peak of float32 matrix products by each library; the largest is the peak.
+        bandwidth: GB/s at which all threads together read what lies in a cache of their own, in the
+            shared one, or in memory. The loop adds what it reads: for L1 that is a lower limit.
+        cache_bytes: of one core; L3 of all.
+    """
+
+    threads: int
+    gflops: dict[str, float]
+    bandwidth: dict[str, float]
+    cache_bytes: dict[str, int]
+
+    @property
+    def peak(self) -> float:
+        """GFLOP/s of float32 matrix products."""
+        return max(self.gflops.values())
+
+    def level(self, weight_bytes: int) -> str:
+        """The nearest cache that holds so many bytes, each core an equal part of them."""
+        per_core = weight_bytes / self.threads
+        for name, size in self.cache_bytes.items():
+            if (weight_bytes if name == "L3" else per_core) <= size:
+                return name
+        return "memory"
+
+    def floor(self, flops: int, reads: int, weight_bytes: int) -> Floor:
+        """The larger of the time of the arithmetic and of re-reading the weights every step."""
+        level = self.level(weight_bytes)
+        arithmetic = Floor(flops / self.peak / 1e3, "sgemm peak")
+        reading = Floor(reads * weight_bytes / self.bandwidth[level] / 1e3, f"{level} bandwidth")
+        return max(arithmetic, reading, key=lambda floor: floor.microseconds)
+
+
+def measure(device: str = "cpu") -> Machine:
+    """Measure this machine with the current number of threads, or its GPU; about two seconds."""
+    threads = torch.get_num_threads() if device == "cpu" else 1
+    sizes = hardware.cache_bytes()
+    if device == "cuda":
+        sizes = {"L2": torch.cuda.get_device_properties(0).L2_cache_size}
+    buffers = {name: [size // 2, size * 2 // 3] for name, size in sizes.items()}
+    buffers["memory"] = [4 * max(sizes.values(), default=32 << 20)]
+    return Machine(
+        threads=threads,
+        gflops=_peaks(device),
+        bandwidth={
+            name: max(_read_speed(size, device) for size in each) for name, each in buffers.items()
+        },
+        cache_bytes=sizes,
+    )
+
+
+def slug(device: str, threads: int | None = None) -> str:
+    """A folder name for results: the device and, of a processor, the number of threads."""
+    name = re.sub(r"\W+", "-", device.lower()).strip("-")
+    return name if threads is None else f"{name}-{threads}-thread{'s' if threads > 1 else ''}"
+
+
+def _peaks(device: str) -> dict[str, float]:
+    """GFLOP/s of the best square product by each library that torch brings, float32.
+
+    torch.mm may be far from the peak on processors its library was not written for; oneDNN picks by
+    instruction set.
+    """
+    found = {"torch.mm": 0.0}
+    for size in _SQUARES if device == "cpu" else (8192,):
+        a, b, out = (torch.randn(size, size, device=device) for _ in range(3))
+        products = {"torch.mm": partial(torch.mm, a, b, out=out)}
+        if device == "cpu" and torch.backends.mkldnn.is_available():
+            blocked = [t.to_mkldnn() for t in (a, b, torch.zeros(size, device="cpu"))]
+            products["oneDNN"] = partial(torch._C._nn.mkldnn_linear, *blocked)
+        for name, product in products.items():
+            speed = 2e-9 * size**3 / _best(product, device)
+            found[name] = max(found.get(name, 0.0), speed)
+    return found
+
+
+def _read_speed(size: int, device: str) -> float:
+    """GB/s of summing a buffer of `size` bytes over and over, in every thread.
+
+    One call reads the same buffer once per row, so that calling costs nothing beside it; rows are
+    shared out over threads, which all find the buffer in their own cache if it fits.
+    """
+    buffer = torch.ones(size // 4, device=device)
+    repeats = max(2 * torch.get_num_threads(), (64 << 20) // size)
+    rows = buffer.expand(repeats, -1)
+    return 1e-9 * size * repeats / _best(partial(torch.sum, rows, 1), device)
+
+
+def _best(call: Callable[[], object], device: str) -> float:
+    """Least seconds of a call: ceilings are what the machine can do, not what it does mostly."""
+    call()
+    begin = time.perf_counter()
+    taken: list[float] = []
+    while len(taken) < 3 or time.perf_counter() - begin < _SECONDS:
+        start = time.perf_counter()
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - start)
+    return min(taken)

@@ -1,0 +1,242 @@
+"""Time, memory and correctness of calls.
+
+Times are taken interleaved: a block of calls of each contender in turn, so that what else the
+machine does meets all alike. Before its turn the thread pools of the others must have stopped
+spinning, and calls that are not counted warm up its own threads and caches.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastrnn.tools.bench.contender import Prepared
+
+__all__ = [
+    "Clock",
+    "Latency",
+    "Times",
+    "gpu_clock",
+    "interleaved",
+    "kernels_of",
+    "latencies",
+    "limit",
+    "peak_memory",
+    "relative_error",
+]
+
+_BLOCK = 1e-3  # seconds of calls that are timed together: far above the clock's resolution
+_BLOCKS = 10  # of each turn
+# Thread pools spin for another call before they sleep, OpenMP's 10 ms, ONNX Runtime's 40 ms, and
+# keep a core from whoever is next. Processor time is counted in ticks of 4 ms.
+_GLANCE = 8e-3  # seconds over which the process must use none
+_LONGEST_SPIN = 0.2
+_WARM_UP = 2e-3
+_LONG = 0.1  # seconds: of such a call, what a warm-up would save is less than one in a hundred
+_FEWEST = 3  # turns, however slow the calls are
+
+# Error forgiven whatever torch.nn's own is: of values and of gradients.
+_FLOORS = {
+    "float64": (1e-13, 1e-12),
+    "float32": (1e-6, 5e-6),
+    "bfloat16": (2e-3, 1e-2),
+    "float16": (5e-4, 2e-3),
+}
+
+
+@dataclass(frozen=True)
+class Times:
+    """Microseconds of a call: median, 20th and 80th percentile over blocks of `calls` calls."""
+
+    median: float
+    p20: float
+    p80: float
+    blocks: int
+    calls: int
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Microseconds of single calls: median, 99th percentile and the longest of all `calls`."""
+
+    p50: float
+    p99: float
+    longest: float
+    calls: int
+
+
+# Seconds that so many calls take together.
+Clock = Callable[[Callable[[], object], int], float]
+
+
+@dataclass
+class _Taken:
+    calls: int
+    seconds: list[float]
+    spent: float = 0.0
+
+
+def clock(call: Callable[[], object], calls: int) -> float:
+    """By the processor's clock."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return time.perf_counter() - start
+
+
+def gpu_clock(call: Callable[[], object], calls: int) -> float:
+    """Between two events of the current stream, so that waiting for the GPU is not counted; where
+    it waits for the processor to launch, that is."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(calls):
+        call()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) * 1e-3
+
+
+def interleaved(
+    prepared: Mapping[str, Prepared], seconds: float, clock: Clock = clock
+) -> dict[str, Times]:
+    """Times of each, in turns until each has spent `seconds` in calls or had three turns."""
+    taken: dict[str, _Taken] = {}
+    for name, each in prepared.items():
+        with each.around():
+            clock(each.call, 1)
+            once = clock(each.call, 1)
+            # Threads that sleep, and caches, make first calls many times as slow as others.
+            many = max(1, int(20 * _BLOCK / once))
+            times = 3 if once < _BLOCK else 1
+            once = min(clock(each.call, many) / many for _ in range(times))
+        taken[name] = _Taken(max(1, int(_BLOCK / once)), [])
+    turns = 0
+    shuffled = random.Random(0)
+    while turns < _FEWEST or any(t.spent < seconds for t in taken.values()):
+        # In another order each time, so that none always follows the same other.
+        for name in shuffled.sample(list(prepared), len(prepared)):
+            if turns < _FEWEST or taken[name].spent < seconds:
+                with prepared[name].around():
+                    _turn(prepared[name].call, taken[name], clock)
+        turns += 1
+    return {name: _times(each) for name, each in taken.items()}
+
+
+def _turn(call: Callable[[], object], taken: _Taken, clock: Clock) -> None:
+    _wait_for_idle_pools()
+    if not taken.seconds or taken.seconds[-1] < _LONG:
+        begin = time.perf_counter()
+        while True:
+            clock(call, 1)
+            if time.perf_counter() - begin > _WARM_UP:
+                break
+    for _ in range(_BLOCKS):
+        block = clock(call, taken.calls)
+        taken.seconds.append(block / taken.calls)
+        taken.spent += block
+        if block > 10 * _BLOCK:
+            break
+
+
+def _wait_for_idle_pools() -> None:
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < _LONGEST_SPIN:
+        used = time.process_time()
+        time.sleep(_GLANCE)
+        if time.process_time() - used < _GLANCE / 4:
+            return
+
+
+def _times(taken: _Taken) -> Times:
+    micros = sorted(1e6 * s for s in taken.seconds)
+    p20, *_, p80 = statistics.quantiles(micros, n=5, method="inclusive")
+    return Times(statistics.median(micros), p20, p80, len(micros), taken.calls)
+
+
+def latencies(prepared: Mapping[str, Prepared], calls: int, turn: int = 5000) -> dict[str, Latency]:
+    """Latency of each over `calls` calls timed one by one, `turn` of each at a time."""
+    nanos: dict[str, list[int]] = {name: [] for name in prepared}
+    while len(next(iter(nanos.values()))) < calls:
+        for name, each in prepared.items():
+            with each.around():
+                _wait_for_idle_pools()
+                for _ in range(20):
+                    each.call()
+                for _ in range(turn):
+                    start = time.perf_counter_ns()
+                    each.call()
+                    nanos[name].append(time.perf_counter_ns() - start)
+    found = {}
+    for name, taken in nanos.items():
+        taken.sort()
+        median, p99 = taken[len(taken) // 2], taken[len(taken) * 99 // 100]
+        found[name] = Latency(median / 1e3, p99 / 1e3, taken[-1] / 1e3, len(taken))
+    return found
+
+
+def peak_memory(call: Callable[[], object], device: str = "cpu") -> tuple[object, int | None]:
+    """What `call` returns, and by how many bytes it raised the memory of the process at most, or on
+    a GPU that of torch's tensors.
+
+    Resident pages of all allocators alike, ours in C++ and the rivals' arenas, as the system counts
+    them: exact to a fraction of a MiB. What was allocated before the call is not in it. None where
+    the system does not tell (it takes Linux).
+    """
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = call()
+        return result, torch.cuda.max_memory_allocated() - before
+    status = Path("/proc/self/status")
+    try:
+        # Pages the C library keeps for later would hide an allocation that reuses them.
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak restarts at the current size
+        before = _kib(status, "VmRSS")
+        result = call()
+        return result, max(0, _kib(status, "VmHWM") - before) << 10
+    except (OSError, AttributeError):
+        return call(), None
+
+
+def _kib(status: Path, name: str) -> int:
+    return next(int(row.split()[1]) for row in status.read_text().splitlines() if name in row)
+
+
+def relative_error(result: Tensor, exact: Tensor) -> float:
+    """Largest error in units of the largest exact value if that exceeds one; NaN stays NaN."""
+    if result.shape != exact.shape:
+        return float("inf")
+    exact = exact.detach().double().cpu()
+    error = (result.detach().double().cpu() - exact).abs().amax()
+    return (error / exact.abs().amax().clamp_min(1)).item()
+
+
+def limit(what: str, theirs: float, dtype: str, tf32: bool = False) -> float:
+    """Error allowed to a result of that name where torch.nn's is `theirs`: twice as much, and a
+    floor. That of `tf32` is float16's, which has as many digits: where torch.nn may multiply so it
+    need not do it, and then is nearer."""
+    values, gradients = _FLOORS["float16" if tf32 else dtype]
+    return 2 * theirs + (gradients if what.startswith("gradient") else values)
+
+
+def kernels_of(call: Callable[[], object]) -> tuple[str, ...]:
+    """Names of the GPU kernels that a call runs, each once, in order; none without a GPU."""
+    if not torch.cuda.is_available():
+        return ()
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        call()
+        torch.cuda.synchronize()
+    # Beside them are the calls of CUDA's runtime that launched them.
+    ran = [e for e in profiled.events() or () if e.device_type.name == "CUDA"]
+    return tuple(dict.fromkeys(event.name for event in ran))

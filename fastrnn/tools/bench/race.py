@@ -1,0 +1,397 @@
+"""One row of the benchmark: a workload, every contender gated and timed, and what came of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from torch.nn.utils.rnn import PackedSequence
+
+from fastrnn.plan import KernelRefused
+from fastrnn.tools.bench import measure
+from fastrnn.tools.bench.contender import (
+    OURS,
+    OURS_ON_GPU,
+    Case,
+    CompiledLoop,
+    Contender,
+    Prepared,
+    Results,
+    TorchLayer,
+)
+from fastrnn.tools.bench.jax_rival import Jax
+from fastrnn.tools.bench.machine import Machine
+from fastrnn.tools.bench.onnx_rivals import OnnxRuntime, OpenVino
+from fastrnn.tools.bench.workload import BEST_RIVAL, MICROSECONDS, PEAK, Target, Variant, Workload
+
+__all__ = ["ONE_THREAD", "RIVALS", "TORCH", "Entry", "GateFailed", "Row", "Verdict", "judge", "run"]
+
+TORCH = "torch.nn"
+# By device. On a GPU the dtype of the workload decides on fp32, fp16 or bf16.
+RIVALS: dict[str, tuple[Contender, ...]] = {
+    "cpu": (
+        TorchLayer(TORCH),
+        TorchLayer("torch.nn without oneDNN", onednn=False),
+        CompiledLoop(),
+        OnnxRuntime(),
+        OpenVino(),
+        Jax(),
+    ),
+    "cuda": (TorchLayer(TORCH), TorchLayer("torch.nn with TF32", tf32=True), CompiledLoop()),
+}
+ONE_THREAD = Variant("fastrnn, 1 thread", threads=1)
+_RIVALS_LIMIT = 5e-3  # no rounding of a rival's, TF32 included, is as far off as a wrong gate
+_STEPS_GATED = 4
+_NOISE = 0.03  # of a median, from one run to the next on a quiet machine
+
+
+class GateFailed(AssertionError):
+    """Our results are further from float64 than the tolerance: nothing is timed."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One contender of a row. Times in microseconds of a call, see `measure.Times`.
+
+    Attributes:
+        kind: "ours", "variant" or "rival".
+        error: largest distance from float64, in units of the largest value if that exceeds one.
+        memory: bytes by which the first call raised the process's memory at its peak.
+        kernels: on a GPU, the kernels it ran.
+    """
+
+    name: str
+    kind: str
+    median: float
+    p20: float
+    p80: float
+    blocks: int
+    calls: int
+    error: float
+    memory: int | None = None
+    latency: measure.Latency | None = None
+    kernels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A target of a row and what was measured: "reached", "missed", "within noise" where a few
+    hundredths are missing, or "not measured"."""
+
+    against: str
+    bound: float
+    value: float | None
+    status: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of one workload, cell and mode.
+
+    Attributes:
+        floor: microseconds no implementation can undercut, as the machine measured says.
+        entries: ours first: the first is what the row is about.
+        refused: contenders that were not timed, with their reasons.
+    """
+
+    workload: str
+    group: str
+    about: str
+    cell: str
+    mode: str
+    threads: int
+    device: str
+    dtype: str
+    steps: int
+    batch: int
+    inputs: int
+    hidden: int
+    layers: int
+    bidirectional: bool
+    rows: int
+    flops: int
+    floor: float
+    floor_by: str
+    entries: tuple[Entry, ...]
+    refused: dict[str, str] = field(default_factory=dict)
+    verdicts: tuple[Verdict, ...] = ()
+
+    @property
+    def key(self) -> tuple[str, str, str, int, str]:
+        return self.workload, self.cell, self.mode, self.threads, self.device
+
+    @property
+    def ours(self) -> Entry:
+        return self.entries[0]
+
+    @property
+    def rivals(self) -> list[Entry]:
+        """Fastest first."""
+        return sorted((e for e in self.entries if e.kind == "rival"), key=lambda e: e.median)
+
+    def entry(self, name: str) -> Entry | None:
+        return next((e for e in self.entries if e.name == name), None)
+
+    def speedup(self, name: str = BEST_RIVAL) -> float | None:
+        """Time of a contender, or of the fastest rival, over ours; None where there is none."""
+        other = self.entry(name) if name != BEST_RIVAL else next(iter(self.rivals), None)
+        return other.median / self.ours.median if other else None
+
+    def gflops(self, entry: Entry) -> float:
+        """GFLOP/s of the matrix products."""
+        return self.flops / entry.median / 1e3
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Row:
+        entries = [
+            Entry(
+                **{
+                    **e,
+                    "latency": measure.Latency(**e["latency"]) if e["latency"] else None,
+                    "kernels": tuple(e["kernels"]),
+                }
+            )
+            for e in values["entries"]
+        ]
+        verdicts = [Verdict(**v) for v in values["verdicts"]]
+        return cls(**{**values, "entries": tuple(entries), "verdicts": tuple(verdicts)})
+
+
+def run(
+    workload: Workload,
+    cell: str,
+    mode: str,
+    machine: Machine,
+    *,
+    seconds: float = 0.3,
+    latency_calls: int = 0,
+    device: str = "cpu",
+    rivals: Sequence[Contender] | None = None,
+) -> tuple[Row, Prepared]:
+    """Gate and time everything that can run a workload with `machine.threads` threads.
+
+    Args:
+        seconds: of calls for each contender.
+        rivals: instead of all of the device's.
+        latency_calls: in mode "step", so many calls of ours and of the fastest rival are timed one
+            by one besides.
+
+    Returns:
+        The row, and ours prepared, for timing it elsewhere.
+
+    Raises:
+        GateFailed: our results are wrong; nothing was timed.
+    """
+    case = Case.build(workload, cell, mode, machine.threads, device)
+    gate = _Gate(case)
+    ready: dict[str, _Ready] = {}
+    refused: dict[str, str] = {}
+    for contender in OURS if device == "cpu" else OURS_ON_GPU:
+        reason = contender.available() or contender.supports(case)
+        if reason is None:
+            prepared = contender.prepare(case)
+            tf32 = getattr(contender, "tf32", False)
+            try:
+                checked_so = gate.check(contender.name, prepared, ours=True, tf32=tf32)
+            except KernelRefused as refusal:
+                refused[contender.name] = str(refusal)
+            else:
+                ready[contender.name] = _Ready("ours", prepared, *checked_so)
+        elif contender.available():
+            refused[contender.name] = reason
+    for name, other in _variants(case):
+        prepared = _DROP_IN.prepare(other)
+        checked = gate if other.workload == workload else _Gate(other)
+        ready[name] = _Ready("variant", prepared, *checked.check(name, prepared, ours=True))
+    for contender in RIVALS[device] if rivals is None else rivals:
+        reason = contender.available() or contender.supports(case)
+        if reason is None and workload.rivals and contender.name not in workload.rivals:
+            reason = "left out of this row"
+        if reason is None:
+            try:
+                prepared = contender.prepare(case)
+                ready[contender.name] = _Ready(
+                    "rival", prepared, *gate.check(contender.name, prepared)
+                )
+            except GateFailed as failure:
+                reason = f"not timed, as its results are off: {failure}"
+            except Exception as error:
+                # Whatever a rival dies of belongs into its row and must not end the run.
+                reason = f"failed: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        if reason is not None:
+            refused[contender.name] = reason
+    calls = {name: each.prepared for name, each in ready.items()}
+    clock = measure.gpu_clock if device == "cuda" else measure.clock
+    times = measure.interleaved(calls, seconds, clock)
+    delays: dict[str, measure.Latency] = {}
+    if mode == "step" and latency_calls:
+        by_time = sorted(times, key=lambda name: times[name].median)
+        nearest = [name for name in by_time if ready[name].kind == "rival"][:1]
+        both = [name for name in ready if ready[name].kind == "ours" or name in nearest]
+        delays = measure.latencies({name: calls[name] for name in both}, latency_calls)
+    entries = tuple(
+        Entry(
+            name,
+            each.kind,
+            **asdict(times[name]),
+            error=each.error,
+            memory=each.memory,
+            latency=delays.get(name),
+            kernels=_kernels(each.prepared) if device == "cuda" else (),
+        )
+        for name, each in ready.items()
+    )
+    row = _row(case, machine, entries, refused)
+    return row, ready[row.ours.name].prepared
+
+
+def _kernels(prepared: Prepared) -> tuple[str, ...]:
+    with prepared.around():
+        return measure.kernels_of(prepared.call)
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A contender past the gate."""
+
+    kind: str
+    prepared: Prepared
+    error: float
+    memory: int | None
+
+
+_DROP_IN = next(each for each in OURS if each.name == "fastrnn")
+
+
+def _variants(case: Case) -> Iterator[tuple[str, Case]]:
+    """Ours under other conditions: those the workload names, and one thread everywhere."""
+    w = case.workload
+    variants = list(w.variants)
+    if case.threads > 1 and case.device == "cpu" and case.mode in ("inference", "training"):
+        variants.insert(0, ONE_THREAD)
+    for variant in variants:
+        threads = variant.threads or case.threads
+        changed = w.changed(variant.changes)
+        yield variant.name, Case.build(changed, case.cell, case.mode, threads, case.device)
+
+
+class _Gate:
+    """Results of a case in float64, and how far torch.nn is from them in the case's dtype."""
+
+    def __init__(self, case: Case) -> None:
+        self._case = case
+        exactly = replace(case, module=copy.deepcopy(case.module).double())
+        if isinstance(case.x, PackedSequence):
+            exactly = replace(exactly, x=case.x._replace(data=case.x.data.double()))
+        else:
+            exactly = replace(exactly, x=case.x.double())
+        exactly = replace(exactly, gradient=case.gradient.double())
+        self._exact, _ = self._results(TorchLayer(TORCH).prepare(exactly))
+        self._theirs = {False: self._errors(tf32=False)}
+
+    def _errors(self, tf32: bool) -> dict[str, float]:
+        """Of torch.nn."""
+        theirs, _ = self._results(TorchLayer(TORCH, tf32=tf32).prepare(self._case))
+        return {n: measure.relative_error(theirs[n], e) for n, e in self._exact.items()}
+
+    def _results(self, prepared: Prepared) -> tuple[Results, int | None]:
+        """Of the first call, or of a later step, which shows that the state is carried; and the
+        memory of the first."""
+        with prepared.around():
+            result, memory = measure.peak_memory(prepared.call, self._case.device)
+            for _ in range(_STEPS_GATED - 1 if self._case.mode == "step" else 0):
+                result = prepared.call()
+            return prepared.read(result), memory
+
+    def check(
+        self, name: str, prepared: Prepared, *, ours: bool = False, tf32: bool = False
+    ) -> tuple[float, int | None]:
+        """Largest error of all results, and the memory of the first call.
+
+        Raises:
+            GateFailed: an error exceeds the tolerance: for ours that of the tests, for a rival one
+                that tells another result from another rounding.
+        """
+        if tf32 not in self._theirs:
+            self._theirs[tf32] = self._errors(tf32)
+        results, memory = self._results(prepared)
+        errors = {n: measure.relative_error(r, self._exact[n]) for n, r in results.items()}
+        for what, error in errors.items():
+            theirs = self._theirs[tf32][what]
+            allowed = (
+                measure.limit(what, theirs, self._case.workload.dtype, tf32)
+                if ours
+                else _RIVALS_LIMIT + 10 * theirs
+            )
+            # Written so that NaN fails.
+            if not error <= allowed:
+                raise GateFailed(
+                    f"{self._case.workload.name}, {self._case.cell}, {self._case.mode}: {what} of "
+                    f"{name} is off from float64 by {error:.3g}, allowed are {allowed:.3g}"
+                )
+        return max(errors.values()), memory
+
+
+def _row(case: Case, machine: Machine, entries: tuple[Entry, ...], refused: dict[str, str]) -> Row:
+    w = case.workload
+    flops = w.flops(case.cell, case.mode)
+    floor = machine.floor(flops, *w.weight_reads(case.cell, case.mode))
+    row = Row(
+        workload=w.name,
+        group=w.group,
+        about=w.about,
+        cell=case.cell,
+        mode=case.mode,
+        threads=case.threads,
+        device=case.device,
+        dtype=w.dtype,
+        steps=w.steps,
+        batch=w.batch,
+        inputs=w.inputs,
+        hidden=w.hidden,
+        layers=w.layers,
+        bidirectional=w.bidirectional,
+        rows=w.rows,
+        flops=flops,
+        floor=floor.microseconds,
+        floor_by=floor.by,
+        entries=entries,
+        refused=refused,
+    )
+    targets = [t for t in w.targets if t.mode == case.mode]
+    return replace(row, verdicts=tuple(v for t in targets for v in judge(row, t, machine.peak)))
+
+
+def judge(row: Row, target: Target, peak: float) -> list[Verdict]:
+    """The verdict on one target of a row; none where it sets no bound for the row's cell.
+
+    Args:
+        peak: GFLOP/s of the machine.
+    """
+    bound = target.bound(row.cell)
+    if bound is None:
+        return []
+    ours = row.ours
+    if target.against == MICROSECONDS:
+        return [Verdict(target.against, bound, ours.median, _status(ours.median / bound))]
+    if target.against == PEAK:
+        value = row.gflops(ours) / peak
+    else:
+        against = row.rivals[0] if target.against == BEST_RIVAL and row.rivals else None
+        against = against or row.entry(target.against)
+        if against is None:
+            return [Verdict(target.against, bound, None, "not measured")]
+        value = against.median / ours.median
+    return [Verdict(target.against, bound, value, _status(bound / value))]
+
+
+def _status(share: float) -> str:
+    """Of a target that is reached where our time is at most this share of what it asks for."""
+    if share <= 1:
+        return "reached"
+    return "within noise" if share <= 1 + _NOISE else "missed"

@@ -1,0 +1,422 @@
+"""`python -m fastrnn demo`: one model trained twice, by torch.nn and by fastrnn, side by side.
+
+The model is the classifier of many tutorials (embedding, 2-layer recurrent net, Linear, ReLU,
+Linear on the last step) and predicts the next character of the source code of Python's standard
+library. Both copies start from the same weights and see the same batches, one step of either in
+turn, so that what else the machine does meets both alike and the ratio of speeds is fair.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib
+import platform
+import statistics
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import accumulate, islice, pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastrnn.hardware import processor
+from fastrnn.nn.replace import replace_, restore_
+
+__all__ = ["Corpus", "NextCharacter", "Race", "main"]
+
+CELLS = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
+TORCH, FASTRNN = "torch.nn", "fastrnn"
+WARM_UP_STEPS = 5
+CHECKPOINTS = 10
+EARLY_STEPS = 10
+# The two differ in the order of float32 sums only, but training amplifies the last bit: torch.nn
+# drifts as far from itself in float64. So the limits are tight for the first steps and for equal
+# weights, and wide for the averaged losses of the whole curves.
+EARLY_TOLERANCE = 1e-4
+CURVE_TOLERANCE = 0.1
+WEIGHTS_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A text as symbol numbers.
+
+    Attributes:
+        codes: int64 [characters].
+        symbols: the alphabet; `symbols[code]` is the character.
+    """
+
+    codes: Tensor
+    symbols: str
+
+    @classmethod
+    def of(cls, text: str) -> Corpus:
+        """Printable ASCII and line ends of `text`; four spaces of indentation are one symbol."""
+        text = "".join(c for c in text.replace("    ", "\t") if c in "\t\n" or " " <= c <= "~")
+        symbols = "".join(sorted(set(text)))
+        number = {c: k for k, c in enumerate(symbols)}
+        return cls(
+            torch.tensor([number[c] for c in text], dtype=torch.int64, device="cpu"), symbols
+        )
+
+    @classmethod
+    def standard_library(cls) -> Corpus:
+        """The source of the running Python's standard library.
+
+        Raises:
+            FileNotFoundError: if this Python was installed without its sources.
+        """
+        folder = Path(sysconfig.get_paths()["stdlib"])
+        files = sorted(folder.glob("*.py"))
+        if len(files) < 50:
+            raise FileNotFoundError(
+                f"{folder} holds {len(files)} Python files, too few to train on: this Python came "
+                "without the sources of its standard library; pass a text with --text FILE"
+            )
+        return cls.of("\n".join(f.read_text("utf-8", "replace") for f in files))
+
+    def encode(self, text: str) -> Tensor:
+        """int64 [1, characters]; characters outside the alphabet are left out."""
+        found = [self.symbols.index(c) for c in text if c in self.symbols]
+        return torch.tensor([found], device="cpu")
+
+    def decode(self, codes: Sequence[int]) -> str:
+        return "".join(self.symbols[c] for c in codes).replace("\t", "    ")
+
+
+class NextCharacter(nn.Module):
+    """Scores of the next character: embedding, 2-layer recurrent net, Linear, ReLU, Linear."""
+
+    def __init__(self, cell: str, symbols: int, hidden: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(symbols, 32)
+        self.rnn = CELLS[cell](32, hidden, num_layers=2, batch_first=True)
+        self.head = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, symbols))
+
+    def forward(self, codes: Tensor, state: object = None) -> tuple[Tensor, object]:
+        """`codes` [B, T] to logits [B, symbols] and the state after the last step."""
+        y, state = self.rnn(self.embedding(codes), state)
+        return self.head(y[:, -1]), state
+
+
+@dataclass(frozen=True)
+class Options:
+    seconds: float = 60.0
+    steps: int | None = None
+    hidden: int = 128
+    window: int = 16
+    batch: int = 64
+    learning_rate: float = 5e-3
+    seed: int = 0
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Race:
+    """What one side-by-side training gave: per step loss (nats) and time (s) of either."""
+
+    cell: str
+    losses: dict[str, list[float]] = field(default_factory=lambda: {TORCH: [], FASTRNN: []})
+    times: dict[str, list[float]] = field(default_factory=lambda: {TORCH: [], FASTRNN: []})
+
+    @property
+    def steps(self) -> int:
+        return len(self.losses[TORCH])
+
+    def curve(self, name: str) -> list[tuple[int, float]]:
+        """(step, loss averaged since the checkpoint before) at about ten checkpoints."""
+        n, parts = self.steps, min(CHECKPOINTS, self.steps)
+        edges = [n * k // parts for k in range(parts + 1)]
+        return [(b, statistics.fmean(self.losses[name][a:b])) for a, b in pairwise(edges)]
+
+    def early_difference(self) -> float:
+        """Largest distance of the losses of the first steps."""
+        pairs = zip(self.losses[TORCH], self.losses[FASTRNN], strict=True)
+        return _largest(a - b for a, b in islice(pairs, EARLY_STEPS))
+
+    def curve_difference(self) -> float:
+        """Largest distance between the two curves."""
+        pairs = zip(self.curve(TORCH), self.curve(FASTRNN), strict=True)
+        return _largest(a - b for (_, a), (_, b) in pairs)
+
+    def speed(self, name: str) -> float:
+        """Steps per second, from the median step."""
+        return 1 / statistics.median(self.times[name])
+
+    def ratio(self) -> float:
+        return self.speed(FASTRNN) / self.speed(TORCH)
+
+
+def run(
+    cell: str, corpus: Corpus, options: Options, show: Callable[[float, str], None]
+) -> tuple[Race, NextCharacter, str]:
+    """Train both; the race, the model trained by fastrnn and the report of `replace_`."""
+    torch.manual_seed(options.seed)
+    plain = NextCharacter(cell, len(corpus.symbols), options.hidden).to(options.device)
+    fast = copy.deepcopy(plain)
+    report = str(replace_(fast))
+    batches = _batches(corpus, options)
+    _warm_up([copy.deepcopy(plain), copy.deepcopy(fast)], next(batches), options)
+
+    race = Race(cell)
+    models = {TORCH: plain, FASTRNN: fast}
+    optimizers = {n: _optimizer(m, options) for n, m in models.items()}
+    start = time.perf_counter()
+    while (progress := _progress(race.steps, start, options)) < 1:
+        batch = next(batches)
+        order = [TORCH, FASTRNN] if race.steps % 2 else [FASTRNN, TORCH]
+        for name in order:
+            for group in optimizers[name].param_groups:
+                group["lr"] = options.learning_rate * (1 - progress)
+            before = time.perf_counter()
+            loss = _train_step(models[name], optimizers[name], batch)
+            race.times[name].append(time.perf_counter() - before)
+            race.losses[name].append(loss)
+        a, b = race.losses[TORCH][-1], race.losses[FASTRNN][-1]
+        show(progress, f"{cell} step {race.steps}: loss {a:.3f} / {b:.3f}")
+    show(1.0, f"{cell} {race.steps} steps")
+    return race, fast, report
+
+
+def _batches(corpus: Corpus, options: Options) -> Iterator[Tensor]:
+    """Random windows [B, T + 1], the same for the same seed."""
+    random = torch.Generator("cpu").manual_seed(options.seed)
+    span = torch.arange(options.window + 1, device="cpu")
+    last = len(corpus.codes) - options.window
+    if last < 1:
+        raise ValueError(
+            f"the text has {len(corpus.codes)} characters, "
+            f"a window takes {options.window + 1}: give a longer text or a smaller --window"
+        )
+    while True:
+        starts = torch.randint(last, (options.batch, 1), generator=random, device="cpu")
+        yield corpus.codes[starts + span].to(options.device)
+
+
+def _optimizer(model: nn.Module, options: Options) -> torch.optim.Optimizer:
+    return torch.optim.Adam(model.parameters(), options.learning_rate)
+
+
+def _train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Tensor) -> float:
+    optimizer.zero_grad()
+    loss = F.cross_entropy(model(batch[:, :-1])[0], batch[:, -1])
+    loss.backward()
+    optimizer.step()
+    return loss.item()  # waits for the device, so that the caller's clock sees all of the step
+
+
+def _warm_up(models: list[NextCharacter], batch: Tensor, options: Options) -> None:
+    for model in models:
+        optimizer = _optimizer(model, options)
+        for _ in range(WARM_UP_STEPS):
+            _train_step(model, optimizer, batch)
+
+
+def _progress(steps: int, start: float, options: Options) -> float:
+    if options.steps is not None:
+        return steps / options.steps
+    return (time.perf_counter() - start) / options.seconds if steps else 0.0
+
+
+def weights_difference(fast: NextCharacter, batch: Tensor) -> float:
+    """Distance of fastrnn from torch.nn when both hold the weights of `fast`: the largest of the
+    logits and of every gradient, relative to its largest entry."""
+    plain = copy.deepcopy(fast)
+    restore_(plain)
+    results = []
+    for model in (plain, fast):
+        logits, _ = model(batch[:, :-1])
+        loss = F.cross_entropy(logits, batch[:, -1])
+        results.append([logits, *torch.autograd.grad(loss, list(model.parameters()))])
+    pairs = [(a.detach(), b.detach()) for a, b in zip(*results, strict=True)]
+    return _largest(float((a - b).abs().max() / a.abs().max().clamp(min=1e-30)) for a, b in pairs)
+
+
+def _largest(values: Iterable[float]) -> float:
+    """Largest magnitude; NaN if there is one, which the built-in max may overlook."""
+    return float(torch.tensor(list(values), dtype=torch.float64, device="cpu").abs().max())
+
+
+@torch.no_grad()
+def generate(
+    model: NextCharacter, corpus: Corpus, prompt: str, length: int, temperature: float = 0.5
+) -> str:
+    """Continue `prompt` by `length` characters, one step at a time with the carried state."""
+    device = next(model.parameters()).device
+    random = torch.Generator(device).manual_seed(0)
+    codes = corpus.encode(prompt)
+    written = codes[0].tolist()
+    logits, state = model(codes.to(device))
+    for _ in range(length):
+        chance = F.softmax(logits / temperature, -1)
+        code = torch.multinomial(chance, 1, generator=random)
+        written.append(int(code))
+        logits, state = model(code, state)
+    return corpus.decode(written)
+
+
+def table(race: Race) -> str:
+    """Both loss curves and both speeds, as text."""
+    lines = [f"{'step':>7} {TORCH:>10} {FASTRNN:>10} {'difference':>11}   (loss in nats)"]
+    for (step, a), (_, b) in zip(race.curve(TORCH), race.curve(FASTRNN), strict=True):
+        lines.append(f"{step:>7} {a:>10.4f} {b:>10.4f} {abs(a - b):>11.1e}")
+    lines.append(
+        f"largest difference of losses: {race.early_difference():.1e} in the first "
+        f"{min(EARLY_STEPS, race.steps)} steps, {race.curve_difference():.1e} between the curves"
+    )
+    lines.append(
+        f"training steps per second: {TORCH} {race.speed(TORCH):.1f}, "
+        f"{FASTRNN} {race.speed(FASTRNN):.1f}: {race.ratio():.2f} times as fast "
+        f"(medians of {race.steps} interleaved steps)"
+    )
+    return "\n".join(lines)
+
+
+def conditions(options: Options) -> str:
+    """Where and how it was measured, in one line."""
+    if torch.device(options.device).type == "cuda":
+        where = torch.cuda.get_device_name(options.device)
+    else:
+        where = f"{processor()}, {torch.get_num_threads()} threads"
+    return (
+        f"{where} · torch {torch.__version__}, Python {platform.python_version()} · float32, "
+        f"B {options.batch}, T {options.window}, H {options.hidden}, 2 layers"
+    )
+
+
+def plot(races: Sequence[Race], options: Options, path: Path) -> None:
+    """Save loss over steps and loss over time, one row per cell.
+
+    Raises:
+        ModuleNotFoundError: without matplotlib.
+    """
+    matplotlib = importlib.import_module("matplotlib")
+    matplotlib.use("agg")
+    figures = importlib.import_module("matplotlib.pyplot")
+    figure, axes = figures.subplots(
+        len(races), 2, figsize=(10, 0.8 + 3.2 * len(races)), squeeze=False, sharey="row"
+    )
+    styles = {TORCH: ("#888888", "-", 3.0), FASTRNN: ("#d1495b", "--", 1.6)}
+    for race, (by_step, by_time) in zip(races, axes, strict=True):
+        for name, (color, line, width) in styles.items():
+            steps = [s for s, _ in race.curve(name)]
+            clock = list(accumulate(race.times[name]))
+            loss = [y for _, y in race.curve(name)]
+            label = f"{name} ({race.speed(name):.0f} steps/s)"
+            by_step.plot(steps, loss, line, color=color, lw=width, label=name)
+            by_time.plot(
+                [clock[s - 1] for s in steps], loss, line, color=color, lw=width, label=label
+            )
+        by_step.set(xlabel="training step", ylabel="loss (nats per character)")
+        by_step.set_title(f"{race.cell.upper()}: the same training", fontsize=11)
+        by_time.set(xlabel="own training time (s)", xlim=(0, None))
+        by_time.set_title(f"{race.cell.upper()}: {race.ratio():.2f} times as fast", fontsize=11)
+        for axis in (by_step, by_time):
+            axis.legend(frameon=False)
+            axis.grid(alpha=0.25)
+    figure.text(0.5, 0.01, conditions(options), ha="center", fontsize=8, color="#555555")
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    figure.savefig(path, dpi=120)
+    figures.close(figure)
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[float, str], None]]:
+    """A progress bar: rich's where it is installed, else one line of our own on a terminal."""
+    try:
+        progress = importlib.import_module("rich.progress")
+    except ModuleNotFoundError:
+        yield _plain_bar
+        return
+    columns = (
+        progress.BarColumn(),
+        progress.TaskProgressColumn(),
+        progress.TextColumn("{task.description}"),
+    )
+    with progress.Progress(*columns, transient=True, disable=not sys.stdout.isatty()) as bar:
+        task = bar.add_task("", total=1.0)
+        yield lambda done, note: bar.update(task, completed=min(done, 1.0), description=note)
+
+
+def _plain_bar(done: float, note: str) -> None:
+    if sys.stdout.isatty():
+        filled = int(30 * min(done, 1.0))
+        end = "\n" if done >= 1 else ""
+        print(f"\r[{'#' * filled}{'.' * (30 - filled)}] {note:<45}", end=end, flush=True)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    default = Options()
+    parser = argparse.ArgumentParser(
+        prog="python -m fastrnn demo",
+        description="Train one character model twice, by torch.nn and by fastrnn, side by side.",
+    )
+    add = parser.add_argument
+    add("--cell", nargs="+", choices=list(CELLS), default=["lstm", "gru"], help="cells to run")
+    add("--seconds", type=float, default=default.seconds, help="training time per cell")
+    add("--steps", type=int, help="train that many steps instead of a time")
+    add("--hidden", type=int, default=default.hidden, help="hidden size")
+    add("--window", type=int, default=default.window, help="characters the model sees")
+    add("--batch", type=int, default=default.batch, help="windows per step")
+    add("--learning-rate", type=float, default=default.learning_rate, help="at the start")
+    add("--seed", type=int, default=default.seed, help="of weights and data order")
+    add("--device", default=default.device, help="torch device")
+    add("--text", type=Path, help="train on this file instead of the standard library")
+    add("--sample", type=int, default=400, help="characters to generate")
+    add("--out", type=Path, default=Path("demo.png"), help="where to save the plot")
+    given = parser.parse_args(argv)
+    if given.seconds <= 0 or (given.steps is not None and given.steps < 1):
+        parser.error("--seconds and --steps must be positive")
+    return given
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo; 0 if both trainings agree, 1 if not, 2 if there is nothing to train on."""
+    given = _parse(argv)
+    options = Options(**{name: getattr(given, name) for name in Options.__dataclass_fields__})
+    try:
+        return _demo(given, options)
+    except (FileNotFoundError, ValueError) as error:
+        print(f"fastrnn demo: {error}", file=sys.stderr)
+        return 2
+
+
+def _demo(given: argparse.Namespace, options: Options) -> int:
+    if given.text:
+        corpus, source = Corpus.of(given.text.read_text("utf-8", "replace")), given.text
+    else:
+        corpus = Corpus.standard_library()
+        source = f"standard library of Python {platform.python_version()}"
+    print(f"text: {source}, {len(corpus.codes):,} characters, {len(corpus.symbols)} symbols")
+    print(conditions(options))
+
+    races: list[Race] = []
+    agree = True
+    for cell in given.cell:
+        with _bar() as show:
+            race, fast, report = run(cell, corpus, options, show)
+        races.append(race)
+        distance = weights_difference(fast, next(_batches(corpus, options)))
+        agree &= race.early_difference() <= EARLY_TOLERANCE
+        agree &= race.curve_difference() <= CURVE_TOLERANCE and distance <= WEIGHTS_TOLERANCE
+        print(f"\n{cell.upper()}: {report}\n\n{table(race)}")
+        print(
+            f"same trained weights in both: logits and gradients differ by {distance:.1e} at most"
+        )
+        print(f"\nwritten by the trained model:\n{generate(fast, corpus, 'def ', given.sample)}")
+
+    try:
+        plot(races, options, given.out)
+        print(f"\nplot: {given.out}")
+    except ModuleNotFoundError:
+        print("\nno plot: matplotlib is not installed; pip install 'fastrnn[demo]' brings it")
+    if not agree:
+        print("\nthe two trainings do NOT agree: this is a bug", file=sys.stderr)
+    return 0 if agree else 1

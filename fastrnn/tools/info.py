@@ -1,0 +1,331 @@
+"""What `python -m fastrnn info` and `plan` tell: this machine, this build, and what runs where."""
+
+from __future__ import annotations
+
+import copy
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from fastrnn import cache, cells, hardware, plan
+from fastrnn._version import __version__
+from fastrnn.compiler import jit
+from fastrnn.extension import _C
+from fastrnn.kernels import device as machine
+from fastrnn.kernels.prepare import prepare
+from fastrnn.nn.layers import LSTM
+from fastrnn.plan import Device, Plan, Problem
+
+__all__ = [
+    "Facts",
+    "SelfCheck",
+    "collect",
+    "plan_for",
+    "plan_text",
+    "self_check",
+    "support_markdown",
+    "text",
+]
+
+
+@dataclass(frozen=True)
+class SelfCheck:
+    """A bidirectional LSTM, forward and backward, against `torch.nn.LSTM`.
+
+    Attributes:
+        passed: every output and gradient is as near to float64 as torch's own: at most twice its
+            error and 5e-6.
+        error: largest distance of ours from float64.
+        torch_error: largest distance of torch's from float64.
+        milliseconds, torch_milliseconds: best of some runs, forward and backward.
+    """
+
+    passed: bool
+    error: float
+    torch_error: float
+    milliseconds: float
+    torch_milliseconds: float
+
+
+@dataclass(frozen=True)
+class Facts:
+    """This installation on this machine. `kernels`: the reason where one cannot run here."""
+
+    versions: dict[str, str]
+    system: str
+    processor: str
+    threads: int
+    caches: dict[str, str]
+    instruction_sets: list[str]
+    instruction_set: str
+    gpus: list[str]
+    compiler: str
+    compiled_cells: str
+    kernels: dict[str, str | None]
+    self_check: SelfCheck
+
+
+def collect() -> Facts:
+    """Look at this machine and run the self-check; about a second."""
+    return Facts(
+        versions={
+            "fastrnn": __version__,
+            "torch": torch.__version__,
+            "built with torch": _C.built_for,
+            "Python": platform.python_version(),
+        },
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        processor=hardware.processor(),
+        threads=torch.get_num_threads(),
+        caches=_caches(),
+        instruction_sets=_C.isas(),
+        instruction_set=_C.isa(),
+        gpus=[torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())],
+        compiler=_compiler(),
+        compiled_cells=_kept_in(),
+        kernels=_usable_kernels(),
+        self_check=self_check(),
+    )
+
+
+def _compiler() -> str:
+    try:
+        found = jit.compiler()
+    except jit.CompilationFailed as error:
+        return f"none: {error}"
+    return f"{' '.join(found.command)}: {found.version.splitlines()[0]}"
+
+
+def _kept_in() -> str:
+    try:
+        return str(cache.folder())
+    except OSError as error:
+        return f"no folder: {error}"
+
+
+def _usable_kernels() -> dict[str, str | None]:
+    """Every kernel, with the reason where no device of this machine runs a plain LSTM on it."""
+    kinds = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    found: dict[str, str | None] = {}
+    for name in plan.KERNELS:
+        reasons = [plan.refusal(name, _TYPICAL, machine.current(kind)) for kind in kinds]
+        found[name] = None if None in reasons else reasons[0]
+    return found
+
+
+def text(facts: Facts) -> str:
+    """The facts as a person reads them."""
+    check = facts.self_check
+    verdict = "passed" if check.passed else "FAILED: please report this with all of the above"
+    rows = [
+        *facts.versions.items(),
+        ("system", facts.system),
+        ("processor", facts.processor),
+        ("threads", str(facts.threads)),
+        ("caches", ", ".join(f"{name} {size}" for name, size in facts.caches.items())),
+        ("instruction sets", f"{facts.instruction_set} in use, of {_join(facts.instruction_sets)}"),
+        ("GPUs", _join(facts.gpus)),
+        ("compiler for cells of your own", facts.compiler),
+        ("compiled cells are kept in", facts.compiled_cells),
+        *(
+            (f"kernel {name}", "usable" if reason is None else f"not usable: {reason}")
+            for name, reason in facts.kernels.items()
+        ),
+        (
+            "self-check",
+            f"{verdict}; LSTM forward and backward {check.milliseconds:.2f} ms, "
+            f"torch.nn {check.torch_milliseconds:.2f} ms; off from float64 by at most "
+            f"{check.error:.1e}, torch.nn {check.torch_error:.1e}",
+        ),
+    ]
+    return _columns(rows)
+
+
+def support_markdown() -> str:
+    """Which kernel takes what, as a Markdown table; the same on every machine. Each is asked about
+    the kind of device that it is for, unless the row is about devices."""
+    names = list(plan.KERNELS)
+    lines = [f"| | {' | '.join(f'`{name}`' for name in names)} |", "|---|" + "---|" * len(names)]
+    for label, problem, device in _SUPPORT:
+        devices = [
+            replace(_ANY_GPU, compiled=device.compiled)
+            if name in ("cuda", "triton") and device.kind == "cpu" and "CPU" not in label
+            else device
+            for name in names
+        ]
+        reasons = [plan.refusal(n, problem, d) for n, d in zip(names, devices, strict=True)]
+        lines.append(f"| {label} | {' | '.join('✓' if r is None else r for r in reasons)} |")
+    return "\n".join(lines)
+
+
+_TYPICAL = Problem("lstm", 100, 32, 64, 256, gates=4, states=2, tape=True)
+_ANY_CPU = Device(threads=2, vector_bytes=32)
+_ANY_GPU = Device(
+    kind="cuda",
+    triton=None,
+    shared_bytes=99 << 10,
+    cuda=None,
+    cuda_cells=("rnn_tanh", "rnn_relu", "lstm", "gru"),
+    capability=80,
+    multiprocessors=108,
+)
+_SUPPORT: tuple[tuple[str, Problem, Device], ...] = (
+    ("float32", _TYPICAL, _ANY_CPU),
+    ("float64", replace(_TYPICAL, dtype="float64"), _ANY_CPU),
+    ("bfloat16, computed in float32", replace(_TYPICAL, dtype="bfloat16"), _ANY_CPU),
+    ("float16, computed in float32", replace(_TYPICAL, dtype="float16"), _ANY_CPU),
+    ("back-propagation through time", replace(_TYPICAL, backward=True), _ANY_CPU),
+    ("both directions at once", replace(_TYPICAL, lanes=2), _ANY_CPU),
+    ("packed sequences, `lengths=`", replace(_TYPICAL, rows=2000), _ANY_CPU),
+    ("projected output (`proj_size`)", replace(_TYPICAL, projected=True), _ANY_CPU),
+    ("cell of your own", replace(_TYPICAL, cell="yours"), _ANY_CPU),
+    (
+        "cell of your own, no compiler",
+        replace(_TYPICAL, cell="yours"),
+        replace(_ANY_CPU, compiled=False),
+    ),
+    ("tensors on a CPU", _TYPICAL, replace(_ANY_GPU, kind="cpu")),
+    ("tensors on a GPU", _TYPICAL, _ANY_GPU),
+    ("tensors on a GPU, no Triton", _TYPICAL, replace(_ANY_CPU, kind="cuda")),
+)
+
+
+def plan_for(
+    cell: str,
+    shape: tuple[int, int, int, int],
+    *,
+    dtype: str = "float32",
+    directions: int = 1,
+    tape: bool = False,
+    backward: bool = False,
+    kind: str = "cpu",
+) -> tuple[Problem, Device, Plan]:
+    """How one layer over `shape` (T, B, I, H) runs on this machine.
+
+    Raises:
+        ValueError: for an unknown cell.
+        plan.KernelRefused: when FASTRNN_KERNEL asks for a kernel that cannot run it.
+    """
+    declared = cells.get(cell)
+    known = prepare(declared, kind, getattr(torch, dtype)) is not None
+    problem = Problem(
+        cell,
+        *shape,
+        gates=len(declared.gates),
+        states=len(declared.states),
+        lanes=directions,
+        dtype=dtype,
+        tape=tape,
+        backward=backward,
+    )
+    device = machine.current(kind, compiled=known)
+    if not known:
+        device = replace(device, triton=f"cell {cell!r} has no kernel in Triton")
+    return problem, device, plan.choose(problem, device)
+
+
+def plan_text(problem: Problem, device: Device, chosen: Plan) -> str:
+    """A plan as a person reads it."""
+    rows = [
+        ("problem", _fields(problem)),
+        ("device", _fields(device)),
+        ("kernel", chosen.kernel),
+        *((f"not {name}", reason) for name, reason in chosen.refused),
+    ]
+    if chosen.kernel == "cpu":
+        rows += [
+            (
+                "threads",
+                f"{chosen.threads} = {chosen.split_lanes} over directions x {chosen.split_slots} "
+                f"over the batch x {chosen.split_units} over hidden units",
+            ),
+            ("weights", "packed for the sweep" if chosen.packed_weights else "read as they lie"),
+            ("chunk", f"{chosen.chunk_rows} of {problem.live_rows} rows"),
+        ]
+    if chosen.kernel == "cuda":
+        where = {
+            "step": "read from the cache at every step",
+            "block": "resident in one block",
+            "cluster": f"resident in clusters of {chosen.blocks} blocks",
+            "grid": f"resident in groups of {chosen.blocks} blocks of the grid",
+        }
+        rows += [
+            ("weights", where[chosen.regime]),
+            ("numbers", f"multiplied as {chosen.number}"),
+            ("blocks", f"{chosen.batch_tile} rows of the batch each, {chosen.warps} warps"),
+            ("chunk", f"{chosen.chunk_rows} of {problem.live_rows} rows"),
+        ]
+    if chosen.kernel == "triton":
+        rows += [
+            (
+                "weights",
+                "resident in every program"
+                if chosen.resident
+                else f"streamed in tiles of {chosen.unit_tile} x {chosen.depth_tile}, "
+                f"{chosen.stages} under way",
+            ),
+            ("programs", f"{chosen.batch_tile} rows of the batch each, {chosen.warps} warps"),
+            ("chunk", f"{chosen.chunk_rows} of {problem.live_rows} rows"),
+        ]
+    return _columns(rows)
+
+
+def _fields(value: Problem | Device) -> str:
+    return ", ".join(f"{name}={item}" for name, item in asdict(value).items())
+
+
+def _columns(rows: Sequence[tuple[str, str]]) -> str:
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _join(names: Sequence[str]) -> str:
+    return ", ".join(names) or "none"
+
+
+def _caches() -> dict[str, str]:
+    """Caches of the first core, as Linux lists them: {"L1d": "48K", ...}."""
+    return {
+        f"L{cache.level}{'d' * cache.data_only}": f"{cache.size >> 10}K"
+        for cache in hardware.caches()
+    }
+
+
+def self_check() -> SelfCheck:
+    """Compare our LSTM with torch's; leaves the random state as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        theirs = nn.LSTM(24, 40, bidirectional=True, device="cpu")
+        ours = LSTM(24, 40, bidirectional=True, device="cpu")
+        x = torch.randn(50, 6, 24, device="cpu")
+    ours.load_state_dict(theirs.state_dict())
+    exact = _outputs_and_gradients(copy.deepcopy(theirs).double(), x.double())
+    errors, milliseconds = [], []
+    for layer in (ours, theirs):
+        seconds = []
+        for _ in range(5):
+            start = time.perf_counter()
+            results = _outputs_and_gradients(layer, x)
+            seconds.append(time.perf_counter() - start)
+        milliseconds.append(1e3 * min(seconds))
+        errors.append(
+            torch.stack([(a - b).abs().max() for a, b in zip(results, exact, strict=True)])
+        )
+    return SelfCheck(
+        passed=bool((errors[0] <= 2 * errors[1] + 5e-6).all()),
+        error=errors[0].max().item(),
+        torch_error=errors[1].max().item(),
+        milliseconds=milliseconds[0],
+        torch_milliseconds=milliseconds[1],
+    )
+
+
+def _outputs_and_gradients(layer: nn.Module, x: Tensor) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    y, states = layer(x)
+    wanted = [x, *layer.parameters()]
+    return [y, *states, *torch.autograd.grad(y.square().mean() * 1e2, wanted)]
