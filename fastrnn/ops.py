@@ -20,7 +20,7 @@ from fastrnn.cells import Cell
 from fastrnn.extension import _C
 from fastrnn.kernels import device, reference
 from fastrnn.kernels.operands import Needs, Operands, Weights, side_by_side
-from fastrnn.kernels.prepare import prepare
+from fastrnn.kernels.prepare import prepare, prepared_now
 
 __all__ = ["Packed", "pack", "scan", "step"]
 
@@ -88,30 +88,36 @@ def scan(
         fastrnn.plan.KernelRefused: when a kernel was asked for by name and cannot run this.
     """
     operands = Operands(x, w_ih, w_hh, b_ih, b_hh, w_hr, s0, batch_sizes, lengths, resets, reverse)
-    key = prepare(cell, x.device.type, x.dtype)
+    return run(cell, operands, packed, recompute=recompute)
+
+
+def run(
+    cell: Cell, operands: Operands, packed: Packed | None = None, *, recompute: bool = False
+) -> tuple[Tensor, list[Tensor]]:
+    """`scan` of operands that are one value already."""
+    x, w_ih, w_hh, b_ih, b_hh, w_hr, s0, *_ = operands
+    every = (x, *w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *s0)
+    compiling = torch.compiler.is_compiling()
+    key = (prepare if compiling else prepared_now)(cell, x.device.type, x.dtype)
     if packed is not None and key is not None:
         if torch.is_grad_enabled():
-            _refuse_gradients(x, *w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *s0)
+            _refuse_gradients(*every)
         if _can_use_packed(x):
-            if torch.compiler.is_compiling() or torch._C._is_torch_function_mode_enabled():
+            if compiling or torch._C._is_torch_function_mode_enabled():
                 y, *states = torch.ops.fastrnn.scan_packed.default(
                     key, *_optional(operands), *packed
                 )
                 return y, states
             return _C.scan_packed(key, *operands, *packed)
-    every = (x, *w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *s0)
-    compiling = torch.compiler.is_compiling()
     # Functions that are overridden, by a subclass or by a mode such as the default device, need the
     # operator that they can see. A transform goes first: it has no rule for the operator.
-    if compiling or (has_torch_function(every) and not _transformed()):
-        if key is not None:
-            y, *states, _ = torch.ops.fastrnn.scan.default(
-                key, *_optional(operands), False, recompute
-            )
-            return y, states
-    elif key is not None and not _transformed():
-        return _C.scan(key, *operands, recompute)
-    return _as_operations(cell, operands)
+    transformed = not compiling and _transformed()
+    if key is None or transformed:
+        return _as_operations(cell, operands)
+    if compiling or has_torch_function(every):
+        y, *states, _ = torch.ops.fastrnn.scan.default(key, *_optional(operands), False, recompute)
+        return y, states
+    return _C.scan(key, *operands, recompute)
 
 
 def _optional(operands: Operands) -> tuple[Any, ...]:

@@ -56,14 +56,17 @@ class Weights(NamedTuple):
 def named(weights: Weights | Sequence[Tensor]) -> Weights:
     """The weights of one recurrence from what `all_weights` of torch's layers holds for it, which
     has no place for what there is not."""
-    if isinstance(weights, Weights):
+    if type(weights) is Weights:
         return weights
-    w_ih, w_hh, *rest = weights
-    b_ih, b_hh = rest[:2] if len(rest) > 1 else (None, None)
-    return Weights(w_ih, w_hh, b_ih, b_hh, rest[-1] if len(rest) % 2 else None)
+    if len(weights) % 2 == 0:  # without a projection, which stands last
+        return Weights(*weights)
+    w_ih, w_hh, *biases, w_hr = weights
+    return Weights(w_ih, w_hh, *biases, w_hr=w_hr) if biases else Weights(w_ih, w_hh, w_hr=w_hr)
 
 
 def side_by_side(weights: Sequence[Weights]) -> list[tuple[Tensor, ...]]:
     """The w_ih, w_hh, b_ih, b_hh and w_hr of recurrences that run together, as `Operands` has
     them."""
+    if len(weights) == 1:  # most layers; a call of a small one should not pay for the others
+        return [() if each is None else (each,) for each in weights[0]]
     return [() if each[0] is None else each for each in zip(*weights, strict=True)]

@@ -18,7 +18,7 @@ from fastrnn.compiler.emit_cpp import key as key_of
 from fastrnn.extension import _C
 from fastrnn.kernels.device import asked_for
 
-__all__ = ["cell_of", "find", "prepare"]
+__all__ = ["cell_of", "find", "prepare", "prepared_now"]
 
 _prepared: dict[str, Cell] = {name: cells.get(name) for name in cells.names()}
 _keys: dict[Cell, str] = {cell: name for name, cell in _prepared.items()}
@@ -41,7 +41,7 @@ def prepare(cell: Cell, kind: str = "cpu", dtype: torch.dtype = torch.float32) -
     if torch.compiler.is_compiling():
         # In parts: to the compiler of torch 2.11 the cell as a whole is no constant.
         return _prepared_once(cell.name, cell.gates, cell.states, cell.function, kind, dtype)
-    return _prepared_now(cell, kind, dtype)
+    return prepared_now(cell, kind, dtype)
 
 
 def _prepared_once(
@@ -52,7 +52,7 @@ def _prepared_once(
     kind: str,
     dtype: torch.dtype,
 ) -> str | None:
-    return _prepared_now(Cell(name, gates, states, function), kind, dtype)
+    return prepared_now(Cell(name, gates, states, function), kind, dtype)
 
 
 # All that `torch.compiler.assume_constant_result` does, but for importing the compiler, which takes
@@ -60,7 +60,8 @@ def _prepared_once(
 _prepared_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _prepared_now(cell: Cell, kind: str, dtype: torch.dtype) -> str | None:
+def prepared_now(cell: Cell, kind: str, dtype: torch.dtype) -> str | None:
+    """`prepare` where nothing is compiling: a small layer's call asks that once."""
     in_double = dtype == torch.float64
     if cell in _compiled[in_double]:
         return _keys[cell]
@@ -149,7 +150,7 @@ def find(key: str, kind: str, in_double: bool) -> None:
             return
         cell = cells.get(name)
     dtype = torch.float64 if in_double else torch.float32
-    if _prepared_now(cell, kind, dtype) is None and (cell, False) not in _refused:
+    if prepared_now(cell, kind, dtype) is None and (cell, False) not in _refused:
         _add_facts(cell)
 
 

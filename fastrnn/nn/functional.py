@@ -7,6 +7,7 @@ time-major or packed, and the answer back to the caller's. The exceptions are to
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import ops
 from fastrnn.cells import Cell
-from fastrnn.kernels.operands import Weights, named, side_by_side
+from fastrnn.kernels.operands import Operands, Weights, named, side_by_side
 from fastrnn.nn.checks import (
     Check,
     States,
@@ -92,7 +93,9 @@ def rnn(
 
     Like torch.nn.RNN, https://docs.pytorch.org/docs/stable/generated/torch.nn.RNN.html
     """
-    every = [named(each) for each in weights]
+    every = cast(Sequence[Weights], weights)  # from a layer they have names already
+    if not weights or type(weights[0]) is not Weights:
+        every = [named(each) for each in weights]
     batch_sizes: Tensor | None = None
     order: Tensor | None = None
     restore: Tensor | None = None
@@ -267,24 +270,13 @@ def _stack(
     reverse -= (reverse >> 63) << 64  # as a signed number of 64 bits
     finals = []
     for first in range(0, len(weights), scans):
-        w_ih, w_hh, b_ih, b_hh, w_hr = side_by_side(weights[first : first + scans])
         s = s0 if last == 0 else [h[first : first + scans] for h in s0]
-        x, final = ops.scan(
-            cell,
-            x,
-            w_ih,
-            w_hh,
-            b_ih=b_ih,
-            b_hh=b_hh,
-            w_hr=w_hr,
-            s0=s,
-            batch_sizes=batch_sizes,
-            lengths=lengths,
-            resets=resets,
-            reverse=reverse,
-            packed=packed[first // scans] if packed else None,
-            recompute=recompute,
+        w_ih, w_hh, b_ih, b_hh, w_hr = side_by_side(weights[first : first + scans])
+        operands = Operands(
+            x, w_ih, w_hh, b_ih, b_hh, w_hr, s, batch_sizes, lengths, resets, reverse
         )
+        layer = packed[first // scans] if packed else None
+        x, final = ops.run(cell, operands, layer, recompute=recompute)
         finals.append(final)
         if dropout and first < last:
             x = F.dropout(x, dropout, True)

@@ -218,14 +218,11 @@ class _Layer(Freezable, nn.RNNBase):
     def _weights(self) -> list[Weights]:
         # A look into `_parameters` first: nn.Module's attribute lookup takes longer than a
         # small cell. What is not there was parametrized, or set as a plain tensor.
-        own = self._parameters
-        written = self._written_entries()
+        own: Mapping[str, Any] = self._parameters
+        if self._written is not None and (written := self._written_entries()):
+            own = {**own, **written}
         lists: list[list[Any]] = [
-            [
-                written[n] if n in written else own[n] if n in own else getattr(self, n)
-                for n in names
-            ]
-            for names in self._all_weights
+            [own[n] if n in own else getattr(self, n) for n in names] for names in self._all_weights
         ]
         if self.heads > 1:
             lists = [list(head) for each in lists for head in zip(*each, strict=True)]
