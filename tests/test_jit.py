@@ -21,7 +21,8 @@ import torch
 from fastrnn import cache
 from fastrnn.cells import Cell
 from fastrnn.compiler import flags, jit
-from fastrnn.compiler.derive import Derived, derive, key
+from fastrnn.compiler.derive import Derived, derive
+from fastrnn.compiler.emit_cpp import key
 from fastrnn.compiler.jit import CompilationFailed, compile_cell
 from fastrnn.extension import _C
 
