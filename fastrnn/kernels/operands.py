@@ -61,7 +61,8 @@ def named(weights: Weights | Sequence[Tensor]) -> Weights:
     if len(weights) % 2 == 0:  # without a projection, which stands last
         return Weights(*weights)
     w_ih, w_hh, *biases, w_hr = weights
-    return Weights(w_ih, w_hh, *biases, w_hr=w_hr) if biases else Weights(w_ih, w_hh, w_hr=w_hr)
+    b_ih, b_hh = biases or (None, None)
+    return Weights(w_ih, w_hh, b_ih, b_hh, w_hr)
 
 
 def side_by_side(weights: Sequence[Weights]) -> list[tuple[Tensor, ...]]:
