@@ -151,7 +151,7 @@ def step(
     """
     if torch.compiler.is_compiling() or _transformed():
         return None
-    key = prepare(cell, x.device.type, x.dtype)
+    key = prepared_now(cell, x.device.type, x.dtype)
     if key is None:
         return None
     return _C.step(key, x, tuple(states), weights[:4], *(packed or ()))

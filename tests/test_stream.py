@@ -286,6 +286,29 @@ def test_what_cannot_be_streamed() -> None:
             unwanted(fastrnn.GRU(3, 5).stream())
 
 
+@pytest.mark.parametrize(
+    ("which", "shape"),
+    [
+        ("weight_ih_l0", (20, 3)),
+        ("weight_hh_l0", (20, 4)),
+        ("weight_hh_l0", (19, 5)),
+        ("bias_ih_l0", (19,)),
+        ("bias_hh_l0", (21,)),
+        ("weight_hr_l0", (2, 4)),
+        ("weight_hr_l0", (3, 5)),
+    ],
+)
+def test_weights_that_do_not_fit(which: str, shape: tuple[int, ...]) -> None:
+    """The kernel would read past their ends."""
+    layer = fastrnn.LSTM(4, 5, proj_size=2)
+    setattr(layer, which, torch.nn.Parameter(torch.zeros(shape)))
+    if which == "weight_ih_l0":  # another number of inputs is no fault
+        assert layer.stream().input_size == 3
+    else:
+        with pytest.raises(RuntimeError, match=r"should be|fit onto each other"):
+            layer.stream()
+
+
 @pytest.mark.filterwarnings("ignore:cell")
 def test_a_cell_without_compiled_code() -> None:
     cell = fastrnn.cell(gates="h", states="h", name="streamed_summing")(

@@ -376,10 +376,23 @@ PyObject* make(PyTypeObject* type, PyObject* args, PyObject*) {
       return alive.back().const_data_ptr();
     };
     const bool bias = count > 3, projected = count & 1;
-    sizes.push_back({layer[0].size(1), layer[0].size(0) / cell.gates, layer[1].size(1), projected});
-    TORCH_CHECK(sizes.back().hidden == sizes[0].hidden && (!projected || cell.projectable) &&
+    TORCH_CHECK(count >= 2 && count <= 5 && layer[0].dim() == 2 && layer[1].dim() == 2,
+                "a stepper's layer should be [w_ih, w_hh, b_ih, b_hh, w_hr], got ", count,
+                " tensors");
+    const int64_t rows = layer[0].size(0), H = rows / cell.gates,
+                  Q = projected ? layer[1].size(1) : H;
+    sizes.push_back({layer[0].size(1), H, Q, projected});
+    TORCH_CHECK(H == sizes[0].hidden && (!projected || cell.projectable) &&
                     (sizes.size() < 2 || sizes.back().inputs == sizes.end()[-2].recurrent),
                 "a stepper needs layers that fit onto each other");
+    const auto check = [&](size_t k, const char* name, at::IntArrayRef size) {
+      TORCH_CHECK(layer[k].sizes() == size, "a stepper's ", name, " should be ", size, ", got ",
+                  layer[k].sizes());
+    };
+    check(0, "w_ih", {cell.gates * H, layer[0].size(1)});
+    check(1, "w_hh", {rows, Q});
+    for (size_t k = 2; bias && k < 4; ++k) check(k, k == 2 ? "b_ih" : "b_hh", {rows});
+    if (projected) check(count - 1, "w_hr", {Q, H});
     Lane lane;
     lane.w_ih = at(0);
     lane.w_hh = at(1);
