@@ -118,7 +118,7 @@ def write(path: Path, text: str) -> None:
 def locked(target: Path, waits: Callable[[], None]) -> Iterator[None]:
     """Hold the right to make `target`, as one process and one thread at a time does.
 
-    `waits` is called before another one is waited for. When the holder dies, the right is free
+    `waits` is called once, before others are waited for. When the holder dies, the right is free
     again. On a file system without locks everyone has it.
     """
     path = target.with_name(f"{target.name}.lock")
@@ -139,13 +139,16 @@ def locked(target: Path, waits: Callable[[], None]) -> Iterator[None]:
 
 def _lock(path: Path, waits: Callable[[], None]) -> tuple[int, bool]:
     """The open file, and whether it is locked: not where the file system has no locks."""
+    said = False  # it may have to wait for several, one after the other
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                waits()
+                if not said:
+                    waits()
+                said = True
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             except OSError:
                 return descriptor, False

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from fastrnn import cells, ops
 from fastrnn.cells import Cell
 from fastrnn.kernels import reference
-from fastrnn.kernels.operands import Weights
+from fastrnn.kernels.operands import Operands, Weights
 from fastrnn.nn import functional as F
 from tests.support import LAYERS, flatten, twins
 
@@ -71,22 +71,23 @@ def test_dropout_needs_training() -> None:
 
 def test_one_scan_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both directions together, and the masks to every layer."""
-    calls: list[dict[str, Any]] = []
+    calls: list[tuple[Operands, Any, bool]] = []
 
-    def scan(cell: Cell, *arguments: Any, packed: Any, recompute: bool, **keywords: Any) -> Any:
-        calls.append({"packed": packed, "recompute": recompute, **keywords})
-        return reference.scan(cell, *arguments, **keywords)
+    def run(cell: Cell, operands: Operands, packed: Any, *, recompute: bool) -> Any:
+        calls.append((operands, packed, recompute))
+        return reference.scan(cell, **operands._asdict())
 
-    monkeypatch.setattr(ops, "scan", scan)
+    monkeypatch.setattr(ops, "run", run)
     _, theirs, _ = twins("GRU", 3, 5, num_layers=3, bidirectional=True)
     x, resets = torch.randn(4, 2, 3, dtype=F64), torch.zeros(4, 2, dtype=torch.bool)
     options: dict[str, Any] = {"bidirectional": True, "recompute": True}
     F.rnn(cells.gru, x, theirs.all_weights, lengths=[4, 1], resets=resets, **options)
     assert len(calls) == 3
-    for call in calls:
-        assert len(call["b_ih"]) == 2 and call["reverse"] == 0b10
-        assert call["packed"] is None and call["recompute"] is True
-        assert call["lengths"].tolist() == [4, 1] and call["resets"] is resets
+    for given, packed, recompute in calls:
+        assert len(given.b_ih) == 2 and given.reverse == 0b10
+        assert packed is None and recompute is True
+        assert given.lengths is not None and given.lengths.tolist() == [4, 1]
+        assert given.resets is resets
 
 
 def weights(inputs: int = 3, hidden: int = 5) -> list[list[Tensor]]:

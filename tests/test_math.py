@@ -124,7 +124,8 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Compiled]:
     def build(isa: str, own: str) -> Compiled:
         target = folder / f"{isa}.so"
         options = f"-std=c++17 -O3 {flags.CXX} {own} -shared -DFASTRNN_ISA={isa}"
-        command = [*shlex.split(CXX), *options.split(), str(source), "-o", str(target)]
+        includes = ["-iquote", str(ROOT / "csrc")]
+        command = [*shlex.split(CXX), *options.split(), *includes, str(source), "-o", str(target)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr}"
         return Compiled(target)

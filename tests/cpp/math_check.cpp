@@ -1,7 +1,7 @@
 // csrc/core/math.h and csrc/core/vec.h behind plain C functions on arrays, for tests/test_math.py.
 // What is checked is called as a kernel calls it: from within the namespace, where C's functions
 // are hidden.
-#include "../../csrc/core/math.h"
+#include "core/math.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
