@@ -20,12 +20,12 @@ from typing import Any
 
 import pytest
 import torch
-from fastrnn.bench.contender import Prepared
-from fastrnn.bench.measure import interleaved
-from fastrnn.info import processor
 
 import fastrnn
 from fastrnn.extension import _C
+from fastrnn.hardware import processor
+from fastrnn.tools.bench.contender import Prepared
+from fastrnn.tools.bench.measure import interleaved
 from tests.clients.support import Client, Ratio, difference
 
 BEGIN, END = "<!-- make clients -->", "<!-- end -->"
