@@ -377,7 +377,7 @@ def test_a_kernel_takes_the_tape_of_another(name: str, part: str) -> None:
                 results[kernel] = torch.ops.fastrnn.scan(*arguments, tape=True)
         for a, b in zip(flatten(results["cpu"]), flatten(results["cuda"]), strict=True):
             assert largest_error(a, b) < tolerance
-        y, states, _ = results["cpu"]
+        y, *states, _ = results["cpu"]
         incoming = (torch.randn_like(y), [torch.randn_like(s) for s in states])
         gradients = {}
         for writer, (y, *_, tape) in results.items():
@@ -464,7 +464,7 @@ def test_strided_misaligned_empty_or_without_bias(part: str) -> None:
         {**operands(cell, 3, 2, 4, 9, 2, dtype, bias=False), "s0": []},
         operands(cell, 3, 0, 4, 9, dtype=dtype),
         operands(cell, 3, 2, 0, 9, dtype=dtype),
-        {**step, "x": step["x"][0]},
+        {**step, "x": step["x"][0], "s0": [s[0] for s in step["s0"]]},
     ):
         with running(regime, blocks, number):
             ours = run(ops.scan, cell, case)
@@ -599,10 +599,11 @@ def test_structures_are_laid_out_as_in_c(tmp_path: Path) -> None:
     source = tmp_path / "layout.cpp"
     body = "\n  ".join(lines)
     source.write_text(
-        f'#include "{root}/csrc/cuda/contract.h"\n#include <cstdio>\nint main() {{\n  {body}\n}}\n'
+        f'#include "cuda/contract.h"\n#include <cstdio>\nint main() {{\n  {body}\n}}\n'
     )
     program = tmp_path / "layout"
-    subprocess.run(["c++", "-std=c++17", "-w", str(source), "-o", str(program)], check=True)
+    command = ["c++", "-std=c++17", "-w", "-iquote", f"{root}/csrc", str(source)]
+    subprocess.run([*command, "-o", str(program)], check=True)
     said = subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout
     expected = []
     for structure in (cuda.Sweep, cuda.CudaPlan):
