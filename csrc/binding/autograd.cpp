@@ -7,6 +7,7 @@
 #include "binding/callbacks.h"
 #include "binding/fingerprint.h"
 #include "binding/op.h"
+#include "binding/schema.h"
 
 namespace fastrnn {
 namespace {
@@ -47,13 +48,7 @@ std::vector<Tensor> call_scan_backward(const ScanInputs& in, const Incoming& gra
                                        const Tensor& tape, const Needs& needs) {
   static auto op = c10::Dispatcher::singleton()
                        .findSchemaOrThrow("fastrnn::scan_backward", "")
-                       .typed<std::vector<Tensor>(
-                           std::string_view, const std::optional<Tensor>&,
-                           const c10::List<std::optional<Tensor>>&, const Tensor&, TensorList,
-                           TensorList, const OptionalList&, const OptionalList&,
-                           const OptionalList&, const OptionalList&, const std::optional<Tensor>&,
-                           const std::optional<Tensor>&, const std::optional<Tensor>&, int64_t,
-                           const Tensor&, const Tensor&, std::array<bool, kNeeds>)>();
+                       .typed<std::vector<Tensor>(FASTRNN_BACKWARD_PARAMETERS)>();
   c10::List<std::optional<Tensor>> dstates;
   for (const Tensor& each : grads.dstates)
     dstates.push_back(each.defined() ? std::optional<Tensor>(each) : std::nullopt);
@@ -179,16 +174,8 @@ class ScanFunction : public torch::autograd::Function<ScanFunction> {
   static constexpr size_t kFlatArgument = 2;  // `cell` and `sizes` come before
 };
 
-std::vector<Tensor> scan_autograd(std::string_view cell, const Tensor& x, TensorList w_ih,
-                                  TensorList w_hh, const OptionalList& b_ih,
-                                  const OptionalList& b_hh, const OptionalList& w_hr,
-                                  const OptionalList& s0, const std::optional<Tensor>& batch_sizes,
-                                  const std::optional<Tensor>& lengths,
-                                  const std::optional<Tensor>& resets, int64_t reverse, bool tape,
-                                  bool recompute) {
-  const ScanInputs in{
-      cell,         x,           w_ih,    w_hh,   or_empty(b_ih), or_empty(b_hh), or_empty(w_hr),
-      or_empty(s0), batch_sizes, lengths, resets, reverse};
+std::vector<Tensor> scan_autograd(FASTRNN_SCAN_PARAMETERS, bool tape, bool recompute) {
+  const ScanInputs in = FASTRNN_SCAN_INPUTS;
   TORCH_CHECK(in.b_ih.size() == in.b_hh.size(), "scan: b_ih and b_hh come together, got ",
               in.b_ih.size(), " and ", in.b_hh.size());
   bool differentiable = x.requires_grad();

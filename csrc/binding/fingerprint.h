@@ -5,14 +5,14 @@
 
 namespace fastrnn {
 
-// What tells whether tensors are still those they were: int64, see the source.
+// A fingerprint, int64, tells whether tensors are still those they were; the source says how.
 at::Tensor fingerprint(at::TensorList tensors);
-// Whether they are, for a call of that many rows; it reads no more of them than such a call pays
-// for, so what was written past torch's count of changes is found within kRowsToReadAll rows.
+// Whether they are, for a call of that many rows. It reads no more than such a call pays for, and
+// so finds a change past torch's count (`.data`, NumPy) within kRowsToReadAll rows.
 bool unchanged(at::TensorList tensors, const at::Tensor& fingerprint, int64_t rows);
 
 // A hash of some numbers of a tensor, from the first to the last: it changes where all are written.
-// The same for all tensors that have no memory on a CPU.
+// It is the same for every tensor without memory on a CPU.
 uint64_t samples(const at::Tensor& tensor);
 
 }  // namespace fastrnn

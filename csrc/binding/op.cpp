@@ -133,14 +133,6 @@ Incoming incoming(const std::optional<Tensor>& dy,
   return grads;
 }
 
-#define FASTRNN_BACKWARD_PARAMETERS                                                              \
-  std::string_view cell, const std::optional<Tensor>&dy,                                         \
-      const c10::List<std::optional<Tensor>>&dstates, const Tensor &x, TensorList w_ih,          \
-      TensorList w_hh, const OptionalList &b_ih, const OptionalList &b_hh,                       \
-      const OptionalList &w_hr, const OptionalList &s0, const std::optional<Tensor>&batch_sizes, \
-      const std::optional<Tensor>&lengths, const std::optional<Tensor>&resets, int64_t reverse,  \
-      const Tensor &y, const Tensor &tape, Needs needs
-
 std::vector<Tensor> backward_cpu(FASTRNN_BACKWARD_PARAMETERS) {
   const ScanInputs in = FASTRNN_SCAN_INPUTS;
   const Incoming grads = incoming(dy, dstates);
