@@ -22,7 +22,7 @@ from fastrnn.kernels import device, reference
 from fastrnn.kernels.operands import Needs, Operands, Weights, side_by_side
 from fastrnn.kernels.prepare import prepare, prepared_now
 
-__all__ = ["Packed", "pack", "scan", "step"]
+__all__ = ["Packed", "pack", "run", "scan", "step", "transposed"]
 
 
 class Packed(NamedTuple):

@@ -173,7 +173,9 @@ def _say(text: str) -> None:
     """One line on standard error, where there is one; FASTRNN_LOG=quiet silences it."""
     if sys.stderr is not None and "quiet" not in os.environ.get("FASTRNN_LOG", ""):
         with contextlib.suppress(OSError, ValueError):  # it may be closed
-            print(f"fastrnn: {text}", file=sys.stderr, flush=True)
+            # In one piece: print writes the end of a line by itself, and threads' lines would mix.
+            sys.stderr.write(f"fastrnn: {text}\n")
+            sys.stderr.flush()
 
 
 def _run(*commands: Sequence[str]) -> list[subprocess.CompletedProcess[str]]:

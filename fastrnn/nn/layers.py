@@ -58,7 +58,7 @@ class _Layer(Freezable, nn.RNNBase):
     """What all layers share: parameters as torch.nn names them, and the call."""
 
     _name = "RNN"
-    # Of modules that torch.nn made, and of those pickled before there were any.
+    # Defaults for layers converted from torch.nn and for older pickles.
     heads = 1
     recompute = False
     _written: Written | None = None
@@ -272,8 +272,8 @@ class _Layer(Freezable, nn.RNNBase):
                 f"_flat_weights should hold {len(names)} weights ({', '.join(names)}), "
                 f"got {len(entries)}"
             )
-        named = zip(names, entries, own, strict=True)
-        return {name: entry for name, entry, weight in named if entry is not weight}
+        triples = zip(names, entries, own, strict=True)
+        return {name: entry for name, entry, weight in triples if entry is not weight}
 
     @property
     def _flat_weights(self) -> list[Tensor | None]:
