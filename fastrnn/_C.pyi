@@ -92,9 +92,11 @@ def has_code(name: str, in_double: bool = False) -> bool: ...
 def load_cells(path: str, symbol: str) -> None: ...
 def cell_facts(name: str) -> tuple[int, int, int] | Any: ...  # None for an unknown cell
 def set_callbacks(
+    *,
     plan: Callable[..., Any],
     find: Callable[[str, str, bool], None],
     forward: Callable[..., Any],
     backward: Callable[..., Any],
     differentiable_backward: Callable[..., Any],
+    significant_bits: int,
 ) -> None: ...

@@ -112,16 +112,10 @@ def running(
         made = choose(problem, device)
         if made.kernel != "cuda":
             return made
-        return replace(
-            made,
-            regime=regime,
-            blocks=blocks,
-            number=number,
-            batch_tile=batch_tile,
-            chunk_rows=chunk_rows,
-            warps=8,
-            groups=2,
+        config = plan.CudaConfig(
+            number=number, regime=regime, batch_tile=batch_tile, blocks=blocks, warps=8, groups=2
         )
+        return replace(made, config=config, chunk_rows=chunk_rows)
 
     plan.choose = chosen
     try:
@@ -560,8 +554,8 @@ def test_plans_know_what_a_block_holds() -> None:
     ):
         cell = cells.get(name)
         dtype = str(NUMBERS[number]).removeprefix("torch.")
-        made = plan.Plan(
-            "cuda", number=number, regime=regime, batch_tile=tile, blocks=blocks, warps=8
+        made = plan.CudaConfig(
+            number=number, regime=regime, batch_tile=tile, blocks=blocks, warps=8
         )
         sweep = cuda.Sweep(steps=5, batch=70, hidden=hidden, lanes=1, end=5)
         for backward in (False, True):

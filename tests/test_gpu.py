@@ -120,7 +120,7 @@ def fits(name: str, shape: tuple[int, ...], fields: dict[str, Any]) -> bool:
     assert isinstance(library, cuda.Library), library
     steps, batch, _, hidden, lanes = shape
     sweep = cuda.Sweep(steps=steps, batch=batch, hidden=hidden, lanes=lanes, end=steps)
-    wanted = cuda.cuda_plan(plan.Plan("cuda", **fields))
+    wanted = cuda.cuda_plan(plan.CudaConfig(**fields))
     most = torch.cuda.get_device_properties().shared_memory_per_block_optin
     needed = [library.shared_bytes(name, sweep, wanted, backward) for backward in (False, True)]
     return fields["regime"] == "step" or all(0 <= each <= most for each in needed)

@@ -154,9 +154,18 @@ def check(
 
 @contextmanager
 def planned(**changes: Any) -> Iterator[None]:
-    """Plans with these fields, whatever `plan.choose` says."""
+    """Plans with these fields, or with these in their configuration, whatever `plan.choose`
+    says."""
     choose = plan.choose
-    plan.choose = lambda problem, device: replace(choose(problem, device), **changes)  # type: ignore[assignment]
+    outer = {name: changes.pop(name) for name in ("chunk_rows",) if name in changes}
+
+    def chosen(problem: plan.Problem, device: plan.Device) -> plan.Plan:
+        made = choose(problem, device)
+        if made.config is None:
+            return made
+        return replace(made, config=replace(made.config, **changes), **outer)
+
+    plan.choose = chosen
     _C.forget_plans()
     try:
         yield

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -123,9 +124,11 @@ def test_plan_as_json_is_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0
     problem = plan.Problem(**made["problem"])
     assert problem == plan.Problem("lstm", 7, 3, 5, 16, gates=4, states=2, lanes=2, dtype="float64")
-    chosen = plan.choose(problem, plan.Device(**made["device"]))
+    device = plan.Device(**made["device"] | {"cpu": plan.CpuFacts(**made["device"]["cpu"])})
+    chosen = plan.choose(problem, device)
     assert made["plan"]["kernel"] == chosen.kernel
     assert made["plan"]["chunk_rows"] == chosen.chunk_rows
+    assert made["plan"]["config"] == asdict(chosen.cpu)
 
 
 def test_plan_says_why_a_kernel_is_not_taken(capsys: pytest.CaptureFixture[str]) -> None:

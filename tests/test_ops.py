@@ -448,3 +448,34 @@ def test_ragged_batches_share_plans(
         layer(torch.randn(steps, 2, 3), lengths=[steps, steps - 7])
     plans = capsys.readouterr().err.count("Problem(")
     assert 1 <= plans <= 2 * 8
+
+
+def test_the_log_shows_the_problem_that_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not the rounded one, with which others share the plan."""
+    monkeypatch.setenv("FASTRNN_LOG", "plan")
+    layer = GRU(3, 27)
+    for kernel in ("cpu", "reference"):
+        with kernels.use(kernel):
+            layer(torch.randn(43, 2, 3))
+        assert "steps=43, batch=2, " in capsys.readouterr().err
+
+
+def test_a_kernel_in_python_runs_by_one_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    choose = plan.choose
+
+    def counted(problem: plan.Problem, device: plan.Device) -> plan.Plan:
+        made.append(choose(problem, device))
+        return made[-1]
+
+    given = operands(cells.get("lstm"), 3, 2, 4, 11)
+    given["x"].requires_grad_()
+    with kernels.use("reference"):
+        # After the first turn C++ knows that it has no plan.
+        for expected in ([], ["reference", "reference"]):
+            y, _ = ops.scan(cells.get("lstm"), **given)
+            y.sum().backward()
+            assert [each.kernel for each in made] == expected
+            monkeypatch.setattr(plan, "choose", counted)

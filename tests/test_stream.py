@@ -432,7 +432,7 @@ def test_a_forked_process_steps_alone() -> None:
 
 
 def test_threads_are_for_weights_that_take_time_to_read() -> None:
-    device = plan.Device(threads=4)
+    device = plan.Device(cpu=plan.CpuFacts(threads=4))
     sizes = (1, 200_000, 300_000, 1 << 20)
     assert [plan.step_threads(size, device) for size in sizes] == [1, 1, 2, 4]
     assert fastrnn.GRU(64, 64).stream(threads=2).threads == 1

@@ -431,7 +431,7 @@ def test_tensors_of_more_elements_than_32_bits_count(
                 ("length", torch.int64, batch), ("resets", torch.uint8, rows),
             ):  # fmt: skip
                 new(name, dtype, *size)
-            chosen = plan.Plan("triton", **regime(way, hidden, 16, torch.float32))
+            chosen = plan.TritonConfig(**regime(way, hidden, 16, torch.float32))
             kernel = launch.kernel(chosen, backward)
             values = (steps, batch, begin, begin + 1, 0, 0, rows, 0, hidden, recurrent)
             given = memory.pointers | {
@@ -440,7 +440,7 @@ def test_tensors_of_more_elements_than_32_bits_count(
             }
             flags = {} if backward else {"tape": True}
             given |= launch.meta_arguments(
-                derived, chosen, hidden, "ieee", backward=backward, packed=packed,
+                derived, chosen, hidden, backward=backward, packed=packed,
                 projected=projected, resets=packed, **flags,
             )  # fmt: skip
             arguments = {name: given[name] for name in kernel.arg_names}

@@ -54,7 +54,10 @@ class Target:
 
     @property
     def device(self) -> plan.Device:
-        return plan.Device(kind="cuda", triton=None, shared_bytes=self.shared_bytes, warp=self.warp)
+        facts = plan.TritonFacts(
+            nvidia=self.backend == "cuda", shared_bytes=self.shared_bytes, warp=self.warp
+        )
+        return plan.Device(kind="cuda", triton=facts)
 
 
 TARGETS = [
@@ -115,7 +118,7 @@ class Report:
 
     @property
     def row(self) -> str:
-        p, q = self.case.problem, self.case.plan
+        p, q = self.case.problem, self.case.plan.triton
         way = "resident" if q.resident else f"streamed {q.unit_tile}x{q.depth_tile}/{q.stages}"
         way += " projected" * p.projected + " packed" * self.case.packed
         direction = "backward" if p.backward else "forward"
@@ -135,13 +138,14 @@ def compiled(case: Case) -> Report:
 
     from fastrnn.kernels.gpu.triton.common import RUN_TIME
 
-    target, problem, chosen, packed = case.target, case.problem, case.plan, case.packed
-    assert chosen.kernel == "triton"
+    target, problem, packed = case.target, case.problem, case.packed
+    chosen = case.plan.triton
+    assert chosen.precision == case.precision
     derived = derive(cells.get(problem.cell))
     kernel = launch.kernel(chosen, problem.backward)
     only = {} if problem.backward else {"bias": not all(derived.tied), "tape": problem.tape}
     meta = launch.meta_arguments(
-        derived, chosen, problem.hidden, case.precision, backward=problem.backward,
+        derived, chosen, problem.hidden, backward=problem.backward,
         packed=packed, ragged=packed, resets=packed,
         projected=problem.hidden // 2 if problem.projected else None, **only,
     )  # fmt: skip
@@ -168,7 +172,7 @@ def compiled(case: Case) -> Report:
     made = triton.compile(
         source,
         target=GPUTarget(target.backend, target.arch, target.warp),
-        options=launch.compile_options(chosen, target.backend == "cuda"),
+        options=launch.compile_options(chosen),
     )
     read = _amd(made.asm["amdgcn"]) if target.backend == "hip" else _nvidia(made.asm["cubin"])
     return Report(case, made.metadata.shared, *read)
@@ -290,7 +294,7 @@ def test_what_a_batch_decides_is_no_constant_of_a_kernel() -> None:
     if launch.interpreted():
         pytest.skip("needs Triton's compiler")
     for backward, resident in itertools.product((False, True), repeat=2):
-        kernel = launch.kernel(plan.Plan("triton", resident=resident), backward)
+        kernel = launch.kernel(plan.TritonConfig(resident=resident), backward)
         free = {p.name for p in kernel.params if p.do_not_specialize}
         assert free == set(RUN_TIME) - ({"hidden", "width"} if resident else set())
         wide_numbers = {p.name for p in kernel.params if p.annotation_type == "i64"}

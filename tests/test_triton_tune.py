@@ -1,4 +1,4 @@
-"""Which plan runs fastest is measured once, kept, and used ever after: with a clock of the test."""
+"""Which configuration is fastest: measured once, kept, used ever after; by a clock of the test."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ import torch
 
 from fastrnn.kernels.gpu.triton import launch
 from fastrnn.kernels.gpu.triton.tune import Tuner
-from fastrnn.plan import Device, Plan, Problem, alternatives, choose
+from fastrnn.plan import Device, Plan, Problem, TritonConfig, TritonFacts, alternatives, choose
 
 pytestmark = pytest.mark.interpreter
 
-FIRST = Plan("triton", unit_tile=32, depth_tile=64, warps=8, stages=4, chunk_rows=99)
-PLANS = alternatives(FIRST)
+FIRST = TritonConfig(precision="tf32", unit_tile=32, depth_tile=64, warps=8, stages=4)
+CONFIGS = alternatives(FIRST)
 
 
 class Clock:
-    """Times by the number of warps; a plan that takes none cannot run."""
+    """Times by the number of warps; one that takes none cannot run."""
 
     def __init__(self, **by_warps: float) -> None:
         self.seconds = {int(name[1:]): value for name, value in by_warps.items()}
-        self.asked: list[Plan] = []
+        self.asked: list[TritonConfig] = []
 
-    def __call__(self, plan: Plan) -> float:
-        self.asked.append(plan)
-        if plan.warps not in self.seconds:
+    def __call__(self, config: TritonConfig) -> float:
+        self.asked.append(config)
+        if config.warps not in self.seconds:
             raise RuntimeError("out of resources")
-        return self.seconds[plan.warps]
+        return self.seconds[config.warps]
 
 
 @pytest.fixture
@@ -41,50 +41,50 @@ def folder(tmp_path: Path) -> Callable[[], Path]:
 
 def test_the_fastest_that_runs_is_kept(folder: Callable[[], Path]) -> None:
     clock = Clock(w8=2.0, w4=1.0)  # 16 cannot run
-    found = Tuner(folder).best(("lstm",), PLANS, clock)
-    assert (found.warps, found.chunk_rows) == (4, 99)
-    assert clock.asked == PLANS
+    found = Tuner(folder).best(("lstm",), CONFIGS, clock)
+    assert (found.warps, found.precision) == (4, "tf32")
+    assert clock.asked == CONFIGS
     later = Clock()
-    assert Tuner(folder).best(("lstm",), PLANS, later) == found
+    assert Tuner(folder).best(("lstm",), CONFIGS, later) == found
     assert not later.asked
 
 
 def test_steps_and_batches_share_what_was_found(folder: Callable[[], Path]) -> None:
-    """The chunk depends on them, and is the caller's."""
+    """What is no tile is the caller's."""
     tuner = Tuner(folder)
-    tuner.best(("lstm",), PLANS, Clock(w8=2.0, w4=1.0))
-    other = [replace(plan, chunk_rows=5) for plan in PLANS]
+    tuner.best(("lstm",), CONFIGS, Clock(w8=2.0, w4=1.0))
+    other = [replace(config, precision="tf32x3") for config in CONFIGS]
     found = tuner.best(("lstm",), other, None)
-    assert (found.warps, found.chunk_rows) == (4, 5)
+    assert (found.warps, found.precision) == (4, "tf32x3")
 
 
 def test_other_kernels_and_other_choices_are_measured_anew(folder: Callable[[], Path]) -> None:
     tuner = Tuner(folder)
-    tuner.best(("lstm",), PLANS, Clock(w8=2.0, w4=1.0))
-    for key, plans in ((("gru",), PLANS), (("lstm",), PLANS[:2])):
+    tuner.best(("lstm",), CONFIGS, Clock(w8=2.0, w4=1.0))
+    for key, configs in ((("gru",), CONFIGS), (("lstm",), CONFIGS[:2])):
         clock = Clock(w8=1.0, w4=1.0)
-        assert tuner.best(key, plans, clock) == plans[0]
+        assert tuner.best(key, configs, clock) == configs[0]
         assert clock.asked
 
 
 def test_a_little_faster_is_not_enough(folder: Callable[[], Path]) -> None:
-    assert Tuner(folder).best((), PLANS, Clock(w8=1.0, w4=0.97, w16=0.99)) == FIRST
+    assert Tuner(folder).best((), CONFIGS, Clock(w8=1.0, w4=0.97, w16=0.99)) == FIRST
 
 
 def test_unmeasured_it_is_the_first_and_nothing_is_kept(folder: Callable[[], Path]) -> None:
     """As while a graph is captured, where nothing can be timed."""
     tuner = Tuner(folder)
-    assert tuner.best((), PLANS, None) == FIRST
-    assert tuner.best((), PLANS, Clock(w8=2.0, w4=1.0)).warps == 4
+    assert tuner.best((), CONFIGS, None) == FIRST
+    assert tuner.best((), CONFIGS, Clock(w8=2.0, w4=1.0)).warps == 4
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"warps": 4}', "damaged"])
 def test_a_damaged_file_is_replaced(folder: Callable[[], Path], text: str) -> None:
-    Tuner(folder).best((), PLANS, Clock(w8=2.0, w4=1.0))
+    Tuner(folder).best((), CONFIGS, Clock(w8=2.0, w4=1.0))
     (file,) = folder().iterdir()
     file.write_text(text)
-    assert Tuner(folder).best((), PLANS, Clock(w8=2.0, w4=1.0)).warps == 4
-    assert Tuner(folder).best((), PLANS, None).warps == 4
+    assert Tuner(folder).best((), CONFIGS, Clock(w8=2.0, w4=1.0)).warps == 4
+    assert Tuner(folder).best((), CONFIGS, None).warps == 4
 
 
 def test_alternatives_need_no_more_memory_and_no_more_registers_than_there_are() -> None:
@@ -94,15 +94,15 @@ def test_alternatives_need_no_more_memory_and_no_more_registers_than_there_are()
                 problem = Problem(
                     "lstm", 9, 64, 8, hidden, 4, 2, dtype=dtype, tape=True, backward=backward
                 )
-                device = Device(kind="cuda", triton=None, shared_bytes=227 << 10)
-                first, *others = alternatives(choose(problem, device))
+                device = Device(kind="cuda", triton=TritonFacts(shared_bytes=227 << 10))
+                first, *others = alternatives(choose(problem, device).triton)
                 assert others
-                for plan in (first, *others):
-                    assert plan.resident == first.resident
-                    assert plan.unit_tile == first.unit_tile
-                    assert plan.depth_tile <= first.depth_tile
-                    assert plan.stages <= first.stages
-                    assert plan.warps * 32 * plan.registers <= 65536
+                for config in (first, *others):
+                    assert config.resident == first.resident
+                    assert config.unit_tile == first.unit_tile
+                    assert config.depth_tile <= first.depth_tile
+                    assert config.stages <= first.stages
+                    assert config.warps * 32 * config.registers <= 65536
 
 
 def test_only_on_a_gpu_and_only_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +117,7 @@ def test_what_a_launch_changes_is_as_before_when_all_were_timed(
 ) -> None:
     pytest.importorskip("triton")
     carry = torch.ones(3)
-    ran: list[Plan] = []
+    ran: list[TritonConfig] = []
 
     class Event:
         """Tells how many warps the last launch had."""
@@ -132,18 +132,17 @@ def test_what_a_launch_changes_is_as_before_when_all_were_timed(
         def elapsed_time(self, other: Event) -> float:
             return float(ran[-1].warps)
 
-    def run(plan: Plan) -> None:
+    def run(config: TritonConfig) -> None:
         assert torch.equal(carry, torch.ones(3))
         carry.mul_(2)
-        ran.append(plan)
+        ran.append(config)
 
     monkeypatch.setattr(torch.cpu, "Event", Event, raising=False)
     monkeypatch.setattr(torch.cpu, "get_device_name", lambda _: "none", raising=False)
     monkeypatch.setattr(launch, "_tuner", Tuner(folder))
-    scan = SimpleNamespace(
-        given=SimpleNamespace(x=torch.zeros(1)), cell="lstm", hidden=5, recurrent=5, plan=FIRST
-    )
+    given, planned = SimpleNamespace(x=torch.zeros(1)), Plan("triton", FIRST)
+    scan = SimpleNamespace(given=given, cell="lstm", hidden=5, recurrent=5, plan=planned)
     for _ in range(2):
         assert launch._fastest(False, scan, run, carry).warps == 4  # type: ignore[arg-type]
         assert torch.equal(carry, torch.ones(3))
-    assert len(ran) == 5 * len(PLANS)  # once
+    assert len(ran) == 5 * len(CONFIGS)  # once

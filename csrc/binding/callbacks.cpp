@@ -61,18 +61,17 @@ const CellFacts& known_cell(std::string_view name, at::DeviceType device, at::Sc
   return *cell;
 }
 
-ScanOutputs python_forward(const std::string& kernel, const ScanInputs& in, bool tape) {
+ScanOutputs python_forward(const ScanInputs& in, bool tape) {
   py::gil_scoped_acquire gil;
-  return python().forward(kernel, inputs_to_python(in), tape).cast<ScanOutputs>();
+  return python().forward(inputs_to_python(in), tape).cast<ScanOutputs>();
 }
 
-std::vector<Tensor> python_backward(const std::string& kernel, const ScanInputs& in,
-                                    const Incoming& grads, const Tensor& y, const Tensor& tape,
-                                    const Needs& needs) {
+std::vector<Tensor> python_backward(const ScanInputs& in, const Incoming& grads, const Tensor& y,
+                                    const Tensor& tape, const Needs& needs) {
   WithAutograd autograd;
   py::gil_scoped_acquire gil;
   return python()
-      .backward(kernel, inputs_to_python(in), incoming_to_python(grads), y, tape, needs)
+      .backward(inputs_to_python(in), incoming_to_python(grads), y, tape, needs)
       .cast<std::vector<Tensor>>();
 }
 

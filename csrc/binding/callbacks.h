@@ -14,6 +14,7 @@ namespace fastrnn {
 // interpreter is gone.
 struct Callbacks {
   pybind11::object plan, find, forward, backward, differentiable_backward;
+  int significant_bits;  // of numbers of steps and rows; problems that agree in them share a plan
 };
 void set_callbacks(Callbacks* functions);
 // Those that were set; raises before.
@@ -23,11 +24,10 @@ const Callbacks& python();
 // one. On a CPU its code is compiled first where there is none yet and it can be had.
 const CellFacts& known_cell(std::string_view name, at::DeviceType device, at::ScalarType dtype);
 
-// Kernels by name.
-ScanOutputs python_forward(const std::string& kernel, const ScanInputs& in, bool tape);
-std::vector<Tensor> python_backward(const std::string& kernel, const ScanInputs& in,
-                                    const Incoming& grads, const Tensor& y, const Tensor& tape,
-                                    const Needs& needs);
+// Every kernel but the CPU's: Python plans the call and launches it.
+ScanOutputs python_forward(const ScanInputs& in, bool tape);
+std::vector<Tensor> python_backward(const ScanInputs& in, const Incoming& grads, const Tensor& y,
+                                    const Tensor& tape, const Needs& needs);
 // Gradients that can be differentiated again.
 std::vector<Tensor> python_differentiable_backward(const ScanInputs& in, const Incoming& grads,
                                                    const Needs& needs);

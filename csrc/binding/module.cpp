@@ -184,10 +184,15 @@ PYBIND11_MODULE(_C, m) {
         return py::make_tuple(cell->gates, cell->states, cell->kept);
       },
       "(gates, states, kept values) of a cell, or None.");
-  m.def("set_callbacks", [](py::object plan, py::object find, py::object forward,
-                            py::object backward, py::object differentiable_backward) {
-    set_callbacks(new Callbacks{plan, find, forward, backward, differentiable_backward});
-  });
+  m.def(
+      "set_callbacks",
+      [](py::object plan, py::object find, py::object forward, py::object backward,
+         py::object differentiable_backward, int significant_bits) {
+        set_callbacks(new Callbacks{plan, find, forward, backward, differentiable_backward,
+                                    significant_bits});
+      },
+      py::kw_only(), py::arg("plan"), py::arg("find"), py::arg("forward"), py::arg("backward"),
+      py::arg("differentiable_backward"), py::arg("significant_bits"));
 }
 
 }  // namespace fastrnn

@@ -26,27 +26,15 @@ ScanOutputs from_list(std::vector<Tensor> list) {
 
 Problem problem_of(const Call& call, bool tape, bool backward) {
   const auto& [cell, in, n, tables] = call;
-  return {in.cell,
-          n.T,
-          n.B,
-          tables.live_rows(),
-          n.I,
-          n.H,
-          n.P,
-          in.x.scalar_type(),
-          in.x.device().type(),
-          tape,
-          backward,
-          n.projected,
-          !in.packed.empty()};
+  return {in.cell, n.T,      n.B,         tables.live_rows(), n.I, n.H, n.P, in.x.scalar_type(),
+          tape,    backward, n.projected, !in.packed.empty()};
 }
 
-// On tensors on a CPU, which another kernel may be chosen for, too.
+// On tensors on a CPU, for which the plan may name another kernel, too.
 ScanOutputs scan_on_cpu(const ScanInputs& in, bool tape) {
   const Call call(known_cell(in.cell, at::kCPU, in.x.scalar_type()), in);
-  const Choice& choice = choose(call.cell, problem_of(call, tape, false));
-  return choice.kernel == "cpu" ? forward_on_cpu(call, choice.cpu, tape)
-                                : python_forward(choice.kernel, in, tape);
+  const auto plan = cpu_plan(call.cell, problem_of(call, tape, false));
+  return plan ? forward_on_cpu(call, *plan, tape) : python_forward(in, tape);
 }
 
 }  // namespace
@@ -108,21 +96,11 @@ std::vector<Tensor> cpu_packed(FASTRNN_PACKED_PARAMETERS) {
   return as_list(scan_frozen(in, expected));
 }
 
-// Devices and dtypes without a kernel of their own in C++.
-std::string kernel_elsewhere(const ScanInputs& in, bool tape, bool backward) {
-  const CellFacts& facts = known_cell(in.cell, in.x.device().type(), in.x.scalar_type());
-  const Tensor& x = in.x;
-  const int64_t steps = x.dim() == 3 ? x.size(0) : 1, batch = x.size(-2);
-  return choose(facts,
-                {in.cell, steps, batch, steps * batch, x.size(-1), in.w_hh[0].size(0) / facts.gates,
-                 static_cast<int64_t>(in.w_hh.size()), x.scalar_type(), x.device().type(), tape,
-                 backward, !in.w_hr.empty(), false})
-      .kernel;
-}
-
+// On other devices, which have no kernel in C++.
 std::vector<Tensor> elsewhere(FASTRNN_SCAN_PARAMETERS, bool tape, bool) {
   const ScanInputs in = FASTRNN_SCAN_INPUTS;
-  return as_list(python_forward(kernel_elsewhere(in, tape, false), in, tape));
+  known_cell(cell, x.device().type(), x.scalar_type());
+  return as_list(python_forward(in, tape));
 }
 
 Incoming incoming(const std::optional<Tensor>& dy,
@@ -137,17 +115,17 @@ std::vector<Tensor> backward_cpu(FASTRNN_BACKWARD_PARAMETERS) {
   const ScanInputs in = FASTRNN_SCAN_INPUTS;
   const Incoming grads = incoming(dy, dstates);
   const Call call(known_cell(cell, at::kCPU, x.scalar_type()), in);
-  const Choice choice = choose(call.cell, problem_of(call, true, true));
-  if (choice.kernel != "cpu") return python_backward(choice.kernel, in, grads, y, tape, needs);
+  const auto plan = cpu_plan(call.cell, problem_of(call, true, true));
+  if (!plan) return python_backward(in, grads, y, tape, needs);
   const bool has_tape = call.n.R == 0 || tape.size(0) > 0;
-  return backward_on_cpu(call, choice.cpu, grads, y,
+  return backward_on_cpu(call, *plan, grads, y,
                          has_tape ? tape : std::get<2>(scan_on_cpu(in, true)), needs);
 }
 
 std::vector<Tensor> backward_elsewhere(FASTRNN_BACKWARD_PARAMETERS) {
   const ScanInputs in = FASTRNN_SCAN_INPUTS;
-  return python_backward(kernel_elsewhere(in, true, true), in, incoming(dy, dstates), y, tape,
-                         needs);
+  known_cell(cell, x.device().type(), x.scalar_type());
+  return python_backward(in, incoming(dy, dstates), y, tape, needs);
 }
 
 }  // namespace

@@ -18,7 +18,7 @@ namespace {
 std::atomic<int64_t> plans_epoch{0};
 
 using PlanKey = std::tuple<const CellFacts*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
-                           at::ScalarType, at::DeviceType, bool, bool, bool, bool, int>;
+                           at::ScalarType, bool, bool, bool, bool, int>;
 
 constexpr size_t kMostPlans = 4096;  // batches of ever new lengths must not fill the memory
 
@@ -27,49 +27,52 @@ constexpr size_t kMostPlans = 4096;  // batches of ever new lengths must not fil
 bool forked = false;
 const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
-// Lengths to one part in eight: a plan hardly depends on them, and asking for one takes longer than
-// a small batch does.
-int64_t about(int64_t n) {
-  int64_t step = 1;
-  while (n / step >= 16) step *= 2;
-  return n / step * step;
+// Problems whose numbers agree in their leading bits share a plan.
+int64_t leading(int64_t n, int bits) {
+  int dropped = 0;
+  while (n >> dropped >> bits) ++dropped;
+  return n >> dropped << dropped;
 }
 
 int available_threads() { return forked || at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
 }  // namespace
 
-const Choice& choose(const CellFacts& cell, const Problem& exact) {
-  Problem p = exact;
-  p.steps = about(p.steps);
-  p.rows = about(p.rows);
-  thread_local std::map<PlanKey, Choice> known;
+std::optional<CpuPlan> cpu_plan(const CellFacts& cell, const Problem& p) {
+  thread_local std::map<PlanKey, std::optional<CpuPlan>> known;
   thread_local int64_t epoch = 0;
   const int threads = available_threads();
   if (epoch != plans_epoch || known.size() >= kMostPlans) {
     known.clear();
     epoch = plans_epoch;
   }
-  const PlanKey key{&cell,   p.steps,  p.batch, p.rows,     p.inputs,    p.hidden, p.lanes,
-                    p.dtype, p.device, p.tape,  p.backward, p.projected, p.frozen, threads};
+  const int bits = python().significant_bits;
+  const PlanKey key{&cell,       leading(p.steps, bits),
+                    p.batch,     leading(p.rows, bits),
+                    p.inputs,    p.hidden,
+                    p.lanes,     p.dtype,
+                    p.tape,      p.backward,
+                    p.projected, p.frozen,
+                    threads};
   auto found = known.find(key);
   if (found != known.end()) return found->second;
   py::gil_scoped_acquire gil;
-  auto answer = python().plan(
+  const py::object answer = python().plan(
       py::arg("cell") = cell.name, py::arg("steps") = p.steps, py::arg("batch") = p.batch,
       py::arg("rows") = p.rows, py::arg("inputs") = p.inputs, py::arg("hidden") = p.hidden,
       py::arg("gates") = cell.gates, py::arg("states") = cell.states, py::arg("lanes") = p.lanes,
-      py::arg("dtype") = c10::toString(p.dtype),
-      py::arg("device") = c10::DeviceTypeName(p.device, /*lower_case=*/true),
-      py::arg("tape") = p.tape, py::arg("backward") = p.backward,
-      py::arg("projected") = p.projected, py::arg("frozen") = p.frozen,
-      py::arg("projectable") = cell.projectable,
+      py::arg("dtype") = c10::toString(p.dtype), py::arg("tape") = p.tape,
+      py::arg("backward") = p.backward, py::arg("projected") = p.projected,
+      py::arg("frozen") = p.frozen, py::arg("projectable") = cell.projectable,
       py::arg("compiled") = cell.compiled[p.dtype == at::kDouble] != nullptr,
       py::arg("threads") = threads);
-  auto [kernel, packed, lanes, slots, units, chunk_rows] =
-      answer.cast<std::tuple<std::string, bool, int32_t, int32_t, int32_t, int64_t>>();
-  return known.emplace(key, Choice{kernel, {packed, lanes, slots, units, chunk_rows}})
-      .first->second;
+  std::optional<CpuPlan> plan;
+  if (!answer.is_none()) {
+    const auto [packed, lanes, slots, units, chunk_rows] =
+        answer.cast<std::tuple<bool, int32_t, int32_t, int32_t, int64_t>>();
+    plan = CpuPlan{packed, lanes, slots, units, chunk_rows};
+  }
+  return known.emplace(key, plan).first->second;
 }
 
 void forget_plans() { ++plans_epoch; }

@@ -1,8 +1,9 @@
-// Plans, asked of Python once for each problem and remembered.
+// Plans of the CPU kernel, asked of Python once for each problem and remembered.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
 #include <string>
 
 #include "cpu/contract.h"
@@ -10,22 +11,17 @@
 
 namespace fastrnn {
 
-// Numbers that decide a plan; fastrnn/plan's Problem, and the threads there are.
+// A call on tensors on a CPU, as fastrnn/plan's Problem.
 struct Problem {
   std::string_view cell;
   int64_t steps, batch, rows, inputs, hidden, lanes;
   at::ScalarType dtype;
-  at::DeviceType device;
   bool tape, backward, projected, frozen;
 };
 
-struct Choice {
-  std::string kernel;
-  CpuPlan cpu;
-};
-
-// The plan for a problem, remembered per thread; asks fastrnn/plan the first time.
-const Choice& choose(const CellFacts& cell, const Problem& problem);
+// The CPU kernel's plan for a problem, or nothing where another kernel runs it. Remembered per
+// thread; asks fastrnn/plan the first time.
+std::optional<CpuPlan> cpu_plan(const CellFacts& cell, const Problem& problem);
 // Forgets all plans, in every thread.
 void forget_plans();
 

@@ -1,5 +1,5 @@
-"""What the compiled operator asks of Python: a plan, the first time it sees a shape, a cell that it
-does not know yet, and the kernels that are written in Python.
+"""What the compiled operator asks of Python: a plan, the first time it sees a shape on a CPU; a
+cell that it does not know yet; and every kernel but the CPU's, which Python plans and launches.
 """
 
 from __future__ import annotations
@@ -7,9 +7,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastrnn import plan
@@ -32,63 +32,61 @@ _SWEEPS: dict[str, Sweeps] = {"cuda": cuda.sweeps, "triton": launch.sweeps}
 _logged: set[tuple[plan.Problem, plan.Device]] = set()
 
 
-def _plan(
-    *,
-    dtype: str,
-    device: str,
-    threads: int,
-    compiled: bool,
-    **rest: Any,
-) -> tuple[str, bool, int, int, int, int]:
-    problem = plan.Problem(dtype=NAMES.get(dtype, dtype), **rest)
-    offered = machine.current(device, threads, compiled)
-    chosen = plan.choose(problem, offered)
-    if "plan" in os.environ.get("FASTRNN_LOG", "") and (problem, offered) not in _logged:
-        _logged.add((problem, offered))
+def _cpu_plan(
+    *, dtype: str, threads: int, compiled: bool, **problem: Any
+) -> tuple[bool, int, int, int, int] | None:
+    """The fields of C++'s `CpuPlan` for a call on a CPU, or None where another kernel runs it."""
+    offered = machine.current("cpu", threads, compiled)
+    asked = plan.Problem(dtype=NAMES.get(dtype, dtype), **problem)
+    chosen = plan.choose(asked, offered)
+    if chosen.kernel != "cpu":
+        return None
+    _log(asked, offered, chosen)
+    config = chosen.cpu
+    split = config.split_lanes, config.split_slots, config.split_units
+    return config.packed_weights, *split, chosen.chunk_rows
+
+
+def _log(problem: plan.Problem, device: plan.Device, chosen: plan.Plan) -> None:
+    if "plan" in os.environ.get("FASTRNN_LOG", "") and (problem, device) not in _logged:
+        _logged.add((problem, device))
         print(f"fastrnn: {problem}\n      -> {chosen}", file=sys.stderr)
-    return (
-        chosen.kernel,
-        chosen.packed_weights,
-        chosen.split_lanes,
-        chosen.split_slots,
-        chosen.split_units,
-        chosen.chunk_rows,
-    )
 
 
-def _forward(
-    kernel: str, inputs: tuple[Any, ...], tape: bool
-) -> tuple[Tensor, list[Tensor], Tensor]:
-    """The forward sweep of a kernel that is written in Python."""
-    cell, operands = _taken(inputs)
-    if kernel not in _SWEEPS:
-        return reference.forward(cell_of(cell), cell, operands, tape)
+def _forward(inputs: tuple[Any, ...], tape: bool) -> tuple[Tensor, list[Tensor], Tensor]:
+    """The forward pass of a kernel that Python launches."""
+    key, operands = _split(inputs)
+    chosen = _choose(key, operands, tape=tape)
+    if chosen.kernel not in _SWEEPS:
+        return reference.forward(cell_of(key), key, operands, tape)
     given = _with_scans(operands)
-    y, states, kept = driver.forward(_SWEEPS[kernel], _scan(cell, given, kernel, tape=tape), tape)
+    scan = Scan(key, derive(cell_of(key)), chosen, given)
+    y, states, kept = driver.forward(_SWEEPS[chosen.kernel], scan, tape)
     return y, [s[0] for s in states] if given is not operands else states, kept
 
 
 def _backward(
-    kernel: str,
     inputs: tuple[Any, ...],
     grads: list[Tensor | None],
     y: Tensor,
     tape: Tensor,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    (cell, operands), need = _taken(inputs), Needs(*needs)
-    if kernel not in _SWEEPS:
+    (key, operands), need = _split(inputs), Needs(*needs)
+    chosen = _choose(key, operands, tape=True, backward=True)
+    if chosen.kernel not in _SWEEPS:
         # By autograd of the reference, which needs no tape.
-        return reference.gradients(cell_of(cell), operands, grads, need, create_graph=False)
-    replays = isinstance(_SWEEPS[kernel], ReplayingSweeps)
+        return reference.gradients(cell_of(key), operands, grads, need, create_graph=False)
+    sweeps = _SWEEPS[chosen.kernel]
+    replays = isinstance(sweeps, ReplayingSweeps)
     if tape.size(2) and not tape.size(0) and y.numel() and not replays:
-        tape = _forward(kernel, inputs, True)[2]
+        tape = _forward(inputs, True)[2]
     given = _with_scans(operands)
-    scan = _scan(cell, given, kernel, tape=True, backward=True)
+    scan = Scan(key, derive(cell_of(key)), chosen, given)
     if given is operands:
-        return driver.backward(_SWEEPS[kernel], scan, grads, y, tape, need)
+        return driver.backward(sweeps, scan, grads, y, tape, need)
     grads = [grads[0], *[None if g is None else g.unsqueeze(0) for g in grads[1:]]]
-    found = driver.backward(_SWEEPS[kernel], scan, grads, y, tape, need)
+    found = driver.backward(sweeps, scan, grads, y, tape, need)
     states = len(operands.s0) if need.s0 else 0
     return found[: len(found) - states] + [g[0] for g in found[len(found) - states :]]
 
@@ -96,14 +94,14 @@ def _backward(
 def _differentiable_backward(
     inputs: tuple[Any, ...], grads: list[Tensor | None], needs: Sequence[bool]
 ) -> list[Tensor]:
-    cell, operands = _taken(inputs)
-    return reference.gradients(cell_of(cell), operands, grads, Needs(*needs), create_graph=True)
+    key, operands = _split(inputs)
+    return reference.gradients(cell_of(key), operands, grads, Needs(*needs), create_graph=True)
 
 
-def _taken(inputs: tuple[Any, ...]) -> tuple[str, Operands]:
-    """What the operator takes before `tape`: the name of the cell, and the operands."""
-    cell, *operands = inputs
-    return cell, Operands(*operands)
+def _split(inputs: tuple[Any, ...]) -> tuple[str, Operands]:
+    """The inputs of the operator: the name of the cell, and the operands."""
+    key, *operands = inputs
+    return key, Operands(*operands)
 
 
 def _with_scans(given: Operands) -> Operands:
@@ -113,28 +111,41 @@ def _with_scans(given: Operands) -> Operands:
     return given._replace(s0=[s.unsqueeze(0) for s in given.s0])
 
 
-def _scan(key: str, given: Operands, kernel: str, *, tape: bool, backward: bool = False) -> Scan:
-    """The scan with the plan for it."""
+def _choose(key: str, given: Operands, *, tape: bool, backward: bool = False) -> plan.Plan:
+    """The plan of a call. It is made anew for each one, because switches of torch count, too."""
     cell, x = cell_of(key), given.x
-    derived = derive(cell)
+    if given.batch_sizes is not None:
+        steps, batch, rows = given.batch_sizes.numel(), given.s0[0].size(1), x.size(0)
+    else:
+        steps, batch, rows = x.size(0) if x.dim() == 3 else 1, x.size(-2), -1
     problem = plan.Problem(
         cell=key,
-        steps=x.size(0) if x.dim() == 3 else 1,
-        batch=given.s0[0].size(1) if given.s0 else x.size(-2),
+        steps=steps,
+        batch=batch,
         inputs=x.size(-1),
         hidden=given.w_hh[0].size(0) // len(cell.gates),
         gates=len(cell.gates),
         states=len(cell.states),
         lanes=len(given.w_hh),
+        rows=rows,
         dtype=str(x.dtype).removeprefix("torch."),
         tape=tape,
         backward=backward,
         projected=bool(given.w_hr),
-        projectable=derived.projectable,
+        projectable=derive(cell).projectable,
     )
-    # The kernel was chosen for the current device, which may be another one than the tensors'.
-    offered = replace(machine.current(x.device.type, index=x.device.index), forced=kernel)
-    return Scan(key, derived, plan.choose(problem, offered), given)
+    compiled = _C.has_code(key, x.dtype == torch.float64)
+    offered = machine.current(x.device.type, compiled=compiled, index=x.device.index)
+    chosen = plan.choose(problem, offered)
+    _log(problem, offered, chosen)
+    return chosen
 
 
-_C.set_callbacks(_plan, find, _forward, _backward, _differentiable_backward)
+_C.set_callbacks(
+    plan=_cpu_plan,
+    find=find,
+    forward=_forward,
+    backward=_backward,
+    differentiable_backward=_differentiable_backward,
+    significant_bits=plan.SIGNIFICANT_BITS,
+)

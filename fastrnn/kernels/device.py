@@ -6,6 +6,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -52,67 +53,73 @@ def current(
     kind: str = "cpu", threads: int | None = None, compiled: bool = True, index: int | None = None
 ) -> plan.Device:
     """What this machine offers to a call of `threads` threads, torch's number by default, on the
-    current device of its kind or the one of that index."""
+    current device of its kind or the one of that index; `compiled` tells whether the cell has code
+    for CPUs."""
     return plan.Device(
         kind=kind,
-        **_triton_facts(kind, index, launch.interpreted())
-        | _cuda_facts(kind, index, cuda.library()),
-        tf32=tf32_allowed(),
-        threads=torch.get_num_threads() if threads is None else threads,
-        vector_bytes=_C.vector_bytes(),
-        l2_bytes=hardware.cache_bytes().get("L2", 1 << 20),
-        compiled=compiled,
         forced=asked_for(),
+        tf32=tf32_allowed(),
+        cpu=plan.CpuFacts(
+            threads=torch.get_num_threads() if threads is None else threads,
+            vector_bytes=_C.vector_bytes(),
+            l2_bytes=hardware.cache_bytes().get("L2", 1 << 20),
+            compiled=compiled,
+        ),
+        cuda=_cuda_facts(kind, index, cuda.library()),
+        triton=_triton_facts(kind, index, launch.interpreted()),
     )
 
 
 @cache
-def _triton_facts(kind: str, index: int | None, interpreted: bool) -> dict[str, Any]:
-    """What `plan.Device` tells about Triton."""
+def _triton_facts(kind: str, index: int | None, interpreted: bool) -> plan.TritonFacts | str:
     if importlib.util.find_spec("triton") is None:
-        return {}
-    facts: dict[str, Any] = {"triton": None, "interpreted": interpreted}
-    if kind in ("cuda", "xpu") and getattr(torch, kind).is_available():
-        properties = getattr(torch, kind).get_device_properties(index)
-        for name, known in {
-            "shared_bytes": ("shared_memory_per_block_optin", "local_mem_size"),
-            "warp": ("warp_size",),
-        }.items():
-            values = [getattr(properties, k) for k in known if hasattr(properties, k)]
-            facts |= {name: int(values[0])} if values else {}
-    return facts
+        return "Triton is not installed"
+    nvidia = kind == "cuda" and torch.version.hip is None
+    facts = plan.TritonFacts(nvidia=nvidia, interpreted=interpreted)
+    if kind not in ("cuda", "xpu") or not getattr(torch, kind).is_available():
+        return facts
+    properties = getattr(torch, kind).get_device_properties(index)
+
+    def first(names: tuple[str, ...], otherwise: int) -> int:
+        return next(
+            (int(getattr(properties, n)) for n in names if hasattr(properties, n)), otherwise
+        )
+
+    return replace(
+        facts,
+        shared_bytes=first(("shared_memory_per_block_optin", "local_mem_size"), facts.shared_bytes),
+        warp=first(("warp_size",), facts.warp),
+    )
 
 
 # A simulator has the multiprocessors and clusters that tests ask for.
-_SIMULATED = {
-    "simulated": True,
-    "capability": 90,
-    "multiprocessors": 132,
-    "shared_bytes": 227 << 10,
-    "clusters": ((2, 66), (4, 32), (8, 15), (16, 6)),
-}
+_SIMULATED = plan.CudaFacts(
+    simulated=True,
+    capability=90,
+    multiprocessors=132,
+    shared_bytes=227 << 10,
+    clusters=((2, 66), (4, 32), (8, 15), (16, 6)),
+)
 
 
 @cache
-def _cuda_facts(kind: str, index: int | None, library: cuda.Library | str) -> dict[str, Any]:
-    """What `plan.Device` tells about the CUDA kernels."""
+def _cuda_facts(kind: str, index: int | None, library: cuda.Library | str) -> plan.CudaFacts | str:
     if isinstance(library, str):
-        return {"cuda": library}
-    facts: dict[str, Any] = {"cuda": None, "cuda_cells": library.cells}
+        return library
     if library.simulated:
-        return facts | _SIMULATED
+        return replace(_SIMULATED, cells=library.cells)
     if kind != "cuda" or not torch.cuda.is_available():
-        return facts
+        return plan.CudaFacts(library.cells)
     if torch.version.hip is not None:
-        return {"cuda": "it runs on NVIDIA's GPUs, and torch is built for AMD's"}
+        return "it runs on NVIDIA's GPUs, and torch is built for AMD's"
     with torch.cuda.device(index):
         properties: Any = torch.cuda.get_device_properties(index)
         shared = int(properties.shared_memory_per_block_optin)
         counts = [(n, library.resident_clusters(n, 256, shared)) for n in (2, 4, 8, 16)]
-    return facts | {
-        "capability": 10 * properties.major + properties.minor,
-        "multiprocessors": properties.multi_processor_count,
-        "shared_bytes": shared,
-        "registers": int(properties.regs_per_multiprocessor),
-        "clusters": tuple((blocks, count) for blocks, count in counts if count > 0),
-    }
+    return plan.CudaFacts(
+        library.cells,
+        capability=10 * properties.major + properties.minor,
+        multiprocessors=properties.multi_processor_count,
+        shared_bytes=shared,
+        clusters=tuple((blocks, count) for blocks, count in counts if count > 0),
+    )

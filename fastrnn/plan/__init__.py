@@ -12,15 +12,33 @@ from dataclasses import replace
 
 from fastrnn.plan import cpu, cuda, triton
 from fastrnn.plan.cpu import step_threads
-from fastrnn.plan.problem import Device, Plan, Problem
+from fastrnn.plan.problem import (
+    SIGNIFICANT_BITS,
+    CpuConfig,
+    CpuFacts,
+    CudaConfig,
+    CudaFacts,
+    Device,
+    Plan,
+    Problem,
+    TritonConfig,
+    TritonFacts,
+)
 from fastrnn.plan.triton import alternatives
 
 __all__ = [
     "KERNELS",
+    "SIGNIFICANT_BITS",
+    "CpuConfig",
+    "CpuFacts",
+    "CudaConfig",
+    "CudaFacts",
     "Device",
     "KernelRefused",
     "Plan",
     "Problem",
+    "TritonConfig",
+    "TritonFacts",
     "alternatives",
     "choose",
     "refusal",
@@ -39,6 +57,7 @@ def choose(problem: Problem, device: Device) -> Plan:
         KernelRefused: when `device.forced` names a kernel and it refuses.
         ValueError: when `device.forced` names no kernel.
     """
+    problem = problem.rounded()
     if device.forced is not None:
         if device.forced not in _KERNELS:
             raise ValueError(f"no kernel named {device.forced!r}; there are: {', '.join(_KERNELS)}")

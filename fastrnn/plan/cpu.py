@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from fastrnn.plan import dtypes
-from fastrnn.plan.problem import Device, Plan, Problem
+from fastrnn.plan.problem import CpuConfig, Device, Plan, Problem
 
 __all__ = ["configure", "refuse", "step_threads"]
 
@@ -23,7 +23,7 @@ _BACKWARD_ROWS = 512  # depth at which the products for weight gradients are eff
 def refuse(problem: Problem, device: Device) -> str | None:
     if device.kind != "cpu":
         return f"it runs on CPUs, the tensors are on {device.kind}"
-    if not device.compiled:
+    if not device.cpu.compiled:
         return f"there is no compiled code for cell {problem.cell!r}"
     if (reason := dtypes.unsupported(problem.dtype)) is not None:
         return reason
@@ -34,30 +34,26 @@ def refuse(problem: Problem, device: Device) -> str | None:
 
 def configure(problem: Problem, device: Device) -> Plan:
     lanes, slots, units = _split(problem, device)
-    return Plan(
-        kernel="cpu",
-        packed_weights=(problem.frozen or problem.backward or problem.live_rows > _UNPACKED_ROWS),
-        split_lanes=lanes,
-        split_slots=slots,
-        split_units=units,
-        chunk_rows=_chunk_rows(problem, device),
-    )
+    packed = problem.frozen or problem.backward or problem.live_rows > _UNPACKED_ROWS
+    config = CpuConfig(packed, split_lanes=lanes, split_slots=slots, split_units=units)
+    return Plan("cpu", config, chunk_rows=_chunk_rows(problem, device))
 
 
 def _split(problem: Problem, device: Device) -> tuple[int, int, int]:
     """Threads over lanes, slots and units. Lanes and slots need no exchange, so they come first;
     units are shared only when a step is worth a hand-over."""
+    threads = device.cpu.threads
     depth = problem.hidden if problem.backward else problem.hidden + problem.inputs
     per_row = problem.gates * problem.hidden * depth
-    if device.threads <= 1 or per_row * problem.live_rows * problem.lanes < _WORK_FOR_THREADS:
+    if threads <= 1 or per_row * problem.live_rows * problem.lanes < _WORK_FOR_THREADS:
         return 1, 1, 1
-    lanes = math.gcd(problem.lanes, device.threads)
-    left = device.threads // lanes
+    lanes = math.gcd(problem.lanes, threads)
+    left = threads // lanes
     slots = min(left, problem.batch)
     if slots < left and problem.steps > 1:
         slots = 1 if problem.batch < 2 * left else slots
     left //= slots
-    vectors = -(-problem.hidden * problem.itemsize // device.vector_bytes)
+    vectors = -(-problem.hidden * problem.itemsize // device.cpu.vector_bytes)
     unit_vectors = max(1, 4 // problem.gates) if not problem.backward else 1
     panels = -(-vectors // unit_vectors)
     step_work = problem.gates * problem.hidden * problem.hidden * problem.batch // slots
@@ -67,12 +63,12 @@ def _split(problem: Problem, device: Device) -> tuple[int, int, int]:
 
 def step_threads(weight_bytes: int, device: Device) -> int:
     """Threads for a stepper, of those it may have: each should read enough weights in a step."""
-    return max(1, min(device.threads, weight_bytes // _STEP_BYTES_PER_THREAD))
+    return max(1, min(device.cpu.threads, weight_bytes // _STEP_BYTES_PER_THREAD))
 
 
 def _chunk_rows(problem: Problem, device: Device) -> int:
     """What is projected or differentiated at a time should stay in a core's cache."""
     row = max(1, problem.gates * problem.hidden * problem.itemsize)
     if problem.backward:
-        return max(device.l2_bytes // row, _BACKWARD_ROWS)
-    return max(1, device.l2_bytes // (_FORWARD_SHARE * row))
+        return max(device.cpu.l2_bytes // row, _BACKWARD_ROWS)
+    return max(1, device.cpu.l2_bytes // (_FORWARD_SHARE * row))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fastrnn.plan import dtypes
-from fastrnn.plan.problem import Device, Plan, Problem
+from fastrnn.plan.problem import Device, Plan, Problem, TritonConfig, TritonFacts
 
 __all__ = ["alternatives", "configure", "refuse"]
 
@@ -23,11 +23,11 @@ _STRETCH_BYTES = 64 << 20  # of du, whose products want many rows
 
 
 def refuse(problem: Problem, device: Device) -> str | None:
-    if device.triton is not None:
+    if isinstance(device.triton, str):
         return device.triton
     if (reason := dtypes.unsupported(problem.dtype)) is not None:
         return reason
-    if device.kind == "cpu" and device.interpreted:
+    if device.kind == "cpu" and device.triton.interpreted:
         if device.forced != "triton":
             return "on CPUs it runs in Triton's interpreter, and only when it is asked for by name"
         if problem.dtype == "bfloat16":
@@ -44,62 +44,106 @@ def refuse(problem: Problem, device: Device) -> str | None:
 def configure(problem: Problem, device: Device) -> Plan:
     """Tiles and warps. Of T and B only `batch_tile` depends on B, and takes one of few values, so
     that nothing is compiled anew for the lengths and sizes of batches."""
-    itemsize = dtypes.BYTES[problem.dtype]
-    words = max(1, problem.itemsize // 4)  # registers of a number as computed
-    padded = max(16, _power_of_two(problem.hidden))
-    weights = problem.gates * padded * padded
-    # One row reads every weight once: multiplying and adding is quicker while registers hold them
-    # all. Float64 has no matrix units in Triton.
-    warps = 4 if padded <= 32 or device.warp > 32 else 8
-    threads = warps * device.warp
-    one_row = problem.batch == 1 and weights * words <= threads * _WEIGHT_REGISTERS
-    matrix_units = itemsize < 8 and not one_row
-    batch_tile = _MATRIX_ROWS if matrix_units else 1
-    # Blocks that live at once: inputs of this step and the next, sums, states before and after.
-    blocks = (3 * problem.gates + (4 if problem.backward else 2) * problem.states) * words
-    # Float32 is split in two parts for matrix units, which take registers as well.
-    in_parts = itemsize == 4 and not device.tf32
-    if matrix_units:
-        fits = (
-            blocks * batch_tile * padded
-            <= threads * (_PARTS_REGISTERS if in_parts else _BLOCK_REGISTERS)
-            and weights * itemsize * (1 if itemsize < 4 else 2) + 2 * batch_tile * padded * 4
-            <= device.shared_bytes
-            and (itemsize < 4 or padded <= (32 if in_parts else 64))
-        )
-    else:
-        # The weights of a gate pass through shared memory on their way into registers.
-        fits = (
-            weights * words <= threads * _WEIGHT_REGISTERS
-            and padded * padded * problem.itemsize <= device.shared_bytes
-        )
-    row = problem.gates * problem.hidden * itemsize * problem.lanes
+    gpu = device.triton
+    assert isinstance(gpu, TritonFacts), gpu
+    row = problem.gates * problem.hidden * dtypes.BYTES[problem.dtype] * problem.lanes
     most = _STRETCH_BYTES if problem.backward else _CHUNK_BYTES
-    plan = Plan(
-        kernel="triton",
-        matrix_units=matrix_units,
-        batch_tile=batch_tile,
-        chunk_rows=max(1, most // row),
+    precision = _precision(problem, device, gpu)
+    config = _resident(problem, gpu, precision) or _streamed(problem, gpu, precision)
+    if not gpu.nvidia:
+        config = replace(config, registers=0)
+    return Plan("triton", config, chunk_rows=max(1, most // row))
+
+
+def _precision(problem: Problem, device: Device, gpu: TritonFacts) -> str:
+    """How float32 is multiplied: on NVIDIA's matrix units as TF32 where torch may do that too, and
+    otherwise by three products of TF32 parts, nearly in full; elsewhere in full."""
+    if problem.dtype != "float32" or not gpu.nvidia:
+        return "ieee"
+    return "tf32" if device.tf32 else "tf32x3"
+
+
+def _padded(problem: Problem) -> int:
+    return max(_MATRIX_ROWS, _power_of_two(problem.hidden))
+
+
+def _warps(problem: Problem, gpu: TritonFacts) -> int:
+    return 4 if _padded(problem) <= 32 or gpu.warp > 32 else 8
+
+
+def _in_registers(problem: Problem, gpu: TritonFacts) -> bool:
+    """Whether the registers of a program hold all weights, as computed."""
+    words = max(1, problem.itemsize // 4)
+    weights = problem.gates * _padded(problem) ** 2
+    return weights * words <= _warps(problem, gpu) * gpu.warp * _WEIGHT_REGISTERS
+
+
+def _tiles(problem: Problem, gpu: TritonFacts, precision: str) -> TritonConfig:
+    """The tile of the batch, and what multiplies it. One row reads every weight once: multiplying
+    and adding is quicker while registers hold them all. Float64 has no matrix units in Triton."""
+    one_row = problem.batch == 1 and _in_registers(problem, gpu)
+    matrix_units = dtypes.BYTES[problem.dtype] < 8 and not one_row
+    batch_tile = _MATRIX_ROWS if matrix_units else 1
+    return TritonConfig(precision, matrix_units=matrix_units, batch_tile=batch_tile)
+
+
+def _resident(problem: Problem, gpu: TritonFacts, precision: str) -> TritonConfig | None:
+    """The weights in registers or shared memory for the whole sweep, if they fit there."""
+    config, padded = _tiles(problem, gpu, precision), _padded(problem)
+    if problem.projected or not _fits(problem, gpu, config):
+        return None
+    warps = _warps(problem, gpu)
+    config = replace(config, resident=True, unit_tile=padded, depth_tile=padded, warps=warps)
+    if not config.matrix_units or padded < 128 or gpu.warp > 32:
+        return config
+    # All the registers that there are: a few more for each thread, or twice the threads.
+    if problem.backward:
+        return replace(config, warps=16, registers=128)
+    return replace(config, registers=255)
+
+
+def _fits(problem: Problem, gpu: TritonFacts, config: TritonConfig) -> bool:
+    padded, itemsize = _padded(problem), dtypes.BYTES[problem.dtype]
+    if not config.matrix_units:
+        # The weights of a gate pass through shared memory on their way into registers.
+        through = padded * padded * problem.itemsize
+        return _in_registers(problem, gpu) and through <= gpu.shared_bytes
+    # Blocks that live at once: inputs of this step and the next, sums, states before and after.
+    words = max(1, problem.itemsize // 4)
+    blocks = (3 * problem.gates + (4 if problem.backward else 2) * problem.states) * words
+    registers, most = _BLOCK_REGISTERS, 64 if itemsize == 4 else padded
+    if _in_full(problem, config):
+        registers, most = _PARTS_REGISTERS, 32
+    threads = _warps(problem, gpu) * gpu.warp
+    weights = problem.gates * padded * padded * itemsize * (1 if itemsize < 4 else 2)
+    return (
+        blocks * config.batch_tile * padded <= threads * registers
+        and weights + 2 * config.batch_tile * padded * 4 <= gpu.shared_bytes
+        and padded <= most
     )
-    if fits and not problem.projected:
-        plan = replace(plan, resident=True, unit_tile=padded, depth_tile=padded, warps=warps)
-        if not matrix_units or padded < 128 or device.warp > 32:
-            return plan
-        # All the registers that there are: a few more for each thread, or twice the threads.
-        if problem.backward:
-            return replace(plan, warps=16, registers=128)
-        return replace(plan, registers=255)
-    if not matrix_units:
-        return replace(plan, unit_tile=min(padded, 32), depth_tile=min(padded, 32), warps=8)
-    # Of the weights of every gate, and of what they are multiplied by.
+
+
+def _in_full(problem: Problem, config: TritonConfig) -> bool:
+    """Whether float32 is not rounded to TF32, which takes more registers: on NVIDIA's matrix units
+    for its two parts."""
+    return problem.dtype == "float32" and config.precision != "tf32"
+
+
+def _streamed(problem: Problem, gpu: TritonFacts, precision: str) -> TritonConfig:
+    """The weights read in tiles at every step."""
+    config, itemsize = _tiles(problem, gpu, precision), dtypes.BYTES[problem.dtype]
+    padded = _padded(problem)
     unit_tile = min(padded, 32)
+    if not config.matrix_units:
+        return replace(config, unit_tile=unit_tile, depth_tile=unit_tile, warps=8)
     depth_tile, stages = (min(padded, 64), 4) if itemsize == 2 else (min(padded, 32), 2)
-    if in_parts and problem.projected:  # two products more
+    if _in_full(problem, config) and problem.projected:  # two products more
         depth_tile = 16
     while (
-        stages * depth_tile * (problem.gates * unit_tile + batch_tile) * itemsize
+        # Weights of every gate, and the rows that they are multiplied by.
+        stages * depth_tile * (problem.gates * unit_tile + config.batch_tile) * itemsize
         + _OTHER_SHARED_BYTES
-        > device.shared_bytes
+        > gpu.shared_bytes
     ):
         if depth_tile > 32:
             depth_tile //= 2
@@ -109,18 +153,19 @@ def configure(problem: Problem, device: Device) -> Plan:
             unit_tile //= 2
         else:
             break
-    return replace(plan, unit_tile=unit_tile, depth_tile=depth_tile, warps=8, stages=stages)
+    return replace(config, unit_tile=unit_tile, depth_tile=depth_tile, warps=8, stages=stages)
 
 
-def alternatives(chosen: Plan) -> list[Plan]:
-    """A plan for Triton, and others for the same memory that may be quicker: which one is depends
-    on what no number here tells."""
-    found = [chosen]
+def alternatives(chosen: TritonConfig) -> list[TritonConfig]:
+    """A configuration, and others for the same memory that may be faster, which timing alone can
+    tell."""
+    found, limit = [chosen], 240 if chosen.registers else 0
     if chosen.warps >= 8:
-        found.append(replace(chosen, warps=chosen.warps // 2, registers=240))
+        found.append(replace(chosen, warps=chosen.warps // 2, registers=limit))
     if chosen.warps <= 8:
         warps = 2 * chosen.warps
-        found.append(replace(chosen, warps=warps, registers=min(240, _REGISTERS // (32 * warps))))
+        fewer = min(limit, _REGISTERS // (32 * warps))
+        found.append(replace(chosen, warps=warps, registers=fewer))
     if chosen.stages > 1:
         found.append(replace(chosen, stages=chosen.stages - 1))
     if not chosen.resident and chosen.depth_tile > 16:

@@ -7,6 +7,7 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from fastrnn.extension import _C
 from fastrnn.kernels import device as machine
 from fastrnn.kernels.prepare import prepare
 from fastrnn.nn.layers import LSTM
-from fastrnn.plan import Device, Plan, Problem
+from fastrnn.plan import CpuFacts, CudaFacts, Device, Plan, Problem, TritonFacts
 
 __all__ = [
     "Facts",
@@ -152,7 +153,7 @@ def support_markdown() -> str:
     lines = [f"| | {' | '.join(f'`{name}`' for name in names)} |", "|---|" + "---|" * len(names)]
     for label, problem, device in _SUPPORT:
         devices = [
-            replace(_ANY_GPU, compiled=device.compiled)
+            replace(_ANY_GPU, cpu=device.cpu)
             if name in ("cuda", "triton") and device.kind == "cpu" and "CPU" not in label
             else device
             for name in names
@@ -163,15 +164,17 @@ def support_markdown() -> str:
 
 
 _TYPICAL = Problem("lstm", 100, 32, 64, 256, gates=4, states=2, tape=True)
-_ANY_CPU = Device(threads=2, vector_bytes=32)
+_ANY_CPU = Device(cpu=CpuFacts(threads=2, vector_bytes=32))
+_NO_COMPILER = replace(_ANY_CPU, cpu=CpuFacts(compiled=False))
 _ANY_GPU = Device(
     kind="cuda",
-    triton=None,
-    shared_bytes=99 << 10,
-    cuda=None,
-    cuda_cells=("rnn_tanh", "rnn_relu", "lstm", "gru"),
-    capability=80,
-    multiprocessors=108,
+    cuda=CudaFacts(
+        cells=("rnn_tanh", "rnn_relu", "lstm", "gru"),
+        capability=80,
+        multiprocessors=108,
+        shared_bytes=99 << 10,
+    ),
+    triton=TritonFacts(shared_bytes=99 << 10),
 )
 _SUPPORT: tuple[tuple[str, Problem, Device], ...] = (
     ("float32", _TYPICAL, _ANY_CPU),
@@ -186,7 +189,7 @@ _SUPPORT: tuple[tuple[str, Problem, Device], ...] = (
     (
         "cell of your own, no compiler",
         replace(_TYPICAL, cell="yours"),
-        replace(_ANY_CPU, compiled=False),
+        _NO_COMPILER,
     ),
     ("tensors on a CPU", _TYPICAL, replace(_ANY_GPU, kind="cpu")),
     ("tensors on a GPU", _TYPICAL, _ANY_GPU),
@@ -231,51 +234,70 @@ def plan_for(
 def plan_text(problem: Problem, device: Device, chosen: Plan) -> str:
     """A plan as a person reads it."""
     rows = [
-        ("problem", _fields(problem)),
-        ("device", _fields(device)),
+        ("problem", _fields(asdict(problem))),
+        *_device_rows(device),
         ("kernel", chosen.kernel),
         *((f"not {name}", reason) for name, reason in chosen.refused),
     ]
-    if chosen.kernel == "cpu":
-        rows += [
-            (
-                "threads",
-                f"{chosen.threads} = {chosen.split_lanes} over directions x {chosen.split_slots} "
-                f"over the batch x {chosen.split_units} over hidden units",
-            ),
-            ("weights", "packed for the sweep" if chosen.packed_weights else "read as they lie"),
-            ("chunk", f"{chosen.chunk_rows} of {problem.live_rows} rows"),
-        ]
-    if chosen.kernel == "cuda":
-        where = {
-            "step": "read from the cache at every step",
-            "block": "resident in one block",
-            "cluster": f"resident in clusters of {chosen.blocks} blocks",
-            "grid": f"resident in groups of {chosen.blocks} blocks of the grid",
-        }
-        rows += [
-            ("weights", where[chosen.regime]),
-            ("numbers", f"multiplied as {chosen.number}"),
-            ("blocks", f"{chosen.batch_tile} rows of the batch each, {chosen.warps} warps"),
-            ("chunk", f"{chosen.chunk_rows} of {problem.live_rows} rows"),
-        ]
-    if chosen.kernel == "triton":
-        rows += [
-            (
-                "weights",
-                "resident in every program"
-                if chosen.resident
-                else f"streamed in tiles of {chosen.unit_tile} x {chosen.depth_tile}, "
-                f"{chosen.stages} under way",
-            ),
-            ("programs", f"{chosen.batch_tile} rows of the batch each, {chosen.warps} warps"),
-            ("chunk", f"{chosen.chunk_rows} of {problem.live_rows} rows"),
-        ]
+    if chosen.kernel in _CONFIGURATIONS:
+        rows += _CONFIGURATIONS[chosen.kernel](chosen)
+        rows.append(("chunk", f"{chosen.chunk_rows} of {problem.live_rows} rows"))
     return _columns(rows)
 
 
-def _fields(value: Problem | Device) -> str:
-    return ", ".join(f"{name}={item}" for name, item in asdict(value).items())
+def _cpu_rows(chosen: Plan) -> list[tuple[str, str]]:
+    config = chosen.cpu
+    return [
+        (
+            "threads",
+            f"{config.threads} = {config.split_lanes} over directions x {config.split_slots} "
+            f"over the batch x {config.split_units} over hidden units",
+        ),
+        ("weights", "packed for the sweep" if config.packed_weights else "read as they lie"),
+    ]
+
+
+def _cuda_rows(chosen: Plan) -> list[tuple[str, str]]:
+    config = chosen.cuda
+    where = {
+        "step": "read from the cache at every step",
+        "block": "resident in one block",
+        "cluster": f"resident in clusters of {config.blocks} blocks",
+        "grid": f"resident in groups of {config.blocks} blocks of the grid",
+    }
+    return [
+        ("weights", where[config.regime]),
+        ("numbers", f"multiplied as {config.number}"),
+        ("blocks", f"{config.batch_tile} rows of the batch each, {config.warps} warps"),
+    ]
+
+
+def _triton_rows(chosen: Plan) -> list[tuple[str, str]]:
+    config = chosen.triton
+    tiles = f"tiles of {config.unit_tile} x {config.depth_tile}, {config.stages} under way"
+    return [
+        ("weights", "resident in every program" if config.resident else f"streamed in {tiles}"),
+        ("programs", f"{config.batch_tile} rows of the batch each, {config.warps} warps"),
+    ]
+
+
+_CONFIGURATIONS = {"cpu": _cpu_rows, "cuda": _cuda_rows, "triton": _triton_rows}
+
+
+def _device_rows(device: Device) -> list[tuple[str, str]]:
+    parts = asdict(device)
+    found = {kernel: parts.pop(kernel) for kernel in ("cpu", "cuda", "triton")}
+    return [
+        ("device", _fields(parts)),
+        *(
+            (f"device for {kernel}", part if isinstance(part, str) else _fields(part))
+            for kernel, part in found.items()
+        ),
+    ]
+
+
+def _fields(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in values.items())
 
 
 def _columns(rows: Sequence[tuple[str, str]]) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastrnn.extension import CUDA_KERNELS
 from fastrnn.kernels.gpu.sweeps import Scan, Tape
-from fastrnn.plan import Plan
+from fastrnn.plan import CudaConfig
 
 __all__ = ["Library", "library", "sweeps"]
 
@@ -235,7 +235,7 @@ def _launch(
         reverse=scan.reverse,
         **{name: tensor.data_ptr() for name, tensor in held.items()},
     )
-    plan = cuda_plan(scan.plan)
+    plan = cuda_plan(scan.plan.cuda)
     x = scan.given.x
     with _on(x.device):
         if kind in ("forward", "backward"):
@@ -247,9 +247,9 @@ def _launch(
         found.launch(kind, scan.cell, sweep, plan, stream)
 
 
-def cuda_plan(plan: Plan) -> CudaPlan:
-    sizes = plan.batch_tile, plan.blocks, plan.warps, plan.groups
-    return CudaPlan(NUMBERS[plan.number], REGIMES[plan.regime], *sizes)
+def cuda_plan(config: CudaConfig) -> CudaPlan:
+    sizes = config.batch_tile, config.blocks, config.warps, config.groups
+    return CudaPlan(NUMBERS[config.number], REGIMES[config.regime], *sizes)
 
 
 def _aligned(tensor: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ class Scan:
         self.resets = None if given.resets is None else given.resets.contiguous().view(torch.uint8)
         self.reverse = given.reverse
         self.backward_lanes = [bool(given.reverse >> p & 1) for p in range(self.lanes)]
-        self.chunk_steps = max(1, min(self.steps, plan.chunk_rows // max(1, self.batch)))
+        self.chunk_steps = plan.chunk_steps(self.steps, self.batch)
         self.chunk_rows = min(self.rows, self.chunk_steps * self.batch)
         self.w_hh = stacked(given.w_hh)
         self.w_ih = stacked(given.w_ih)

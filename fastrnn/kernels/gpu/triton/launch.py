@@ -23,9 +23,9 @@ from torch import Tensor
 from fastrnn import cache
 from fastrnn.compiler import emit_triton
 from fastrnn.compiler.derive import Derived
-from fastrnn.kernels.gpu.sweeps import Scan, Tape, tf32_allowed
+from fastrnn.kernels.gpu.sweeps import Scan, Tape
 from fastrnn.kernels.gpu.triton import tune
-from fastrnn.plan import Plan, alternatives
+from fastrnn.plan import TritonConfig, alternatives
 
 __all__ = [
     "cell_module",
@@ -33,7 +33,6 @@ __all__ = [
     "interpreted",
     "kernel",
     "meta_arguments",
-    "precision",
     "sweeps",
 ]
 
@@ -70,9 +69,8 @@ def _is_there(path: Path, source: str) -> bool:
 
 def meta_arguments(
     derived: Derived,
-    plan: Plan,
+    config: TritonConfig,
     hidden: int,
-    precision: str,
     *,
     backward: bool = False,
     bias: bool = False,
@@ -96,13 +94,13 @@ def meta_arguments(
         "PACKED": packed,
         "RAGGED": ragged,
         "RESETS": resets,
-        "PRECISION": precision,
-        "DOT": plan.matrix_units,
-        "BB": plan.batch_tile,
-        "BN": plan.unit_tile,
-        "BK": plan.depth_tile,
+        "PRECISION": config.precision,
+        "DOT": config.matrix_units,
+        "BB": config.batch_tile,
+        "BN": config.unit_tile,
+        "BK": config.depth_tile,
     }
-    if not plan.resident:
+    if not config.resident:
         common |= {
             "Q": hidden if projected is None else projected,
             "PROJECTED": projected is not None,
@@ -110,17 +108,17 @@ def meta_arguments(
     return common | ({"DY": dy} if backward else {"BIAS": bias, "TAPE": tape})
 
 
-def compile_options(plan: Plan, nvidia: bool) -> dict[str, Any]:
+def compile_options(config: TritonConfig) -> dict[str, Any]:
     """How a kernel is compiled, besides its arguments."""
     options: dict[str, Any] = {
-        "num_warps": plan.warps,
-        "num_stages": plan.stages,
+        "num_warps": config.warps,
+        "num_stages": config.stages,
         "enable_fp_fusion": True,
     }
-    if nvidia:
+    if config.registers:
         # Without a limit the compiler spills to make room for a second program on the
         # multiprocessor.
-        options["maxnreg"] = plan.registers
+        options["maxnreg"] = config.registers
     return options
 
 
@@ -141,7 +139,7 @@ class _Sweeps:
         none = scan.w_hh  # any pointer, never followed
         flags = {"bias": b_hh is not None, "tape": tape is not None}
         rest = [none if b_hh is None else b_hh, carry, y, none if tape is None else tape]
-        if not scan.plan.resident:
+        if not scan.plan.triton.resident:
             size = scan.lanes, scan.batch, scan.hidden
             rest += [none] * 2 if scan.w_hr is None else [scan.w_hr, carry.new_empty(size)]
         _launch(False, scan, flags, u, scan.w_hh, *rest, *_run_time(scan, begin, end))
@@ -163,7 +161,7 @@ class _Sweeps:
     ) -> None:
         none = scan.w_hh
         rest = [s0, ds, y, tape.values, du, dv, previous]
-        if not scan.plan.resident:
+        if not scan.plan.triton.resident:
             rest += [none if scan.w_hr is None else scan.w_hr, none if dh is None else dh]
         first = y if dy is None else dy
         flags = {"dy": dy is not None}
@@ -173,13 +171,11 @@ class _Sweeps:
 sweeps = _Sweeps()
 
 
-def _meta(scan: Scan, plan: Plan, backward: bool, **flags: bool) -> dict[str, Any]:
-    x = scan.given.x
+def _meta(scan: Scan, config: TritonConfig, backward: bool, **flags: bool) -> dict[str, Any]:
     return meta_arguments(
         scan.derived,
-        plan,
+        config,
         scan.hidden,
-        precision(x.dtype, _is_nvidia(x.device)),
         backward=backward,
         packed=scan.first is not None,
         ragged=scan.length is not None,
@@ -204,29 +200,28 @@ def _run_time(scan: Scan, begin: int, end: int) -> tuple[Any, ...]:
         scan.stretch(begin, end, True)[0],
         scan.chunk_rows,
         scan.reverse,
-        *(() if scan.plan.resident else (scan.hidden, scan.recurrent)),
+        *(() if scan.plan.triton.resident else (scan.hidden, scan.recurrent)),
     )
 
 
-def kernel(plan: Plan, backward: bool) -> Any:
-    """The kernel that a plan asks for."""
+def kernel(config: TritonConfig, backward: bool) -> Any:
+    """The kernel that a configuration asks for."""
     direction = "backward" if backward else "forward"
     module = importlib.import_module(f"fastrnn.kernels.gpu.triton.{direction}")
-    return getattr(module, f"{direction}_{'resident' if plan.resident else 'streamed'}")
+    return getattr(module, f"{direction}_{'resident' if config.resident else 'streamed'}")
 
 
 def _launch(backward: bool, scan: Scan, flags: dict[str, bool], *arguments: Any) -> None:
     device = scan.given.x.device
 
-    def run(plan: Plan) -> None:
-        grid = (-(-scan.batch // plan.batch_tile), scan.lanes)
-        meta = _meta(scan, plan, backward, **flags)
-        kernel(plan, backward)[grid](
-            *arguments, **meta, **compile_options(plan, _is_nvidia(device))
-        )
+    def run(config: TritonConfig) -> None:
+        grid = (-(-scan.batch // config.batch_tile), scan.lanes)
+        meta = _meta(scan, config, backward, **flags)
+        options = compile_options(config)
+        kernel(config, backward)[grid](*arguments, **meta, **options)
 
     with _on(device):
-        chosen = scan.plan
+        chosen = scan.plan.triton
         if tune.wanted() and device.type != "cpu":
             # `carry` and `ds`, which a launch changes.
             chosen = _fastest(backward, scan, run, arguments[3])
@@ -236,20 +231,22 @@ def _launch(backward: bool, scan: Scan, flags: dict[str, bool], *arguments: Any)
 _tuner = tune.Tuner()
 
 
-def _fastest(backward: bool, scan: Scan, run: Callable[[Plan], None], changed: Tensor) -> Plan:
-    """The plan that is known to run such a launch fastest, or is found to now."""
+def _fastest(
+    backward: bool, scan: Scan, run: Callable[[TritonConfig], None], changed: Tensor
+) -> TritonConfig:
+    """The configuration that is known to run such a launch fastest, or is found to now."""
     triton, errors = (importlib.import_module(name) for name in ("triton", "triton.errors"))
     x, library = scan.given.x, getattr(torch, scan.given.x.device.type)
     before = changed.clone()
 
-    def seconds(plan: Plan) -> float:
+    def seconds(config: TritonConfig) -> float:
         took = []
         try:
             for _ in range(5):  # the first compiles
                 changed.copy_(before)
                 start, end = (library.Event(enable_timing=True) for _ in range(2))
                 start.record()
-                run(plan)
+                run(config)
                 end.record()
                 end.synchronize()
                 took.append(start.elapsed_time(end) / 1e3)
@@ -262,22 +259,10 @@ def _fastest(backward: bool, scan: Scan, run: Callable[[Plan], None], changed: T
     capturing = getattr(library, "is_current_stream_capturing", lambda: False)()
     key = (
         *(library.get_device_name(x.device), triton.__version__, scan.cell, backward, scan.hidden),
-        *(scan.recurrent, str(x.dtype), precision(x.dtype, _is_nvidia(x.device))),
+        *(scan.recurrent, str(x.dtype), scan.plan.triton.precision),
     )
-    plans = alternatives(scan.plan)
-    return _tuner.best(key, plans, None if capturing else seconds)
-
-
-def precision(dtype: torch.dtype, nvidia: bool) -> str:
-    """How float32 is multiplied: on NVIDIA's matrix units as TF32 where torch may do that too, and
-    otherwise by three products of TF32 parts, nearly in full; elsewhere in full."""
-    if dtype != torch.float32 or not nvidia:
-        return "ieee"
-    return "tf32" if tf32_allowed() else "tf32x3"
-
-
-def _is_nvidia(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.version.hip is None
+    configs = alternatives(scan.plan.triton)
+    return _tuner.best(key, configs, None if capturing else seconds)
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -1,4 +1,4 @@
-"""Which of a few plans runs fastest on a GPU: measured once for a kernel, and kept on disk.
+"""Which of a few configurations runs fastest on a GPU: measured once for a kernel, kept on disk.
 
 `plan` chooses from numbers alone, and `plan.alternatives` names what else would do. On a GPU,
 where `FASTRNN_TUNE=1` asks for it, the first launch of a kernel times them all, and what is found
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fastrnn import cache
-from fastrnn.plan import Plan
+from fastrnn.plan import TritonConfig
 
 __all__ = ["Tuner", "wanted"]
 
@@ -30,7 +30,7 @@ def wanted() -> bool:
 
 
 class Tuner:
-    """Finds the fastest plans, and remembers them.
+    """Finds the fastest configurations, and remembers them.
 
     Args:
         folder: gives the folder where they are kept.
@@ -41,20 +41,23 @@ class Tuner:
         self._known: dict[str, dict[str, Any]] = {}
 
     def best(
-        self, key: Sequence[Any], plans: Sequence[Plan], seconds: Callable[[Plan], float] | None
-    ) -> Plan:
-        """The fastest of `plans` by what is known under `key`; the first where nothing is known and
-        `seconds` is None. `key` says what a kernel is for, and on what it runs; `seconds` how long
-        a launch takes with a plan, and raises RuntimeError where it cannot run."""
-        name = hashlib.sha256(repr((*key, *map(_tiles, plans))).encode()).hexdigest()[:24]
+        self,
+        key: Sequence[Any],
+        configs: Sequence[TritonConfig],
+        seconds: Callable[[TritonConfig], float] | None,
+    ) -> TritonConfig:
+        """The fastest of `configs` by what is known under `key`; the first where nothing is known
+        and `seconds` is None. `key` says what a kernel is for, and on what it runs; `seconds` how
+        long a launch takes with one, and raises RuntimeError where it cannot run."""
+        name = hashlib.sha256(repr((*key, *map(_tiles, configs))).encode()).hexdigest()[:24]
         found = self._known.get(name) or self._read(name)
         if found is None:
             if seconds is None:
-                return plans[0]
-            found = _tiles(_fastest(plans, seconds))
+                return configs[0]
+            found = _tiles(_fastest(configs, seconds))
             self._write(name, found)
         self._known[name] = found
-        return replace(plans[0], **found)
+        return replace(configs[0], **found)
 
     def _path(self, name: str) -> Path:
         return self._folder() / f"tuned_{name}.json"
@@ -71,18 +74,20 @@ class Tuner:
         cache.write(self._path(name), json.dumps(tiles))
 
 
-def _tiles(plan: Plan) -> dict[str, int]:
-    return {name: getattr(plan, name) for name in _TILES}
+def _tiles(config: TritonConfig) -> dict[str, int]:
+    return {name: getattr(config, name) for name in _TILES}
 
 
-def _fastest(plans: Sequence[Plan], seconds: Callable[[Plan], float]) -> Plan:
-    """A plan that comes later must be faster by a twentieth, so that chance decides less."""
-    best, least = plans[0], float("inf")
-    for plan in plans:
+def _fastest(
+    configs: Sequence[TritonConfig], seconds: Callable[[TritonConfig], float]
+) -> TritonConfig:
+    """One that comes later must be faster by a twentieth, so that chance decides less."""
+    best, least = configs[0], float("inf")
+    for config in configs:
         try:
-            took = seconds(plan)
+            took = seconds(config)
         except RuntimeError:  # it needs more than this device has
             continue
         if took < 0.95 * least:
-            best, least = plan, took
+            best, least = config, took
     return best
