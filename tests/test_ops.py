@@ -15,10 +15,13 @@ from torch.library import opcheck
 
 from fastrnn import _C, GRU, cells, kernels, ops, plan
 from fastrnn.kernels import reference
-from tests.support import flatten, largest_error, mapped
-from tests.test_kernels import operands, planned, run
+from fastrnn.tools.tolerance import largest_error
+from tests.support.kernels import planned
+from tests.support.names import BUILT_IN
+from tests.support.operands import operands, run
+from tests.support.paths import ROOT
+from tests.support.tensors import flatten, mapped
 
-BUILT_IN = ["rnn_tanh", "rnn_relu", "lstm", "gru"]
 scan = torch.ops.fastrnn.scan.default
 scan_backward = torch.ops.fastrnn.scan_backward.default
 
@@ -401,8 +404,7 @@ sys.exit(os.waitstatus_to_exitcode(status))
 
 
 def test_fork_after_threads_started() -> None:
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    code = AFTER_FORK.format(root=root)
+    code = AFTER_FORK.format(root=str(ROOT))
     for variant in (code, code.replace("    torch.set_num_threads(1)\n", "")):
         result = subprocess.run([sys.executable, "-c", variant], timeout=60)
         assert result.returncode == 0
