@@ -3,8 +3,8 @@ spilled, and nothing else may be worth a warning of ptxas.
 
 The tests take the oldest GPUs and Hopper, and a cell of each number of gates. Of all that is there
 `python -m tests.csrc.cuda.test_compile` prints what it needs; `sm_90a` and the like pick some;
-`--save` writes the table to benchmarks/results/cuda-compile.md. Objects lie in build/cuda-compile and
-are made anew only when their sources change.
+`--save` writes the table to benchmarks/results/cuda-compile.md. Objects lie in build/cuda-compile
+and are made anew only when their sources change.
 """
 
 from __future__ import annotations
