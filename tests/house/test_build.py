@@ -1,4 +1,4 @@
-"""The build's decisions and the explanations of a build that does not fit; nothing is compiled."""
+"""The decisions of setup.py; nothing is compiled."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pytest
 import torch
 from setuptools import Distribution
 
-from fastrnn import extension
 from tests.support.paths import ROOT
 
 
@@ -235,23 +234,3 @@ def test_every_source_is_in_the_source_distribution(tmp_path: Path) -> None:
     files = [p for part in ("fastrnn", "csrc") for p in (ROOT / part).rglob("*.*")]
     wanted = {path.relative_to(ROOT).as_posix() for path in files if path.suffix in kinds}
     assert len(wanted) > 80 and wanted <= listed, sorted(wanted - listed)
-
-
-def test_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "fastrnn._C", None)
-    with pytest.raises(ImportError, match=r"was not built.*--no-build-isolation"):
-        extension.load()
-
-
-def test_built_with_another_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    older: object = SimpleNamespace(built_for="2.3.1+cpu")
-    monkeypatch.setitem(sys.modules, "fastrnn._C", older)
-    with pytest.raises(ImportError, match=r"built with torch 2\.3\.1\+cpu, but torch "):
-        extension.load()
-
-
-def test_a_patch_release_of_torch_is_no_other_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    minor = ".".join(torch.__version__.split(".")[:2])
-    newer: object = SimpleNamespace(built_for=f"{minor}.97+rocm")
-    monkeypatch.setitem(sys.modules, "fastrnn._C", newer)
-    assert extension.load() is newer

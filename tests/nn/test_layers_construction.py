@@ -185,17 +185,3 @@ def test_layers_are_rnn_base_but_not_torchs(name: str) -> None:
     ours = getattr(fastrnn, name)(3, 5)
     assert isinstance(ours, nn.RNNBase)
     assert not isinstance(ours, nn.RNN | nn.LSTM | nn.GRU)
-
-
-@pytest.mark.parametrize("name", CELLS)
-def test_cells_are_torchs(name: str) -> None:
-    assert isinstance(getattr(fastrnn, name)(3, 5), getattr(nn, name))
-
-
-@pytest.mark.parametrize("name", CELLS)
-@pytest.mark.parametrize("sizes", [(0, 5), (3, 0), (0, 0)])
-def test_empty_cells(name: str, sizes: tuple[int, int]) -> None:
-    ours, theirs, _ = twins(name, *sizes)
-    x = torch.randn(2, sizes[0], dtype=torch.float64)
-    for a, b in zip(flatten(ours(x)), flatten(theirs(x)), strict=True):
-        torch.testing.assert_close(a, b)

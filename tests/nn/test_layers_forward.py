@@ -66,28 +66,6 @@ def test_layers_match(data: st.DataObject) -> None:
     compare(modules, *arguments)
 
 
-@settings(max_examples=40)
-@given(data=st.data())
-def test_cells_match(data: st.DataObject) -> None:
-    draw = data.draw
-    name = draw(st.sampled_from(CELLS), "cell")
-    hidden, width = draw(SIZE, "hidden"), draw(SIZE, "width")
-    options: dict[str, Any] = {
-        "bias": draw(st.booleans(), "bias"),
-        "dtype": draw(st.sampled_from([torch.float32, F64]), "dtype"),
-    }
-    if name == "RNNCell":
-        options["nonlinearity"] = draw(st.sampled_from(["tanh", "relu"]), "nonlinearity")
-    torch.manual_seed(draw(st.integers(0, 2**16), "seed"))
-    modules = twins(name, width, hidden, **options)
-    batch = draw(st.sampled_from([(), (1,), (4,)]), "batch")
-    arguments: list[Any] = [torch.randn(*batch, width)]
-    if draw(st.booleans(), "hx"):
-        h = torch.randn(*batch, hidden)
-        arguments.append((h, torch.randn(*batch, hidden)) if name == "LSTMCell" else h)
-    compare(modules, *arguments)
-
-
 @pytest.mark.parametrize("name", LAYERS + CELLS)
 @pytest.mark.parametrize("sizes", [(17, 32), (31, 61)])
 def test_dtypes_match(name: str, sizes: tuple[int, int], dtype: torch.dtype) -> None:
@@ -298,16 +276,6 @@ def test_attributes_are_read_at_the_call(name: str) -> None:
             module.nonlinearity = "unknown"
             module.mode = "RNN_RELU"
         torch.testing.assert_close(ours(x), theirs(x))
-
-
-def test_nonlinearity_of_a_cell_is_read_at_the_call() -> None:
-    ours, theirs, _ = twins("RNNCell", 3, 5)
-    x = torch.randn(2, 3, dtype=F64)
-    ours.nonlinearity = theirs.nonlinearity = "relu"
-    torch.testing.assert_close(ours(x), theirs(x))
-    ours.nonlinearity = theirs.nonlinearity = "x"
-    message, theirs_message = same_error(lambda: ours(x), lambda: theirs(x))
-    assert message.startswith(theirs_message)
 
 
 @pytest.mark.parametrize("name", LAYERS + CELLS)

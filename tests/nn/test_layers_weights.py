@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import pickle
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,20 +13,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
-from torch.nn.utils import parametrizations, parametrize, prune
+from torch.nn.utils import parametrizations, parametrize
 
 import fastrnn
-from fastrnn import from_torch, to_torch
 from tests.support.modules import Twins, compare, twins
 from tests.support.names import CELLS, LAYERS
 from tests.support.tensors import flatten
+from tests.support.weights import hidden_weight, old_weight_norm, parametrized, pruned, weight_norm
 
 F64 = torch.float64
 NAMES = LAYERS + CELLS
-
-
-def hidden_weight(module: nn.Module) -> str:
-    return "weight_hh_l0" if isinstance(module, nn.RNNBase) else "weight_hh"
 
 
 def check(modules: Twins) -> None:
@@ -72,31 +67,8 @@ def spectral_norm(module: nn.Module, name: str) -> None:
     parametrizations.spectral_norm(module.eval(), name)
 
 
-def weight_norm(module: nn.Module, name: str) -> None:
-    parametrizations.weight_norm(module, name)
-
-
-def old_weight_norm(module: nn.Module, name: str) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        nn.utils.weight_norm(module, name)
-
-
 def old_spectral_norm(module: nn.Module, name: str) -> None:
     nn.utils.spectral_norm(module.eval(), name)
-
-
-def pruned(module: nn.Module, name: str) -> None:
-    prune.l1_unstructured(module, name, amount=0.5)
-
-
-class Doubled(nn.Module):
-    def forward(self, weight: Tensor) -> Tensor:
-        return 2 * weight
-
-
-def parametrized(module: nn.Module, name: str) -> None:
-    parametrize.register_parametrization(module, name, Doubled())
 
 
 DOORS: list[Callable[[nn.Module, str], None]] = [
@@ -464,66 +436,3 @@ def test_optimizers_step(name: str) -> None:
             optimizer.step()
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b)
-
-
-# Conversion.
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_converted_modules_share_everything(name: str) -> None:
-    theirs = getattr(nn, name)(3, 5, bias=False, dtype=F64).eval()
-    calls: list[str] = []
-    handle = theirs.register_forward_hook(lambda *_: calls.append("hook"))
-    theirs.note = "kept"
-    ours = from_torch(theirs)
-    assert type(ours) is getattr(fastrnn, name)
-    assert all(a is b for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
-    assert not ours.training and ours.note == "kept" and repr(ours) == repr(theirs)
-    x = torch.randn(4, 3, dtype=F64)
-    torch.testing.assert_close(ours(x), theirs(x))
-    assert calls == ["hook", "hook"]
-    handle.remove()
-
-    back = to_torch(ours)
-    assert type(back) is getattr(nn, name)
-    assert list(back.state_dict()) == list(theirs.state_dict())
-    torch.testing.assert_close(back(x), theirs(x))
-    assert calls == ["hook", "hook"]
-    assert set(vars(back)) == set(vars(theirs))
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(
-    "change", [weight_norm, old_weight_norm, pruned, parametrized], ids=lambda f: f.__name__
-)
-def test_converted_modules_keep_parametrizations(
-    name: str, change: Callable[[nn.Module, str], None]
-) -> None:
-    theirs = getattr(nn, name)(3, 5, dtype=F64)
-    change(theirs, hidden_weight(theirs))
-    ours = from_torch(theirs)
-    assert isinstance(ours, getattr(fastrnn, name))
-    back = to_torch(ours)
-    x = torch.randn(4, 3, dtype=F64)
-    for module in (ours, back):
-        assert all(a is b for a, b in zip(module.parameters(), theirs.parameters(), strict=True))
-        torch.testing.assert_close(module(x), theirs(x))
-        assert list(module.state_dict()) == list(theirs.state_dict())
-
-
-def test_what_is_not_converted() -> None:
-    class Own(nn.LSTM):
-        pass
-
-    changed = nn.GRU(3, 5)
-    changed.forward = changed.forward
-    for module, reason in (
-        (Own(3, 5), "it is none of"),
-        (nn.Linear(3, 5), "it is none of"),
-        (fastrnn.LSTM(3, 5), "it is none of"),
-        (changed, "its forward was replaced on the instance"),
-    ):
-        with pytest.raises(TypeError, match=reason):
-            from_torch(module)
-    with pytest.raises(TypeError, match="it is none of"):
-        to_torch(nn.LSTM(3, 5))

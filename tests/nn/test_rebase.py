@@ -9,128 +9,30 @@ import pickle
 import re
 import subprocess
 import sys
-import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrizations, parametrize
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastrnn
+from tests.support.models import SIZES
 from tests.support.paths import ROOT
-
-SIZES = (5, 7)
-
-
-class Inheriting(nn.LSTM):
-    """Adds an attribute, a buffer and a method."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.factor = 2.0
-        self.register_buffer("offset", torch.ones(1))
-
-    def last(self, x: Tensor) -> Tensor:
-        return self(x)[0][-1] * self.factor + self.offset
-
-
-class Delegating(nn.GRU):
-    def forward(self, input: Any, hx: Any = None) -> Any:
-        output, state = super().forward(input, hx)
-        return output * 2, state
-
-
-def counted(function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def call(self: Any, *args: Any) -> Any:
-        self.calls = getattr(self, "calls", 0) + 1
-        return function(self, *args)
-
-    return call
-
-
-class Deeper(Delegating):
-    """`super()` in every kind of member."""
-
-    def forward(self, input: Any, hx: Any = None) -> Any:
-        output, state = super().forward(input, hx)
-        return output + self.shift, state
-
-    @property
-    def shift(self) -> float:
-        return len(super().extra_repr())
-
-    @counted
-    def extra_repr(self) -> str:
-        return super().extra_repr() + f", {self.label()}, {self.three()}"
-
-    @classmethod
-    def label(cls) -> str:
-        return super().__name__ if hasattr(super(), "__name__") else cls.__name__
-
-    @staticmethod
-    def three() -> int:
-        return 3
-
-
-class AnyLength(ABC, nn.RNNBase):
-    """As in pytorch-forecasting: a class beside torch's, whose forward goes on to that."""
-
-    @abstractmethod
-    def start(self, x: Tensor) -> Any: ...
-
-    def forward(self, x: Any, hx: Any = None, lengths: Tensor | None = None) -> Any:
-        if lengths is None:
-            return super().forward(x, hx=hx)  # type: ignore[misc]
-        if lengths.max() == 0:
-            return torch.zeros(*x.shape[:2], self.hidden_size), self.start(x)
-        packed = pack_padded_sequence(x, lengths.clamp(min=1), enforce_sorted=False)
-        output, state = super().forward(packed, hx=hx)  # type: ignore[misc]
-        return pad_packed_sequence(output)[0], state
-
-
-class Forecasting(AnyLength, nn.LSTM):
-    def start(self, x: Tensor) -> Any:
-        zeros = torch.zeros(self.num_layers, x.size(1), self.hidden_size)
-        return zeros, zeros
-
-
-class OldStyle(nn.LSTMCell):
-    def forward(self, input: Tensor, hx: Any = None) -> Any:
-        h, c = super(OldStyle, self).forward(input, hx)  # noqa: UP008
-        return h * 2, c
-
-
-KINDS = (Inheriting, Delegating, Deeper, Forecasting, OldStyle)
-
-
-def made(kind: type[nn.Module], **options: Any) -> tuple[nn.Module, nn.Module]:
-    """A module replaced as a subclass, and its copy that was not."""
-    module = kind(*SIZES, **options)
-    original = copy.deepcopy(module)
-    report = fastrnn.replace_(module, subclasses=True)
-    assert len(report.replaced) == 1, report
-    return module, original
-
-
-def flat(value: Any) -> list[Tensor]:
-    return [value] if isinstance(value, Tensor) else [t for each in value for t in flat(each)]
-
-
-def sample(module: nn.Module) -> Tensor:
-    random = torch.Generator().manual_seed(3)
-    cell = isinstance(module, nn.RNNCellBase)
-    return torch.randn(*((3, 5) if cell else (4, 3, 5)), generator=random)
-
-
-def assert_same(a: nn.Module, b: nn.Module) -> None:
-    x = sample(a)
-    torch.testing.assert_close(flat(a(x)), flat(b(x)), atol=1e-6, rtol=1e-5)
+from tests.support.subclasses import (
+    KINDS,
+    AnyLength,
+    Deeper,
+    Delegating,
+    Forecasting,
+    Inheriting,
+    OldStyle,
+    assert_same,
+    flat,
+    made,
+    sample,
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -465,130 +367,3 @@ def test_subclasses_are_left_alone_unless_asked_for() -> None:
     assert report.replaced == ()
     assert [type(m) for m in model] == list(KINDS)
     assert all("subclasses=True" in s.reason for s in report.skipped)
-
-
-# TorchScript, of subclasses of ours and of what was replaced. torch.nn's are the yardstick: their
-# subclasses may inherit a cell's forward, or have one of their own, but may not call super().
-
-
-def heirs(base: type[nn.Module]) -> dict[str, type[nn.Module]]:
-    class Inherits(base):  # type: ignore[misc, valid-type]
-        pass
-
-    class Adds(base):  # type: ignore[misc, valid-type]
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
-            self.scale = 2.0
-            self.out = nn.Linear(7, 2)
-
-        @torch.jit.export
-        def twice(self, x: Tensor) -> Tensor:
-            return self.scale * x
-
-    class Replaces(base):  # type: ignore[misc, valid-type]
-        def forward(self, input: Tensor) -> Tensor:
-            return self.helper(input) + self.hidden_size
-
-        def helper(self, x: Tensor) -> Tensor:
-            return x * 2
-
-    class Inherits2(Inherits):
-        pass
-
-    return {c.__name__: c for c in (Inherits, Adds, Replaces, Inherits2)}
-
-
-class Holder(nn.Module):
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Any:
-        return self.inner(x)
-
-
-def scripted(module: nn.Module) -> Any:
-    """Saved and loaded, so that nothing of Python is left in it."""
-    file = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        torch.jit.save(torch.jit.script(module), file)
-        file.seek(0)
-        return torch.jit.load(file)
-
-
-@pytest.mark.parametrize("heir", ["Inherits", "Adds", "Replaces", "Inherits2"])
-@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"])
-def test_script_of_a_subclass(name: str, heir: str) -> None:
-    module = heirs(getattr(fastrnn, name))[heir](*SIZES)
-    expected = flat(module(sample(module)))
-    loaded = scripted(Holder(module))
-    assert "fastrnn" not in str(loaded.inlined_graph)
-    torch.testing.assert_close(flat(loaded(sample(module))), expected, atol=1e-6, rtol=1e-5)
-    assert loaded.inner.state_dict().keys() == module.state_dict().keys()
-    if heir == "Adds":
-        assert loaded.inner.twice(torch.ones(1)) == 2
-
-
-@pytest.mark.parametrize("heir", ["Inherits", "Adds", "Replaces"])
-@pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
-def test_script_of_a_subclass_by_itself(name: str, heir: str) -> None:
-    ours, theirs = (heirs(getattr(lib, name))[heir](*SIZES) for lib in (fastrnn, nn))
-    theirs.load_state_dict(ours.state_dict())
-    x = sample(ours)
-    torch.testing.assert_close(flat(scripted(ours)(x)), flat(scripted(theirs)(x)))
-
-
-def test_scripting_leaves_torchs_modules_in_the_model() -> None:
-    """What docs/drop-in.md warns of; torch.jit.script writes them there itself."""
-    model = Holder(fastrnn.GRU(*SIZES))
-    weight = model.inner.weight_hh_l0
-    scripted(model)
-    assert type(model.inner) is nn.GRU
-    assert model.inner.weight_hh_l0 is weight
-    fastrnn.replace_(model)
-    assert type(model.inner) is fastrnn.GRU
-
-
-class CallsSuper(fastrnn.GRUCell):
-    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(input)
-
-
-class TorchCallsSuper(nn.GRUCell):
-    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(input)
-
-
-@pytest.mark.parametrize("kind", [TorchCallsSuper, CallsSuper])
-def test_script_refuses_super_as_for_torchs(kind: type[nn.Module]) -> None:
-    with pytest.raises(RuntimeError, match="no attribute or method 'forward'"):
-        scripted(kind(*SIZES))
-
-
-def test_script_of_a_subclass_with_heads_is_refused() -> None:
-    class Inherits(fastrnn.GRU):
-        pass
-
-    with pytest.raises(TypeError, match=r"torch\.nn has no heads"):
-        scripted(Holder(Inherits(4, 8, heads=2)))
-
-
-def test_script_of_a_replaced_subclass_is_that_of_the_class_it_had() -> None:
-    kind = heirs(nn.LSTMCell)["Adds"]
-    module = kind(*SIZES)
-    original = copy.deepcopy(module)
-    fastrnn.replace_(module, subclasses=True)
-    loaded = scripted(Holder(module))
-    torch.testing.assert_close(flat(loaded(sample(module))), flat(original(sample(module))))
-    assert loaded.inner.twice(torch.ones(1)) == 2
-
-
-def test_trace_of_a_replaced_subclass() -> None:
-    module, original = made(Delegating)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        traced = torch.jit.trace(module, (sample(module),))
-    assert "fastrnn::" not in str(traced.inlined_graph)
-    x = torch.randn(6, 1, 5)
-    torch.testing.assert_close(flat(traced(x)), flat(original(x)), atol=1e-6, rtol=1e-5)

@@ -22,14 +22,13 @@ import fastrnn
 from fastrnn import _C, cells, kernels, ops, plan
 from fastrnn.compiler import emit_cpp
 from fastrnn.compiler.derive import derive
-from fastrnn.kernels import device, reference
+from fastrnn.kernels import reference
 from fastrnn.kernels.gpu import cuda
 from fastrnn.kernels.prepare import prepare
 from fastrnn.tools.tolerance import largest_error
 from tests.cudasim.build import build, missing
 from tests.support.names import BUILT_IN
 from tests.support.operands import doubled, linear, operands, run, whole
-from tests.support.paths import CSRC
 from tests.support.simulated import (
     NUMBERS,
     PARTS,
@@ -136,7 +135,7 @@ def test_tiles(name: str, shape: tuple[int, ...], part: str) -> None:
 @pytest.mark.parametrize("tile", [16, 32, 64])
 @pytest.mark.parametrize("name", ["rnn_tanh", "gru", "lstm", "linear"])
 def test_tiles_of_a_step(name: str, tile: int) -> None:
-    """The tiles of csrc/cuda_step*.cu, with one more at each edge that is not whole; rows that can
+    """The tiles of csrc/cuda/step/, with one more at each edge that is not whole; rows that can
     be copied in vectors and rows that cannot."""
     cell = cells.get(name)
     for number in NUMBERS:
@@ -469,66 +468,3 @@ def test_plans_know_what_a_block_holds() -> None:
             assert ours == theirs, (name, hidden, made, backward)
             known += layout is not None
     assert known > 1000
-
-
-def test_structures_are_laid_out_as_in_c(tmp_path: Path) -> None:
-    """csrc/cuda/contract.h against its mirror in Python, by the C++ compiler."""
-    lines = []
-    for structure in (cuda.Sweep, cuda.CudaPlan):
-        name = structure.__name__
-        lines.append(f'printf("{name} %zu\\n", sizeof(fastrnn::{name}));')
-        lines += [
-            f'printf("{name}.{field} %zu %zu\\n", offsetof(fastrnn::{name}, {field}), '
-            f"sizeof(fastrnn::{name}::{field}));"
-            for field, _ in structure._fields_
-        ]
-    enums = {"Number": cuda.NUMBERS, "Regime": cuda.REGIMES}
-    for kind, values in enums.items():
-        lines += [
-            f'printf("{kind}.{n} %d\\n", int(fastrnn::{kind}::k{n[0].upper()}{n[1:]}));'
-            for n in values
-        ]
-    source = tmp_path / "layout.cpp"
-    body = "\n  ".join(lines)
-    source.write_text(
-        f'#include "cuda/contract.h"\n#include <cstdio>\nint main() {{\n  {body}\n}}\n'
-    )
-    program = tmp_path / "layout"
-    command = ["c++", "-std=c++17", "-w", "-iquote", f"{CSRC}", str(source)]
-    subprocess.run([*command, "-o", str(program)], check=True)
-    said = subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout
-    expected = []
-    for structure in (cuda.Sweep, cuda.CudaPlan):
-        name = structure.__name__
-        expected.append(f"{name} {ctypes.sizeof(structure)}")
-        expected += [
-            f"{name}.{field} {getattr(structure, field).offset} {getattr(structure, field).size}"
-            for field, _ in structure._fields_
-        ]
-    for kind, values in enums.items():
-        expected += [f"{kind}.{n} {value}" for n, value in values.items()]
-    assert said.splitlines() == expected
-
-
-def test_tf32_where_torch_lets_its_rnn_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    rnn: Any = torch.backends.cudnn.rnn
-    for precision in ("ieee", "tf32"):
-        monkeypatch.setattr(rnn, "fp32_precision", precision)
-        assert device.current().tf32 is (precision == "tf32")
-    for allowed in (False, True):
-        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
-        assert device.current().tf32 is allowed
-
-
-def test_no_library_and_a_damaged_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = tmp_path / "broken.so"
-    broken.write_text("no library")
-    monkeypatch.setenv("FASTRNN_CUDA_LIBRARY", str(broken))
-    monkeypatch.setenv("FASTRNN_KERNEL", "cuda")
-    found = cuda.library()
-    assert isinstance(found, str) and "cannot be loaded" in found and str(broken) in found
-    _C.forget_plans()
-    with pytest.raises(plan.KernelRefused, match="asked for but refuses"):
-        fastrnn.LSTM(2, 3)(torch.zeros(1, 1, 2))
-    monkeypatch.undo()
-    _C.forget_plans()

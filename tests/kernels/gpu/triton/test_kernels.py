@@ -9,10 +9,8 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-import py_compile
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +20,14 @@ import torch
 from torch.nn.utils.rnn import pack_sequence
 
 import fastrnn
-from fastrnn import cache, cells, kernels, ops, plan
+from fastrnn import cells, kernels, ops, plan
 from fastrnn.compiler.derive import derive
 from fastrnn.extension import _C
 from fastrnn.kernels import reference
 from fastrnn.kernels.gpu.triton import launch
 from fastrnn.kernels.prepare import prepare
 from fastrnn.tools.tolerance import largest_error
+from tests.support.interpreter import INTERPRETED, interpreted
 from tests.support.kernels import check, planned
 from tests.support.names import BUILT_IN
 from tests.support.operands import PLAIN, linear, linear_projectable, operands, run, whole
@@ -39,13 +38,11 @@ pytestmark = pytest.mark.interpreter
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton", allow_module_level=True)
 
-INTERPRETED = launch.interpreted()
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
-
 TILES = {"batch_tile": 16, "matrix_units": True}
 ONE_ROW = {"batch_tile": 1, "matrix_units": False}
 
 
+FILES = [str(Path(__file__).with_name(f"test_{name}.py")) for name in ("kernels", "launch", "math")]
 PARTS = {  # which run side by side
     "resident": "resident",
     "streamed": "streamed and not project",
@@ -57,11 +54,11 @@ PARTS = {  # which run side by side
 @pytest.mark.skipif(INTERPRETED, reason="this is such a run")
 @pytest.mark.parametrize("part", PARTS)
 def test_in_the_interpreter(part: str) -> None:
-    """Everything below."""
+    """Everything below, and in the files beside it."""
     chosen = PARTS[part]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen]
     result = subprocess.run(
-        [*command, __file__],
+        [*command, *FILES],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -269,53 +266,6 @@ def test_modules_from_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     _C.forget_plans()
 
 
-@cells.cell(gates="abcd", states="hcm")
-def every_function(u, v, h, c, m):  # type: ignore[no-untyped-def]
-    """Whatever a cell may call."""
-    a, b = u.a + v.a, u.b - v.b
-    c = 0.5 * c + torch.sin(a) * torch.cos(b) - torch.erf(u.c * v.c)
-    m = torch.maximum(0.9 * m, torch.minimum(torch.expm1(torch.tanh(a)), torch.log1p(b * b)))
-    n = torch.sqrt(1 + c * c) + torch.rsqrt(2 + m * m) + torch.log(1.5 + torch.abs(u.d))
-    h = torch.where((v.d > 0) & (a <= b), n**3, torch.sigmoid(n)) + (1 + b * b) ** -1.7
-    return torch.tanh(h) * torch.exp(-torch.relu(c)) + torch.sign(u.a) * 1e-3, c, m
-
-
-@interpreted
-def test_functions_a_cell_may_call() -> None:
-    for dtype in (torch.float64, torch.float32):
-        check(every_function, operands(every_function, 3, 2, 4, 5, dtype=dtype), "triton")
-
-
-@interpreted
-def test_functions_are_accurate_near_zero_and_far_away() -> None:
-    import triton
-
-    source = launch._cell_module  # a module from a source file, as cells are
-    scale = torch.logspace(-30, 2.5, 4096, dtype=torch.float64)
-    points = torch.cat([-scale, scale, torch.tensor([0.0, -0.0], dtype=torch.float64)])
-    for name in ("tanh", "expm1", "sigmoid", "log1p", "exp"):
-        text = f"""import triton
-import triton.language as tl
-
-from fastrnn.kernels.gpu.triton.math import {name}
-
-
-@triton.jit
-def function(x, y, n, N: tl.constexpr):
-    at = tl.arange(0, N)
-    tl.store(y + at, {name}(tl.load(x + at, mask=at < n, other=0.5)), mask=at < n)
-"""
-        function = source(text, name).function
-        for dtype, limit in ((torch.float32, 4), (torch.float64, 6)):
-            x = points.to(dtype)
-            x = x[x > -0.9] if name == "log1p" else x[x.abs() < 80]
-            y = torch.empty_like(x)
-            function[(1,)](x, y, x.numel(), N=triton.next_power_of_2(x.numel()))
-            right = getattr(torch, name)(x.double())
-            error = ((y.double() - right) / right.abs().clamp_min(1e-300)).abs()
-            assert error[right != 0].max() < limit * torch.finfo(dtype).eps, (name, dtype)
-
-
 class Pointer:
     """Stands for a tensor of any size: nothing is there."""
 
@@ -454,40 +404,3 @@ def test_tensors_of_more_elements_than_32_bits_count(
                 if name in ("ds", "s0"):  # whose last state is H wide
                     count -= widest - hidden
                 assert memory.touched[name][1] == count - 1 > 1 << 31, (way, name)
-
-
-def test_triton_is_not_imported_until_it_runs() -> None:
-    text = "import sys, fastrnn, torch; fastrnn.LSTM(2, 3)(torch.zeros(1, 1, 2));"
-    text += "sys.exit('triton' in sys.modules and 'torch._inductor' not in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", text]).returncode == 0
-
-
-def test_sources_are_kept_and_found_again() -> None:
-    derived = derive(cells.get("lstm"))
-    module = launch.cell_module(derived)
-    assert module is launch.cell_module(replace(derived))
-    assert isinstance(module.__file__, str) and os.path.isfile(module.__file__)
-
-
-def test_what_is_kept_is_run_only_where_nobody_else_could_write_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("FASTRNN_CACHE", str(tmp_path / "cache"))
-    make = launch._cell_module.__wrapped__
-    path = Path(str(make("taken = None\n", "kept").__file__))
-    other = tmp_path / "other.py"
-    other.write_text("taken = 'from beside it'\n")
-    # As an import would find it, with no look at the source.
-    beside = importlib.util.cache_from_source(str(path))
-    checked = py_compile.PycInvalidationMode.UNCHECKED_HASH
-    py_compile.compile(str(other), cfile=beside, invalidation_mode=checked)
-    assert make("taken = None\n", "kept").taken is None
-
-    path.chmod(0o777)
-    assert make("taken = None\n", "kept").__file__ == str(path)
-    assert cache.file_refusal(path) is None
-
-    (tmp_path / "cache").chmod(0o777)
-    with pytest.warns(UserWarning, match=r"loads no code from .*/cache: others can write"):
-        elsewhere = Path(str(make("taken = None\n", "kept").__file__))
-    assert tmp_path not in elsewhere.parents
