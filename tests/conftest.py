@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.properties import hypothesis
-from tests.support import DEVICES, DTYPES
+from tests.support.names import DEVICES, DTYPES
+from tests.support.properties import hypothesis
 
 # Those need packages of their own: `make clients` runs them.
 collect_ignore = ["clients"]

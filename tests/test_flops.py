@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +14,11 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastrnn
-from tests.support import CELLS, LAYERS, flatten, twins
+from tests.support.modules import twins
+from tests.support.names import CELLS, LAYERS
+from tests.support.paths import ROOT
+from tests.support.tensors import flatten
 
-ROOT = Path(fastrnn.__file__).resolve().parent.parent
 F64 = torch.float64
 T, B, I, H = 7, 3, 4, 5  # noqa: E741
 

@@ -29,6 +29,7 @@ from benchmarks.gpu import results
 
 ROOT = Path(__file__).resolve().parents[2]
 NEEDED = ("ninja", "numpy", "pytest", "pytest_benchmark", "setuptools", "triton")
+TESTS = "tests/kernels/gpu/test_on_a_gpu.py"
 REGIMES = ("step", "block", "cluster", "grid")  # of the kernels in CUDA
 PATIENCE = 20  # seconds for a process that was killed to be gone: the GPU may hold it
 
@@ -62,7 +63,7 @@ def steps(folder: Path, out: Path) -> tuple[Step, ...]:
     python = sys.executable
 
     def tests(name: str, share: float, chosen: str, *before: str, needs: str = "") -> Step:
-        pytest = [python, "-m", "pytest", "tests/test_gpu.py", "-v", "-p", "no:cacheprovider"]
+        pytest = [python, "-m", "pytest", TESTS, "-v", "-p", "no:cacheprovider"]
         pytest += [f"--junitxml={folder / name}.xml", "-k", chosen]
         return Step(name, share, (*before, *pytest), needs or None)
 

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import fastrnn
-from tests import support
+from fastrnn.tools.tolerance import largest_error, rms_error
+from tests.support.tolerance import assert_matches
 
 Run = Callable[[nn.Module], Any]
 Ratio = Callable[..., float]  # the fixture
@@ -89,9 +90,9 @@ def difference(ours: Any, torchs: Any, gradients: bool = False) -> float:
     for what, tensor in theirs.items():
         assert mine[what].shape == tensor.shape, what
         assert mine[what].dtype == tensor.dtype, what
-        found.append(support.largest_error(mine[what], tensor))
+        found.append(largest_error(mine[what], tensor))
     if gradients:
-        found.append(support.rms_error(list(mine.values()), list(theirs.values())))
+        found.append(rms_error(list(mine.values()), list(theirs.values())))
     return float(np.max(found))  # unlike max(), it passes NaN on
 
 
@@ -151,7 +152,7 @@ def _compare(
     for what in [what for what, t in results[1].items() if not t.is_floating_point()]:
         mine, theirs, _ = (found.pop(what) for found in results)
         assert torch.equal(mine, theirs), what
-    support.assert_matches(*results, gradients=gradients)
+    assert_matches(*results, gradients=gradients)
 
 
 def assert_checkpoints_pass(

@@ -24,7 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from tests.support.paths import ROOT
+
 KERNELS = ROOT / "csrc"
 SIMULATOR = ROOT / "tests" / "cudasim"
 CACHE = ROOT / "build" / "cudasim"

@@ -18,8 +18,8 @@ from fastrnn.compiler import emit_cpp
 from fastrnn.compiler.derive import derive
 from tests.cudasim.build import ROOT, build, version
 from tests.cudasim.sweeps import Case, said
-from tests.test_cuda import PARTS, numbers
-from tests.test_kernels import BUILT_IN
+from tests.support.names import BUILT_IN
+from tests.support.simulated import PARTS, numbers
 
 RESULTS = ROOT / "benchmarks" / "results" / "cuda-sanitizers.md"
 SANITIZERS = ["address", "thread"]

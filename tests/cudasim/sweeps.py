@@ -21,8 +21,8 @@ import torch
 
 from fastrnn import cells, ops
 from tests.cudasim.build import ROOT, sanitized
-from tests.test_cuda import NUMBERS, agrees, decided, ragged, running
-from tests.test_kernels import operands, run
+from tests.support.operands import operands, run
+from tests.support.simulated import NUMBERS, agrees, decided, ragged, running
 
 
 class Case(NamedTuple):

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastrnn.tools import tolerance
 from fastrnn.tools.bench.contender import Prepared
 
 __all__ = [
@@ -42,14 +43,6 @@ _LONGEST_SPIN = 0.2
 _WARM_UP = 2e-3
 _LONG = 0.1  # seconds: of such a call, what a warm-up would save is less than one in a hundred
 _FEWEST = 3  # turns, however slow the calls are
-
-# Error forgiven whatever torch.nn's own is: of values and of gradients.
-_FLOORS = {
-    "float64": (1e-13, 1e-12),
-    "float32": (1e-6, 5e-6),
-    "bfloat16": (2e-3, 1e-2),
-    "float16": (5e-4, 2e-3),
-}
 
 
 @dataclass(frozen=True)
@@ -212,20 +205,17 @@ def _kib(status: Path, name: str) -> int:
 
 
 def relative_error(result: Tensor, exact: Tensor) -> float:
-    """Largest error in units of the largest exact value if that exceeds one; NaN stays NaN."""
+    """`tolerance.largest_error`; infinite where the shapes differ."""
     if result.shape != exact.shape:
         return float("inf")
-    exact = exact.detach().double().cpu()
-    error = (result.detach().double().cpu() - exact).abs().amax()
-    return (error / exact.abs().amax().clamp_min(1)).item()
+    return tolerance.largest_error(result, exact)
 
 
 def limit(what: str, theirs: float, dtype: str, tf32: bool = False) -> float:
-    """Error allowed to a result of that name where torch.nn's is `theirs`: twice as much, and a
-    floor. That of `tf32` is float16's, which has as many digits: where torch.nn may multiply so it
-    need not do it, and then is nearer."""
-    values, gradients = _FLOORS["float16" if tf32 else dtype]
-    return 2 * theirs + (gradients if what.startswith("gradient") else values)
+    """`tolerance.limit` of a result of that name. `tf32`: torch.nn may multiply in TF32. It need
+    not, and then its error is smaller."""
+    precision = "tf32" if tf32 else dtype
+    return tolerance.limit(theirs, precision, gradients=what.startswith("gradient"))
 
 
 def kernels_of(call: Callable[[], object]) -> tuple[str, ...]:

@@ -1,0 +1,30 @@
+"""The description of a cell that a person reads."""
+
+from __future__ import annotations
+
+from fastrnn import cells
+from fastrnn.compiler.derive import derive
+from fastrnn.compiler.describe import describe
+
+
+def test_description_of_gru() -> None:
+    assert describe(derive(cells.get("gru"))) == (
+        "cell gru\n"
+        "  gates   r z n\n"
+        "  states  h\n"
+        "  tied    r z\n"
+        "  keeps   r z n v.n: 16 bytes per unit and step in float32, besides the states\n"
+        "\n"
+        "forward: 8 operations, 3 transcendental\n"
+        "  r  = sigmoid(a.r)\n"
+        "  n  = tanh(u.n + r * v.n)\n"
+        "  z  = sigmoid(a.z)\n"
+        "  h' = n + z * (h - n)\n"
+        "\n"
+        "backward: 15 operations, 0 transcendental\n"
+        "  dh   = dh' * z\n"
+        "  du.n = (dh' - dh) * (1 - n * n)\n"
+        "  da.r = du.n * v.n * (r * (1 - r))\n"
+        "  da.z = dh' * (h - n) * (z * (1 - z))\n"
+        "  dv.n = du.n * r"
+    )

@@ -1,0 +1,82 @@
+"""A step of a stepper allocates nothing."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from tests.support.paths import ROOT
+
+COUNTER = """
+#include <atomic>
+#include <cstddef>
+extern "C" {
+void* __libc_malloc(size_t); void* __libc_calloc(size_t, size_t);
+void* __libc_realloc(void*, size_t); void* __libc_memalign(size_t, size_t);
+static std::atomic<long> count;
+long allocations() { return count; }
+void* malloc(size_t n) { ++count; return __libc_malloc(n); }
+void* calloc(size_t n, size_t m) { ++count; return __libc_calloc(n, m); }
+void* realloc(void* p, size_t n) { ++count; return __libc_realloc(p, n); }
+void* memalign(size_t a, size_t n) { ++count; return __libc_memalign(a, n); }
+void* aligned_alloc(size_t a, size_t n) { ++count; return __libc_memalign(a, n); }
+int posix_memalign(void** p, size_t a, size_t n) {
+  ++count; *p = __libc_memalign(a, n); return *p ? 0 : 12;
+}
+}
+"""
+
+
+def test_a_step_allocates_nothing(tmp_path: Path) -> None:
+    compiler = shutil.which("g++")
+    if compiler is None or not hasattr(ctypes.CDLL(None), "__libc_malloc"):
+        pytest.skip("needs g++ and glibc")
+    library = tmp_path / "counter.so"
+    (tmp_path / "counter.cpp").write_text(COUNTER)
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-O1", str(tmp_path / "counter.cpp"), "-o", str(library)],
+        check=True,
+    )
+    program = f"""
+        import ctypes, sys
+        import numpy as np, torch, fastrnn
+        from fastrnn import kernels
+        from fastrnn.kernels.prepare import prepare
+        from fastrnn.nn import stream
+        count = ctypes.CDLL({str(library)!r}).allocations
+        count.restype = ctypes.c_long
+        for dtype, proj in ((torch.float32, 0), (torch.bfloat16, 5)):
+            layer = fastrnn.LSTM(7, 33, num_layers=2, proj_size=proj, dtype=dtype)
+            key = prepare(layer._cell())
+            for threads in (1, 2):
+                lists = [[w for w in each if w is not None] for each in layer._weights()]
+                step = stream.Stepper(key, lists, 1, threads, True).step
+                x, out = torch.zeros(1, 7, dtype=dtype), torch.zeros(1, proj or 33, dtype=dtype)
+                pairs = [(x, out), (x[0], out[0])]
+                if not proj:
+                    pairs.append((x.numpy(), out.numpy()))
+                for x, out in pairs:
+                    for _ in range(100):
+                        step(x, out)
+                    before = count(), sys.getallocatedblocks()
+                    for _ in range(1000):
+                        step(x, out)
+                    after = count(), sys.getallocatedblocks()
+                    # A few are the test's own.
+                    assert max(a - b for a, b in zip(after, before)) < 10, (before, after)
+        assert count() > 1000  # it does count
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        env={**os.environ, "LD_PRELOAD": str(library), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,302 @@
+"""The CUDA kernels are compiled for the GPUs they are meant for, without one: no register may be
+spilled, and nothing else may be worth a warning of ptxas.
+
+The tests take the oldest GPUs and Hopper, and a cell of each number of gates. Of all that is there
+`python -m tests.csrc.cuda.test_compile` prints what it needs; `sm_90a` and the like pick some;
+`--save` writes the table to benchmarks/results/cuda-compile.md. Objects lie in build/cuda-compile
+and are made anew only when their sources change.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from fastrnn import cells
+from fastrnn.compiler import emit_cpp
+from fastrnn.compiler.derive import derive
+from fastrnn.kernels.gpu import cuda
+from tests.support.paths import ROOT
+
+pytestmark = pytest.mark.compiles
+
+FOLDER = ROOT / "build" / "cuda-compile"  # with a folder for each selection of cells
+RESULTS = ROOT / "benchmarks" / "results" / "cuda-compile.md"
+TARGETS = ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100f", "sm_120"]
+IN_CI = ["sm_80", "sm_90a"]
+SECONDS = 900
+NINJA_FILE = """\
+rule nvcc
+  command = {nvcc} --generate-dependencies-with-compile --dependency-output $out.d {flags} $
+    -Xptxas -v,-warn-spills,-Werror -gencode=arch=$virtual,code=$target -c $in -o $out $
+    > $out.log 2>&1 || {{ cat $out.log; exit 1; }}
+  depfile = $out.d
+  deps = gcc
+  description = $out
+rule link
+  command = {nvcc} -shared -cudart static -Xlinker --exclude-libs,ALL $in -o $out
+  description = $out
+{builds}
+"""
+
+
+@cache
+def build() -> ModuleType:
+    """setup.py."""
+    spec = importlib.util.spec_from_file_location("fastrnn_setup", ROOT / "setup.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+SOURCES = sorted((ROOT / "csrc").rglob("*.cu"))
+needs_nvcc = pytest.mark.skipif(
+    build().nvcc() is None and "CI" not in os.environ, reason="needs nvcc"
+)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Kernels of some cells."""
+
+    cells: tuple[str, ...]
+
+    @property
+    def folder(self) -> Path:
+        return FOLDER / "-".join(self.cells)
+
+    def log(self, target: str, source: Path) -> Path:
+        return self.folder / target / f"{build().object_of(source)}.log"
+
+
+SOME = Selection(("rnn_tanh", "lstm", "gru"))
+ALL = Selection(("rnn_tanh", "rnn_relu", "lstm", "gru"))
+
+
+def make(selection: Selection, *outputs: str) -> subprocess.CompletedProcess[str]:
+    """Compile or link what is not up to date, all of it even if some fails."""
+    folder = selection.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    builds = []
+    for target in TARGETS:
+        virtual = target.replace("sm", "compute")
+        for source in SOURCES:
+            builds.append(
+                f"build {target}/{build().object_of(source)}: nvcc {build().escape(source)}\n"
+                f"  target = {target}\n  virtual = {virtual}"
+            )
+        objects = " ".join(f"{target}/{build().object_of(source)}" for source in SOURCES)
+        builds.append(f"build {target}/_cuda.so: link {objects}")
+    nvcc = build().nvcc()
+    assert nvcc is not None, "there is no nvcc"
+    text = NINJA_FILE.format(
+        nvcc=build().quote(nvcc),
+        flags=" ".join(build().cuda_flags(folder)),
+        builds="\n".join(builds),
+    )
+    (folder / "build.ninja").write_text(text)
+    header = emit_cpp.header([derive(cells.get(name)) for name in selection.cells])
+    there = folder / "cells.gen.h"
+    if not there.exists() or there.read_text() != header:
+        there.write_text(header)
+    command = [sys.executable, "-m", "ninja", "-C", str(folder), "-k", "0"]
+    jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
+    return subprocess.run(
+        [*command, *jobs, *outputs], capture_output=True, text=True, timeout=SECONDS
+    )
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What ptxas says of one: registers of a thread, bytes of shared memory that are not dynamic,
+    of stack and of spills."""
+
+    name: str
+    registers: int
+    shared: int
+    stack: int
+    spilled: int
+
+
+def kernels(selection: Selection, target: str, source: Path) -> list[Kernel]:
+    """The kernels of a source, from the log of its last compilation."""
+    log = selection.log(target, source).read_text()
+    found = []
+    for part in log.split("Compiling entry function '")[1:]:
+        used = re.search(r"Used (\d+) registers", part)
+        stack = re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part
+        )
+        assert used and stack, part
+        shared = re.search(r"(\d+) bytes smem", part)
+        found.append(
+            Kernel(
+                name=_plain(part.split("'")[0]),
+                registers=int(used[1]),
+                shared=int(shared[1]) if shared else 0,
+                stack=int(stack[1]),
+                spilled=int(stack[2]) + int(stack[3]),
+            )
+        )
+    return found
+
+
+@cache
+def _plain(mangled: str) -> str:
+    """`persistent_forward` of its mangled name: the last of the nested names."""
+    names, rest = [], mangled.removeprefix("_Z").removeprefix("N")
+    while length := re.match(r"\d+", rest):
+        begin, size = length.end(), int(length[0])
+        names.append(rest[begin : begin + size])
+        rest = rest[begin + size :]
+    return names[-1] if names else mangled
+
+
+def seconds(selection: Selection, target: str, source: Path) -> float:
+    """How long it took to compile."""
+    taken = 0.0
+    for line in (selection.folder / ".ninja_log").read_text().splitlines()[1:]:
+        begin, end, _, output, _ = line.split("\t")
+        if output == f"{target}/{build().object_of(source)}":
+            taken = (int(end) - int(begin)) / 1000
+    return taken
+
+
+def table(selection: Selection, targets: list[str]) -> str:
+    """A row for every template of a kernel, with all that it was compiled for together."""
+    lines = [
+        "| kernel | GPU | compiled for | registers | shared memory | stack | spilled | file took |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for source in SOURCES:
+        for target in targets:
+            if not selection.log(target, source).with_suffix("").exists():
+                lines.append(f"| {source.name} | {target} | *is not compiled* | | | | | |")
+                continue
+            made = kernels(selection, target, source)
+            for name in sorted({kernel.name for kernel in made}):
+                same = [kernel for kernel in made if kernel.name == name]
+                registers = sorted(kernel.registers for kernel in same)
+                lines.append(
+                    f"| {name} | {target} | {len(same)} | {registers[0]}–{registers[-1]} | "
+                    f"{max(k.shared for k in same)} | {max(k.stack for k in same)} | "
+                    f"{max(k.spilled for k in same)} | {seconds(selection, target, source):.0f} s |"
+                )
+    return "\n".join(lines)
+
+
+@needs_nvcc
+@pytest.mark.timeout(SECONDS)
+@pytest.mark.parametrize("target", IN_CI)
+def test_kernels_compile_and_spill_nothing(target: str) -> None:
+    done = make(SOME, *(f"{target}/{build().object_of(source)}" for source in SOURCES))
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    made = [kernel for source in SOURCES for kernel in kernels(SOME, target, source)]
+    assert {kernel.name for kernel in made} >= {"persistent_forward", "persistent_backward"}
+    for kernel in made:
+        assert kernel.spilled == 0, kernel
+        assert kernel.stack == 0, kernel
+
+
+@needs_nvcc
+@pytest.mark.timeout(SECONDS)
+def test_the_library_loads_where_no_gpu_is() -> None:
+    """In a process of its own, which sees no GPU even where there is one."""
+    done = make(SOME, "sm_90a/_cuda.so")
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    library = SOME.folder / "sm_90a" / "_cuda.so"
+    script = f"""
+from fastrnn.kernels.gpu import cuda
+from fastrnn.kernels.gpu.cuda import CudaPlan, Sweep
+found = cuda.Library({str(library)!r})
+assert not found.simulated
+assert found.cells == {SOME.cells!r}, found.cells
+assert found.resident_clusters(8, 256, 1 << 16) == 0
+sweep = Sweep(steps=3, batch=2, hidden=8, lanes=1, end=3)
+for regime in range(4):
+    for number in range(6):
+        plan = CudaPlan(number=number, regime=regime, batch_tile=8, blocks=1, warps=8)
+        for kind in ("forward", "backward", "previous", "replay"):
+            found.workspace_bytes("lstm", sweep, plan, kind == "backward")
+            try:
+                found.launch(kind, "lstm", sweep, plan, None)
+            except RuntimeError as error:
+                assert "error" in str(error) and "no text" not in str(error), error
+            else:
+                raise AssertionError(f"ran where no GPU is: {{number}} {{regime}}")
+try:
+    found.launch("forward", "no such cell", sweep, CudaPlan(), None)
+except RuntimeError as error:
+    assert "invalid argument" in str(error), error
+else:
+    raise AssertionError("ran a cell that it does not know")
+"""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "-1"}
+    environment.pop("FASTRNN_CUDA_LIBRARY", None)
+    ran = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+@needs_nvcc
+@pytest.mark.timeout(SECONDS)
+def test_the_library_keeps_to_itself() -> None:
+    """It exports its C interface alone, and needs neither torch nor a runtime of CUDA."""
+    done = make(SOME, "sm_90a/_cuda.so")
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    library = str(SOME.folder / "sm_90a" / "_cuda.so")
+    if shutil.which("nm") is None or shutil.which("ldd") is None:
+        pytest.skip("needs nm and ldd")
+
+    def says(*command: str) -> str:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    exported = {line.split()[-1] for line in says("nm", "-D", "--defined-only", library).split("\n")
+                if line}  # fmt: skip
+    contract = (ROOT / "csrc/cuda/contract.h").read_text()
+    declared = set(re.findall(r"\b(fastrnn_cuda_\w+)\(", contract))
+    assert exported == declared
+    assert not re.search(r"torch|c10|libcud", says("ldd", library))
+    assert isinstance(ctypes.CDLL(library), ctypes.CDLL)
+    assert isinstance(cuda.Library(library), cuda.Library)
+
+
+def main(arguments: list[str]) -> int:
+    targets = [name for name in arguments if name != "--save"] or TARGETS
+    unknown = set(targets) - set(TARGETS)
+    if unknown:
+        print(f"no target {', '.join(sorted(unknown))}; there are: {', '.join(TARGETS)}")
+        return 2
+    # Each by itself: a limit of time is on every call.
+    objects = [build().object_of(source) for source in SOURCES]
+    done = [make(ALL, *(f"{target}/{each}" for each in objects)) for target in targets]
+    text = table(ALL, targets)
+    print(*(each.stdout[-5000:] for each in done if each.returncode), text, sep="\n")
+    if "--save" in arguments:
+        nvcc = str(build().nvcc())
+        version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        release = re.search(r"release ([\d.]+, V[\d.]+)", version)
+        head = (
+            "# What the CUDA kernels need\n\n`python -m tests.csrc.cuda.test_compile --save`, nvcc "
+            f"{release[1] if release else ''}. Of all instances of a kernel the fewest and most "
+            "registers of a thread, and the largest of the others, in bytes.\n\n"
+        )
+        RESULTS.write_text(head + text + "\n")
+    return max(each.returncode for each in done)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,471 @@
+"""The real CUDA kernels under the sanitizers, and mistakes planted in them, which must be found.
+
+`python -m tests.cudasim.sanitize` has far more cases for the sanitizers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import pytest
+
+from fastrnn import cells
+from fastrnn.compiler import emit_cpp
+from fastrnn.compiler.derive import derive
+from tests.cudasim.build import Fault, build, missing
+from tests.cudasim.sweeps import Case, said
+from tests.support.names import BUILT_IN
+
+pytestmark = [
+    pytest.mark.simulator,
+    pytest.mark.skipif(missing() is not None, reason=str(missing())),
+]
+
+TILE, EXCHANGE = "cuda/persistent/product.cuh", "cuda/persistent/exchange.cuh"
+FORWARD, BACKWARD = "cuda/persistent/forward.cu", "cuda/persistent/backward.cu"
+LAUNCH, REPLAY = "cuda/persistent/launch.cuh", "cuda/replay.cu"
+STEP = "cuda/step/product.cuh"
+AGAIN = {"chunk": 2}  # then tapes are made again, too
+CELL = "lstm"  # two states, and values that it keeps
+SEEDS = range(1, 7)
+BLOCKS = {"step": 1, "block": 1, "cluster": 3, "grid": 3}
+
+
+class Planted(NamedTuple):
+    """A mistake, and which kernels show it."""
+
+    name: str
+    regime: str
+    fault: Fault
+    race: bool = False  # to be found by the thread sanitizer as well; a few stand for all
+    outside: bool = False  # touches what lies outside: to be found by the address sanitizer
+    given: Mapping[str, Any] = MappingProxyType({})  # fields of the case
+
+
+FAULTS = [
+    Planted(
+        "a block's steps without a barrier",
+        "block",
+        Fault(EXCHANGE, "if (i > 0) __syncthreads();", "if (i > 0 && !PLANTED) __syncthreads();"),
+    ),
+    Planted(
+        "slices added before they are there",
+        "cluster",
+        Fault(
+            TILE,
+            "dev::named_barrier(1 + group, at.slices * kWarp);\n  if (slice > 0) return;",
+            "if (!PLANTED) dev::named_barrier(1 + group, at.slices * kWarp);\n"
+            "  if (slice > 0) return;",
+        ),
+        race=True,
+    ),
+    Planted(
+        "a number of the wrong column",
+        "cluster",
+        Fault(TILE, "sum[m][j][0] += x.x,", "sum[m][j][0] += PLANTED ? x.y : x.x,"),
+    ),
+    Planted(
+        "a wait for the wrong phase",
+        "cluster",
+        Fault(EXCHANGE, "(i - 1) >> 1 & 1", "((i - 1) >> 1 & 1) ^ PLANTED"),
+    ),
+    Planted(
+        "no wait for the peers",
+        "cluster",
+        Fault(
+            EXCHANGE,
+            "if (i > 0 && computes) dev::barrier_wait(",
+            "if (i > 0 && computes && !PLANTED) dev::barrier_wait(",
+        ),
+    ),
+    Planted(
+        "a phase that expects too little",
+        "cluster",
+        Fault(
+            EXCHANGE,
+            "if (operands > 1) dev::barrier_expect(&barriers[1], columns * at.exchanged);",
+            "if (operands > 1)"
+            " dev::barrier_expect(&barriers[1], columns * at.exchanged - (PLANTED ? 16 : 0));",
+        ),
+    ),
+    Planted(
+        "later phases that expect nothing",
+        "cluster",
+        Fault(EXCHANGE, "&& i + 2 < operands)", "&& i + 2 < operands && !PLANTED)"),
+    ),
+    Planted(
+        "one buffer for all steps",
+        "cluster",
+        Fault(
+            EXCHANGE,
+            "const char* here = tiles + place * at.tile +",
+            "const char* here = tiles + (PLANTED ? 0 : place) * at.tile +",
+        ),
+        race=True,
+    ),
+    Planted(
+        "peers that are not ready",
+        "cluster",
+        Fault(
+            EXCHANGE,
+            "dev::cluster_sync();\n    else",
+            "PLANTED ? void() : dev::cluster_sync();\n    else",
+        ),
+    ),
+    Planted(
+        "pieces read before other lanes wrote them",
+        "cluster",
+        Fault(
+            EXCHANGE,
+            "__syncwarp();\n#pragma unroll\n    for (int first",
+            "if (!PLANTED) __syncwarp();\n#pragma unroll\n    for (int first",
+        ),
+        race=True,
+    ),
+    Planted(
+        "a flag of the step before",
+        "grid",
+        Fault(EXCHANGE, "static_cast<uint32_t>(i)) {", "static_cast<uint32_t>(i - PLANTED)) {"),
+    ),
+    Planted(
+        "a flag that does not speak for all warps",
+        "grid",
+        Fault(
+            EXCHANGE,
+            "__syncthreads();\n    if (threadIdx.x == 0) dev::store_release(",
+            "if (!PLANTED) __syncthreads();\n    if (threadIdx.x == 0) dev::store_release(",
+        ),
+        race=True,
+    ),
+    Planted(
+        "the other area",
+        "grid",
+        Fault(EXCHANGE, "return area + (i & 1) *", "return area + ((i & 1) ^ PLANTED) *"),
+    ),
+    Planted(
+        "an operand that others are still writing",
+        "grid",
+        Fault(EXCHANGE, "if (i > 0) await(i);", "if (i > 0 && !PLANTED) await(i);"),
+        race=True,
+    ),
+    Planted(
+        "terms in another order than the weights",
+        "grid",
+        Fault(TILE, "= in_place ? w + 1 : w + 4;", "= in_place && !PLANTED ? w + 1 : w + 4;"),
+    ),
+    Planted(
+        "a group left out by the second launch",
+        "grid",
+        Fault(
+            LAUNCH,
+            "launched.first = static_cast<int>(first);",
+            "launched.first = PLANTED ? 0 : static_cast<int>(first);",
+        ),
+        given={"batch": 20},
+    ),
+    Planted(
+        "a tape in which an episode begins with the states before",
+        "step",
+        Fault(REPLAY, "s[k] = cut ? Sum(0) : s[k];", "s[k] = cut && !PLANTED ? Sum(0) : s[k];"),
+        given=AGAIN,
+    ),
+    Planted(
+        "a tape without the states before a chunk",
+        "step",
+        Fault(REPLAY, "begin > 0 && at.time(", "begin > 0 && !PLANTED && at.time("),
+        given=AGAIN,
+    ),
+    Planted(
+        "chunks whose tapes all begin with the first states",
+        "step",
+        Fault(
+            REPLAY,
+            "carry[at.state(k, b) + n] = s[k];",
+            "if (!PLANTED) carry[at.state(k, b) + n] = s[k];",
+        ),
+        given=AGAIN,
+    ),
+    Planted(
+        "a step before the first",
+        "step",
+        Fault(REPLAY, "if (at.initial(t, stop)) {", "if (at.initial(t, stop) && !PLANTED) {"),
+        given=AGAIN,
+    ),
+    Planted(
+        "copies nobody waited for",
+        "grid",
+        Fault(EXCHANGE, "dev::copy_async_wait<0>();", "if (!PLANTED) dev::copy_async_wait<0>();"),
+    ),
+    Planted(
+        "stages nobody waited for",
+        "step",
+        Fault(
+            STEP,
+            "dev::copy_async_wait<Shape::kStages - 2>();",
+            "if (!PLANTED) dev::copy_async_wait<Shape::kStages - 2>();",
+        ),
+    ),
+    Planted(
+        "sums written over a stage in use",
+        "step",
+        Fault(
+            STEP,
+            "__syncthreads();  // the stages make room for sums",
+            "if (!PLANTED) __syncthreads();",
+        ),
+        race=True,
+    ),
+    Planted(
+        "sums that are shared out before they are there",
+        "block",
+        Fault(
+            TILE,
+            "if (at.slices > 1) dev::named_barrier(",
+            "if (at.slices > 1 && !PLANTED) dev::named_barrier(",
+        ),
+        race=True,
+    ),
+    Planted(
+        "a number of the wrong column among sums that are shared out",
+        "block",
+        Fault(TILE, "sum.x += more.x,", "sum.x += PLANTED ? more.y : more.x,"),
+    ),
+    Planted(
+        "u of the step just done",
+        "block",
+        Fault(FORWARD, "at.time(low + i + 1), j", "at.time(low + i + !PLANTED), j"),
+    ),
+    Planted(
+        "a state that stays as it was",
+        "block",
+        Fault(
+            FORWARD,
+            "= here ? after[k].x",
+            "= here && !(PLANTED && k == 1) ? after[k].x",
+        ),
+    ),
+    Planted(
+        "a product that passes a reset",
+        "block",
+        Fault(FORWARD, "(cut ? 0 : product_of_h)", "(cut && !PLANTED ? 0 : product_of_h)"),
+    ),
+    Planted(
+        "a state that passes a reset",
+        "block",
+        Fault(FORWARD, "before[k] = cut ? 0 :", "before[k] = cut && !PLANTED ? 0 :"),
+    ),
+    Planted(
+        "a row of the batch that goes on past its end",
+        "block",
+        Fault(FORWARD, "here = t < stop[j][e] &&", "here = (PLANTED || t < stop[j][e]) &&"),
+        given={"layout": "lengths"},
+    ),
+    Planted(
+        "one state handed on for another",
+        "block",
+        Fault(
+            FORWARD,
+            "+ unit + 8 * o] = s[k][o][j][e];",
+            "+ unit + 8 * o] = s[PLANTED ? 0 : k][o][j][e];",
+        ),
+    ),
+    Planted(
+        "a state of another row of the batch",
+        "cluster",
+        Fault(
+            FORWARD,
+            "s[k][o][j][e] = carry[at.state(k, b) + n];",
+            "s[k][o][j][e] = carry[at.state(k, PLANTED ? b0 : b) + n];",
+        ),
+    ),
+    Planted(
+        "one value on the tape for another",
+        "block",
+        Fault(FORWARD, "kept[o][e][k - (S - 1)].x", "kept[o][e][PLANTED ? 0 : k - (S - 1)].x"),
+    ),
+    Planted(
+        "a first operand that is not there yet",
+        "block",
+        Fault(
+            FORWARD,
+            "exchange.ready();\n\n  for (int i",
+            "if (!PLANTED) exchange.ready();\n\n  for (int i",
+        ),
+        race=True,
+    ),
+    Planted(
+        "states written while other blocks read them",
+        "grid",
+        Fault(FORWARD, "exchange.settle();", "if (!PLANTED) exchange.settle();"),
+        race=True,
+        given={"chunk": 1},
+    ),
+    Planted(
+        "an output past the batch",
+        "block",
+        Fault(
+            FORWARD, "if (t >= stop[j][e]) continue;", "if (t >= stop[j][e] && !PLANTED) continue;"
+        ),
+        outside=True,
+    ),
+    Planted(
+        "states past the batch",
+        "block",
+        Fault(
+            FORWARD,
+            "if (b < sweep.batch && unit + 8 * o < hidden)",
+            "if ((PLANTED || b < sweep.batch) && unit + 8 * o < hidden)",
+        ),
+        outside=True,
+    ),
+    Planted(
+        "an item given to two warps",
+        "block",
+        Fault(BACKWARD, "return slice + i *", "return (PLANTED ? 0 : slice) + i *"),
+        race=True,
+    ),
+    Planted(
+        "one item fetched for another",
+        "block",
+        Fault(BACKWARD, "still ? i + 2 : i % 2", "still ? i + 2 : PLANTED ? 0 : i % 2"),
+        given={"batch": 9, "tile": 16},
+    ),
+    Planted(
+        "the state after a step for the one before it",
+        "block",
+        Fault(
+            BACKWARD,
+            "still ? row0_before : row0_later",
+            "still || PLANTED ? row0_before : row0_later",
+        ),
+    ),
+    Planted(
+        "a first step that begins from what is stored before it",
+        "block",
+        Fault(BACKWARD, "if (at.initial(t, stop)) {", "if (at.initial(t, stop) && !PLANTED) {"),
+    ),
+    Planted(
+        "a gradient that passes a reset",
+        "block",
+        Fault(BACKWARD, "= cut ? 0 : dbefore[k].x", "= cut && !PLANTED ? 0 : dbefore[k].x"),
+    ),
+    Planted(
+        "a product of gradients that passes a reset",
+        "block",
+        Fault(BACKWARD, "alive[e] && !cut ?", "alive[e] && (PLANTED || !cut) ?"),
+    ),
+    Planted(
+        "an output from before a reset",
+        "block",
+        Fault(BACKWARD, "previous[e] = cut ?", "previous[e] = cut && !PLANTED ?"),
+    ),
+    Planted(
+        "gradients of a row of the batch past its end",
+        "block",
+        Fault(
+            BACKWARD,
+            "to.alive[e] = t < stop &&",
+            "to.alive[e] = (PLANTED ? b0 + c + e < sweep.batch : t < stop) &&",
+        ),
+        given={"layout": "lengths"},
+    ),
+    Planted(
+        "the last product left out",
+        "cluster",
+        Fault(BACKWARD, "k == 0 ? add_product", "k == 0 && !PLANTED ? add_product"),
+    ),
+    Planted(
+        "a last operand that is not there yet",
+        "block",
+        Fault(
+            BACKWARD,
+            "operand = exchange.wait(step, computes);",
+            "operand = PLANTED && step == steps ? exchange.first() + (steps & 1) * layout.tile"
+            " : exchange.wait(step, computes);",
+        ),
+        race=True,
+    ),
+    Planted(
+        "one state's gradient handed on for another's",
+        "grid",
+        Fault(
+            BACKWARD,
+            "states[at.state(k, b) + n] = x.x;",
+            "states[at.state(PLANTED ? 0 : k, b) + n] = x.x;",
+        ),
+        given={"chunk": 2},
+    ),
+    Planted(
+        "gradients past the batch",
+        "block",
+        Fault(BACKWARD, "if (!alive[e]) continue;", "if (!alive[e] && !PLANTED) continue;"),
+        outside=True,
+    ),
+    Planted(
+        "gradients of states past the batch",
+        "block",
+        Fault(
+            BACKWARD,
+            "if (n < hidden && b < sweep.batch) states[",
+            "if (n < hidden && (PLANTED || b < sweep.batch)) states[",
+        ),
+        outside=True,
+    ),
+]
+
+
+@functools.cache
+def library(sanitizer: str | None) -> Path:
+    made = [cells.get(name) for name in (BUILT_IN if sanitizer else [CELL])]
+    header = emit_cpp.header(list(map(derive, made)), list(map(emit_cpp.key, made)))
+    return build(None, sanitizer, [planted.fault for planted in FAULTS], header)
+
+
+def case(number: int, seed: int) -> Case:
+    """For the fault of this number."""
+    planted = FAULTS[number - 1]
+    blocks = BLOCKS[planted.regime]
+    return Case(number, CELL, planted.regime, blocks, "bfloat16", seed, **planted.given)
+
+
+@pytest.mark.parametrize("sanitizer", [None, "address", "thread"])
+def test_right_kernels(sanitizer: str | None) -> None:
+    given = [
+        Case(0, name, regime, BLOCKS[regime], "bfloat16", seed, lanes=2, chunk=2, layout=layout)
+        for name in (BUILT_IN if sanitizer else [CELL])
+        for seed, (regime, layout) in enumerate(
+            zip(BLOCKS, ["packed", "lengths", "dense", "packed"], strict=True)
+        )
+    ]
+    lines = [f"=== {one}" for one in given] + ["=== end"]
+    heard = said(library(sanitizer), sanitizer, given)
+    assert [line for line in heard.splitlines() if line] == lines, heard[:5000]
+
+
+def missed(sanitizer: str | None, numbers: list[int], words: str) -> list[str]:
+    """The faults of which nothing with these words is said, whatever the schedule."""
+    given = [case(number, seed) for number in numbers for seed in SEEDS]
+    found = set()
+    for part in said(library(sanitizer), sanitizer, given).split("=== ")[1:]:
+        if words in part and not part.startswith("end"):
+            found.add(Case.parse(part.splitlines()[0]).fault)
+    return [FAULTS[number - 1].name for number in numbers if number not in found]
+
+
+def test_faults_are_found() -> None:
+    inside = [n for n, planted in enumerate(FAULTS, 1) if not planted.outside]
+    assert not missed(None, inside, "WRONG")
+
+
+def test_races_are_found() -> None:
+    races = [n for n, planted in enumerate(FAULTS, 1) if planted.race]
+    assert not missed("thread", races, "WARNING: ThreadSanitizer: data race")
+
+
+def test_what_is_touched_outside_is_found() -> None:
+    outside = [n for n, planted in enumerate(FAULTS, 1) if planted.outside]
+    assert not missed("address", outside, "ERROR: AddressSanitizer: heap-buffer-overflow")

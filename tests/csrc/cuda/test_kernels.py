@@ -1,0 +1,470 @@
+"""The CUDA kernels against the reference, in the simulator: values, gradients, tapes.
+
+Which library of kernels is loaded is decided when they are first asked about, so these tests run in
+processes of their own, which the first test starts.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastrnn
+from fastrnn import _C, cells, kernels, ops, plan
+from fastrnn.compiler import emit_cpp
+from fastrnn.compiler.derive import derive
+from fastrnn.kernels import reference
+from fastrnn.kernels.gpu import cuda
+from fastrnn.kernels.prepare import prepare
+from fastrnn.tools.tolerance import largest_error
+from tests.cudasim.build import build, missing
+from tests.support.names import BUILT_IN
+from tests.support.operands import doubled, linear, operands, run, whole
+from tests.support.simulated import (
+    NUMBERS,
+    PARTS,
+    RESIDENT,
+    WAYS,
+    agrees,
+    decided,
+    numbers,
+    ragged,
+    running,
+    ways,
+)
+from tests.support.tensors import flatten
+
+pytestmark = pytest.mark.simulator
+
+if "FASTRNN_CUDA_LIBRARY" not in os.environ and missing():
+    pytest.skip(str(missing()), allow_module_level=True)
+
+SIMULATED = "FASTRNN_CUDA_LIBRARY" in os.environ
+simulated = pytest.mark.skipif(not SIMULATED, reason="runs in a process of its own")
+
+
+def library() -> Path:
+    """The simulated kernels, of the built-in cells and the linear one."""
+    made = [cells.get(name) for name in BUILT_IN] + [linear]
+    names = [emit_cpp.key(cell) for cell in made]
+    return build(cells=emit_cpp.header([derive(cell) for cell in made], names))
+
+
+@pytest.mark.skipif(SIMULATED, reason="this is such a run")
+@pytest.mark.parametrize("part", [*PARTS, "rest"])
+def test_in_the_simulator(part: str) -> None:
+    """Everything below."""
+    chosen = " and ".join(f"not {p}" for p in PARTS) if part == "rest" else part
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen]
+    result = subprocess.run(
+        [*command, __file__],
+        env={**os.environ, "FASTRNN_CUDA_LIBRARY": str(library()), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+
+
+SHAPES = [  # T, B, I, H, P
+    (1, 1, 1, 1, 1),
+    (2, 3, 1, 5, 2),
+    (5, 1, 3, 17, 1),
+    (2, 9, 2, 8, 1),
+    (3, 7, 2, 15, 1),
+    (1, 8, 3, 16, 2),
+    (4, 3, 2, 33, 2),
+]
+
+
+@simulated
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", [*BUILT_IN, "linear"])
+def test_shapes(name: str, shape: tuple[int, ...], part: str) -> None:
+    cell = cells.get(name)
+    for regime, blocks in ways(part, shape[3]):
+        for number in numbers(part):
+            given = operands(cell, *shape, dtype=NUMBERS[number])
+            with running(regime, blocks, number):
+                ours = run(ops.scan, cell, given)
+            agrees(cell, given, number, ours)
+
+
+LARGE = [  # T, B, I, H, P, rows of a tile
+    (3, 17, 2, 64, 1, 16),
+    (3, 2, 2, 100, 1, 8),
+    (2, 31, 2, 40, 1, 32),
+    (2, 15, 2, 65, 1, 16),
+    (2, 1, 1, 130, 2, 8),
+    (2, 17, 1, 200, 1, 32),  # a slice of weights has more chunks than are under way at a time
+]
+
+
+@simulated
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+@pytest.mark.parametrize("name", [*BUILT_IN, "linear"])
+def test_tiles(name: str, shape: tuple[int, ...], part: str) -> None:
+    cell = cells.get(name)
+    regime, blocks = ways(part, shape[3])[-1]
+    if shape[3] > {"block": 100, "cluster": 190}.get(part, 999):
+        pytest.skip("more than a block can hold")
+    for number in numbers(part):
+        given = operands(cell, *shape[:5], dtype=NUMBERS[number])
+        if name == "rnn_relu":
+            decided(given)
+        tile = min(shape[5], 16) if number == "tf32x3" else shape[5]  # it has no wider ones
+        with running(regime, blocks, number, batch_tile=tile):
+            ours = run(ops.scan, cell, given)
+        agrees(cell, given, number, ours)
+        if name == "rnn_relu":
+            on = [(bias > 0).expand(shape[:2] + bias.shape) for bias in given["b_ih"]]
+            assert (ours["y"] > 0.5).equal(torch.cat(on, -1)), "a unit came near its kink"
+
+
+@simulated
+@pytest.mark.parametrize("tile", [16, 32, 64])
+@pytest.mark.parametrize("name", ["rnn_tanh", "gru", "lstm", "linear"])
+def test_tiles_of_a_step(name: str, tile: int) -> None:
+    """The tiles of csrc/cuda/step/, with one more at each edge that is not whole; rows that can
+    be copied in vectors and rows that cannot."""
+    cell = cells.get(name)
+    for number in NUMBERS:
+        for hidden in (44, 72):
+            given = operands(cell, 3, 70, 2, hidden, dtype=NUMBERS[number])
+            with running("step", 1, number, batch_tile=tile):
+                ours = run(ops.scan, cell, given)
+            agrees(cell, given, number, ours)
+
+
+@simulated
+@pytest.mark.parametrize("part", PARTS)
+def test_many_steps(part: str) -> None:
+    """Places and epochs come round again; chunks of many steps and of a few."""
+    cell = cells.get("gru")
+    number = "float64" if part == "step" else "tf32x3"
+    for (regime, blocks), chunk in itertools.product(WAYS[part][:2], (9999, 2 * 7)):
+        given = operands(cell, 50, 2, 2, 25, 2, NUMBERS[number])
+        with running(regime, blocks, number, chunk_rows=chunk):
+            ours = run(ops.scan, cell, given)
+        agrees(cell, given, number, ours)
+
+
+RAGGED = [(1, 2, 3, 1), (5, 9, 17, 2)]  # T, B, H, P
+
+
+@simulated
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("layout", ["dense", "lengths", "packed"])
+@pytest.mark.parametrize("name", ["gru", "lstm", "linear"])
+def test_ragged_batches_resets_and_chunks(name: str, layout: str, part: str) -> None:
+    cell = cells.get(name)
+    number = "float64" if part == "step" else "tf32x3"
+    for steps, batch, hidden, lanes in RAGGED:
+        given = operands(cell, steps, batch, 4, hidden, lanes, NUMBERS[number])
+        exact = ragged(given, layout)
+        regime, blocks = ways(part, hidden)[0]
+        some = torch.rand(given["x"].shape[:-1]) < 0.3
+        for resets, chunk in ((None, 2 * batch), (some, 1), (None, 99)):
+            given["resets"] = exact["resets"] = resets
+            with running(regime, blocks, number, chunk_rows=chunk):
+                ours = run(ops.scan, cell, given)
+            agrees(cell, given, number, ours, exact)
+
+
+@simulated
+@pytest.mark.parametrize("part", ["step", "grid"])
+@pytest.mark.parametrize("layout", ["dense", "lengths", "packed"])
+@pytest.mark.parametrize("name", [*BUILT_IN, "linear"])
+def test_tapes_made_again(
+    name: str, layout: str, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing was kept but the output: the tape of a chunk follows from it, without a sweep."""
+    launched: list[str] = []
+    launch = cuda.Library.launch
+
+    def counted(self: cuda.Library, kind: str, *rest: Any) -> None:
+        launched.append(kind)
+        launch(self, kind, *rest)
+
+    monkeypatch.setattr(cuda.Library, "launch", counted)
+    cell = cells.get(name)
+    for steps, batch, hidden, lanes in RAGGED:
+        for number in numbers(part):
+            if steps == 1 and "float16" in number:
+                continue  # an error is no measure of another where there are so few numbers
+            given = operands(cell, steps, batch, 4, hidden, lanes, NUMBERS[number])
+            if name == "rnn_relu":
+                decided(given)
+            exact = ragged(given, layout)
+            regime, blocks = ways(part, hidden)[-1]
+            some = torch.rand(given["x"].shape[:-1]) < 0.3
+            for resets, chunk in ((None, 2 * batch), (some, 1), (some, 99)):
+                given["resets"] = exact["resets"] = resets
+                with running(regime, blocks, number, chunk_rows=chunk):
+                    ours = run(partial(ops.scan, recompute=True), cell, given)
+                agrees(cell, given, number, ours, exact)
+    # A second sweep would give the same, for more memory; rnn_* have nothing on their tapes.
+    assert launched.count("forward") == launched.count("backward")
+    assert ("replay" in launched) == (name not in ("rnn_tanh", "rnn_relu"))
+
+
+@simulated
+@pytest.mark.parametrize("part", PARTS)
+def test_linear_cell_is_exact(part: str) -> None:
+    for regime, blocks in WAYS[part]:
+        for number in numbers(part):
+            given = operands(linear, 5, 18, 6, 37, 2, NUMBERS[number])
+            given = {k: whole(v) for k, v in given.items()}
+            given["resets"] = torch.rand(5, 18) < 0.2
+            # Of bfloat16 one chunk, as what the products of chunks add up to is not whole there.
+            rows = 90 if number == "bfloat16" else 36
+            exact = run(reference.scan, linear, doubled(given))
+            for scan in (ops.scan, partial(ops.scan, recompute=True)):
+                with running(regime, blocks, number, chunk_rows=rows, batch_tile=16):
+                    ours = run(scan, linear, given)
+                for what, right in exact.items():
+                    # What steps hand on to each other is whole in bfloat16 as well; the gradients
+                    # of weights, sums of all steps, are rounded in the end.
+                    assert right.abs().max() < 256 or " w_" in what or " b_" in what, what
+                    same = torch.equal(ours[what], right.to(ours[what].dtype))
+                    assert same, (what, blocks, number)
+
+
+@simulated
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("name", [*BUILT_IN, "linear"])
+def test_a_kernel_takes_the_tape_of_another(name: str, part: str) -> None:
+    cell = cells.get(name)
+    number = "float64" if part == "step" else "tf32x3"
+    tolerance = 1e-12 if part == "step" else 2e-5
+    for extra in ({}, {"resets": torch.rand(4, 3) < 0.3}, {"lengths": torch.tensor([3, 0, 4])}):
+        given = {**operands(cell, 4, 3, 3, 19, 2, NUMBERS[number]), **extra}
+        arguments = (
+            emit_cpp.key(cell),
+            *(given[k] for k in ("x", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "s0")),
+            None,
+            given.get("lengths"),
+            given.get("resets"),
+            given["reverse"],
+        )
+
+        def using(kernel: str) -> Any:
+            regime, blocks = ways(part, 19)[0]
+            return running(regime, blocks, number) if kernel == "cuda" else kernels.use(kernel)
+
+        results = {}
+        for kernel in ("cpu", "cuda"):
+            with using(kernel):
+                prepare(cell)
+                results[kernel] = torch.ops.fastrnn.scan(*arguments, tape=True)
+        for a, b in zip(flatten(results["cpu"]), flatten(results["cuda"]), strict=True):
+            assert largest_error(a, b) < tolerance
+        y, *states, _ = results["cpu"]
+        incoming = (torch.randn_like(y), [torch.randn_like(s) for s in states])
+        gradients = {}
+        for writer, (y, *_, tape) in results.items():
+            for reader in ("cpu", "cuda"):
+                with using(reader):
+                    gradients[writer, reader] = torch.ops.fastrnn.scan_backward(
+                        arguments[0], *incoming, *arguments[1:], y, tape, [True] * 6
+                    )
+        right = gradients.pop(("cpu", "cpu"))
+        for pair, ours in gradients.items():
+            for k, (a, b) in enumerate(zip(ours, right, strict=True)):
+                assert largest_error(a, b) < tolerance, (pair, k)
+
+
+@simulated
+@pytest.mark.parametrize("part", PARTS)
+def test_every_schedule_gives_the_same_bits(part: str) -> None:
+    found = cuda.library()
+    assert isinstance(found, cuda.Library)
+    seed = ctypes.CDLL(str(found.path)).fastrnn_cudasim_seed
+    seed.argtypes = [ctypes.c_uint64]
+    cell = cells.get("lstm")
+    given = operands(cell, 4, 9, 3, 50, 2, torch.bfloat16)
+    given["resets"] = torch.rand(4, 9) < 0.2
+    regime, blocks = WAYS[part][-1]
+    results = []
+    try:
+        for number in range(4):
+            seed(number)
+            with running(regime, blocks, "bfloat16"):
+                results.append(run(ops.scan, cell, given))
+    finally:
+        seed(0)
+    for other in results[1:]:
+        for what, value in results[0].items():
+            assert torch.equal(value, other[what]), what
+
+
+@simulated
+@pytest.mark.parametrize("part", PARTS)
+def test_only_wanted_gradients_and_none_that_is_absent(part: str) -> None:
+    cell = cells.get("lstm")
+    number = "float64" if part == "step" else "tf32x3"
+    given = operands(cell, 3, 2, 3, 5, bias=False, dtype=NUMBERS[number])
+    given["s0"] = []
+    arguments = (cell.name, *(given[k] for k in ("x", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr")))
+    arguments += (given["s0"], None, None, None, 0)
+    regime, blocks = ways(part, 5)[0]
+    with running(regime, blocks, number):
+        y, *states, tape = torch.ops.fastrnn.scan(*arguments, tape=True)
+    for needs in ([True] + [False] * 5, [False, False, True, True, True, True]):
+        for dy, dstates in ((y, [None, None]), (None, [None, states[1]])):
+            found = {}
+            for kernel in (running(regime, blocks, number), kernels.use("cpu")):
+                with kernel:
+                    found[kernel] = torch.ops.fastrnn.scan_backward(
+                        cell.name, dy, dstates, *arguments[1:], y, tape, needs
+                    )
+            ours, right = found.values()
+            assert len(ours) == len(right) == 1
+            torch.testing.assert_close(ours[0], right[0], rtol=1e-5, atol=1e-6)
+
+
+@simulated
+@pytest.mark.parametrize("part", PARTS)
+def test_strided_misaligned_empty_or_without_bias(part: str) -> None:
+    cell = cells.get("gru")
+    number = "float64" if part == "step" else "tf32x3"
+    dtype = NUMBERS[number]
+    given = operands(cell, 3, 2, 4, 9, dtype=dtype)
+    strided = {
+        **given,
+        "x": torch.randn(4, 2, 3, 2, dtype=dtype).permute(2, 1, 0, 3)[..., 1],
+        "w_hh": [w.t().contiguous().t() for w in given["w_hh"]],
+    }
+    flat = torch.empty(1 + given["w_hh"][0].numel(), dtype=dtype)  # as in a vector of parameters
+    flat[1:] = given["w_hh"][0].flatten()
+    misaligned = {**given, "w_hh": [flat[1:].view_as(given["w_hh"][0])]}
+    step = operands(cell, 1, 2, 4, 9, dtype=dtype)
+    regime, blocks = ways(part, 9)[0]
+    for case in (
+        strided,
+        misaligned,
+        {**operands(cell, 3, 2, 4, 9, 2, dtype, bias=False), "s0": []},
+        operands(cell, 3, 0, 4, 9, dtype=dtype),
+        operands(cell, 3, 2, 0, 9, dtype=dtype),
+        {**step, "x": step["x"][0], "s0": [s[0] for s in step["s0"]]},
+    ):
+        with running(regime, blocks, number):
+            ours = run(ops.scan, cell, case)
+        agrees(cell, case, number, ours)
+
+
+@simulated
+def test_modules_from_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By plans as they are, for a device like an H100."""
+    x = torch.randn(4, 3, 5)
+    packed = torch.nn.utils.rnn.pack_sequence([x[:, 0], x[:3, 1], x[:1, 2]])
+    layers: list[tuple[torch.nn.Module, Any]] = [
+        (fastrnn.LSTM(5, 6, num_layers=2, bidirectional=True), x),
+        (fastrnn.GRU(5, 6, batch_first=True), x),
+        (fastrnn.RNN(5, 6), packed),
+        (fastrnn.LSTM(5, 12, heads=3, bidirectional=True), x),
+        (fastrnn.GRU(5, 80), x),
+    ]
+    monkeypatch.setenv("FASTRNN_KERNEL", "cuda")
+    for precision, tolerance in (("ieee", 2e-5), ("tf32", 5e-3)):
+        monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", precision)
+        for layer, given in layers:
+            _C.forget_plans()
+            ours = flatten(layer(given))
+            ours += torch.autograd.grad(ours[0].sin().sum(), list(layer.parameters()))
+            with kernels.use("cpu"):
+                right = flatten(layer(given))
+                right += torch.autograd.grad(right[0].sin().sum(), list(layer.parameters()))
+            for a, b in zip(ours, right, strict=True):
+                assert largest_error(a, b) < tolerance
+    for layer, reason in (
+        (fastrnn.LSTM(5, 6, proj_size=2), "does not project the output"),
+        (fastrnn.Recurrent(unknown, 5, 6), "no code for cell"),
+    ):
+        with pytest.raises(plan.KernelRefused, match=reason):
+            layer(x)
+    monkeypatch.undo()
+    _C.forget_plans()
+
+
+@cells.cell(gates="a", states="h")
+def unknown(u, v, h):  # type: ignore[no-untyped-def]
+    return torch.tanh(u.a + v.a) * 0.5 + h
+
+
+@simulated
+def test_an_error_of_the_library_is_raised() -> None:
+    cell = cells.get("lstm")
+    with running("cluster", 3, "float64"), pytest.raises(RuntimeError, match=r"failed: .*error 9"):
+        run(ops.scan, cell, operands(cell, 2, 2, 3, 40))
+
+
+@simulated
+@pytest.mark.parametrize("part", PARTS)
+def test_what_lies_around_outputs_is_not_written(part: str) -> None:
+    cell = cells.get("gru")
+    number = "float64" if part == "step" else "tf32x3"
+    given = operands(cell, 3, 5, 4, 13, 2, NUMBERS[number])
+    made: list[torch.Tensor] = []
+    empty = torch.empty
+
+    def guarded(*shape: Any, **options: Any) -> torch.Tensor:
+        if options.get("dtype") is None or not options["dtype"].is_floating_point:
+            return empty(*shape, **options)
+        shape = shape[0] if isinstance(shape[0], tuple) else shape
+        size = torch.Size(shape).numel()
+        around = empty(size + 32, **options).fill_(7)
+        made.append(around)
+        return around[16 : 16 + size].fill_(torch.nan).view(*shape)
+
+    regime, blocks = ways(part, 13)[0]
+    with pytest.MonkeyPatch.context() as patch, running(regime, blocks, number):
+        patch.setattr(torch, "empty", guarded)
+        ours = run(ops.scan, cell, given)
+    agrees(cell, given, number, ours)
+    assert made
+    for around in made:
+        assert (around[:16] == 7).all() and (around[-16:] == 7).all()
+
+
+@simulated
+def test_plans_know_what_a_block_holds() -> None:
+    """`plan.cuda.lay_out` against the library, for all that a plan may have to weigh."""
+    found = cuda.library()
+    assert isinstance(found, cuda.Library)
+    known = 0
+    for name, hidden, number, tile, (regime, blocks) in itertools.product(
+        BUILT_IN,
+        (1, 17, 64, 100, 128, 256, 512, 768, 1000, 1024, 2048),
+        RESIDENT,
+        (8, 16, 32),
+        [("block", 1), *(("cluster", n) for n in (2, 8)), *(("grid", n) for n in (5, 32, 128))],
+    ):
+        cell = cells.get(name)
+        dtype = str(NUMBERS[number]).removeprefix("torch.")
+        made = plan.CudaConfig(
+            number=number, regime=regime, batch_tile=tile, blocks=blocks, warps=8
+        )
+        sweep = cuda.Sweep(steps=5, batch=70, hidden=hidden, lanes=1, end=5)
+        for backward in (False, True):
+            problem = plan.Problem(
+                *(name, 5, 70, 1, hidden, len(cell.gates), len(cell.states)),
+                dtype=dtype,
+                backward=backward,
+            )
+            layout = plan.cuda.lay_out(problem, made)
+            ours = -1 if layout is None else layout.shared_bytes
+            theirs = found.shared_bytes(name, sweep, cuda.cuda_plan(made), backward)
+            assert ours == theirs, (name, hidden, made, backward)
+            known += layout is not None
+    assert known > 1000

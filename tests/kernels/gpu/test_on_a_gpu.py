@@ -1,0 +1,427 @@
+"""Every kernel for GPUs on a GPU: values and gradients against float64, and what only a GPU can
+show: streams, captured graphs, clusters and grids that really run at the same time.
+
+Nothing here runs without a GPU. `python -m benchmarks.gpu` runs it in parts, by words in the names
+of the tests: a kernel that hangs takes only its part along.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+# Before the first product: torch demands it where results must be the same in every run.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastrnn
+from fastrnn import cells, kernels, ops, plan
+from fastrnn.compiler.derive import derive
+from fastrnn.kernels import reference
+from fastrnn.kernels.gpu import cuda
+from fastrnn.tools.tolerance import largest_error
+from tests.support.kernels import check, planned
+from tests.support.names import BUILT_IN
+from tests.support.operands import linear, operands, run, whole
+from tests.support.tensors import flatten
+
+GPU = torch.cuda.is_available()
+pytestmark = pytest.mark.skipif(not GPU, reason="there is no GPU")
+CAPABILITY = torch.cuda.get_device_capability() if GPU else (0, 0)
+
+KERNELS = ["cuda", "triton"]
+NUMBERS = ["float64", "float32", "tf32", "bfloat16", "float16"]
+# T, B, I, H, P and the blocks that share H.
+SHAPES: dict[str, list[tuple[tuple[int, ...], int]]] = {
+    "step": [((1, 1, 1, 1, 1), 1), ((3, 9, 4, 17, 2), 1), ((2, 33, 8, 300, 1), 1)],
+    "block": [((1, 1, 1, 1, 1), 1), ((5, 9, 4, 17, 2), 1), ((9, 3, 8, 64, 1), 1)],
+    "cluster": [((5, 9, 4, 17, 2), 2), ((9, 3, 8, 64, 1), 4), ((40, 17, 8, 250, 2), 8)],
+    "grid": [((5, 9, 4, 17, 2), 3), ((9, 3, 8, 64, 1), 2), ((40, 17, 8, 250, 2), 16)],
+}
+
+
+TILES = {regime: (16, 32, 64) if regime == "step" else (8, 16, 32) for regime in SHAPES}
+
+
+@pytest.fixture(autouse=True)
+def float32_in_full() -> Iterator[None]:
+    """Not as TF32, which torch lets recurrent layers do unless it is told otherwise."""
+    with tf32(False):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def device_is_alive() -> Iterator[None]:
+    """After a failed launch nothing runs in this process any more: say so once."""
+    yield
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        pytest.exit(f"the device is lost: {error}", returncode=3)
+
+
+def moved(value: Any) -> Any:
+    """`value` on the GPU; sizes of packed batches stay on the CPU."""
+    if isinstance(value, dict):
+        return {k: v if k == "batch_sizes" else moved(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [moved(v) for v in value]
+    return value.cuda() if isinstance(value, Tensor) else value
+
+
+@contextmanager
+def tf32(allow: bool) -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allow
+    try:
+        # Without `enabled` these flags would turn cuDNN off.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=allow):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def dtype_of(number: str) -> torch.dtype:
+    dtype = getattr(torch, "float32" if number == "tf32" else number)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def rival_of(number: str) -> torch.dtype:
+    """In which the reference has as many digits: TF32 has those of float16, but whether cuBLAS
+    makes use of it is up to cuBLAS."""
+    return torch.float16 if number == "tf32" else dtype_of(number)
+
+
+def forced(regime: str, number: str, blocks: int, batch_tile: int) -> dict[str, Any]:
+    """Fields of a plan, whatever the device would make of so small a problem."""
+    if regime == "cluster" and CAPABILITY < (9, 0):
+        pytest.skip("there are no clusters before compute capability 9.0")
+    if number == "float64" and regime != "step":
+        pytest.skip("float64 stays in the cache")
+    if number == "float32" and regime != "step":
+        number = "tf32x3"
+        batch_tile = min(batch_tile, 16)  # it has no wider ones
+    return {
+        "regime": regime,
+        "number": number,
+        "batch_tile": batch_tile,
+        "blocks": blocks,
+        "warps": 8,
+        "groups": torch.cuda.get_device_properties().multi_processor_count // blocks,
+    }
+
+
+def fits(name: str, shape: tuple[int, ...], fields: dict[str, Any]) -> bool:
+    """Whether a block has shared memory for such a plan, both ways."""
+    library = cuda.library()
+    assert isinstance(library, cuda.Library), library
+    steps, batch, _, hidden, lanes = shape
+    sweep = cuda.Sweep(steps=steps, batch=batch, hidden=hidden, lanes=lanes, end=steps)
+    wanted = cuda.cuda_plan(plan.CudaConfig(**fields))
+    most = torch.cuda.get_device_properties().shared_memory_per_block_optin
+    needed = [library.shared_bytes(name, sweep, wanted, backward) for backward in (False, True)]
+    return fields["regime"] == "step" or all(0 <= each <= most for each in needed)
+
+
+def decided_by_rounding(name: str, number: str, hidden: int) -> bool:
+    """Whether some unit is so near to 0 that rounding turns it on or off, and its gradient too."""
+    return name == "rnn_relu" and number not in ("float64", "float32") and hidden > 60
+
+
+def few(regime: str, number: str) -> dict[str, Any]:
+    """The least tile, and blocks."""
+    return forced(regime, number, 1 if regime in ("step", "block") else 2, TILES[regime][0])
+
+
+# The kernels, by regime
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("regime", SHAPES)
+def test_cuda_shapes(regime: str, name: str, number: str) -> None:
+    for shape, blocks in SHAPES[regime]:
+        if decided_by_rounding(name, number, shape[3]):
+            continue
+        given = moved(operands(cells.get(name), *shape, dtype=dtype_of(number)))
+        plans = [forced(regime, number, blocks, tile) for tile in TILES[regime]]
+        plans = [fields for fields in plans if fits(name, shape, fields)]
+        assert plans, shape
+        for fields in plans:
+            with tf32(number == "tf32"), planned(**fields):
+                check(cells.get(name), given, "cuda", rival_of(number))
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("name", [*BUILT_IN, "linear"])
+def test_triton_shapes(name: str, number: str) -> None:
+    for shape in ((1, 1, 1, 1, 1), (5, 9, 4, 17, 2), (9, 3, 8, 64, 1), (3, 17, 8, 130, 1)):
+        if decided_by_rounding(name, number, shape[3]):
+            continue
+        given = moved(operands(cells.get(name), *shape, dtype=dtype_of(number)))
+        with tf32(number == "tf32"):
+            check(cells.get(name), given, "triton", rival_of(number))
+
+
+def ragged(layout: str, cell: cells.Cell, hidden: int, dtype: torch.dtype) -> dict[str, Any]:
+    steps, batch = 7, 11
+    given = operands(cell, steps, batch, 4, hidden, 2, dtype)
+    lengths = torch.randint(0, steps + 1, (batch,))
+    lengths[3] = steps
+    shape: tuple[int, ...] = (steps, batch)
+    if layout == "lengths":
+        given["lengths"] = lengths
+    elif layout == "packed":
+        lengths = lengths.clamp_min(1).sort(descending=True).values
+        given["batch_sizes"] = (lengths > torch.arange(steps)[:, None]).sum(1)
+        given["x"] = torch.randn(int(lengths.sum()), 4, dtype=torch.float64).to(dtype)
+        shape = given["x"].shape[:1]
+    given["resets"] = torch.rand(shape) < 0.3
+    result = moved(given)
+    assert isinstance(result, dict)
+    return result
+
+
+@pytest.mark.parametrize("number", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", ["dense", "lengths", "packed"])
+@pytest.mark.parametrize("name", ["gru", "lstm"])
+@pytest.mark.parametrize("regime", SHAPES)
+def test_cuda_ragged(regime: str, name: str, layout: str, number: str) -> None:
+    cell = cells.get(name)
+    for hidden, chunk in ((17, 11), (64, 22), (64, 999)):
+        given = ragged(layout, cell, hidden, dtype_of(number))
+        with planned(**few(regime, number), chunk_rows=chunk):
+            check(cell, given, "cuda")
+
+
+@pytest.mark.parametrize("number", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("layout", ["dense", "lengths", "packed"])
+@pytest.mark.parametrize("name", ["gru", "lstm"])
+@pytest.mark.parametrize("regime", SHAPES)
+def test_cuda_tapes_made_again(regime: str, name: str, layout: str, number: str) -> None:
+    cell = cells.get(name)
+    for hidden, chunk in ((17, 11), (64, 22), (64, 999)):
+        given = ragged(layout, cell, hidden, dtype_of(number))
+        with planned(**few(regime, number), chunk_rows=chunk):
+            check(cell, given, "cuda", recompute=True)
+
+
+def test_cuda_grid_of_groups_that_follow_each_other() -> None:
+    for number in ("tf32", "bfloat16"):
+        given = moved(operands(cells.get("lstm"), 5, 50, 4, 64, 2, dtype_of(number)))
+        with planned(**few("grid", number) | {"groups": 3}), tf32(number == "tf32"):
+            check(cells.get("lstm"), given, "cuda", rival_of(number))
+
+
+@pytest.mark.parametrize("number", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", ["dense", "lengths", "packed"])
+@pytest.mark.parametrize("name", ["gru", "lstm", "linear"])
+def test_triton_ragged(name: str, layout: str, number: str) -> None:
+    cell = cells.get(name)
+    for chunk in (11, 22, 999):
+        given = ragged(layout, cell, 17, dtype_of(number))
+        with planned(chunk_rows=chunk):
+            check(cell, given, "triton")
+
+
+def test_triton_is_exact_for_a_linear_cell() -> None:
+    given = {k: whole(v) for k, v in operands(linear, 5, 18, 6, 37, 2, torch.float32).items()}
+    given = moved({**given, "resets": torch.rand(5, 18) < 0.1})
+    with kernels.use("triton"):
+        ours = run(ops.scan, linear, given)
+    for what, right in run(reference.scan, linear, given).items():
+        assert torch.equal(ours[what], right), what
+
+
+# Small enough for compute-sanitizer, which makes everything many times as slow
+
+
+@pytest.mark.parametrize("way", [*SHAPES, "triton"])
+def test_small(way: str) -> None:
+    for name in ("lstm", "gru"):
+        given = moved(operands(cells.get(name), 3, 3, 2, 17, dtype=torch.bfloat16))
+        fields = {} if way == "triton" else few(way, "bfloat16")
+        with planned(**fields):
+            check(cells.get(name), given, "triton" if way == "triton" else "cuda")
+
+
+# What the public interface gives, whatever the plan
+
+
+def layers(dtype: torch.dtype = torch.float32) -> list[nn.Module]:
+    made = {"device": "cuda", "dtype": dtype}
+    return [
+        fastrnn.LSTM(32, 96, num_layers=2, bidirectional=True, **made),
+        fastrnn.GRU(32, 200, **made),
+    ]
+
+
+def both_ways(layer: nn.Module, x: Tensor) -> list[Tensor]:
+    """Results and gradients."""
+    found = flatten(layer(x))
+    return found + list(torch.autograd.grad(found[0].float().sin().sum(), list(layer.parameters())))
+
+
+def close(ours: list[Tensor], right: list[Tensor]) -> None:
+    for a, b in zip(ours, right, strict=True):
+        assert largest_error(a, b) < 1e-4
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Within the test no other kernel runs."""
+    with kernels.use(request.param):
+        yield request.param
+
+
+def test_first_library() -> None:
+    """Beside torch's own copy of CUDA's runtime."""
+    library = cuda.library()
+    assert isinstance(library, cuda.Library), library
+    assert not library.simulated
+    assert set(BUILT_IN) <= set(library.cells)
+
+
+def test_first_is_near_torch(kernel: str) -> None:
+    theirs = nn.LSTM(32, 96, 2, bidirectional=True, device="cuda")
+    x = torch.randn(20, 5, 32, device="cuda")
+    exact = both_ways(theirs.double(), x.double())
+    close(both_ways(fastrnn.from_torch(theirs.float()), x), exact)
+
+
+def test_first_current_stream(kernel: str) -> None:
+    """A stream of its own waits for what makes its input, and nobody else's."""
+    noise = torch.randn(4096, 4096, device="cuda")
+    for layer in layers():
+        x = torch.randn(20, 5, 32, device="cuda")
+        right = both_ways(layer, x)
+        late = torch.zeros_like(x)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(20):
+                noise @ noise
+            late.copy_(x)
+            ours = both_ways(layer, late)
+        torch.cuda.current_stream().wait_stream(stream)
+        close(ours, right)
+
+
+def captured(layer: nn.Module, x: Tensor) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        both_ways(layer, x)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ours = both_ways(layer, x)
+    return graph, ours
+
+
+def test_first_graph(kernel: str) -> None:
+    """Captured once, forward and backward, and replayed on other input."""
+    for layer in layers():
+        x = torch.randn(20, 5, 32, device="cuda")
+        graph, ours = captured(layer, x)
+        for _ in range(3):
+            x.copy_(torch.randn_like(x))
+            graph.replay()
+            close(ours, both_ways(layer, x))
+
+
+def test_whole_compiled(kernel: str) -> None:
+    for layer in layers():
+        x = torch.randn(20, 5, 32, device="cuda")
+        right = both_ways(layer, x)
+        torch._dynamo.reset()
+        close(both_ways(torch.compile(layer, fullgraph=True), x), right)
+
+
+@pytest.mark.parametrize("number", ["float32", "tf32", "bfloat16", "float16"])
+def test_whole_bitwise(kernel: str, number: str) -> None:
+    """Run after run, also while another stream keeps multiprocessors busy."""
+    noise = torch.randn(2048, 2048, device="cuda")
+    other = torch.cuda.Stream()
+    with tf32(number == "tf32"):
+        for layer in layers(dtype_of(number)):
+            x = torch.randn(64, 40, 32, device="cuda", dtype=dtype_of(number))
+            right = both_ways(layer, x)
+            assert not any(t.isnan().any() for t in right)
+            for _ in range(5):
+                with torch.cuda.stream(other):
+                    for _ in range(30):
+                        noise @ noise
+                for a, b in zip(both_ways(layer, x), right, strict=True):
+                    assert torch.equal(a, b)
+
+
+def test_whole_two_streams(kernel: str) -> None:
+    """The same layer on two streams at a time."""
+    for layer in layers():
+        inputs = [torch.randn(64, 40, 32, device="cuda") for _ in range(2)]
+        right = [both_ways(layer, x) for x in inputs]
+        streams = [torch.cuda.Stream() for _ in inputs]
+        torch.cuda.synchronize()
+        for _ in range(3):
+            ours: list[list[Tensor]] = []
+            for stream, x in zip(streams, inputs, strict=True):
+                with torch.cuda.stream(stream):
+                    ours.append(both_ways(layer, x))
+            torch.cuda.synchronize()
+            for mine, wanted in zip(ours, right, strict=True):
+                close(mine, wanted)
+
+
+def test_whole_recompute(kernel: str) -> None:
+    """What waits for the way back is a fraction, and gradients are as good."""
+    for layer in layers():
+        x = torch.randn(100, 20, 32, device="cuda")
+        kept = []
+        for recompute in (False, True):
+            layer.recompute = recompute
+            before = torch.cuda.memory_allocated()
+            waiting = layer(x)
+            kept.append(torch.cuda.memory_allocated() - before)
+            del waiting
+        again = both_ways(layer, x)
+        layer.recompute = False
+        close(again, both_ways(layer, x))
+        assert kept[1] < kept[0] / 2
+
+
+SIZES = [(1, 256), (16, 256), (64, 512), (64, 1024), (128, 2048)]  # B, H
+
+
+@pytest.mark.parametrize("number", ["bfloat16", "float32", "tf32", "float16"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_whole_sizes(kernel: str, size: tuple[int, int], number: str) -> None:
+    """Those of the benchmark, as its plans have them, by the tolerance rule."""
+    batch, hidden = size
+    dtype = dtype_of(number)
+    for make in (fastrnn.LSTM, fastrnn.GRU):
+        ours = make(64, hidden, device="cuda", dtype=dtype)
+        theirs = fastrnn.to_torch(ours)
+        x = torch.randn(24, batch, 64, device="cuda", dtype=dtype)
+        with tf32(number == "tf32"):
+            mine, torchs = both_ways(ours, x), both_ways(theirs, x)
+        exact = both_ways(theirs.double(), x.double())
+        floor = {torch.float32: 5e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[rival_of(number)]
+        for a, b, right in zip(mine, torchs, exact, strict=True):
+            assert largest_error(a, right) <= 2 * largest_error(b, right) + floor
+
+
+def test_whole_cells_of_ones_own_go_to_triton() -> None:
+    assert derive(linear)
+    layer = fastrnn.Recurrent(linear, 3, 5, device="cuda")
+    x = torch.randn(4, 2, 3, device="cuda")
+    ours: Callable[[], list[Tensor]] = lambda: both_ways(layer, x)  # noqa: E731
+    found = ours()
+    with kernels.use("reference"):
+        close(found, ours())

@@ -1,0 +1,308 @@
+"""Triton kernels are compiled for the GPUs they are meant for, without one: they must fit into
+shared memory and spill no registers.
+
+The tests take one kernel for every plan of every type in both directions; with `--full` it is every
+cell, with and without packed rows, and sizes that are no multiple of anything.
+`python -m tests.kernels.gpu.triton.test_compile [--full] [target...]` prints what each
+needs: registers, shared memory, the matrix instructions in it and the size of its code.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastrnn import cells, plan
+from fastrnn.compiler.derive import derive
+from fastrnn.kernels.gpu.triton import launch
+from tests.support.paths import ROOT
+
+pytestmark = pytest.mark.compiles
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("needs Triton", allow_module_level=True)
+
+KIB = 1 << 10
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU: Triton's name for it, and what a block may have of shared memory there."""
+
+    backend: str
+    arch: int | str
+    shared_bytes: int
+    warp: int = 32
+
+    @property
+    def name(self) -> str:
+        return f"sm_{self.arch}" if self.backend == "cuda" else str(self.arch)
+
+    @property
+    def device(self) -> plan.Device:
+        facts = plan.TritonFacts(
+            nvidia=self.backend == "cuda", shared_bytes=self.shared_bytes, warp=self.warp
+        )
+        return plan.Device(kind="cuda", triton=facts)
+
+
+TARGETS = [
+    Target("cuda", 80, 163 * KIB),
+    Target("cuda", 86, 99 * KIB),
+    Target("cuda", 89, 99 * KIB),
+    Target("cuda", 90, 227 * KIB),
+    Target("cuda", 100, 227 * KIB),
+    Target("cuda", 120, 99 * KIB),
+    Target("hip", "gfx942", 64 * KIB, 64),
+]
+POINTERS = {
+    "float32": "*fp32",
+    "float64": "*fp64",
+    "bfloat16": "*bf16",
+    "float16": "*fp16",
+}
+
+
+@cells.cell(gates="abcdef", states="hcn")
+def wide(u, v, h, c, n):  # type: ignore[no-untyped-def]
+    """A cell with more gates and states than others, not all of them tied."""
+    f, i = torch.sigmoid(u.a + v.a), torch.exp(-torch.relu(u.b + v.b))
+    c = f * c + i * torch.tanh(u.c + v.c * torch.sigmoid(u.d + v.d))
+    n = f * n + i
+    return torch.sigmoid(u.e + v.e) * torch.tanh(u.f - v.f) * c / (1 + torch.abs(n)), c, n
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel: what it is for, and what it is compiled for besides."""
+
+    target: Target
+    problem: plan.Problem
+    precision: str
+    packed: bool  # rows, of different lengths and with resets
+
+    @property
+    def plan(self) -> plan.Plan:
+        device = replace(self.target.device, tf32=self.precision == "tf32")
+        return plan.choose(self.problem, device)
+
+
+@dataclass(frozen=True)
+class Report:
+    case: Case
+    shared: int
+    registers: int
+    stack: int  # bytes of a thread
+    spilled: int  # instructions that move spilled registers in a step, or registers
+    mix: dict[str, int]
+
+    @property
+    def wrong(self) -> str:
+        if self.shared > self.case.target.shared_bytes:
+            return f"needs {self.shared} bytes of shared memory, of {self.case.target.shared_bytes}"
+        return "spills" if self.spilled or self.stack else ""
+
+    @property
+    def row(self) -> str:
+        p, q = self.case.problem, self.case.plan.triton
+        way = "resident" if q.resident else f"streamed {q.unit_tile}x{q.depth_tile}/{q.stages}"
+        way += " projected" * p.projected + " packed" * self.case.packed
+        direction = "backward" if p.backward else "forward"
+        mix = " ".join(f"{name} {n}" for name, n in self.mix.items())
+        return (
+            f"{self.case.target.name:6} {p.cell:8} {direction:8} H {p.hidden:4} {p.dtype:8} "
+            f"{self.case.precision:6} rows {q.batch_tile:2} {way:34} warps {q.warps:2}  "
+            f"shared {self.shared:6}  registers {self.registers:3}  stack {self.stack:3}  "
+            f"spilled {self.spilled:2}  {mix}  {self.wrong}"
+        )
+
+
+def compiled(case: Case) -> Report:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from fastrnn.kernels.gpu.triton.common import RUN_TIME
+
+    target, problem, packed = case.target, case.problem, case.packed
+    chosen = case.plan.triton
+    assert chosen.precision == case.precision
+    derived = derive(cells.get(problem.cell))
+    kernel = launch.kernel(chosen, problem.backward)
+    only = {} if problem.backward else {"bias": not all(derived.tied), "tape": problem.tape}
+    meta = launch.meta_arguments(
+        derived, chosen, problem.hidden, backward=problem.backward,
+        packed=packed, ragged=packed, resets=packed,
+        projected=problem.hidden // 2 if problem.projected else None, **only,
+    )  # fmt: skip
+    stored = POINTERS[problem.dtype]
+    computed = "*fp64" if problem.dtype == "float64" else "*fp32"
+    types: dict[str, str] = dict.fromkeys(kernel.arg_names, stored)
+    types |= dict.fromkeys(("carry", "unprojected", "s0", "ds"), computed)
+    types |= {"first": "*i64", "length": "*i64", "resets": "*u8"}
+    types |= dict.fromkeys(RUN_TIME, "i64")
+    types |= dict.fromkeys(("steps", "begin", "end", "hidden", "width"), "i32") | dict.fromkeys(
+        meta, "constexpr"
+    )
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if types.get(name, "").startswith("*")
+    }
+    source = ASTSource(
+        fn=kernel,
+        signature={name: types[name] for name in kernel.arg_names if name in types},
+        constexprs=meta,
+        attrs=aligned,
+    )
+    made = triton.compile(
+        source,
+        target=GPUTarget(target.backend, target.arch, target.warp),
+        options=launch.compile_options(chosen),
+    )
+    read = _amd(made.asm["amdgcn"]) if target.backend == "hip" else _nvidia(made.asm["cubin"])
+    return Report(case, made.metadata.shared, *read)
+
+
+def _nvidia(cubin: bytes) -> tuple[int, int, int, dict[str, int]]:
+    """Registers, bytes of stack, moves of spilled registers in a loop, and instructions."""
+    import triton.backends.nvidia
+
+    tools = Path(triton.backends.nvidia.__file__).parent / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _output(tools / "cuobjdump", "--dump-resource-usage", file.name)
+        code = _output(tools / "nvdisasm", "-c", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    spilled = _in_loops(code, r"\b(STL|LDL)\b")
+    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9]+)", code, re.M)
+    counts = Counter(names)
+    mix = {name: n for name, n in counts.items() if "MMA" in name or name in ("FFMA", "DFMA")}
+    mix["all"] = len(names)
+    return int(found[1]), int(found[2]), spilled, mix
+
+
+def _in_loops(code: str, instruction: str) -> int:
+    """How many lines between a label and a jump back to it have the instruction."""
+    lines = code.splitlines()
+    labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"\s*(\.L_x_\d+):", line))}
+    inside: set[int] = set()
+    for i, line in enumerate(lines):
+        jump = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
+        if jump and labels.get(jump[1], i) < i - 1:
+            inside.update(range(labels[jump[1]], i))
+    return sum(bool(re.search(instruction, lines[i])) for i in inside)
+
+
+def _amd(assembly: str) -> tuple[int, int, int, dict[str, int]]:
+    def number(name: str) -> int:
+        found = re.search(rf"\.{name}:\s*(\d+)", assembly)
+        assert found, name
+        return int(found[1])
+
+    names = Counter(re.findall(r"^\s+(v_mfma|v_fmac?|ds_|global_)", assembly, re.M))
+    stack = number("private_segment_fixed_size")
+    return number("vgpr_count"), stack, number("vgpr_spill_count"), dict(names)
+
+
+def _output(*command: Any) -> str:
+    return subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, check=True
+    ).stdout
+
+
+CELLS = ("lstm", "gru", "rnn_tanh", "wide")
+SIZES = (1, 32, 64, 100, 128, 256, 512, 1000)
+
+
+def problems() -> Iterator[plan.Problem]:
+    for name in CELLS:
+        cell = cells.get(name)
+        projectable = derive(cell).projectable
+        for dtype, hidden, batch, projected, backward in itertools.product(
+            ("bfloat16", "float32", "float64"), SIZES, (1, 64), (False, True), (False, True)
+        ):
+            if not projected or (projectable and hidden in (64, 512)):
+                yield plan.Problem(
+                    name, 100, batch, 64, hidden, len(cell.gates), len(cell.states), dtype=dtype,
+                    tape=True, backward=backward, projected=projected,
+                )  # fmt: skip
+
+
+def cases(target: Target, full: bool) -> Iterator[Case]:
+    """A kernel for every plan of a type in a direction, packed in turn; `full`: for every cell."""
+    seen = set()
+    for problem in problems():
+        three = target.backend == "cuda" and problem.dtype == "float32"
+        for precision in ("tf32x3", "tf32") if three else ("ieee",):
+            case = Case(target, problem, precision, len(seen) % 2 == 0)
+            key: tuple[Any, ...] = problem.dtype, precision, problem.backward, problem.projected
+            key += (replace(case.plan, chunk_rows=1),)
+            if full:
+                key += (problem.cell, problem.hidden % 16 == 0)
+            if key not in seen:
+                seen.add(key)
+                yield case
+                if full:
+                    yield replace(case, packed=not case.packed)
+
+
+def main(names: list[str], full: bool) -> int:
+    """How many kernels do not fit, or spill."""
+    chosen = [t for t in TARGETS if not names or t.name in names]
+    bad = 0
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as pool:
+        for report in pool.map(compiled, [c for t in chosen for c in cases(t, full)]):
+            bad += bool(report.wrong)
+            print(report.row, flush=True)
+    return bad
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda t: t.name)
+def test_kernels_fit_and_spill_nothing(target: Target) -> None:
+    """In a process of its own, where Triton is not the interpreter that other tests need."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.gpu.triton.test_compile", target.name],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+
+
+def test_what_a_batch_decides_is_no_constant_of_a_kernel() -> None:
+    from fastrnn.kernels.gpu.triton.common import RUN_TIME
+
+    if launch.interpreted():
+        pytest.skip("needs Triton's compiler")
+    for backward, resident in itertools.product((False, True), repeat=2):
+        kernel = launch.kernel(plan.TritonConfig(resident=resident), backward)
+        free = {p.name for p in kernel.params if p.do_not_specialize}
+        assert free == set(RUN_TIME) - ({"hidden", "width"} if resident else set())
+        wide_numbers = {p.name for p in kernel.params if p.annotation_type == "i64"}
+        assert wide_numbers == {"batch", "base", "base_reverse", "chunk_rows", "reverse"}
+        constants = {p.name for p in kernel.params if p.is_constexpr}
+        assert not constants & {"T", "B", "I", "P", *RUN_TIME}
+
+
+if __name__ == "__main__":
+    sys.exit(main([a for a in sys.argv[1:] if a != "--full"], "--full" in sys.argv) > 0)

@@ -1,0 +1,20 @@
+"""The facts about a device that plans are made from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from fastrnn.kernels import device
+
+
+def test_tf32_where_torch_lets_its_rnn_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    rnn: Any = torch.backends.cudnn.rnn
+    for precision in ("ieee", "tf32"):
+        monkeypatch.setattr(rnn, "fp32_precision", precision)
+        assert device.current().tf32 is (precision == "tf32")
+    for allowed in (False, True):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+        assert device.current().tf32 is allowed

@@ -1,0 +1,93 @@
+"""Decisions of the CPU kernel about any machine, made on this one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from fastrnn.plan import CpuFacts, Device, KernelRefused, Plan, Problem, choose
+from tests.support.problems import LSTM, TWO, with_threads
+
+
+def split(plan: Plan) -> tuple[int, int, int]:
+    return plan.cpu.split_lanes, plan.cpu.split_slots, plan.cpu.split_units
+
+
+@pytest.mark.parametrize(
+    ("problem", "device", "expected"),
+    [
+        (LSTM, with_threads(1), (1, 1, 1)),
+        (replace(LSTM, steps=1), TWO, (1, 1, 1)),  # not worth a thread
+        (LSTM, TWO, (1, 1, 2)),  # one row: units
+        (replace(LSTM, batch=32), TWO, (1, 2, 1)),  # slots need no exchange
+        (replace(LSTM, lanes=2), TWO, (2, 1, 1)),  # nor do directions
+        (replace(LSTM, lanes=2, batch=32), with_threads(8), (2, 4, 1)),
+        (replace(LSTM, hidden=256), with_threads(8), (1, 1, 8)),
+        (replace(LSTM, batch=3, hidden=256), with_threads(4), (1, 1, 4)),
+        (replace(LSTM, hidden=24), with_threads(4), (1, 1, 1)),
+    ],
+    ids=str,
+)
+def test_threads(problem: Problem, device: Device, expected: tuple[int, int, int]) -> None:
+    plan = choose(problem, device)
+    assert split(plan) == expected
+    assert plan.cpu.threads <= device.cpu.threads
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 4, 7, 64])
+@pytest.mark.parametrize("lanes", [1, 2, 3])
+@pytest.mark.parametrize("batch", [1, 2, 5, 64])
+@pytest.mark.parametrize("hidden", [1, 16, 100, 1024])
+@pytest.mark.parametrize("backward", [False, True])
+def test_never_more_parts_than_there_are(
+    threads: int, lanes: int, batch: int, hidden: int, backward: bool
+) -> None:
+    problem = replace(LSTM, lanes=lanes, batch=batch, hidden=hidden, backward=backward)
+    plan = choose(problem, with_threads(threads))
+    assert plan.cpu.threads <= threads
+    assert plan.cpu.split_lanes <= lanes
+    assert plan.cpu.split_slots <= batch
+    assert plan.cpu.split_units <= -(-hidden // 16)
+
+
+def test_few_rows_are_not_worth_packing() -> None:
+    assert not choose(replace(LSTM, steps=1), TWO).cpu.packed_weights
+    assert choose(LSTM, TWO).cpu.packed_weights
+    assert choose(replace(LSTM, steps=1, frozen=True), TWO).cpu.packed_weights
+
+
+@pytest.mark.parametrize("hidden", [1, 64, 512])
+def test_a_chunk_stays_in_the_cache_whatever_the_length(hidden: int) -> None:
+    for steps in (1, 10_000_000):
+        problem = replace(LSTM, steps=steps, hidden=hidden)
+        row = 4 * hidden * 4
+        assert TWO.cpu.l2_bytes / 8 < choose(problem, TWO).chunk_rows * row <= TWO.cpu.l2_bytes / 4
+        backward = choose(replace(problem, backward=True), TWO)
+        assert backward.chunk_rows >= 512
+        assert backward.chunk_rows * row <= max(TWO.cpu.l2_bytes, 512 * row)
+
+
+def test_no_numbers_divide_by_zero() -> None:
+    for empty in ({"steps": 0}, {"batch": 0}, {"inputs": 0}, {"hidden": 0}, {"rows": 0}):
+        for backward in (False, True):
+            assert choose(replace(LSTM, backward=backward, **empty), TWO).chunk_rows >= 1
+
+
+@pytest.mark.parametrize(
+    ("problem", "device", "reason"),
+    [
+        (LSTM, replace(TWO, kind="cuda"), "on cuda"),
+        (LSTM, Device(cpu=CpuFacts(compiled=False)), "no compiled code for cell 'lstm'"),
+        (replace(LSTM, dtype="ComplexFloat"), TWO, "not ComplexFloat"),
+        (replace(LSTM, cell="gru", projected=True, projectable=False), TWO, "'gru' reads state 0"),
+    ],
+)
+def test_what_the_cpu_kernel_refuses(problem: Problem, device: Device, reason: str) -> None:
+    plan = choose(problem, device)
+    assert plan.kernel == "reference"
+    (kernel, why), *others = plan.refused
+    assert (kernel, *(name for name, _ in others)) == ("cpu", "cuda", "triton")
+    assert reason in why
+    with pytest.raises(KernelRefused, match=reason):
+        choose(problem, replace(device, forced="cpu"))

@@ -1,0 +1,102 @@
+"""Decisions of the Triton kernels about any GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from fastrnn.plan import CpuFacts, Device, KernelRefused, Problem, TritonFacts, choose
+from fastrnn.plan.dtypes import BYTES
+from tests.support.problems import LSTM
+
+
+def with_triton(kind: str = "cuda", **facts: int) -> Device:
+    return Device(kind=kind, triton=TritonFacts(**facts))  # type: ignore[arg-type]
+
+
+H200 = with_triton(shared_bytes=227 << 10)
+RTX = with_triton(shared_bytes=99 << 10)  # sm_86, sm_89, sm_120
+MI300 = with_triton(shared_bytes=64 << 10)
+INTERPRETED = with_triton("cpu", interpreted=True)
+BF16 = replace(LSTM, dtype="bfloat16", batch=64)
+
+
+@pytest.mark.parametrize(
+    ("problem", "device", "reason"),
+    [
+        (BF16, replace(H200, triton="Triton is not installed"), "not installed"),
+        (BF16, replace(H200, kind="mps"), "on GPUs, the tensors are on mps"),
+        (BF16, replace(H200, kind="cpu"), "on GPUs, the tensors are on cpu"),
+        (replace(BF16, dtype="ComplexFloat"), H200, "not ComplexFloat"),
+        (replace(BF16, projected=True, projectable=False), H200, "reads state 0 unit by unit"),
+        (BF16, INTERPRETED, "bfloat16 wrongly"),
+    ],
+)
+def test_what_the_triton_kernel_refuses(problem: Problem, device: Device, reason: str) -> None:
+    with pytest.raises(KernelRefused, match=reason):
+        choose(problem, replace(device, forced="triton"))
+    assert choose(problem, replace(device, forced=None)).kernel != "triton"
+
+
+def test_triton_on_gpus_and_in_its_interpreter_only_by_name() -> None:
+    assert choose(BF16, H200).kernel == "triton"
+    assert choose(BF16, replace(H200, kind="xpu")).kernel == "triton"
+    assert choose(LSTM, INTERPRETED).kernel == "cpu"
+    complex_numbers = replace(LSTM, dtype="ComplexFloat")
+    assert choose(complex_numbers, INTERPRETED).kernel == "reference"
+    for compiled in (False, True):  # for CPUs: Triton needs none of that
+        cpu = CpuFacts(compiled=compiled)
+        mine = replace(INTERPRETED, cpu=cpu, forced="triton")
+        assert choose(LSTM, mine).kernel == "triton"
+
+
+@pytest.mark.parametrize(
+    ("problem", "device", "resident"),
+    [
+        (BF16, MI300, True),  # 32 KB of weights
+        (replace(BF16, hidden=128), H200, True),  # 128 KB
+        (replace(BF16, hidden=128), RTX, False),
+        (replace(BF16, hidden=256, gates=1, states=1), H200, True),  # 128 KB
+        (replace(BF16, hidden=256), H200, False),
+        (replace(LSTM, batch=64), replace(H200, tf32=True), True),
+        (replace(LSTM, batch=64), H200, False),  # its parts leave too few registers
+        (replace(LSTM, batch=64, hidden=128), H200, False),
+        (replace(LSTM, hidden=64), MI300, True),  # one row: in registers
+        (replace(LSTM, hidden=32, dtype="float64"), H200, True),
+        (replace(LSTM, hidden=100, dtype="float64"), H200, False),
+    ],
+    ids=str,
+)
+def test_weights_are_resident_where_they_fit(
+    problem: Problem, device: Device, resident: bool
+) -> None:
+    for backward in (False, True):
+        assert choose(replace(problem, backward=backward), device).triton.resident is resident
+
+
+@pytest.mark.parametrize("device", [H200, RTX, MI300], ids=["H200", "RTX", "MI300"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("hidden", [1, 5, 64, 100, 1000, 4096])
+@pytest.mark.parametrize("gates", [1, 3, 4, 16])
+def test_tiles_of_triton(device: Device, dtype: str, hidden: int, gates: int) -> None:
+    size = BYTES[dtype]
+    assert isinstance(device.triton, TritonFacts)
+    problem = replace(LSTM, dtype=dtype, hidden=hidden, gates=gates)
+    for backward in (False, True):
+        kinds = set()
+        for batch in (1, 2, 3, 16, 17, 1000):
+            for steps in (1, 7, 10_000_000):
+                changed = replace(problem, batch=batch, steps=steps, backward=backward)
+                plan = choose(changed, device)
+                kinds.add(plan)
+                chosen = plan.triton
+                tile = (chosen.unit_tile, chosen.depth_tile)
+                assert all(t >= 16 and t & (t - 1) == 0 for t in tile)
+                if chosen.matrix_units:
+                    weights = gates * tile[0] * tile[1] * size * max(1, chosen.stages - 1)
+                    assert chosen.batch_tile >= 16
+                    assert weights <= device.triton.shared_bytes
+                if chosen.resident:
+                    assert tile[0] == tile[1] >= hidden
+        assert len(kinds) <= 2  # one row, or several: nothing is compiled for a length or a batch

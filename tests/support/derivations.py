@@ -1,0 +1,129 @@
+"""Cells that use everything that can be derived, and their steps by autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastrnn import cells
+from fastrnn.cells import Cell
+from fastrnn.compiler.derive import Derived
+
+
+def make(gates: str, states: str, function: Callable[..., object], name: str = "") -> Cell:
+    """A cell outside of the registry, so that no other test meets it."""
+    return Cell(name or function.__name__, tuple(gates), tuple(states), function)  # type: ignore[arg-type]
+
+
+def mgu(u, v, h):
+    f = torch.sigmoid(u.f + v.f)
+    return (1 - f) * h + f * torch.tanh(u.n + f * v.n)
+
+
+def slstm(u, v, h, c, n, m):
+    """Exponential gating with a stabilizer state (Beck et al. 2024, arXiv:2405.04517)."""
+    z, o = torch.tanh(u.z + v.z), torch.sigmoid(u.o + v.o)
+    log_f, log_i = F.logsigmoid(u.f + v.f), u.i + v.i
+    m_next = torch.maximum(log_f + m, log_i)
+    f, i = torch.exp(log_f + m - m_next), torch.exp(log_i - m_next)
+    c, n = f * c + i * z, f * n + i
+    return o * c / n, c, n, m_next
+
+
+def peephole(u, v, h, c):
+    i, f = torch.sigmoid(u.i + v.i + 0.1 * c), torch.sigmoid(u.f + v.f - 0.2 * c)
+    c = f * c + i * torch.tanh(u.g + v.g)
+    return torch.sigmoid(u.o + 0.3 * c + v.o) * torch.tanh(c), c
+
+
+def activations(u, v, h, c):
+    a = F.silu(u.a + v.a) + F.gelu(u.b + v.b) + F.gelu(v.a, approximate="tanh")
+    b = F.softplus(u.c) + F.elu(v.c) - F.logsigmoid(u.d) + F.leaky_relu(v.d, 0.2)
+    return torch.tanh(a) * h + b * c, F.mish(h) + F.selu(c) + F.softsign(a) * F.hardtanh(b)
+
+
+def choices(u, v, h, c):
+    gate = torch.where((u.a > 0) & ~(v.a > h), u.a, v.b * 2)
+    low = torch.clamp(u.b, -0.5, 0.7) + torch.clamp(v.c, min=h) + torch.clamp(u.c, max=0.1)
+    mask = ((c > 0) | (h < u.d)).to(h.dtype)
+    return gate + mask * c, torch.maximum(low, v.d) - torch.minimum(h, c) + torch.abs(gate)
+
+
+def powers(u, v, h, c):
+    a = torch.sqrt(1 + u.a**2) + torch.rsqrt(2 + v.a * v.a) + (1 + h * h) ** -1.5
+    b = torch.expm1(u.b / 4) + torch.log1p(v.b.square()) + torch.log2(1.5 + torch.cos(u.c))
+    d = torch.sin(v.c) / (1 + torch.exp2(u.d)) + torch.erf(v.d) - (c**3).neg()
+    return a - b.reciprocal(), torch.sinh(h / 3) + torch.cosh(c / 3) + torch.log(a + b * b) * d
+
+
+def steps(u, v, h, c):
+    """Written step by step in place, with functions that have no gradient."""
+    y = u.a * 1
+    y += v.a
+    y *= torch.sign(h) + 0.5
+    z = y.clone().mul_(torch.floor(u.b * 3) + torch.trunc(v.b))
+    z.add_(y.detach(), alpha=0.5)
+    return torch.tanh(z) + torch.tensor(0.25), torch.ceil(c) * y + torch.zeros_like(h)
+
+
+def passing(u, v, h, c):
+    """States that are inputs, each other's or constants."""
+    return c, h
+
+
+USERS = [
+    make("fn", "h", mgu),
+    make("zifo", "hcnm", slstm),
+    make("ifgo", "hc", peephole),
+    make("abcd", "hc", activations),
+    make("abcd", "hc", choices),
+    make("abcd", "hc", powers),
+    make("ab", "hc", steps),
+    make("a", "hc", passing),
+]
+
+
+BUILT_IN_CELLS = [cells.get(name) for name in ("rnn_tanh", "rnn_relu", "lstm", "gru")]
+
+
+ALL = BUILT_IN_CELLS + USERS
+
+
+every_cell = pytest.mark.parametrize("cell", ALL, ids=lambda c: c.name)
+
+
+def inputs(cell: Cell, units: int = 64, dtype: torch.dtype = torch.float64) -> list[list[Tensor]]:
+    """Random `u`, `v`, states and gradients of next states."""
+    gates, states = len(cell.gates), len(cell.states)
+    made = [
+        [torch.randn(units, dtype=torch.float64).to(dtype) for _ in range(n)]
+        for n in (gates, gates, states, states)
+    ]
+    if cell.name == "slstm":  # its normalizer is positive
+        made[2][2] = made[2][2].abs() + 0.5
+    return made
+
+
+def by_autograd(cell: Cell, u: list[Tensor], v: list[Tensor], s: list[Tensor], dnext: list[Tensor]):
+    leaves = [[x.clone().requires_grad_() for x in group] for group in (u, v, s)]
+    flat = [x for group in leaves for x in group]
+    after = cell.step(*leaves)
+    reached = [(a, d) for a, d in zip(after, dnext, strict=True) if a.requires_grad]
+    grads = torch.autograd.grad(
+        [a for a, _ in reached],
+        flat,
+        [d for _, d in reached],
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return [a.detach() for a in after], list(grads)
+
+
+def derived_step(derived: Derived, u, v, s, dnext) -> tuple[list[Tensor], list[Tensor]]:
+    after, kept = derived.forward(u, v, s)
+    du, dv, ds = derived.backward(kept, s, after, dnext)
+    return after, [*du, *dv, *ds]

@@ -1,0 +1,12 @@
+"""Triton's interpreter, which a process uses for all kernels or for none."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastrnn.kernels.gpu.triton import launch
+
+INTERPRETED = launch.interpreted()
+
+
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")

@@ -1,0 +1,115 @@
+"""Cells, operands and results of a scan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrnn import cells
+from tests.support.names import BUILT_IN
+from tests.support.tensors import flatten
+
+
+@cells.cell(gates="ab", states="hc")
+def linear(u, v, h, c):  # type: ignore[no-untyped-def]
+    """Whole numbers in, whole numbers out: a wrong index cannot hide behind rounding."""
+    c = c + v.b - 2 * u.b
+    return u.a - v.a + c, c - h
+
+
+@cells.cell(gates="ab", states="hc")
+def linear_projectable(u, v, h, c):  # type: ignore[no-untyped-def]
+    """The same, but the output of the step before comes in through `v` alone."""
+    c = c + v.b - 2 * u.b
+    return u.a - v.a + c, c - v.a
+
+
+# A cell, and the width of its projected output.
+PLAIN = [(name, None) for name in [*BUILT_IN, "linear"]]
+PROJECTED = [(name, 11) for name in ["rnn_tanh", "lstm", "linear_projectable"]]
+
+
+def operands(
+    cell: cells.Cell,
+    steps: int,
+    batch: int,
+    inputs: int,
+    hidden: int,
+    lanes: int = 1,
+    dtype: torch.dtype = torch.float64,
+    bias: bool = True,
+    projected: int | None = None,
+) -> dict[str, Any]:
+    def random(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, dtype=torch.float64) * scale).to(dtype)
+
+    rows, scale = len(cell.gates) * hidden, max(1, hidden) ** -0.5
+    recurrent = hidden if projected is None else projected
+    widths = [recurrent, *[hidden] * (len(cell.states) - 1)]
+    per_lane = range(lanes)
+    return {
+        "x": random(steps, batch, inputs),
+        "w_ih": [random(rows, inputs, scale=scale) for _ in per_lane],
+        "w_hh": [random(rows, recurrent, scale=scale) for _ in per_lane],
+        "b_ih": [random(rows, scale=scale) for _ in per_lane if bias],
+        "b_hh": [random(rows, scale=scale) for _ in per_lane if bias],
+        "w_hr": [random(recurrent, hidden, scale=scale) for _ in per_lane if projected is not None],
+        "s0": [random(lanes, batch, width) for width in widths],
+        "reverse": 0b10 if lanes == 2 else 0,
+    }
+
+
+def whole(value: Any) -> Any:
+    """`value` with small whole numbers, so sparse that they stay small."""
+    if isinstance(value, list):
+        return [whole(v) for v in value]
+    if not isinstance(value, Tensor):
+        return value
+    numbers = torch.randint(-1, 2, value.shape).to(value.dtype)
+    if value.dim() == 2 and value.size(1):  # weights: one entry in each row
+        keep = torch.zeros_like(value)
+        keep[torch.arange(value.size(0)), torch.randint(0, value.size(1), (value.size(0),))] = 1
+        return numbers * keep
+    return numbers
+
+
+def run(scan: Any, cell: cells.Cell, given: dict[str, Any]) -> dict[str, Tensor]:
+    """Results and the gradients of everything in `given` that has one."""
+    leaves: dict[str, Any] = {}
+    for name, value in given.items():
+        if isinstance(value, list):
+            leaves[name] = [v.detach().clone().requires_grad_() for v in value]
+        elif isinstance(value, Tensor) and value.is_floating_point():
+            leaves[name] = value.detach().clone().requires_grad_()
+        else:
+            leaves[name] = value
+    y, states = scan(cell, **leaves)
+    found = {"y": y, **{f"state {s}": value for s, value in enumerate(states)}}
+    generator = torch.Generator().manual_seed(1)
+    total = sum(
+        (value * torch.randint(-2, 3, value.shape, generator=generator).to(value)).sum()
+        for value in found.values()
+    )
+    assert isinstance(total, Tensor)
+    total.backward()
+    for name, value in leaves.items():
+        for k, leaf in enumerate(flatten(value) if isinstance(value, list | Tensor) else []):
+            if leaf.requires_grad:
+                found[f"gradient of {name} {k}"] = leaf.grad
+    return found
+
+
+def converted(given: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    def to(value: Any) -> Any:
+        if isinstance(value, list):
+            return [to(v) for v in value]
+        is_float = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(dtype) if is_float else value
+
+    return {name: to(value) for name, value in given.items()}
+
+
+def doubled(given: dict[str, Any]) -> dict[str, Any]:
+    return converted(given, torch.float64)

@@ -1,0 +1,110 @@
+"""The CUDA kernels in each of their ways, as the simulator runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from fastrnn import _C, cells, kernels, plan
+from fastrnn.kernels import reference
+from tests.support.operands import converted, doubled, run
+from tests.support.tolerance import assert_near
+
+PARTS = ["step", "block", "cluster", "grid"]
+NUMBERS = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "tf32": torch.float32,
+    "tf32x3": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+RESIDENT = [n for n in NUMBERS if n not in ("float64", "float32")]
+WAYS = {
+    "step": [("step", 1)],
+    "block": [("block", 1)],
+    "cluster": [("cluster", 2), ("cluster", 4), ("cluster", 8)],
+    "grid": [("grid", 2), ("grid", 3), ("grid", 7)],
+}
+
+
+def numbers(part: str) -> list[str]:
+    return list(NUMBERS) if part == "step" else RESIDENT
+
+
+def ways(part: str, hidden: int) -> list[tuple[str, int]]:
+    """Regimes, and blocks that each have units."""
+    return [(regime, n) for regime, n in WAYS[part] if n <= -(-hidden // 8)] or WAYS[part][:1]
+
+
+@contextmanager
+def running(
+    regime: str, blocks: int, number: str, batch_tile: int = 8, chunk_rows: int = 99999
+) -> Iterator[None]:
+    """The CUDA kernels, in this way, whatever a plan would make of the problem."""
+    choose = plan.choose
+
+    def chosen(problem: plan.Problem, device: plan.Device) -> plan.Plan:
+        made = choose(problem, device)
+        if made.kernel != "cuda":
+            return made
+        config = plan.CudaConfig(
+            number=number, regime=regime, batch_tile=batch_tile, blocks=blocks, warps=8, groups=2
+        )
+        return replace(made, config=config, chunk_rows=chunk_rows)
+
+    plan.choose = chosen
+    try:
+        with kernels.use("cuda"):
+            yield
+    finally:
+        plan.choose = choose
+        _C.forget_plans()
+
+
+def agrees(
+    cell: cells.Cell,
+    given: dict[str, Any],
+    number: str,
+    ours: dict[str, torch.Tensor],
+    exact: dict[str, Any] | None = None,
+) -> None:
+    """The tolerance rule, with the reference in a type of as many digits as the rival: float16 for
+    TF32. `exact` is what to give the references, where it differs."""
+    exact = given if exact is None else exact
+    rival = exact if number != "tf32" else converted(exact, torch.float16)
+    theirs = run(reference.scan, cell, rival)
+    wanted = run(reference.scan, cell, doubled(exact))
+    assert_near(ours, theirs, wanted, NUMBERS[number], number)
+
+
+def decided(given: dict[str, Any]) -> None:
+    """Every unit of rnn_relu on for good or off, far from where an error of rounding would turn it,
+    and its gradient with it. The first two differ."""
+    for bias in given["b_ih"]:
+        on = torch.rand(bias.shape) < 0.5
+        on[:2] = torch.tensor([True, False])[: len(on)]
+        bias.copy_(torch.where(on, 3, -3))
+    for weights in given["w_ih"] + given["w_hh"] + given["b_hh"]:
+        weights *= 0.2
+
+
+def ragged(given: dict[str, Any], layout: str) -> dict[str, Any]:
+    """Rows of the batch that end at different steps, if `layout` says so; what to give the
+    references instead."""
+    steps, batch, inputs = given["x"].shape
+    lengths = torch.randint(0, steps + 1, (batch,))
+    lengths[torch.randint(0, batch, ())] = steps
+    if layout == "lengths":
+        given["lengths"] = lengths
+        given["x"][torch.arange(steps)[:, None] >= lengths] = torch.nan  # must not be read
+        return {**given, "x": given["x"].nan_to_num()}
+    if layout == "packed":
+        lengths = lengths.clamp_min(1).sort(descending=True).values
+        given["batch_sizes"] = (lengths > torch.arange(steps)[:, None]).sum(1)
+        given["x"] = torch.randn(int(lengths.sum()), inputs, dtype=given["x"].dtype)
+    return given

@@ -1,0 +1,32 @@
+"""JAX computes the same as torch.nn."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from fastrnn.tools.bench.jax_rival import Jax
+from fastrnn.tools.bench.workload import CELLS
+from tests.support.bench import SHAPES, STREAMED, agrees
+from tests.support.paths import ROOT
+
+
+def jax_agrees() -> None:
+    for cell in CELLS:
+        for mode in ("inference", "training"):
+            for shape in ("one layer", "stack"):
+                agrees(Jax(), SHAPES[shape], cell, mode)
+        agrees(Jax(), STREAMED, cell, "step")
+
+
+def test_jax_agrees() -> None:
+    if reason := Jax().available():
+        pytest.skip(reason)
+    # Its threads outlive a test, and a process that has them must not fork, as other tests do.
+    script = "from tests.tools.bench.test_jax_rival import jax_agrees; jax_agrees()"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,38 @@
+"""Results on disk."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from fastrnn.tools.bench import measure, store
+from fastrnn.tools.bench.race import Verdict
+from fastrnn.tools.bench.workload import PEAK
+from tests.support.bench import MACHINE, ROW
+
+
+def test_results_survive_being_stored(tmp_path: Path) -> None:
+    delayed = replace(ROW.ours, latency=measure.Latency(1.0, 2.0, 3.0, 4), kernels=("gemm",))
+    kept = replace(
+        ROW,
+        entries=(delayed, *ROW.entries[1:]),
+        refused={"JAX": "not installed"},
+        verdicts=(Verdict(PEAK, 0.95, None, "not measured"),),
+    )
+    conditions = store.conditions(MACHINE, "python -m pytest benchmarks")
+    results = store.Results((conditions,), ((kept, 0),))
+    store.save(results, tmp_path / "machine" / "suite.json")
+    assert store.load(tmp_path / "machine" / "suite.json") == results
+    assert store.load(tmp_path / "none.json").rows == ()
+
+
+def test_a_later_run_replaces_its_rows_only() -> None:
+    first, second = (store.conditions(MACHINE, command) for command in ("first", "second"))
+    other = replace(ROW, workload="v")
+    results = store.merge(store.Results((), ()), first, [ROW, other], ["v", "w"])
+    assert [(r.workload, n) for r, n in results.rows] == [("v", 0), ("w", 0)]
+    later = replace(ROW, floor=11.0)
+    results = store.merge(results, second, [later], ["v", "w"])
+    assert results.rows == ((other, 0), (later, 1))
+    results = store.merge(results, second, [other], ["v", "w"])
+    assert [run.command for run in results.runs] == ["second", "second"]

@@ -1,0 +1,130 @@
+"""`python -m fastrnn info` and `plan`: what they tell, and that the self-check can fail."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from fastrnn import __main__, cache, hardware, plan
+from fastrnn._version import __version__
+from fastrnn.tools import info
+from tests.support.command import run
+
+
+def test_info_names_machine_build_and_kernels(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "info")
+    assert code == 0
+    assert __version__ in out and torch.__version__ in out
+    assert hardware.processor() in out
+    for name in plan.KERNELS:
+        assert f"kernel {name}" in out
+    assert "self-check" in out and "passed" in out
+
+
+def test_info_json_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "info", "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert facts["versions"]["fastrnn"] == __version__
+    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["threads"] == torch.get_num_threads()
+    assert facts["instruction_set"] in facts["instruction_sets"]
+    assert facts["compiled_cells"] == str(cache.folder())
+    assert facts["kernels"]["cpu"] is None
+    assert facts["self_check"]["passed"] is True
+    assert 0 < facts["self_check"]["error"] < 1e-4
+
+
+def test_info_markdown_is_a_table_of_all_kernels(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "info", "--markdown")
+    header, rule, *rows = out.strip().splitlines()
+    assert code == 0
+    assert header == "| | " + " | ".join(f"`{name}`" for name in plan.KERNELS) + " |"
+    assert all(line.count("|") == len(plan.KERNELS) + 2 for line in (header, rule, *rows))
+    by_label = {row.split("|")[1].strip(): row.split("|")[2:-1] for row in rows}
+    assert by_label["float32"][0].strip() == "✓"
+    assert "no compiled code" in by_label["cell of your own, no compiler"][0]
+
+
+@pytest.mark.parametrize("wrong", [0.999, float("nan")])
+def test_self_check_notices_wrong_numbers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wrong: float
+) -> None:
+    class Wrong(info.LSTM):
+        def forward(self, *args, **kwargs):
+            y, states = super().forward(*args, **kwargs)
+            return y * wrong, states
+
+    monkeypatch.setattr(info, "LSTM", Wrong)
+    code, out, _ = run(capsys, "info")
+    assert code == 1
+    assert "FAILED" in out
+
+
+def test_self_check_leaves_the_random_state_alone() -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    assert info.self_check().passed
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_plan_follows_the_shape(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "plan", "--shape", "100,32,64,256", "--cell", "gru", "--backward")
+    assert code == 0
+    assert "steps=100, batch=32, inputs=64, hidden=256, gates=3, states=1" in out
+    assert "kernel" in out and "of 3200 rows" in out
+
+
+def test_plan_as_json_is_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(
+        capsys, "plan", "--shape", "7,3,5,16", "--directions", "2", "--dtype", "float64", "--json"
+    )
+    made = json.loads(out)
+    assert code == 0
+    problem = plan.Problem(**made["problem"])
+    assert problem == plan.Problem("lstm", 7, 3, 5, 16, gates=4, states=2, lanes=2, dtype="float64")
+    device = plan.Device(**made["device"] | {"cpu": plan.CpuFacts(**made["device"]["cpu"])})
+    chosen = plan.choose(problem, device)
+    assert made["plan"]["kernel"] == chosen.kernel
+    assert made["plan"]["chunk_rows"] == chosen.chunk_rows
+    assert made["plan"]["config"] == asdict(chosen.cpu)
+
+
+def test_plan_says_why_a_kernel_is_not_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "plan", "--shape", "7,3,5,16", "--dtype", "complex64")
+    assert code == 0
+    assert re.search(r"^kernel +reference$", out, re.M)
+    assert re.search(r"^not cpu +.*complex64", out, re.M)
+    assert "threads  " not in out, "what is said of threads holds for the cpu kernel alone"
+
+
+def test_a_kernel_that_is_forced_and_refuses_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FASTRNN_KERNEL", "cpu")
+    code, out, err = run(capsys, "plan", "--shape", "7,3,5,16", "--dtype", "complex64")
+    assert (code, out) == (2, "")
+    assert "'cpu' was asked for but refuses" in err
+
+
+@pytest.mark.parametrize("shape", ["100,32,64", "a,b,c,d", "1,2,3,-4", "1,2,3,4,5"])
+def test_plan_refuses_what_is_no_shape(capsys: pytest.CaptureFixture[str], shape: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        __main__.main(["plan", "--shape", shape])
+    assert stop.value.code == 2
+    assert repr(shape) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argument", [("--dtype", "foo"), ("--device", "tpu")])
+def test_plan_refuses_what_there_is_not(
+    capsys: pytest.CaptureFixture[str], argument: tuple[str, str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        __main__.main(["plan", "--shape", "7,3,5,16", *argument])
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert f"argument {argument[0]}: invalid choice: {argument[1]!r}" in err
