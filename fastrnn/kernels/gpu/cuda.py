@@ -18,7 +18,13 @@ import torch
 from torch import Tensor
 
 from fastrnn.extension import CUDA_KERNELS
-from fastrnn.kernels.gpu.sweeps import Scan, Tape
+from fastrnn.kernels.gpu.sweeps import (
+    BackwardBuffers,
+    ForwardBuffers,
+    ReplayBuffers,
+    Scan,
+    Tape,
+)
 from fastrnn.plan import CudaConfig
 
 __all__ = ["Library", "library", "sweeps"]
@@ -133,40 +139,18 @@ def _library(named: str) -> Library | str:
 class _Sweeps:
     """`sweeps.ReplayingSweeps` in CUDA C++."""
 
-    def forward(
-        self,
-        scan: Scan,
-        begin: int,
-        end: int,
-        u: Tensor,
-        b_hh: Tensor | None,
-        carry: Tensor,
-        y: Tensor,
-        tape: Tensor | None,
-    ) -> None:
-        given = None if tape is None else Tape(tape)
-        _launch("forward", scan, begin, end, given, u=u, b_hh=b_hh, carry=carry, y=y)
+    def forward(self, scan: Scan, begin: int, end: int, buffers: ForwardBuffers) -> None:
+        given = buffers._asdict()
+        tape = given.pop("tape")
+        _launch("forward", scan, begin, end, None if tape is None else Tape(tape), **given)
 
     def backward(
-        self,
-        scan: Scan,
-        begin: int,
-        end: int,
-        dy: Tensor | None,
-        s0: Tensor,
-        ds: Tensor,
-        y: Tensor,
-        tape: Tape,
-        du: Tensor,
-        dv: Tensor,
-        previous: Tensor,
-        dh: Tensor | None,
+        self, scan: Scan, begin: int, end: int, buffers: BackwardBuffers, tape: Tape
     ) -> None:
+        given = buffers._asdict()
+        dh = given.pop("dh")
         assert dh is None, "the plan asks for no projection"
-        _launch(
-            "backward", scan, begin, end, tape,
-            dy=dy, s0=s0, ds=ds, y=y, du=du, dv=dv, previous=previous,
-        )  # fmt: skip
+        _launch("backward", scan, begin, end, tape, **given)
 
     def previous(
         self, scan: Scan, begin: int, end: int, s0: Tensor, y: Tensor, previous: Tensor
@@ -174,21 +158,9 @@ class _Sweeps:
         _launch("previous", scan, begin, end, None, s0=s0, y=y, previous=previous)
 
     def replay(
-        self,
-        scan: Scan,
-        begin: int,
-        end: int,
-        u: Tensor,
-        v: Tensor,
-        b_hh: Tensor | None,
-        previous: Tensor,
-        carry: Tensor,
-        tape: Tape | None,
+        self, scan: Scan, begin: int, end: int, buffers: ReplayBuffers, tape: Tape | None
     ) -> None:
-        _launch(
-            "replay", scan, begin, end, tape,
-            u=u, v=v, b_hh=b_hh, previous=previous, carry=carry,
-        )  # fmt: skip
+        _launch("replay", scan, begin, end, tape, **buffers._asdict())
 
 
 sweeps = _Sweeps()

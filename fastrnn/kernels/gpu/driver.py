@@ -12,7 +12,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastrnn.kernels.gpu.sweeps import ReplayingSweeps, Scan, Sweeps, Tape, stacked
+from fastrnn.kernels.gpu.sweeps import (
+    BackwardBuffers,
+    ForwardBuffers,
+    ReplayBuffers,
+    ReplayingSweeps,
+    Scan,
+    Sweeps,
+    Tape,
+    stacked,
+)
 from fastrnn.kernels.operands import Needs
 
 __all__ = ["backward", "forward"]
@@ -31,10 +40,11 @@ def forward(sweeps: Sweeps, scan: Scan, tape: bool) -> tuple[Tensor, list[Tensor
         carry[j, ..., : scan.width(j)] = state
     b_ih, b_hh = _biases(scan)
     u = x.new_empty(lanes, scan.chunk_rows, scan.gates * hidden)
+    buffers = ForwardBuffers(u, b_hh, carry, y, saved if tape else None)
     for begin in range(0, scan.steps if scan.batch else 0, scan.chunk_steps):
         end = min(scan.steps, begin + scan.chunk_steps)
         _project(scan, u, b_ih, begin, end)
-        sweeps.forward(scan, begin, end, u, b_hh, carry, y, saved if tape else None)
+        sweeps.forward(scan, begin, end, buffers)
     last = [carry[j, ..., : scan.width(j)] for j in range(scan.states)]
     # A copy in every case: states are not to keep the rest of `carry` alive, nor share it.
     return y, [state.to(x.dtype, copy=True).contiguous() for state in last], saved
@@ -85,7 +95,6 @@ def backward(
     kernels that can."""
     given, x = scan.given, scan.given.x
     lanes, hidden, compute = scan.lanes, scan.hidden, scan.compute
-    dy = None if grads[0] is None else grads[0].contiguous()
     widest = max(hidden, scan.recurrent)
     s0 = x.new_zeros(scan.states, lanes, scan.batch, widest, dtype=compute)
     ds = torch.zeros_like(s0)
@@ -102,27 +111,32 @@ def backward(
         return torch.empty(size, dtype=x.dtype, device=x.device)
 
     dv = room(depth)
-    du = dv if all(scan.derived.tied) else room(depth)
-    previous = room(scan.recurrent)
-    dh = None if scan.w_hr is None else room(scan.recurrent)
-
-    found = _Gradients(scan, needs)
     y, whole = y.contiguous(), Tape(tape.contiguous())
+    buffers = BackwardBuffers(
+        dy=None if grads[0] is None else grads[0].contiguous(),
+        s0=s0,
+        ds=ds,
+        y=y,
+        du=dv if all(scan.derived.tied) else room(depth),
+        dv=dv,
+        previous=room(scan.recurrent),
+        dh=None if scan.w_hr is None else room(scan.recurrent),
+    )
+    found = _Gradients(scan, needs)
     steps = scan.steps if scan.batch else 0
     chunks = [(max(0, end - scan.chunk_steps), end) for end in range(steps, 0, -scan.chunk_steps)]
     replay = None
     if chunks and scan.slots() and not tape.size(0):
         assert isinstance(sweeps, ReplayingSweeps), "these need a tape"
-        v = room(depth) if du is dv else du
-        replay = _Replay(sweeps, scan, chunks, s0, y, dv, v, previous)
+        replay = _Replay(sweeps, scan, chunks, buffers)
     for begin, end in chunks:
         found_tape = whole if replay is None else replay.tape(begin, end)
         if given.lengths is not None:  # rows past an end have no gradient
-            for each in (dv, du, previous, dh):
+            for each in (buffers.dv, buffers.du, buffers.previous, buffers.dh):
                 if each is not None:
                     each.zero_()
-        sweeps.backward(scan, begin, end, dy, s0, ds, y, found_tape, du, dv, previous, dh)
-        found.add(begin, end, du, dv, previous, dh, whole.values)
+        sweeps.backward(scan, begin, end, buffers, found_tape)
+        found.add(begin, end, buffers, whole.values)
     out = found.all()
     if needs.s0:
         for j in range(len(given.s0)):
@@ -137,8 +151,7 @@ class _Replay:
 
     Args:
         chunks: steps `(begin, end)`, the last chunk first.
-        s0: [S, P, B, H] in `scan.compute`.
-        u, v, previous: room for these.
+        buffers: of the backward pass, which has room for `u`, `v` and `previous` until its sweep.
     """
 
     def __init__(
@@ -146,19 +159,16 @@ class _Replay:
         sweeps: ReplayingSweeps,
         scan: Scan,
         chunks: Sequence[tuple[int, int]],
-        s0: Tensor,
-        y: Tensor,
-        u: Tensor,
-        v: Tensor,
-        previous: Tensor,
+        buffers: BackwardBuffers,
     ) -> None:
-        self._sweeps, self._scan, self._s0, self._y = sweeps, scan, s0, y
-        self._u, self._v, self._previous = u, v, previous
+        self._sweeps, self._scan, self._s0, self._y = sweeps, scan, buffers.s0, buffers.y
+        self._u, self._previous, y = buffers.dv, buffers.previous, buffers.y
+        self._v = torch.empty_like(buffers.dv) if buffers.du is buffers.dv else buffers.du
         self._b_ih, self._b_hh = _biases(scan)
         # The step before a chunk's first has its states there, too.
         rows = min(scan.rows, scan.chunk_rows + scan.batch)
         self._values = y.new_empty(rows, scan.lanes, scan.slots(), scan.hidden)
-        carry = s0.clone()
+        carry = buffers.s0.clone()
         self._before = {0: carry}
         if scan.states > 1:
             for begin, end in reversed(chunks[1:]):
@@ -186,7 +196,8 @@ class _Replay:
             count = high - low
             w_hh = scan.w_hh[lanes].transpose(1, 2)
             torch.bmm(previous[lanes, :count], w_hh, out=v[lanes, :count])
-        self._sweeps.replay(scan, begin, end, u, v, self._b_hh, previous, carry, tape)
+        buffers = ReplayBuffers(u, v, self._b_hh, previous, carry)
+        self._sweeps.replay(scan, begin, end, buffers, tape)
 
 
 class _Gradients:
@@ -208,21 +219,12 @@ class _Gradients:
         self.b_ih = zeros(biased, lanes, depth)
         self.b_hh = zeros(biased, lanes, depth)
 
-    def add(
-        self,
-        begin: int,
-        end: int,
-        du: Tensor,
-        dv: Tensor,
-        previous: Tensor,
-        dh: Tensor | None,
-        tape: Tensor,
-    ) -> None:
-        scan = self.scan
+    def add(self, begin: int, end: int, buffers: BackwardBuffers, tape: Tensor) -> None:
+        scan, dh = self.scan, buffers.dh
         for p, lanes in _runs(scan.backward_lanes):
             low, high = scan.stretch(begin, end, scan.backward_lanes[p])
             count = high - low
-            u, v, h = (each[lanes, :count] for each in (du, dv, previous))
+            u, v, h = (each[lanes, :count] for each in (buffers.du, buffers.dv, buffers.previous))
             if self.w_ih is not None:
                 x = scan.x_rows((low, high))
                 self.w_ih[lanes] += torch.bmm(u.transpose(1, 2), x.expand(u.size(0), *x.shape))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -17,7 +17,17 @@ from fastrnn.compiler.derive import Derived
 from fastrnn.kernels.operands import Operands
 from fastrnn.plan import Plan
 
-__all__ = ["ReplayingSweeps", "Scan", "Sweeps", "Tape", "stacked", "tf32_allowed"]
+__all__ = [
+    "BackwardBuffers",
+    "ForwardBuffers",
+    "ReplayBuffers",
+    "ReplayingSweeps",
+    "Scan",
+    "Sweeps",
+    "Tape",
+    "stacked",
+    "tf32_allowed",
+]
 
 
 def tf32_allowed() -> bool:
@@ -112,7 +122,7 @@ class Scan:
 
 @dataclass(frozen=True)
 class Tape:
-    """What the way back needs of some rows.
+    """What the backward pass needs of some rows.
 
     Attributes:
         values: [rows, P, S-1+K, H], and one more value where state 0 is projected: what the cell
@@ -125,64 +135,86 @@ class Tape:
     base: tuple[int, int] = (0, 0)
 
 
-class Sweeps(Protocol):
-    """The kernels: each call takes every lane through the steps `[begin, end)` of its own
-    direction, for rows that are stored from where the chunk begins on.
+# Tensors of the buffers are contiguous. Row r of the batch's rows is row
+# `r - scan.stretch(begin, end, ..)[0]` of `u`, `v`, `du`, `dv`, `previous` and `dh`.
 
-    Tensors are contiguous. Row r of the batch's rows is row `r - scan.stretch(begin, end, ..)[0]`
-    of `u`, `v`, `du`, `dv` and `previous`. `scan.batch` is not 0.
+
+class ForwardBuffers(NamedTuple):
+    """What the forward sweep reads and writes.
+
+    Attributes:
+        u: [P, chunk_rows, G*H] input projections, biases in.
+        b_hh: [P, G*H] for gates that are not tied, or None.
+        carry: [S+1, P, B, H] in `scan.compute`: states before, and then after, the chunk; the last
+            is room for state 0. Where that is projected, Q wide and all others H, rows are as wide
+            as the wider.
+        y: [rows, P, Q].
+        tape: `Tape.values`, of all rows; or None.
     """
 
-    def forward(
-        self,
-        scan: Scan,
-        begin: int,
-        end: int,
-        u: Tensor,
-        b_hh: Tensor | None,
-        carry: Tensor,
-        y: Tensor,
-        tape: Tensor | None,
-    ) -> None:
-        """Walk the steps in order.
+    u: Tensor
+    b_hh: Tensor | None
+    carry: Tensor
+    y: Tensor
+    tape: Tensor | None
 
-        Args:
-            u: [P, chunk_rows, G*H] input projections, biases in.
-            b_hh: [P, G*H] for gates that are not tied, or None.
-            carry: [S+1, P, B, H] in `scan.compute`: states before, and then after, the chunk;
-                the last is room for state 0. Where that is projected, Q wide and all others H,
-                rows are as wide as the wider.
-            y: [rows, P, Q].
-            tape: `Tape.values`, of all rows; or None.
-        """
+
+class BackwardBuffers(NamedTuple):
+    """What the backward sweep reads and writes, besides the tape.
+
+    Attributes:
+        dy: [rows, P, Q], or None for zeros.
+        s0: [S, P, B, H] in `scan.compute`, as `ForwardBuffers.carry`.
+        ds: the same: gradients of the states after, and then before, the chunk.
+        y: as the forward sweep left it.
+        du, dv: [P, chunk_rows, G*H] gradients of the projections; one tensor where all gates are
+            tied.
+        previous: [P, chunk_rows, Q], filled with state 0 before each step.
+        dh: the same, with the gradient of state 0 after it; None unless it is projected.
+    """
+
+    dy: Tensor | None
+    s0: Tensor
+    ds: Tensor
+    y: Tensor
+    du: Tensor
+    dv: Tensor
+    previous: Tensor
+    dh: Tensor | None
+
+
+class ReplayBuffers(NamedTuple):
+    """What a sweep that makes the tape again reads and writes, besides the tape.
+
+    Attributes:
+        u, b_hh: as `ForwardBuffers` has them.
+        v: [P, chunk_rows, G*H], the product of `previous` with the recurrent weights.
+        previous: as `BackwardBuffers` has it.
+        carry: [S, P, B, H] in `scan.compute`: of the states past the first those before, and then
+            after, the chunk.
+    """
+
+    u: Tensor
+    v: Tensor
+    b_hh: Tensor | None
+    previous: Tensor
+    carry: Tensor
+
+
+class Sweeps(Protocol):
+    """The kernels: each call takes every lane through the steps `[begin, end)` of its own
+    direction, for rows that are stored from where the chunk begins on. `scan.batch` is not 0."""
+
+    def forward(self, scan: Scan, begin: int, end: int, buffers: ForwardBuffers) -> None:
+        """Walk the steps in order."""
 
     def backward(
-        self,
-        scan: Scan,
-        begin: int,
-        end: int,
-        dy: Tensor | None,
-        s0: Tensor,
-        ds: Tensor,
-        y: Tensor,
-        tape: Tape,
-        du: Tensor,
-        dv: Tensor,
-        previous: Tensor,
-        dh: Tensor | None,
+        self, scan: Scan, begin: int, end: int, buffers: BackwardBuffers, tape: Tape
     ) -> None:
         """Walk the steps from the end.
 
         Args:
-            dy: [rows, P, Q], or None for zeros.
-            s0: [S, P, B, H] in `scan.compute`, as `carry`.
-            ds: the same: gradients of the states after, and then before, the chunk.
-            y, tape: as forward left them; of the tape the rows of the steps and, before the
-                first, the states.
-            du, dv: [P, chunk_rows, G*H] gradients of the projections; one tensor where all gates
-                are tied.
-            previous: [P, chunk_rows, Q], filled with state 0 before each step.
-            dh: the same, with the gradient of state 0 after it; None unless it is projected.
+            tape: as `forward` left it: the rows of the steps and, before the first, the states.
         """
 
 
@@ -196,24 +228,11 @@ class ReplayingSweeps(Sweeps, Protocol):
         """Fill `previous`, as `backward` does, from `y` and the initial state."""
 
     def replay(
-        self,
-        scan: Scan,
-        begin: int,
-        end: int,
-        u: Tensor,
-        v: Tensor,
-        b_hh: Tensor | None,
-        previous: Tensor,
-        carry: Tensor,
-        tape: Tape | None,
+        self, scan: Scan, begin: int, end: int, buffers: ReplayBuffers, tape: Tape | None
     ) -> None:
-        """Walk the steps in order, from `previous` and its product `v` with the recurrent weights.
+        """Walk the steps in order, from `previous` and its product `v`.
 
         Args:
-            u, b_hh: as in `forward`; `v` is as `u`.
-            previous: as `backward` has it.
-            carry: [S, P, B, H] in `scan.compute`: of the states past the first those before, and
-                then after, the chunk.
             tape: filled for the steps and, where they have a step before, with the states there;
                 or None.
         """

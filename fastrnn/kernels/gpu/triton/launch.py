@@ -23,7 +23,7 @@ from torch import Tensor
 from fastrnn import cache
 from fastrnn.compiler import emit_triton
 from fastrnn.compiler.derive import Derived
-from fastrnn.kernels.gpu.sweeps import Scan, Tape
+from fastrnn.kernels.gpu.sweeps import BackwardBuffers, ForwardBuffers, Scan, Tape
 from fastrnn.kernels.gpu.triton import tune
 from fastrnn.plan import TritonConfig, alternatives
 
@@ -125,17 +125,8 @@ def compile_options(config: TritonConfig) -> dict[str, Any]:
 class _Sweeps:
     """`sweeps.Sweeps` in Triton."""
 
-    def forward(
-        self,
-        scan: Scan,
-        begin: int,
-        end: int,
-        u: Tensor,
-        b_hh: Tensor | None,
-        carry: Tensor,
-        y: Tensor,
-        tape: Tensor | None,
-    ) -> None:
+    def forward(self, scan: Scan, begin: int, end: int, buffers: ForwardBuffers) -> None:
+        u, b_hh, carry, y, tape = buffers
         none = scan.w_hh  # any pointer, never followed
         flags = {"bias": b_hh is not None, "tape": tape is not None}
         rest = [none if b_hh is None else b_hh, carry, y, none if tape is None else tape]
@@ -145,20 +136,9 @@ class _Sweeps:
         _launch(False, scan, flags, u, scan.w_hh, *rest, *_run_time(scan, begin, end))
 
     def backward(
-        self,
-        scan: Scan,
-        begin: int,
-        end: int,
-        dy: Tensor | None,
-        s0: Tensor,
-        ds: Tensor,
-        y: Tensor,
-        tape: Tape,
-        du: Tensor,
-        dv: Tensor,
-        previous: Tensor,
-        dh: Tensor | None,
+        self, scan: Scan, begin: int, end: int, buffers: BackwardBuffers, tape: Tape
     ) -> None:
+        dy, s0, ds, y, du, dv, previous, dh = buffers
         none = scan.w_hh
         rest = [s0, ds, y, tape.values, du, dv, previous]
         if not scan.plan.triton.resident:
