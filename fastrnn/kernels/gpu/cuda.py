@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import functools
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from fastrnn.extension import CUDA_KERNELS
 from fastrnn.kernels.gpu.sweeps import Scan, Tape
 from fastrnn.plan import Plan
 
-__all__ = ["Library", "library", "sweeps"]
+__all__ = ["Library", "RowGroup", "Tables", "library", "sweeps"]
 
 
 class Sweep(ctypes.Structure):
@@ -44,12 +45,131 @@ class CudaPlan(ctypes.Structure):
 
     _fields_ = tuple(
         (name, ctypes.c_int32)
-        for name in ("number", "regime", "batch_tile", "blocks", "warps", "groups")
+        for name in ("number", "regime", "batch_tile", "blocks", "warps", "groups", "row_group")
+    )
+
+
+class CudaRowGroup(ctypes.Structure):
+    """`CudaRowGroup` of csrc/cuda/contract.h."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_int32) for name in ("backward", "gates", "batch_tile", "units")
+    )
+
+
+class CudaTables(ctypes.Structure):
+    """`CudaTables` of csrc/cuda/contract.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("recurrences", "warps", "chunk_bytes")),
+        *((name, ctypes.c_int32) for name in ("piece_bytes", "row_pad_bytes", "fragment_bytes")),
+        *((name, ctypes.c_int32) for name in ("gradient_bytes", "stop_bytes", "barrier_bytes")),
+        ("chunk_registers", ctypes.c_int32),
+        ("staged_gap_bytes", ctypes.c_int32 * 4),
+        ("batch_tiles", ctypes.c_int32 * 3),
+        ("registers", ctypes.c_int32 * 4 * 3 * 2 * 2),
+        ("step_tiles", ctypes.c_int32 * 3),
+        ("step_units", ctypes.c_int32 * 3 * 2),
+        ("row_group_count", ctypes.c_int32),
+        ("row_groups", ctypes.POINTER(CudaRowGroup)),
     )
 
 
 NUMBERS = {"float64": 0, "float32": 1, "tf32": 2, "tf32x3": 3, "bfloat16": 4, "float16": 5}
 REGIMES = {"step": 0, "block": 1, "cluster": 2, "grid": 3}
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """A row group for which there are persistent kernels, of every precision whose
+    `Tables.registers` are not 0 for it.
+
+    Attributes:
+        backward: whether they are of the backward pass.
+        gates: G of the cell.
+        batch_tile: rows of the batch that a group of blocks works on.
+        units: of a row group; `CudaPlan.row_group` names it by them.
+    """
+
+    backward: bool
+    gates: int
+    batch_tile: int
+    units: int
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of 16 rows of weights: forward a unit has a row for each gate, backward one."""
+        return self.units * (1 if self.backward else self.gates) // 16
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What the kernels were compiled with and a plan goes by.
+
+    A tuple with an item for each batch tile has them in the order of `batch_tiles`, one for each
+    pass has the forward one first, and one for each kind of precision has at 1 the one that splits
+    a number in parts ("tf32x3") and at 0 all others.
+
+    Attributes:
+        recurrences: the most of a sweep.
+        warps: the most of a block, and the most row groups of a block.
+        chunk_bytes: of a row of an operand, which is whole chunks.
+        piece_bytes: of an operand that travel as one.
+        row_pad_bytes: after a row of an operand in shared memory.
+        fragment_bytes: of a tile of weights by half a chunk, and of its sums in 8 columns.
+        gradient_bytes: of a state's gradients for 16 units in 8 columns, in the backward pass.
+        stop_bytes: of the number of steps of a column of a row group, in the backward pass.
+        barrier_bytes: at the end of a block's shared memory.
+        chunk_registers: of a thread, for a chunk of a tile of weights.
+        staged_gap_bytes: [4], after n pieces of 8 columns that a warp collects, at n % 4.
+        batch_tiles: [3], rows of the batch.
+        registers: [pass][precision][batch tile][4], of a thread for weights, by the tiles of a row
+            group: 1, 2, 3, and 4 or more. 0 where there is no such kernel.
+        row_groups: all there are, sorted by pass, gates, batch tile and units.
+        step_tiles: [3], rows of the batch in a block of a launch a step.
+        step_units: [pass][3], units of such a block, in the order of `step_tiles`.
+    """
+
+    recurrences: int
+    warps: int
+    chunk_bytes: int
+    piece_bytes: int
+    row_pad_bytes: int
+    fragment_bytes: int
+    gradient_bytes: int
+    stop_bytes: int
+    barrier_bytes: int
+    chunk_registers: int
+    staged_gap_bytes: tuple[int, ...]
+    batch_tiles: tuple[int, ...]
+    registers: tuple[tuple[tuple[tuple[int, ...], ...], ...], ...]
+    row_groups: tuple[RowGroup, ...]
+    step_tiles: tuple[int, ...]
+    step_units: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, given: CudaTables) -> Tables:
+        """The same as `given`, in values of Python's."""
+
+        def plain(value: Any) -> Any:
+            return tuple(map(plain, value)) if isinstance(value, ctypes.Array) else value
+
+        fields = {name: plain(getattr(given, name)) for name, *_ in CudaTables._fields_}
+        groups = fields["row_groups"][: fields.pop("row_group_count")]
+        fields["row_groups"] = tuple(
+            RowGroup(bool(group.backward), group.gates, group.batch_tile, group.units)
+            for group in groups
+        )
+        return cls(**fields)
+
+    def units(self, backward: bool, gates: int, batch_tile: int) -> tuple[int, ...]:
+        """The row groups that there are for such a cell and batch tile, the least first."""
+        wanted = backward, gates, batch_tile
+        return tuple(
+            group.units
+            for group in self.row_groups
+            if (group.backward, group.gates, group.batch_tile) == wanted
+        )
 
 
 class Library:
@@ -59,6 +179,7 @@ class Library:
         path: where it was loaded from.
         simulated: whether it runs on the CPU, on its tensors.
         cells: names of the cells that it has kernels for.
+        tables: what its kernels were compiled with and a plan goes by.
 
     Raises:
         OSError: if there is no such library, or it cannot be loaded.
@@ -83,6 +204,7 @@ class Library:
         self._error = function("error", text, number)
         self.simulated = bool(function("simulated", number)())
         self.cells = tuple(function("cells", text)().decode().split())
+        self.tables = Tables.of(function("tables", ctypes.POINTER(CudaTables))().contents)
 
     def workspace_bytes(self, cell: str, sweep: Sweep, plan: CudaPlan, backward: bool) -> int:
         return int(self._workspace_bytes(cell.encode(), sweep, plan, backward))
