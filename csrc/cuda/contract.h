@@ -77,6 +77,10 @@ struct CudaPlan {
   int32_t blocks = 1;      // of a group, which shares the hidden units of a tile
   int32_t warps = 4;       // of a block
   int32_t groups = 1;      // of kGrid, that run at the same time; the others follow
+  // Units of a row group, the share of a warp or of several that split the depth: one of
+  // `CudaTables::row_groups` for the cell's gates, the direction and the batch tile. 0: the library
+  // chooses. kStep does not look at it.
+  int32_t row_group = 0;
 };
 
 enum Regime : int32_t {
@@ -84,6 +88,41 @@ enum Regime : int32_t {
   kBlock = 1,    // one block holds all weights of a lane
   kCluster = 2,  // a cluster of blocks holds them, and exchanges h through distributed memory
   kGrid = 3,     // a group of blocks anywhere on the device, which exchanges h through the L2 cache
+};
+
+// A row group for which there are persistent kernels, of every precision that has registers for it.
+struct CudaRowGroup {
+  int32_t backward;    // 0, 1
+  int32_t gates;       // G of the cell
+  int32_t batch_tile;  // as in the plan
+  int32_t units;       // `row_group` of the plan: whole rows of tiles of 16
+};
+
+// What the kernels were compiled with and a plan goes by, so that it knows what a block can hold.
+// Indices: `backward` 0 or 1; `split` 1 for kTf32x3, else 0; batch tiles in the order given.
+struct CudaTables {
+  int32_t recurrences;  // most of a sweep
+  // Persistent kernels. A row group has `tiles` tiles of 16 rows of weights: units * G / 16
+  // forward, units / 16 backward.
+  int32_t warps;            // most of a block, and most row groups
+  int32_t chunk_bytes;      // of a row of an operand, which is whole chunks
+  int32_t piece_bytes;      // of an operand that travel as one
+  int32_t row_pad_bytes;    // after a row of an operand in shared memory
+  int32_t fragment_bytes;   // of a tile of weights by half a chunk, and of its sums by 8 columns
+  int32_t gradient_bytes;   // backward, of a state's gradients for 16 units in 8 columns
+  int32_t stop_bytes;       // backward, of a column of a row group: how many steps it has
+  int32_t barrier_bytes;    // at the end of a block's shared memory
+  int32_t chunk_registers;  // of a thread, for a chunk of a tile of weights
+  int32_t staged_gap_bytes[4];    // after n pieces of 8 columns that a warp collects, by n % 4
+  int32_t batch_tiles[3];         // rows of the batch
+  int32_t registers[2][2][3][4];  // [backward][split][batch tile][tiles - 1, at most 3], of a
+                                  // thread for weights; 0: there is no such kernel
+  // Kernels of a launch a step.
+  int32_t step_tiles[3];     // rows of the batch
+  int32_t step_units[2][3];  // [backward][step tile] of a block
+  // [row_group_count], sorted by the first three fields, the least units first.
+  int32_t row_group_count;
+  const CudaRowGroup* row_groups;
 };
 
 }  // namespace fastrnn
@@ -111,6 +150,8 @@ int64_t fastrnn_cuda_shared_bytes(const char* cell, const fastrnn::Sweep*, const
 // How many clusters of `blocks` blocks, each with `shared_bytes` of shared memory, run at the same
 // time on the current device; 0 where there are no clusters, negative for an error.
 int fastrnn_cuda_resident_clusters(int blocks, int threads, int64_t shared_bytes);
+// What a plan goes by; constant, and there as long as the library.
+const fastrnn::CudaTables* fastrnn_cuda_tables();
 // The text of an error.
 const char* fastrnn_cuda_error(int error);
 // Names of the cells that it has kernels for, with a space after each.

@@ -22,7 +22,8 @@ int cell_index(const char* name) {
 }
 
 bool valid(int cell, const Sweep& s, const CudaPlan& plan) {
-  const bool sizes = s.steps > 0 && s.batch > 0 && s.hidden > 0 && s.lanes > 0 && s.lanes <= 64;
+  const bool sizes =
+      s.steps > 0 && s.batch > 0 && s.hidden > 0 && s.lanes > 0 && s.lanes <= kMostRecurrences;
   const bool chunk = 0 <= s.begin && s.begin <= s.end && s.end <= s.steps;
   // Times are 32 bits wide in kernels, and so is the number of a block.
   constexpr int64_t most = std::numeric_limits<int32_t>::max();
@@ -32,60 +33,70 @@ bool valid(int cell, const Sweep& s, const CudaPlan& plan) {
   return cell >= 0 && sizes && chunk && narrow && known;
 }
 
-}  // namespace
+using Launch = int (*)(int cell, const Sweep& sweep, const CudaPlan& plan, void* stream);
 
+// Launches what a call asks for. A sweep of no steps launches nothing.
+int run(const char* cell, const Sweep& sweep, const CudaPlan& plan, void* stream, Launch launch) {
+  const int index = cell_index(cell);
+  if (!valid(index, sweep, plan)) return kInvalidValue;
+  return sweep.begin == sweep.end ? 0 : launch(index, sweep, plan, stream);
+}
+
+// A number of bytes that the persistent kernels of a direction need, by one of their functions;
+// `without` where the plan is for no such kernel.
+using Bytes = int64_t (*)(int cell, const Sweep& sweep, const CudaPlan& plan);
+int64_t bytes(const char* cell, const Sweep& sweep, const CudaPlan& plan, int backward,
+              Bytes PersistentKernels::* function, int64_t without) {
+  const int index = cell_index(cell);
+  if (plan.regime == kStep || !valid(index, sweep, plan)) return without;
+  const PersistentKernels& kernels = backward ? kPersistentBackward : kPersistentForward;
+  return (kernels.*function)(index, sweep, plan);
+}
+
+}  // namespace
 }  // namespace fastrnn
 
 #define FASTRNN_EXPORT __attribute__((visibility("default")))
 
+using fastrnn::CudaPlan;
+using fastrnn::Sweep;
+
 extern "C" {
 
-FASTRNN_EXPORT int fastrnn_cuda_forward(const char* cell, const fastrnn::Sweep* sweep,
-                                        const fastrnn::CudaPlan* plan, void* stream) {
-  const int index = fastrnn::cell_index(cell);
-  if (!fastrnn::valid(index, *sweep, *plan)) return fastrnn::kInvalidValue;
+FASTRNN_EXPORT int fastrnn_cuda_forward(const char* cell, const Sweep* sweep, const CudaPlan* plan,
+                                        void* stream) {
   const auto launch = plan->regime == fastrnn::kStep ? fastrnn::launch_step_forward
-                                                     : fastrnn::launch_persistent_forward;
-  return sweep->begin == sweep->end ? 0 : launch(index, *sweep, *plan, stream);
+                                                     : fastrnn::kPersistentForward.launch;
+  return fastrnn::run(cell, *sweep, *plan, stream, launch);
 }
 
-FASTRNN_EXPORT int fastrnn_cuda_backward(const char* cell, const fastrnn::Sweep* sweep,
-                                         const fastrnn::CudaPlan* plan, void* stream) {
-  const int index = fastrnn::cell_index(cell);
-  if (!fastrnn::valid(index, *sweep, *plan)) return fastrnn::kInvalidValue;
+FASTRNN_EXPORT int fastrnn_cuda_backward(const char* cell, const Sweep* sweep, const CudaPlan* plan,
+                                         void* stream) {
   const auto launch = plan->regime == fastrnn::kStep ? fastrnn::launch_step_backward
-                                                     : fastrnn::launch_persistent_backward;
-  return sweep->begin == sweep->end ? 0 : launch(index, *sweep, *plan, stream);
+                                                     : fastrnn::kPersistentBackward.launch;
+  return fastrnn::run(cell, *sweep, *plan, stream, launch);
 }
 
-FASTRNN_EXPORT int fastrnn_cuda_previous(const char* cell, const fastrnn::Sweep* sweep,
-                                         const fastrnn::CudaPlan* plan, void* stream) {
-  const int index = fastrnn::cell_index(cell);
-  if (!fastrnn::valid(index, *sweep, *plan)) return fastrnn::kInvalidValue;
-  return sweep->begin == sweep->end ? 0 : fastrnn::launch_previous(index, *sweep, *plan, stream);
+FASTRNN_EXPORT int fastrnn_cuda_previous(const char* cell, const Sweep* sweep, const CudaPlan* plan,
+                                         void* stream) {
+  return fastrnn::run(cell, *sweep, *plan, stream, fastrnn::launch_previous);
 }
 
-FASTRNN_EXPORT int fastrnn_cuda_replay(const char* cell, const fastrnn::Sweep* sweep,
-                                       const fastrnn::CudaPlan* plan, void* stream) {
-  const int index = fastrnn::cell_index(cell);
-  if (!fastrnn::valid(index, *sweep, *plan)) return fastrnn::kInvalidValue;
-  return sweep->begin == sweep->end ? 0 : fastrnn::launch_replay(index, *sweep, *plan, stream);
+FASTRNN_EXPORT int fastrnn_cuda_replay(const char* cell, const Sweep* sweep, const CudaPlan* plan,
+                                       void* stream) {
+  return fastrnn::run(cell, *sweep, *plan, stream, fastrnn::launch_replay);
 }
 
-FASTRNN_EXPORT int64_t fastrnn_cuda_workspace_bytes(const char* cell, const fastrnn::Sweep* sweep,
-                                                    const fastrnn::CudaPlan* plan, int backward) {
-  const int index = fastrnn::cell_index(cell);
-  if (plan->regime == fastrnn::kStep || !fastrnn::valid(index, *sweep, *plan)) return 0;
-  return backward ? fastrnn::persistent_backward_workspace_bytes(index, *sweep, *plan)
-                  : fastrnn::persistent_forward_workspace_bytes(index, *sweep, *plan);
+FASTRNN_EXPORT int64_t fastrnn_cuda_workspace_bytes(const char* cell, const Sweep* sweep,
+                                                    const CudaPlan* plan, int backward) {
+  return fastrnn::bytes(cell, *sweep, *plan, backward, &fastrnn::PersistentKernels::workspace_bytes,
+                        0);
 }
 
-FASTRNN_EXPORT int64_t fastrnn_cuda_shared_bytes(const char* cell, const fastrnn::Sweep* sweep,
-                                                 const fastrnn::CudaPlan* plan, int backward) {
-  const int index = fastrnn::cell_index(cell);
-  if (plan->regime == fastrnn::kStep || !fastrnn::valid(index, *sweep, *plan)) return -1;
-  return backward ? fastrnn::persistent_backward_shared_bytes(index, *sweep, *plan)
-                  : fastrnn::persistent_forward_shared_bytes(index, *sweep, *plan);
+FASTRNN_EXPORT int64_t fastrnn_cuda_shared_bytes(const char* cell, const Sweep* sweep,
+                                                 const CudaPlan* plan, int backward) {
+  return fastrnn::bytes(cell, *sweep, *plan, backward, &fastrnn::PersistentKernels::shared_bytes,
+                        -1);
 }
 
 FASTRNN_EXPORT int fastrnn_cuda_resident_clusters(int blocks, int threads, int64_t shared_bytes) {

@@ -23,7 +23,10 @@ int with_cell(int cell, F f) {
   return kInvalidValue;
 }
 
-// csrc/cuda/step/forward.cu
+// The most recurrences of a sweep: `Sweep::reverse` has a bit for each.
+constexpr int kMostRecurrences = 64;
+
+// csrc/cuda/step/forward.cu, csrc/cuda/step/backward.cu
 int launch_step_forward(int cell, const Sweep& sweep, const CudaPlan& plan, void* stream);
 int launch_step_backward(int cell, const Sweep& sweep, const CudaPlan& plan, void* stream);
 
@@ -31,15 +34,18 @@ int launch_step_backward(int cell, const Sweep& sweep, const CudaPlan& plan, voi
 int launch_previous(int cell, const Sweep& sweep, const CudaPlan& plan, void* stream);
 int launch_replay(int cell, const Sweep& sweep, const CudaPlan& plan, void* stream);
 
+// The persistent kernels of a direction: how they are launched, and what a launch needs.
+struct PersistentKernels {
+  int (*launch)(int cell, const Sweep& sweep, const CudaPlan& plan, void* stream);
+  int64_t (*workspace_bytes)(int cell, const Sweep& sweep, const CudaPlan& plan);
+  int64_t (*shared_bytes)(int cell, const Sweep& sweep, const CudaPlan& plan);
+};
+
 // csrc/cuda/persistent/forward.cu
-int launch_persistent_forward(int cell, const Sweep& sweep, const CudaPlan& plan, void* stream);
-int64_t persistent_forward_workspace_bytes(int cell, const Sweep& sweep, const CudaPlan& plan);
-int64_t persistent_forward_shared_bytes(int cell, const Sweep& sweep, const CudaPlan& plan);
+extern const PersistentKernels kPersistentForward;
 int resident_clusters(int blocks, int threads, int64_t shared_bytes);
 
 // csrc/cuda/persistent/backward.cu
-int launch_persistent_backward(int cell, const Sweep& sweep, const CudaPlan& plan, void* stream);
-int64_t persistent_backward_workspace_bytes(int cell, const Sweep& sweep, const CudaPlan& plan);
-int64_t persistent_backward_shared_bytes(int cell, const Sweep& sweep, const CudaPlan& plan);
+extern const PersistentKernels kPersistentBackward;
 
 }  // namespace fastrnn

@@ -107,9 +107,9 @@ def _cuda_facts(kind: str, index: int | None, library: cuda.Library | str) -> pl
     if isinstance(library, str):
         return library
     if library.simulated:
-        return replace(_SIMULATED, cells=library.cells)
+        return replace(_SIMULATED, cells=library.cells, tables=library.tables)
     if kind != "cuda" or not torch.cuda.is_available():
-        return plan.CudaFacts(library.cells)
+        return plan.CudaFacts(library.cells, tables=library.tables)
     if torch.version.hip is not None:
         return "it runs on NVIDIA's GPUs, and torch is built for AMD's"
     with torch.cuda.device(index):
@@ -121,5 +121,6 @@ def _cuda_facts(kind: str, index: int | None, library: cuda.Library | str) -> pl
         capability=10 * properties.major + properties.minor,
         multiprocessors=properties.multi_processor_count,
         shared_bytes=shared,
+        tables=library.tables,
         clusters=tuple((blocks, count) for blocks, count in counts if count > 0),
     )

@@ -7,15 +7,12 @@ from functools import lru_cache
 
 from fastrnn.plan import dtypes
 from fastrnn.plan.problem import CudaConfig, CudaFacts, Device, Plan, Problem
+from fastrnn.plan.tables import Tables
 
-__all__ = ["Layout", "configure", "cycles", "lay_out", "refuse"]
+__all__ = ["Layout", "configure", "cycles", "lay_out", "refuse", "row_group"]
 
-_LANES = 64  # a bit for each says which way it runs
 _CHUNK_BYTES = 64 << 20  # of u and du: a launch loads all weights, so it should be long
-_TILES = (8, 16, 32)  # rows of the batch: columns of matrix products, 8 at a time
 _CLUSTERS = (2, 4, 8, 16)
-# Of a launch a step, rows of the batch in a block, and its units forward and backward.
-_STEP_UNITS = {16: (8, 16), 32: (16, 16), 64: (32, 32)}
 _FEW_STEPS = 2  # which end before the weights would be loaded
 
 
@@ -36,8 +33,6 @@ def refuse(problem: Problem, device: Device) -> str | None:
         return "it does not project the output (proj_size)"
     if problem.hidden == 0:
         return "there are no hidden units"
-    if problem.lanes > _LANES:
-        return f"it runs {_LANES} scans side by side at most, not {problem.lanes}"
     if gpu.capability < 80:
         major, minor = divmod(gpu.capability, 10)
         return f"it needs compute capability 8.0, this GPU has {major}.{minor}"
@@ -58,7 +53,7 @@ def configure(problem: Problem, device: Device) -> Plan:
 @lru_cache(maxsize=1024)
 def _best(problem: Problem, gpu: CudaFacts, tf32: bool) -> CudaConfig:
     """The regime of the least estimated time of a step."""
-    configs = _steps(problem, tf32)
+    configs = _steps(problem, gpu.tables, tf32)
     if problem.dtype != "float64" and problem.batch and problem.steps > _FEW_STEPS:
         configs += _resident(problem, gpu, tf32)
     return min(configs, key=lambda config: cycles(problem, gpu, config))
@@ -70,12 +65,13 @@ def _number(problem: Problem, tf32: bool) -> str:
     return "tf32" if tf32 else "tf32x3"
 
 
-def _steps(problem: Problem, tf32: bool) -> list[CudaConfig]:
+def _steps(problem: Problem, tables: Tables, tf32: bool) -> list[CudaConfig]:
     """A launch a step, with tiles of the batch of several sizes."""
     number = _number(problem, tf32)
     if number == "tf32x3" and problem.steps <= _FEW_STEPS and problem.batch <= 16:
         number = "float32"  # a small product may as well be exact
-    tiles = [rows for rows in _STEP_UNITS if rows == 16 or rows < 2 * problem.batch]
+    least = tables.step_tiles[0]
+    tiles = [rows for rows in tables.step_tiles if rows == least or rows < 2 * problem.batch]
     if problem.dtype == "float64":
         tiles = [rows for rows in tiles if rows < 64]
     return [CudaConfig(number=number, regime="step", batch_tile=rows) for rows in tiles]
@@ -88,8 +84,9 @@ def _resident(problem: Problem, gpu: CudaFacts, tf32: bool) -> list[CudaConfig]:
     octets = -(-problem.hidden // 8)
     counts = {-(-octets // each) for each in range(1, octets + 1)}
     found = []
-    for tile in _TILES:
-        if tile > _TILES[0] and tile >= 2 * problem.batch:
+    tables = gpu.tables
+    for tile in tables.batch_tiles:
+        if tile > tables.batch_tiles[0] and tile >= 2 * problem.batch:
             break
         for regime, choices in (
             ("block", [1]),
@@ -102,32 +99,20 @@ def _resident(problem: Problem, gpu: CudaFacts, tf32: bool) -> list[CudaConfig]:
                     regime=regime,
                     batch_tile=tile,
                     blocks=blocks,
-                    warps=_WARPS,
+                    warps=tables.warps,
                     groups=gpu.multiprocessors // blocks,
                 )
-                layout = lay_out(problem, config)
+                config = replace(config, row_group=row_group(problem, config, tables))
+                layout = lay_out(problem, config, tables)
                 if layout is not None and layout.shared_bytes <= gpu.shared_bytes:
                     found.append(config)
     return found
 
 
-# What csrc/cuda/persistent/product.cuh makes of a plan: a test compares.
-_WARPS = 8
-_CHUNK = 64  # bytes of an operand's row: two products in depth
-_FRAGMENT = 512  # bytes of 16 rows of weights by half a chunk
-# Of a thread, for weights: by whether they are split for each use, columns and, in order, tiles.
-_REGISTERS = {
-    (False, 1): (128, 128, 96, 96),
-    (False, 2): (96, 96, 72, 64),
-    (False, 4): (48, 48, 24, 32),
-    (True, 1): (96, 96, 72, 32),
-    (True, 2): (64, 64, 48, 32),
-}
-
-
 @dataclass(frozen=True)
 class Layout:
-    """How a block holds its weights.
+    """How a block holds its weights: `lay_out` of csrc/cuda/persistent/layout.cuh, whose words
+    these are. A test compares the two.
 
     Attributes:
         rows: of weights, whole tiles of 16.
@@ -144,89 +129,68 @@ class Layout:
     shared_bytes: int
 
 
-def lay_out(problem: Problem, config: CudaConfig) -> Layout | None:
-    """The layout of a block, or None where a block would have more rows than its warps can take:
-    `need` of the traits in csrc/cuda/persistent/forward.cu or csrc/cuda/persistent/backward.cu."""
+def lay_out(problem: Problem, config: CudaConfig, tables: Tables) -> Layout | None:
+    """The layout of a block, or None where there are no kernels for it, or a block would have more
+    row groups than its warps can take."""
+    units, backward = config.row_group, problem.backward
+    columns = config.batch_tile // 8
+    tiles = units * (1 if backward else problem.gates) // 16  # of 16 rows of weights
+    tile = tables.batch_tiles.index(config.batch_tile)
+    registers = tables.registers[backward][config.number == "tf32x3"][tile][min(tiles, 4) - 1]
+    groups = _row_groups(problem, config.blocks, units)
+    if registers == 0 or groups > tables.warps:
+        return None
     size = min(4, dtypes.BYTES[problem.dtype])
-    columns, gates, octets = config.batch_tile // 8, problem.gates, -(-problem.hidden // 8)
-    if problem.backward:
-        choices = [1, 4] if gates == columns == 1 else [1]
-        if config.regime == "grid" and octets > 2 * config.blocks:
-            choices.insert(0, 2)
-        for tiles in choices:  # of 16 units, in a row group
-            parts = (6 if tiles * columns >= 8 else 4) if config.number == "tf32x3" else 0
-            found = _shares(
-                config,
-                row_groups=-(-octets // (2 * tiles)),
-                exchanged=gates * octets * 8 * size,
-                tiles=tiles,
-                resident=((8 if columns == 4 else 10) - parts) // tiles,
-                staged=_staged(gates * size // 2),
-                own=512 * tiles * columns * problem.states + 4 * config.batch_tile,
-                in_place=config.regime == "grid",
-            )
-            if found is not None:
-                return found
-        return None
-    split = config.number == "tf32x3"
-    if split and columns > 2:
-        return None
-    few = 1 if gates % 2 == 0 else 2
-    many = 8 // gates // few * few
-    for each in [few, many] if many > few and columns <= 2 else [few]:  # octets of a row group
-        tiles = gates * each // 2
-        registers = _REGISTERS[split, columns][min(tiles, 4) - 1]
-        found = _shares(
-            config,
-            row_groups=-(-octets // each),
-            exchanged=octets * 8 * size,
-            tiles=tiles,
-            resident=max(1, registers // (8 * tiles)),
-            staged=_staged(each * size // 2),
-            own=0,
-        )
-        if found is not None:
-            return found
-    return None
+    values = -(-problem.hidden // 8) * 8  # of a row of what is exchanged: h, or dv of all gates
+    pieces, own = units * size // tables.piece_bytes, 0  # of 8 columns; what a row group keeps
+    if backward:
+        values *= problem.gates
+        pieces = problem.gates * 8 * size // tables.piece_bytes
+        own = tables.gradient_bytes * tiles * columns * problem.states
+        own += tables.stop_bytes * config.batch_tile
+    in_place = backward and config.regime == "grid"
 
-
-def _staged(pieces: int) -> int:
-    """`staged_bytes` of csrc/cuda/persistent/exchange.cuh."""
-    return 8 * 16 * pieces + 32 * (3, 0, 1, 0)[pieces % 4]
-
-
-def _shares(
-    config: CudaConfig,
-    *,
-    row_groups: int,
-    exchanged: int,
-    tiles: int,
-    resident: int,
-    staged: int,
-    own: int,
-    in_place: bool = False,
-) -> Layout | None:
-    """`lay_out` of csrc/cuda/persistent/product.cuh, whose words these are."""
-    groups = -(-row_groups // config.blocks)
-    if groups > _WARPS:
-        return None
-    chunks = -(-exchanged // _CHUNK)
-    slices = min(max(1, min(config.warps, _WARPS) // groups), chunks)
+    chunks = -(-values * size // tables.chunk_bytes)
+    slices = min(max(1, min(config.warps, tables.warps) // groups), chunks)
     depth = -(-chunks // slices)
     slices = -(-chunks // depth)
-    spilled = 2 * _FRAGMENT * tiles * groups * slices * max(0, depth - resident)
-    operand = config.batch_tile * (chunks * _CHUNK + 16)
-    sums = slices if own else slices - 1
-    sums *= _FRAGMENT * tiles * (config.batch_tile // 8) * groups
-    staging = staged * groups * (slices if own else 1) + own * groups
+    resident = max(1, registers // (tables.chunk_registers * tiles))
+    spilled = 2 * tables.fragment_bytes * tiles * groups * slices * max(0, depth - resident)
+    row_bytes = chunks * tables.chunk_bytes
+    operand = config.batch_tile * (row_bytes + tables.row_pad_bytes)
     operands = 0 if in_place else operand * (1 if config.regime == "grid" else 2)
+    sums = tables.fragment_bytes * tiles * columns * groups * (slices if own else slices - 1)
+    staged = 8 * tables.piece_bytes * pieces + tables.staged_gap_bytes[pieces % 4]
+    staging = staged * groups * (slices if own else 1) + own * groups
     return Layout(
-        rows=groups * tiles * 16,
-        row_bytes=chunks * _CHUNK,
+        rows=16 * tiles * groups,
+        row_bytes=row_bytes,
         spilled=spilled,
-        exchanged=config.batch_tile * exchanged * (groups if in_place else 1),
-        shared_bytes=operands + spilled + sums + staging + 16,
+        exchanged=config.batch_tile * values * size * (groups if in_place else 1),
+        shared_bytes=operands + spilled + sums + staging + tables.barrier_bytes,
     )
+
+
+def _row_groups(problem: Problem, blocks: int, units: int) -> int:
+    """Row groups of a block that has its share of the units."""
+    groups = -(-problem.hidden // units)
+    return -(-groups // blocks)
+
+
+def row_group(problem: Problem, config: CudaConfig, tables: Tables) -> int:
+    """Units of a row group: the least for which there are kernels and warps.
+
+    The warps of a grid read the operand of the backward pass each for themselves: where a block has
+    several row groups, larger ones read it less often.
+    """
+    least, *larger = tables.units(problem.backward, problem.gates, config.batch_tile)
+    groups = _row_groups(problem, config.blocks, least)
+    if problem.backward:
+        second, *larger = larger
+        often = config.regime == "grid" and groups > 1
+        if often and _row_groups(problem, config.blocks, second) <= tables.warps:
+            return second
+    return larger[0] if groups > tables.warps and larger else least
 
 
 # Cycles, estimated from published measurements of an H100.
@@ -244,7 +208,7 @@ def cycles(problem: Problem, gpu: CudaFacts, config: CudaConfig) -> float:
     """An estimate of a step's time."""
     if config.regime == "step":
         return _step_cycles(problem, gpu, config)
-    layout = lay_out(problem, config)
+    layout = lay_out(problem, config, gpu.tables)
     assert layout is not None
     groups = problem.lanes * -(-problem.batch // config.batch_tile)
     at_once = config.groups
@@ -261,7 +225,8 @@ def cycles(problem: Problem, gpu: CudaFacts, config: CudaConfig) -> float:
 
 def _step_cycles(problem: Problem, gpu: CudaFacts, config: CudaConfig) -> float:
     size, multiprocessors = dtypes.BYTES[problem.dtype], max(1, gpu.multiprocessors)
-    units = _STEP_UNITS[config.batch_tile][problem.backward]
+    tables = gpu.tables
+    units = tables.step_units[problem.backward][tables.step_tiles.index(config.batch_tile)]
     tiles = -(-problem.batch // config.batch_tile) * -(-problem.hidden // units)
     waves = -(-problem.lanes * tiles // multiprocessors)
     row = problem.gates * problem.hidden  # of weights, of a unit

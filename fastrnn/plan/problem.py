@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from fastrnn.plan.dtypes import computed_bytes
+from fastrnn.plan.tables import Tables
 
 __all__ = [
     "SIGNIFICANT_BITS",
@@ -93,6 +94,7 @@ class CudaFacts:
         capability: 90 for compute capability 9.0; 0 where there is no GPU.
         multiprocessors: of the GPU.
         shared_bytes: that the threads of a block may share.
+        tables: what the kernels were compiled with.
         clusters: `(blocks, count)` for each size of clusters: how many run at the same time, with
             one block to a multiprocessor.
     """
@@ -102,6 +104,7 @@ class CudaFacts:
     capability: int = 0
     multiprocessors: int = 0
     shared_bytes: int = 48 << 10
+    tables: Tables = field(default_factory=Tables)
     clusters: tuple[tuple[int, int], ...] = ()
 
 
@@ -172,6 +175,8 @@ class CudaConfig:
         blocks: of a group, which shares the units of a tile of the batch.
         warps: of a block, at most.
         groups: that run at the same time, where blocks wait for each other all over the GPU.
+        row_group: units of the share of a warp, or of several that split the depth of the product;
+            0 in the regime "step".
     """
 
     number: str = ""
@@ -180,6 +185,7 @@ class CudaConfig:
     blocks: int = 1
     warps: int = 4
     groups: int = 1
+    row_group: int = 0
 
 
 @dataclass(frozen=True)

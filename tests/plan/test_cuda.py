@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from fastrnn.plan import CudaFacts, Device, KernelRefused, Problem, TritonFacts, choose
+from tests.support.tables import tables
 
 FACTS = {
     "A100": CudaFacts(capability=80, multiprocessors=108, shared_bytes=163 << 10),
@@ -37,7 +38,7 @@ FACTS = {
 def with_cuda(facts: CudaFacts) -> Device:
     cells = ("rnn_tanh", "rnn_relu", "lstm", "gru")
     triton = TritonFacts(shared_bytes=facts.shared_bytes)
-    return Device(kind="cuda", cuda=replace(facts, cells=cells), triton=triton)
+    return Device(kind="cuda", cuda=replace(facts, cells=cells, tables=tables()), triton=triton)
 
 
 GPUS = {name: with_cuda(facts) for name, facts in FACTS.items()}
@@ -55,7 +56,6 @@ LONG = Problem("lstm", 512, 16, 256, 256, gates=4, states=2, dtype="bfloat16")
         (replace(LONG, dtype="ComplexFloat"), HOPPER, "not ComplexFloat"),
         (replace(LONG, projected=True), HOPPER, "does not project the output"),
         (replace(LONG, hidden=0), HOPPER, "no hidden units"),
-        (replace(LONG, lanes=65), HOPPER, "64 scans side by side at most, not 65"),
         (
             LONG,
             with_cuda(CudaFacts(capability=75)),

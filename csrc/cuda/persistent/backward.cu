@@ -17,32 +17,28 @@ using tile::Layout;
 // their gradients reaches state 0 of these. Of the result an *item* is 8 units in 8 columns, two
 // numbers to a thread. The warps of a row group, each with a slice of the product, share out the
 // items, because the cell's arithmetic takes as long as the product.
-template <class Cell_, Number number_, int kTiles_, int kColumnTiles>
+template <class Cell_, Number number_, int kTiles_, int kColumnTiles_>
 struct Traits {
   using Cell = Cell_;
   static constexpr Number number = number_;
   static constexpr int kGates = Cell::kGates, kStates = Cell::kStates, kKept = Cell::kKept;
-  static constexpr int kTiles = kTiles_, N = kColumnTiles;
-  static constexpr int kColumns = 8 * N;
+  static constexpr int kTiles = kTiles_, kColumnTiles = kColumnTiles_;
+  static constexpr int kColumns = 8 * kColumnTiles;  // rows of the batch
   static constexpr int kUnits = 16 * kTiles;
-  static constexpr int kItems = 2 * kTiles * N;
-  // Chunks for which there are registers, eight of these for each tile; splitting numbers in parts
-  // takes some.
-  static constexpr bool kSplit = number == Number::kTf32x3;
-  static constexpr int kRoom =
-      (N == 4 ? 8 : 10) - (kSplit ? 4 : 0) - (kSplit && kItems >= 16 ? 2 : 0);
-  static constexpr int kResident = kRoom / kTiles;
+  static constexpr int kItems = 2 * kTiles * kColumnTiles;
+  static constexpr int kResident = tile::resident_chunks(
+      tile::backward_registers(number == Number::kTf32x3, kTiles, kColumnTiles), kTiles);
   static constexpr int kSize = tile::operand_bytes(number);
   static constexpr int kGatePieces = 8 * kSize / tile::kPiece;  // of an item's column, per gate
   static constexpr int kPieces = kGates * kGatePieces;
   static constexpr int kTaped = kStates - 1 + kKept;
   // Of a row group in shared memory: gradients of states, and steps of the rows of the batch.
-  static constexpr int kGradients = kItems * kStates * kWarp * sizeof(float2);
-  static constexpr int kOwn = kGradients + kColumns * sizeof(int);
+  static constexpr int kGradients = kTiles * kColumnTiles * kStates * tile::kGradient;
+  static constexpr int kOwn = kGradients + kColumns * tile::kStop;
   using Format = tile::Format<number>;
   using Stored = typename Format::Stored;
   using Operand = typename Format::Operand;
-  using Product = tile::Product<number, kTiles, N, kResident>;
+  using Product = tile::Product<number, kTiles, kColumnTiles, kResident>;
 
   static tile::Need need(int64_t hidden) {
     const int64_t padded = (hidden + 7) / 8 * 8;
@@ -67,20 +63,22 @@ struct Values {
 
 // ---- Kernel ------------------------------------------------------------------------------------
 
-// A group of blocks takes one lane and one tile of N rows of the batch through all steps, from the
-// last. A block owns the columns of the weights for some units, in registers and then in shared
-// memory, where the gradients of these units' states lie too, in float. dv is what the blocks
-// exchange, as tile::Exchange has it; operand i is the dv of the step before in this loop:
+// A group of blocks takes one lane and one tile of kColumns rows of the batch through all steps,
+// from the last. A block owns the columns of the weights for some units, in registers and then in
+// shared memory, where the gradients of these units' states lie too, in float. dv is what the
+// blocks exchange, as tile::Exchange has it; operand i is the dv of the step before in this loop:
 //   wait for dv of all units -> R^T * dv -> add up the slices -> cell -> send dv -> store it.
 // What the cell reads of an item is loaded two items ahead: for most plans that is a whole step.
-// Per step and group: 2*G*H*H*N FLOP; (S + K + 2)*H*N numbers in, (G + 1)*H*N out.
+// Per step and group, C being kColumns: 2*G*H*H*C FLOP; (S + K + 2)*H*C numbers in, (G + 1)*H*C
+// out.
 template <class X>
 __global__ void __launch_bounds__(tile::kThreads, 1)
     persistent_backward(const Sweep sweep, const Launched launched) {
   using Cell = typename X::Cell;
   using Format = typename X::Format;
   using Stored = typename X::Stored;
-  constexpr int G = X::kGates, S = X::kStates, K = X::kKept, N = X::N;
+  constexpr int G = X::kGates, S = X::kStates, K = X::kKept;
+  constexpr int kColumnTiles = X::kColumnTiles;
   FASTRNN_SHARED(char, shared);
   const Layout& layout = launched.at;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -92,7 +90,7 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
   const int hidden = static_cast<int>(sweep.hidden), padded = (hidden + 7) / 8 * 8;
 
   char* own = shared + layout.own + group * X::kOwn;
-  int* stops = reinterpret_cast<int*>(own + X::kGradients);  // [N]
+  int* stops = reinterpret_cast<int*>(own + X::kGradients);  // [kColumns]
   int longest = 0;
   for (int n = lane; n < X::kColumns; n += kWarp) {
     const int stop = at.stop(b0 + n);
@@ -137,10 +135,11 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
     });
   }
 
-  // This warp's items are slice, slice + slices, ...: octets of units, N times 8 columns of each.
+  // This warp's items are slice, slice + slices, ...: octets of units, and of each octet the column
+  // tiles.
   const auto item = [&](int i) { return slice + i * layout.slices; };
-  const auto unit = [&](int i) { return first_unit + item(i) / N * 8; };
-  const auto column = [&](int i) { return item(i) % N * 8; };
+  const auto unit = [&](int i) { return first_unit + item(i) / kColumnTiles * 8; };
+  const auto column = [&](int i) { return item(i) % kColumnTiles * 8; };
   int items = 0;
   while (item(items) < X::kItems && unit(items) < hidden) ++items;
   const int pair = lane % 4 * 2;  // of an item's columns, this one and the next
@@ -317,41 +316,22 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
 
 // ---- Launch ------------------------------------------------------------------------------------
 
-// A row group has 16 units. It has 32 where a block of a grid has more than 16, so that its warps,
-// which read the operand each for themselves, read it once; and, for a cell of one gate and 8
-// columns, 64 where a block would need too many warps for less.
-struct Choice {
-  template <class Cell, Number number, int N, class F>
-  static int with_traits(const Sweep& sweep, const CudaPlan& plan, F f) {
-    using Few = Traits<Cell, number, 1, N>;
-    using Two = Traits<Cell, number, 2, N>;
-    if (plan.regime == kGrid && persistent::lay_out<Few>(sweep, plan).groups != 1 &&
-        persistent::lay_out<Two>(sweep, plan).groups != 0)
-      return f(Two{});
-    if constexpr (Cell::kGates == 1 && N == 1) {
-      if (persistent::lay_out<Few>(sweep, plan).groups == 0) return f(Traits<Cell, number, 4, N>{});
-    }
-    return f(Few{});
+struct Direction {
+  template <class Cell, Number number, int units, int kColumnTiles>
+  using Traits = fastrnn::Traits<Cell, number, units / 16, kColumnTiles>;
+  template <class X>
+  static auto kernel() {
+    return persistent_backward<X>;
   }
+  static constexpr auto registers = tile::backward_registers;
+  static constexpr auto row_groups = tile::backward_row_groups;
+  static constexpr auto row_group = tile::backward_row_group;
 };
 
 }  // namespace
 
 // ---- Entry -------------------------------------------------------------------------------------
 
-int launch_persistent_backward(int cell, const Sweep& sweep, const CudaPlan& plan, void* stream) {
-  return persistent::with_traits<Choice>(cell, sweep, plan, [&](auto x) {
-    using X = decltype(x);
-    return persistent::launch<X>(persistent_backward<X>, sweep, plan, stream);
-  });
-}
-
-int64_t persistent_backward_workspace_bytes(int cell, const Sweep& sweep, const CudaPlan& plan) {
-  return persistent::workspace_bytes<Choice>(cell, sweep, plan);
-}
-
-int64_t persistent_backward_shared_bytes(int cell, const Sweep& sweep, const CudaPlan& plan) {
-  return persistent::shared_bytes<Choice>(cell, sweep, plan);
-}
+const PersistentKernels kPersistentBackward = persistent::entry<Direction>();
 
 }  // namespace fastrnn

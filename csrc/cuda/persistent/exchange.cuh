@@ -46,7 +46,7 @@ struct Exchange {
   const Layout& at;
   int regime;
   int rank;            // of this block in its group
-  int columns;         // N
+  int columns;         // of B: rows of the batch
   int operands;        // how many there will be: the loop's steps, operand 0 included
   char* tiles;         // B in shared memory
   uint64_t* barriers;  // of a cluster: one for each place, counting bytes

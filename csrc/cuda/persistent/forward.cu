@@ -18,7 +18,7 @@ using tile::Layout;
 // A row group has the rows of all gates for kOctets times 8 units. In the order octet, gate, unit
 // they are halves of tiles of 16 rows, so that a thread gets the sums of all gates of unit lane / 4
 // of each octet, and the cell's arithmetic needs nothing from other threads.
-template <class Cell_, Number number_, int kOctets_, int kColumnTiles>
+template <class Cell_, Number number_, int kOctets_, int kColumnTiles_>
 struct Traits {
   using Cell = Cell_;
   static constexpr Number number = number_;
@@ -27,9 +27,10 @@ struct Traits {
   static constexpr int kHalves = kGates * kOctets;
   static_assert(kHalves % 2 == 0, "whole tiles");
   static constexpr int kTiles = kHalves / 2;
-  static constexpr int N = kColumnTiles;
-  static constexpr int kColumns = 8 * kColumnTiles;
-  static constexpr int kResident = tile::resident_chunks(number, kTiles, kColumnTiles);
+  static constexpr int kColumnTiles = kColumnTiles_;
+  static constexpr int kColumns = 8 * kColumnTiles;  // rows of the batch
+  static constexpr int kResident = tile::resident_chunks(
+      tile::forward_registers(number == Number::kTf32x3, kTiles, kColumnTiles), kTiles);
   static constexpr int kSize = tile::operand_bytes(number);
   static constexpr int kPieces = kOctets * 8 * kSize / tile::kPiece;  // of a column
   static constexpr int kTaped = kStates - 1 + kKept;
@@ -37,7 +38,7 @@ struct Traits {
   using Stored = typename Format::Stored;
   using Operand = typename Format::Operand;
   using Value = std::conditional_t<number == Number::kBfloat16, Rough, Quick>;
-  using Product = tile::Product<number, kTiles, N, kResident>;
+  using Product = tile::Product<number, kTiles, kColumnTiles, kResident>;
 
   static tile::Need need(int64_t hidden) {
     const int64_t octets = (hidden + 7) / 8;
@@ -48,13 +49,14 @@ struct Traits {
 
 // ---- Kernel ------------------------------------------------------------------------------------
 
-// A group of blocks takes one lane and one tile of N rows of the batch through all steps. A block
-// owns the weights of some units, in registers and then in shared memory; a warp of slice 0 owns
-// their states, in float, and computes them anew at each step:
+// A group of blocks takes one lane and one tile of kColumns rows of the batch through all steps. A
+// block owns the weights of some units, in registers and then in shared memory; a warp of slice 0
+// owns their states, in float, and computes them anew at each step:
 //   wait for h of all units -> R*h -> add up the slices -> cell -> send h -> store y and tape.
 // u of the next step is loaded before the wait, so that it is there when it is needed. Only the
 // exchange (see tile::Exchange) makes blocks wait, for those of their group.
-// Per step and group: 2*G*H*H*N FLOP; G*H*N numbers of u in, (S + K)*H*N of y and tape out.
+// Per step and group, C being kColumns: 2*G*H*H*C FLOP; G*H*C numbers of u in, (S + K)*H*C of y and
+// tape out.
 template <class X>
 __global__ void __launch_bounds__(tile::kThreads, 1)
     persistent_forward(const Sweep sweep, const Launched launched) {
@@ -62,7 +64,8 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
   using Format = typename X::Format;
   using Stored = typename X::Stored;
   using Value = typename X::Value;
-  constexpr int G = X::kGates, S = X::kStates, N = X::N, kOctets = X::kOctets;
+  constexpr int G = X::kGates, S = X::kStates;
+  constexpr int kOctets = X::kOctets, kColumnTiles = X::kColumnTiles;
   FASTRNN_SHARED(char, shared);
   const Layout& layout = launched.at;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -77,15 +80,15 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
   const int column = lane % 4 * 2;
   const int unit = (rank * layout.groups + group) * kOctets * 8 + lane / 4;
   const bool computes = unit - lane / 4 < hidden;  // this warp
-  int stop[N][2];
+  int stop[kColumnTiles][2];
 #pragma unroll
-  for (int j = 0; j < N; ++j) {
+  for (int j = 0; j < kColumnTiles; ++j) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) stop[j][e] = at.stop(b0 + 8 * j + column + e);
   }
   int longest = 0;
 #pragma unroll
-  for (int j = 0; j < N; ++j) {
+  for (int j = 0; j < kColumnTiles; ++j) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) longest = stop[j][e] > longest ? stop[j][e] : longest;
   }
@@ -138,15 +141,15 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
   }
 
   const bool owns = computes && slice == 0;
-  float s[S][kOctets][N][2] = {};
+  float s[S][kOctets][kColumnTiles][2] = {};
   float bias[kOctets][G] = {};
-  Stored u[kOctets][G][N][2] = {};
+  Stored u[kOctets][G][kColumnTiles][2] = {};
   if (owns) {
 #pragma unroll
     for (int o = 0; o < kOctets; ++o) {
       const int n = unit + 8 * o;
 #pragma unroll
-      for (int j = 0; j < N; ++j) {
+      for (int j = 0; j < kColumnTiles; ++j) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int64_t b = b0 + 8 * j + column + e;
@@ -183,7 +186,7 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
   };
   if (owns) {
 #pragma unroll
-    for (int j = 0; j < N; ++j) fetch(at.time(low), j);
+    for (int j = 0; j < kColumnTiles; ++j) fetch(at.time(low), j);
   }
   char* staging = shared + layout.staging + group * layout.staged;
   const int offset = (unit - lane / 4) * X::kSize;  // of this warp's units in an operand's row
@@ -195,7 +198,7 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
 
     if (owns && sweep.resets != nullptr) {
 #pragma unroll
-      for (int j = 0; j < N; ++j) {
+      for (int j = 0; j < kColumnTiles; ++j) {
 #pragma unroll
         for (int e = 0; e < 2; ++e)
           cuts |= uint32_t{at.cut(t, b0 + 8 * j + column + e, stop[j][e])} << (2 * j + e);
@@ -210,7 +213,7 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
       if (owns) {
         const int64_t row0 = at.row(t, b0);
 #pragma unroll
-        for (int j = 0; j < N; ++j) {
+        for (int j = 0; j < kColumnTiles; ++j) {
           Value kept[kOctets][2][X::kKept + 1];
           const auto place = exchange.place<X::kPieces>(i + 1, staging, 8 * j, offset);
 #pragma unroll
@@ -275,7 +278,7 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
 #pragma unroll
     for (int o = 0; o < kOctets; ++o) {
 #pragma unroll
-      for (int j = 0; j < N; ++j) {
+      for (int j = 0; j < kColumnTiles; ++j) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int64_t b = b0 + 8 * j + column + e;
@@ -293,50 +296,30 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
 
 // ---- Launch ------------------------------------------------------------------------------------
 
-// A row group has as few units as make whole tiles, or, where a block would need too many warps for
-// that, as many as make up to four tiles.
-struct Choice {
-  template <class Cell, Number number, int N, class F>
-  static int with_traits(const Sweep& sweep, const CudaPlan& plan, F f) {
-    constexpr int kFew = Cell::kGates % 2 == 0 ? 1 : 2;
-    constexpr int kMany = 8 / Cell::kGates / kFew * kFew;
-    using Few = Traits<Cell, number, kFew, N>;
-    if constexpr (number == Number::kTf32x3 && N > 2) {
-      return kInvalidConfiguration;  // split weights leave no registers for so many columns
-    } else {
-      if constexpr (kMany > kFew && N <= 2) {
-        if (persistent::lay_out<Few>(sweep, plan).groups == 0)
-          return f(Traits<Cell, number, kMany, N>{});
-      }
-      return f(Few{});
-    }
+struct Direction {
+  template <class Cell, Number number, int units, int kColumnTiles>
+  using Traits = fastrnn::Traits<Cell, number, units / 8, kColumnTiles>;
+  template <class X>
+  static auto kernel() {
+    return persistent_forward<X>;
   }
+  static constexpr auto registers = tile::forward_registers;
+  static constexpr auto row_groups = tile::forward_row_groups;
+  static constexpr auto row_group = tile::forward_row_group;
 };
 
 }  // namespace
 
 // ---- Entry -------------------------------------------------------------------------------------
 
-int launch_persistent_forward(int cell, const Sweep& sweep, const CudaPlan& plan, void* stream) {
-  return persistent::with_traits<Choice>(cell, sweep, plan, [&](auto x) {
-    using X = decltype(x);
-    return persistent::launch<X>(persistent_forward<X>, sweep, plan, stream);
-  });
-}
-
-int64_t persistent_forward_workspace_bytes(int cell, const Sweep& sweep, const CudaPlan& plan) {
-  return persistent::workspace_bytes<Choice>(cell, sweep, plan);
-}
-
-int64_t persistent_forward_shared_bytes(int cell, const Sweep& sweep, const CudaPlan& plan) {
-  return persistent::shared_bytes<Choice>(cell, sweep, plan);
-}
+const PersistentKernels kPersistentForward = persistent::entry<Direction>();
 
 // All persistent kernels allow the same: a block on a multiprocessor.
 int resident_clusters(int blocks, int threads, int64_t shared_bytes) {
   return with_cell(0, [&](auto cell) {
     using Cell = decltype(cell);
-    using X = Traits<Cell, Number::kBfloat16, Cell::kGates % 2 == 0 ? 1 : 2, 1>;
+    constexpr int kUnits = Direction::row_groups(Cell::kGates, 1).units[0];
+    using X = Direction::Traits<Cell, Number::kBfloat16, kUnits, 1>;
     return dev::resident_clusters(persistent_forward<X>, blocks, threads, shared_bytes);
   });
 }

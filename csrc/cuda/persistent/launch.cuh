@@ -1,8 +1,10 @@
 // What the persistent kernels of both directions have in common: how a plan becomes a launch.
 //
-// A direction has a `Choice`, whose `with_traits<Cell, number, N>(sweep, plan, f)` calls f(X{})
-// with the traits of the kernel for a plan whose tiles have 8 * N columns, or returns an error.
-// X::need(hidden) says what that kernel needs of a block.
+// Each of them has a `Direction`, which says
+//   Traits<Cell, number, units, kColumnTiles>: those of the kernel for row groups of so many units
+//     and tiles of 8 * kColumnTiles columns; X::need(hidden) is what it needs of a block
+//   kernel<X>(): the kernel
+//   registers, row_groups, row_group: the functions of csrc/cuda/persistent/layout.cuh
 #pragma once
 
 #include <limits>
@@ -38,22 +40,50 @@ inline int64_t groups(const Sweep& sweep, const CudaPlan& plan) {
   return sweep.lanes * batch_tiles(sweep, plan);
 }
 
-template <class Choice, class Cell, Number number, class F>
+// f(X{}) with the traits for a row group of `units`.
+template <class Direction, class Cell, Number number, int kColumnTiles, int kIndex = 0, class F>
+int with_units(int units, F f) {
+  constexpr tile::RowGroups kThere = Direction::row_groups(Cell::kGates, kColumnTiles);
+  if constexpr (kIndex < 3) {
+    constexpr int kUnits = kThere.units[kIndex];
+    if constexpr (kUnits > 0) {
+      using X = typename Direction::template Traits<Cell, number, kUnits, kColumnTiles>;
+      if (units == kUnits) return f(X{});
+    }
+    return with_units<Direction, Cell, number, kColumnTiles, kIndex + 1>(units, f);
+  } else {
+    return kInvalidConfiguration;
+  }
+}
+
+template <class Direction, class Cell, Number number, int kColumnTiles, class F>
+int with_row_group(const Sweep& sweep, const CudaPlan& plan, F f) {
+  if constexpr (Direction::registers(number == Number::kTf32x3, 1, kColumnTiles) == 0) {
+    return kInvalidConfiguration;
+  } else {
+    constexpr tile::RowGroups kThere = Direction::row_groups(Cell::kGates, kColumnTiles);
+    const int units =
+        plan.row_group != 0 ? plan.row_group : Direction::row_group(kThere, sweep.hidden, plan);
+    return with_units<Direction, Cell, number, kColumnTiles>(units, f);
+  }
+}
+
+template <class Direction, class Cell, Number number, class F>
 int with_columns(const Sweep& sweep, const CudaPlan& plan, F f) {
   switch (plan.batch_tile) {
     case 8:
-      return Choice::template with_traits<Cell, number, 1>(sweep, plan, f);
+      return with_row_group<Direction, Cell, number, 1>(sweep, plan, f);
     case 16:
-      return Choice::template with_traits<Cell, number, 2>(sweep, plan, f);
+      return with_row_group<Direction, Cell, number, 2>(sweep, plan, f);
     case 32:
-      return Choice::template with_traits<Cell, number, 4>(sweep, plan, f);
+      return with_row_group<Direction, Cell, number, 4>(sweep, plan, f);
     default:
       return kInvalidConfiguration;
   }
 }
 
 // f(X{}) with the traits of the kernel for a cell and a plan.
-template <class Choice, class F>
+template <class Direction, class F>
 int with_traits(int cell, const Sweep& sweep, const CudaPlan& plan, F f) {
   const bool one = plan.regime == kBlock && plan.blocks == 1;
   if (!one && (plan.regime == kBlock || plan.blocks < 1)) return kInvalidConfiguration;
@@ -62,13 +92,13 @@ int with_traits(int cell, const Sweep& sweep, const CudaPlan& plan, F f) {
     using Cell = decltype(c);
     switch (plan.number) {
       case Number::kTf32:
-        return with_columns<Choice, Cell, Number::kTf32>(sweep, plan, f);
+        return with_columns<Direction, Cell, Number::kTf32>(sweep, plan, f);
       case Number::kTf32x3:
-        return with_columns<Choice, Cell, Number::kTf32x3>(sweep, plan, f);
+        return with_columns<Direction, Cell, Number::kTf32x3>(sweep, plan, f);
       case Number::kBfloat16:
-        return with_columns<Choice, Cell, Number::kBfloat16>(sweep, plan, f);
+        return with_columns<Direction, Cell, Number::kBfloat16>(sweep, plan, f);
       case Number::kFloat16:
-        return with_columns<Choice, Cell, Number::kFloat16>(sweep, plan, f);
+        return with_columns<Direction, Cell, Number::kFloat16>(sweep, plan, f);
       default:
         return kInvalidConfiguration;
     }
@@ -76,8 +106,8 @@ int with_traits(int cell, const Sweep& sweep, const CudaPlan& plan, F f) {
 }
 
 template <class X>
-int launch(void (*kernel)(Sweep, Launched), const Sweep& sweep, const CudaPlan& plan,
-           void* stream) {
+int launch_kernel(void (*kernel)(Sweep, Launched), const Sweep& sweep, const CudaPlan& plan,
+                  void* stream) {
   const tile::Layout at = lay_out<X>(sweep, plan);
   const int64_t all = groups(sweep, plan);
   const bool too_many = all * plan.blocks > std::numeric_limits<int32_t>::max();
@@ -106,11 +136,21 @@ int launch(void (*kernel)(Sweep, Launched), const Sweep& sweep, const CudaPlan& 
   return 0;
 }
 
-template <class Choice>
+// ---- Entry -------------------------------------------------------------------------------------
+
+template <class Direction>
+int launch(int cell, const Sweep& sweep, const CudaPlan& plan, void* stream) {
+  return with_traits<Direction>(cell, sweep, plan, [&](auto x) {
+    using X = decltype(x);
+    return launch_kernel<X>(Direction::template kernel<X>(), sweep, plan, stream);
+  });
+}
+
+template <class Direction>
 int64_t workspace_bytes(int cell, const Sweep& sweep, const CudaPlan& plan) {
   int64_t bytes = 0;
   if (plan.regime != kGrid) return bytes;
-  with_traits<Choice>(cell, sweep, plan, [&](auto x) {
+  with_traits<Direction>(cell, sweep, plan, [&](auto x) {
     using X = decltype(x);
     const tile::Layout at = lay_out<X>(sweep, plan);
     bytes = groups(sweep, plan) * (tile::flag_bytes(at) + tile::area_bytes(at, X::kColumns));
@@ -120,15 +160,20 @@ int64_t workspace_bytes(int cell, const Sweep& sweep, const CudaPlan& plan) {
 }
 
 // Negative where no block can do its part.
-template <class Choice>
+template <class Direction>
 int64_t shared_bytes(int cell, const Sweep& sweep, const CudaPlan& plan) {
   int64_t bytes = -1;
-  with_traits<Choice>(cell, sweep, plan, [&](auto x) {
+  with_traits<Direction>(cell, sweep, plan, [&](auto x) {
     const tile::Layout at = lay_out<decltype(x)>(sweep, plan);
     if (at.groups > 0) bytes = at.bytes;
     return 0;
   });
   return bytes;
+}
+
+template <class Direction>
+constexpr PersistentKernels entry() {
+  return {launch<Direction>, workspace_bytes<Direction>, shared_bytes<Direction>};
 }
 
 }  // namespace persistent

@@ -1,28 +1,20 @@
 // The product that every persistent kernel repeats at each step.
 //
-// A group of blocks computes A * B again and again: A [rows, K] are recurrent weights, which stay
-// on chip for the whole launch, B [K, N] changes with every step. A block owns some rows of A, and
-// what it computes from its sums is its part of the next B, which all blocks of the group need: see
-// cuda_exchange.cuh.
+// A group of blocks computes A * B again and again: A [rows, depth] are recurrent weights, which
+// stay on chip for the whole launch, B [depth, columns] changes with every step; its columns are
+// rows of the batch. A block owns some rows of A, and what it computes from its sums is its part of
+// the next B, which all blocks of the group need: see csrc/cuda/persistent/exchange.cuh.
 //
-// K is counted in bytes: a row of an mma's operands is 32 bytes of K for 16-bit numbers and for
+// The depth is counted in bytes: a row of an mma's operands is 32 bytes for 16-bit numbers and for
 // TF32 alike, a fragment of A is 16 bytes per thread, and only the mma itself knows the type. A
-// chunk is 64 bytes of K: two mma in depth, and what one ldmatrix of B brings for 8 columns.
+// chunk is 64 bytes of the depth: two mma, and what one ldmatrix of B brings for 8 columns. In
+// memory a row of B is a column of the product, with its depth side by side.
 #pragma once
 
-#include "cuda/contract.h"
-#include "cuda/platform.cuh"
+#include "cuda/persistent/layout.cuh"
 
 namespace fastrnn {
 namespace tile {
-
-constexpr int kWarp = 32;
-constexpr int kMaxWarps = 8;  // of a block: a thread of 8 warps may have 255 registers
-constexpr int kThreads = kWarp * kMaxWarps;
-constexpr int kChunk = 64;             // bytes of K
-constexpr int kPiece = 16;             // bytes of K that travel as one
-constexpr int kRowPad = 16;            // bytes: rows of ldmatrix are an odd number of pieces apart
-constexpr int kFragment = kWarp * 16;  // bytes of a tile of A, 16 rows by half a chunk
 
 // ---- Numbers -----------------------------------------------------------------------------------
 
@@ -36,11 +28,12 @@ struct Format16 {
   using Stored = T;
   using Operand = T;
   __device__ __forceinline__ static void store(T* to, float x) { dev::store(to, x); }
-  template <int N>
-  __device__ __forceinline__ static void multiply(float (&d)[N][4], const uint32_t (&a)[4],
-                                                  const uint32_t (&b)[N][2]) {
+  template <int kColumnTiles>
+  __device__ __forceinline__ static void multiply(float (&d)[kColumnTiles][4],
+                                                  const uint32_t (&a)[4],
+                                                  const uint32_t (&b)[kColumnTiles][2]) {
 #pragma unroll
-    for (int j = 0; j < N; ++j) dev::mma(d[j], a, b[j], T{});
+    for (int j = 0; j < kColumnTiles; ++j) dev::mma(d[j], a, b[j], T{});
   }
 };
 
@@ -69,11 +62,12 @@ struct Format<Number::kTf32> {
   __device__ __forceinline__ static void store(float* to, float x) {
     dev::store(to, as_float(dev::to_tf32(x)));
   }
-  template <int N>
-  __device__ __forceinline__ static void multiply(float (&d)[N][4], const uint32_t (&a)[4],
-                                                  const uint32_t (&b)[N][2]) {
+  template <int kColumnTiles>
+  __device__ __forceinline__ static void multiply(float (&d)[kColumnTiles][4],
+                                                  const uint32_t (&a)[4],
+                                                  const uint32_t (&b)[kColumnTiles][2]) {
 #pragma unroll
-    for (int j = 0; j < N; ++j) dev::mma_tf32(d[j], a, b[j]);
+    for (int j = 0; j < kColumnTiles; ++j) dev::mma_tf32(d[j], a, b[j]);
   }
 };
 
@@ -89,14 +83,15 @@ struct Format<Number::kTf32x3> {
     big = dev::to_tf32(as_float(x));
     small = dev::to_tf32(as_float(x) - as_float(big));
   }
-  template <int N>
-  __device__ __forceinline__ static void multiply(float (&d)[N][4], const uint32_t (&a)[4],
-                                                  const uint32_t (&b)[N][2]) {
+  template <int kColumnTiles>
+  __device__ __forceinline__ static void multiply(float (&d)[kColumnTiles][4],
+                                                  const uint32_t (&a)[4],
+                                                  const uint32_t (&b)[kColumnTiles][2]) {
     uint32_t a_big[4], a_small[4];
 #pragma unroll
     for (int r = 0; r < 4; ++r) split(dev::opaque(a[r]), a_big[r], a_small[r]);
 #pragma unroll
-    for (int j = 0; j < N; ++j) {
+    for (int j = 0; j < kColumnTiles; ++j) {
       uint32_t b_big[2], b_small[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) split(b[j][r], b_big[r], b_small[r]);
@@ -116,11 +111,7 @@ __device__ __forceinline__ uint32_t pair_bits(const T* from, int64_t stride, int
   return low | static_cast<uint32_t>(high) << 16;
 }
 
-constexpr int operand_bytes(Number number) {
-  return number == Number::kBfloat16 || number == Number::kFloat16 ? 2 : 4;
-}
-
-// Word w, of 32 bits of K, of a row of weights [depth]: one number or two, zero past its end. Of
+// Word w, of 32 bits, of a row of weights [depth]: one number or two, zero past its end. Of
 // 16-bit numbers `aligned` says that the row begins at a whole word, which is so for even depths.
 template <class F, bool aligned>
 __device__ __forceinline__ uint32_t row_word(const typename F::Stored* row, int w, int depth) {
@@ -144,112 +135,25 @@ __device__ __forceinline__ uint32_t column_word(const typename F::Stored* column
   }
 }
 
-// ---- What goes where ---------------------------------------------------------------------------
-
-// How a group of blocks shares a product, and a block's shared memory. A *row group* is the rows
-// that one warp sums up, `tiles` times 16. Where a block has more warps than row groups, several
-// warps share a row group and each takes a slice of K.
-struct Layout {
-  int groups;     // row groups of a block
-  int active;     // blocks that have any: those of rank 0 and up
-  int slices;     // of K
-  int chunks;     // of a row of B
-  int depth;      // chunks of a slice; the last slices may have fewer or none
-  int resident;   // of these, how many stay in registers; the others lie in shared memory
-  int exchanged;  // bytes of a row of B that blocks compute and exchange, the rest is zero
-  int pitch;      // bytes from a row of B to the next
-  int tile;       // bytes of B in shared memory, all columns; 0 where it stays in global memory
-  // Places in shared memory: B (once or twice), weights, partial sums, a place for each warp to
-  // collect what it sends, what row groups keep, and mbarriers.
-  int weights, partial, staging, staged, own, barriers;
-  int64_t bytes;  // of shared memory
-
-  constexpr int warps() const { return groups * slices; }
-};
-
-// What a launch needs to know of a kernel to lay it out.
-struct Need {
-  int64_t row_groups;  // of all blocks together
-  int64_t exchanged;   // bytes of a row of B
-  int tiles;           // of 16 rows, of a row group
-  int columns;         // N
-  int resident;        // chunks of a slice for which there are registers
-  int staged;          // bytes that a warp collects at a time
-  int own = 0;         // bytes that a row group keeps; then all its warps take part: `share_sums`
-  bool in_place = false;  // of a grid's B, warps read their slices where it lies, in global memory
-};
-
-// The layout for `plan.blocks` blocks of at most `plan.warps` warps. A block holds at most
-// kMaxWarps row groups: `groups` is 0 where there are more. Whether `bytes` are there is for the
-// device to say.
-constexpr Layout lay_out(const Need& need, const CudaPlan& plan) {
-  Layout at{};
-  const int64_t groups = (need.row_groups + plan.blocks - 1) / plan.blocks;
-  if (groups > kMaxWarps) return at;
-  at.groups = static_cast<int>(groups);
-  at.active = static_cast<int>((need.row_groups + groups - 1) / groups);
-  const int warps = plan.warps < kMaxWarps ? plan.warps : kMaxWarps;
-  at.slices = warps > at.groups ? warps / at.groups : 1;
-  at.chunks = static_cast<int>((need.exchanged + kChunk - 1) / kChunk);
-  if (at.slices > at.chunks) at.slices = at.chunks;
-  at.depth = (at.chunks + at.slices - 1) / at.slices;
-  at.slices = (at.chunks + at.depth - 1) / at.depth;
-  at.resident = at.depth < need.resident ? at.depth : need.resident;
-  at.exchanged = static_cast<int>(need.exchanged);
-  at.pitch = at.chunks * kChunk + kRowPad;
-  const bool in_place = need.in_place && plan.regime == kGrid;
-  const int64_t tile = in_place ? 0 : int64_t{at.pitch} * need.columns;
-  at.tile = static_cast<int>(tile);
-  int64_t end = tile * (plan.regime == kGrid ? 1 : 2);
-  if (end > (int64_t{1} << 30)) end = int64_t{1} << 30;  // no device has as much
-  at.weights = static_cast<int>(end);
-  end += int64_t{2} * kFragment * need.tiles * (at.depth - at.resident) * at.warps();
-  at.partial = static_cast<int>(end);
-  const int written = need.own > 0 ? at.slices : at.slices - 1;
-  end += int64_t{kFragment} * need.tiles * (need.columns / 8) * written * at.groups;
-  at.staging = static_cast<int>(end);
-  at.staged = need.staged;
-  end += int64_t{need.staged} * (need.own > 0 ? at.warps() : at.groups);
-  at.own = static_cast<int>(end);
-  end += int64_t{need.own} * at.groups;
-  at.barriers = static_cast<int>(end);
-  at.bytes = end + 2 * sizeof(uint64_t);
-  return at;
-}
-
-// Registers for weights of a thread: of 255, less the sums, the operand under way, states and input
-// of the cell, which grow with the number of columns and of tiles. That no kernel spills is the
-// measure; tests compile them all.
-constexpr int weight_registers(Number number, int tiles, int column_tiles) {
-  constexpr int kWhole[3][4] = {{128, 128, 96, 96}, {96, 96, 72, 64}, {48, 48, 24, 32}};
-  constexpr int kSplit[3][4] = {{96, 96, 72, 32}, {64, 64, 48, 32}, {}};
-  const auto& registers = number == Number::kTf32x3 ? kSplit : kWhole;
-  return registers[column_tiles / 2][tiles < 4 ? tiles - 1 : 3];
-}
-
-constexpr int resident_chunks(Number number, int tiles, int column_tiles) {
-  const int chunks = weight_registers(number, tiles, column_tiles) / (8 * tiles);
-  return chunks > 0 ? chunks : 1;
-}
-
 // ---- The product -------------------------------------------------------------------------------
 
-// One warp's part of A * B: kTiles times 16 rows of A, a slice of K, and 8 * kColumns columns.
+// One warp's part of A * B: kTiles times 16 rows of A, a slice of the depth, and kColumnTiles times
+// 8 columns.
 //
 // Thread l of the warp holds, of tile m, the rows l/4 and l/4 + 8, and gets their sums in columns
 // 8j + 2(l%4) + {0, 1}: sum[m][j][0..1] for the first row and [2..3] for the second.
 //
-// An mma adds up its terms in any order of K, as long as A and B agree. What ldmatrix brings of B
-// from shared memory is in the order that the mma is defined with. Where B is read in place, a
-// thread's words of two mma lie side by side instead, so that it reads 16 bytes, and four threads
-// the 64 of a chunk.
-template <Number number, int kTiles, int kColumns, int kResident>
+// An mma adds up its terms in any order of the depth, as long as A and B agree. What ldmatrix
+// brings of B from shared memory is in the order that the mma is defined with. Where B is read in
+// place, a thread's words of two mma lie side by side instead, so that it reads 16 bytes, and four
+// threads the 64 of a chunk.
+template <Number number, int kTiles, int kColumnTiles, int kResident>
 class Product {
  public:
-  using Sums = float[kTiles][kColumns][4];
+  using Sums = float[kTiles][kColumnTiles][4];
 
-  // Loads the weights. `word(row, w)` gives 32 bits of K, the w-th, of a row of this warp's row
-  // group: one number or two, and zero past the edges. Other threads do not see what lies in
+  // Loads the weights. `word(row, w)` gives 32 bits of the depth, the w-th, of a row of this warp's
+  // row group: one number or two, and zero past the edges. Other threads do not see what lies in
   // shared memory, so no barrier is needed.
   template <class Word>
   __device__ __forceinline__ void load(const Layout& at, char* shared, int warp, int slice,
@@ -300,8 +204,8 @@ class Product {
 
   // sum = A * B, with B at `operand` in shared memory.
   __device__ __forceinline__ void run(const char* operand, Sums& sum) const {
-    float d[kChains][kTiles][kColumns][4] = {};
-    uint32_t b[kBuffers][kColumns][4];
+    float d[kChains][kTiles][kColumnTiles][4] = {};
+    uint32_t b[kBuffers][kColumnTiles][4];
     const char* from = operand + operand_;
     const int last = chunks_ - 1;
     if (kBuffers > 1) fetch(from, 0, b[0]);
@@ -332,8 +236,8 @@ class Product {
   // The same with B at `operand` in global memory, where `Need` said so: rows `exchanged` bytes
   // apart. It takes hundreds of cycles to come, so several chunks are under way.
   __device__ __forceinline__ void run_in_place(const char* operand, Sums& sum) const {
-    float d[kChains][kTiles][kColumns][4] = {};
-    uint32_t b[kAhead][kColumns][4];
+    float d[kChains][kTiles][kColumnTiles][4] = {};
+    uint32_t b[kAhead][kColumnTiles][4];
     const char* from = operand + operand_;
     const int last = chunks_ - 1;
 #pragma unroll
@@ -367,27 +271,30 @@ class Product {
 
  private:
   // Many mma in a chunk leave the time, and no registers, to fetch its operand.
-  static constexpr int kBuffers = kTiles * kColumns >= 8 || number == Number::kTf32x3 ? 1 : 2;
+  static constexpr int kBuffers = kTiles * kColumnTiles >= 8 || number == Number::kTf32x3 ? 1 : 2;
   // Sums that do not wait for one another: an mma takes about four times as long as the next one
   // has to wait to begin.
-  static constexpr int kChains = kTiles * kColumns >= 4 ? 1 : kTiles * kColumns >= 2 ? 2 : 4;
+  static constexpr int kChains = kTiles * kColumnTiles >= 4   ? 1
+                                 : kTiles * kColumnTiles >= 2 ? 2
+                                                              : 4;
 
   // Chunks of an operand that are read in place before they are needed: 32 registers, or half of
   // that where numbers are split and sums are many.
-  static constexpr bool kFull = number == Number::kTf32x3 && kTiles * kColumns >= 8;
-  static constexpr int kAhead = (kFull ? 4 : 8) / kColumns;
+  static constexpr bool kFull = number == Number::kTf32x3 && kTiles * kColumnTiles >= 8;
+  static constexpr int kAhead = (kFull ? 4 : 8) / kColumnTiles;
 
   __device__ __forceinline__ void fetch(const char* from, int chunk,
-                                        uint32_t (&b)[kColumns][4]) const {
+                                        uint32_t (&b)[kColumnTiles][4]) const {
 #pragma unroll
-    for (int j = 0; j < kColumns; ++j) dev::ldmatrix4(b[j], from + chunk * kChunk + j * columns_);
+    for (int j = 0; j < kColumnTiles; ++j)
+      dev::ldmatrix4(b[j], from + chunk * kChunk + j * columns_);
   }
 
   // Zeros past the end of the slice, or of the rows.
   __device__ __forceinline__ void fetch_in_place(const char* from, int chunk,
-                                                 uint32_t (&b)[kColumns][4]) const {
+                                                 uint32_t (&b)[kColumnTiles][4]) const {
 #pragma unroll
-    for (int j = 0; j < kColumns; ++j) {
+    for (int j = 0; j < kColumnTiles; ++j) {
       uint4 x = make_uint4(0, 0, 0, 0);
       if (chunk < whole_) x = dev::load_shared_by_all(from + chunk * kChunk + j * columns_);
       b[j][0] = x.x, b[j][1] = x.y, b[j][2] = x.z, b[j][3] = x.w;
@@ -403,12 +310,12 @@ class Product {
     }
   }
 
-  __device__ __forceinline__ static void add_chains(const float (&d)[kChains][kTiles][kColumns][4],
-                                                    Sums& sum) {
+  __device__ __forceinline__ static void add_chains(
+      const float (&d)[kChains][kTiles][kColumnTiles][4], Sums& sum) {
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j) {
+      for (int j = 0; j < kColumnTiles; ++j) {
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
           float x = d[0][m][j][r];
@@ -420,12 +327,12 @@ class Product {
     }
   }
 
-  __device__ __forceinline__ static void multiply(float (&d)[kChains][kTiles][kColumns][4],
+  __device__ __forceinline__ static void multiply(float (&d)[kChains][kTiles][kColumnTiles][4],
                                                   int chain, const uint32_t (&a)[kTiles][4],
-                                                  const uint32_t (&b)[kColumns][4], int half) {
-    uint32_t part[kColumns][2];
+                                                  const uint32_t (&b)[kColumnTiles][4], int half) {
+    uint32_t part[kColumnTiles][2];
 #pragma unroll
-    for (int j = 0; j < kColumns; ++j) {
+    for (int j = 0; j < kColumnTiles; ++j) {
       part[j][0] = b[j][2 * half];
       part[j][1] = b[j][2 * half + 1];
     }
@@ -444,20 +351,20 @@ class Product {
 // Adds up the sums of the slices of a row group, always in the same order; slice 0 gets the result.
 // The partial sums are written again only after the next operand has arrived, which slice 0 has
 // helped to compute from these.
-template <int kTiles, int kColumns>
+template <int kTiles, int kColumnTiles>
 __device__ __forceinline__ void add_slices(const Layout& at, char* shared, int group, int slice,
-                                           float (&sum)[kTiles][kColumns][4]) {
+                                           float (&sum)[kTiles][kColumnTiles][4]) {
   if (at.slices == 1) return;
   const int lane = threadIdx.x % kWarp;
   float4* partial = reinterpret_cast<float4*>(shared + at.partial) +
-                    group * (at.slices - 1) * kTiles * kColumns * kWarp + lane;
+                    group * (at.slices - 1) * kTiles * kColumnTiles * kWarp + lane;
   if (slice > 0) {
-    float4* to = partial + (slice - 1) * kTiles * kColumns * kWarp;
+    float4* to = partial + (slice - 1) * kTiles * kColumnTiles * kWarp;
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j) {
-        to[(m * kColumns + j) * kWarp] =
+      for (int j = 0; j < kColumnTiles; ++j) {
+        to[(m * kColumnTiles + j) * kWarp] =
             make_float4(sum[m][j][0], sum[m][j][1], sum[m][j][2], sum[m][j][3]);
       }
     }
@@ -465,12 +372,12 @@ __device__ __forceinline__ void add_slices(const Layout& at, char* shared, int g
   dev::named_barrier(1 + group, at.slices * kWarp);
   if (slice > 0) return;
 #pragma unroll 1
-  for (int other = 1; other < at.slices; ++other, partial += kTiles * kColumns * kWarp) {
+  for (int other = 1; other < at.slices; ++other, partial += kTiles * kColumnTiles * kWarp) {
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j) {
-        const float4 x = partial[(m * kColumns + j) * kWarp];
+      for (int j = 0; j < kColumnTiles; ++j) {
+        const float4 x = partial[(m * kColumnTiles + j) * kWarp];
         sum[m][j][0] += x.x, sum[m][j][1] += x.y, sum[m][j][2] += x.z, sum[m][j][3] += x.w;
       }
     }
@@ -480,17 +387,18 @@ __device__ __forceinline__ void add_slices(const Layout& at, char* shared, int g
 // Another way to add up slices, for results that are shared out over the warps of a row group. An
 // *item* is 8 rows of the result in 8 columns; this thread has two columns of row lane / 4, as in
 // the sums. `sum_of` gives an item to one warp, after `share_sums` by all of the row group.
-template <int kTiles, int kColumns>
+template <int kTiles, int kColumnTiles>
 __device__ __forceinline__ void share_sums(const Layout& at, char* shared, int group, int slice,
-                                           const float (&sum)[kTiles][kColumns][4]) {
+                                           const float (&sum)[kTiles][kColumnTiles][4]) {
   float2* to = reinterpret_cast<float2*>(shared + at.partial) +
-               (group * at.slices + slice) * 2 * kTiles * kColumns * kWarp + threadIdx.x % kWarp;
+               (group * at.slices + slice) * 2 * kTiles * kColumnTiles * kWarp +
+               threadIdx.x % kWarp;
 #pragma unroll
   for (int octet = 0; octet < 2 * kTiles; ++octet) {
 #pragma unroll
-    for (int j = 0; j < kColumns; ++j) {
+    for (int j = 0; j < kColumnTiles; ++j) {
       const int r = octet % 2 * 2;
-      to[(octet * kColumns + j) * kWarp] =
+      to[(octet * kColumnTiles + j) * kWarp] =
           make_float2(sum[octet / 2][j][r], sum[octet / 2][j][r + 1]);
     }
   }

@@ -1,4 +1,4 @@
-// The matrix product of one step, as both directions of csrc/cuda_step*.cu use it: a block's tile
+// The matrix product of one step, as both directions of csrc/cuda/step use it: a block's tile
 // of the batch times some columns of the recurrent weights, which stream through shared memory.
 //
 //   forward:  v[b, g, n] = sum of h[b, k] * R[g, n, k] over k < H, for every gate g
@@ -12,6 +12,7 @@
 #include "cuda/launch.h"
 #include "cuda/platform.cuh"
 #include "cuda/rows.cuh"
+#include "cuda/step/tiles.cuh"
 
 namespace fastrnn {
 namespace step {
@@ -54,23 +55,6 @@ template <class A>
 constexpr bool kSame<A, A> = true;
 
 // ---- Tiles -------------------------------------------------------------------------------------
-
-// A warp multiplies 16 * kTilesM rows by 8 * kTilesN units. Warps lie side by side along rows,
-// units and the depth; the last is for small tiles, which need many loads under way at once.
-template <int tiles_m, int tiles_n, int warps_m, int warps_n, int warps_k, int depth_bytes,
-          int stages>
-struct Shape {
-  static constexpr int kTilesM = tiles_m, kTilesN = tiles_n;
-  static constexpr int kWarpsM = warps_m, kWarpsN = warps_n, kWarpsK = warps_k;
-  static constexpr int kRows = 16 * tiles_m * warps_m;
-  static constexpr int kUnits = 8 * tiles_n * warps_n;
-  static constexpr int kThreads = 32 * warps_m * warps_n * warps_k;
-  static constexpr int kDepthBytes = depth_bytes;  // of a row, for each stage of the pipeline
-  static constexpr int kStages = stages;
-  static constexpr int kPerThread = kRows * kUnits / kThreads;
-  static_assert(kPerThread * kThreads == kRows * kUnits, "threads share a tile evenly");
-  static_assert(kRows <= kThreads, "a thread for each row");
-};
 
 // A row of the batch at a step: where the product's operand lies, if it has one, and the rest.
 template <class Stored, class Sum>

@@ -26,8 +26,9 @@ from fastrnn.kernels.gpu.sweeps import (
     Tape,
 )
 from fastrnn.plan import CudaConfig
+from fastrnn.plan.tables import RowGroup, Tables
 
-__all__ = ["Library", "library", "sweeps"]
+__all__ = ["Library", "library", "read_tables", "sweeps"]
 
 
 class Sweep(ctypes.Structure):
@@ -50,12 +51,60 @@ class CudaPlan(ctypes.Structure):
 
     _fields_ = tuple(
         (name, ctypes.c_int32)
-        for name in ("number", "regime", "batch_tile", "blocks", "warps", "groups")
+        for name in ("number", "regime", "batch_tile", "blocks", "warps", "groups", "row_group")
+    )
+
+
+class CudaRowGroup(ctypes.Structure):
+    """`CudaRowGroup` of csrc/cuda/contract.h."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_int32) for name in ("backward", "gates", "batch_tile", "units")
+    )
+
+
+class CudaTables(ctypes.Structure):
+    """`CudaTables` of csrc/cuda/contract.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("recurrences", "warps", "chunk_bytes")),
+        *((name, ctypes.c_int32) for name in ("piece_bytes", "row_pad_bytes", "fragment_bytes")),
+        *((name, ctypes.c_int32) for name in ("gradient_bytes", "stop_bytes", "barrier_bytes")),
+        ("chunk_registers", ctypes.c_int32),
+        ("staged_gap_bytes", ctypes.c_int32 * 4),
+        ("batch_tiles", ctypes.c_int32 * 3),
+        ("registers", ctypes.c_int32 * 4 * 3 * 2 * 2),
+        ("step_tiles", ctypes.c_int32 * 3),
+        ("step_units", ctypes.c_int32 * 3 * 2),
+        ("row_group_count", ctypes.c_int32),
+        ("row_groups", ctypes.POINTER(CudaRowGroup)),
     )
 
 
 NUMBERS = {"float64": 0, "float32": 1, "tf32": 2, "tf32x3": 3, "bfloat16": 4, "float16": 5}
 REGIMES = {"step": 0, "block": 1, "cluster": 2, "grid": 3}
+
+
+def _tables(given: CudaTables) -> Tables:
+    """The same as `given`, in values of Python's."""
+
+    def plain(value: Any) -> Any:
+        return tuple(map(plain, value)) if isinstance(value, ctypes.Array) else value
+
+    fields = {name: plain(getattr(given, name)) for name, *_ in CudaTables._fields_}
+    groups = fields["row_groups"][: fields.pop("row_group_count")]
+    fields["row_groups"] = tuple(
+        RowGroup(bool(group.backward), group.gates, group.batch_tile, group.units)
+        for group in groups
+    )
+    return Tables(**fields)
+
+
+def read_tables(loaded: ctypes.CDLL) -> Tables:
+    """What the kernels of a library were compiled with."""
+    function = loaded.fastrnn_cuda_tables
+    function.restype = ctypes.POINTER(CudaTables)
+    return _tables(function().contents)
 
 
 class Library:
@@ -65,6 +114,7 @@ class Library:
         path: where it was loaded from.
         simulated: whether it runs on the CPU, on its tensors.
         cells: names of the cells that it has kernels for.
+        tables: what its kernels were compiled with and a plan goes by.
 
     Raises:
         OSError: if there is no such library, or it cannot be loaded.
@@ -89,6 +139,7 @@ class Library:
         self._error = function("error", text, number)
         self.simulated = bool(function("simulated", number)())
         self.cells = tuple(function("cells", text)().decode().split())
+        self.tables = read_tables(loaded)
 
     def workspace_bytes(self, cell: str, sweep: Sweep, plan: CudaPlan, backward: bool) -> int:
         return int(self._workspace_bytes(cell.encode(), sweep, plan, backward))
@@ -220,7 +271,7 @@ def _launch(
 
 
 def cuda_plan(config: CudaConfig) -> CudaPlan:
-    sizes = config.batch_tile, config.blocks, config.warps, config.groups
+    sizes = config.batch_tile, config.blocks, config.warps, config.groups, config.row_group
     return CudaPlan(NUMBERS[config.number], REGIMES[config.regime], *sizes)
 
 

@@ -11,6 +11,7 @@ import itertools
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -462,9 +463,91 @@ def test_plans_know_what_a_block_holds() -> None:
                 dtype=dtype,
                 backward=backward,
             )
-            layout = plan.cuda.lay_out(problem, made)
-            ours = -1 if layout is None else layout.shared_bytes
-            theirs = found.shared_bytes(name, sweep, cuda.cuda_plan(made), backward)
-            assert ours == theirs, (name, hidden, made, backward)
-            known += layout is not None
+            chosen = plan.cuda.row_group(problem, made, found.tables)
+            for units in found.tables.units(backward, len(cell.gates), tile):
+                named = replace(made, row_group=units)
+                layout = plan.cuda.lay_out(problem, named, found.tables)
+                ours = -1 if layout is None else layout.shared_bytes
+                theirs = found.shared_bytes(name, sweep, cuda.cuda_plan(named), backward)
+                assert ours == theirs, (name, hidden, named, backward)
+                known += layout is not None
+                if units == chosen:
+                    free = found.shared_bytes(name, sweep, cuda.cuda_plan(made), backward)
+                    assert free == ours, (name, hidden, made, backward)
     assert known > 1000
+
+
+@simulated
+def test_row_groups_of_a_plan() -> None:
+    """A plan names a row group that there is, or 0, and then the library takes one of them."""
+    found = cuda.library()
+    assert isinstance(found, cuda.Library)
+    tables = found.tables
+    assert tables == replace(tables) and hash(tables) == hash(replace(tables))
+    assert tables.units(False, 4, 8) == (8, 16) and tables.units(True, 1, 8) == (16, 32, 64)
+    named = set()
+    for name, hidden, number, tile, (regime, blocks), backward in itertools.product(
+        BUILT_IN,
+        (1, 17, 100, 256, 1000),
+        RESIDENT,
+        tables.batch_tiles,
+        [("block", 1), ("cluster", 8), ("grid", 5), ("grid", 32)],
+        (False, True),
+    ):
+        made = plan.CudaConfig(
+            number=number, regime=regime, batch_tile=tile, blocks=blocks, warps=8
+        )
+        sweep = cuda.Sweep(steps=5, batch=70, hidden=hidden, lanes=1, end=5)
+
+        units = tables.units(backward, len(cells.get(name).gates), tile)
+        sizes = {}
+        for each in (*units, 0, -8, 1, 24, 128):
+            given = cuda.cuda_plan(made)
+            given.row_group = each
+            sizes[each] = found.shared_bytes(name, sweep, given, backward)
+        free = sizes.pop(0)
+        assert all(sizes.pop(wrong) == -1 for wrong in (-8, 1, 24, 128))
+        there = tables.registers[backward][number == "tf32x3"][tables.batch_tiles.index(tile)][0]
+        most = blocks * tables.warps
+        for each, bytes_of_it in sizes.items():
+            assert (bytes_of_it > 0) == (there > 0 and -(-hidden // each) <= most), (name, each)
+        fitting = [value for value in sizes.values() if value > 0]
+        assert free in (*fitting, -1)
+        if not backward or regime == "grid":
+            assert (free > 0) == bool(fitting)
+        if not backward and fitting:
+            assert free == fitting[0]
+        named |= {(backward, each) for each, value in sizes.items() if value > 0}
+    assert named == {(False, 8), (False, 16), (False, 64), (True, 16), (True, 32), (True, 64)}
+
+
+@simulated
+@pytest.mark.parametrize("part", PARTS[1:])
+@pytest.mark.parametrize("name", ["rnn_tanh", "gru", "lstm", "linear"])
+def test_every_row_group(name: str, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever row groups a plan names, the results are right."""
+    found = cuda.library()
+    assert isinstance(found, cuda.Library)
+    cell = cells.get(name)
+    wanted = {False: 0, True: 0}
+    taken = set()
+    workspace_bytes = cuda.Library.workspace_bytes
+
+    def named(
+        self: cuda.Library, cell: str, sweep: cuda.Sweep, made: cuda.CudaPlan, backward: bool
+    ) -> int:
+        made.row_group = wanted[backward]
+        taken.add((backward, wanted[backward]))
+        return workspace_bytes(self, cell, sweep, made, backward)
+
+    monkeypatch.setattr(cuda.Library, "workspace_bytes", named)
+    gates, tile, (regime, blocks) = len(cell.gates), 8, ways(part, 40)[0]
+    choices = [found.tables.units(backward, gates, tile) for backward in (False, True)]
+    for number in ("bfloat16", "tf32x3"):
+        given = operands(cell, 3, 9, 2, 40, dtype=NUMBERS[number])
+        for pair in itertools.zip_longest(*choices, fillvalue=0):
+            wanted[False], wanted[True] = pair
+            with running(regime, blocks, number, batch_tile=tile):
+                ours = run(ops.scan, cell, given)
+            agrees(cell, given, number, ours)
+    assert taken >= {(i == 1, units) for i, each in enumerate(choices) for units in each}

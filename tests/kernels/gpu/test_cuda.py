@@ -14,11 +14,13 @@ from fastrnn import _C, plan
 from fastrnn.kernels.gpu import cuda
 from tests.support.paths import CSRC
 
+STRUCTURES = (cuda.Sweep, cuda.CudaPlan, cuda.CudaRowGroup, cuda.CudaTables)
+
 
 def test_structures_are_laid_out_as_in_c(tmp_path: Path) -> None:
     """csrc/cuda/contract.h against its mirror in Python, by the C++ compiler."""
     lines = []
-    for structure in (cuda.Sweep, cuda.CudaPlan):
+    for structure in STRUCTURES:
         name = structure.__name__
         lines.append(f'printf("{name} %zu\\n", sizeof(fastrnn::{name}));')
         lines += [
@@ -42,7 +44,7 @@ def test_structures_are_laid_out_as_in_c(tmp_path: Path) -> None:
     subprocess.run([*command, "-o", str(program)], check=True)
     said = subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout
     expected = []
-    for structure in (cuda.Sweep, cuda.CudaPlan):
+    for structure in STRUCTURES:
         name = structure.__name__
         expected.append(f"{name} {ctypes.sizeof(structure)}")
         expected += [

@@ -1,0 +1,171 @@
+// How a group of blocks shares the product of a persistent kernel, and what a block holds. A plan
+// decides by the same rules: `CudaTables` of csrc/cuda/contract.h says what they go by.
+//
+// This header has no device code of its own. The letters and the units of the depth are those of
+// csrc/cuda/persistent/product.cuh.
+#pragma once
+
+#include "cuda/contract.h"
+#include "cuda/platform.cuh"
+
+namespace fastrnn {
+namespace tile {
+
+constexpr int kWarp = 32;
+constexpr int kMaxWarps = 8;  // of a block: a thread of 8 warps may have 255 registers
+constexpr int kThreads = kWarp * kMaxWarps;
+constexpr int kChunk = 64;             // bytes of the depth
+constexpr int kPiece = 16;             // bytes of the depth that travel as one
+constexpr int kRowPad = 16;            // bytes: rows of ldmatrix are an odd number of pieces apart
+constexpr int kFragment = kWarp * 16;  // bytes of a tile of A, 16 rows by half a chunk
+constexpr int kChunkRegisters = 8;     // of a thread, for a chunk of a tile of A
+constexpr int kGradient = 2 * kWarp * sizeof(float2);  // bytes for 16 units in 8 columns
+constexpr int kStop = sizeof(int);                     // bytes: the steps of a column
+constexpr int kBarriers = 2 * sizeof(uint64_t);        // bytes of the mbarriers of a block
+
+constexpr int operand_bytes(Number number) {
+  return number == Number::kBfloat16 || number == Number::kFloat16 ? 2 : 4;
+}
+
+// ---- What goes where ---------------------------------------------------------------------------
+
+// How a group of blocks shares a product, and a block's shared memory. A *row group* is the rows
+// that one warp sums up, `tiles` times 16. Where a block has more warps than row groups, several
+// warps share a row group and each takes a slice of the depth.
+struct Layout {
+  int groups;     // row groups of a block
+  int active;     // blocks that have any: those of rank 0 and up
+  int slices;     // of the depth
+  int chunks;     // of a row of B
+  int depth;      // chunks of a slice; the last slices may have fewer or none
+  int resident;   // of these, how many stay in registers; the others lie in shared memory
+  int exchanged;  // bytes of a row of B that blocks compute and exchange, the rest is zero
+  int pitch;      // bytes from a row of B to the next
+  int tile;       // bytes of B in shared memory, all columns; 0 where it stays in global memory
+  // Places in shared memory: B (once or twice), weights, partial sums, a place for each warp to
+  // collect what it sends, what row groups keep, and mbarriers.
+  int weights, partial, staging, staged, own, barriers;
+  int64_t bytes;  // of shared memory
+
+  constexpr int warps() const { return groups * slices; }
+};
+
+// What a launch needs to know of a kernel to lay it out.
+struct Need {
+  int64_t row_groups;  // of all blocks together
+  int64_t exchanged;   // bytes of a row of B
+  int tiles;           // of 16 rows, of a row group
+  int columns;         // of B: rows of the batch
+  int resident;        // chunks of a slice for which there are registers
+  int staged;          // bytes that a warp collects at a time
+  int own = 0;         // bytes that a row group keeps; then all its warps take part: `share_sums`
+  bool in_place = false;  // of a grid's B, warps read their slices where it lies, in global memory
+};
+
+// The row groups of a block that has its share of the units.
+constexpr int64_t row_groups_of_block(int64_t hidden, int units, int blocks) {
+  const int64_t all = (hidden + units - 1) / units;
+  return (all + blocks - 1) / blocks;
+}
+
+// The layout for `plan.blocks` blocks of at most `plan.warps` warps. A block holds at most
+// kMaxWarps row groups: `groups` is 0 where there are more. Whether `bytes` are there is for the
+// device to say.
+constexpr Layout lay_out(const Need& need, const CudaPlan& plan) {
+  Layout at{};
+  const int64_t groups = (need.row_groups + plan.blocks - 1) / plan.blocks;
+  if (groups > kMaxWarps) return at;
+  at.groups = static_cast<int>(groups);
+  at.active = static_cast<int>((need.row_groups + groups - 1) / groups);
+  const int warps = plan.warps < kMaxWarps ? plan.warps : kMaxWarps;
+  at.slices = warps > at.groups ? warps / at.groups : 1;
+  at.chunks = static_cast<int>((need.exchanged + kChunk - 1) / kChunk);
+  if (at.slices > at.chunks) at.slices = at.chunks;
+  at.depth = (at.chunks + at.slices - 1) / at.slices;
+  at.slices = (at.chunks + at.depth - 1) / at.depth;
+  at.resident = at.depth < need.resident ? at.depth : need.resident;
+  at.exchanged = static_cast<int>(need.exchanged);
+  at.pitch = at.chunks * kChunk + kRowPad;
+  const bool in_place = need.in_place && plan.regime == kGrid;
+  const int64_t tile = in_place ? 0 : int64_t{at.pitch} * need.columns;
+  at.tile = static_cast<int>(tile);
+  int64_t end = tile * (plan.regime == kGrid ? 1 : 2);
+  if (end > (int64_t{1} << 30)) end = int64_t{1} << 30;  // no device has as much
+  at.weights = static_cast<int>(end);
+  end += int64_t{2} * kFragment * need.tiles * (at.depth - at.resident) * at.warps();
+  at.partial = static_cast<int>(end);
+  const int written = need.own > 0 ? at.slices : at.slices - 1;
+  end += int64_t{kFragment} * need.tiles * (need.columns / 8) * written * at.groups;
+  at.staging = static_cast<int>(end);
+  at.staged = need.staged;
+  end += int64_t{need.staged} * (need.own > 0 ? at.warps() : at.groups);
+  at.own = static_cast<int>(end);
+  end += int64_t{need.own} * at.groups;
+  at.barriers = static_cast<int>(end);
+  at.bytes = end + kBarriers;
+  return at;
+}
+
+// ---- Registers ---------------------------------------------------------------------------------
+
+// Registers of a thread that hold weights: of 255, less the sums, the operand under way, states and
+// input of the cell, which grow with the number of columns and of tiles. That no kernel spills is
+// the measure; tests compile them all. 0 where there is no kernel.
+constexpr int forward_registers(bool split, int tiles, int column_tiles) {
+  constexpr int kWhole[3][4] = {{128, 128, 96, 96}, {96, 96, 72, 64}, {48, 48, 24, 32}};
+  constexpr int kSplit[3][4] = {{96, 96, 72, 32}, {64, 64, 48, 32}, {}};
+  return (split ? kSplit : kWhole)[column_tiles / 2][tiles < 4 ? tiles - 1 : 3];
+}
+
+// Whole chunks, counted for one tile; splitting numbers in parts takes some.
+constexpr int backward_registers(bool split, int tiles, int column_tiles) {
+  const int parts = !split ? 0 : tiles * column_tiles >= 8 ? 6 : 4;
+  return kChunkRegisters * ((column_tiles == 4 ? 8 : 10) - parts);
+}
+
+// Chunks of a slice that stay in these registers.
+constexpr int resident_chunks(int registers, int tiles) {
+  const int chunks = registers / (kChunkRegisters * tiles);
+  return chunks > 0 ? chunks : 1;
+}
+
+// ---- Row groups --------------------------------------------------------------------------------
+
+// The units of a row group for which there are kernels, for a cell of so many gates and tiles of so
+// many times 8 columns; 0 stands for none.
+struct RowGroups {
+  int units[3];
+};
+
+// Forward a row group has the rows of all gates of its units: as few units as make whole tiles, or
+// as many as make up to four.
+constexpr RowGroups forward_row_groups(int gates, int column_tiles) {
+  const int few = gates % 2 == 0 ? 8 : 16;
+  const int many = 64 / gates / few * few;
+  return {{few, many > few && column_tiles <= 2 ? many : 0, 0}};
+}
+
+// Backward a row group has one row for each of its units.
+constexpr RowGroups backward_row_groups(int gates, int column_tiles) {
+  return {{16, 32, gates == 1 && column_tiles == 1 ? 64 : 0}};
+}
+
+// Which of them is taken where the plan names none: forward the least, or the next where a block
+// would need too many warps for that.
+constexpr int forward_row_group(const RowGroups& there, int64_t hidden, const CudaPlan& plan) {
+  const bool fits = row_groups_of_block(hidden, there.units[0], plan.blocks) <= kMaxWarps;
+  return fits || there.units[1] == 0 ? there.units[0] : there.units[1];
+}
+
+// Backward the least too. It is the next where a block of a grid has more units than that, so that
+// its warps, which read the operand each for themselves, read it once; and the last, if there is
+// one, where a block would need too many warps for less.
+constexpr int backward_row_group(const RowGroups& there, int64_t hidden, const CudaPlan& plan) {
+  const int64_t few = row_groups_of_block(hidden, there.units[0], plan.blocks);
+  const int64_t more = row_groups_of_block(hidden, there.units[1], plan.blocks);
+  if (plan.regime == kGrid && few > 1 && more <= kMaxWarps) return there.units[1];
+  return few > kMaxWarps && there.units[2] > 0 ? there.units[2] : there.units[0];
+}
+
+}  // namespace tile
+}  // namespace fastrnn

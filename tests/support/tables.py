@@ -1,0 +1,21 @@
+"""What the CUDA kernels are compiled with, without compiling them."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import pytest
+
+from fastrnn.kernels.gpu.cuda import read_tables
+from fastrnn.plan.tables import Tables
+from tests.cudasim.build import build, missing
+from tests.support.paths import CSRC
+
+
+@functools.cache
+def tables() -> Tables:
+    """The tables of the built-in cells; skips the test where they cannot be compiled."""
+    if reason := missing():
+        pytest.skip(reason, allow_module_level=True)
+    return read_tables(ctypes.CDLL(str(build([CSRC / "cuda" / "tables.cu"]))))
