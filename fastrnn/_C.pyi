@@ -3,10 +3,11 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, dtype
 from typing_extensions import Self
 
 built_for: str
+most_recurrences: int
 
 class Stepper:
     def __new__(
@@ -90,7 +91,10 @@ def add_cell_facts(
 ) -> None: ...
 def has_code(name: str, in_double: bool = False) -> bool: ...
 def load_cells(path: str, symbol: str) -> None: ...
-def cell_facts(name: str) -> tuple[int, int, int] | Any: ...  # None for an unknown cell
+def cell_facts(
+    name: str, projected: bool = False
+) -> tuple[int, int, int] | Any: ...  # None for an unknown cell
+def autocast_dtype(cell: str, x: Tensor, s0: Sequence[Tensor]) -> dtype: ...
 def set_callbacks(
     *,
     plan: Callable[..., Any],

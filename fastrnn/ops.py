@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import has_torch_function
 
-from fastrnn import flops, plan
+from fastrnn import flops
 from fastrnn.cells import Cell
 from fastrnn.extension import _C
-from fastrnn.kernels import device, reference
+from fastrnn.kernels import reference
 from fastrnn.kernels.operands import Needs, Operands, Weights, side_by_side
-from fastrnn.kernels.prepare import prepare, prepared_now
+from fastrnn.kernels.prepare import on_cpu, prepare, prepared_now
 
 __all__ = ["Packed", "pack", "run", "scan", "step", "transposed"]
 
@@ -41,19 +41,8 @@ def pack(cell: Cell, weights: Sequence[Weights]) -> Packed | None:
     Raises:
         RuntimeError: for weights whose shapes do not fit together.
     """
-    first = weights[0].w_ih
-    key = prepare(cell, first.device.type, first.dtype)
-    problem = plan.Problem(
-        cell=cell.name,
-        steps=1,
-        batch=1,
-        inputs=first.size(1),
-        hidden=weights[0].w_hh.size(0) // len(cell.gates),
-        gates=len(cell.gates),
-        dtype=str(first.dtype).removeprefix("torch."),
-    )
-    offered = device.current(first.device.type, compiled=key is not None)
-    if key is None or plan.refusal("cpu", problem, offered) is not None:
+    key, refusal, *_ = on_cpu(cell, weights[0])
+    if key is None or refusal is not None:
         return None
     packed = [_C.pack(key, *each) for each in weights]
     return Packed(packed, _C.fingerprint([t for group in side_by_side(weights) for t in group]))
@@ -198,13 +187,11 @@ def _transformed() -> bool:
 
 
 def _as_operations(cell: Cell, operands: Operands) -> tuple[Tensor, list[Tensor]]:
-    """The reference, with operands in autocast's dtype (as in `csrc/binding/autocast.cpp`)."""
+    """The reference, with operands in autocast's dtype."""
     kind = operands.x.device.type
     if not torch.is_autocast_enabled(kind):
         return reference.scan(cell, **operands._asdict())
-    state = operands.s0[0] if operands.s0 else operands.x
-    stays = kind == "cpu" and cell.name == "gru" and state.dtype == torch.float32
-    dtype = torch.float32 if stays else torch.get_autocast_dtype(kind)
+    dtype = _C.autocast_dtype(cell.name, operands.x, operands.s0)
 
     def cast(operand: Any) -> Any:
         return [t.to(dtype) for t in operand] if isinstance(operand, list | tuple) else operand
@@ -228,7 +215,7 @@ def _scan_fake(cell: str, *arguments: Any) -> list[Tensor]:
                     f"scan: a weight or state is on {each.device} but x is on {x.device}"
                 ),
             )
-    gates, states, kept = _C.cell_facts(cell)
+    gates, states, width = _C.cell_facts(cell, bool(w_hr))
     lanes, hidden = len(w_hh), w_hh[0].size(0) // gates
     recurrent = w_hr[0].size(0) if w_hr else hidden
     batch = s0[0].size(-2) if s0 else x.size(-2)
@@ -236,7 +223,6 @@ def _scan_fake(cell: str, *arguments: Any) -> list[Tensor]:
     y = x.new_empty(*x.shape[:-1], lanes * recurrent)
     before = (batch,) if x.dim() == 2 and operands.batch_sizes is None else (lanes, batch)
     last = [x.new_empty(*before, hidden if s else recurrent) for s in range(states)]
-    width = states - 1 + kept + bool(w_hr)
     return [y, *last, x.new_empty(rows if tape else 0, lanes, width, hidden)]
 
 

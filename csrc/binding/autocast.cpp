@@ -6,18 +6,21 @@
 #include "binding/schema.h"
 
 namespace fastrnn {
+
+at::ScalarType autocast_dtype(std::string_view cell, const Tensor& x, TensorList s0) {
+  const auto device = x.device().type();
+  const bool in_float = (s0.empty() ? x : s0[0]).scalar_type() == at::kFloat;
+  if (device == c10::DeviceType::CPU && cell == "gru" && in_float) return at::kFloat;
+  return at::autocast::get_autocast_dtype(device);
+}
+
 namespace {
 
-// Under autocast all operands take its dtype, as in torch.nn, whose GRU on CPUs alone computes in
-// the dtype of its state.
 template <c10::DeviceType device, c10::DispatchKey key>
 std::vector<Tensor> autocast(FASTRNN_SCAN_PARAMETERS, bool tape, bool recompute) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
-  at::ScalarType type = at::autocast::get_autocast_dtype(device);
   const ScanInputs in = FASTRNN_SCAN_INPUTS;
-  if (device == c10::DeviceType::CPU && cell == "gru" &&
-      (in.s0.empty() ? x : in.s0[0]).scalar_type() == at::kFloat)
-    type = at::kFloat;
+  const at::ScalarType type = autocast_dtype(cell, x, in.s0);
   auto cast = [&](const Tensor& each) { return at::autocast::cached_cast(type, each, device); };
   auto cast_all = [&](TensorList list) {
     std::vector<Tensor> out;

@@ -17,6 +17,9 @@ namespace fastrnn {
 using at::Tensor;
 using at::TensorList;
 
+// The most recurrences of a call: `reverse` has a bit for each.
+constexpr int kMostRecurrences = 64;
+
 // Which gradients a caller of scan_backward wants.
 enum Need { kNeedX, kNeedWih, kNeedWhh, kNeedBias, kNeedWhr, kNeedStates, kNeeds };
 using Needs = std::array<bool, kNeeds>;
@@ -30,6 +33,11 @@ struct ScanInputs {
   int64_t reverse;
   TensorList packed = {};  // the weights of each scan by pack(), or none
 };
+
+inline void check_recurrences(const ScanInputs& in) {
+  TORCH_CHECK(!in.w_hh.empty() && in.w_hh.size() <= kMostRecurrences, "scan: 1 to ",
+              kMostRecurrences, " recurrences side by side, got ", in.w_hh.size());
+}
 
 using ScanOutputs = std::tuple<Tensor, std::vector<Tensor>, Tensor>;  // y, states, tape
 

@@ -178,12 +178,21 @@ PYBIND11_MODULE(_C, m) {
       py::arg("path"), py::arg("symbol"));
   m.def(
       "cell_facts",
-      [](const std::string& name) -> py::object {
+      [](const std::string& name, bool projected) -> py::object {
         const CellFacts* cell = find_cell(name);
         if (!cell) return py::none();
-        return py::make_tuple(cell->gates, cell->states, cell->kept);
+        return py::make_tuple(cell->gates, cell->states, cell->tape_width(projected));
       },
-      "(gates, states, kept values) of a cell, or None.");
+      py::arg("name"), py::arg("projected") = false,
+      "(gates, states, width of the tape) of a cell, or None.");
+  m.def(
+      "autocast_dtype",
+      [](const std::string& cell, const Tensor& x, const std::vector<Tensor>& s0) {
+        return autocast_dtype(cell, x, s0);
+      },
+      py::arg("cell"), py::arg("x"), py::arg("s0"),
+      "The dtype that autocast gives the operands of a scan.");
+  m.attr("most_recurrences") = kMostRecurrences;
   m.def(
       "set_callbacks",
       [](py::object plan, py::object find, py::object forward, py::object backward,

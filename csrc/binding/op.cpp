@@ -99,6 +99,7 @@ std::vector<Tensor> cpu_packed(FASTRNN_PACKED_PARAMETERS) {
 // On other devices, which have no kernel in C++.
 std::vector<Tensor> elsewhere(FASTRNN_SCAN_PARAMETERS, bool tape, bool) {
   const ScanInputs in = FASTRNN_SCAN_INPUTS;
+  check_recurrences(in);
   known_cell(cell, x.device().type(), x.scalar_type());
   return as_list(python_forward(in, tape));
 }

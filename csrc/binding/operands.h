@@ -46,7 +46,7 @@ inline Shape checked_shape(const CellFacts& cell, const ScanInputs& in) {
       "scan: x should be [T, B, I], packed [R, I] with batch_sizes, or [B, I] for one step, "
       "got ",
       x.sizes());
-  TORCH_CHECK(P >= 1 && P <= 64, "scan: 1 to 64 scans side by side, got ", P);
+  check_recurrences(in);
   TORCH_CHECK(!in.batch_sizes || x.dim() == 2, "scan: packed x should be [R, I], got ", x.sizes());
   Shape n;
   n.step = one_step(in);

@@ -67,6 +67,11 @@ class Derived:
         gates, states, kept = (" ".join(names) for names in (self.gates, self.states, self.kept))
         return f"{name}: gates {gates}, states {states}; keeps {kept or 'nothing'}"
 
+    def tape_width(self, projected: bool) -> int:
+        """Values of a unit in a row of the tape: states past the first, saved values and, where it
+        is projected, state 0 before that."""
+        return len(self.states) - 1 + len(self.kept) + projected
+
     def places(self, after: str = "next", dafter: str = "dnext") -> dict[str, str]:
         """Where generated code finds what the expressions read: elements of arrays, of which those
         for the states after the step and their gradients are named by the caller."""

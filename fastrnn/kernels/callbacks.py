@@ -58,7 +58,7 @@ def _forward(inputs: tuple[Any, ...], tape: bool) -> tuple[Tensor, list[Tensor],
     key, operands = _split(inputs)
     chosen = _choose(key, operands, tape=tape)
     if chosen.kernel not in _SWEEPS:
-        return reference.forward(cell_of(key), key, operands, tape)
+        return reference.forward(cell_of(key), operands, tape)
     given = _with_scans(operands)
     scan = Scan(key, derive(cell_of(key)), chosen, given)
     y, states, kept = driver.forward(_SWEEPS[chosen.kernel], scan, tape)

@@ -6,7 +6,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,9 +16,10 @@ from fastrnn.compiler import jit
 from fastrnn.compiler.derive import Underivable, derive
 from fastrnn.compiler.emit_cpp import key as key_of
 from fastrnn.extension import _C
-from fastrnn.kernels.device import asked_for
+from fastrnn.kernels.device import asked_for, current
+from fastrnn.kernels.operands import Weights
 
-__all__ = ["cell_of", "find", "prepare", "prepared_now"]
+__all__ = ["OnCpu", "cell_of", "find", "on_cpu", "prepare", "prepared_now"]
 
 _prepared: dict[str, Cell] = {name: cells.get(name) for name in cells.names()}
 _keys: dict[Cell, str] = {cell: name for name, cell in _prepared.items()}
@@ -78,6 +79,38 @@ def prepared_now(cell: Cell, kind: str, dtype: torch.dtype) -> str | None:
     if forced not in (None, "reference"):
         raise plan.KernelRefused(f"kernel {forced!r} was asked for but refuses: {reason}")
     return None
+
+
+class OnCpu(NamedTuple):
+    """Whether the CPU kernel runs a layer.
+
+    Attributes:
+        key: the name under which the op knows the cell, or None where it has no code for CPUs.
+        refusal: why it does not run the layer, or None.
+        problem, device: from which that was decided.
+    """
+
+    key: str | None
+    refusal: str | None
+    problem: plan.Problem
+    device: plan.Device
+
+
+def on_cpu(cell: Cell, weights: Weights, threads: int | None = None) -> OnCpu:
+    """Whether the CPU kernel runs a layer with the weights of this recurrence."""
+    w_ih, w_hh = weights.w_ih, weights.w_hh
+    key = prepare(cell, w_ih.device.type, w_ih.dtype)
+    device = current(w_ih.device.type, threads, compiled=key is not None)
+    problem = plan.Problem(
+        cell=cell.name,
+        steps=1,
+        batch=1,
+        inputs=w_ih.size(1),
+        hidden=w_hh.size(0) // len(cell.gates),
+        gates=len(cell.gates),
+        dtype=str(w_ih.dtype).removeprefix("torch."),
+    )
+    return OnCpu(key, plan.refusal("cpu", problem, device), problem, device)
 
 
 def _prepare(cell: Cell, *, compiled: bool, in_double: bool) -> None:

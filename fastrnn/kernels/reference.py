@@ -14,7 +14,6 @@ from torch import Tensor
 
 from fastrnn.cells import Cell
 from fastrnn.compiler.derive import derive
-from fastrnn.extension import _C
 from fastrnn.kernels.operands import Needs, Operands
 
 __all__ = ["forward", "gradients", "scan"]
@@ -123,24 +122,23 @@ def scan(
     return y, [torch.stack(list(s)) for s in zip(*finals, strict=True)]
 
 
-def forward(
-    cell: Cell, key: str, operands: Operands, tape: bool
-) -> tuple[Tensor, list[Tensor], Tensor]:
+def forward(cell: Cell, operands: Operands, tape: bool) -> tuple[Tensor, list[Tensor], Tensor]:
     """Output, final states and, where asked for, the tape, as `torch.ops.fastrnn.scan`."""
     x = operands.x
-    _, states, kept = _C.cell_facts(key)
+    derived = derive(cell)
     hidden = operands.w_hh[0].size(0) // len(cell.gates)
+    width = derived.tape_width(bool(operands.w_hr))
     rows = x.shape[:-1].numel() if tape else 0
-    layout = x.new_zeros(rows, len(operands.w_hh), states - 1 + kept + bool(operands.w_hr), hidden)
+    layout = x.new_zeros(rows, len(operands.w_hh), width, hidden)
     first = _first_rows(operands)
 
     def record(
         p: int, t: int, u: Tensor, v: Tensor, before: list[Tensor], after: list[Tensor]
     ) -> None:
         values = after[1:]
-        if kept:
+        if derived.kept:
             gates = u.split(hidden, -1), v.split(hidden, -1)
-            values += derive(cell).forward(*gates, before)[1]
+            values += derived.forward(*gates, before)[1]
         if operands.w_hr:
             values.append(after[0])
         for k, value in enumerate(values):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn.cells import Cell
+from fastrnn.extension import _C
 from fastrnn.kernels.operands import Weights
 
 __all__ = [
@@ -32,7 +33,7 @@ __all__ = [
     "widths",
 ]
 
-MOST_RECURRENCES = 64  # of one call of the operator
+MOST_RECURRENCES = _C.most_recurrences  # of one call of the operator
 
 States = Tensor | Sequence[Tensor]
 Check = Callable[[Tensor, "States | None", "Tensor | None", Tensor], None]

@@ -12,7 +12,7 @@ from fastrnn.cells import Cell
 from fastrnn.extension import _C
 from fastrnn.kernels import device
 from fastrnn.kernels.operands import Weights
-from fastrnn.kernels.prepare import prepare
+from fastrnn.kernels.prepare import on_cpu
 
 __all__ = ["Stepper", "stepper"]
 
@@ -88,20 +88,7 @@ def stepper(
     forced = device.asked_for()
     if forced not in (None, "cpu"):
         raise plan.KernelRefused(f"kernel {forced!r} was asked for, but a stepper is 'cpu' alone")
-    w_ih, w_hh = weights[0].w_ih, weights[0].w_hh
-    key = prepare(cell, dtype=w_ih.dtype)
-    problem = plan.Problem(
-        cell=cell.name,
-        steps=1,
-        batch=batch_size,
-        inputs=w_ih.size(1),
-        hidden=w_hh.size(0) // len(cell.gates),
-        gates=len(cell.gates),
-        dtype=str(w_ih.dtype).removeprefix("torch."),
-        frozen=True,
-    )
-    offered = device.current(w_ih.device.type, threads, compiled=key is not None)
-    reason = plan.refusal("cpu", problem, offered)
+    key, reason, problem, offered = on_cpu(cell, weights[0], threads)
     if key is None:
         raise plan.KernelRefused(f"a stepper needs compiled code: {reason}")
     if reason is not None:

@@ -95,7 +95,7 @@ class Scan:
 
     def slots(self) -> int:
         """Values of [H] that a row of the tape holds."""
-        return self.states - 1 + len(self.derived.kept) + (self.w_hr is not None)
+        return self.derived.tape_width(self.w_hr is not None)
 
     def row(self, t: int) -> int:
         return t * self.batch if self.first is None else self.first[t]
