@@ -12,8 +12,7 @@ from fastrnn.tools.bench import measure, race
 from fastrnn.tools.bench.contender import Case, Contender, Prepared, TorchLayer
 from fastrnn.tools.bench.race import Verdict
 from fastrnn.tools.bench.workload import BEST_RIVAL, MICROSECONDS, PEAK, Target
-from tests.support.bench import ROW, SMALL, Scaled, entry, row
-from tests.support.modules import run
+from tests.support.bench import ROW, SMALL, Scaled, entry, row, run
 
 
 @pytest.mark.parametrize(
