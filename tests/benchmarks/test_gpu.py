@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def test_nothing_follows_a_build_that_fails(tmp_path: Path) -> None:
 
 
 def test_what_a_step_writes_can_be_read(tmp_path: Path) -> None:
-    rows = [{"a": 1.5, "kernels": ["x"]}, {"a": None}]
+    rows: list[dict[str, Any]] = [{"a": 1.5, "kernels": ["x"]}, {"a": None}]
     results.save(tmp_path / "new" / "rows.json", rows, {"device": "some"})
     assert json.loads((tmp_path / "new" / "rows.json").read_text()) == {
         "conditions": {"device": "some"},
@@ -96,8 +97,8 @@ def test_cases_of_the_baseline_are_possible_and_begin_with_the_targets() -> None
     cases = list(baseline.cases())
     assert len(cases) == len({str(case) for case in cases})
     assert cases[0] == ("lstm", 16, 256, "bfloat16", {})
-    for _, *case in cases:
-        baseline.workload(*case)  # refuses what cannot be
+    for _, batch, hidden, number, rest in cases:
+        baseline.workload(batch, hidden, number, rest)  # refuses what cannot be
 
 
 def test_workloads_of_the_gpu() -> None:

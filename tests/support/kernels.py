@@ -38,7 +38,7 @@ def check(
 def planned(**changes: Any) -> Iterator[None]:
     """Plans with these fields, whatever `plan.choose` says."""
     choose = plan.choose
-    plan.choose = lambda problem, device: replace(choose(problem, device), **changes)  # type: ignore[assignment]
+    plan.choose = lambda problem, device: replace(choose(problem, device), **changes)
     _C.forget_plans()
     try:
         yield

@@ -27,7 +27,7 @@ from fastrnn.kernels.gpu import cuda
 from fastrnn.tools.tolerance import largest_error
 from tests.support.kernels import check, planned
 from tests.support.names import BUILT_IN
-from tests.support.operands import linear, operands, run, whole
+from tests.support.operands import Shape, linear, operands, run, whole
 from tests.support.tensors import flatten
 
 GPU = torch.cuda.is_available()
@@ -37,7 +37,7 @@ CAPABILITY = torch.cuda.get_device_capability() if GPU else (0, 0)
 KERNELS = ["cuda", "triton"]
 NUMBERS = ["float64", "float32", "tf32", "bfloat16", "float16"]
 # T, B, I, H, P and the blocks that share H.
-SHAPES: dict[str, list[tuple[tuple[int, ...], int]]] = {
+SHAPES: dict[str, list[tuple[Shape, int]]] = {
     "step": [((1, 1, 1, 1, 1), 1), ((3, 9, 4, 17, 2), 1), ((2, 33, 8, 300, 1), 1)],
     "block": [((1, 1, 1, 1, 1), 1), ((5, 9, 4, 17, 2), 1), ((9, 3, 8, 64, 1), 1)],
     "cluster": [((5, 9, 4, 17, 2), 2), ((9, 3, 8, 64, 1), 4), ((40, 17, 8, 250, 2), 8)],
@@ -117,14 +117,15 @@ def forced(regime: str, number: str, blocks: int, batch_tile: int) -> dict[str, 
     }
 
 
-def fits(name: str, shape: tuple[int, ...], fields: dict[str, Any]) -> bool:
+def fits(name: str, shape: Shape, fields: dict[str, Any]) -> bool:
     """Whether a block has shared memory for such a plan, both ways."""
     library = cuda.library()
     assert isinstance(library, cuda.Library), library
     steps, batch, _, hidden, lanes = shape
     sweep = cuda.Sweep(steps=steps, batch=batch, hidden=hidden, lanes=lanes, end=steps)
     wanted = cuda.cuda_plan(plan.Plan("cuda", **fields))
-    most = torch.cuda.get_device_properties().shared_memory_per_block_optin
+    properties: Any = torch.cuda.get_device_properties()
+    most = properties.shared_memory_per_block_optin
     needed = [library.shared_bytes(name, sweep, wanted, backward) for backward in (False, True)]
     return fields["regime"] == "step" or all(0 <= each <= most for each in needed)
 
@@ -254,15 +255,15 @@ def test_small(way: str) -> None:
 # What the public interface gives, whatever the plan
 
 
-def layers(dtype: torch.dtype = torch.float32) -> list[nn.Module]:
-    made = {"device": "cuda", "dtype": dtype}
+def layers(dtype: torch.dtype = torch.float32) -> list[fastrnn.LSTM | fastrnn.GRU]:
+    made: dict[str, Any] = {"device": "cuda", "dtype": dtype}
     return [
         fastrnn.LSTM(32, 96, num_layers=2, bidirectional=True, **made),
         fastrnn.GRU(32, 200, **made),
     ]
 
 
-def both_ways(layer: nn.Module, x: Tensor) -> list[Tensor]:
+def both_ways(layer: Any, x: Tensor) -> list[Tensor]:
     """Results and gradients."""
     found = flatten(layer(x))
     return found + list(torch.autograd.grad(found[0].float().sin().sum(), list(layer.parameters())))

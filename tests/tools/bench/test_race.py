@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 from torch import nn
@@ -33,7 +34,9 @@ from tests.support.bench import ROW, SMALL, Scaled, entry, row, run
 )
 def test_verdicts(against: str, bound: float, value: float | None, status: str) -> None:
     (verdict,) = race.judge(ROW, Target.all("inference", against, bound), peak=100)
-    assert verdict == Verdict(against, bound, pytest.approx(value) if value else None, status)
+    assert verdict == Verdict(
+        against, bound, cast(Any, pytest.approx(value)) if value else None, status
+    )
 
 
 def test_no_bound_no_verdict() -> None:
