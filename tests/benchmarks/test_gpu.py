@@ -84,13 +84,14 @@ def test_the_parts_leave_no_test_of_the_kernels_out(tmp_path: Path) -> None:
         assert found, ran.stdout + ran.stderr
         return found
 
-    parts = [
-        step.command[step.command.index("-k") + 1]
-        for step in driver.steps(tmp_path, tmp_path)
-        if "-k" in step.command
-    ]
-    assert len(parts) == 9
-    assert collected("-k", " or ".join(f"({part})" for part in parts)) == collected()
+    def chosen(option: str) -> list[str]:
+        commands = [step.command for step in driver.steps(tmp_path, tmp_path)]
+        commands = [each[each.index(driver.TESTS) :] for each in commands if driver.TESTS in each]
+        return [each[each.index(option) + 1] for each in commands if option in each]
+
+    assert len(chosen("-m")) == 9
+    assert collected("-m", " or ".join(set(chosen("-m")))) == collected()
+    assert collected("-m", "cuda", "-k", " or ".join(chosen("-k"))) == collected("-m", "cuda")
 
 
 def test_cases_of_the_baseline_are_possible_and_begin_with_the_targets() -> None:

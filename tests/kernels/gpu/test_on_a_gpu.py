@@ -1,8 +1,8 @@
 """Every kernel for GPUs on a GPU: values and gradients against float64, and what only a GPU can
 show: streams, captured graphs, clusters and grids that really run at the same time.
 
-Nothing here runs without a GPU. `python -m benchmarks.gpu` runs it in parts, by words in the names
-of the tests: a kernel that hangs takes only its part along.
+Nothing here runs without a GPU. `python -m benchmarks.gpu` runs it in parts, by the marks of the
+tests and by regime: a kernel that hangs takes only its part along.
 """
 
 from __future__ import annotations
@@ -143,6 +143,7 @@ def few(regime: str, number: str) -> dict[str, Any]:
 # The kernels, by regime
 
 
+@pytest.mark.cuda
 @pytest.mark.parametrize("number", NUMBERS)
 @pytest.mark.parametrize("name", BUILT_IN)
 @pytest.mark.parametrize("regime", SHAPES)
@@ -159,6 +160,7 @@ def test_cuda_shapes(regime: str, name: str, number: str) -> None:
                 check(cells.get(name), given, "cuda", rival_of(number))
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("number", NUMBERS)
 @pytest.mark.parametrize("name", [*BUILT_IN, "linear"])
 def test_triton_shapes(name: str, number: str) -> None:
@@ -189,6 +191,7 @@ def ragged(layout: str, cell: cells.Cell, hidden: int, dtype: torch.dtype) -> di
     return result
 
 
+@pytest.mark.cuda
 @pytest.mark.parametrize("number", ["float32", "bfloat16"])
 @pytest.mark.parametrize("layout", ["dense", "lengths", "packed"])
 @pytest.mark.parametrize("name", ["gru", "lstm"])
@@ -201,6 +204,7 @@ def test_cuda_ragged(regime: str, name: str, layout: str, number: str) -> None:
             check(cell, given, "cuda")
 
 
+@pytest.mark.cuda
 @pytest.mark.parametrize("number", ["float64", "float32", "bfloat16"])
 @pytest.mark.parametrize("layout", ["dense", "lengths", "packed"])
 @pytest.mark.parametrize("name", ["gru", "lstm"])
@@ -213,6 +217,7 @@ def test_cuda_tapes_made_again(regime: str, name: str, layout: str, number: str)
             check(cell, given, "cuda", recompute=True)
 
 
+@pytest.mark.cuda
 def test_cuda_grid_of_groups_that_follow_each_other() -> None:
     for number in ("tf32", "bfloat16"):
         given = moved(operands(cells.get("lstm"), 5, 50, 4, 64, 2, dtype_of(number)))
@@ -220,6 +225,7 @@ def test_cuda_grid_of_groups_that_follow_each_other() -> None:
             check(cells.get("lstm"), given, "cuda", rival_of(number))
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("number", ["float32", "bfloat16"])
 @pytest.mark.parametrize("layout", ["dense", "lengths", "packed"])
 @pytest.mark.parametrize("name", ["gru", "lstm", "linear"])
@@ -231,6 +237,7 @@ def test_triton_ragged(name: str, layout: str, number: str) -> None:
             check(cell, given, "triton")
 
 
+@pytest.mark.triton
 def test_triton_is_exact_for_a_linear_cell() -> None:
     given = {k: whole(v) for k, v in operands(linear, 5, 18, 6, 37, 2, torch.float32).items()}
     given = moved({**given, "resets": torch.rand(5, 18) < 0.1})
@@ -243,6 +250,7 @@ def test_triton_is_exact_for_a_linear_cell() -> None:
 # Small enough for compute-sanitizer, which makes everything many times as slow
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("way", [*SHAPES, "triton"])
 def test_small(way: str) -> None:
     for name in ("lstm", "gru"):
@@ -281,7 +289,8 @@ def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-def test_first_library() -> None:
+@pytest.mark.first
+def test_library() -> None:
     """Beside torch's own copy of CUDA's runtime."""
     library = cuda.library()
     assert isinstance(library, cuda.Library), library
@@ -289,14 +298,16 @@ def test_first_library() -> None:
     assert set(BUILT_IN) <= set(library.cells)
 
 
-def test_first_is_near_torch(kernel: str) -> None:
+@pytest.mark.first
+def test_is_near_torch(kernel: str) -> None:
     theirs = nn.LSTM(32, 96, 2, bidirectional=True, device="cuda")
     x = torch.randn(20, 5, 32, device="cuda")
     exact = both_ways(theirs.double(), x.double())
     close(both_ways(fastrnn.from_torch(theirs.float()), x), exact)
 
 
-def test_first_current_stream(kernel: str) -> None:
+@pytest.mark.first
+def test_current_stream(kernel: str) -> None:
     """A stream of its own waits for what makes its input, and nobody else's."""
     noise = torch.randn(4096, 4096, device="cuda")
     for layer in layers():
@@ -326,7 +337,8 @@ def captured(layer: nn.Module, x: Tensor) -> tuple[torch.cuda.CUDAGraph, list[Te
     return graph, ours
 
 
-def test_first_graph(kernel: str) -> None:
+@pytest.mark.first
+def test_graph(kernel: str) -> None:
     """Captured once, forward and backward, and replayed on other input."""
     for layer in layers():
         x = torch.randn(20, 5, 32, device="cuda")
@@ -337,7 +349,8 @@ def test_first_graph(kernel: str) -> None:
             close(ours, both_ways(layer, x))
 
 
-def test_whole_compiled(kernel: str) -> None:
+@pytest.mark.whole
+def test_compiled(kernel: str) -> None:
     for layer in layers():
         x = torch.randn(20, 5, 32, device="cuda")
         right = both_ways(layer, x)
@@ -345,8 +358,9 @@ def test_whole_compiled(kernel: str) -> None:
         close(both_ways(torch.compile(layer, fullgraph=True), x), right)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("number", ["float32", "tf32", "bfloat16", "float16"])
-def test_whole_bitwise(kernel: str, number: str) -> None:
+def test_bitwise(kernel: str, number: str) -> None:
     """Run after run, also while another stream keeps multiprocessors busy."""
     noise = torch.randn(2048, 2048, device="cuda")
     other = torch.cuda.Stream()
@@ -363,7 +377,8 @@ def test_whole_bitwise(kernel: str, number: str) -> None:
                     assert torch.equal(a, b)
 
 
-def test_whole_two_streams(kernel: str) -> None:
+@pytest.mark.whole
+def test_two_streams(kernel: str) -> None:
     """The same layer on two streams at a time."""
     for layer in layers():
         inputs = [torch.randn(64, 40, 32, device="cuda") for _ in range(2)]
@@ -380,7 +395,8 @@ def test_whole_two_streams(kernel: str) -> None:
                 close(mine, wanted)
 
 
-def test_whole_recompute(kernel: str) -> None:
+@pytest.mark.whole
+def test_recompute(kernel: str) -> None:
     """What waits for the way back is a fraction, and gradients are as good."""
     for layer in layers():
         x = torch.randn(100, 20, 32, device="cuda")
@@ -400,9 +416,10 @@ def test_whole_recompute(kernel: str) -> None:
 SIZES = [(1, 256), (16, 256), (64, 512), (64, 1024), (128, 2048)]  # B, H
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("number", ["bfloat16", "float32", "tf32", "float16"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_whole_sizes(kernel: str, size: tuple[int, int], number: str) -> None:
+def test_sizes(kernel: str, size: tuple[int, int], number: str) -> None:
     """Those of the benchmark, as its plans have them, by the tolerance rule."""
     batch, hidden = size
     dtype = dtype_of(number)
@@ -418,7 +435,8 @@ def test_whole_sizes(kernel: str, size: tuple[int, int], number: str) -> None:
             assert largest_error(a, right) <= 2 * largest_error(b, right) + floor
 
 
-def test_whole_cells_of_ones_own_go_to_triton() -> None:
+@pytest.mark.whole
+def test_cells_of_ones_own_go_to_triton() -> None:
     assert derive(linear)
     layer = fastrnn.Recurrent(linear, 3, 5, device="cuda")
     x = torch.randn(4, 2, 3, device="cuda")
