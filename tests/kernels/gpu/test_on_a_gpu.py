@@ -24,7 +24,7 @@ from fastrnn import cells, kernels, ops, plan
 from fastrnn.compiler.derive import derive
 from fastrnn.kernels import reference
 from fastrnn.kernels.gpu import cuda
-from fastrnn.tools.tolerance import largest_error
+from fastrnn.tools.tolerance import largest_error, limit
 from tests.support.kernels import check, planned
 from tests.support.names import BUILT_IN
 from tests.support.operands import Shape, linear, operands, run, whole
@@ -430,9 +430,9 @@ def test_sizes(kernel: str, size: tuple[int, int], number: str) -> None:
         with tf32(number == "tf32"):
             mine, torchs = both_ways(ours, x), both_ways(theirs, x)
         exact = both_ways(theirs.double(), x.double())
-        floor = {torch.float32: 5e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[rival_of(number)]
         for a, b, right in zip(mine, torchs, exact, strict=True):
-            assert largest_error(a, right) <= 2 * largest_error(b, right) + floor
+            most = limit(largest_error(b, right), number, gradients=True)
+            assert largest_error(a, right) <= most
 
 
 @pytest.mark.whole
