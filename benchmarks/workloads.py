@@ -152,7 +152,7 @@ BATCHES = (
 )
 
 # Lengths as of sentences: many short, few long.
-LENGTHS = (120, 91, 83, 74, 66, 60, 55, 50, 46, 43, 40, 37, 34, 32, 30, 28)
+LENGTHS: tuple[int, ...] = (120, 91, 83, 74, 66, 60, 55, 50, 46, 43, 40, 37, 34, 32, 30, 28)
 LENGTHS += (26, 24, 22, 21, 19, 18, 16, 15, 14, 12, 11, 10, 8, 7, 5, 3)
 MEAN_LENGTH = sum(LENGTHS) // len(LENGTHS)
 

@@ -32,7 +32,7 @@ def poisoned_memory() -> Iterator[None]:
     """Uninitialised memory is NaN everywhere, inside C++ too, and nothing may be random by run."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)  # noqa: B010
     assert torch.empty(8).isnan().all()
     yield
     torch.use_deterministic_algorithms(before)

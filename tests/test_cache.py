@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
@@ -305,7 +306,7 @@ def test_without_locks_everyone_may(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def none(descriptor: int, operation: int) -> None:
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr(cache.fcntl, "flock", none)
+    monkeypatch.setattr(fcntl, "flock", none)
     target = tmp_path / "a.so"
     first = cache.locked(target, lambda: None)
     with first, cache.work_folder(target), cache.locked(target, lambda: None):

@@ -46,7 +46,12 @@ def test_unknown_cell_lists_the_known(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_demo_gets_its_own_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
-    monkeypatch.setattr(demo, "main", lambda argv: seen.append(argv) or 3)
+
+    def main(argv: list[str]) -> int:
+        seen.append(argv)
+        return 3
+
+    monkeypatch.setattr(demo, "main", main)
     assert __main__.main(["demo", "--seconds", "5", "--help"]) == 3
     assert seen == [["--seconds", "5", "--help"]]
 

@@ -315,7 +315,7 @@ def test_more_elements_than_32_bits_count() -> None:
     x = torch.zeros(1, 1, 1).expand(steps, batch, 1)
     lengths = torch.zeros(batch, dtype=torch.long)
     lengths[-1] = steps
-    weights = {"w_ih": [torch.ones(1, 1)], "w_hh": [torch.ones(1, 1) / 2]}
+    weights: dict[str, Any] = {"w_ih": [torch.ones(1, 1)], "w_hh": [torch.ones(1, 1) / 2]}
     s0 = [torch.full((1, batch, hidden), 0.5)]
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 30
     if memory < 16:
@@ -353,7 +353,7 @@ def test_a_forced_kernel_refuses_or_runs() -> None:
     with kernels.use("reference"):
         y, _ = ops.scan(cell, **given)
     torch.testing.assert_close(y, right)
-    complex_given = {
+    complex_given: dict[str, Any] = {
         k: [t.cfloat() for t in v] if isinstance(v, list) else v for k, v in given.items()
     }
     complex_given["x"] = given["x"].cfloat()

@@ -62,9 +62,11 @@ def steps(folder: Path, out: Path) -> tuple[Step, ...]:
     """All of them, in order."""
     python = sys.executable
 
-    def tests(name: str, share: float, chosen: str, *before: str, needs: str = "") -> Step:
+    def tests(
+        name: str, share: float, chosen: Sequence[str], before: Sequence[str] = (), needs: str = ""
+    ) -> Step:
         pytest = [python, "-m", "pytest", TESTS, "-v", "-p", "no:cacheprovider"]
-        pytest += [f"--junitxml={folder / name}.xml", "-k", chosen]
+        pytest += [f"--junitxml={folder / name}.xml", *chosen]
         return Step(name, share, (*before, *pytest), needs or None)
 
     def sanitizer(tool: str) -> tuple[str, ...]:
@@ -80,13 +82,13 @@ def steps(folder: Path, out: Path) -> tuple[Step, ...]:
     return (
         # One file of the kernels takes minutes, however many processors there are.
         Step("build", 30, (python, "setup.py", "--quiet", "build_ext", "--inplace")),
-        tests("first", 4, "first"),
-        *(tests(f"tests-cuda-{regime}", 2, f"test_cuda and {regime}") for regime in REGIMES),
-        tests("tests-triton", 4, "test_triton"),
-        tests("tests-whole", 4, "whole"),
+        tests("first", 4, ("-m", "first")),
+        *(tests(f"tests-cuda-{each}", 2, ("-m", "cuda", "-k", each)) for each in REGIMES),
+        tests("tests-triton", 4, ("-m", "triton")),
+        tests("tests-whole", 4, ("-m", "whole")),
         Step("exchange", 1, module("exchange"), "nvcc"),
-        tests("memcheck", 2, "small", *sanitizer("memcheck"), needs="compute-sanitizer"),
-        tests("racecheck", 2, "small", *sanitizer("racecheck"), needs="compute-sanitizer"),
+        tests("memcheck", 2, ("-m", "small"), sanitizer("memcheck"), "compute-sanitizer"),
+        tests("racecheck", 2, ("-m", "small"), sanitizer("racecheck"), "compute-sanitizer"),
         Step("baseline", 3, module("baseline")),
         Step("suite", 6, (*suite, "-p", "no:cacheprovider", "--results", str(out))),
     )

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def test_nothing_follows_a_build_that_fails(tmp_path: Path) -> None:
 
 
 def test_what_a_step_writes_can_be_read(tmp_path: Path) -> None:
-    rows = [{"a": 1.5, "kernels": ["x"]}, {"a": None}]
+    rows: list[dict[str, Any]] = [{"a": 1.5, "kernels": ["x"]}, {"a": None}]
     results.save(tmp_path / "new" / "rows.json", rows, {"device": "some"})
     assert json.loads((tmp_path / "new" / "rows.json").read_text()) == {
         "conditions": {"device": "some"},
@@ -83,21 +84,22 @@ def test_the_parts_leave_no_test_of_the_kernels_out(tmp_path: Path) -> None:
         assert found, ran.stdout + ran.stderr
         return found
 
-    parts = [
-        step.command[step.command.index("-k") + 1]
-        for step in driver.steps(tmp_path, tmp_path)
-        if "-k" in step.command
-    ]
-    assert len(parts) == 9
-    assert collected("-k", " or ".join(f"({part})" for part in parts)) == collected()
+    def chosen(option: str) -> list[str]:
+        commands = [step.command for step in driver.steps(tmp_path, tmp_path)]
+        commands = [each[each.index(driver.TESTS) :] for each in commands if driver.TESTS in each]
+        return [each[each.index(option) + 1] for each in commands if option in each]
+
+    assert len(chosen("-m")) == 9
+    assert collected("-m", " or ".join(set(chosen("-m")))) == collected()
+    assert collected("-m", "cuda", "-k", " or ".join(chosen("-k"))) == collected("-m", "cuda")
 
 
 def test_cases_of_the_baseline_are_possible_and_begin_with_the_targets() -> None:
     cases = list(baseline.cases())
     assert len(cases) == len({str(case) for case in cases})
     assert cases[0] == ("lstm", 16, 256, "bfloat16", {})
-    for _, *case in cases:
-        baseline.workload(*case)  # refuses what cannot be
+    for _, batch, hidden, number, rest in cases:
+        baseline.workload(batch, hidden, number, rest)  # refuses what cannot be
 
 
 def test_workloads_of_the_gpu() -> None:

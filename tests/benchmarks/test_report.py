@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -58,7 +59,7 @@ def test_times_in_the_unit_that_reads_best(value: float, text: str) -> None:
 def test_plots_of_the_sweeps(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     rows = [
-        replace(ROW, workload=f"{size}-{n}", group=group, mode=mode, **{size: n})
+        replace(ROW, workload=f"{size}-{n}", group=group, mode=mode, **cast(Any, {size: n}))
         for group, size in report.SWEEPS.items()
         for n in (16, 64)
         for mode in ("inference", "training")

@@ -183,7 +183,9 @@ def test_loading_does_not_change_the_cell() -> None:
         with pytest.raises(ValueError, match=r"'changing' declared here is not .* state_dict"):
             pickle.loads(saved)
     del declaration._registry["changing"]
-    with pytest.raises(ValueError, match=r"no cell named 'changing' .*_cells, as declare.*declare"):
+    with pytest.raises(
+        ValueError, match=r"no cell named 'changing' .*test_declare, as declare.*declare"
+    ):
         pickle.loads(saved)
 
 
@@ -252,7 +254,11 @@ def run(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=120,
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}", "FASTRNN_CACHE": folder},
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}",
+            "FASTRNN_CACHE": str(folder),
+        },
     )
 
 

@@ -133,7 +133,7 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
 def poisoned_memory() -> Iterator[None]:
     """Uninitialised memory is NaN everywhere, as in the other tests. Clients may call what torch
     has no deterministic kernel for."""
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)  # noqa: B010
     with _poisoned(True):
         yield
 

@@ -32,7 +32,7 @@ class Model(nn.Module):
     def __init__(self, rnn: nn.Module) -> None:
         super().__init__()
         self.rnn = rnn
-        self.out = nn.Linear(rnn.hidden_size, 2)  # type: ignore[arg-type]
+        self.out = nn.Linear(rnn.hidden_size, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(self.rnn, nn.RNNCellBase):

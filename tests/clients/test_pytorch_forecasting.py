@@ -41,9 +41,10 @@ CLIENT = Client("pytorch-forecasting", "LSTM 64, 2 layers, packed")
 class WithLengths(fastrnn.LSTM):
     """The same without packing: rows of length 0 keep their state, as the client wants them."""
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, x: Any, hx: Any = None, lengths: Any = None, enforce_sorted: bool = True
     ) -> Any:
+        output: Any
         output, states = super().forward(x, hx, lengths=lengths)
         return output if lengths is None else output[:, : lengths.max()], states
 

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -161,7 +162,9 @@ def test_cpp_computes_what_the_expressions_say(
     compiled: ctypes.CDLL, cell: Cell, lanes: str
 ) -> None:
     dtype = torch.float32 if lanes[0] == "f" else torch.float64
-    tolerance = {"rtol": 2e-5, "atol": 2e-5} if lanes[0] == "f" else {"rtol": 1e-12, "atol": 1e-12}
+    near: dict[str, Any] = (
+        {"rtol": 2e-5, "atol": 2e-5} if lanes[0] == "f" else {"rtol": 1e-12, "atol": 1e-12}
+    )
     derived, name = derive(cell), emit_cpp.struct_name(cell.name)
     u, v, s, dnext = inputs(cell, dtype=dtype)
     after, kept = derived.forward(u, v, s)
@@ -172,7 +175,7 @@ def test_cpp_computes_what_the_expressions_say(
     ]
     forward, backward = (compiled[f"{name}_{way}_{lanes}"] for way in ("forward", "backward"))
     got = call(forward, [unread, summed, s], [states, len(kept)])
-    torch.testing.assert_close(got, [after, kept], **tolerance)
+    torch.testing.assert_close(got, [after, kept], **near)
     want = derived.backward(kept, s, after, dnext)
     got = call(backward, [kept, s, after, dnext], [gates, gates, states])
-    torch.testing.assert_close(got, list(want), **tolerance)
+    torch.testing.assert_close(got, list(want), **near)

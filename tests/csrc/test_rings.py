@@ -27,7 +27,7 @@ def folder(path: Path) -> str:
 
 
 def includes(path: Path, brackets: str) -> set[str]:
-    opening, closing = brackets
+    opening, closing = tuple(brackets)
     text = path.read_text(encoding="utf-8")
     return set(re.findall(rf"^\s*#\s*include {opening}([^{closing}]+){closing}", text, re.M))
 

@@ -16,9 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from fastrnn import cells
 from fastrnn.compiler import emit_cpp
 from fastrnn.compiler.derive import derive
-from tests.cudasim.build import ROOT, build, version
+from tests.cudasim.build import build, version
 from tests.cudasim.sweeps import Case, said
 from tests.support.names import BUILT_IN
+from tests.support.paths import ROOT
 from tests.support.simulated import PARTS, numbers
 
 RESULTS = ROOT / "benchmarks" / "results" / "cuda-sanitizers.md"

@@ -20,8 +20,9 @@ from typing import NamedTuple
 import torch
 
 from fastrnn import cells, ops
-from tests.cudasim.build import ROOT, sanitized
+from tests.cudasim.build import sanitized
 from tests.support.operands import operands, run
+from tests.support.paths import ROOT
 from tests.support.simulated import NUMBERS, agrees, decided, ragged, running
 
 

@@ -85,7 +85,7 @@ def late(u: Any, v: Any, h: Tensor) -> Tensor:
     return a * h + (1 - a) * torch.tanh(u.b + v.b)
 
 
-def made(name: str, **kwargs: Any) -> nn.Module:
+def made(name: str, **kwargs: Any) -> Any:
     torch.manual_seed(0)
     if name == "Recurrent":
         return fastrnn.Recurrent(late, 4, 6, **kwargs)
@@ -119,7 +119,7 @@ def everything(name: str, stream: bool) -> list[Tensor]:
         results += [module.stream(3).step(x[0])] if stream else []
         again = made(name, recompute=True)
         results += torch.autograd.grad(again(x)[0].sum(), list(again.parameters()))
-    loss = sum(y.square().sum() for y in results if y.requires_grad)
+    loss: Any = sum(y.square().sum() for y in results if y.requires_grad)
     results += torch.autograd.grad(loss, list(module.parameters()))
     y = flatten(module(x))[0]
     (first,) = torch.autograd.grad(

@@ -47,12 +47,13 @@ def test_what_only_the_reference_runs_is_differentiated_as_it_ran() -> None:
     """Randomness is drawn once, and what the cell captured gets its gradient."""
     scale = torch.nn.Parameter(torch.full((6,), 0.5, dtype=torch.float64))
 
-    def zoneout(u, v, h):  # type: ignore[no-untyped-def]
+    def zoneout(u, v, h):
         return torch.where(torch.rand_like(h) < 0.5, h, scale * torch.tanh(u.h + v.h))
 
     cell = declared(zoneout, "zoneout")
     given = operands(cell, 5, 3, 4, 6)
-    found, gradients = [], []
+    found: list[dict[str, Tensor]] = []
+    gradients: list[Tensor] = []
     for scan in (ops.scan, reference.scan):
         torch.manual_seed(0)
         scale.grad = None
@@ -259,7 +260,7 @@ def test_facts_first_and_code_later() -> None:
 def by_key(key: str, given: dict[str, Any]) -> list[Tensor]:
     """As an exported program calls the op: nothing is prepared for it."""
     order = ("x", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "s0")
-    return torch.ops.fastrnn.scan(key, *(given[k] for k in order), None, None, None, 0)  # type: ignore[no-any-return]
+    return torch.ops.fastrnn.scan(key, *(given[k] for k in order), None, None, None, 0)
 
 
 def in_float(given: dict[str, Any]) -> dict[str, Any]:
@@ -272,7 +273,7 @@ def in_float(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def two_states(name: str) -> cells.Cell:
-    def step(u, v, h, c):  # type: ignore[no-untyped-def]
+    def step(u, v, h, c):
         c = torch.sigmoid(u.f * v.f) * c + torch.tanh(u.g + v.g)
         return torch.sin(c) + 0.25 * h, c
 

@@ -41,7 +41,7 @@ def assert_same(ours: Any, theirs: Any) -> None:
 
 def spoil(module: nn.Module) -> None:
     """Changes what was packed, and nothing else: who does not read it notices nothing."""
-    for packed in module._frozen.layers:  # type: ignore[union-attr]
+    for packed in module._frozen.layers:
         for each in packed.weights:
             each.mul_(2)
 
@@ -122,11 +122,11 @@ def test_cells(name: str, bias: bool) -> None:
 
 def replaced(module: nn.Module) -> None:
     weight = module.weight_hh_l0
-    module.weight_hh_l0 = nn.Parameter(weight * 2, requires_grad=False)  # type: ignore[operator]
+    module.weight_hh_l0 = nn.Parameter(weight * 2, requires_grad=False)
 
 
 def optimised(module: nn.Module) -> None:
-    module.bias_ih_l0.grad = torch.ones_like(module.bias_ih_l0)  # type: ignore[call-overload]
+    module.bias_ih_l0.grad = torch.ones_like(module.bias_ih_l0)
     torch.optim.SGD(module.parameters(), lr=0.1).step()
 
 
@@ -141,7 +141,7 @@ def optimised(module: nn.Module) -> None:
         lambda m: m.weight_hh_l0.data[3, 1].add_(1),
         lambda m: m.weight_hh_l0.view(-1)[7:8].zero_(),
         lambda m: m.bias_hh_l0.numpy().__setitem__(5, 3),
-        lambda m: torch.from_dlpack(m.bias_ih_l0)[2:3].fill_(3),
+        lambda m: torch.utils.dlpack.from_dlpack(m.bias_ih_l0)[2:3].fill_(3),
         lambda m: setattr(m.weight_ih_l0, "data", m.weight_ih_l0.data.clone()),
         lambda m: m.reset_parameters(),
         lambda m: parametrize.register_parametrization(m, "weight_hh_l0", nn.Tanh()),
@@ -258,7 +258,7 @@ def test_what_goes_through_the_module_packs_anew(
 ) -> None:
     module = fastrnn.freeze(fastrnn.LSTM(5, 9, num_layers=2, dtype=torch.float64))
     again = renew(module)
-    x = torch.randn(4, 3, 5, dtype=again.weight_ih_l0.dtype)  # type: ignore[arg-type]
+    x = torch.randn(4, 3, 5, dtype=again.weight_ih_l0.dtype)
     frozen = again(x)
     plain = fastrnn.LSTM(5, 9, num_layers=2, dtype=x.dtype).requires_grad_(False)
     plain.load_state_dict(again.state_dict())
@@ -271,7 +271,7 @@ def test_copies_have_weights_of_their_own() -> None:
     module = fastrnn.freeze(fastrnn.GRU(5, 9))
     other, x = copy.deepcopy(module), torch.randn(4, 3, 5)
     before = other(x)
-    module.weight_hh_l0.add_(1)  # type: ignore[operator]
+    module.weight_hh_l0.add_(1)
     assert_same(other(x), before)
     with pytest.raises(RuntimeError, match=CHANGED):
         module(x)
@@ -279,7 +279,7 @@ def test_copies_have_weights_of_their_own() -> None:
 
 def test_parameters_stay_and_are_not_trained() -> None:
     module = fastrnn.GRU(5, 9)
-    module.bias_hh_l0.requires_grad_(False)  # type: ignore[operator]
+    module.bias_hh_l0.requires_grad_(False)
     names = list(module.state_dict())
     fastrnn.freeze(fastrnn.freeze(module))
     assert not any(p.requires_grad for p in module.parameters())
@@ -287,7 +287,7 @@ def test_parameters_stay_and_are_not_trained() -> None:
     fastrnn.unfreeze(module)
     assert [n for n, p in module.named_parameters() if not p.requires_grad] == ["bias_hh_l0"]
     module(torch.randn(3, 2, 5))[0].sum().backward()
-    assert module.weight_ih_l0.grad is not None  # type: ignore[union-attr]
+    assert module.weight_ih_l0.grad is not None
 
 
 def test_no_derivative_is_said_and_not_lost() -> None:
@@ -301,7 +301,7 @@ def test_no_derivative_is_said_and_not_lost() -> None:
         assert not module(x)[0].requires_grad
     with torch.inference_mode():
         module(x)
-    module.weight_ih_l0.requires_grad_()  # type: ignore[operator]
+    module.weight_ih_l0.requires_grad_()
     with pytest.raises(RuntimeError, match="frozen"):
         module(x.detach())
 
@@ -312,7 +312,7 @@ def test_a_whole_model() -> None:
     with torch.no_grad():
         before = model(x)
         assert_same(fastrnn.freeze(model)(x), before)
-    assert model[0].weight.requires_grad  # type: ignore[union-attr]
+    assert model[0].weight.requires_grad
     with pytest.raises(RuntimeError, match="no_grad"):
         model(x)
 
@@ -370,7 +370,7 @@ def test_compiled() -> None:
     x = torch.randn(4, 3, 5)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     assert_same(compiled(x), module(x))
-    module.weight_hh_l1.mul_(2)  # type: ignore[operator]
+    module.weight_hh_l1.mul_(2)
     fastrnn.freeze(module)
     with torch.compiler.set_stance("fail_on_recompile"):
         assert_same(compiled(x), module(x))
@@ -388,8 +388,9 @@ def test_the_way_back_to_torch() -> None:
 
 def test_the_operator_checks_what_it_is_given() -> None:
     module = fastrnn.freeze(fastrnn.GRU(5, 9))
-    (packed,) = module._frozen.layers  # type: ignore[union-attr]
-    w_ih, w_hh, b_ih, b_hh = ([w] for w in module._weights()[0][:4])  # type: ignore[operator]
+    packed: Any
+    (packed,) = module._frozen.layers
+    w_ih, w_hh, b_ih, b_hh = ([w] for w in module._weights()[0][:4])
 
     def call(*last: Any) -> Any:
         given = (w_ih, w_hh, b_ih, b_hh, [], [], None, None, None, 0, *last)

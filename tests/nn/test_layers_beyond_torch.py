@@ -46,7 +46,7 @@ def vmapped(layer: nn.Module) -> Any:
 
 
 def vmapped_weights(layer: nn.Module) -> Any:
-    weights, _ = torch.func.stack_module_state([layer, copy.deepcopy(layer)])  # type: ignore[arg-type]
+    weights, _ = torch.func.stack_module_state([layer, copy.deepcopy(layer)])
     return torch.vmap(lambda w: torch.func.functional_call(layer, w, (torch.ones(5, 3, 4),))[0])(
         weights
     )
@@ -123,6 +123,6 @@ def test_a_copy_keeps_what_was_written(name: str) -> None:
     same = []
     for library in (nn, fastrnn):
         layer = made(library, name)
-        layer._flat_weights[1] = nn.Parameter(torch.randn_like(layer.weight_hh_l0))  # type: ignore
+        layer._flat_weights[1] = nn.Parameter(torch.randn_like(layer.weight_hh_l0))
         same.append(torch.equal(layer(x)[0], copy.deepcopy(layer)(x)[0]))
     assert same == [False, True]

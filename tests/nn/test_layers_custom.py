@@ -214,7 +214,7 @@ def test_bad_arguments() -> None:
         return u.h + v.h + h
 
     with pytest.raises(TypeError, match=r"should be a fastrnn\.Cell, got: function; make one"):
-        fastrnn.Recurrent(plain, 3, 5)  # type: ignore[arg-type]
+        fastrnn.Recurrent(plain, 3, 5)
     calls: list[dict[str, Any]] = [{"hidden_size": 0}, {"bias": 1}, {"dropout": 2.0}]
     for arguments in calls:
         given = {"input_size": 3, "hidden_size": 5, **arguments}

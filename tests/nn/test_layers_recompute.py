@@ -26,7 +26,7 @@ def layers(**options: Any) -> dict[str, nn.Module]:
 
 
 @fastrnn.cell(gates="a", states="hm")
-def squashed(u, v, h, m):  # type: ignore[no-untyped-def]
+def squashed(u, v, h, m):
     m = torch.sigmoid(u.a + v.a) * m + torch.tanh(h)
     return torch.tanh(m), m
 

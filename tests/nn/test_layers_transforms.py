@@ -34,7 +34,8 @@ def case(name: str, **options: Any) -> tuple[nn.Module, nn.Module, Tensor, Any]:
 
 
 def total(module: nn.Module, *args: Any) -> Tensor:
-    return sum(y.square().sum() for y in flatten(module(*args)))
+    found: Any = sum(y.square().sum() for y in flatten(module(*args)))
+    return found
 
 
 def assert_same(a: Any, b: Any) -> None:
@@ -91,7 +92,8 @@ def test_func_grad_and_jacobians(name: str) -> None:
 
 
 def total_of(module: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
-    return sum(y.square().sum() for y in flatten(functional_call(module, parameters, (x,))))
+    found: Any = sum(y.square().sum() for y in flatten(functional_call(module, parameters, (x,))))
+    return found
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -54,7 +54,8 @@ def detached(t: Tensor) -> bool:
 
 
 def check(name: str, kwargs: dict[str, Any], x: Any, states: Any, grad: bool) -> None:
-    views, detachable, shapes, gradients = [], [], [], []
+    views, detachable, shapes = [], [], []
+    gradients: list[Any] = []
     for module in twins(name, 4, 6, **kwargs):
         with torch.set_grad_enabled(grad):
             outputs = flatten(module(x, states))

@@ -288,7 +288,7 @@ def _parameter_like(weight: Tensor) -> nn.Parameter:
 
 def _one_entry(module: nn.Module) -> None:
     torch.manual_seed(1)
-    index = module._flat_weights_names.index("weight_hh_l1")
+    index = list(module._flat_weights_names).index("weight_hh_l1")
     module._flat_weights[index] = _parameter_like(module.weight_hh_l1)
 
 

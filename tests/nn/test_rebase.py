@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import fastrnn
+from tests.support import subclasses
 from tests.support.models import SIZES
 from tests.support.paths import ROOT
 from tests.support.subclasses import (
@@ -61,7 +62,7 @@ def test_it_is_fastrnns_forward_that_runs(
 def test_the_class_keeps_its_name_and_members(kind: type[nn.Module]) -> None:
     module, original = made(kind)
     assert repr(module) == repr(original)
-    assert (type(module).__name__, type(module).__module__) == (kind.__name__, __name__)
+    assert (type(module).__name__, type(module).__module__) == (kind.__name__, kind.__module__)
     assert isinstance(module, nn.RNNCellBase if kind is OldStyle else nn.RNNBase)
     # Cells stay what they are; a layer's class has torch's layer among its bases and cannot.
     assert isinstance(module, kind) == (kind is OldStyle)
@@ -201,16 +202,17 @@ def test_freezing_it() -> None:
 
 def test_reports() -> None:
     model = nn.ModuleDict({"a": Forecasting(*SIZES), "b": OldStyle(*SIZES)})
+    place = subclasses.__name__
     lines = [
-        f"replaced  a  {__name__}.Forecasting -> {__name__}.Forecasting on fastrnn.LSTM",
-        f"replaced  b  {__name__}.OldStyle -> {__name__}.OldStyle on fastrnn.LSTMCell",
+        f"replaced  a  {place}.Forecasting -> {place}.Forecasting on fastrnn.LSTM",
+        f"replaced  b  {place}.OldStyle -> {place}.OldStyle on fastrnn.LSTMCell",
     ]
     assert str(fastrnn.replace_(model, subclasses=True)).splitlines() == lines
     again = fastrnn.replace_(model, subclasses=True)
     assert again.replaced == ()
     assert [s.reason for s in again.skipped] == [
-        f"is {__name__}.Forecasting on fastrnn.LSTM already",
-        f"is {__name__}.OldStyle on fastrnn.LSTMCell already",
+        f"is {place}.Forecasting on fastrnn.LSTM already",
+        f"is {place}.OldStyle on fastrnn.LSTMCell already",
     ]
 
 
@@ -224,7 +226,7 @@ class OwnForward(nn.LSTM):
 
 class WrappedForward(nn.LSTM):
     @functools.wraps(nn.LSTM.forward)
-    def forward(self, *args: Any) -> Any:
+    def forward(self, *args: Any) -> Any:  # type: ignore[override]
         return super().forward(*args)
 
 
@@ -265,7 +267,7 @@ class Registering(nn.GRU):
 class Registry:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         assert cls.__name__ == "Registered" and not hasattr(cls, "seen"), "a class was made from it"
-        cls.seen = True
+        setattr(cls, "seen", True)  # noqa: B010
 
 
 class Registered(nn.LSTMCell, Registry):
@@ -277,7 +279,7 @@ class Reducing(nn.GRU):
         return Reducing, SIZES
 
 
-class Meta(type(nn.Module)):  # type: ignore[misc]
+class Meta(type(nn.Module)):
     pass
 
 

@@ -8,6 +8,7 @@ import io
 import pickle
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -75,7 +76,7 @@ def test_numbers_and_gradients_stay(name: str) -> None:
     ],
     ids=str,
 )
-def test_options_of_layers_stay(options: dict[str, object]) -> None:
+def test_options_of_layers_stay(options: dict[str, Any]) -> None:
     module = nn.LSTM(*SIZES, **options)
     original = copy.deepcopy(module)
     text = repr(module)
@@ -431,4 +432,4 @@ def test_twice_is_once() -> None:
 
 def test_no_module_is_refused() -> None:
     with pytest.raises(TypeError, match=r"should be a torch\.nn\.Module, got: dict"):
-        fastrnn.replace_({"rnn": nn.LSTM(*SIZES)})  # type: ignore[arg-type]
+        fastrnn.replace_({"rnn": nn.LSTM(*SIZES)})

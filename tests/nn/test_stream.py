@@ -248,7 +248,7 @@ def test_what_a_step_refuses(x: Any, out: Any, error: type[Exception], message: 
     stepper = fastrnn.GRU(3, 5).stream()
     with pytest.raises(error, match=f"(?s){message}"):
         stepper.step(x, out)
-    assert not stepper.state.any()  # type: ignore[union-attr]
+    assert not stepper.state.any()
     stepper.step(torch.zeros(1, 3))  # it is not stuck
 
 
@@ -276,7 +276,7 @@ def test_what_cannot_be_streamed() -> None:
         fastrnn.GRU(3, 5, bidirectional=True).stream()
     for wrong in ({"batch_size": 0}, {"threads": 0}, {"batch_size": 1.0}):
         with pytest.raises(ValueError, match="positive integer"):
-            fastrnn.GRU(3, 5).stream(**wrong)  # type: ignore[arg-type]
+            fastrnn.GRU(3, 5).stream(**wrong)
     with pytest.raises(ValueError, match="meta"):
         fastrnn.GRU(3, 5, device="meta").stream()
     for unwanted in (pickle.dumps, copy.copy, copy.deepcopy):

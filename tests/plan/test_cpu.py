@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -69,7 +70,14 @@ def test_a_chunk_stays_in_the_cache_whatever_the_length(hidden: int) -> None:
 
 
 def test_no_numbers_divide_by_zero() -> None:
-    for empty in ({"steps": 0}, {"batch": 0}, {"inputs": 0}, {"hidden": 0}, {"rows": 0}):
+    sizes: list[dict[str, Any]] = [
+        {"steps": 0},
+        {"batch": 0},
+        {"inputs": 0},
+        {"hidden": 0},
+        {"rows": 0},
+    ]
+    for empty in sizes:
         for backward in (False, True):
             assert choose(replace(LSTM, backward=backward, **empty), TWO).chunk_rows >= 1
 

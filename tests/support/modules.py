@@ -50,7 +50,7 @@ def run(
     values = {f"output {k}": y for k, y in enumerate(flatten(module(*args, **kwargs)))}
     weighted = [(y.double() * weights_like(y)).sum() for y in values.values()]
     torch.stack(weighted).sum().backward()
-    gradients = {}
+    gradients: dict[str, Any] = {}
     for k, leaf in enumerate(flatten(args)):
         gradients[f"gradient of argument {k}"] = leaf.grad
     for name, parameter in module.named_parameters():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,22 +13,26 @@ from tests.support.tensors import flatten
 
 
 @cells.cell(gates="ab", states="hc")
-def linear(u, v, h, c):  # type: ignore[no-untyped-def]
+def linear(u, v, h, c):
     """Whole numbers in, whole numbers out: a wrong index cannot hide behind rounding."""
     c = c + v.b - 2 * u.b
     return u.a - v.a + c, c - h
 
 
 @cells.cell(gates="ab", states="hc")
-def linear_projectable(u, v, h, c):  # type: ignore[no-untyped-def]
+def linear_projectable(u, v, h, c):
     """The same, but the output of the step before comes in through `v` alone."""
     c = c + v.b - 2 * u.b
     return u.a - v.a + c, c - v.a
 
 
+# T, B, I, H, P.
+Shape: TypeAlias = tuple[int, int, int, int, int]
 # A cell, and the width of its projected output.
-PLAIN = [(name, None) for name in [*BUILT_IN, "linear"]]
-PROJECTED = [(name, 11) for name in ["rnn_tanh", "lstm", "linear_projectable"]]
+PLAIN: list[tuple[str, int | None]] = [(name, None) for name in [*BUILT_IN, "linear"]]
+PROJECTED: list[tuple[str, int | None]] = [
+    (name, 11) for name in ["rnn_tanh", "lstm", "linear_projectable"]
+]
 
 
 def operands(

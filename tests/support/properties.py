@@ -11,7 +11,7 @@ try:
     from hypothesis import given, settings
     from hypothesis import strategies as st
 except ModuleNotFoundError:
-    hypothesis = None
+    hypothesis = None  # type: ignore[assignment]
 
     class _Absent:
         """Stands in for any strategy, so that modules that name some can be imported."""
@@ -24,9 +24,9 @@ except ModuleNotFoundError:
 
         __or__ = __call__
 
-    st = _Absent()
+    st = _Absent()  # type: ignore[assignment]
 
-    def given(*args: Any, **kwargs: Any) -> Any:
+    def given(*args: Any, **kwargs: Any) -> Any:  # type: ignore[no-redef]
         def skipped(test: Any) -> Any:
             def needs_hypothesis() -> None:
                 pytest.skip("needs hypothesis")
@@ -36,7 +36,7 @@ except ModuleNotFoundError:
 
         return skipped
 
-    def settings(*args: Any, **kwargs: Any) -> Any:
+    def settings(*args: Any, **kwargs: Any) -> Any:  # type: ignore[no-redef]
         return lambda test: test
 
 

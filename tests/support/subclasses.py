@@ -60,7 +60,7 @@ class Deeper(Delegating):
 
     @classmethod
     def label(cls) -> str:
-        return super().__name__ if hasattr(super(), "__name__") else cls.__name__
+        return getattr(super(), "__name__", cls.__name__)
 
     @staticmethod
     def three() -> int:
@@ -75,11 +75,11 @@ class AnyLength(ABC, nn.RNNBase):
 
     def forward(self, x: Any, hx: Any = None, lengths: Tensor | None = None) -> Any:
         if lengths is None:
-            return super().forward(x, hx=hx)  # type: ignore[misc]
+            return super().forward(x, hx=hx)
         if lengths.max() == 0:
             return torch.zeros(*x.shape[:2], self.hidden_size), self.start(x)
         packed = pack_padded_sequence(x, lengths.clamp(min=1), enforce_sorted=False)
-        output, state = super().forward(packed, hx=hx)  # type: ignore[misc]
+        output, state = super().forward(packed, hx=hx)
         return pad_packed_sequence(output)[0], state
 
 

@@ -1,6 +1,12 @@
+"""The demonstration: both models learn the same, and a wrong replacement is noticed."""
+
+from __future__ import annotations
+
 import importlib
 import re
 import statistics
+import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+import fastrnn
 from fastrnn.tools import demo
 from fastrnn.tools.demo import FASTRNN, TORCH, Corpus, NextCharacter, Options
 
@@ -52,7 +59,7 @@ def test_both_learn_the_same() -> None:
 def test_a_wrong_replacement_is_noticed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wrong(model: nn.Module) -> str:
+    def wrong(model: Any) -> Any:
         report = replace(model)
         forward = model.rnn.forward
         model.rnn.forward = lambda *a: tuple(
@@ -60,7 +67,7 @@ def test_a_wrong_replacement_is_noticed(
         )
         return report
 
-    replace: Callable[[nn.Module], Any] = demo.replace_
+    replace: Callable[[nn.Module], Any] = fastrnn.replace_
     monkeypatch.setattr(demo, "replace_", wrong)
     monkeypatch.setattr(demo, "restore_", lambda model: delattr(model.rnn, "forward"))
     run = [*TINY, "--steps", "3", "--cell", "gru", "--out", str(tmp_path / "race.png")]
@@ -105,7 +112,7 @@ def test_standard_library_is_text_enough() -> None:
 
 
 def test_no_sources_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     with pytest.raises(FileNotFoundError, match="pass a text with --text"):
         Corpus.standard_library()
 
@@ -128,7 +135,7 @@ def without(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
             raise ModuleNotFoundError(f"No module named {name!r}")
         return load(wanted, *rest)
 
-    monkeypatch.setattr(demo.importlib, "import_module", refuse)
+    monkeypatch.setattr(importlib, "import_module", refuse)
 
 
 def test_without_matplotlib_the_way_out_is_named(
@@ -148,7 +155,7 @@ def test_bar_of_our_own_without_rich(
     with demo._bar() as show:
         show(0.5, "on no terminal")
         assert capsys.readouterr().out == ""
-        monkeypatch.setattr(demo.sys.stdout, "isatty", lambda: True)
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
         show(0.5, "half")
         show(1.0, "all")
     halves = capsys.readouterr().out.split("\r")[1:]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict
+from typing import Any
 
 import pytest
 import torch
 
+import fastrnn
 from fastrnn import __main__, cache, hardware, plan
 from fastrnn._version import __version__
 from fastrnn.tools import info
@@ -54,8 +56,9 @@ def test_info_markdown_is_a_table_of_all_kernels(capsys: pytest.CaptureFixture[s
 def test_self_check_notices_wrong_numbers(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wrong: float
 ) -> None:
-    class Wrong(info.LSTM):
+    class Wrong(fastrnn.LSTM):
         def forward(self, *args, **kwargs):
+            y: Any
             y, states = super().forward(*args, **kwargs)
             return y * wrong, states
 

@@ -8,7 +8,9 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,9 +41,9 @@ class Everything(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        layers = []
+        layers: list[nn.Module] = []
         for bias in (True, False):
-            options = {"bias": bias, "num_layers": 2}
+            options: dict[str, Any] = {"bias": bias, "num_layers": 2}
             layers += [
                 fastrnn.RNN(INPUTS, HIDDEN, **options),
                 fastrnn.GRU(INPUTS, HIDDEN, bidirectional=True, **options),
@@ -148,7 +150,9 @@ def test_cpp_wrapper() -> None:
         assert torch.equal(ours, wanted)
 
 
-def run_and_differentiate(function: nn.Module, model: nn.Module, x: Tensor) -> list[Tensor]:
+def run_and_differentiate(
+    function: Callable[..., Any], model: nn.Module, x: Tensor
+) -> list[Tensor]:
     results = function(x)
     wanted = list(model.parameters())
     loss = sum(y.square().sum() for y in results)
@@ -170,7 +174,7 @@ def save_for_cpp(tensors: list[Tensor], file: Path) -> None:
 def build(source: str, folder: Path) -> Path:
     (folder / "main.cpp").write_text(source)
     libraries = sysconfig.get_config_var("LIBDIR")
-    command = [
+    command: list[str | Path] = [
         "g++",
         "-std=c++20",
         "-O0",

@@ -14,7 +14,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -31,7 +31,12 @@ SAME, BFLOAT16, FLOAT16 = range(3)
 HALVES = {BFLOAT16: torch.bfloat16, FLOAT16: torch.float16}
 SCALAR = {"float": np.float32, "floats": np.float32, "double": np.float64, "doubles": np.float64}
 WIDER = {np.float32: np.float64, np.float64: np.longdouble}
-Array = np.ndarray[Any, Any]
+if TYPE_CHECKING:
+    from numpy import ndarray
+
+    Array = ndarray[Any, Any]
+else:
+    Array = np.ndarray
 
 
 def instruction_sets() -> dict[str, str]:

@@ -15,7 +15,7 @@ from fastrnn.kernels.prepare import prepare
 from fastrnn.tools.tolerance import largest_error
 from tests.support.kernels import check, planned
 from tests.support.names import BUILT_IN, LONG
-from tests.support.operands import PLAIN, PROJECTED, operands, run, whole
+from tests.support.operands import PLAIN, PROJECTED, Shape, operands, run, whole
 from tests.support.tensors import flatten
 
 SHAPES = [  # T, B, I, H, P: 1, primes, around vectors of 2 to 16 lanes and tiles of up to 6 rows
@@ -35,7 +35,7 @@ SHAPES = [  # T, B, I, H, P: 1, primes, around vectors of 2 to 16 lanes and tile
 
 @pytest.mark.parametrize("name", BUILT_IN)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_shapes(name: str, shape: tuple[int, ...]) -> None:
+def test_shapes(name: str, shape: Shape) -> None:
     for dtype in (torch.float64, torch.float32):
         check(cells.get(name), operands(cells.get(name), *shape, dtype=dtype))
 
@@ -49,7 +49,7 @@ def test_sixteen_bits(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", [name for name, _ in PROJECTED])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_shapes_projected(name: str, shape: tuple[int, ...]) -> None:
+def test_shapes_projected(name: str, shape: Shape) -> None:
     cell, hidden = cells.get(name), shape[3]
     for projected, dtype in [
         ((hidden + 1) // 2, torch.float64),
@@ -142,7 +142,7 @@ def test_every_split_is_exact(split: dict[str, int], name: str, projected: int |
 
 
 @pytest.mark.parametrize("shape", [(3, *shape[1:]) for shape in SHAPES], ids=str)
-def test_linear_cell_is_exact(shape: tuple[int, ...]) -> None:
+def test_linear_cell_is_exact(shape: Shape) -> None:
     cell = cells.get("linear")
     given = {k: whole(v) for k, v in operands(cell, *shape, dtype=torch.float32).items()}
     with kernels.use("cpu"):

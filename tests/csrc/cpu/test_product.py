@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy
 import torch
 
@@ -11,7 +13,7 @@ from fastrnn import RNN
 def test_long_sums_round_less_than_a_running_one() -> None:
     inputs, hidden, rows = 4096, 32, 12
     x, w = torch.rand(1, rows, inputs), torch.rand(hidden, inputs)
-    layer = RNN(inputs, hidden, nonlinearity="relu", bias=False)
+    layer: Any = RNN(inputs, hidden, nonlinearity="relu", bias=False)
     with torch.no_grad():
         layer.weight_ih_l0.copy_(w)
         ours = layer(x)[0][0]

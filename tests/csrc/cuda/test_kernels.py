@@ -29,7 +29,7 @@ from fastrnn.kernels.prepare import prepare
 from fastrnn.tools.tolerance import largest_error
 from tests.cudasim.build import build, missing
 from tests.support.names import BUILT_IN
-from tests.support.operands import doubled, linear, operands, run, whole
+from tests.support.operands import Shape, doubled, linear, operands, run, whole
 from tests.support.simulated import (
     NUMBERS,
     PARTS,
@@ -90,7 +90,7 @@ SHAPES = [  # T, B, I, H, P
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", [*BUILT_IN, "linear"])
-def test_shapes(name: str, shape: tuple[int, ...], part: str) -> None:
+def test_shapes(name: str, shape: Shape, part: str) -> None:
     cell = cells.get(name)
     for regime, blocks in ways(part, shape[3]):
         for number in numbers(part):
@@ -114,7 +114,7 @@ LARGE = [  # T, B, I, H, P, rows of a tile
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("shape", LARGE, ids=str)
 @pytest.mark.parametrize("name", [*BUILT_IN, "linear"])
-def test_tiles(name: str, shape: tuple[int, ...], part: str) -> None:
+def test_tiles(name: str, shape: tuple[int, int, int, int, int, int], part: str) -> None:
     cell = cells.get(name)
     regime, blocks = ways(part, shape[3])[-1]
     if shape[3] > {"block": 100, "cluster": 190}.get(part, 999):
@@ -399,7 +399,7 @@ def test_modules_from_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @cells.cell(gates="a", states="h")
-def unknown(u, v, h):  # type: ignore[no-untyped-def]
+def unknown(u, v, h):
     return torch.tanh(u.a + v.a) * 0.5 + h
 
 

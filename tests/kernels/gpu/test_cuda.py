@@ -26,7 +26,7 @@ def test_structures_are_laid_out_as_in_c(tmp_path: Path) -> None:
         lines += [
             f'printf("{name}.{field} %zu %zu\\n", offsetof(fastrnn::{name}, {field}), '
             f"sizeof(fastrnn::{name}::{field}));"
-            for field, _ in structure._fields_
+            for field, *_ in structure._fields_
         ]
     enums = {"Number": cuda.NUMBERS, "Regime": cuda.REGIMES}
     for kind, values in enums.items():
@@ -49,7 +49,7 @@ def test_structures_are_laid_out_as_in_c(tmp_path: Path) -> None:
         expected.append(f"{name} {ctypes.sizeof(structure)}")
         expected += [
             f"{name}.{field} {getattr(structure, field).offset} {getattr(structure, field).size}"
-            for field, _ in structure._fields_
+            for field, *_ in structure._fields_
         ]
     for kind, values in enums.items():
         expected += [f"{kind}.{n} {value}" for n, value in values.items()]

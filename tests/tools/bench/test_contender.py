@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from fastrnn.tools.bench.contender import Case, CompiledLoop, TorchLayer
 from fastrnn.tools.bench.jax_rival import Jax
@@ -39,6 +40,7 @@ def test_cases_are_the_same_every_time_and_leave_the_random_state() -> None:
     state = torch.random.get_rng_state()
     first, second = (Case.build(SMALL, "lstm", "training", 1) for _ in range(2))
     assert torch.equal(torch.random.get_rng_state(), state)
+    assert isinstance(first.x, Tensor) and isinstance(second.x, Tensor)
     assert torch.equal(first.x, second.x) and torch.equal(first.gradient, second.gradient)
     for a, b in zip(first.module.parameters(), second.module.parameters(), strict=True):
         assert torch.equal(a, b)

@@ -33,7 +33,7 @@ def test_blocks_of_all_in_turn_each_in_its_surroundings() -> None:
             assert inside == [name]
             called.append(name)
 
-        return Prepared(call, dict, Around)  # type: ignore[arg-type]
+        return Prepared(call, dict, Around)
 
     times = measure.interleaved({n: prepared(n) for n in "abc"}, seconds=1e-3)
     assert set(times) == set("abc") and not inside

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 from torch import nn
@@ -12,8 +13,7 @@ from fastrnn.tools.bench import measure, race
 from fastrnn.tools.bench.contender import Case, Contender, Prepared, TorchLayer
 from fastrnn.tools.bench.race import Verdict
 from fastrnn.tools.bench.workload import BEST_RIVAL, MICROSECONDS, PEAK, Target
-from tests.support.bench import ROW, SMALL, Scaled, entry, row
-from tests.support.modules import run
+from tests.support.bench import ROW, SMALL, Scaled, entry, row, run
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,9 @@ from tests.support.modules import run
 )
 def test_verdicts(against: str, bound: float, value: float | None, status: str) -> None:
     (verdict,) = race.judge(ROW, Target.all("inference", against, bound), peak=100)
-    assert verdict == Verdict(against, bound, pytest.approx(value) if value else None, status)
+    assert verdict == Verdict(
+        against, bound, cast(Any, pytest.approx(value)) if value else None, status
+    )
 
 
 def test_no_bound_no_verdict() -> None:

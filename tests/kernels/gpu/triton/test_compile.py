@@ -79,7 +79,7 @@ POINTERS = {
 
 
 @cells.cell(gates="abcdef", states="hcn")
-def wide(u, v, h, c, n):  # type: ignore[no-untyped-def]
+def wide(u, v, h, c, n):
     """A cell with more gates and states than others, not all of them tied."""
     f, i = torch.sigmoid(u.a + v.a), torch.exp(-torch.relu(u.b + v.b))
     c = f * c + i * torch.tanh(u.c + v.c * torch.sigmoid(u.d + v.d))
@@ -248,7 +248,7 @@ def problems() -> Iterator[plan.Problem]:
 
 def cases(target: Target, full: bool) -> Iterator[Case]:
     """A kernel for every plan of a type in a direction, packed in turn; `full`: for every cell."""
-    seen = set()
+    seen: set[Any] = set()
     for problem in problems():
         three = target.backend == "cuda" and problem.dtype == "float32"
         for precision in ("tf32x3", "tf32") if three else ("ieee",):

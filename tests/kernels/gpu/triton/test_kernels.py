@@ -30,7 +30,7 @@ from fastrnn.tools.tolerance import largest_error
 from tests.support.interpreter import INTERPRETED, interpreted
 from tests.support.kernels import check, planned
 from tests.support.names import BUILT_IN
-from tests.support.operands import PLAIN, linear, linear_projectable, operands, run, whole
+from tests.support.operands import PLAIN, Shape, linear, linear_projectable, operands, run, whole
 from tests.support.tensors import batches, flatten
 
 pytestmark = pytest.mark.interpreter
@@ -89,7 +89,7 @@ def regime(name: str, hidden: int, batch: int, dtype: torch.dtype) -> dict[str, 
 @pytest.mark.parametrize("way", ["resident", "streamed"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", [*BUILT_IN, "linear"])
-def test_shapes(name: str, shape: tuple[int, ...], way: str) -> None:
+def test_shapes(name: str, shape: Shape, way: str) -> None:
     large = shape[3] > 17
     for dtype in (torch.float32,) if large else (torch.float64, torch.float32, torch.float16):
         given = operands(cells.get(name), *shape, dtype=dtype)

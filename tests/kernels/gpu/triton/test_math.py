@@ -20,7 +20,7 @@ if importlib.util.find_spec("triton") is None:
 
 
 @cells.cell(gates="abcd", states="hcm")
-def every_function(u, v, h, c, m):  # type: ignore[no-untyped-def]
+def every_function(u, v, h, c, m):
     """Whatever a cell may call."""
     a, b = u.a + v.a, u.b - v.b
     c = 0.5 * c + torch.sin(a) * torch.cos(b) - torch.erf(u.c * v.c)

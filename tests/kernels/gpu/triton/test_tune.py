@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastrnn.kernels.gpu.triton import launch
+from fastrnn.kernels.gpu.triton import launch, tune
 from fastrnn.kernels.gpu.triton.tune import Tuner
 from fastrnn.plan import Device, Plan, Problem, TritonConfig, TritonFacts, alternatives, choose
 
@@ -107,9 +107,9 @@ def test_alternatives_need_no_more_memory_and_no_more_registers_than_there_are()
 
 def test_only_on_a_gpu_and_only_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FASTRNN_TUNE", raising=False)
-    assert not launch.tune.wanted()
+    assert not tune.wanted()
     monkeypatch.setenv("FASTRNN_TUNE", "1")
-    assert launch.tune.wanted()
+    assert tune.wanted()
 
 
 def test_what_a_launch_changes_is_as_before_when_all_were_timed(
