@@ -11,7 +11,7 @@ from fastrnn import cells, ops
 from fastrnn.cells import Cell
 from fastrnn.kernels.operands import Weights
 from fastrnn.nn import functional
-from fastrnn.nn.convert import detour, scriptable, twin_of
+from fastrnn.nn.convert import counterpart_of, export_forward, scriptable
 from fastrnn.nn.freeze import Freezable
 from fastrnn.nn.stream import Stepper, stepper
 
@@ -43,7 +43,7 @@ class _Cell(Freezable):
         return stepper(self._cell(), self._weights(), batch_size, threads, release_gil)
 
 
-@twin_of(nn.RNNCell)
+@counterpart_of(nn.RNNCell)
 class RNNCell(_Cell, nn.RNNCell):
     """One step of an Elman network, a drop-in for `torch.nn.RNNCell`.
 
@@ -52,7 +52,7 @@ class RNNCell(_Cell, nn.RNNCell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """`input` [B, I] or [I] and `hx` [B, H] or [H] to the next state."""
-        if (other := detour(self, input)) is not None:
+        if (other := export_forward(self, input)) is not None:
             return other(input, hx)
         return _step(self, self._cell(), input, () if hx is None else (hx,))[0]
 
@@ -67,7 +67,7 @@ class RNNCell(_Cell, nn.RNNCell):
         return scriptable(self)
 
 
-@twin_of(nn.LSTMCell)
+@counterpart_of(nn.LSTMCell)
 class LSTMCell(_Cell, nn.LSTMCell):
     """One step of long short-term memory, a drop-in for `torch.nn.LSTMCell`.
 
@@ -78,7 +78,7 @@ class LSTMCell(_Cell, nn.LSTMCell):
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """`input` [B, I] or [I] and `hx`, a pair [B, H] or [H], to the next pair."""
-        if (other := detour(self, input)) is not None:
+        if (other := export_forward(self, input)) is not None:
             return other(input, hx)
         if hx is not None and (type(hx) is not tuple or len(hx) != 2):
             hx = _pair(input, hx)
@@ -92,7 +92,7 @@ class LSTMCell(_Cell, nn.LSTMCell):
         return scriptable(self)
 
 
-@twin_of(nn.GRUCell)
+@counterpart_of(nn.GRUCell)
 class GRUCell(_Cell, nn.GRUCell):
     """One step of gated recurrent units, a drop-in for `torch.nn.GRUCell`.
 
@@ -101,7 +101,7 @@ class GRUCell(_Cell, nn.GRUCell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """`input` [B, I] or [I] and `hx` [B, H] or [H] to the next state."""
-        if (other := detour(self, input)) is not None:
+        if (other := export_forward(self, input)) is not None:
             return other(input, hx)
         return _step(self, self._cell(), input, () if hx is None else (hx,))[0]
 
