@@ -76,13 +76,12 @@ def heads_of(weights: Weights) -> list[Weights]:
 def side_by_side(weights: Sequence[Weights]) -> Sequence[Sequence[Tensor]]:
     """The w_ih, w_hh, b_ih, b_hh and w_hr of recurrences that run together, as `Operands` has
     them."""
-    if len(weights) == 1:  # most layers; a call of a small one should not pay for the others
-        w_ih, w_hh, b_ih, b_hh, w_hr = weights[0]
-        return (
-            (w_ih,),
-            (w_hh,),
-            () if b_ih is None else (b_ih,),
-            () if b_hh is None else (b_hh,),
-            () if w_hr is None else (w_hr,),
-        )
-    return [() if each[0] is None else each for each in zip(*weights, strict=True)]
+    # All are five long; to have zip look takes as long as the rest.
+    w_ih, w_hh, b_ih, b_hh, w_hr = zip(*weights)  # noqa: B905
+    return (
+        w_ih,
+        w_hh,
+        () if b_ih[0] is None else b_ih,
+        () if b_hh[0] is None else b_hh,
+        () if w_hr[0] is None else w_hr,
+    )

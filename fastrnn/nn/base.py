@@ -190,8 +190,8 @@ class Layer(Freezable, FlatWeights):
             own = {**own, **written}
         recurrences = []
         for names in self._all_weights:  # a loop, as comprehensions in each other take longer
-            weights = named([own[n] if n in own else getattr(self, n) for n in names])
-            recurrences.append(weights)
+            weights = [own[n] if n in own else getattr(self, n) for n in names]
+            recurrences.append(named(weights) if self.proj_size else Weights(*weights))
         if self.heads > 1:
             return [head for each in recurrences for head in heads_of(each)]
         return recurrences

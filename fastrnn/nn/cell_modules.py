@@ -42,6 +42,9 @@ class _Cell(Freezable):
         """
         return stepper(self._cell(), self._weights(), batch_size, threads, release_gil)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        return scriptable(self)
+
 
 @counterpart_of(nn.RNNCell)
 class RNNCell(_Cell, nn.RNNCell):
@@ -62,9 +65,6 @@ class RNNCell(_Cell, nn.RNNCell):
                 f"Unknown nonlinearity: {self.nonlinearity}. Select from 'tanh' or 'relu'."
             )
         return _CELL_OF_NONLINEARITY[self.nonlinearity]
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        return scriptable(self)
 
 
 @counterpart_of(nn.LSTMCell)
@@ -88,9 +88,6 @@ class LSTMCell(_Cell, nn.LSTMCell):
     def _cell(self) -> Cell:
         return cells.lstm
 
-    def __prepare_scriptable__(self) -> nn.Module:
-        return scriptable(self)
-
 
 @counterpart_of(nn.GRUCell)
 class GRUCell(_Cell, nn.GRUCell):
@@ -107,9 +104,6 @@ class GRUCell(_Cell, nn.GRUCell):
 
     def _cell(self) -> Cell:
         return cells.gru
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        return scriptable(self)
 
 
 def _check_cell_dims(cell: Cell, input: Tensor, states: Iterable[Tensor]) -> None:

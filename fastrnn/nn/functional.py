@@ -272,7 +272,8 @@ def _stack(
     """Layers on canonical operands: `x` [T, B, I] or packed [R, I], `s0` `S` times
     [L*D*heads, B, *]."""
     scans = directions * heads
-    reverse = _reverse(heads) if directions == 2 else 0
+    reverse = 0 if directions == 1 else (1 << heads) - 1 << heads  # the second half
+    reverse -= (reverse >> 63) << 64  # as a signed number of 64 bits
     if len(weights) == scans:  # one layer, as most have
         w_ih, w_hh, b_ih, b_hh, w_hr = side_by_side(weights)
         operands = Operands(
@@ -296,12 +297,6 @@ def _stack(
         )
         finals.append(final)
     return x, [torch.cat(s) for s in zip(*finals, strict=True)]
-
-
-def _reverse(heads: int) -> int:
-    """The bits of the recurrences that run from the end, the second half of them."""
-    bits = (1 << heads) - 1 << heads
-    return bits - ((bits >> 63) << 64)  # as a signed number of 64 bits
 
 
 def _split(state: Tensor, heads: int) -> Tensor:

@@ -24,7 +24,7 @@ class _NoProjection(Layer):
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         """Raise what torch.nn raises for an input of wrong dtype or shape."""
-        super().check_input(input, batch_sizes)
+        Layer.check_input(self, input, batch_sizes)  # super() takes longer
         if self.proj_size > 0:
             expected = self.get_expected_hidden_size(input, batch_sizes)
             raise RuntimeError(
