@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Needs", "Operands", "Weights", "named", "side_by_side"]
+__all__ = ["Needs", "Operands", "Weights", "heads_of", "named", "side_by_side"]
 
 
 class Operands(NamedTuple):
@@ -65,9 +65,23 @@ def named(weights: Weights | Sequence[Tensor]) -> Weights:
     return Weights(w_ih, w_hh, b_ih, b_hh, w_hr)
 
 
-def side_by_side(weights: Sequence[Weights]) -> list[tuple[Tensor, ...]]:
+def heads_of(weights: Weights) -> list[Weights]:
+    """The weights of every head, from those of all of them, [heads, *]."""
+    present = [(name, each) for name, each in weights._asdict().items() if each is not None]
+    names = [name for name, _ in present]
+    heads = zip(*(each for _, each in present), strict=True)
+    return [Weights(**dict(zip(names, head, strict=True))) for head in heads]
+
+
+def side_by_side(weights: Sequence[Weights]) -> Sequence[Sequence[Tensor]]:
     """The w_ih, w_hh, b_ih, b_hh and w_hr of recurrences that run together, as `Operands` has
     them."""
-    if len(weights) == 1:  # most layers; a call of a small one should not pay for the others
-        return [() if each is None else (each,) for each in weights[0]]
-    return [() if each[0] is None else each for each in zip(*weights, strict=True)]
+    # All are five long; to have zip look takes as long as the rest.
+    w_ih, w_hh, b_ih, b_hh, w_hr = zip(*weights)  # noqa: B905
+    return (
+        w_ih,
+        w_hh,
+        () if b_ih[0] is None else b_ih,
+        () if b_hh[0] is None else b_hh,
+        () if w_hr[0] is None else w_hr,
+    )

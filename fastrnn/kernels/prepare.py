@@ -23,7 +23,7 @@ __all__ = ["OnCpu", "cell_of", "find", "on_cpu", "prepare", "prepared_now"]
 
 _prepared: dict[str, Cell] = {name: cells.get(name) for name in cells.names()}
 _keys: dict[Cell, str] = {cell: name for name, cell in _prepared.items()}
-_compiled = (set(_keys), set(_keys))  # for CPUs: in float, and in double
+_compiled = (_keys.copy(), _keys.copy())  # for CPUs: in float, and in double
 _refused: dict[tuple[Cell, bool], str] = {}  # why: to be compiled for CPUs (True), or at all
 _preparing = threading.Lock()
 
@@ -64,8 +64,8 @@ _prepared_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def prepared_now(cell: Cell, kind: str, dtype: torch.dtype) -> str | None:
     """`prepare` where nothing is compiling: a small layer's call asks that once."""
     in_double = dtype == torch.float64
-    if cell in _compiled[in_double]:
-        return _keys[cell]
+    if (key := _compiled[in_double].get(cell)) is not None:
+        return key
     forced = asked_for()
     compiled = kind == "cpu" and forced in (None, "cpu", "reference")
     if not compiled and cell in _keys:
@@ -117,7 +117,7 @@ def _prepare(cell: Cell, *, compiled: bool, in_double: bool) -> None:
     try:
         _keys[cell] = _load(cell, in_double) if compiled else _add_facts(cell)
         if compiled:
-            _compiled[in_double].add(cell)
+            _compiled[in_double][cell] = _keys[cell]
     except (Underivable, jit.CompilationFailed) as error:
         reason = f"cell {cell.name!r} is not compiled: {error}"
         _refused[cell, compiled] = reason

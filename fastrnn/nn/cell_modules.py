@@ -11,7 +11,7 @@ from fastrnn import cells, ops
 from fastrnn.cells import Cell
 from fastrnn.kernels.operands import Weights
 from fastrnn.nn import functional
-from fastrnn.nn.convert import detour, scriptable, twin_of
+from fastrnn.nn.convert import counterpart_of, export_forward, scriptable
 from fastrnn.nn.freeze import Freezable
 from fastrnn.nn.stream import Stepper, stepper
 
@@ -42,8 +42,11 @@ class _Cell(Freezable):
         """
         return stepper(self._cell(), self._weights(), batch_size, threads, release_gil)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        return scriptable(self)
 
-@twin_of(nn.RNNCell)
+
+@counterpart_of(nn.RNNCell)
 class RNNCell(_Cell, nn.RNNCell):
     """One step of an Elman network, a drop-in for `torch.nn.RNNCell`.
 
@@ -52,7 +55,7 @@ class RNNCell(_Cell, nn.RNNCell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """`input` [B, I] or [I] and `hx` [B, H] or [H] to the next state."""
-        if (other := detour(self, input)) is not None:
+        if (other := export_forward(self, input)) is not None:
             return other(input, hx)
         return _step(self, self._cell(), input, () if hx is None else (hx,))[0]
 
@@ -63,11 +66,8 @@ class RNNCell(_Cell, nn.RNNCell):
             )
         return _CELL_OF_NONLINEARITY[self.nonlinearity]
 
-    def __prepare_scriptable__(self) -> nn.Module:
-        return scriptable(self)
 
-
-@twin_of(nn.LSTMCell)
+@counterpart_of(nn.LSTMCell)
 class LSTMCell(_Cell, nn.LSTMCell):
     """One step of long short-term memory, a drop-in for `torch.nn.LSTMCell`.
 
@@ -78,7 +78,7 @@ class LSTMCell(_Cell, nn.LSTMCell):
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """`input` [B, I] or [I] and `hx`, a pair [B, H] or [H], to the next pair."""
-        if (other := detour(self, input)) is not None:
+        if (other := export_forward(self, input)) is not None:
             return other(input, hx)
         if hx is not None and (type(hx) is not tuple or len(hx) != 2):
             hx = _pair(input, hx)
@@ -88,11 +88,8 @@ class LSTMCell(_Cell, nn.LSTMCell):
     def _cell(self) -> Cell:
         return cells.lstm
 
-    def __prepare_scriptable__(self) -> nn.Module:
-        return scriptable(self)
 
-
-@twin_of(nn.GRUCell)
+@counterpart_of(nn.GRUCell)
 class GRUCell(_Cell, nn.GRUCell):
     """One step of gated recurrent units, a drop-in for `torch.nn.GRUCell`.
 
@@ -101,15 +98,12 @@ class GRUCell(_Cell, nn.GRUCell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """`input` [B, I] or [I] and `hx` [B, H] or [H] to the next state."""
-        if (other := detour(self, input)) is not None:
+        if (other := export_forward(self, input)) is not None:
             return other(input, hx)
         return _step(self, self._cell(), input, () if hx is None else (hx,))[0]
 
     def _cell(self) -> Cell:
         return cells.gru
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        return scriptable(self)
 
 
 def _check_cell_dims(cell: Cell, input: Tensor, states: Iterable[Tensor]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Number
 from typing import Any
 
@@ -94,13 +94,13 @@ def check_device(input: Tensor, weight: Tensor, states: Sequence[Tensor] = ()) -
 
 def check_input(input: Tensor, input_size: int, batch_sizes: Tensor | None) -> None:
     """torch.nn's checks of dimensions and features; `RuntimeError`."""
+    shape = input.shape  # a call of size() takes longer
     expected = 3 if batch_sizes is None else 2
-    if input.dim() != expected:
-        raise RuntimeError(f"input must have {expected} dimensions, got {input.dim()}")
-    if input.size(-1) != input_size:
+    if len(shape) != expected:
+        raise RuntimeError(f"input must have {expected} dimensions, got {len(shape)}")
+    if shape[-1] != input_size:
         raise RuntimeError(
-            "input.size(-1) must be equal to input_size. "
-            f"Expected {input_size}, got {input.size(-1)}"
+            f"input.size(-1) must be equal to input_size. Expected {input_size}, got {shape[-1]}"
         )
 
 
@@ -285,17 +285,9 @@ def _readable(t: Tensor) -> bool:
     )
 
 
-def check_arguments(
-    input_size: int,
-    hidden_size: int,
-    num_layers: int,
-    *,
-    bias: bool,
-    batch_first: bool,
-    dropout: Any,
-    proj_size: int,
-) -> None:
-    """torch.nn's checks, in its order."""
+def check_arguments(given: Mapping[str, Any]) -> None:
+    """torch.nn's checks of the arguments of a layer, in its order."""
+    dropout, num_layers, proj_size = given["dropout"], given["num_layers"], given["proj_size"]
     number = isinstance(dropout, Number) and not isinstance(dropout, bool)
     if not number or not 0 <= dropout <= 1:
         raise ValueError(
@@ -308,14 +300,12 @@ def check_arguments(
             f"expects num_layers greater than 1, but got dropout={dropout} and num_layers=1",
             stacklevel=4,
         )
-    for name, flag in (("bias", bias), ("batch_first", batch_first)):
+    for name in ("bias", "batch_first"):
+        flag = given[name]
         if not isinstance(flag, bool):
             raise TypeError(f"{name} should be of type bool, got: {type(flag).__name__} ({flag!r})")
-    for name, size in (
-        ("input_size", input_size),
-        ("hidden_size", hidden_size),
-        ("num_layers", num_layers),
-    ):
+    for name in ("input_size", "hidden_size", "num_layers"):
+        size = given[name]
         if not isinstance(size, int):
             raise TypeError(f"{name} should be of type int, got: {type(size).__name__} ({size!r})")
         if size <= 0:
@@ -325,19 +315,21 @@ def check_arguments(
             "proj_size should be a positive integer or zero to disable projections, "
             f"got {proj_size}"
         )
-    if proj_size >= hidden_size:
+    if proj_size >= given["hidden_size"]:
         raise ValueError(
             "proj_size has to be smaller than hidden_size, "
-            f"got proj_size={proj_size} and hidden_size={hidden_size}"
+            f"got proj_size={proj_size} and hidden_size={given['hidden_size']}"
         )
 
 
-def check_heads(heads: int, hidden_size: int, bidirectional: bool, proj_size: int) -> None:
+def check_heads(given: Mapping[str, Any]) -> None:
+    """The check of `heads` beside the other arguments of a layer."""
+    heads, hidden_size, bidirectional = given["heads"], given["hidden_size"], given["bidirectional"]
     if not isinstance(heads, int) or isinstance(heads, bool) or heads < 1:
         raise ValueError(f"heads should be a positive integer, got {heads!r}")
     if hidden_size % heads:
         raise ValueError(f"heads={heads} should divide hidden_size={hidden_size}")
-    if heads > 1 and proj_size:
+    if heads > 1 and given["proj_size"]:
         raise ValueError(
             "heads are not projected; use proj_size=0, or a torch.nn.Linear behind the layer"
         )

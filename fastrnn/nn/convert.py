@@ -1,7 +1,7 @@
 """Between torch.nn's modules and ours: the same Parameters and attributes under another class.
 
-Our classes enter the tables below themselves (`twin_of`), as they need the way back to torch.nn for
-formats that know torch's own operators only.
+Our classes enter the tables below themselves (`counterpart_of`), as they need the way back to
+torch.nn for formats that know torch's own operators only.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.utils import parametrize
 
+from fastrnn.nn.flat_weights import written_entries
 from fastrnn.nn.rebase import rebased
 
 __all__ = [
@@ -23,12 +24,12 @@ __all__ = [
     "WRAPPERS",
     "Wrapper",
     "converted",
-    "detour",
+    "counterpart_of",
+    "export_forward",
     "from_torch",
     "on_fastrnn",
     "scriptable",
     "to_torch",
-    "twin_of",
 ]
 
 _Class = TypeVar("_Class", bound=type[nn.Module])
@@ -49,7 +50,7 @@ class Wrapper(NamedTuple):
 WRAPPERS: list[Wrapper] = []
 
 
-def twin_of(theirs: type[nn.Module]) -> Callable[[_Class], _Class]:
+def counterpart_of(theirs: type[nn.Module]) -> Callable[[_Class], _Class]:
     """Declare the decorated class to be ours for that class of torch.nn."""
 
     def declare(ours: _Class) -> _Class:
@@ -156,7 +157,7 @@ def converted(module: nn.Module, target: type[nn.Module]) -> nn.Module:
             state[name] = state[name].copy()
     # The list of weights and the references to them are torch's alone; what was written into it
     # is ours.
-    written = _written(module) if isinstance(module, nn.RNNBase) else {}
+    written = written_entries(module) if isinstance(module, nn.RNNBase) else {}
     for name in ("_flat_weights", "_frozen", "_written"):
         state.pop(name, None)
     if "_flat_weight_refs" in state:
@@ -173,24 +174,7 @@ def converted(module: nn.Module, target: type[nn.Module]) -> nn.Module:
     return made
 
 
-def _written(layer: nn.RNNBase) -> dict[str, Tensor | None]:
-    """Entries of `_flat_weights` that a user wrote: torch.nn computes with them until one of the
-    layer's own weights is replaced."""
-    if isinstance(layer, tuple(TO_TORCH)):
-        return dict(layer._written_entries())  # type: ignore[operator]
-    # A parametrized weight is left alone: computing it may change its state.
-    computed = getattr(layer, "parametrizations", {})
-    names = layer._flat_weights_names
-    plain = {k: getattr(layer, n, None) for k, n in enumerate(names) if n not in computed}
-    for k, own in plain.items():
-        known = layer._flat_weight_refs[k]
-        if own is not None and (known is None or known() is not own):
-            return {}
-    entries = layer._flat_weights
-    return {names[k]: entries[k] for k, own in plain.items() if entries[k] is not own}
-
-
-def detour(module: nn.Module, input: Any, extras: dict[str, Any] | None = None) -> Any:
+def export_forward(module: nn.Module, input: Any, extras: dict[str, Any] | None = None) -> Any:
     """What to call in place of our own forward, if anything.
 
     Where the call is being written down in a format that knows torch's own operators only

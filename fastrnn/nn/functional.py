@@ -7,7 +7,6 @@ time-major or packed, and the answer back to the caller's. The exceptions are to
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -93,49 +92,34 @@ def rnn(
 
     Like torch.nn.RNN, https://docs.pytorch.org/docs/stable/generated/torch.nn.RNN.html
     """
-    every = cast(Sequence[Weights], weights)  # from a layer they have names already
+    every: Sequence[Weights] = weights  # type: ignore[assignment]  # from a layer they have names
     if not weights or type(weights[0]) is not Weights:
         every = [named(each) for each in weights]
     batch_sizes: Tensor | None = None
     order: Tensor | None = None
     restore: Tensor | None = None
+    rank: int | None = None
     batched = True
-    batch_dim = 0 if batch_first else 1
     if isinstance(input, PackedSequence):
         x, batch_sizes, order, restore = input
     else:
         x = input
-        if x.dim() not in (2, 3):
-            tensor = "tensor " if name == "RNN" else ""  # torch.nn's LSTM and GRU leave it out
-            raise ValueError(
-                f"{name}: Expected input to be 2D or 3D, got {x.dim()}D {tensor}instead; "
-                "input is [T, B, I], [B, T, I] with batch_first=True, or [T, I]"
-            )
-        if x.layout is not torch.strided or x.is_nested:
-            raise RuntimeError(
-                f"{name}: expected a dense tensor, got "
-                f"{'a nested tensor' if x.is_nested else x.layout}; pad the input "
-                "(to_padded_tensor, to_dense) and pass lengths=, or pack it"
-            )
-        if x.dim() == 2:
+        if (rank := x.dim()) not in (2, 3) or x.layout is not torch.strided or x.is_nested:
+            raise _not_dense(x, name)
+        if rank == 2:
             batched = False
-            x = x.unsqueeze(batch_dim)
+            x = x.unsqueeze(0 if batch_first else 1)
 
-    given = hx
-    states: tuple[Tensor, ...] = ()
+    states: Sequence[Tensor] = ()
     if hx is not None:
-        rank = None if batch_sizes is not None else 3 if batched else 2
         states = states_of(cell, hx, rank, whole=batched and order is None)
-        if not batched:
-            states = tuple(s.unsqueeze(1) for s in states)
-        if order is not None:
-            states = tuple(s.index_select(1, order) for s in states)
-        given = states if len(cell.states) > 1 else states[0]
+        states = _canonical(states, order, batched)
+        hx = states if len(cell.states) > 1 else states[0]
     if check is None:
         check_sizes(
             cell,
             x,
-            given,
+            hx,
             batch_sizes,
             every,
             bidirectional=bidirectional,
@@ -143,34 +127,32 @@ def rnn(
             batch_first=batch_first,
         )
     else:
-        check(x, given, batch_sizes, every[0].w_ih)
+        check(x, hx, batch_sizes, every[0].w_ih)
     check_device(x, every[0].w_ih, states)
-    check_states(states, x)
+    if states:
+        check_states(states, x)
 
-    if batch_sizes is None:
-        if batch_first:
-            x = x.transpose(0, 1)
-        if lengths is not None:
-            lengths = check_lengths(lengths, x, batched)
-        elif x.size(0) == 0:
-            raise RuntimeError(
-                "Expected sequence length to be larger than 0 in RNN, got 0; "
-                "pass lengths= to allow empty sequences"
-            )
-    elif lengths is not None:
-        raise ValueError("lengths= is for dense input; a PackedSequence holds its own lengths")
+    if batch_first and batch_sizes is None:
+        x = x.transpose(0, 1)
+    if lengths is not None:
+        if batch_sizes is not None:
+            raise ValueError("lengths= is for dense input; a PackedSequence holds its own lengths")
+        lengths = check_lengths(lengths, x, batched)
+    elif batch_sizes is None and x.shape[0] == 0:
+        raise RuntimeError(
+            "Expected sequence length to be larger than 0 in RNN, got 0; "
+            "pass lengths= to allow empty sequences"
+        )
     if resets is not None:
         resets = check_resets(resets, x, batch_sizes, order, batch_first and batched)
-    if not states and (batch_sizes is not None or (lengths is not None and x.size(0) == 0)):
+    if not states and (batch_sizes is not None or (lengths is not None and x.shape[0] == 0)):
         states = _zeros(cell, x, every, heads, _batch_size(x, batch_sizes, order))
 
-    if heads > 1:
-        states = tuple(_split(s, heads) for s in states)
     y, final = _stack(
         cell,
         x,
         every,
-        states,
+        states if heads == 1 else [_split(s, heads) for s in states],
         directions=2 if bidirectional else 1,
         heads=heads,
         dropout=dropout if training else 0.0,
@@ -183,19 +165,44 @@ def rnn(
 
     if heads > 1:
         final = [_joined(s, heads) for s in final]
-    if restore is not None:
-        final = [s.index_select(1, restore) for s in final]
-    if not batched:
-        final = [s.squeeze(1) for s in final]
-    last = final[0] if len(final) == 1 else tuple(final)
     if batch_sizes is not None:
-        return PackedSequence(y, batch_sizes, order, restore), last
+        if restore is not None:
+            final = [s.index_select(1, restore) for s in final]
+        return PackedSequence(y, batch_sizes, order, restore), _given(final)
     if not batched:
-        return (y.transpose(0, 1) if batch_first else y).squeeze(batch_dim), last
+        y = (y.transpose(0, 1) if batch_first else y).squeeze(0 if batch_first else 1)
+        return y, _given([s.squeeze(1) for s in final])
     if batch_first:
         # A view of one state's output torch.nn does not give, of several it does.
         y = ops.transposed(y) if len(cell.states) == 1 else y.transpose(0, 1)
-    return y, last
+    return y, _given(final)
+
+
+def _not_dense(x: Tensor, name: str) -> Exception:
+    """What to raise for an input that is no dense tensor of two or three dimensions."""
+    if x.dim() not in (2, 3):
+        tensor = "tensor " if name == "RNN" else ""  # torch.nn's LSTM and GRU leave it out
+        return ValueError(
+            f"{name}: Expected input to be 2D or 3D, got {x.dim()}D {tensor}instead; "
+            "input is [T, B, I], [B, T, I] with batch_first=True, or [T, I]"
+        )
+    return RuntimeError(
+        f"{name}: expected a dense tensor, got "
+        f"{'a nested tensor' if x.is_nested else x.layout}; pad the input "
+        "(to_padded_tensor, to_dense) and pass lengths=, or pack it"
+    )
+
+
+def _canonical(states: Sequence[Tensor], order: Tensor | None, batched: bool) -> Sequence[Tensor]:
+    """States with a batch, in the order in which the input is packed."""
+    if not batched:
+        return [s.unsqueeze(1) for s in states]
+    return states if order is None else [s.index_select(1, order) for s in states]
+
+
+def _given(states: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
+    """States in the form of `hx`."""
+    return states[0] if len(states) == 1 else tuple(states)
 
 
 def rnn_cell(
@@ -255,7 +262,7 @@ def _stack(
     *,
     directions: int,
     heads: int,
-    dropout: float,
+    dropout: float = 0.0,
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     resets: Tensor | None,
@@ -265,23 +272,30 @@ def _stack(
     """Layers on canonical operands: `x` [T, B, I] or packed [R, I], `s0` `S` times
     [L*D*heads, B, *]."""
     scans = directions * heads
-    last = len(weights) - scans
     reverse = 0 if directions == 1 else (1 << heads) - 1 << heads  # the second half
     reverse -= (reverse >> 63) << 64  # as a signed number of 64 bits
+    if len(weights) == scans:  # one layer, as most have
+        w_ih, w_hh, b_ih, b_hh, w_hr = side_by_side(weights)
+        operands = Operands(
+            x, w_ih, w_hh, b_ih, b_hh, w_hr, s0, batch_sizes, lengths, resets, reverse
+        )
+        return ops.run(cell, operands, packed[0] if packed else None, recompute=recompute)
     finals = []
     for first in range(0, len(weights), scans):
-        s = s0 if last == 0 else [h[first : first + scans] for h in s0]
-        w_ih, w_hh, b_ih, b_hh, w_hr = side_by_side(weights[first : first + scans])
-        operands = Operands(
-            x, w_ih, w_hh, b_ih, b_hh, w_hr, s, batch_sizes, lengths, resets, reverse
+        x, final = _stack(
+            cell,
+            F.dropout(x, dropout, True) if dropout and first else x,
+            weights[first : first + scans],
+            [h[first : first + scans] for h in s0],
+            directions=directions,
+            heads=heads,
+            batch_sizes=batch_sizes,
+            lengths=lengths,
+            resets=resets,
+            recompute=recompute,
+            packed=packed[first // scans :],
         )
-        layer = packed[first // scans] if packed else None
-        x, final = ops.run(cell, operands, layer, recompute=recompute)
         finals.append(final)
-        if dropout and first < last:
-            x = F.dropout(x, dropout, True)
-    if len(finals) == 1:
-        return x, finals[0]
     return x, [torch.cat(s) for s in zip(*finals, strict=True)]
 
 

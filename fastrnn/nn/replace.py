@@ -170,7 +170,7 @@ def _change(
         elif target:
             if isinstance(module, Freezable):
                 module._unfreeze()  # torch.nn's would never train again
-            _become(module, converted(module, target))
+            _morph(module, converted(module, target))
             replaced.append(Replaced(name, _label(kind), _label(target)))
     for name, module in walk:
         if other := _wrapper(module):
@@ -239,7 +239,7 @@ def _refusal(
     return obstacle(module, kind, theirs, FROM_TORCH[theirs])
 
 
-def _become(module: nn.Module, other: nn.Module) -> None:
+def _morph(module: nn.Module, other: nn.Module) -> None:
     """Make `module` in all respects what `other` is, which is then of no more use."""
     module.__class__ = type(other)
     module.__dict__ = other.__dict__

@@ -1,0 +1,242 @@
+"""What all layers share: parameters as torch.nn names them, and the call.
+
+Layers derive from `nn.RNNBase` and not from `nn.LSTM` and its siblings, because `torch.compile`
+refuses those by `isinstance`. Weights are read anew on every call: they may be parametrized,
+tied, replaced or functionalised between two calls, and nothing here may remember them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import FunctionType
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from fastrnn import cells
+from fastrnn.cells import Cell
+from fastrnn.kernels.operands import Weights, heads_of, named
+from fastrnn.nn import functional
+from fastrnn.nn.checks import States, check_arguments, check_dtype, check_heads, check_input
+from fastrnn.nn.convert import export_forward, scriptable
+from fastrnn.nn.flat_weights import FlatWeights
+from fastrnn.nn.freeze import Freezable
+from fastrnn.nn.stream import Stepper, stepper
+
+__all__ = ["CELL_OF_MODE", "Layer", "with_own_forward"]
+
+_Class = TypeVar("_Class", bound="type[Layer]")
+
+Sequences = Tensor | PackedSequence
+Lengths = Tensor | Sequence[int] | None
+Resets = Tensor | PackedSequence | None
+
+CELL_OF_MODE = {
+    "RNN_TANH": cells.rnn_tanh,
+    "RNN_RELU": cells.rnn_relu,
+    "LSTM": cells.lstm,
+    "GRU": cells.gru,
+}
+
+
+class Layer(Freezable, FlatWeights):
+    """Layers of one cell, stacked, in one direction or both."""
+
+    _name = "RNN"
+    # Defaults for layers converted from torch.nn and for older pickles.
+    heads = 1
+    recompute = False
+
+    def __init__(self, cell: Cell, mode: str, arguments: Mapping[str, Any]) -> None:
+        """`arguments` has those of the public constructor by name, and `proj_size`."""
+        # Not RNNBase's constructor: that one knows four modes only and says less in its errors.
+        nn.Module.__init__(self)
+        self.mode = mode
+        self.input_size = arguments["input_size"]
+        self.hidden_size = arguments["hidden_size"]
+        self.num_layers = arguments["num_layers"]
+        self.bias = arguments["bias"]
+        self.batch_first = arguments["batch_first"]
+        self.dropout = float(arguments["dropout"])
+        self.bidirectional = arguments["bidirectional"]
+        self.proj_size = arguments["proj_size"]
+        check_arguments(arguments)
+        check_heads(arguments)
+        if arguments["heads"] > 1:
+            self.heads = arguments["heads"]
+        if arguments["recompute"]:
+            self.recompute = True
+        # RNNBase's own methods expect it. Weak references to parameters would keep
+        # load_state_dict from swapping them, so it stays empty.
+        self._flat_weight_refs: list[Any] = []
+        self._flat_weights_names: list[str] = []
+        self._all_weights: list[list[str]] = []
+        directions = ("", "_reverse") if self.bidirectional else ("",)
+        for layer in range(self.num_layers):
+            shapes = self._shapes(cell, layer)
+            for suffix in directions:
+                names = [f"{kind}_l{layer}{suffix}" for kind in shapes]
+                for name, shape in zip(names, shapes.values(), strict=True):
+                    empty = torch.empty(shape, device=arguments["device"], dtype=arguments["dtype"])
+                    self.register_parameter(name, nn.Parameter(empty))
+                self._flat_weights_names.extend(names)
+                self._all_weights.append(names)
+        self.reset_parameters()
+
+    def _shapes(self, cell: Cell, layer: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of a layer's parameters in one direction, in torch.nn's order."""
+        rows = len(cell.gates) * self.hidden_size // self.heads
+        recurrent = self.proj_size or self.hidden_size
+        width = recurrent * (2 if self.bidirectional else 1) if layer else self.input_size
+        shapes: dict[str, tuple[int, ...]] = {
+            "weight_ih": (rows, width),
+            "weight_hh": (rows, recurrent // self.heads),
+        }
+        if self.bias:
+            shapes.update(bias_ih=(rows,), bias_hh=(rows,))
+        if self.proj_size:
+            shapes["weight_hr"] = (self.proj_size, self.hidden_size)
+        if self.heads > 1:
+            return {kind: (self.heads, *shape) for kind, shape in shapes.items()}
+        return shapes
+
+    def forward(
+        self,
+        input: Sequences,
+        hx: States | None = None,
+        *,
+        lengths: Lengths = None,
+        resets: Resets = None,
+    ) -> tuple[Sequences, Tensor | tuple[Tensor, ...]]:
+        """Run the layer; see the class for shapes."""
+        extras = (
+            {} if lengths is None and resets is None else {"lengths": lengths, "resets": resets}
+        )
+        if (other := export_forward(self, input, extras)) is not None:
+            return other(input, hx, **extras)
+        return functional.rnn(
+            self._cell(),
+            input,
+            self._weights(),
+            hx,
+            bidirectional=self.bidirectional,
+            heads=self.heads,
+            batch_first=self.batch_first,
+            dropout=self.dropout,
+            training=self.training,
+            lengths=lengths,
+            resets=resets,
+            recompute=self.recompute,
+            name=self._name,
+            check=self._check,
+            packed=self._frozen.layers if self._frozen is not None else (),
+        )
+
+    def _slow_forward(self, *arguments: Any, **keywords: Any) -> Any:
+        # What nn.Module calls in place of forward while TorchScript traces. The ONNX exporter that
+        # does so passes the defaults of all parameters by position, of those for keywords too.
+        while len(arguments) > 2 and arguments[-1] is None:
+            arguments = arguments[:-1]
+        return super()._slow_forward(*arguments, **keywords)  # type: ignore[no-untyped-call]
+
+    def stream(self, batch_size: int = 1, *, threads: int = 1, release_gil: bool = True) -> Stepper:
+        """A stepper: these layers with a copy of their weights and states of its own, for
+        inference one step at a time. Dropout is not applied.
+
+        Args:
+            batch_size: rows of every step.
+            threads: how many it may use at most; the plan takes as many as pay, from 256 KB of
+                weights on. The others keep their cores busy for about 200 us after a step, then
+                sleep, and the step that wakes them makes a system call. One is safe in real time.
+            release_gil: whether other Python threads may run during a step; see `Stepper`.
+
+        Raises:
+            ValueError: for a bidirectional layer or one with heads, a batch or threads below one,
+                or weights on another device than the CPU.
+            fastrnn.plan.KernelRefused: for a cell of one's own that cannot be compiled.
+
+        Example:
+            >>> import numpy, fastrnn
+            >>> stepper = fastrnn.GRU(8, 16).stream()
+            >>> x, y = numpy.zeros((1, 8), "float32"), numpy.empty((1, 16), "float32")
+            >>> stepper.step(x, y) is y
+            True
+        """
+        if self.bidirectional:
+            raise ValueError(
+                "a bidirectional layer needs the whole sequence before its first output, "
+                "so it cannot be streamed; use bidirectional=False"
+            )
+        if self.heads > 1:
+            raise ValueError(
+                f"a stepper runs one recurrence per layer, not heads={self.heads}; call the layer "
+                "on one step at a time instead"
+            )
+        return stepper(self._cell(), self._weights(), batch_size, threads, release_gil)
+
+    def _cell(self) -> Cell:
+        cell = CELL_OF_MODE.get(self.mode)
+        if cell is None:
+            raise AssertionError(f"mode must be RNN_TANH or RNN_RELU, got {self.mode}")
+        return cell
+
+    def _weights(self) -> list[Weights]:
+        # A look into `_parameters` first: nn.Module's attribute lookup takes longer than a
+        # small cell. What is not there was parametrized, or set as a plain tensor.
+        own: Mapping[str, Any] = self._parameters
+        if self._written is not None and (written := self._written_entries()):
+            own = {**own, **written}
+        recurrences = []
+        for names in self._all_weights:  # a loop, as comprehensions in each other take longer
+            weights = [own[n] if n in own else getattr(self, n) for n in names]
+            recurrences.append(named(weights) if self.proj_size else Weights(*weights))
+        if self.heads > 1:
+            return [head for each in recurrences for head in heads_of(each)]
+        return recurrences
+
+    def _weight_names(self) -> list[str]:
+        return self._flat_weights_names
+
+    def _check(
+        self,
+        input: Tensor,
+        hx: States | None,
+        batch_sizes: Tensor | None,
+        weight: Tensor,
+    ) -> None:
+        if weight is not self._parameters.get(self._flat_weights_names[0]):
+            check_dtype(input, weight)  # of its own Parameters check_input looks at the first
+        if hx is None:
+            self.check_input(input, batch_sizes)
+        else:
+            self.check_forward_args(input, hx, batch_sizes)  # type: ignore[arg-type]
+
+    def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
+        """Raise what torch.nn raises for an input of wrong dtype or shape."""
+        # A parametrized weight is left alone: computing it may change its state.
+        weight = self._parameters.get(self._flat_weights_names[0])
+        if weight is not None:
+            check_dtype(input, weight)
+        check_input(input, self.input_size, batch_sizes)
+
+    def extra_repr(self) -> str:
+        """What differs from the defaults."""
+        heads = f", heads={self.heads}" if self.heads > 1 else ""
+        return super().extra_repr() + heads + (", recompute=True" if self.recompute else "")
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return scriptable(self)
+
+
+def with_own_forward(kind: _Class) -> _Class:
+    """Give a public class a copy of `Layer.forward` under its own name, as torch.nn's have theirs:
+    Python's errors about arguments name the class that a user knows."""
+    shared = cast(FunctionType, Layer.forward)
+    forward = FunctionType(shared.__code__, shared.__globals__, "forward", shared.__defaults__)
+    forward.__kwdefaults__ = shared.__kwdefaults__
+    forward.__annotations__ = shared.__annotations__
+    forward.__qualname__ = f"{kind.__qualname__}.forward"
+    kind.forward = forward  # type: ignore[method-assign]
+    return kind
