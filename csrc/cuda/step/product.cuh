@@ -34,20 +34,17 @@ struct Numbers<Number::kFloat64> {
   static constexpr bool kMatrixUnits = false;
   static constexpr int kDepth = 2;
 };
-template <>
-struct Numbers<Number::kBfloat16> {
-  using Stored = dev::bfloat16;
+template <class T>
+struct Numbers16 {
+  using Stored = T;
   using Sum = float;
   static constexpr bool kMatrixUnits = true;
   static constexpr int kDepth = 16;
 };
 template <>
-struct Numbers<Number::kFloat16> {
-  using Stored = dev::float16;
-  using Sum = float;
-  static constexpr bool kMatrixUnits = true;
-  static constexpr int kDepth = 16;
-};
+struct Numbers<Number::kBfloat16> : Numbers16<dev::bfloat16> {};
+template <>
+struct Numbers<Number::kFloat16> : Numbers16<dev::float16> {};
 
 template <class A, class B>
 constexpr bool kSame = false;
@@ -393,6 +390,36 @@ FASTRNN_HD constexpr int elements_at_a_time(int bytes_each) {
   return count;
 }
 
+// A step of a block's elements around the product. What an element reads is loaded in two parts:
+// `load_early` does not depend on the launch before, and runs before this one waits for that;
+// `load_late` does. While a group of elements is finished the next one is being loaded.
+template <class Element, class Shape, class Product, class Early, class Late, class Finish>
+__device__ __forceinline__ void pipelined(Product& product, const Early& load_early,
+                                          const Late& load_late, const Finish& finish) {
+  constexpr int kGroup = elements_at_a_time<Shape>(sizeof(Element));
+  Element ahead[kGroup] = {};
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) load_early(i, ahead[i]);
+  dev::wait_for_previous_launch();
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) load_late(i, ahead[i]);
+  product.run();
+#pragma unroll 1
+  for (int first = 0; first < Shape::kPerThread; first += kGroup) {
+    Element now[kGroup];
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      now[i] = ahead[i];
+      if (first + kGroup < Shape::kPerThread) {
+        load_early(first + kGroup + i, ahead[i]);
+        load_late(first + kGroup + i, ahead[i]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) finish(first + i, now[i]);
+  }
+}
+
 // ---- Launches ----------------------------------------------------------------------------------
 
 // Blocks along x: tiles of units of a tile of the batch side by side; along y: lanes.
@@ -450,6 +477,22 @@ int with_number(Number number, F f) {
       return f(NumberConstant<Number::kFloat16>{});
   }
   return kInvalidValue;
+}
+
+// f(cell, number, shape) for a cell, the plan's number and the shape among Tiles that fits the
+// plan's batch tile: an object of the cell, a constant, an object of the shape.
+template <class Tiles, class F>
+int with_kernel(int cell, const CudaPlan& plan, F f) {
+  return with_cell(cell, [&](auto c) {
+    return with_number(plan.number, [&](auto number) {
+      if (plan.batch_tile <= 16) return f(c, number, typename Tiles::Small{});
+      // Large tiles of sums in double would not fit in registers.
+      if constexpr (decltype(number)::kValue != Number::kFloat64) {
+        if (plan.batch_tile > 32) return f(c, number, typename Tiles::Large{});
+      }
+      return f(c, number, typename Tiles::Middle{});
+    });
+  });
 }
 
 }  // namespace step
