@@ -2,6 +2,9 @@
 // launches. A kernel uses these and plain C++, no more: the same file is compiled by nvcc, and by a
 // C++ compiler with -DFASTRNN_CUDASIM, to run on the CPU (tests/cudasim).
 //
+// Functions of one shape stay apart even so: each is its instruction, what the simulator has in its
+// place, and a trap where the GPU lacks it, and is to be read beside the manual by itself.
+//
 // Clusters, mbarriers and asynchronous stores need compute capability 9.0. Below that these
 // functions trap, so that every kernel compiles for every GPU.
 #pragma once

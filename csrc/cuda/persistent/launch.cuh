@@ -16,7 +16,9 @@
 namespace fastrnn {
 namespace persistent {
 
-// What a launch knows that kernels need, besides the sweep.
+// What a launch knows that kernels need, besides the sweep. Both kernels begin by saying where a
+// thread is in it, in names of their own: their lambdas capture those, and could not capture the
+// names of a value that is taken apart.
 struct Launched {
   tile::Layout at;
   int regime;

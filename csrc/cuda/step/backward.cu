@@ -17,7 +17,7 @@ template <class Cell, Number number, class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     backward_step(const Sweep sweep, const int step) {
   constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kKept;
-  constexpr int kWidth = S - 1 + K, kKept = K > 0 ? K : 1;
+  constexpr int kWidth = S - 1 + K, kSavedRoom = K > 0 ? K : 1;
   using Multiply = Product<number, Shape, 1, true>;
   using Stored = typename Multiply::Stored;
   using Sum = typename Multiply::Sum;
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 
   // What the forward knew of a unit of a row, and gradients of its states, without the product.
   struct Element {
-    Sum kept[kKept], before[S], after[S], dy, d[S];
+    Sum kept[kSavedRoom], before[S], after[S], dy, d[S];
   };
   const auto load_known = [&](int i, Element& e) {
     const auto& row = product.row(part.row(i));

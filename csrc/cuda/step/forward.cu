@@ -16,7 +16,7 @@ template <class Cell, Number number, class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     forward_step(const Sweep sweep, const int step, const bool odd) {
   constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kKept;
-  constexpr int kWidth = S - 1 + K, kKept = K > 0 ? K : 1;
+  constexpr int kWidth = S - 1 + K, kSavedRoom = K > 0 ? K : 1;
   using Multiply = Product<number, Shape, G, false>;
   using Stored = typename Multiply::Stored;
   using Sum = typename Multiply::Sum;
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       carry[lane.state(next_place, b) + n] = e.s[0];
       return;
     }
-    Sum next[S], kept[kKept];
+    Sum next[S], kept[kSavedRoom];
 #pragma unroll
     for (int g = 0; g < G; ++g) e.v[g] += product.sum(g, r, part.unit(i));
     Cell::forward(e.u, e.v, e.s, next, kept);
