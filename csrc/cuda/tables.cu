@@ -28,8 +28,8 @@ std::vector<CudaRowGroup> row_groups() {
     for (int gates = 1; gates <= 64; ++gates) {
       if (!has_cell_of(gates)) continue;
       for (const int columns : kBatchTiles) {
-        const tile::RowGroups groups = backward ? tile::backward_row_groups(gates, columns / 8)
-                                                : tile::forward_row_groups(gates, columns / 8);
+        const tile::RowGroups groups = backward ? tile::Backward::row_groups(gates, columns / 8)
+                                                : tile::Forward::row_groups(gates, columns / 8);
         for (const int units : groups.units) {
           if (units > 0) all.push_back({backward, gates, columns, units});
         }
@@ -75,8 +75,8 @@ CudaTables fill() {
     for (int split = 0; split < 2; ++split) {
       for (int tiles = 1; tiles <= 4; ++tiles) {
         const int columns = kBatchTiles[i] / 8;
-        to.registers[0][split][i][tiles - 1] = tile::forward_registers(split, tiles, columns);
-        to.registers[1][split][i][tiles - 1] = tile::backward_registers(split, tiles, columns);
+        to.registers[0][split][i][tiles - 1] = tile::Forward::registers(split, tiles, columns);
+        to.registers[1][split][i][tiles - 1] = tile::Backward::registers(split, tiles, columns);
       }
     }
   }

@@ -26,8 +26,8 @@ struct Traits {
   static constexpr int kColumns = 8 * kColumnTiles;  // rows of the batch
   static constexpr int kUnits = 16 * kTiles;
   static constexpr int kItems = 2 * kTiles * kColumnTiles;
-  static constexpr int kResident = tile::resident_chunks(
-      tile::backward_registers(number == Number::kTf32x3, kTiles, kColumnTiles), kTiles);
+  static constexpr int kResident =
+      tile::resident_chunks<tile::Backward, number, kTiles, kColumnTiles>();
   static constexpr int kSize = tile::operand_bytes(number);
   static constexpr int kGatePieces = 8 * kSize / tile::kPiece;  // of an item's column, per gate
   static constexpr int kPieces = kGates * kGatePieces;
@@ -97,23 +97,12 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
     longest = stop > longest ? stop : longest;
     if (slice == 0) stops[n] = stop;
   }
-#pragma unroll
-  for (int lanes = 1; lanes < kWarp; lanes *= 2) {
-    const int other = __shfl_xor_sync(0xffffffffu, longest, lanes);
-    longest = other > longest ? other : longest;
-  }
+  longest = persistent::most_of_lanes<kWarp>(longest);
   const int low = at.low(longest), high = at.high(longest), steps = high - low;
   if (steps <= 0) return;  // and so does the whole group
 
-  const tile::Exchange exchange{layout,
-                                launched.regime,
-                                rank,
-                                X::kColumns,
-                                steps + 1,
-                                shared,
-                                reinterpret_cast<uint64_t*>(shared + layout.barriers),
-                                launched.areas + task * tile::area_bytes(layout, X::kColumns),
-                                launched.flags + task * tile::flag_bytes(layout)};
+  const tile::Exchange exchange =
+      persistent::exchange_of<X>(launched, task, rank, steps + 1, shared);
   if (rank >= layout.active) {
     exchange.ready();
     exchange.end();
@@ -147,18 +136,21 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
     return reinterpret_cast<float2*>(own)[(item(i) * S + k) * kWarp + lane];
   };
   float* states = static_cast<float*>(sweep.ds);
+  // visit(i, k, n, b): every state of each item, its unit, and the row of the batch that is the
+  // first of the item's two.
+  const auto each_state = [&](const auto& visit) {
 #pragma unroll 1
-  for (int i = 0; i < items; ++i) {
-    const int n = unit(i) + lane / 4;
-    const int64_t b = b0 + column(i) + pair;
+    for (int i = 0; i < items; ++i) {
 #pragma unroll
-    for (int k = 0; k < S; ++k) {
-      float2 x = make_float2(0, 0);
-      if (n < hidden && b < sweep.batch) x.x = states[at.state(k, b) + n];
-      if (n < hidden && b + 1 < sweep.batch) x.y = states[at.state(k, b + 1) + n];
-      gradient(i, k) = x;
+      for (int k = 0; k < S; ++k) visit(i, k, unit(i) + lane / 4, b0 + column(i) + pair);
     }
-  }
+  };
+  each_state([&](int i, int k, int n, int64_t b) {
+    float2 x = make_float2(0, 0);
+    if (n < hidden && b < sweep.batch) x.x = states[at.state(k, b) + n];
+    if (n < hidden && b + 1 < sweep.batch) x.y = states[at.state(k, b + 1) + n];
+    gradient(i, k) = x;
+  });
 
   // Of a step of the loop its time, and where the rows of the tile begin then.
   const auto time = [&](int step) { return at.time(high - 1 - step > 0 ? high - 1 - step : 0); };
@@ -300,32 +292,23 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
     row0 = row0_before;
     row0_before = row0_later;
   }
-#pragma unroll 1
-  for (int i = 0; i < items; ++i) {
-    const int n = unit(i) + lane / 4;
-    const int64_t b = b0 + column(i) + pair;
-#pragma unroll
-    for (int k = 0; k < S; ++k) {
-      const float2 x = k == 0 ? add_product(i, gradient(i, 0)) : gradient(i, k);
-      if (n < hidden && b < sweep.batch) states[at.state(k, b) + n] = x.x;
-      if (n < hidden && b + 1 < sweep.batch) states[at.state(k, b + 1) + n] = x.y;
-    }
-  }
+  each_state([&](int i, int k, int n, int64_t b) {
+    const float2 x = k == 0 ? add_product(i, gradient(i, 0)) : gradient(i, k);
+    if (n < hidden && b < sweep.batch) states[at.state(k, b) + n] = x.x;
+    if (n < hidden && b + 1 < sweep.batch) states[at.state(k, b + 1) + n] = x.y;
+  });
   exchange.end();
 }
 
 // ---- Launch ------------------------------------------------------------------------------------
 
-struct Direction {
+struct Direction : tile::Backward {
   template <class Cell, Number number, int units, int kColumnTiles>
   using Traits = fastrnn::Traits<Cell, number, units / 16, kColumnTiles>;
   template <class X>
   static auto kernel() {
     return persistent_backward<X>;
   }
-  static constexpr auto registers = tile::backward_registers;
-  static constexpr auto row_groups = tile::backward_row_groups;
-  static constexpr auto row_group = tile::backward_row_group;
 };
 
 }  // namespace

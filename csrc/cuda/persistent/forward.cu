@@ -29,8 +29,8 @@ struct Traits {
   static constexpr int kTiles = kHalves / 2;
   static constexpr int kColumnTiles = kColumnTiles_;
   static constexpr int kColumns = 8 * kColumnTiles;  // rows of the batch
-  static constexpr int kResident = tile::resident_chunks(
-      tile::forward_registers(number == Number::kTf32x3, kTiles, kColumnTiles), kTiles);
+  static constexpr int kResident =
+      tile::resident_chunks<tile::Forward, number, kTiles, kColumnTiles>();
   static constexpr int kSize = tile::operand_bytes(number);
   static constexpr int kPieces = kOctets * 8 * kSize / tile::kPiece;  // of a column
   static constexpr int kTaped = kStates - 1 + kKept;
@@ -92,23 +92,11 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
 #pragma unroll
     for (int e = 0; e < 2; ++e) longest = stop[j][e] > longest ? stop[j][e] : longest;
   }
-#pragma unroll
-  for (int lanes = 1; lanes < 4; lanes *= 2) {
-    const int other = __shfl_xor_sync(0xffffffffu, longest, lanes);
-    longest = other > longest ? other : longest;
-  }
+  longest = persistent::most_of_lanes<4>(longest);
   const int low = at.low(longest), steps = at.high(longest) - low;
   if (steps <= 0) return;  // and so does the whole group
 
-  tile::Exchange exchange{layout,
-                          launched.regime,
-                          rank,
-                          X::kColumns,
-                          steps,
-                          shared,
-                          reinterpret_cast<uint64_t*>(shared + layout.barriers),
-                          launched.areas + task * tile::area_bytes(layout, X::kColumns),
-                          launched.flags + task * tile::flag_bytes(layout)};
+  const tile::Exchange exchange = persistent::exchange_of<X>(launched, task, rank, steps, shared);
   if (rank >= layout.active) {
     exchange.ready();
     exchange.end();
@@ -144,21 +132,28 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
   float s[S][kOctets][kColumnTiles][2] = {};
   float bias[kOctets][G] = {};
   Stored u[kOctets][G][kColumnTiles][2] = {};
-  if (owns) {
+  // visit(k, o, j, e, b): every state of this thread, and its row of the batch.
+  const auto each_state = [&](const auto& visit) {
 #pragma unroll
     for (int o = 0; o < kOctets; ++o) {
-      const int n = unit + 8 * o;
 #pragma unroll
       for (int j = 0; j < kColumnTiles; ++j) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const int64_t b = b0 + 8 * j + column + e;
 #pragma unroll
-          for (int k = 0; k < S; ++k) {
-            if (b < sweep.batch && n < hidden) s[k][o][j][e] = carry[at.state(k, b) + n];
-          }
+          for (int k = 0; k < S; ++k) visit(k, o, j, e, b0 + 8 * j + column + e);
         }
       }
+    }
+  };
+  if (owns) {
+    each_state([&](int k, int o, int j, int e, int64_t b) {
+      const int n = unit + 8 * o;
+      if (b < sweep.batch && n < hidden) s[k][o][j][e] = carry[at.state(k, b) + n];
+    });
+#pragma unroll
+    for (int o = 0; o < kOctets; ++o) {
+      const int n = unit + 8 * o;
 #pragma unroll
       for (int g = 0; g < G; ++g) {
         if (!is_tied<Cell>(g) && sweep.b_hh != nullptr && n < hidden) {
@@ -275,37 +270,23 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
 
   exchange.settle();
   if (owns) {
-#pragma unroll
-    for (int o = 0; o < kOctets; ++o) {
-#pragma unroll
-      for (int j = 0; j < kColumnTiles; ++j) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int64_t b = b0 + 8 * j + column + e;
-#pragma unroll
-          for (int k = 0; k < S; ++k) {
-            if (b < sweep.batch && unit + 8 * o < hidden)
-              carry[at.state(k, b) + unit + 8 * o] = s[k][o][j][e];
-          }
-        }
-      }
-    }
+    each_state([&](int k, int o, int j, int e, int64_t b) {
+      if (b < sweep.batch && unit + 8 * o < hidden)
+        carry[at.state(k, b) + unit + 8 * o] = s[k][o][j][e];
+    });
   }
   exchange.end();
 }
 
 // ---- Launch ------------------------------------------------------------------------------------
 
-struct Direction {
+struct Direction : tile::Forward {
   template <class Cell, Number number, int units, int kColumnTiles>
   using Traits = fastrnn::Traits<Cell, number, units / 8, kColumnTiles>;
   template <class X>
   static auto kernel() {
     return persistent_forward<X>;
   }
-  static constexpr auto registers = tile::forward_registers;
-  static constexpr auto row_groups = tile::forward_row_groups;
-  static constexpr auto row_group = tile::forward_row_group;
 };
 
 }  // namespace

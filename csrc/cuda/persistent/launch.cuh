@@ -4,7 +4,7 @@
 //   Traits<Cell, number, units, kColumnTiles>: those of the kernel for row groups of so many units
 //     and tiles of 8 * kColumnTiles columns; X::need(hidden) is what it needs of a block
 //   kernel<X>(): the kernel
-//   registers, row_groups, row_group: the functions of csrc/cuda/persistent/layout.cuh
+//   registers, row_groups, row_group: as in `tile::Forward` and `tile::Backward`
 #pragma once
 
 #include <limits>
@@ -16,7 +16,9 @@
 namespace fastrnn {
 namespace persistent {
 
-// What a launch knows that kernels need, besides the sweep.
+// What a launch knows that kernels need, besides the sweep. Both kernels begin by saying where a
+// thread is in it, in names of their own: their lambdas capture those, and could not capture the
+// names of a value that is taken apart.
 struct Launched {
   tile::Layout at;
   int regime;
@@ -26,6 +28,33 @@ struct Launched {
   char* flags;  // of a grid
   char* areas;
 };
+
+// The exchange of a group of blocks, `task`, in its block of this rank.
+template <class X>
+__device__ __forceinline__ tile::Exchange exchange_of(const Launched& launched, int task, int rank,
+                                                      int operands, char* shared) {
+  const tile::Layout& at = launched.at;
+  return {at,
+          launched.regime,
+          rank,
+          X::kColumns,
+          operands,
+          shared,
+          reinterpret_cast<uint64_t*>(shared + at.barriers),
+          launched.areas + task * tile::area_bytes(at, X::kColumns),
+          launched.flags + task * tile::flag_bytes(at)};
+}
+
+// The most of what kLanes lanes side by side have, in each of them.
+template <int kLanes>
+__device__ __forceinline__ int most_of_lanes(int most) {
+#pragma unroll
+  for (int lanes = 1; lanes < kLanes; lanes *= 2) {
+    const int other = __shfl_xor_sync(0xffffffffu, most, lanes);
+    most = other > most ? other : most;
+  }
+  return most;
+}
 
 template <class X>
 tile::Layout lay_out(const Sweep& sweep, const CudaPlan& plan) {

@@ -106,30 +106,7 @@ constexpr Layout lay_out(const Need& need, const CudaPlan& plan) {
   return at;
 }
 
-// ---- Registers ---------------------------------------------------------------------------------
-
-// Registers of a thread that hold weights: of 255, less the sums, the operand under way, states and
-// input of the cell, which grow with the number of columns and of tiles. That no kernel spills is
-// the measure; tests compile them all. 0 where there is no kernel.
-constexpr int forward_registers(bool split, int tiles, int column_tiles) {
-  constexpr int kWhole[3][4] = {{128, 128, 96, 96}, {96, 96, 72, 64}, {48, 48, 24, 32}};
-  constexpr int kSplit[3][4] = {{96, 96, 72, 32}, {64, 64, 48, 32}, {}};
-  return (split ? kSplit : kWhole)[column_tiles / 2][tiles < 4 ? tiles - 1 : 3];
-}
-
-// Whole chunks, counted for one tile; splitting numbers in parts takes some.
-constexpr int backward_registers(bool split, int tiles, int column_tiles) {
-  const int parts = !split ? 0 : tiles * column_tiles >= 8 ? 6 : 4;
-  return kChunkRegisters * ((column_tiles == 4 ? 8 : 10) - parts);
-}
-
-// Chunks of a slice that stay in these registers.
-constexpr int resident_chunks(int registers, int tiles) {
-  const int chunks = registers / (kChunkRegisters * tiles);
-  return chunks > 0 ? chunks : 1;
-}
-
-// ---- Row groups --------------------------------------------------------------------------------
+// ---- Registers and row groups of a direction ---------------------------------------------------
 
 // The units of a row group for which there are kernels, for a cell of so many gates and tiles of so
 // many times 8 columns; 0 stands for none.
@@ -137,34 +114,62 @@ struct RowGroups {
   int units[3];
 };
 
-// Forward a row group has the rows of all gates of its units: as few units as make whole tiles, or
-// as many as make up to four.
-constexpr RowGroups forward_row_groups(int gates, int column_tiles) {
-  const int few = gates % 2 == 0 ? 8 : 16;
-  const int many = 64 / gates / few * few;
-  return {{few, many > few && column_tiles <= 2 ? many : 0, 0}};
-}
+// Registers of a thread that hold weights: of 255, less the sums, the operand under way, states and
+// input of the cell, which grow with the number of columns and of tiles. That no kernel spills is
+// the measure; tests compile them all. 0 where there is no kernel.
+//
+// A plan may name no row group; `row_group` is the one that is taken then.
+struct Forward {
+  static constexpr int registers(bool split, int tiles, int column_tiles) {
+    constexpr int kWhole[3][4] = {{128, 128, 96, 96}, {96, 96, 72, 64}, {48, 48, 24, 32}};
+    constexpr int kSplit[3][4] = {{96, 96, 72, 32}, {64, 64, 48, 32}, {}};
+    return (split ? kSplit : kWhole)[column_tiles / 2][tiles < 4 ? tiles - 1 : 3];
+  }
 
-// Backward a row group has one row for each of its units.
-constexpr RowGroups backward_row_groups(int gates, int column_tiles) {
-  return {{16, 32, gates == 1 && column_tiles == 1 ? 64 : 0}};
-}
+  // It has the rows of all gates of its units: as few units as make whole tiles, or as many as make
+  // up to four.
+  static constexpr RowGroups row_groups(int gates, int column_tiles) {
+    const int few = gates % 2 == 0 ? 8 : 16;
+    const int many = 64 / gates / few * few;
+    return {{few, many > few && column_tiles <= 2 ? many : 0, 0}};
+  }
 
-// Which of them is taken where the plan names none: forward the least, or the next where a block
-// would need too many warps for that.
-constexpr int forward_row_group(const RowGroups& there, int64_t hidden, const CudaPlan& plan) {
-  const bool fits = row_groups_of_block(hidden, there.units[0], plan.blocks) <= kMaxWarps;
-  return fits || there.units[1] == 0 ? there.units[0] : there.units[1];
-}
+  // The least, or the next where a block would need too many warps for that.
+  static constexpr int row_group(const RowGroups& there, int64_t hidden, const CudaPlan& plan) {
+    const bool fits = row_groups_of_block(hidden, there.units[0], plan.blocks) <= kMaxWarps;
+    return fits || there.units[1] == 0 ? there.units[0] : there.units[1];
+  }
+};
 
-// Backward the least too. It is the next where a block of a grid has more units than that, so that
-// its warps, which read the operand each for themselves, read it once; and the last, if there is
-// one, where a block would need too many warps for less.
-constexpr int backward_row_group(const RowGroups& there, int64_t hidden, const CudaPlan& plan) {
-  const int64_t few = row_groups_of_block(hidden, there.units[0], plan.blocks);
-  const int64_t more = row_groups_of_block(hidden, there.units[1], plan.blocks);
-  if (plan.regime == kGrid && few > 1 && more <= kMaxWarps) return there.units[1];
-  return few > kMaxWarps && there.units[2] > 0 ? there.units[2] : there.units[0];
+struct Backward {
+  // Whole chunks, counted for one tile; splitting numbers in parts takes some.
+  static constexpr int registers(bool split, int tiles, int column_tiles) {
+    const int parts = !split ? 0 : tiles * column_tiles >= 8 ? 6 : 4;
+    return kChunkRegisters * ((column_tiles == 4 ? 8 : 10) - parts);
+  }
+
+  // It has one row for each of its units.
+  static constexpr RowGroups row_groups(int gates, int column_tiles) {
+    return {{16, 32, gates == 1 && column_tiles == 1 ? 64 : 0}};
+  }
+
+  // The least. It is the next where a block of a grid has more units than that, so that its warps,
+  // which read the operand each for themselves, read it once; and the last, if there is one, where
+  // a block would need too many warps for less.
+  static constexpr int row_group(const RowGroups& there, int64_t hidden, const CudaPlan& plan) {
+    const int64_t few = row_groups_of_block(hidden, there.units[0], plan.blocks);
+    const int64_t more = row_groups_of_block(hidden, there.units[1], plan.blocks);
+    if (plan.regime == kGrid && few > 1 && more <= kMaxWarps) return there.units[1];
+    return few > kMaxWarps && there.units[2] > 0 ? there.units[2] : there.units[0];
+  }
+};
+
+// Chunks of a slice that stay in the registers of a kernel.
+template <class Direction, Number number, int kTiles, int kColumnTiles>
+constexpr int resident_chunks() {
+  constexpr int kRegisters = Direction::registers(number == Number::kTf32x3, kTiles, kColumnTiles);
+  constexpr int kChunks = kRegisters / (kChunkRegisters * kTiles);
+  return kChunks > 0 ? kChunks : 1;
 }
 
 }  // namespace tile

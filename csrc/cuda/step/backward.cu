@@ -6,11 +6,6 @@
 namespace fastrnn {
 namespace step {
 
-// Rows of the batch x units of a block.
-using Small = Shape<1, 2, 1, 1, 4, 256, 4>;   // 16 x 16
-using Middle = Shape<1, 2, 2, 1, 4, 256, 3>;  // 32 x 16
-using Large = Shape<2, 2, 2, 2, 2, 128, 3>;   // 64 x 32
-
 // A block has some units of some rows: d of state 0 is what the step processed before, one later in
 // the lane, passes on through its gates, dv * R over all G*H of them, and what its cell passed on
 // directly, which lies in `ds`; then the derivative of the cell, a unit of a row per thread. Where
@@ -22,7 +17,7 @@ template <class Cell, Number number, class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     backward_step(const Sweep sweep, const int step) {
   constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kKept;
-  constexpr int kWidth = S - 1 + K, kKept = K > 0 ? K : 1;
+  constexpr int kWidth = S - 1 + K, kSavedRoom = K > 0 ? K : 1;
   using Multiply = Product<number, Shape, 1, true>;
   using Stored = typename Multiply::Stored;
   using Sum = typename Multiply::Sum;
@@ -64,7 +59,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 
   // What the forward knew of a unit of a row, and gradients of its states, without the product.
   struct Element {
-    Sum kept[kKept], before[S], after[S], dy, d[S];
+    Sum kept[kSavedRoom], before[S], after[S], dy, d[S];
   };
   const auto load_known = [&](int i, Element& e) {
     const auto& row = product.row(part.row(i));
@@ -122,28 +117,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     for (int j = 0; j < S; ++j) ds[lane.state(j, b) + n] = row.cut ? Sum(0) : passed[j];
   };
 
-  constexpr int kGroup = elements_at_a_time<Shape>(sizeof(Element));
-  Element ahead[kGroup] = {};
-#pragma unroll
-  for (int i = 0; i < kGroup; ++i) load_known(i, ahead[i]);
-  dev::wait_for_previous_launch();
-#pragma unroll
-  for (int i = 0; i < kGroup; ++i) load_gradients(i, ahead[i]);
-  product.run();
-#pragma unroll 1
-  for (int first = 0; first < Shape::kPerThread; first += kGroup) {
-    Element now[kGroup];
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      now[i] = ahead[i];
-      if (first + kGroup < Shape::kPerThread) {
-        load_known(first + kGroup + i, ahead[i]);
-        load_gradients(first + kGroup + i, ahead[i]);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) finish(first + i, now[i]);
-  }
+  pipelined<Element, Shape>(product, load_known, load_gradients, finish);
 }
 
 template <class Cell, Number number, class Shape>
@@ -162,17 +136,8 @@ int backward(const Sweep& sweep, void* stream) {
 }  // namespace step
 
 int launch_step_backward(int cell, const Sweep& sweep, const CudaPlan& plan, void* stream) {
-  return with_cell(cell, [&](auto c) {
-    return step::with_number(plan.number, [&](auto n) {
-      using Cell = decltype(c);
-      constexpr Number number = decltype(n)::kValue;
-      if (plan.batch_tile <= 16) return step::backward<Cell, number, step::Small>(sweep, stream);
-      // Large tiles of sums in double would not fit in registers.
-      if constexpr (number != Number::kFloat64) {
-        if (plan.batch_tile > 32) return step::backward<Cell, number, step::Large>(sweep, stream);
-      }
-      return step::backward<Cell, number, step::Middle>(sweep, stream);
-    });
+  return step::with_kernel<step::BackwardTiles>(cell, plan, [&](auto c, auto number, auto shape) {
+    return step::backward<decltype(c), decltype(number)::kValue, decltype(shape)>(sweep, stream);
   });
 }
 

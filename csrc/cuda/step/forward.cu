@@ -6,11 +6,6 @@
 namespace fastrnn {
 namespace step {
 
-// Rows of the batch x units (of every gate) of a block.
-using Small = Shape<1, 1, 1, 1, 4, 256, 4>;   // 16 x 8
-using Middle = Shape<1, 2, 2, 1, 2, 128, 4>;  // 32 x 16
-using Large = Shape<2, 2, 2, 2, 1, 128, 3>;   // 64 x 32
-
 // A block computes all gates of its units for its rows: the product in parts of the depth, which
 // pass through shared memory in a ring of stages, then the cell, a unit of a row per thread. In
 // 16 bits the operand is `y` as stored, otherwise state 0 of `carry`, which steps keep in two
@@ -21,7 +16,7 @@ template <class Cell, Number number, class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     forward_step(const Sweep sweep, const int step, const bool odd) {
   constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kKept;
-  constexpr int kWidth = S - 1 + K, kKept = K > 0 ? K : 1;
+  constexpr int kWidth = S - 1 + K, kSavedRoom = K > 0 ? K : 1;
   using Multiply = Product<number, Shape, G, false>;
   using Stored = typename Multiply::Stored;
   using Sum = typename Multiply::Sum;
@@ -100,7 +95,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       carry[lane.state(next_place, b) + n] = e.s[0];
       return;
     }
-    Sum next[S], kept[kKept];
+    Sum next[S], kept[kSavedRoom];
 #pragma unroll
     for (int g = 0; g < G; ++g) e.v[g] += product.sum(g, r, part.unit(i));
     Cell::forward(e.u, e.v, e.s, next, kept);
@@ -117,28 +112,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     }
   };
 
-  constexpr int kGroup = elements_at_a_time<Shape>(sizeof(Element));
-  Element ahead[kGroup] = {};
-#pragma unroll
-  for (int i = 0; i < kGroup; ++i) load_inputs(i, ahead[i]);
-  dev::wait_for_previous_launch();
-#pragma unroll
-  for (int i = 0; i < kGroup; ++i) load_states(i, ahead[i]);
-  product.run();
-#pragma unroll 1
-  for (int first = 0; first < Shape::kPerThread; first += kGroup) {
-    Element now[kGroup];
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      now[i] = ahead[i];
-      if (first + kGroup < Shape::kPerThread) {
-        load_inputs(first + kGroup + i, ahead[i]);
-        load_states(first + kGroup + i, ahead[i]);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) finish(first + i, now[i]);
-  }
+  pipelined<Element, Shape>(product, load_inputs, load_states, finish);
 }
 
 template <class Cell, Number number, class Shape>
@@ -162,17 +136,8 @@ int forward(const Sweep& sweep, void* stream) {
 }  // namespace step
 
 int launch_step_forward(int cell, const Sweep& sweep, const CudaPlan& plan, void* stream) {
-  return with_cell(cell, [&](auto c) {
-    return step::with_number(plan.number, [&](auto n) {
-      using Cell = decltype(c);
-      constexpr Number number = decltype(n)::kValue;
-      if (plan.batch_tile <= 16) return step::forward<Cell, number, step::Small>(sweep, stream);
-      // Large tiles of sums in double would not fit in registers.
-      if constexpr (number != Number::kFloat64) {
-        if (plan.batch_tile > 32) return step::forward<Cell, number, step::Large>(sweep, stream);
-      }
-      return step::forward<Cell, number, step::Middle>(sweep, stream);
-    });
+  return step::with_kernel<step::ForwardTiles>(cell, plan, [&](auto c, auto number, auto shape) {
+    return step::forward<decltype(c), decltype(number)::kValue, decltype(shape)>(sweep, stream);
   });
 }
 

@@ -19,35 +19,33 @@ namespace step {
 
 // ---- Numbers -----------------------------------------------------------------------------------
 
-// kDepth: what an instruction of matrix units multiplies at a time, or a vector of 16 bytes holds.
+// kInstructionDepth: what an instruction of matrix units multiplies at a time, or a vector of 16
+// bytes holds.
 template <Number number>
 struct Numbers {
   using Stored = float;
   using Sum = float;
   static constexpr bool kMatrixUnits = number != Number::kFloat32;
-  static constexpr int kDepth = kMatrixUnits ? 8 : 4;
+  static constexpr int kInstructionDepth = kMatrixUnits ? 8 : 4;
 };
 template <>
 struct Numbers<Number::kFloat64> {
   using Stored = double;
   using Sum = double;
   static constexpr bool kMatrixUnits = false;
-  static constexpr int kDepth = 2;
+  static constexpr int kInstructionDepth = 2;
 };
-template <>
-struct Numbers<Number::kBfloat16> {
-  using Stored = dev::bfloat16;
+template <class T>
+struct Numbers16 {
+  using Stored = T;
   using Sum = float;
   static constexpr bool kMatrixUnits = true;
-  static constexpr int kDepth = 16;
+  static constexpr int kInstructionDepth = 16;
 };
 template <>
-struct Numbers<Number::kFloat16> {
-  using Stored = dev::float16;
-  using Sum = float;
-  static constexpr bool kMatrixUnits = true;
-  static constexpr int kDepth = 16;
-};
+struct Numbers<Number::kBfloat16> : Numbers16<dev::bfloat16> {};
+template <>
+struct Numbers<Number::kFloat16> : Numbers16<dev::float16> {};
 
 template <class A, class B>
 constexpr bool kSame = false;
@@ -77,20 +75,20 @@ class Product {
 
  private:
   static constexpr int kItem = sizeof(Stored);
-  static constexpr int kChunk = 16 / kItem;  // numbers copied at a time
-  static constexpr int kDepth = Shape::kDepthBytes / kItem;
-  static constexpr int kStep = Numbers<number>::kDepth;
+  static constexpr int kPiece = 16 / kItem;                          // numbers copied at a time
+  static constexpr int kStageDepth = Shape::kDepthBytes / kItem;     // numbers of a stage
+  static constexpr int kTerms = Numbers<number>::kInstructionDepth;  // that an instruction adds up
   static constexpr int kTiles = gates * Shape::kTilesN;
   // Rows of shared memory are padded so that the loads of a warp meet different banks.
-  static constexpr int kPitch = kDepth + kChunk;
-  static constexpr int kWeightRows = transposed ? kDepth : gates * Shape::kUnits;
+  static constexpr int kPitch = kStageDepth + kPiece;
+  static constexpr int kWeightRows = transposed ? kStageDepth : gates * Shape::kUnits;
   static constexpr int kWeightPitch =
-      transposed ? Shape::kUnits + (kItem == 4 ? 2 : 1) * kChunk : kPitch;
+      transposed ? Shape::kUnits + (kItem == 4 ? 2 : 1) * kPiece : kPitch;
   static constexpr int kStageBytes = (Shape::kRows * kPitch + kWeightRows * kWeightPitch) * kItem;
   static constexpr int kSumBytes =
       Shape::kWarpsK * gates * Shape::kRows * Shape::kUnits * static_cast<int>(sizeof(Sum));
   static constexpr int kRowBytes = Shape::kRows * static_cast<int>(sizeof(TileRow));
-  static_assert(kDepth % (kStep * Shape::kWarpsK) == 0, "warps share the depth evenly");
+  static_assert(kStageDepth % (kTerms * Shape::kWarpsK) == 0, "warps share the depth evenly");
   static_assert(!transposed || gates == 1, "weights of all gates are one operand on the way back");
   static_assert(!transposed || kItem != 2 || Shape::kTilesN % 2 == 0, "loaded two at a time");
   static_assert(kRowBytes % 16 == 0 && kStageBytes % 16 == 0, "copies are aligned");
@@ -111,7 +109,7 @@ class Product {
         depth_(depth),
         first_unit_(first_unit),
         live_rows_(rows),
-        aligned_(hidden % kChunk == 0) {}
+        aligned_(hidden % kPiece == 0) {}
 
   __device__ __forceinline__ TileRow& row(int r) { return rows_[r]; }
 
@@ -121,7 +119,7 @@ class Product {
     const int lane = threadIdx.x % 32;
     bool any = false;
     for (int r = lane; r < Shape::kRows; r += 32) any |= rows_[r].operand || rows_[r].start;
-    count_ = __ballot_sync(0xffffffffu, any) ? (depth_ + kDepth - 1) / kDepth : 0;
+    count_ = __ballot_sync(0xffffffffu, any) ? (depth_ + kStageDepth - 1) / kStageDepth : 0;
 #pragma unroll 1
     for (int i = 0; i < Shape::kStages - 1 && i < count_; ++i) copy_weights(i);
   }
@@ -144,7 +142,7 @@ class Product {
         copy_rows(ahead);
       }
       dev::copy_async_commit();
-      if (i >= 0) multiply(sums, stage(i), depth_ - i * kDepth);
+      if (i >= 0) multiply(sums, stage(i), depth_ - i * kStageDepth);
     }
     __syncthreads();  // the stages make room for sums
     put(sums);
@@ -174,14 +172,14 @@ class Product {
     return threadIdx.x / 32 / Shape::kWarpsK % Shape::kWarpsN * 8 * Shape::kTilesN;
   }
 
-  // The first `count` of kChunk numbers, and zeros.
-  __device__ __forceinline__ void copy_chunk(Stored* to, const Stored* from, int count) const {
+  // The first `count` of kPiece numbers, and zeros.
+  __device__ __forceinline__ void copy_piece(Stored* to, const Stored* from, int count) const {
     if (aligned_) {
       dev::copy_async16(to, count > 0 ? from : weights_, count > 0);
       return;
     }
 #pragma unroll 1
-    for (int e = 0; e < kChunk; ++e) {
+    for (int e = 0; e < kPiece; ++e) {
       if (e < count) {
         to[e] = from[e];
       } else {
@@ -192,19 +190,19 @@ class Product {
 
   __device__ __forceinline__ void copy_weights(int i) const {
     Stored* const to = stage(i) + Shape::kRows * kPitch;
-    constexpr int kChunks = (transposed ? Shape::kUnits : kDepth) / kChunk;  // of a row
-    const int k0 = i * kDepth;
+    constexpr int kPieces = (transposed ? Shape::kUnits : kStageDepth) / kPiece;  // of a row
+    const int k0 = i * kStageDepth;
 #pragma unroll 2
-    for (int c = threadIdx.x; c < kWeightRows * kChunks; c += Shape::kThreads) {
-      const int r = c / kChunks, e = c % kChunks * kChunk;
+    for (int c = threadIdx.x; c < kWeightRows * kPieces; c += Shape::kThreads) {
+      const int r = c / kPieces, e = c % kPieces * kPiece;
       if (transposed) {
         const int k = k0 + r, n = first_unit_ + e;
-        copy_chunk(to + r * kWeightPitch + e, weights_ + int64_t{k} * hidden_ + n,
+        copy_piece(to + r * kWeightPitch + e, weights_ + int64_t{k} * hidden_ + n,
                    k < depth_ ? hidden_ - n : 0);
       } else {
         const int n = first_unit_ + r % Shape::kUnits, k = k0 + e;
         const int64_t from = int64_t{r / Shape::kUnits} * hidden_ + n;
-        copy_chunk(to + r * kWeightPitch + e, weights_ + from * hidden_ + k,
+        copy_piece(to + r * kWeightPitch + e, weights_ + from * hidden_ + k,
                    n < hidden_ ? depth_ - k : 0);
       }
     }
@@ -212,19 +210,19 @@ class Product {
 
   __device__ __forceinline__ void copy_rows(int i) const {
     Stored* const to = stage(i);
-    constexpr int kChunks = kDepth / kChunk;
-    const int k0 = i * kDepth;
+    constexpr int kPieces = kStageDepth / kPiece;
+    const int k0 = i * kStageDepth;
 #pragma unroll 2
-    for (int c = threadIdx.x; c < Shape::kRows * kChunks; c += Shape::kThreads) {
-      const int r = c / kChunks, e = c % kChunks * kChunk, k = k0 + e;
+    for (int c = threadIdx.x; c < Shape::kRows * kPieces; c += Shape::kThreads) {
+      const int r = c / kPieces, e = c % kPieces * kPiece, k = k0 + e;
       const TileRow& row = rows_[r];
       if (!kSame<Stored, Sum> && row.start) {
 #pragma unroll 1
-        for (int x = 0; x < kChunk; ++x) {
+        for (int x = 0; x < kPiece; ++x) {
           dev::store(to + r * kPitch + e + x, k + x < depth_ ? row.start[k + x] : Sum(0));
         }
       } else {
-        copy_chunk(to + r * kPitch + e, row.operand + k, row.operand ? depth_ - k : 0);
+        copy_piece(to + r * kPitch + e, row.operand + k, row.operand ? depth_ - k : 0);
       }
     }
   }
@@ -234,8 +232,8 @@ class Product {
                                            const Stored* stage, int depth) const {
     const Stored* const w = stage + Shape::kRows * kPitch;
 #pragma unroll 2
-    for (int i = 0; i < kDepth / kStep / Shape::kWarpsK; ++i) {
-      const int k = (i * Shape::kWarpsK + warp_k()) * kStep;
+    for (int i = 0; i < kStageDepth / kTerms / Shape::kWarpsK; ++i) {
+      const int k = (i * Shape::kWarpsK + warp_k()) * kTerms;
       if (k >= depth) break;
       if constexpr (Numbers<number>::kMatrixUnits) {
         multiply_tiles(sums, stage, w, k);
@@ -283,7 +281,7 @@ class Product {
     for (int m = 0; m < Shape::kTilesM; ++m) {
       uint32_t bits[4];
       const int r = warp_row() + 16 * m + lane % 16;
-      dev::ldmatrix4(bits, rows + r * kPitch + k + lane / 16 * kChunk);
+      dev::ldmatrix4(bits, rows + r * kPitch + k + lane / 16 * kPiece);
 #pragma unroll
       for (int i = 0; i < 4; ++i) a[m].set(i, bits[i]);
     }
@@ -294,7 +292,7 @@ class Product {
         const int last = q + 1 < kTiles ? q + 1 : q, tile = lane < 16 ? q : last;
         const int r = tile / Shape::kTilesN * Shape::kUnits + warp_unit() +
                       tile % Shape::kTilesN * 8 + lane % 8;
-        dev::ldmatrix4(bits, w + r * kWeightPitch + k + lane / 8 % 2 * kChunk);
+        dev::ldmatrix4(bits, w + r * kWeightPitch + k + lane / 8 % 2 * kPiece);
       } else if constexpr (kItem == 2) {
         const int n = warp_unit() + 8 * q + lane / 16 * 8;
         dev::ldmatrix4_transposed(bits, w + (k + lane % 16) * kWeightPitch + n);
@@ -320,7 +318,7 @@ class Product {
   // Without matrix units: of each 16 rows a thread has every fourth, of each 8 units one. Rows past
   // the batch cost nothing, which makes this fit for a few rows as well.
   struct alignas(16) Vector {
-    Sum x[kStep];
+    Sum x[kTerms];
   };
   __device__ __forceinline__ void multiply_vectors(Sum (&sums)[kTiles][Shape::kTilesM][4],
                                                    const Stored* rows, const Stored* w,
@@ -333,7 +331,7 @@ class Product {
           q / Shape::kTilesN * Shape::kUnits + warp_unit() + q % Shape::kTilesN * 8 + lane % 8;
       if constexpr (transposed) {
 #pragma unroll
-        for (int x = 0; x < kStep; ++x) b[q].x[x] = w[(k + x) * kWeightPitch + n];
+        for (int x = 0; x < kTerms; ++x) b[q].x[x] = w[(k + x) * kWeightPitch + n];
       } else {
         b[q] = *reinterpret_cast<const Vector*>(w + n * kWeightPitch + k);
       }
@@ -348,7 +346,7 @@ class Product {
 #pragma unroll
           for (int q = 0; q < kTiles; ++q) {
 #pragma unroll
-            for (int x = 0; x < kStep; ++x) sums[q][m][i] += a.x[x] * b[q].x[x];
+            for (int x = 0; x < kTerms; ++x) sums[q][m][i] += a.x[x] * b[q].x[x];
           }
         }
       }
@@ -391,6 +389,36 @@ FASTRNN_HD constexpr int elements_at_a_time(int bytes_each) {
   int count = Shape::kPerThread;
   while (count > 1 && count * bytes_each > 128) count /= 2;
   return count;
+}
+
+// A step of a block's elements around the product. What an element reads is loaded in two parts:
+// `load_early` does not depend on the launch before, and runs before this one waits for that;
+// `load_late` does. While a group of elements is finished the next one is being loaded.
+template <class Element, class Shape, class Product, class Early, class Late, class Finish>
+__device__ __forceinline__ void pipelined(Product& product, const Early& load_early,
+                                          const Late& load_late, const Finish& finish) {
+  constexpr int kGroup = elements_at_a_time<Shape>(sizeof(Element));
+  Element ahead[kGroup] = {};
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) load_early(i, ahead[i]);
+  dev::wait_for_previous_launch();
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) load_late(i, ahead[i]);
+  product.run();
+#pragma unroll 1
+  for (int first = 0; first < Shape::kPerThread; first += kGroup) {
+    Element now[kGroup];
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      now[i] = ahead[i];
+      if (first + kGroup < Shape::kPerThread) {
+        load_early(first + kGroup + i, ahead[i]);
+        load_late(first + kGroup + i, ahead[i]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) finish(first + i, now[i]);
+  }
 }
 
 // ---- Launches ----------------------------------------------------------------------------------
@@ -450,6 +478,22 @@ int with_number(Number number, F f) {
       return f(NumberConstant<Number::kFloat16>{});
   }
   return kInvalidValue;
+}
+
+// f(cell, number, shape) for a cell, the plan's number and the shape among Tiles that fits the
+// plan's batch tile: an object of the cell, a constant, an object of the shape.
+template <class Tiles, class F>
+int with_kernel(int cell, const CudaPlan& plan, F f) {
+  return with_cell(cell, [&](auto c) {
+    return with_number(plan.number, [&](auto number) {
+      if (plan.batch_tile <= 16) return f(c, number, typename Tiles::Small{});
+      // Large tiles of sums in double would not fit in registers.
+      if constexpr (decltype(number)::kValue != Number::kFloat64) {
+        if (plan.batch_tile > 32) return f(c, number, typename Tiles::Large{});
+      }
+      return f(c, number, typename Tiles::Middle{});
+    });
+  });
 }
 
 }  // namespace step

@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from fastrnn.kernels.gpu.triton.common import RUN_TIME, bounds, cuts, row_numbers, stops, times
+from fastrnn.kernels.gpu.triton.common import RUN_TIME, cuts, program, row_numbers, times
 
 
 @triton.jit
@@ -115,15 +115,11 @@ def backward_resident(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    p = tl.program_id(1).to(tl.int64)
-    lanes = tl.num_programs(1)
-    backward = ((reverse >> p) & 1) != 0
-    b = tl.program_id(0).to(tl.int64) * BB + tl.arange(0, BB)
+    p, lanes, backward, b, stop, low, high, into = program(
+        length, steps, batch, begin, end, base, base_reverse, chunk_rows, reverse, RAGGED, BB
+    )
     n = tl.arange(0, BN)
     k = tl.arange(0, BN)
-    stop = stops(length, b, steps, batch, RAGGED)
-    low, high = bounds(stop, steps, begin, end, backward, RAGGED)
-    into = p * chunk_rows - tl.where(backward, base_reverse, base)
     in_batch = (b < batch)[:, None] & (n < H)[None, :]
     all_tied: tl.constexpr = TIED == (1 << G) - 1
 
@@ -223,14 +219,10 @@ def backward_streamed(
     BN: tl.constexpr,  # units whose derivative is computed, or numbers summed up, at a time
     BK: tl.constexpr,  # units, or numbers of state 0, multiplied at a time
 ):
-    p = tl.program_id(1).to(tl.int64)
-    lanes = tl.num_programs(1)
-    backward = ((reverse >> p) & 1) != 0
-    b = tl.program_id(0).to(tl.int64) * BB + tl.arange(0, BB)
+    p, lanes, backward, b, stop, low, high, into = program(
+        length, steps, batch, begin, end, base, base_reverse, chunk_rows, reverse, RAGGED, BB
+    )
     dtype = ds.dtype.element_ty
-    stop = stops(length, b, steps, batch, RAGGED)
-    low, high = bounds(stop, steps, begin, end, backward, RAGGED)
-    into = p * chunk_rows - tl.where(backward, base_reverse, base)
     W: tl.constexpr = H if H > Q else Q
     state = lanes * batch * W
     start = s0 + (p * batch + b[:, None]) * W

@@ -25,6 +25,10 @@ the barrier orders all kinds of memory among the threads of a block, on AMD's GP
 workgroup. No other program touches its rows of the states. Where a tile is read and
 written in one place a barrier comes between: several threads may hold the same number, and one that
 is late must not read what another has written.
+
+The kernels repeat their lists of parameters: Triton takes the arguments of a kernel one by one, and
+has no way to share a list of them. They also repeat how a tuple grows in a loop: a jitted function
+cannot take an expression to evaluate for each gate or state.
 """
 
 import triton
@@ -58,6 +62,24 @@ def bounds(stop, steps, begin, end, backward, RAGGED: tl.constexpr):
         low = tl.where(backward, tl.maximum(begin, steps - longest), begin)
         high = tl.where(backward, end, tl.minimum(end, longest))
     return low, high
+
+
+@triton.jit
+def program(
+    length, steps, batch, begin, end, base, base_reverse, chunk_rows, reverse,
+    RAGGED: tl.constexpr, BB: tl.constexpr,
+):  # fmt: skip
+    """What a program works on: its scan `p` of so many, whether that runs `backward` in time, its
+    rows `b` [BB] and their steps `stop` [BB], the steps [low, high) at which any of them lives, and
+    where the rows of the scan begin in the arrays of a chunk, less the chunk's first row."""
+    p = tl.program_id(1).to(tl.int64)
+    lanes = tl.num_programs(1)
+    backward = ((reverse >> p) & 1) != 0
+    b = tl.program_id(0).to(tl.int64) * BB + tl.arange(0, BB)
+    stop = stops(length, b, steps, batch, RAGGED)
+    low, high = bounds(stop, steps, begin, end, backward, RAGGED)
+    into = p * chunk_rows - tl.where(backward, base_reverse, base)
+    return p, lanes, backward, b, stop, low, high, into
 
 
 @triton.jit

@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from fastrnn.kernels.gpu.triton.common import RUN_TIME, bounds, cuts, row_numbers, stops, times
+from fastrnn.kernels.gpu.triton.common import RUN_TIME, cuts, program, row_numbers, times
 
 
 @triton.jit
@@ -81,16 +81,13 @@ def forward_resident(
     BN: tl.constexpr,  # units, H and up to the next power of two
     BK: tl.constexpr,
 ):
-    p = tl.program_id(1).to(tl.int64)
-    lanes = tl.num_programs(1)
-    backward = ((reverse >> p) & 1) != 0
-    b = tl.program_id(0).to(tl.int64) * BB + tl.arange(0, BB)
+    p, lanes, backward, b, stop, low, high, into = program(
+        length, steps, batch, begin, end, base, base_reverse, chunk_rows, reverse, RAGGED, BB
+    )
     n = tl.arange(0, BN)
     k = tl.arange(0, BN)
     dtype = carry.dtype.element_ty
-    stop = stops(length, b, steps, batch, RAGGED)
-    low, high = bounds(stop, steps, begin, end, backward, RAGGED)
-    u += (p * chunk_rows - tl.where(backward, base_reverse, base)) * (G * H)
+    u += into * (G * H)
     in_batch = (b < batch)[:, None] & (n < H)[None, :]
 
     w = ()
@@ -190,14 +187,11 @@ def forward_streamed(
     BN: tl.constexpr,  # units computed at a time
     BK: tl.constexpr,  # numbers of state 0 of the step before multiplied at a time
 ):
-    p = tl.program_id(1).to(tl.int64)
-    lanes = tl.num_programs(1)
-    backward = ((reverse >> p) & 1) != 0
-    b = tl.program_id(0).to(tl.int64) * BB + tl.arange(0, BB)
+    p, lanes, backward, b, stop, low, high, into = program(
+        length, steps, batch, begin, end, base, base_reverse, chunk_rows, reverse, RAGGED, BB
+    )
     dtype = carry.dtype.element_ty
-    stop = stops(length, b, steps, batch, RAGGED)
-    low, high = bounds(stop, steps, begin, end, backward, RAGGED)
-    u += (p * chunk_rows - tl.where(backward, base_reverse, base)) * (G * H)
+    u += into * (G * H)
     W: tl.constexpr = H if H > Q else Q
     slots: tl.constexpr = S - 1 + K + PROJECTED
     state = lanes * batch * W  # from one state to the next in `carry`

@@ -3,8 +3,12 @@
 """The functions that generated cells call, for float32 and float64 blocks in Triton.
 
 Only operations that Triton's interpreter has too are used, so that a cell computes the same there
-as on a device, and libdevice is not needed. Near zero, where `tanh`, `expm1` and `log1p` lose
-their digits when they are written by way of `exp` and `log`, they keep them.
+as on a device, and libdevice is not needed. Several functions only hand on to one of `tl`: a
+generated cell finds all names in this module, and the interpreter replaces what `tl` has, which an
+alias made at import would miss.
+
+Near zero, where `tanh`, `expm1` and `log1p` lose their digits when they are written by way of `exp`
+and `log`, they keep them.
 """
 
 import triton
