@@ -78,8 +78,8 @@ struct CudaPlan {
   int32_t warps = 4;       // of a block
   int32_t groups = 1;      // of kGrid, that run at the same time; the others follow
   // Units of a row group, the share of a warp or of several that split the depth: one of
-  // `CudaTables::row_groups` for the cell's gates, the direction and the batch tile. 0: the library
-  // chooses. kStep does not look at it.
+  // `CudaTables::row_groups` for the cell's gates, the direction and the batch tile. kStep does not
+  // look at it.
   int32_t row_group = 0;
 };
 

@@ -34,6 +34,17 @@ def check(
     assert_near(ours, theirs, exact, dtype, name_of(rival))
 
 
+def with_row_group(
+    problem: plan.Problem, config: plan.CudaConfig, device: plan.Device
+) -> plan.CudaConfig:
+    """The configuration with the row group that a plan takes for it."""
+    if config.regime == "step":
+        return replace(config, row_group=0)
+    assert isinstance(device.cuda, plan.CudaFacts)
+    units = plan.cuda.row_group(problem, config, device.cuda.tables)
+    return replace(config, row_group=units)
+
+
 @contextmanager
 def planned(**changes: Any) -> Iterator[None]:
     """Plans with these fields, or with these in their configuration, whatever `plan.choose`
@@ -45,7 +56,10 @@ def planned(**changes: Any) -> Iterator[None]:
         made = choose(problem, device)
         if made.config is None:
             return made
-        return replace(made, config=replace(made.config, **changes), **outer)
+        config = replace(made.config, **changes)
+        if isinstance(config, plan.CudaConfig):
+            config = with_row_group(problem, config, device)
+        return replace(made, config=config, **outer)
 
     plan.choose = chosen
     _C.forget_plans()

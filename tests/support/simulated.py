@@ -11,6 +11,7 @@ import torch
 
 from fastrnn import _C, cells, kernels, plan
 from fastrnn.kernels import reference
+from tests.support.kernels import with_row_group
 from tests.support.operands import converted, doubled, run
 from tests.support.tolerance import assert_near
 
@@ -43,9 +44,15 @@ def ways(part: str, hidden: int) -> list[tuple[str, int]]:
 
 @contextmanager
 def running(
-    regime: str, blocks: int, number: str, batch_tile: int = 8, chunk_rows: int = 99999
+    regime: str,
+    blocks: int,
+    number: str,
+    batch_tile: int = 8,
+    chunk_rows: int = 99999,
+    row_groups: tuple[int, int] | None = None,
 ) -> Iterator[None]:
-    """The CUDA kernels, in this way, whatever a plan would make of the problem."""
+    """The CUDA kernels, in this way, whatever a plan would make of the problem; `row_groups` of the
+    forward and the backward pass, by default those of a plan."""
     choose = plan.choose
 
     def chosen(problem: plan.Problem, device: plan.Device) -> plan.Plan:
@@ -55,6 +62,10 @@ def running(
         config = plan.CudaConfig(
             number=number, regime=regime, batch_tile=batch_tile, blocks=blocks, warps=8, groups=2
         )
+        if row_groups is not None:
+            config = replace(config, row_group=row_groups[problem.backward])
+        else:
+            config = with_row_group(problem, config, device)
         return replace(made, config=config, chunk_rows=chunk_rows)
 
     plan.choose = chosen

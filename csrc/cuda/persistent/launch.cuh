@@ -4,7 +4,7 @@
 //   Traits<Cell, number, units, kColumnTiles>: those of the kernel for row groups of so many units
 //     and tiles of 8 * kColumnTiles columns; X::need(hidden) is what it needs of a block
 //   kernel<X>(): the kernel
-//   registers, row_groups, row_group: as in `tile::Forward` and `tile::Backward`
+//   registers, row_groups: as in `tile::Forward` and `tile::Backward`
 #pragma once
 
 #include <limits>
@@ -86,26 +86,23 @@ int with_units(int units, F f) {
 }
 
 template <class Direction, class Cell, Number number, int kColumnTiles, class F>
-int with_row_group(const Sweep& sweep, const CudaPlan& plan, F f) {
+int with_row_group(const CudaPlan& plan, F f) {
   if constexpr (Direction::registers(number == Number::kTf32x3, 1, kColumnTiles) == 0) {
     return kInvalidConfiguration;
   } else {
-    constexpr tile::RowGroups kThere = Direction::row_groups(Cell::kGates, kColumnTiles);
-    const int units =
-        plan.row_group != 0 ? plan.row_group : Direction::row_group(kThere, sweep.hidden, plan);
-    return with_units<Direction, Cell, number, kColumnTiles>(units, f);
+    return with_units<Direction, Cell, number, kColumnTiles>(plan.row_group, f);
   }
 }
 
 template <class Direction, class Cell, Number number, class F>
-int with_columns(const Sweep& sweep, const CudaPlan& plan, F f) {
+int with_columns(const CudaPlan& plan, F f) {
   switch (plan.batch_tile) {
     case 8:
-      return with_row_group<Direction, Cell, number, 1>(sweep, plan, f);
+      return with_row_group<Direction, Cell, number, 1>(plan, f);
     case 16:
-      return with_row_group<Direction, Cell, number, 2>(sweep, plan, f);
+      return with_row_group<Direction, Cell, number, 2>(plan, f);
     case 32:
-      return with_row_group<Direction, Cell, number, 4>(sweep, plan, f);
+      return with_row_group<Direction, Cell, number, 4>(plan, f);
     default:
       return kInvalidConfiguration;
   }
@@ -113,7 +110,7 @@ int with_columns(const Sweep& sweep, const CudaPlan& plan, F f) {
 
 // f(X{}) with the traits of the kernel for a cell and a plan.
 template <class Direction, class F>
-int with_traits(int cell, const Sweep& sweep, const CudaPlan& plan, F f) {
+int with_traits(int cell, const CudaPlan& plan, F f) {
   const bool one = plan.regime == kBlock && plan.blocks == 1;
   if (!one && (plan.regime == kBlock || plan.blocks < 1)) return kInvalidConfiguration;
   if (plan.warps < 1) return kInvalidConfiguration;
@@ -121,13 +118,13 @@ int with_traits(int cell, const Sweep& sweep, const CudaPlan& plan, F f) {
     using Cell = decltype(c);
     switch (plan.number) {
       case Number::kTf32:
-        return with_columns<Direction, Cell, Number::kTf32>(sweep, plan, f);
+        return with_columns<Direction, Cell, Number::kTf32>(plan, f);
       case Number::kTf32x3:
-        return with_columns<Direction, Cell, Number::kTf32x3>(sweep, plan, f);
+        return with_columns<Direction, Cell, Number::kTf32x3>(plan, f);
       case Number::kBfloat16:
-        return with_columns<Direction, Cell, Number::kBfloat16>(sweep, plan, f);
+        return with_columns<Direction, Cell, Number::kBfloat16>(plan, f);
       case Number::kFloat16:
-        return with_columns<Direction, Cell, Number::kFloat16>(sweep, plan, f);
+        return with_columns<Direction, Cell, Number::kFloat16>(plan, f);
       default:
         return kInvalidConfiguration;
     }
@@ -169,7 +166,7 @@ int launch_kernel(void (*kernel)(Sweep, Launched), const Sweep& sweep, const Cud
 
 template <class Direction>
 int launch(int cell, const Sweep& sweep, const CudaPlan& plan, void* stream) {
-  return with_traits<Direction>(cell, sweep, plan, [&](auto x) {
+  return with_traits<Direction>(cell, plan, [&](auto x) {
     using X = decltype(x);
     return launch_kernel<X>(Direction::template kernel<X>(), sweep, plan, stream);
   });
@@ -179,7 +176,7 @@ template <class Direction>
 int64_t workspace_bytes(int cell, const Sweep& sweep, const CudaPlan& plan) {
   int64_t bytes = 0;
   if (plan.regime != kGrid) return bytes;
-  with_traits<Direction>(cell, sweep, plan, [&](auto x) {
+  with_traits<Direction>(cell, plan, [&](auto x) {
     using X = decltype(x);
     const tile::Layout at = lay_out<X>(sweep, plan);
     bytes = groups(sweep, plan) * (tile::flag_bytes(at) + tile::area_bytes(at, X::kColumns));
@@ -192,7 +189,7 @@ int64_t workspace_bytes(int cell, const Sweep& sweep, const CudaPlan& plan) {
 template <class Direction>
 int64_t shared_bytes(int cell, const Sweep& sweep, const CudaPlan& plan) {
   int64_t bytes = -1;
-  with_traits<Direction>(cell, sweep, plan, [&](auto x) {
+  with_traits<Direction>(cell, plan, [&](auto x) {
     const tile::Layout at = lay_out<decltype(x)>(sweep, plan);
     if (at.groups > 0) bytes = at.bytes;
     return 0;

@@ -62,12 +62,6 @@ struct Need {
   bool in_place = false;  // of a grid's B, warps read their slices where it lies, in global memory
 };
 
-// The row groups of a block that has its share of the units.
-constexpr int64_t row_groups_of_block(int64_t hidden, int units, int blocks) {
-  const int64_t all = (hidden + units - 1) / units;
-  return (all + blocks - 1) / blocks;
-}
-
 // The layout for `plan.blocks` blocks of at most `plan.warps` warps. A block holds at most
 // kMaxWarps row groups: `groups` is 0 where there are more. Whether `bytes` are there is for the
 // device to say.
@@ -117,8 +111,6 @@ struct RowGroups {
 // Registers of a thread that hold weights: of 255, less the sums, the operand under way, states and
 // input of the cell, which grow with the number of columns and of tiles. That no kernel spills is
 // the measure; tests compile them all. 0 where there is no kernel.
-//
-// A plan may name no row group; `row_group` is the one that is taken then.
 struct Forward {
   static constexpr int registers(bool split, int tiles, int column_tiles) {
     constexpr int kWhole[3][4] = {{128, 128, 96, 96}, {96, 96, 72, 64}, {48, 48, 24, 32}};
@@ -133,12 +125,6 @@ struct Forward {
     const int many = 64 / gates / few * few;
     return {{few, many > few && column_tiles <= 2 ? many : 0, 0}};
   }
-
-  // The least, or the next where a block would need too many warps for that.
-  static constexpr int row_group(const RowGroups& there, int64_t hidden, const CudaPlan& plan) {
-    const bool fits = row_groups_of_block(hidden, there.units[0], plan.blocks) <= kMaxWarps;
-    return fits || there.units[1] == 0 ? there.units[0] : there.units[1];
-  }
 };
 
 struct Backward {
@@ -151,16 +137,6 @@ struct Backward {
   // It has one row for each of its units.
   static constexpr RowGroups row_groups(int gates, int column_tiles) {
     return {{16, 32, gates == 1 && column_tiles == 1 ? 64 : 0}};
-  }
-
-  // The least. It is the next where a block of a grid has more units than that, so that its warps,
-  // which read the operand each for themselves, read it once; and the last, if there is one, where
-  // a block would need too many warps for less.
-  static constexpr int row_group(const RowGroups& there, int64_t hidden, const CudaPlan& plan) {
-    const int64_t few = row_groups_of_block(hidden, there.units[0], plan.blocks);
-    const int64_t more = row_groups_of_block(hidden, there.units[1], plan.blocks);
-    if (plan.regime == kGrid && few > 1 && more <= kMaxWarps) return there.units[1];
-    return few > kMaxWarps && there.units[2] > 0 ? there.units[2] : there.units[0];
   }
 };
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 # Before the first product: torch demands it where results must be the same in every run.
@@ -123,11 +124,20 @@ def fits(name: str, shape: Shape, fields: dict[str, Any]) -> bool:
     assert isinstance(library, cuda.Library), library
     steps, batch, _, hidden, lanes = shape
     sweep = cuda.Sweep(steps=steps, batch=batch, hidden=hidden, lanes=lanes, end=steps)
-    wanted = cuda.cuda_plan(plan.CudaConfig(**fields))
+    wanted = plan.CudaConfig(**fields)
     properties: Any = torch.cuda.get_device_properties()
     most = properties.shared_memory_per_block_optin
-    needed = [library.shared_bytes(name, sweep, wanted, backward) for backward in (False, True)]
-    return fields["regime"] == "step" or all(0 <= each <= most for each in needed)
+    if wanted.regime == "step":
+        return True
+    cell = cells.get(name)
+    for backward in (False, True):
+        sizes = len(cell.gates), len(cell.states)
+        problem = plan.Problem(name, steps, batch, 1, hidden, *sizes, backward=backward)
+        units = plan.cuda.row_group(problem, wanted, library.tables)
+        given = cuda.cuda_plan(replace(wanted, row_group=units))
+        if not 0 <= library.shared_bytes(name, sweep, given, backward) <= most:
+            return False
+    return True
 
 
 def decided_by_rounding(name: str, number: str, hidden: int) -> bool:
