@@ -1,22 +1,22 @@
 # make demo     train a model of torch.nn and the same model with its layers replaced, side by side
-# make test     the tests of the CPU path and the public API; ARGS="-k lstm" passes options to pytest
-# make test-all those, and the rest (make test-long): GPU kernels in the simulator and the interpreter, what
-#               compiles for minutes, the kernels again for each instruction set
-# make clients  packages that use torch.nn's layers, run with theirs and with ours, in an environment of
-#               their own: equality, gradients, checkpoints, and times, written to docs/clients.md;
-#               ARGS="-k medaka" for less, and then nothing is written
-# make bench    fastrnn beside its rivals on this machine, a few minutes; make bench-full: every workload,
-#               also with one thread; ARGS="-k speech" passes options to pytest
+# make test     test the CPU path and the public API; ARGS="-k lstm" passes options to pytest
+# make test-all run those tests and the long ones (make test-long): GPU kernels in the simulator and
+#               the interpreter, what compiles for minutes, the kernels of each instruction set
+# make clients  run packages that use torch.nn's layers with theirs and with ours, in an environment
+#               of their own: equality, gradients, checkpoints, and times, written to
+#               docs/clients.md; ARGS="-k medaka" runs less and writes nothing
+# make bench    time fastrnn beside its baselines on this machine, a few minutes; make bench-full:
+#               every workload, also with one thread; ARGS="-k speech" passes options to pytest
 # make gpu      build, test and measure on this machine's NVIDIA GPU, 20 minutes;
-#               ARGS="--minutes 5 --only build,first" for less
-# make docs     build the documentation into site/, in an environment of its own: it needs no compiler
-#               and no torch
-# make lint     what CI checks besides
+#               ARGS="--minutes 5 --only build,first" does less
+# make docs     build the documentation into site/, in an environment of its own: it needs no
+#               compiler and no torch
+# make lint     check the sources: style, types, imports
 # make format   rewrite the sources in the project's format
 # make clean    remove everything built, the virtual environments included
 #
-# Each sets up what it needs: Python >= 3.10, a C++ compiler and make are enough. An environment that
-# already has torch and ninja is used as it is with  make test PYTHON=python3 VENV=
+# Each target sets up what it needs: Python >= 3.10, a C++ compiler and make are enough. To use an
+# environment that already has torch and ninja: make test PYTHON=python3 VENV=
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -37,14 +37,14 @@ ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
 BUILT := in-place
 TOOLS := in-place
-RIVALS := in-place
+BASELINES := in-place
 INSTALLED :=
 BIN :=
 else
 PY := $(VENV)/bin/python
 BUILT := $(VENV)/.built
 TOOLS := $(VENV)/.tools
-RIVALS := $(VENV)/.rivals
+BASELINES := $(VENV)/.baselines
 INSTALLED := $(VENV)/.installed
 BIN := $(VENV)/bin/
 endif
@@ -70,8 +70,8 @@ test-all: test test-long
 clients: $(CLIENTS)/.built
 	$(CLIENTS)/bin/python -m pytest tests/clients --table docs/clients.md $(ARGS)
 
-# Each requirement is named with its version and nothing is resolved: some clients ask for torchvision
-# or torchaudio, each for another torch, which none of what runs here needs.
+# Each requirement is named with its version, and pip resolves nothing: some clients ask for
+# torchvision or torchaudio, each for another torch, and nothing that runs here needs them.
 $(CLIENTS)/.installed: tests/clients/requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(CLIENTS)
 	$(CLIENTS)/bin/python -m pip install --quiet $(TORCH) 'setuptools>=77' ninja
@@ -84,11 +84,11 @@ $(CLIENTS)/.built: $(CLIENTS)/.installed setup.py $(GENERATOR) $(wildcard csrc/*
 	@touch $@
 
 # pytest-benchmark's own tables are of our times only; the report has everything.
-bench: $(RIVALS)
+bench: $(BASELINES)
 	$(PY) -m pytest benchmarks -q --benchmark-quiet $(ARGS)
 	$(PY) -m benchmarks.report
 
-bench-full: $(RIVALS)
+bench-full: $(BASELINES)
 	$(PY) -m pytest benchmarks -q --benchmark-quiet --full $(ARGS)
 	$(PY) -m benchmarks.report
 	$(PY) -m pytest benchmarks -q --benchmark-quiet --full --threads 1 $(ARGS)
@@ -102,8 +102,8 @@ gpu: $(INSTALLED)
 docs: $(DOCS)/.installed
 	$(DOCS)/bin/python -m mkdocs build --strict --clean $(ARGS)
 
-# The versions stand in pyproject.toml. pip would build fastrnn to install an extra of it, so they are
-# read from there; before Python 3.11 pip alone brings a reader of TOML.
+# The versions stand in pyproject.toml and are read from there, because pip would build fastrnn to
+# install an extra of it. Before Python 3.11 pip alone brings a reader of TOML.
 $(DOCS)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(DOCS)
 	$(DOCS)/bin/python -c 'import sys; from importlib import import_module as get; \
@@ -154,7 +154,7 @@ $(TOOLS): $(BUILT)
 	$(PY) -m pip install --quiet --no-build-isolation --editable '.[dev]'
 	@touch $@
 
-$(RIVALS): $(BUILT)
+$(BASELINES): $(BUILT)
 	$(PY) -m pip install --quiet --no-build-isolation --editable '.[bench]'
 	@touch $@
 endif

@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.workloads import GPU, SMOKE, WORKLOADS
 from fastrnn.tools.bench import machine, store
-from fastrnn.tools.bench.race import Row
+from fastrnn.tools.bench.comparison import Row
 
 RESULTS = Path(__file__).parent / "results"
 BAR = 24
@@ -33,7 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     options = parser.getgroup("fastrnn")
     options.addoption("--full", action="store_true", help="every workload")
     options.addoption("--smoke", action="store_true", help="a few tiny workloads, for tests")
-    options.addoption("--seconds", type=float, default=0.1, help="of calls for each contender")
+    options.addoption("--seconds", type=float, default=0.1, help="of calls for each implementation")
     options.addoption("--latency-calls", type=int, default=100_000, help="single steps timed")
     options.addoption("--threads", type=int, help="default: as many as torch would take")
     options.addoption("--device", choices=("cpu", "cuda"), default="cpu")

@@ -19,8 +19,8 @@ from pathlib import Path
 import jinja2
 
 from fastrnn.tools.bench import store
-from fastrnn.tools.bench.race import TORCH, Row
-from fastrnn.tools.bench.workload import BEST_RIVAL, CELLS
+from fastrnn.tools.bench.comparison import TORCH, Row
+from fastrnn.tools.bench.workload import BEST_BASELINE, CELLS
 
 BEGIN, END = "<!-- benchmarks/report.py -->", "<!-- end -->"
 BEGIN_LOSSES = "<!-- benchmarks/report.py, losses -->"
@@ -35,8 +35,8 @@ TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
 
 def against(mode: str) -> str:
-    """Whom a mode's figure is set against in tables and plots: training runs in few rivals."""
-    return TORCH if mode == "training" else BEST_RIVAL
+    """Whom a mode's figure is set against in tables and plots: training runs in few baselines."""
+    return TORCH if mode == "training" else BEST_BASELINE
 
 
 def shape(row: Row) -> str:
@@ -92,7 +92,7 @@ def losses(results: store.Results) -> str:
     ]
     for ratio, row in lost:
         mode = row.mode + ("" if row.dtype == "float32" else f", {row.dtype}")
-        found = row.entry(TORCH) if against(row.mode) == TORCH else row.rivals[0]
+        found = row.entry(TORCH) if against(row.mode) == TORCH else row.baselines[0]
         baseline = f"{micros(found.median)}, {found.name}" if found else ""
         ours = micros(row.ours.median)
         lines.append(
@@ -108,7 +108,11 @@ def _figure(row: Row) -> str:
     figure = f"{micros(row.ours.median)}, {ratio:.3g}×"
     if ratio >= 1:
         return figure
-    return f"*{figure} {row.rivals[0].name}*" if against(row.mode) == BEST_RIVAL else f"*{figure}*"
+    return (
+        f"*{figure} {row.baselines[0].name}*"
+        if against(row.mode) == BEST_BASELINE
+        else f"*{figure}*"
+    )
 
 
 def _conditions(results: store.Results, rows: Iterable[Row]) -> list[str]:
@@ -228,8 +232,8 @@ class Line:
 
     row: Row
     shape: str
-    rival: str
-    rival_micros: float | None
+    baseline: str
+    baseline_micros: float | None
     ratio: float | None
     status: str
     run: int
@@ -239,7 +243,7 @@ def lines(results: store.Results) -> list[Line]:
     """All rows, with the worst of their verdicts."""
     found = []
     for row, number in results.rows:
-        rival = row.rivals[0] if row.rivals else None
+        baseline = row.baselines[0] if row.baselines else None
         worst = [
             s
             for s in ("missed", "not measured", "within noise", "reached")
@@ -249,8 +253,8 @@ def lines(results: store.Results) -> list[Line]:
             Line(
                 row,
                 shape(row),
-                rival.name if rival else "",
-                rival.median if rival else None,
+                baseline.name if baseline else "",
+                baseline.median if baseline else None,
                 row.speedup(),
                 worst[0] if worst else "",
                 number,

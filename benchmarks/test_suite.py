@@ -1,4 +1,4 @@
-"""Every row of the suite: gated, timed beside its rivals, and kept. No time makes it fail."""
+"""Every row of the suite: gated, timed beside its baselines, and kept. No time makes it fail."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fastrnn.tools.bench import race
+from fastrnn.tools.bench import comparison
 from fastrnn.tools.bench.machine import Machine
 from fastrnn.tools.bench.workload import Workload
 
@@ -19,13 +19,13 @@ def test_row(
     record_property: Callable[[str, object], None],
     pytestconfig: pytest.Config,
     here: Machine,
-    keep: Callable[[race.Row], None],
+    keep: Callable[[comparison.Row], None],
     workload: Workload,
     cell: str,
     mode: str,
 ) -> None:
     option = pytestconfig.getoption
-    row, ours = race.run(
+    row, ours = comparison.run(
         workload,
         cell,
         mode,
@@ -43,11 +43,11 @@ def test_row(
         benchmark.pedantic(ours.call, rounds=ROUNDS, iterations=row.ours.calls, warmup_rounds=1)
 
 
-def told(row: race.Row) -> str:
+def told(row: comparison.Row) -> str:
     """A row in one line."""
     line = f"{row.workload} {row.cell} {row.mode}: {row.ours.name} {row.ours.median:.4g} us"
-    if row.rivals:
-        line += f", {row.rivals[0].name} {row.rivals[0].median:.4g} us, {row.speedup():.2f} x"
+    if row.baselines:
+        line += f", {row.baselines[0].name} {row.baselines[0].median:.4g} us, {row.speedup():.2f} x"
     return line + "".join(
         f"; {v.status}: {v.against} {v.bound:.3g}" for v in row.verdicts if v.status != "reached"
     )

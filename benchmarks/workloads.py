@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastrnn.tools.bench.workload import (
-    BEST_RIVAL,
+    BEST_BASELINE,
     MICROSECONDS,
     PEAK,
     Target,
@@ -25,10 +25,10 @@ def ratios(
     inference: tuple[float, float, float] | None = None,
     training: tuple[float, float, float] | None = None,
 ) -> tuple[Target, ...]:
-    """Speed-ups of LSTM, GRU and RNN: inference over the best rival, training over torch.nn."""
+    """Speed-ups of LSTM, GRU and RNN: inference over the best baseline, training over torch.nn."""
     targets = []
     if inference:
-        targets.append(Target("inference", BEST_RIVAL, *inference))
+        targets.append(Target("inference", BEST_BASELINE, *inference))
     if training:
         targets.append(Target("training", "torch.nn", *training))
     return tuple(targets)
@@ -178,7 +178,7 @@ def half(dtype: str) -> Workload:
         f"batch-128 in {dtype}",
         dtype=dtype,
         group="checks",
-        rivals=("torch.nn",),
+        baselines=("torch.nn",),
         variants=(Variant("fastrnn, float32", {"dtype": "float32"}),),
         targets=tuple(Target.all(m, "fastrnn, float32", 1) for m in ("inference", "training")),
     )
@@ -201,7 +201,7 @@ CHECKS = (
         modes=("training",),
         group="checks",
         quick=True,
-        rivals=("torch.nn",),
+        baselines=("torch.nn",),
         targets=(Target("training", MICROSECONDS, 40, None, None),),
     ),
     half("bfloat16"),
@@ -213,7 +213,7 @@ CHECKS = (
         input_scale=1e-39,
         group="checks",
         quick=True,
-        rivals=("torch.nn",),
+        baselines=("torch.nn",),
         variants=(Variant("fastrnn, usual numbers", {"input_scale": 1.0}),),
         targets=tuple(
             Target.all(m, "fastrnn, usual numbers", 0.95) for m in ("inference", "training")
@@ -225,7 +225,7 @@ CHECKS = (
         "33 batch rows: the odd one may cost no more than its share",
         group="checks",
         quick=True,
-        rivals=("torch.nn",),
+        baselines=("torch.nn",),
         variants=(Variant("fastrnn, 32 rows", {"batch": 32}),),
         targets=tuple(
             Target.all(m, "fastrnn, 32 rows", 32 / 33) for m in ("inference", "training")
@@ -239,14 +239,14 @@ LINEAR = Workload(
     "4096 steps beside 1024: the cost must grow linearly",
     group="checks",
     quick=True,
-    rivals=("torch.nn",),
+    baselines=("torch.nn",),
     variants=(Variant("fastrnn, 1024 steps", {"steps": 1024}),),
     targets=tuple(
         Target.all(m, "fastrnn, 1024 steps", 0.95 / 4) for m in ("inference", "training")
     ),
 )
 
-# The rivals that are nearest to ours somewhere along each line.
+# The baselines that are nearest to ours somewhere along each line.
 PLOTTED = ("torch.nn", "ONNX Runtime")
 
 SWEEPS = (
@@ -256,7 +256,7 @@ SWEEPS = (
             *(100, 1, n, n),
             "over H: 100 steps, batch 1",
             group="over H",
-            rivals=PLOTTED,
+            baselines=PLOTTED,
         )
         for n in (16, 32, 64, 128, 256, 512, 1024)
     ),
@@ -266,7 +266,7 @@ SWEEPS = (
             *(100, n, 128, 128),
             "over B: 100 steps, H = 128",
             group="over B",
-            rivals=PLOTTED,
+            baselines=PLOTTED,
         )
         for n in (1, 2, 4, 8, 16, 32, 64, 128)
     ),
@@ -276,7 +276,7 @@ SWEEPS = (
             *(n, 1, 64, 64),
             "over T: batch 1, H = 64; the cost must grow linearly",
             group="over T",
-            rivals=PLOTTED,
+            baselines=PLOTTED,
         )
         for n in (16, 64, 256, 1024, 4096)
     ),
@@ -291,7 +291,7 @@ GPU_STEPS = 512
 
 
 def on_gpu(batch: int, hidden: int, dtype: str, **rest: Any) -> Workload:
-    """One shape; TF32 is a contender of the float32 row."""
+    """One shape; TF32 is an implementation of the float32 row."""
     wide = ", both directions" if rest.get("bidirectional") else ""
     return Workload(
         f"gpu-{batch}x{hidden}-{dtype}" + ("-bidirectional" if wide else ""),
@@ -354,7 +354,7 @@ SMOKE = (
         "smoke-layer",
         *(5, 2, 3, 8),
         "a small layer",
-        rivals=("torch.nn",),
+        baselines=("torch.nn",),
         targets=(*ratios((1, 1, 1), (1, 1, 1)), *AT_THE_PEAK),
     ),
     Workload(
@@ -367,7 +367,7 @@ SMOKE = (
         modes=("training",),
         cells=("gru",),
         group="packed",
-        rivals=("torch.nn",),
+        baselines=("torch.nn",),
     ),
     Workload(
         "smoke-stream",
@@ -376,7 +376,7 @@ SMOKE = (
         modes=("step",),
         cells=("lstm",),
         group="streaming",
-        rivals=("torch.nn",),
+        baselines=("torch.nn",),
         targets=(Target.all("step", "ONNX Runtime", 5),),
     ),
     Workload(
@@ -385,7 +385,7 @@ SMOKE = (
         "a small cell",
         modes=("cell",),
         group="checks",
-        rivals=("torch.nn",),
+        baselines=("torch.nn",),
         targets=(Target("cell", MICROSECONDS, 12, None, None),),
     ),
 )

@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.add_parser("demo", add_help=False, help="train a model of torch.nn and ours")
     commands.add_parser(
-        "bench", add_help=False, help="time a layer of a given shape and its rivals"
+        "bench", add_help=False, help="time a layer of a given shape and its baselines"
     )
     return parser
 

@@ -22,10 +22,10 @@ from fastrnn.kernels import reference
 from fastrnn.kernels.operands import Needs, Operands, Weights, side_by_side
 from fastrnn.kernels.prepare import on_cpu, prepare, prepared_now
 
-__all__ = ["Packed", "pack", "run", "scan", "step", "transposed"]
+__all__ = ["Prepacked", "pack", "run", "scan", "step", "transposed"]
 
 
-class Packed(NamedTuple):
+class Prepacked(NamedTuple):
     """The weights of one layer in the layout of the CPU kernel, which knows them when it sees them
     again by their fingerprint."""
 
@@ -33,7 +33,7 @@ class Packed(NamedTuple):
     fingerprint: Tensor  # int64; it also remembers what was compared last
 
 
-def pack(cell: Cell, weights: Sequence[Weights]) -> Packed | None:
+def pack(cell: Cell, weights: Sequence[Weights]) -> Prepacked | None:
     """Pack one layer, from the weights of every recurrence in it.
 
     None where the CPU kernel would not run them.
@@ -45,7 +45,7 @@ def pack(cell: Cell, weights: Sequence[Weights]) -> Packed | None:
     if key is None or refusal is not None:
         return None
     packed = [_C.pack(key, *each) for each in weights]
-    return Packed(packed, _C.fingerprint([t for group in side_by_side(weights) for t in group]))
+    return Prepacked(packed, _C.fingerprint([t for group in side_by_side(weights) for t in group]))
 
 
 def scan(
@@ -62,14 +62,14 @@ def scan(
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
     reverse: int = 0,
-    packed: Packed | None = None,
+    packed: Prepacked | None = None,
     recompute: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:
     """Run `P` independent scans of one cell over the same input, on the kernel of the plan.
 
     Arguments and results are those of `kernels.reference.scan`; `packed` are the same weights by
     `pack`, which spares the CPU kernel the packing, and the caller the gradients. With `recompute`
-    nothing is kept for a gradient but the operands and the output.
+    nothing is saved for a gradient but the operands and the output.
 
     Raises:
         RuntimeError: for shapes, dtypes or devices that do not fit together; with `packed`, where
@@ -81,7 +81,7 @@ def scan(
 
 
 def run(
-    cell: Cell, operands: Operands, packed: Packed | None = None, *, recompute: bool = False
+    cell: Cell, operands: Operands, packed: Prepacked | None = None, *, recompute: bool = False
 ) -> tuple[Tensor, list[Tensor]]:
     """`scan` of operands that are one value already."""
     x, w_ih, w_hh, b_ih, b_hh, w_hr, s0 = operands[:7]
@@ -91,7 +91,7 @@ def run(
     if packed is not None and key is not None:
         if torch.is_grad_enabled():
             _refuse_gradients(*every)
-        if _can_use_packed(x):
+        if _can_use_prepacked(x):
             if compiling or torch._C._is_torch_function_mode_enabled():
                 y, *states = torch.ops.fastrnn.scan_packed.default(
                     key, *_optional(operands), *packed
@@ -120,7 +120,7 @@ def step(
     x: Tensor,
     states: Sequence[Tensor],
     weights: Weights,
-    packed: Packed | None = None,
+    packed: Prepacked | None = None,
 ) -> tuple[Tensor, ...] | None:
     """One time step in one call, for what most calls look like: `scan` serves them all.
 
@@ -163,7 +163,7 @@ def _refuse_gradients(*tensors: Tensor) -> None:
         )
 
 
-def _can_use_packed(x: Tensor) -> bool:
+def _can_use_prepacked(x: Tensor) -> bool:
     """Whether the op will find the very tensors that were packed, and compute in their dtype."""
     if torch._C._is_any_autocast_enabled():
         return False
@@ -221,14 +221,14 @@ def _scan_fake(cell: str, *arguments: Any) -> list[Tensor]:
                 ),
             )
     gates, states, width = _C.cell_facts(cell, bool(w_hr))
-    lanes, hidden = len(w_hh), w_hh[0].size(0) // gates
+    recurrences, hidden = len(w_hh), w_hh[0].size(0) // gates
     recurrent = w_hr[0].size(0) if w_hr else hidden
     batch = s0[0].size(-2) if s0 else x.size(-2)
     rows = x.size(0) * x.size(1) if x.dim() == 3 else x.size(0)
-    y = x.new_empty(*x.shape[:-1], lanes * recurrent)
-    before = (batch,) if x.dim() == 2 and operands.batch_sizes is None else (lanes, batch)
+    y = x.new_empty(*x.shape[:-1], recurrences * recurrent)
+    before = (batch,) if x.dim() == 2 and operands.batch_sizes is None else (recurrences, batch)
     last = [x.new_empty(*before, hidden if s else recurrent) for s in range(states)]
-    return [y, *last, x.new_empty(rows if tape else 0, lanes, width, hidden)]
+    return [y, *last, x.new_empty(rows if tape else 0, recurrences, width, hidden)]
 
 
 @torch.library.register_fake("fastrnn::scan_packed")

@@ -119,7 +119,7 @@ def test_custom_cells_and_heads() -> None:
     assert count(fastrnn.Recurrent(counted, I, H, dtype=F64), x) == gru
     heads = fastrnn.GRU(I, 2 * H, heads=2, dtype=F64)
     assert count(heads, x) == tuple(2 * n for n in gru)
-    # What is not kept is computed again.
+    # What is not saved is recomputed.
     forward, backward = count(fastrnn.GRU(I, H, dtype=F64, recompute=True), x)
     assert (forward, backward) == (gru[0], gru[1] + gru[0])
 

@@ -21,10 +21,13 @@ scan_backward = torch.ops.fastrnn.scan_backward.default
 
 
 def call(name: str, grad: bool, **extra: Any) -> tuple[Any, ...]:
-    """Arguments of the op, positional, of two lanes; of one for a single step."""
+    """Arguments of the op, positional, of two recurrences; of one for a single step."""
     one_step = "x" in extra and "batch_sizes" not in extra
-    lanes = 1 if one_step else 2
-    given = {**operands(cells.get(name), 4, 3, 5, 6, lanes=lanes, dtype=torch.float32), **extra}
+    recurrences = 1 if one_step else 2
+    given = {
+        **operands(cells.get(name), 4, 3, 5, 6, recurrences=recurrences, dtype=torch.float32),
+        **extra,
+    }
     if one_step:
         given["s0"] = [s[0] for s in given["s0"]]
 
@@ -108,7 +111,7 @@ def test_gradients_of_some_inputs_only(frozen: str) -> None:
 
 def test_one_weight_in_two_places_gets_both_gradients() -> None:
     cell = cells.get("gru")
-    given = operands(cell, 4, 3, 5, 6, lanes=2)
+    given = operands(cell, 4, 3, 5, 6, recurrences=2)
     shared = given["w_hh"][0].clone().requires_grad_()
     apart = [shared.detach().clone().requires_grad_() for _ in range(2)]
     for create_graph in (False, True):
@@ -294,15 +297,15 @@ def test_memory(name: str) -> None:
     small = 2 * 4 * len(cell.gates) * hidden * (hidden + 16) + unit // 64
     with torch.no_grad():
         assert peak_bytes(lambda: ops.scan(cell, **given)) <= unit + small
-    kept = _C.cell_facts(name)[2]
+    saved = _C.cell_facts(name)[2]
     for weight in given["w_hh"]:
         weight.requires_grad_()
     results: list[Any] = []
     forward = peak_bytes(lambda: results.append(ops.scan(cell, **given)))
-    assert unit * (1 + kept) <= forward <= unit * (1 + kept) + small
+    assert unit * (1 + saved) <= forward <= unit * (1 + saved) + small
     y, _ = results[0]
     gradient = torch.ones_like(y)
-    chunk = (1 << 20) * (1 if kept == 0 or name == "lstm" else 2) + (1 << 20)
+    chunk = (1 << 20) * (1 if saved == 0 or name == "lstm" else 2) + (1 << 20)
     backward = peak_bytes(lambda: torch.autograd.grad(y, given["w_hh"], gradient))
     assert backward <= chunk + small
 

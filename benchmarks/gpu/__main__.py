@@ -30,7 +30,7 @@ from benchmarks.gpu import results
 ROOT = Path(__file__).resolve().parents[2]
 NEEDED = ("ninja", "numpy", "pytest", "pytest_benchmark", "setuptools", "triton")
 TESTS = "tests/kernels/gpu/test_on_a_gpu.py"
-REGIMES = ("step", "block", "cluster", "grid")  # of the kernels in CUDA
+RESIDENCIES = ("step", "block", "cluster", "grid")  # of the kernels in CUDA
 PATIENCE = 20  # seconds for a process that was killed to be gone: the GPU may hold it
 
 
@@ -83,7 +83,7 @@ def steps(folder: Path, out: Path) -> tuple[Step, ...]:
         # One file of the kernels takes minutes, however many processors there are.
         Step("build", 30, (python, "setup.py", "--quiet", "build_ext", "--inplace")),
         tests("first", 4, ("-m", "first")),
-        *(tests(f"tests-cuda-{each}", 2, ("-m", "cuda", "-k", each)) for each in REGIMES),
+        *(tests(f"tests-cuda-{each}", 2, ("-m", "cuda", "-k", each)) for each in RESIDENCIES),
         tests("tests-triton", 4, ("-m", "triton")),
         tests("tests-whole", 4, ("-m", "whole")),
         Step("exchange", 1, module("exchange"), "nvcc"),

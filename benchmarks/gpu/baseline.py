@@ -20,7 +20,7 @@ import torch
 from benchmarks.gpu import results
 from benchmarks.workloads import of_lengths
 from fastrnn.tools.bench import measure, store
-from fastrnn.tools.bench.contender import Case, TorchLayer
+from fastrnn.tools.bench.implementation import Case, TorchLayer
 from fastrnn.tools.bench.machine import Machine
 from fastrnn.tools.bench.workload import Workload
 
@@ -77,7 +77,7 @@ def workload(batch: int, hidden: int, number: str, rest: dict[str, Any]) -> Work
 def measured(
     cell: str, batch: int, hidden: int, number: str, rest: dict[str, Any]
 ) -> dict[str, Any]:
-    """Microseconds a step, and the kernels, forward alone and with the way back."""
+    """Microseconds a step, and the kernels, forward alone and with the backward pass."""
     row: dict[str, Any] = {"cell": cell, "batch": batch, "hidden": hidden, "number": number, **rest}
     chosen = workload(batch, hidden, number, rest)
     for mode in ("inference", "training"):

@@ -15,7 +15,7 @@
 
 #include "cuda/platform.cuh"
 
-using namespace fastrnn::dev;
+using namespace fastrnn::platform;
 
 constexpr int kThreads = 256;
 constexpr int kFew = 1000, kMany = 3000;  // steps: the difference is free of the launch

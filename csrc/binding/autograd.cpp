@@ -17,7 +17,7 @@ using torch::autograd::variable_list;
 
 // Lists are passed to autograd as one flat list; their sizes say where each ends.
 struct Sizes {
-  int64_t lanes, b, w_hr, s0;
+  int64_t recurrences, b, w_hr, s0;
 };
 
 variable_list flattened(const ScanInputs& in) {
@@ -39,13 +39,13 @@ ScanInputs unflattened(std::string_view cell, TensorList flat, const Sizes& n,
     at += count;
     return part;
   };
-  const TensorList w_ih = next(n.lanes), w_hh = next(n.lanes), b_ih = next(n.b), b_hh = next(n.b),
-                   w_hr = next(n.w_hr), s0 = next(n.s0);
+  const TensorList w_ih = next(n.recurrences), w_hh = next(n.recurrences), b_ih = next(n.b),
+                   b_hh = next(n.b), w_hr = next(n.w_hr), s0 = next(n.s0);
   return {cell, flat[0], w_ih, w_hh, b_ih, b_hh, w_hr, s0, batch_sizes, lengths, resets, reverse};
 }
 
-std::vector<Tensor> call_scan_backward(const ScanInputs& in, const Incoming& grads, const Tensor& y,
-                                       const Tensor& tape, const Needs& needs) {
+std::vector<Tensor> call_scan_backward(const ScanInputs& in, const OutputGrads& grads,
+                                       const Tensor& y, const Tensor& tape, const Needs& needs) {
   static auto op = c10::Dispatcher::singleton()
                        .findSchemaOrThrow("fastrnn::scan_backward", "")
                        .typed<std::vector<Tensor>(FASTRNN_BACKWARD_PARAMETERS)>();
@@ -135,25 +135,26 @@ class ScanFunction : public torch::autograd::Function<ScanFunction> {
                resets = optional(saved[flat_size + 2]);
     const ScanInputs in = unflattened(call->cell, TensorList(saved.data(), flat_size), sizes,
                                       batch_sizes, lengths, resets, call->reverse);
-    Incoming incoming{grads[0], {grads.begin() + 1, grads.end() - 1}};
+    OutputGrads output_grads{grads[0], {grads.begin() + 1, grads.end() - 1}};
 
     auto wanted = [&](size_t first, int64_t count) {
       for (size_t i = first; i < first + count; ++i)
         if (ctx->needs_input_grad(i)) return true;
       return false;
     };
-    const size_t w_ih = 1, w_hh = w_ih + sizes.lanes, b = w_hh + sizes.lanes,
+    const size_t w_ih = 1, w_hh = w_ih + sizes.recurrences, b = w_hh + sizes.recurrences,
                  w_hr = b + 2 * sizes.b, s0 = w_hr + sizes.w_hr;
-    const Needs needs{wanted(0, 1),           wanted(w_ih, sizes.lanes), wanted(w_hh, sizes.lanes),
-                      wanted(b, 2 * sizes.b), wanted(w_hr, sizes.w_hr),  wanted(s0, sizes.s0)};
+    const Needs needs{
+        wanted(0, 1),           wanted(w_ih, sizes.recurrences), wanted(w_hh, sizes.recurrences),
+        wanted(b, 2 * sizes.b), wanted(w_hr, sizes.w_hr),        wanted(s0, sizes.s0)};
     std::vector<Tensor> found;
     if (at::GradMode::is_enabled() || batched(grads)) {
-      found = python_differentiable_backward(in, incoming, needs);
+      found = python_differentiable_backward(in, output_grads, needs);
     } else {
       at::AutoDispatchBelowADInplaceOrView below;
       Tensor y = saved[flat_size + 3], tape = saved[flat_size + 4];
       if (call->y_changed(y)) std::tie(y, std::ignore, tape) = call_scan(in, true);
-      found = call_scan_backward(in, incoming, y, tape, needs);
+      found = call_scan_backward(in, output_grads, y, tape, needs);
     }
 
     variable_list out(kFlatArgument + flat_size + 5);
@@ -162,8 +163,8 @@ class ScanFunction : public torch::autograd::Function<ScanFunction> {
       for (size_t i = first; present && i < first + count; ++i) out[kFlatArgument + i] = *next++;
     };
     place(needs[kNeedX], 0, 1);
-    place(needs[kNeedWih], w_ih, sizes.lanes);
-    place(needs[kNeedWhh], w_hh, sizes.lanes);
+    place(needs[kNeedWih], w_ih, sizes.recurrences);
+    place(needs[kNeedWhh], w_hh, sizes.recurrences);
     place(needs[kNeedBias], b, 2 * sizes.b);
     place(needs[kNeedWhr], w_hr, sizes.w_hr);
     place(needs[kNeedStates], s0, sizes.s0);

@@ -64,7 +64,7 @@ inline OptionalList or_none(TensorList list) {
 }
 
 // Gradients that arrive; undefined stands for zeros.
-struct Incoming {
+struct OutputGrads {
   Tensor dy;
   std::vector<Tensor> dstates;  // S
 };

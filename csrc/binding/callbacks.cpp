@@ -17,7 +17,7 @@ py::tuple inputs_to_python(const ScanInputs& in) {
                         in.resets, in.reverse);
 }
 
-py::list incoming_to_python(const Incoming& grads) {
+py::list output_grads_to_python(const OutputGrads& grads) {
   py::list list;
   list.append(grads.dy.defined() ? py::cast(grads.dy) : py::none());
   for (const Tensor& each : grads.dstates)
@@ -66,20 +66,20 @@ ScanOutputs python_forward(const ScanInputs& in, bool tape) {
   return python().forward(inputs_to_python(in), tape).cast<ScanOutputs>();
 }
 
-std::vector<Tensor> python_backward(const ScanInputs& in, const Incoming& grads, const Tensor& y,
+std::vector<Tensor> python_backward(const ScanInputs& in, const OutputGrads& grads, const Tensor& y,
                                     const Tensor& tape, const Needs& needs) {
   WithAutograd autograd;
   py::gil_scoped_acquire gil;
   return python()
-      .backward(inputs_to_python(in), incoming_to_python(grads), y, tape, needs)
+      .backward(inputs_to_python(in), output_grads_to_python(grads), y, tape, needs)
       .cast<std::vector<Tensor>>();
 }
 
-std::vector<Tensor> python_differentiable_backward(const ScanInputs& in, const Incoming& grads,
+std::vector<Tensor> python_differentiable_backward(const ScanInputs& in, const OutputGrads& grads,
                                                    const Needs& needs) {
   py::gil_scoped_acquire gil;
   return python()
-      .differentiable_backward(inputs_to_python(in), incoming_to_python(grads), needs)
+      .differentiable_backward(inputs_to_python(in), output_grads_to_python(grads), needs)
       .cast<std::vector<Tensor>>();
 }
 

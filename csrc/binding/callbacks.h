@@ -26,10 +26,10 @@ const CellFacts& known_cell(std::string_view name, at::DeviceType device, at::Sc
 
 // Every kernel but the CPU's: Python plans the call and launches it.
 ScanOutputs python_forward(const ScanInputs& in, bool tape);
-std::vector<Tensor> python_backward(const ScanInputs& in, const Incoming& grads, const Tensor& y,
+std::vector<Tensor> python_backward(const ScanInputs& in, const OutputGrads& grads, const Tensor& y,
                                     const Tensor& tape, const Needs& needs);
 // Gradients that can be differentiated again.
-std::vector<Tensor> python_differentiable_backward(const ScanInputs& in, const Incoming& grads,
+std::vector<Tensor> python_differentiable_backward(const ScanInputs& in, const OutputGrads& grads,
                                                    const Needs& needs);
 
 }  // namespace fastrnn

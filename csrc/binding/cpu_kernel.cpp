@@ -35,10 +35,10 @@ class Workspace {
       begin_.push_back(bytes);
       bytes += (part * itemsize_ + kAlign - 1) / kAlign * kAlign;
     }
-    block_ = kept().borrow(bytes + kAlign);
+    block_ = cached().borrow(bytes + kAlign);
     TORCH_CHECK_WITH(OutOfMemoryError, block_, "fastrnn: no memory for ", bytes, " bytes");
   }
-  ~Workspace() { kept().give_back(block_); }
+  ~Workspace() { cached().give_back(block_); }
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
 
@@ -48,8 +48,8 @@ class Workspace {
 
  private:
   static constexpr size_t kAlign = 128;
-  static KeptMemory& kept() {
-    thread_local KeptMemory memory;
+  static CachedMemory& cached() {
+    thread_local CachedMemory memory;
     return memory;
   }
 
@@ -58,22 +58,24 @@ class Workspace {
   char* block_;
 };
 
-void check_packed(const CellFacts& cell, const ScanInputs& in, const Shape& n,
-                  at::ScalarType compute) {
+void check_prepacked(const CellFacts& cell, const ScanInputs& in, const Shape& n,
+                     at::ScalarType compute) {
   if (in.packed.empty()) return;
   TORCH_CHECK(static_cast<int64_t>(in.packed.size()) == n.P,
               "scan: packed should hold one tensor per scan, ", n.P, ", got ", in.packed.size());
   const bool in_double = compute == at::kDouble;
-  const int64_t bytes = cell.code(in_double).packed_bytes[in_double]({n.I, n.H, n.Q, n.projected});
+  const int64_t bytes =
+      cell.code(in_double).prepacked_bytes[in_double]({n.I, n.H, n.Q, n.projected});
   for (const Tensor& each : in.packed)
     TORCH_CHECK(each.is_cpu() && each.scalar_type() == compute && each.is_contiguous() &&
                     static_cast<int64_t>(each.nbytes()) == bytes,
-                "scan: packed weights of ", each.nbytes(), " bytes, ", each.scalar_type(),
+                "scan: prepacked weights of ", each.nbytes(), " bytes, ", each.scalar_type(),
                 ", do not fit weights that take ", bytes, " bytes of ", compute);
 }
 
 void out_of_memory(bool done) {
-  TORCH_CHECK_WITH(OutOfMemoryError, done, "fastrnn: no memory for packed weights and one chunk");
+  TORCH_CHECK_WITH(OutOfMemoryError, done,
+                   "fastrnn: no memory for prepacked weights and one chunk");
 }
 
 }  // namespace
@@ -93,20 +95,21 @@ Tensor pack(const CellFacts& cell, const Tensor& w_ih, const Tensor& w_hh,
   TORCH_CHECK(!n.projected || cell.projectable, "pack: cell ", cell.name, " cannot be projected");
   const at::ScalarType compute = compute_type(x.scalar_type());
   const Operands operands(in, n, compute);
-  const LaneSizes sizes{n.I, n.H, n.Q, n.projected};
+  const RecurrenceSizes sizes{n.I, n.H, n.Q, n.projected};
   const bool in_double = compute == at::kDouble;
   const int64_t numbers =
-      cell.code(in_double).packed_bytes[in_double](sizes) / at::elementSize(compute);
-  const Tensor packed = at::empty({numbers}, x.options().dtype(compute));
-  cell.code(in_double).pack[in_double](sizes, operands.lanes[0], packed.mutable_data_ptr());
-  return packed;
+      cell.code(in_double).prepacked_bytes[in_double](sizes) / at::elementSize(compute);
+  const Tensor prepacked = at::empty({numbers}, x.options().dtype(compute));
+  cell.code(in_double).pack[in_double](sizes, operands.recurrences[0],
+                                       prepacked.mutable_data_ptr());
+  return prepacked;
 }
 
 ScanOutputs forward_on_cpu(const Call& call, const CpuPlan& plan, bool tape) {
   const auto& [cell, in, n, tables] = call;
   const at::ScalarType compute = compute_type(in.x.scalar_type());
   const Storage storage = storage_of(in.x.scalar_type());
-  check_packed(cell, in, n, compute);
+  check_prepacked(cell, in, n, compute);
   const Operands operands(in, n, compute);
   const Tensor x = with_unit_stride(in.x);
   const at::ScalarType stored = x.scalar_type();
@@ -139,7 +142,7 @@ ScanOutputs forward_on_cpu(const Call& call, const CpuPlan& plan, bool tape) {
   return out;
 }
 
-std::vector<Tensor> backward_on_cpu(const Call& call, const CpuPlan& plan, const Incoming& grads,
+std::vector<Tensor> backward_on_cpu(const Call& call, const CpuPlan& plan, const OutputGrads& grads,
                                     const Tensor& y, const Tensor& tape, const Needs& needs) {
   const auto& [cell, in, n, tables] = call;
   const at::ScalarType stored = in.x.scalar_type(), compute = compute_type(stored);
@@ -164,11 +167,11 @@ std::vector<Tensor> backward_on_cpu(const Call& call, const CpuPlan& plan, const
   }
   const Operands operands(in, n, compute);
   const int64_t S = cell.states, depth = cell.gates * n.H;
-  const bool tied = cell.all_tied();
+  const bool summed = cell.all_summed();
   const Tensor y_rows = y.contiguous(), tape_rows = tape.contiguous();
   const Tensor dy = grads.dy.defined() ? grads.dy.to(stored).contiguous() : Tensor();
 
-  // Gradients of the states, carried from stretch to stretch in the compute type.
+  // Gradients of the states, carried from chunk to chunk in the compute type.
   std::vector<Tensor> ds(S);
   std::vector<void*> carried(n.P * S);
   for (int64_t s = 0; s < S; ++s) {
@@ -184,16 +187,16 @@ std::vector<Tensor> backward_on_cpu(const Call& call, const CpuPlan& plan, const
   BackwardArgs args;
   operands.fill(args, n, tables, storage_of(stored));
   const Workspace workspace(
-      compute, {n.P * most * depth, tied ? 0 : n.P * most * depth, n.P * most * n.Q,
-                n.projected ? n.P * most * n.Q : 0, packed_for_backward(args, cell.gates),
-                needs[kNeedX] ? n.P * packed_width(n.I) * depth : 0});
-  const auto lanes_of = [&](int part, int64_t width) {
+      compute, {n.P * most * depth, summed ? 0 : n.P * most * depth, n.P * most * n.Q,
+                n.projected ? n.P * most * n.Q : 0, prepacked_for_backward(args, cell.gates),
+                needs[kNeedX] ? n.P * prepacked_width(n.I) * depth : 0});
+  const auto pointers_of = [&](int part, int64_t width) {
     std::vector<void*> at(n.P);
     for (int64_t p = 0; p < n.P; ++p) at[p] = workspace.at(part, p * most * width);
     return at;
   };
-  const auto dv_lanes = lanes_of(0, depth), du_lanes = lanes_of(tied ? 0 : 1, depth),
-             previous_lanes = lanes_of(2, n.Q), dh_lanes = lanes_of(3, n.Q);
+  const auto dv_pointers = pointers_of(0, depth), du_pointers = pointers_of(summed ? 0 : 1, depth),
+             h_prev_pointers = pointers_of(2, n.Q), dh_pointers = pointers_of(3, n.Q);
   const bool bias = needs[kNeedBias] && !in.b_ih.empty();
   const bool several = n.P > 1 || in.lengths;  // rows of dx that are added to, or never reached
   Gradients out;
@@ -209,17 +212,17 @@ std::vector<Tensor> backward_on_cpu(const Call& call, const CpuPlan& plan, const
   const auto dw_hh = zeros(needs[kNeedWhh], out.w_hh, {depth, n.Q});
   const auto dw_hr = zeros(needs[kNeedWhr] && n.projected, out.w_hr, {n.Q, n.H});
   const auto db_ih = zeros(bias, out.b_ih, {depth});
-  const auto db_hh = zeros(bias && !tied, out.b_hh, {depth});
+  const auto db_hh = zeros(bias && !summed, out.b_hh, {depth});
   const auto or_null = [](const std::vector<void*>& v) { return v.empty() ? nullptr : v.data(); };
 
   args.dy = dy.defined() ? dy.const_data_ptr() : nullptr;
   args.y = y_rows.const_data_ptr();
   args.tape = tape_rows.const_data_ptr();
   args.ds = carried.data();
-  args.du = du_lanes.data();
-  args.dv = dv_lanes.data();
-  args.previous = previous_lanes.data();
-  args.dh = n.projected ? dh_lanes.data() : nullptr;
+  args.du = du_pointers.data();
+  args.dv = dv_pointers.data();
+  args.h_prev = h_prev_pointers.data();
+  args.dh = n.projected ? dh_pointers.data() : nullptr;
 
   const Tensor x = with_unit_stride(in.x);
   GradientArgs rest;
@@ -228,16 +231,16 @@ std::vector<Tensor> backward_on_cpu(const Call& call, const CpuPlan& plan, const
   rest.hidden = n.H;
   rest.recurrent = n.Q;
   rest.depth = depth;
-  rest.lanes = args.lanes;
+  rest.recurrences = args.recurrences;
   rest.storage = args.storage;
-  rest.lane = args.lane;
+  rest.recurrence = args.recurrence;
   rest.x = x.const_data_ptr();
   rest.x_row = x.stride(-2);
   rest.x_step = x.dim() == 3 ? x.stride(0) : 0;
-  rest.du = du_lanes.data();
-  rest.dv = dv_lanes.data();
-  rest.previous = previous_lanes.data();
-  rest.dh = dh_lanes.data();
+  rest.du = du_pointers.data();
+  rest.dv = dv_pointers.data();
+  rest.h_prev = h_prev_pointers.data();
+  rest.dh = dh_pointers.data();
   rest.tape = tape_rows.const_data_ptr();
   rest.tape_width = tape_rows.size(2);
   rest.dw_hr = or_null(dw_hr);
@@ -247,21 +250,21 @@ std::vector<Tensor> backward_on_cpu(const Call& call, const CpuPlan& plan, const
   rest.db_hh = or_null(db_hh);
   rest.dx = needs[kNeedX] ? out.x.mutable_data_ptr() : nullptr;
 
-  int32_t packed_for = 0;
-  args.packed = workspace.at(4);
-  args.packed_for = &packed_for;
-  rest.packed = workspace.at(5);
+  int32_t prepacked_for = 0;
+  args.prepacked = workspace.at(4);
+  args.prepacked_for = &prepacked_for;
+  rest.prepacked = workspace.at(5);
 
   const bool in_double = compute == at::kDouble;
   for (int64_t end = n.T, begin; end > 0; end = begin) {
-    begin = tables.stretch_begin(end, most);
+    begin = tables.chunk_begin(end, most);
     args.begin = rest.begin = begin;
     args.end = rest.end = end;
     out_of_memory(cell.code(in_double).backward[in_double](args, plan));
     out_of_memory(run_gradients(in_double, rest, plan));
   }
 
-  if (bias && tied)
+  if (bias && summed)
     for (const Tensor& each : out.b_ih) out.b_hh.push_back(each.clone());
   if (needs[kNeedX]) out.x = out.x.view(in.x.sizes()).to(stored);
   for (auto* group : {&out.w_ih, &out.w_hh, &out.b_ih, &out.b_hh, &out.w_hr})

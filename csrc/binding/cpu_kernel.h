@@ -7,7 +7,7 @@ namespace fastrnn {
 
 ScanOutputs forward_on_cpu(const Call& call, const CpuPlan& plan, bool tape);
 // `y` and `tape` are those of the forward pass.
-std::vector<Tensor> backward_on_cpu(const Call& call, const CpuPlan& plan, const Incoming& grads,
+std::vector<Tensor> backward_on_cpu(const Call& call, const CpuPlan& plan, const OutputGrads& grads,
                                     const Tensor& y, const Tensor& tape, const Needs& needs);
 
 // One scan's weights in the layout of the CPU kernel, for `packed`: of the compute type, flat.

@@ -159,7 +159,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("vector_bytes", vector_bytes);
   m.def("forget_plans", forget_plans);
   m.def("add_cell_facts", add_cell_facts, py::arg("name"), py::arg("gates"), py::arg("states"),
-        py::arg("kept"), py::arg("tied"), py::arg("projectable"),
+        py::arg("saved"), py::arg("summed"), py::arg("projectable"),
         "Makes a cell known without code for CPUs, which load_cells may add.");
   m.def(
       "has_code",

@@ -97,16 +97,16 @@ std::vector<Tensor> cpu_packed(FASTRNN_PACKED_PARAMETERS) {
 }
 
 // On other devices, which have no kernel in C++.
-std::vector<Tensor> elsewhere(FASTRNN_SCAN_PARAMETERS, bool tape, bool) {
+std::vector<Tensor> python_kernel(FASTRNN_SCAN_PARAMETERS, bool tape, bool) {
   const ScanInputs in = FASTRNN_SCAN_INPUTS;
   check_recurrences(in);
   known_cell(cell, x.device().type(), x.scalar_type());
   return as_list(python_forward(in, tape));
 }
 
-Incoming incoming(const std::optional<Tensor>& dy,
-                  const c10::List<std::optional<Tensor>>& dstates) {
-  Incoming grads;
+OutputGrads output_grads(const std::optional<Tensor>& dy,
+                         const c10::List<std::optional<Tensor>>& dstates) {
+  OutputGrads grads;
   if (dy) grads.dy = *dy;
   for (std::optional<Tensor> each : dstates) grads.dstates.push_back(each ? *each : Tensor());
   return grads;
@@ -114,7 +114,7 @@ Incoming incoming(const std::optional<Tensor>& dy,
 
 std::vector<Tensor> backward_cpu(FASTRNN_BACKWARD_PARAMETERS) {
   const ScanInputs in = FASTRNN_SCAN_INPUTS;
-  const Incoming grads = incoming(dy, dstates);
+  const OutputGrads grads = output_grads(dy, dstates);
   const Call call(known_cell(cell, at::kCPU, x.scalar_type()), in);
   const auto plan = cpu_plan(call.cell, problem_of(call, true, true));
   if (!plan) return python_backward(in, grads, y, tape, needs);
@@ -123,10 +123,10 @@ std::vector<Tensor> backward_cpu(FASTRNN_BACKWARD_PARAMETERS) {
                          has_tape ? tape : std::get<2>(scan_on_cpu(in, true)), needs);
 }
 
-std::vector<Tensor> backward_elsewhere(FASTRNN_BACKWARD_PARAMETERS) {
+std::vector<Tensor> python_backward_kernel(FASTRNN_BACKWARD_PARAMETERS) {
   const ScanInputs in = FASTRNN_SCAN_INPUTS;
   known_cell(cell, x.device().type(), x.scalar_type());
-  return python_backward(in, incoming(dy, dstates), y, tape, needs);
+  return python_backward(in, output_grads(dy, dstates), y, tape, needs);
 }
 
 }  // namespace
@@ -162,8 +162,8 @@ TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
 }
 
 TORCH_LIBRARY_IMPL(fastrnn, CompositeExplicitAutograd, m) {
-  m.impl("scan", elsewhere);
-  m.impl("scan_backward", backward_elsewhere);
+  m.impl("scan", python_kernel);
+  m.impl("scan_backward", python_backward_kernel);
 }
 
 // Who asks for gradients has been refused; torch's own fallback would look again, slowly.

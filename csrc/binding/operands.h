@@ -153,7 +153,7 @@ struct RowTables {
       }
       TORCH_CHECK(in.lengths || compact[n.T] == n.R, "scan: batch_sizes add up to ", compact[n.T],
                   " but x has ", n.R, " rows");
-      rows.live_slots = live.data();
+      rows.live_sequences = live.data();
       rows.compact = compact.data();
     }
     if (in.resets) {
@@ -166,7 +166,7 @@ struct RowTables {
 
   // The first of the steps up to `end` that have at most `most` live rows, in either direction;
   // at least one step.
-  int64_t stretch_begin(int64_t end, int64_t most) const {
+  int64_t chunk_begin(int64_t end, int64_t most) const {
     int64_t begin = end, forward = 0, reverse = 0;
     while (begin > 0) {
       forward += rows.live(begin - 1);
@@ -223,19 +223,19 @@ inline std::vector<Tensor> contiguous(TensorList tensors) {
 // Owns what `Scan` points to, for either sweep.
 struct Operands {
   std::vector<Tensor> w_ih, w_hh, b_ih, b_hh, w_hr, s0;
-  std::vector<Lane> lanes;
+  std::vector<Recurrence> recurrences;
 
   Operands(const ScanInputs& in, const Shape& n, at::ScalarType compute)
-      : s0(contiguous(in.s0)), lanes(n.P) {
+      : s0(contiguous(in.s0)), recurrences(n.P) {
     for (int64_t p = 0; p < n.P; ++p) {
-      Lane& lane = lanes[p];
-      lane.reverse = in.reverse >> p & 1;
+      Recurrence& recurrence = recurrences[p];
+      recurrence.reverse = in.reverse >> p & 1;
       for (size_t s = 0; s < s0.size(); ++s)
-        lane.s0[s] = static_cast<const char*>(s0[s].const_data_ptr()) +
-                     p * n.B * n.width(s) * s0[s].itemsize();
+        recurrence.s0[s] = static_cast<const char*>(s0[s].const_data_ptr()) +
+                           p * n.B * n.width(s) * s0[s].itemsize();
     }
     if (!in.packed.empty()) {
-      for (int64_t p = 0; p < n.P; ++p) lanes[p].packed = in.packed[p].const_data_ptr();
+      for (int64_t p = 0; p < n.P; ++p) recurrences[p].prepacked = in.packed[p].const_data_ptr();
       return;
     }
     w_ih = as_computed(in.w_ih, compute);
@@ -244,12 +244,12 @@ struct Operands {
     b_hh = as_computed(in.b_hh, compute);
     w_hr = as_computed(in.w_hr, compute);
     for (int64_t p = 0; p < n.P; ++p) {
-      Lane& lane = lanes[p];
-      lane.w_ih = w_ih[p].const_data_ptr();
-      lane.w_hh = w_hh[p].const_data_ptr();
-      lane.b_ih = b_ih.empty() ? nullptr : b_ih[p].const_data_ptr();
-      lane.b_hh = b_hh.empty() ? nullptr : b_hh[p].const_data_ptr();
-      lane.w_hr = w_hr.empty() ? nullptr : w_hr[p].const_data_ptr();
+      Recurrence& recurrence = recurrences[p];
+      recurrence.w_ih = w_ih[p].const_data_ptr();
+      recurrence.w_hh = w_hh[p].const_data_ptr();
+      recurrence.b_ih = b_ih.empty() ? nullptr : b_ih[p].const_data_ptr();
+      recurrence.b_hh = b_hh.empty() ? nullptr : b_hh[p].const_data_ptr();
+      recurrence.w_hr = w_hr.empty() ? nullptr : w_hr[p].const_data_ptr();
     }
   }
 
@@ -259,9 +259,9 @@ struct Operands {
     scan.hidden = n.H;
     scan.recurrent = n.Q;
     scan.projected = n.projected;
-    scan.lanes = static_cast<int32_t>(n.P);
+    scan.recurrences = static_cast<int32_t>(n.P);
     scan.storage = storage;
-    scan.lane = lanes.data();
+    scan.recurrence = recurrences.data();
   }
 };
 

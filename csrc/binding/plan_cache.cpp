@@ -47,12 +47,12 @@ std::optional<CpuPlan> cpu_plan(const CellFacts& cell, const Problem& p) {
     epoch = plans_epoch;
   }
   const int bits = python().significant_bits;
-  const PlanKey key{&cell,       leading(p.steps, bits),
-                    p.batch,     leading(p.rows, bits),
-                    p.inputs,    p.hidden,
-                    p.lanes,     p.dtype,
-                    p.tape,      p.backward,
-                    p.projected, p.frozen,
+  const PlanKey key{&cell,         leading(p.steps, bits),
+                    p.batch,       leading(p.rows, bits),
+                    p.inputs,      p.hidden,
+                    p.recurrences, p.dtype,
+                    p.tape,        p.backward,
+                    p.projected,   p.frozen,
                     threads};
   auto found = known.find(key);
   if (found != known.end()) return found->second;
@@ -60,17 +60,18 @@ std::optional<CpuPlan> cpu_plan(const CellFacts& cell, const Problem& p) {
   const py::object answer = python().plan(
       py::arg("cell") = cell.name, py::arg("steps") = p.steps, py::arg("batch") = p.batch,
       py::arg("rows") = p.rows, py::arg("inputs") = p.inputs, py::arg("hidden") = p.hidden,
-      py::arg("gates") = cell.gates, py::arg("states") = cell.states, py::arg("lanes") = p.lanes,
-      py::arg("dtype") = c10::toString(p.dtype), py::arg("tape") = p.tape,
-      py::arg("backward") = p.backward, py::arg("projected") = p.projected,
-      py::arg("frozen") = p.frozen, py::arg("projectable") = cell.projectable,
+      py::arg("gates") = cell.gates, py::arg("states") = cell.states,
+      py::arg("recurrences") = p.recurrences, py::arg("dtype") = c10::toString(p.dtype),
+      py::arg("tape") = p.tape, py::arg("backward") = p.backward,
+      py::arg("projected") = p.projected, py::arg("frozen") = p.frozen,
+      py::arg("projectable") = cell.projectable,
       py::arg("compiled") = cell.compiled[p.dtype == at::kDouble] != nullptr,
       py::arg("threads") = threads);
   std::optional<CpuPlan> plan;
   if (!answer.is_none()) {
-    const auto [packed, lanes, slots, units, chunk_rows] =
+    const auto [prepacked, recurrences, sequences, units, chunk_rows] =
         answer.cast<std::tuple<bool, int32_t, int32_t, int32_t, int64_t>>();
-    plan = CpuPlan{packed, lanes, slots, units, chunk_rows};
+    plan = CpuPlan{prepacked, recurrences, sequences, units, chunk_rows};
   }
   return known.emplace(key, plan).first->second;
 }

@@ -14,7 +14,7 @@ namespace fastrnn {
 // A call on tensors on a CPU, as fastrnn/plan's Problem.
 struct Problem {
   std::string_view cell;
-  int64_t steps, batch, rows, inputs, hidden, lanes;
+  int64_t steps, batch, rows, inputs, hidden, recurrences;
   at::ScalarType dtype;
   bool tape, backward, projected, frozen;
 };

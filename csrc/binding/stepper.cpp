@@ -366,8 +366,8 @@ PyObject* make(PyTypeObject* type, PyObject* args, PyObject*) {
   at::AutoDispatchBelowADInplaceOrView below;
   const bool in_double = stored == at::kDouble;
 
-  std::vector<LaneSizes> sizes;
-  std::vector<Lane> lanes;
+  std::vector<RecurrenceSizes> sizes;
+  std::vector<Recurrence> recurrences;
   std::vector<at::Tensor> alive;
   for (const auto& layer : layers) {
     const size_t count = layer.size();
@@ -393,20 +393,21 @@ PyObject* make(PyTypeObject* type, PyObject* args, PyObject*) {
     check(1, "w_hh", {rows, Q});
     for (size_t k = 2; bias && k < 4; ++k) check(k, k == 2 ? "b_ih" : "b_hh", {rows});
     if (projected) check(count - 1, "w_hr", {Q, H});
-    Lane lane;
-    lane.w_ih = at(0);
-    lane.w_hh = at(1);
-    lane.b_ih = bias ? at(2) : nullptr;
-    lane.b_hh = bias ? at(3) : nullptr;
-    lane.w_hr = projected ? at(count - 1) : nullptr;
-    lanes.push_back(lane);
+    Recurrence recurrence;
+    recurrence.w_ih = at(0);
+    recurrence.w_hh = at(1);
+    recurrence.b_ih = bias ? at(2) : nullptr;
+    recurrence.b_hh = bias ? at(3) : nullptr;
+    recurrence.w_hr = projected ? at(count - 1) : nullptr;
+    recurrences.push_back(recurrence);
   }
   const Storage storage = stored == at::kBFloat16 ? Storage::kBfloat16
                           : stored == at::kHalf   ? Storage::kFloat16
                                                   : Storage::kSame;
   auto stepper =
       std::make_unique<Stepper>(cell.code(in_double), in_double, storage, batch, sizes, threads);
-  for (size_t l = 0; l < lanes.size(); ++l) stepper->pack(static_cast<int64_t>(l), lanes[l]);
+  for (size_t l = 0; l < recurrences.size(); ++l)
+    stepper->pack(static_cast<int64_t>(l), recurrences[l]);
 
   PyObject* object = type->tp_alloc(type, 0);
   if (!object) return nullptr;

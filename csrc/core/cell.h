@@ -1,9 +1,9 @@
 // The cells, generated from fastrnn/cells. A cell is a struct with
-//   kName, kGates (G), kStates (S), kKept (K), kTied[G], kProjectable
-//   forward(u[G], v[G], s[S], next[S], kept[K])
-//   backward(kept[K], s[S], next[S], dnext[S], du[G], dv[G], ds[S])
-// on a lane type V. For a tied gate v[g] arrives as the sum of both projections, u[g] is not read,
-// and du[g] equals dv[g]. A projectable cell does not read s[0], and ds[0] is zero: state 0
+//   kName, kGates (G), kStates (S), kSaved (K), kSummed[G], kProjectable
+//   forward(u[G], v[G], s[S], next[S], saved[K])
+//   backward(saved[K], s[S], next[S], dnext[S], du[G], dv[G], ds[S])
+// on a lane type V. For a summed gate v[g] arrives as the sum of both projections, u[g] is not
+// read, and du[g] equals dv[g]. A projectable cell does not read s[0], and ds[0] is zero: state 0
 // comes in through v alone.
 #pragma once
 
@@ -13,26 +13,27 @@
 namespace fastrnn {
 inline namespace FASTRNN_ISA {
 
-// A bit for each gate that is tied. Device code cannot index kTied at run time, but it can this.
+// A bit for each gate that is summed. Device code cannot index kSummed at run time, but it can
+// this.
 template <class Cell>
-constexpr uint64_t tied_gates() {
+constexpr uint64_t summed_gates() {
   static_assert(Cell::kGates <= 64, "a bit for each gate");
   uint64_t gates = 0;
-  for (int g = 0; g < Cell::kGates; ++g) gates |= uint64_t{Cell::kTied[g]} << g;
+  for (int g = 0; g < Cell::kGates; ++g) gates |= uint64_t{Cell::kSummed[g]} << g;
   return gates;
 }
 
 template <class Cell>
-inline constexpr uint64_t kTiedGates = tied_gates<Cell>();
+inline constexpr uint64_t kSummedGates = summed_gates<Cell>();
 
 template <class Cell>
-FASTRNN_HD constexpr bool is_tied(int gate) {
-  return kTiedGates<Cell> >> gate & 1;
+FASTRNN_HD constexpr bool is_summed(int gate) {
+  return kSummedGates<Cell> >> gate & 1;
 }
 
 template <class Cell>
-FASTRNN_HD constexpr bool all_tied() {
-  return kTiedGates<Cell> == ~uint64_t{0} >> (64 - Cell::kGates);
+FASTRNN_HD constexpr bool all_summed() {
+  return kSummedGates<Cell> == ~uint64_t{0} >> (64 - Cell::kGates);
 }
 
 }  // namespace FASTRNN_ISA

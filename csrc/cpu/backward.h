@@ -1,10 +1,10 @@
-// The backward sweep on a CPU: one stretch of steps, from its end.
+// The backward sweep on a CPU: one chunk of steps, from its end.
 //
 // Per step: the cell's derivative for every unit gives du and dv, then dh = dv * w_hh. Every thread
-// owns a lane, a range of slots, a range of units and one of the columns of h; threads that share
-// slots need each other's dv once per step. A projected output comes before that: dm = dh * w_hr
-// needs the others' dh. Sums run over the gates in one order whatever the split, so the result does
-// not depend on it.
+// owns a recurrence, a range of sequences, a range of units and one of the columns of h; threads
+// that share sequences need each other's dv once per step. A projected output comes before that: dm
+// = dh * w_hr needs the others' dh. Sums run over the gates in one order whatever the split, so the
+// result does not depend on it.
 #pragma once
 
 #include <cstdint>
@@ -21,10 +21,10 @@ inline namespace FASTRNN_ISA {
 template <class Cell, class T>
 class Backward {
   using V = Vec<T>;
-  static constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kKept;
+  static constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kSaved;
   static constexpr int kLanes = lanes<V>();
 
-  // One row at one step of a lane, and where the state before it is.
+  // One row at one step of a recurrence, and where the state before it is.
   struct Place {
     int64_t b, row, earlier;  // batch index, row of y and tape, and the row a step earlier
     int64_t out;              // row of the outputs
@@ -46,34 +46,34 @@ class Backward {
         tape_(S - 1 + K + args.projected) {
     const int64_t first = args.begin, last = args.end - 1;
     const Rows& rows = args.rows;
-    for (int32_t p = 0; p < args.lanes; ++p) {
-      const bool reverse = args.lane[p].reverse;
+    for (int32_t p = 0; p < args.recurrences; ++p) {
+      const bool reverse = args.recurrence[p].reverse;
       const int64_t a = rows.time(first, reverse), b = rows.time(last, reverse);
       origin_[reverse] = rows.compact_row(a < b ? a : b, 0);
     }
   }
 
   void place(Arena& arena) {
-    w_hh_ = static_cast<T*>(args_.packed);
-    w_hr_ = w_hh_ + args_.lanes * columns_ * kLanes * depth_;
-    dm_ = arena.take<T>(projected() ? args_.lanes * args_.rows.batch * vectors_ * kLanes : 0);
+    w_hh_ = static_cast<T*>(args_.prepacked);
+    w_hr_ = w_hh_ + args_.recurrences * columns_ * kLanes * depth_;
+    dm_ = arena.take<T>(projected() ? args_.recurrences * args_.rows.batch * vectors_ * kLanes : 0);
   }
 
   void thread(Member& me) const {
     const Rows& rows = args_.rows;
-    const Range own = part_of(args_.lanes, plan_.split_lanes, me.lane);
+    const Range own = part_of(args_.recurrences, plan_.split_recurrences, me.recurrence);
     const Range units = part_of(vectors_, plan_.split_units, me.unit);
     const Range columns = part_of(columns_, plan_.split_units, me.unit);
-    const bool packed = *args_.packed_for == plan_.split_units;
-    for (int64_t p = own.begin; p < own.end && !packed; ++p) {
-      pack(args_.lane[p].w_hh, args_.recurrent, depth_, columns, me.slot, w_hh(p));
+    const bool prepacked = *args_.prepacked_for == plan_.split_units;
+    for (int64_t p = own.begin; p < own.end && !prepacked; ++p) {
+      pack(args_.recurrence[p].w_hh, args_.recurrent, depth_, columns, me.sequence, w_hh(p));
       if (projected())
-        pack(args_.lane[p].w_hr, args_.hidden, args_.recurrent, units, me.slot, w_hr(p));
+        pack(args_.recurrence[p].w_hr, args_.hidden, args_.recurrent, units, me.sequence, w_hr(p));
     }
     int64_t done = 1;
     me.publish(done);
     me.wait_for_all(done);
-    if (me.index == 0) *args_.packed_for = plan_.split_units;
+    if (me.index == 0) *args_.prepacked_for = plan_.split_units;
     const auto meet = [&] {
       ++done;
       if (me.alone()) return;
@@ -81,21 +81,21 @@ class Backward {
       me.wait_for_peers(done);
     };
     for (int64_t p = own.begin; p < own.end; ++p) {
-      const bool reverse = args_.lane[p].reverse;
+      const bool reverse = args_.recurrence[p].reverse;
       const int64_t a = rows.time(args_.begin, reverse), b = rows.time(args_.end - 1, reverse);
-      const Range slots =
-          slots_of(rows, a < b ? a : b, (a < b ? b : a) + 1, plan_.split_slots, me.slot);
+      const Range sequences = sequences_of(rows, a < b ? a : b, (a < b ? b : a) + 1,
+                                           plan_.split_sequences, me.sequence);
       for (int64_t step = args_.end - 1; step >= args_.begin; --step) {
         const int64_t t = rows.time(step, reverse);
-        const int64_t last = slots.end < rows.live(t) ? slots.end : rows.live(t);
+        const int64_t last = sequences.end < rows.live(t) ? sequences.end : rows.live(t);
         if (projected()) {
-          for (int64_t i = slots.begin; i < last; ++i) arrive(p, step, t, i, columns);
+          for (int64_t i = sequences.begin; i < last; ++i) arrive(p, step, t, i, columns);
           meet();
-          if (last > slots.begin) unproject(p, t, {slots.begin, last}, units);
+          if (last > sequences.begin) unproject(p, t, {sequences.begin, last}, units);
         }
-        for (int64_t i = slots.begin; i < last; ++i) differentiate(p, step, t, i, units);
+        for (int64_t i = sequences.begin; i < last; ++i) differentiate(p, step, t, i, units);
         meet();
-        if (last > slots.begin) propagate(p, step, t, {slots.begin, last}, columns);
+        if (last > sequences.begin) propagate(p, step, t, {sequences.begin, last}, columns);
       }
     }
   }
@@ -110,7 +110,7 @@ class Backward {
   void pack(const void* w, int64_t width, int64_t depth, Range own, int32_t turn, T* out) const {
     int64_t band = 0;
     for_each_band(own.begin, own.end, [&](int64_t v, auto count) {
-      if (band++ % plan_.split_slots != turn) return;
+      if (band++ % plan_.split_sequences != turn) return;
       const int64_t column = v * kLanes;
       pack_columns(static_cast<const T*>(w) + column, width, width - column, depth,
                    out + column * depth, decltype(count)::value);
@@ -119,9 +119,9 @@ class Backward {
 
   FASTRNN_INLINE Place locate(int64_t p, int64_t step, int64_t t, int64_t i) const {
     const Rows& rows = args_.rows;
-    const bool reverse = args_.lane[p].reverse, continues = rows.continues(step, i, reverse);
-    const int64_t P = args_.lanes;
-    return {rows.slot(i),
+    const bool reverse = args_.recurrence[p].reverse, continues = rows.continues(step, i, reverse);
+    const int64_t P = args_.recurrences;
+    return {rows.batch_index(i),
             rows.row(t, i) * P + p,
             continues ? rows.row(rows.time(step - 1, reverse), i) * P + p : 0,
             rows.compact_row(t, i) - origin_[reverse],
@@ -129,13 +129,14 @@ class Backward {
             continues};
   }
 
-  FASTRNN_INLINE V state_before(const Lane& lane, int s, const Place& at, int64_t unit,
+  FASTRNN_INLINE V state_before(const Recurrence& recurrence, int s, const Place& at, int64_t unit,
                                 int n) const {
     const int64_t H = args_.hidden, Q = args_.recurrent;
     if (at.cut) return splat<V>(0);
     if (!at.continues)
-      return lane.s0[s] ? load_as<V>(lane.s0[s], at.b * (s ? H : Q) + unit, n, args_.storage)
-                        : splat<V>(0);
+      return recurrence.s0[s]
+                 ? load_as<V>(recurrence.s0[s], at.b * (s ? H : Q) + unit, n, args_.storage)
+                 : splat<V>(0);
     if (s == 0) return load_as<V>(args_.y, at.earlier * Q + unit, n, args_.storage);
     return load_as<V>(args_.tape, (at.earlier * tape_ + s - 1) * H + unit, n, args_.storage);
   }
@@ -145,7 +146,7 @@ class Backward {
     const int64_t Q = args_.recurrent;
     const Place at = locate(p, step, t, i);
     T* dh = static_cast<T*>(args_.dh[p]) + at.out * Q;
-    T* previous = static_cast<T*>(args_.previous[p]) + at.out * Q;
+    T* h_prev = static_cast<T*>(args_.h_prev[p]) + at.out * Q;
     T* ds = static_cast<T*>(args_.ds[p * S]) + at.b * Q;
     for (int64_t column = columns.begin * kLanes; column < columns.end * kLanes; column += kLanes) {
       const int n = within<V>(column, Q);
@@ -154,23 +155,24 @@ class Backward {
         gradient = gradient + load_as<V>(args_.dy, at.row * Q + column, n, args_.storage);
       store(dh + column, gradient, n);
       store(ds + column, splat<V>(0), n);
-      store(previous + column, state_before(args_.lane[p], 0, at, column, n), n);
+      store(h_prev + column, state_before(args_.recurrence[p], 0, at, column, n), n);
     }
   }
 
   // dm = dh * w_hr
-  void unproject(int64_t p, int64_t t, Range slots, Range units) const {
-    const int64_t Q = args_.recurrent, first = args_.rows.compact_row(t, slots.begin);
-    const T* dh = static_cast<const T*>(args_.dh[p]) + (first - origin_[args_.lane[p].reverse]) * Q;
-    multiply_bands(dh, Q, slots.size(), w_hr(p), Q, units.begin, units.end,
+  void unproject(int64_t p, int64_t t, Range sequences, Range units) const {
+    const int64_t Q = args_.recurrent, first = args_.rows.compact_row(t, sequences.begin);
+    const T* dh =
+        static_cast<const T*>(args_.dh[p]) + (first - origin_[args_.recurrence[p].reverse]) * Q;
+    multiply_bands(dh, Q, sequences.size(), w_hr(p), Q, units.begin, units.end,
                    [&](int64_t r, int64_t vector, V sum) __attribute__((always_inline)) {
-                     store(dm(p, slots.begin + r) + vector * kLanes, sum);
+                     store(dm(p, sequences.begin + r) + vector * kLanes, sum);
                    });
   }
 
   // du, dv and the gradients that reach the previous states without passing w_hh.
   void differentiate(int64_t p, int64_t step, int64_t t, int64_t i, Range units) const {
-    const Lane& lane = args_.lane[p];
+    const Recurrence& recurrence = args_.recurrence[p];
     const int64_t H = args_.hidden;
     const Place at = locate(p, step, t, i);
     T* du = static_cast<T*>(args_.du[p]) + at.out * depth_;
@@ -178,7 +180,7 @@ class Backward {
 
     for (int64_t unit = units.begin * kLanes; unit < units.end * kLanes; unit += kLanes) {
       const int n = within<V>(unit, H);
-      V kept[K + 1], before[S], next[S], dnext[S], gates_u[G], gates_v[G], dbefore[S];
+      V saved[K + 1], before[S], next[S], dnext[S], gates_u[G], gates_v[G], dbefore[S];
       const auto taped = [&](int value) {
         return load_as<V>(args_.tape, (at.row * tape_ + value) * H + unit, n, args_.storage);
       };
@@ -190,24 +192,24 @@ class Backward {
         next[0] = taped(S - 1 + K);
         dnext[0] = load<V>(dm(p, i) + unit);
       } else {
-        before[0] = state_before(lane, 0, at, unit, n);
+        before[0] = state_before(recurrence, 0, at, unit, n);
         next[0] = load_as<V>(args_.y, at.row * H + unit, n, args_.storage);
         dnext[0] = load<V>(carried(0), n);
         if (args_.dy)
           dnext[0] = dnext[0] + load_as<V>(args_.dy, at.row * H + unit, n, args_.storage);
-        store(static_cast<T*>(args_.previous[p]) + at.out * H + unit, before[0], n);
+        store(static_cast<T*>(args_.h_prev[p]) + at.out * H + unit, before[0], n);
       }
       for (int s = 1; s < S; ++s) {
-        before[s] = state_before(lane, s, at, unit, n);
+        before[s] = state_before(recurrence, s, at, unit, n);
         next[s] = taped(s - 1);
         dnext[s] = load<V>(carried(s), n);
       }
-      for (int k = 0; k < K; ++k) kept[k] = taped(S - 1 + k);
-      Cell::backward(kept, before, next, dnext, gates_u, gates_v, dbefore);
+      for (int k = 0; k < K; ++k) saved[k] = taped(S - 1 + k);
+      Cell::backward(saved, before, next, dnext, gates_u, gates_v, dbefore);
 
       for (int g = 0; g < G; ++g) {
         store(dv + g * H + unit, gates_v[g], n);
-        if constexpr (!all_tied<Cell>()) store(du + g * H + unit, gates_u[g], n);
+        if constexpr (!all_summed<Cell>()) store(du + g * H + unit, gates_u[g], n);
       }
       if (!projected()) store(carried(0), at.cut ? splat<V>(0) : dbefore[0], n);
       for (int s = 1; s < S; ++s) store(carried(s), at.cut ? splat<V>(0) : dbefore[s], n);
@@ -215,19 +217,19 @@ class Backward {
   }
 
   // ds0 += dv * w_hh, but nothing into a step before a cut.
-  void propagate(int64_t p, int64_t step, int64_t t, Range slots, Range columns) const {
+  void propagate(int64_t p, int64_t step, int64_t t, Range sequences, Range columns) const {
     const Rows& rows = args_.rows;
-    const bool reverse = args_.lane[p].reverse;
+    const bool reverse = args_.recurrence[p].reverse;
     const int64_t Q = args_.recurrent;
     const T* dv = static_cast<const T*>(args_.dv[p]) +
-                  (rows.compact_row(t, slots.begin) - origin_[reverse]) * depth_;
+                  (rows.compact_row(t, sequences.begin) - origin_[reverse]) * depth_;
     T* ds = static_cast<T*>(args_.ds[p * S]);
-    multiply_bands(dv, depth_, slots.size(), w_hh(p), depth_, columns.begin, columns.end,
+    multiply_bands(dv, depth_, sequences.size(), w_hh(p), depth_, columns.begin, columns.end,
                    [&](int64_t r, int64_t vector, V sum) __attribute__((always_inline)) {
-                     const int64_t i = slots.begin + r, column = vector * kLanes;
+                     const int64_t i = sequences.begin + r, column = vector * kLanes;
                      if (rows.cut_before(step, i, reverse)) return;
                      const int n = within<V>(column, Q);
-                     T* to = ds + rows.slot(i) * Q + column;
+                     T* to = ds + rows.batch_index(i) * Q + column;
                      store(to, load<V>(to, n) + sum, n);
                    });
   }
@@ -236,7 +238,7 @@ class Backward {
   const CpuPlan& plan_;
   const int64_t vectors_, columns_;      // vectors of units, and of the columns of h
   const int64_t depth_, tape_;           // gates, and values on the tape, of a row
-  int64_t origin_[2] = {};               // first compact row of the stretch, forward and reverse
+  int64_t origin_[2] = {};               // first compact row of the chunk, forward and reverse
   T *w_hh_ = nullptr, *w_hr_ = nullptr;  // [P], bands of columns
   T* dm_ = nullptr;                      // [P][B][padded H]
 };

@@ -1,7 +1,7 @@
 // The contract between host and kernels: plain data, shapes, no ownership.
 //
-// T steps, B batch, I inputs, H hidden units, G gates, S states, K kept values, P lanes
-// (independent scans of the same input: directions, heads). A lane's *step* counts in its own
+// T steps, B batch, I inputs, H hidden units, G gates, S states, K saved values, P recurrences
+// (independent scans of the same input: directions, heads). A recurrence's *step* counts in its own
 // direction; `t` is always the position in time.
 //
 // Q is the width of state 0, which is the output: H, unless it is projected. Then the cell gives
@@ -17,24 +17,26 @@ namespace fastrnn {
 constexpr int kMaxGates = 16;
 constexpr int kMaxStates = 8;
 
-// Which rows exist at which time. Slot i is the i-th longest sequence, so the live slots of a
-// step are always 0 .. live(t)-1. Three layouts:
+// Which rows exist at which time. Sequence i is the i-th longest sequence, so the live sequences of
+// a step are always 0 .. live(t)-1. Three layouts:
 //   dense    all null; row = t*B + b
-//   packed   live_slots, compact; row = compact[t] + slot (torch's PackedSequence)
-//   lengths  live_slots, compact, order; row = t*B + order[slot]
+//   packed   live_sequences, compact; row = compact[t] + sequence (torch's PackedSequence)
+//   lengths  live_sequences, compact, order; row = t*B + order[sequence]
 struct Rows {
   int64_t steps = 0;
   int64_t batch = 0;
-  const int64_t* live_slots = nullptr;  // [T], non-increasing
-  const int64_t* compact = nullptr;     // [T+1], running sum of live_slots
-  const int64_t* order = nullptr;       // [B], slot -> batch index
-  const uint8_t* resets = nullptr;      // [rows], an episode begins at this row
+  const int64_t* live_sequences = nullptr;  // [T], non-increasing
+  const int64_t* compact = nullptr;         // [T+1], running sum of live_sequences
+  const int64_t* order = nullptr;           // [B], sequence -> batch index
+  const uint8_t* resets = nullptr;          // [rows], an episode begins at this row
 
-  FASTRNN_INLINE int64_t live(int64_t t) const { return live_slots ? live_slots[t] : batch; }
-  FASTRNN_INLINE int64_t slot(int64_t i) const { return order ? order[i] : i; }
+  FASTRNN_INLINE int64_t live(int64_t t) const {
+    return live_sequences ? live_sequences[t] : batch;
+  }
+  FASTRNN_INLINE int64_t batch_index(int64_t i) const { return order ? order[i] : i; }
   FASTRNN_INLINE bool packed() const { return compact && !order; }
   FASTRNN_INLINE int64_t row(int64_t t, int64_t i) const {
-    return packed() ? compact[t] + i : t * batch + slot(i);
+    return packed() ? compact[t] + i : t * batch + batch_index(i);
   }
   // Position among the live rows only.
   FASTRNN_INLINE int64_t compact_row(int64_t t, int64_t i) const {
@@ -43,7 +45,7 @@ struct Rows {
   FASTRNN_INLINE int64_t time(int64_t step, bool reverse) const {
     return reverse ? steps - 1 - step : step;
   }
-  // Whether an episode begins between the lane's previous step and `step`. The initial state
+  // Whether an episode begins between the recurrence's previous step and `step`. The initial state
   // counts as a step before the first row in time.
   FASTRNN_INLINE bool cut_before(int64_t step, int64_t i, bool reverse) const {
     if (!resets) return false;
@@ -51,19 +53,19 @@ struct Rows {
     int64_t later = steps - step;
     return later < steps && i < live(later) && resets[row(later, i)];
   }
-  // Whether one begins between `step` and the lane's next step.
+  // Whether one begins between `step` and the recurrence's next step.
   FASTRNN_INLINE bool cut_after(int64_t step, int64_t i, bool reverse) const {
     return resets && step + 1 < steps && i < live(time(step + 1, reverse)) &&
            cut_before(step + 1, i, reverse);
   }
-  // Whether slot i was live at the lane's previous step.
+  // Whether sequence i was live at the recurrence's previous step.
   FASTRNN_INLINE bool continues(int64_t step, int64_t i, bool reverse) const {
     return step > 0 && (!reverse || i < live(steps - step));
   }
 };
 
-// What sizes a lane's weights.
-struct LaneSizes {
+// What sizes a recurrence's weights.
+struct RecurrenceSizes {
   int64_t inputs = 0;
   int64_t hidden = 0;
   int64_t recurrent = 0;   // Q
@@ -71,29 +73,29 @@ struct LaneSizes {
 };
 
 // One scan. Weights and biases are in the compute type, states in the storage type.
-struct Lane {
+struct Recurrence {
   bool reverse = false;
   const void* w_ih = nullptr;       // [G*H, I]
   const void* w_hh = nullptr;       // [G*H, Q]
   const void* b_ih = nullptr;       // [G*H] or null
   const void* b_hh = nullptr;       // [G*H] or null
   const void* w_hr = nullptr;       // [Q, H] where state 0 is projected
-  const void* packed = nullptr;     // all of these by CompiledCell::pack, or null: pack in the call
+  const void* prepacked = nullptr;  // all of these by CompiledCell::pack, or null: pack in the call
   const void* s0[kMaxStates] = {};  // [B, Q] for state 0, [B, H] for others, or null for zeros
 };
 
-// What both sweeps share. Row r of lane p of `y` begins at (r*P + p)*Q, of `tape` at
-// (r*P + p)*W*H. The tape's W values of [H] each are states 1..S-1 after the step, the kept values,
-// and m where state 0 is projected.
+// What both sweeps share. Row r of recurrence p of `y` begins at (r*P + p)*Q, of `tape` at
+// (r*P + p)*W*H. The tape's W values of [H] each are states 1..S-1 after the step, the saved
+// values, and m where state 0 is projected.
 struct Scan {
   Rows rows;
   int64_t inputs = 0;
   int64_t hidden = 0;
   int64_t recurrent = 0;   // Q
   bool projected = false;  // only for cells that are `projectable`
-  int32_t lanes = 0;
+  int32_t recurrences = 0;
   Storage storage = Storage::kSame;
-  const Lane* lane = nullptr;  // [P]
+  const Recurrence* recurrence = nullptr;  // [P]
 };
 
 struct ForwardArgs : Scan {
@@ -105,30 +107,30 @@ struct ForwardArgs : Scan {
   void* const* final_states = nullptr;  // [P][S], each as s0
 };
 
-// Numbers in a row of packed weights, for every lane type.
-constexpr int64_t packed_width(int64_t width) { return (width + 15) / 16 * 16; }
+// Numbers in a row of prepacked weights, for every lane type.
+constexpr int64_t prepacked_width(int64_t width) { return (width + 15) / 16 * 16; }
 
-// One stretch of steps [begin, end) of every lane, walked from its end. Compute type throughout
-// but for dy, y and tape. Outputs hold the live rows of the stretch in time order.
+// One chunk of steps [begin, end) of every recurrence, walked from its end. Compute type throughout
+// but for dy, y and tape. Outputs hold the live rows of the chunk in time order.
 struct BackwardArgs : Scan {
   int64_t begin = 0;
   int64_t end = 0;
   // Room for w_hh, and w_hr where state 0 is projected, in the order of the kernel, which depends
   // on the split of units: the one they were packed for, or 0.
-  void* packed = nullptr;
-  int32_t* packed_for = nullptr;
+  void* prepacked = nullptr;
+  int32_t* prepacked_for = nullptr;
   const void* dy = nullptr;    // [rows, P, Q] or null for zeros
   const void* y = nullptr;     // [rows, P, Q]
   const void* tape = nullptr;  // [rows, P, W, H]
   void* const* ds = nullptr;   // [P][S], each as s0: gradient carried in and out
   // [P] each; a row for every live row:
-  void* const* du = nullptr;        // [G*H]; equals dv where all gates are tied
-  void* const* dv = nullptr;        // [G*H]
-  void* const* previous = nullptr;  // [Q], state 0 before the step
-  void* const* dh = nullptr;        // [Q], gradient of state 0 after it; null unless projected
+  void* const* du = nullptr;      // [G*H]; equals dv where all gates are summed
+  void* const* dv = nullptr;      // [G*H]
+  void* const* h_prev = nullptr;  // [Q], state 0 before the step
+  void* const* dh = nullptr;      // [Q], gradient of state 0 after it; null unless projected
 };
 
-// Gradients of weights, biases and x from du and dv of a stretch. Everything is in the compute type
+// Gradients of weights, biases and x from du and dv of a chunk. Everything is in the compute type
 // but x; null where a gradient is not wanted. Weights and biases are added to.
 struct GradientArgs {
   Rows rows;
@@ -136,35 +138,35 @@ struct GradientArgs {
   int64_t hidden = 0;
   int64_t recurrent = 0;
   int64_t depth = 0;  // G*H
-  int32_t lanes = 0;
+  int32_t recurrences = 0;
   Storage storage = Storage::kSame;
-  const Lane* lane = nullptr;
+  const Recurrence* recurrence = nullptr;
   int64_t begin = 0;
   int64_t end = 0;
-  // Room for [P][packed_width(I)][G*H], where dx is wanted; the stretch that ends with the last
+  // Room for [P][prepacked_width(I)][G*H], where dx is wanted; the chunk that ends with the last
   // step fills it.
-  void* packed = nullptr;
+  void* prepacked = nullptr;
   const void* x = nullptr;  // as in ForwardArgs
   int64_t x_step = 0;
   int64_t x_row = 0;
   const void* const* du = nullptr;  // as in BackwardArgs
   const void* const* dv = nullptr;
-  const void* const* previous = nullptr;
+  const void* const* h_prev = nullptr;
   const void* const* dh = nullptr;
-  const void* tape = nullptr;  // [rows, P, tape_width, H], the last slot the cell's own output
+  const void* tape = nullptr;  // [rows, P, tape_width, H], the last value the cell's own output
   int64_t tape_width = 0;
   void* const* dw_ih = nullptr;  // [P], each [G*H, I]
   void* const* dw_hr = nullptr;  // [P], each [recurrent, H]
   void* const* dw_hh = nullptr;  // [P], each [G*H, recurrent]
   void* const* db_ih = nullptr;  // [P], each [G*H]
   void* const* db_hh = nullptr;  // [P], each [G*H]
-  void* dx = nullptr;            // [rows, I]; added to where there are several lanes
+  void* dx = nullptr;            // [rows, I]; added to where there are several recurrences
 };
 
-// Numbers that `packed` of BackwardArgs has room for.
-inline int64_t packed_for_backward(const BackwardArgs& a, int64_t gates) {
-  const int64_t hidden = packed_width(a.hidden), recurrent = packed_width(a.recurrent);
-  return a.lanes * recurrent * hidden * (gates + a.projected);
+// Numbers that `prepacked` of BackwardArgs has room for.
+inline int64_t prepacked_for_backward(const BackwardArgs& a, int64_t gates) {
+  const int64_t hidden = prepacked_width(a.hidden), recurrent = prepacked_width(a.recurrent);
+  return a.recurrences * recurrent * hidden * (gates + a.projected);
 }
 
 // One layer of a stepper at one step: its cells, or, after all of these, the projection of their
@@ -172,10 +174,10 @@ inline int64_t packed_for_backward(const BackwardArgs& a, int64_t gates) {
 constexpr int64_t kPadding = 64;
 
 struct StepArgs {
-  LaneSizes sizes;
+  RecurrenceSizes sizes;
   int64_t batch = 0;
-  const void* packed = nullptr;  // by CompiledCell::pack
-  const void* x = nullptr;       // [B, I], rows x_row apart
+  const void* prepacked = nullptr;  // by CompiledCell::pack
+  const void* x = nullptr;          // [B, I], rows x_row apart
   int64_t x_row = 0;
   Storage x_storage = Storage::kSame;
   void* converted = nullptr;  // room for [B, I] where x is stored in 16 bits
@@ -195,13 +197,15 @@ struct StepArgs {
 
 // How the CPU kernel works; chosen by fastrnn/plan.
 struct CpuPlan {
-  int32_t packed_weights = 1;  // 0: few rows, weights are read once, as they lie
-  int32_t split_lanes = 1;     // threads over lanes x slots x units
-  int32_t split_slots = 1;
+  int32_t prepacked_weights = 1;  // 0: few rows, weights are read once, as they lie
+  int32_t split_recurrences = 1;  // threads over recurrences x sequences x units
+  int32_t split_sequences = 1;
   int32_t split_units = 1;
   int64_t chunk_rows = 1;  // rows a thread projects, or all differentiate, at a time
 
-  FASTRNN_INLINE int32_t threads() const { return split_lanes * split_slots * split_units; }
+  FASTRNN_INLINE int32_t threads() const {
+    return split_recurrences * split_sequences * split_units;
+  }
 };
 
 // A cell compiled for one instruction set; index 0 computes in float, 1 in double. A type that was
@@ -212,13 +216,13 @@ struct CompiledCell {
   const char* name;
   int32_t gates;
   int32_t states;
-  int32_t kept;
-  uint32_t tied;     // bit g
+  int32_t saved;
+  uint32_t summed;   // bit g
   bool projectable;  // reads state 0 through v alone, so that it need not be H wide
   bool (*forward[2])(const ForwardArgs&, const CpuPlan&);
   bool (*backward[2])(const BackwardArgs&, const CpuPlan&);
-  int64_t (*packed_bytes[2])(const LaneSizes&);
-  void (*pack[2])(const LaneSizes&, const Lane&, void* out);
+  int64_t (*prepacked_bytes[2])(const RecurrenceSizes&);
+  void (*pack[2])(const RecurrenceSizes&, const Recurrence&, void* out);
   void (*step[2])(const StepArgs&);
 };
 

@@ -1,10 +1,10 @@
 // The forward sweep on a CPU.
 //
-// Every thread owns a lane, a range of slots and a range of panels of units. Per chunk of steps it
-// projects its rows onto its panels (u stays in cache and never exists whole), then walks the
-// steps. Threads that share slots exchange h once per step: two buffers of h, one counter each. A
-// projected output takes two exchanges: the cell's m, then h = m * w_hr^T, of which a thread owns a
-// range of columns.
+// Every thread owns a recurrence, a range of sequences and a range of panels of units. Per chunk of
+// steps it projects its rows onto its panels (u stays in cache and never exists whole), then walks
+// the steps. Threads that share sequences exchange h once per step: two buffers of h, one counter
+// each. A projected output takes two exchanges: the cell's m, then h = m * w_hr^T, of which a
+// thread owns a range of columns.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@
 #include "core/cell.h"
 #include "core/math.h"
 #include "cpu/contract.h"
-#include "cpu/packed.h"
+#include "cpu/prepacked.h"
 #include "cpu/product.h"
 #include "cpu/team.h"
 
@@ -22,14 +22,14 @@ inline namespace FASTRNN_ISA {
 template <class Cell, class T>
 class Forward {
   using V = Vec<T>;
-  static constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kKept;
-  using Weights = Packed<Cell, T>;
+  static constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kSaved;
+  using Weights = Prepacked<Cell, T>;
   static constexpr int kLanes = Weights::kLanes;
   static constexpr int kUnitVectors = Weights::kUnitVectors, kUnits = Weights::kUnits;
   static constexpr int kVectors = Weights::kVectors, kWidth = Weights::kWidth;
   static constexpr int kRows = tile_rows(kVectors);
 
-  // What the threads of one lane share.
+  // What the threads of one recurrence share.
   struct Shared : Weights {
     T* h[2];  // [B][padded H], read at even and odd steps
     T* s[S];  // states past the first, [B][padded H]
@@ -45,7 +45,7 @@ class Forward {
   struct Share {
     Range panels, units;  // panels * kUnits
     Range columns;        // of h: the units, unless it is projected
-    Range slots;
+    Range sequences;
   };
 
  public:
@@ -67,18 +67,19 @@ class Forward {
   void place(Arena& arena) {
     const int64_t B = args_.rows.batch, I = args_.inputs;
     const int64_t own_panels = (panels_ + plan_.split_units - 1) / plan_.split_units;
-    shared_ = arena.take<Shared>(args_.lanes);
+    shared_ = arena.take<Shared>(args_.recurrences);
     scratch_ = arena.take<Scratch>(plan_.threads());
-    for (int32_t p = 0; p < args_.lanes; ++p) {
-      Shared lane;
-      if (const void* packed = args_.lane[p].packed)
-        static_cast<Weights&>(lane) = Weights::at(sizes_, packed);
+    for (int32_t p = 0; p < args_.recurrences; ++p) {
+      Shared recurrence;
+      if (const void* prepacked = args_.recurrence[p].prepacked)
+        static_cast<Weights&>(recurrence) = Weights::at(sizes_, prepacked);
       else
-        lane.place(sizes_, plan_.packed_weights, [&](int64_t n) { return arena.take<T>(n); });
-      for (T*& h : lane.h) h = arena.take<T>(B * padded_h_);
-      for (int s = 1; s < S; ++s) lane.s[s] = arena.take<T>(B * padded_);
-      lane.m = arena.take<T>(projected() ? B * padded_ : 0);
-      if (arena.ready()) shared_[p] = lane;
+        recurrence.place(sizes_, plan_.prepacked_weights,
+                         [&](int64_t n) { return arena.take<T>(n); });
+      for (T*& h : recurrence.h) h = arena.take<T>(B * padded_h_);
+      for (int s = 1; s < S; ++s) recurrence.s[s] = arena.take<T>(B * padded_);
+      recurrence.m = arena.take<T>(projected() ? B * padded_ : 0);
+      if (arena.ready()) shared_[p] = recurrence;
     }
     for (int32_t i = 0; i < plan_.threads(); ++i) {
       Scratch own;
@@ -90,11 +91,11 @@ class Forward {
   }
 
   void thread(Member& me) const {
-    const Range own = part_of(args_.lanes, plan_.split_lanes, me.lane);
+    const Range own = part_of(args_.recurrences, plan_.split_recurrences, me.recurrence);
     const Share share = share_of(me);
     for (int64_t p = own.begin; p < own.end; ++p) {
-      if (!args_.lane[p].packed) pack(args_.lane[p], shared_[p], share, me.slot);
-      start(args_.lane[p], shared_[p], share);
+      if (!args_.recurrence[p].prepacked) pack(args_.recurrence[p], shared_[p], share, me.sequence);
+      start(args_.recurrence[p], shared_[p], share);
     }
     me.publish(1);
     me.wait_for_all(1);
@@ -108,7 +109,7 @@ class Forward {
  private:
   bool projected() const { return Cell::kProjectable && __builtin_expect(args_.projected, false); }
 
-  // At least one step of all slots; never more than there is.
+  // At least one step of all sequences; never more than there is.
   int64_t chunk_rows() const {
     const int64_t B = args_.rows.batch, all = B * args_.rows.steps;
     const int64_t rows = plan_.chunk_rows > B ? plan_.chunk_rows : B;
@@ -119,32 +120,38 @@ class Forward {
     Share share;
     share.panels = part_of(panels_, plan_.split_units, me.unit);
     share.units = {share.panels.begin * kUnits, share.panels.end * kUnits};
-    const bool whole_bands = args_.lane[0].packed != nullptr;
+    const bool whole_bands = args_.recurrence[0].prepacked != nullptr;
     const Range vectors = columns_of(columns_, whole_bands, plan_.split_units, me.unit);
     share.columns = projected() ? Range{vectors.begin * kLanes, vectors.end * kLanes} : share.units;
-    share.slots = slots_of(args_.rows, 0, args_.rows.steps, plan_.split_slots, me.slot);
+    share.sequences =
+        sequences_of(args_.rows, 0, args_.rows.steps, plan_.split_sequences, me.sequence);
     return share;
   }
 
-  // Threads of a lane that own the same panels pack every other one of them each.
-  void pack(const Lane& lane, const Weights& out, const Share& share, int32_t turn) const {
-    out.pack(sizes_, lane, plan_.packed_weights, share.panels, turn, plan_.split_slots);
-    if (projected() && plan_.packed_weights)
-      out.pack_projection(sizes_, lane, {share.columns.begin / kLanes, share.columns.end / kLanes},
-                          turn, plan_.split_slots);
+  // Threads of a recurrence that own the same panels pack every other one of them each.
+  void pack(const Recurrence& recurrence, const Weights& out, const Share& share,
+            int32_t turn) const {
+    out.pack(sizes_, recurrence, plan_.prepacked_weights, share.panels, turn,
+             plan_.split_sequences);
+    if (projected() && plan_.prepacked_weights)
+      out.pack_projection(sizes_, recurrence,
+                          {share.columns.begin / kLanes, share.columns.end / kLanes}, turn,
+                          plan_.split_sequences);
   }
 
   // The states before the first step.
-  void start(const Lane& lane, const Shared& out, const Share& share) const {
+  void start(const Recurrence& recurrence, const Shared& out, const Share& share) const {
     const Rows& rows = args_.rows;
-    for (int64_t i = share.slots.begin; i < share.slots.end; ++i) {
-      const bool cut = rows.steps > 0 && rows.live(0) > i && rows.cut_before(0, i, lane.reverse);
+    for (int64_t i = share.sequences.begin; i < share.sequences.end; ++i) {
+      const bool cut =
+          rows.steps > 0 && rows.live(0) > i && rows.cut_before(0, i, recurrence.reverse);
       for (int s = 0; s < S; ++s) {
         const Range own = s ? share.units : share.columns;
         for (int64_t at = own.begin; at < own.end; at += kLanes) {
-          const V value = lane.s0[s] && !cut ? load_as<V>(lane.s0[s], rows.slot(i) * width(s) + at,
-                                                          within<V>(at, width(s)), args_.storage)
-                                             : splat<V>(0);
+          const V value = recurrence.s0[s] && !cut
+                              ? load_as<V>(recurrence.s0[s], rows.batch_index(i) * width(s) + at,
+                                           within<V>(at, width(s)), args_.storage)
+                              : splat<V>(0);
           if (s == 0) {
             store(out.h[0] + i * padded_h_ + at, value);
             store(out.h[1] + i * padded_h_ + at, value);
@@ -158,26 +165,26 @@ class Forward {
 
   void sweep(Member& me, int64_t p, const Share& share, const Scratch& own, int64_t& done) const {
     const Rows& rows = args_.rows;
-    const Range slots = share.slots;
-    const bool reverse = args_.lane[p].reverse;
+    const Range sequences = share.sequences;
+    const bool reverse = args_.recurrence[p].reverse;
     const int64_t own_panels = share.panels.size();
     for (int64_t begin = 0, end = 0; begin < rows.steps; begin = end) {
       int64_t count = 0;
       for (; end < rows.steps; ++end) {
         const int64_t t = rows.time(end, reverse);
-        const int64_t last = slots.end < rows.live(t) ? slots.end : rows.live(t);
-        if (count > 0 && count + last - slots.begin > chunk_rows()) break;
-        for (int64_t i = slots.begin; i < last; ++i, ++count)
+        const int64_t last = sequences.end < rows.live(t) ? sequences.end : rows.live(t);
+        if (count > 0 && count + last - sequences.begin > chunk_rows()) break;
+        for (int64_t i = sequences.begin; i < last; ++i, ++count)
           own.x[count] = input(own, count, t, i);
       }
       project(p, share.panels, own, count);
       const T* u = own.u;
       for (int64_t step = begin; step < end; ++step, ++done) {
         const int64_t t = rows.time(step, reverse);
-        const int64_t last = slots.end < rows.live(t) ? slots.end : rows.live(t);
-        if (last > slots.begin) one_step(me, p, step, share, {slots.begin, last}, u, done);
+        const int64_t last = sequences.end < rows.live(t) ? sequences.end : rows.live(t);
+        if (last > sequences.begin) one_step(me, p, step, share, {sequences.begin, last}, u, done);
         if (!me.alone()) me.publish(done + 1);
-        u += (last > slots.begin ? last - slots.begin : 0) * own_panels * kWidth;
+        u += (last > sequences.begin ? last - sequences.begin : 0) * own_panels * kWidth;
       }
     }
   }
@@ -185,7 +192,7 @@ class Forward {
   const T* input(const Scratch& own, int64_t count, int64_t t, int64_t i) const {
     const Rows& rows = args_.rows;
     const int64_t at = rows.packed() ? (rows.compact[t] + i) * args_.x_row
-                                     : t * args_.x_step + rows.slot(i) * args_.x_row;
+                                     : t * args_.x_step + rows.batch_index(i) * args_.x_row;
     if (args_.storage == Storage::kSame) return static_cast<const T*>(args_.x) + at;
     T* to = own.converted + count * args_.inputs;
     for (int64_t k = 0; k < args_.inputs; k += kLanes) {
@@ -196,18 +203,18 @@ class Forward {
   }
 
   void project(int64_t p, Range panels, const Scratch& own, int64_t count) const {
-    const Shared& lane = shared_[p];
+    const Shared& recurrence = shared_[p];
     const int64_t stride = panels.size() * kWidth;
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-      const T* bias = lane.bias_u + panel * kWidth;
+      const T* bias = recurrence.bias_u + panel * kWidth;
       T* u = own.u + (panel - panels.begin) * kWidth;
       for_each_tile<kRows>(count, [&](int64_t first, auto n) {
         constexpr int kTile = decltype(n)::value;
         V acc[kTile][kVectors];
         for (int r = 0; r < kTile; ++r)
           for (int v = 0; v < kVectors; ++v) acc[r][v] = load<V>(bias + v * kLanes);
-        product<kTile>(acc, lane.w_ih, args_.lane[p].w_ih, panel, own.x + first, 0, args_.inputs,
-                       args_.inputs);
+        product<kTile>(acc, recurrence.w_ih, args_.recurrence[p].w_ih, panel, own.x + first, 0,
+                       args_.inputs, args_.inputs);
         for (int r = 0; r < kTile; ++r)
           for (int v = 0; v < kVectors; ++v)
             store(u + (first + r) * stride + v * kLanes, acc[r][v]);
@@ -215,16 +222,16 @@ class Forward {
     }
   }
 
-  void one_step(Member& me, int64_t p, int64_t step, const Share& share, Range slots, const T* u,
-                int64_t& done) const {
+  void one_step(Member& me, int64_t p, int64_t step, const Share& share, Range sequences,
+                const T* u, int64_t& done) const {
     const Range panels = share.panels;
     const int64_t stride = panels.size() * kWidth;
     bool fresh = !me.alone() && step > 0;  // peers may still be writing their part of h
     // Every other step goes backward over the panels, whose tail is still in the cache.
     for (int64_t q = 0; q < panels.size(); ++q) {
       const int64_t at = step & 1 ? panels.size() - 1 - q : q;
-      for_each_tile<kRows>(slots.size(), [&](int64_t first, auto n) {
-        tile<decltype(n)::value>(me, p, step, share, panels.begin + at, slots.begin + first,
+      for_each_tile<kRows>(sequences.size(), [&](int64_t first, auto n) {
+        tile<decltype(n)::value>(me, p, step, share, panels.begin + at, sequences.begin + first,
                                  u + first * stride + at * kWidth, done, fresh);
         fresh = false;
       });
@@ -235,42 +242,42 @@ class Forward {
       me.publish(done);
       me.wait_for_peers(done);
     }
-    project_output(p, step, slots, share.columns);
+    project_output(p, step, sequences, share.columns);
   }
 
   template <int kTile>
   void tile(const Member& me, int64_t p, int64_t step, const Share& share, int64_t panel,
             int64_t first, const T* u, int64_t done, bool fresh) const {
     const int64_t stride = share.panels.size() * kWidth;
-    const Shared& lane = shared_[p];
-    const T* h = lane.h[step & 1];
+    const Shared& recurrence = shared_[p];
+    const T* h = recurrence.h[step & 1];
     V acc[kTile][kVectors];
     const T* rows[kTile];
     for (int r = 0; r < kTile; ++r) {
       rows[r] = h + (first + r) * padded_h_;
       for (int v = 0; v < kVectors; ++v)
-        acc[r][v] = Cell::kTied[v % G] ? load<V>(u + r * stride + v * kLanes)
-                                       : load<V>(lane.bias_v + panel * kWidth + v * kLanes);
+        acc[r][v] = Cell::kSummed[v % G] ? load<V>(u + r * stride + v * kLanes)
+                                         : load<V>(recurrence.bias_v + panel * kWidth + v * kLanes);
     }
     const int64_t Q = args_.recurrent;
-    const void* whole = args_.lane[p].w_hh;
+    const void* whole = args_.recurrence[p].w_hh;
     if (fresh) {
       // Own part of h first, while the other parts arrive.
       const int64_t mine = share.columns.begin < Q ? share.columns.begin : Q;
       const int64_t theirs = share.columns.end < Q ? share.columns.end : Q;
-      product<kTile>(acc, lane.w_hh, whole, panel, rows, mine, theirs, Q);
+      product<kTile>(acc, recurrence.w_hh, whole, panel, rows, mine, theirs, Q);
       me.wait_for_peers(done);
-      product<kTile>(acc, lane.w_hh, whole, panel, rows, 0, mine, Q);
-      product<kTile>(acc, lane.w_hh, whole, panel, rows, theirs, Q, Q);
+      product<kTile>(acc, recurrence.w_hh, whole, panel, rows, 0, mine, Q);
+      product<kTile>(acc, recurrence.w_hh, whole, panel, rows, theirs, Q, Q);
     } else {
-      product<kTile>(acc, lane.w_hh, whole, panel, rows, 0, Q, Q);
+      product<kTile>(acc, recurrence.w_hh, whole, panel, rows, 0, Q, Q);
     }
-    const bool reverse = args_.lane[p].reverse;
+    const bool reverse = args_.recurrence[p].reverse;
     const int64_t t = args_.rows.time(step, reverse);
     const auto apply = [&](auto projected) {
       for (int r = 0; r < kTile; ++r)
         for (int q = 0; q < kUnitVectors; ++q)
-          units<decltype(projected)::value>(lane, p, step, t, reverse, first + r,
+          units<decltype(projected)::value>(recurrence, p, step, t, reverse, first + r,
                                             panel * kUnits + q * kLanes, h,
                                             u + r * stride + q * G * kLanes, &acc[r][q * G]);
     };
@@ -280,13 +287,13 @@ class Forward {
       apply(Constant<false>{});
   }
 
-  // acc += rows[:, k0:k1] * weights of one panel, from the packed or from the whole matrix.
+  // acc += rows[:, k0:k1] * weights of one panel, from the prepacked or from the whole matrix.
   template <int kTile>
-  FASTRNN_INLINE void product(V (&acc)[kTile][kVectors], const T* packed, const void* whole,
+  FASTRNN_INLINE void product(V (&acc)[kTile][kVectors], const T* prepacked, const void* whole,
                               int64_t panel, const T* const* rows, int64_t k0, int64_t k1,
                               int64_t depth) const {
-    if (plan_.packed_weights) {
-      multiply<kTile, kVectors, T>(acc, packed + panel * depth * kWidth, rows, k0, k1);
+    if (plan_.prepacked_weights) {
+      multiply<kTile, kVectors, T>(acc, prepacked + panel * depth * kWidth, rows, k0, k1);
       return;
     }
     for (int v = 0; v < kVectors; ++v) {
@@ -300,61 +307,63 @@ class Forward {
 
   // The cell on one vector of units of one row.
   template <bool kProjected>
-  FASTRNN_INLINE void units(const Shared& lane, int64_t p, int64_t step, int64_t t, bool reverse,
-                            int64_t i, int64_t unit, const T* h, const T* u, const V* v) const {
+  FASTRNN_INLINE void units(const Shared& recurrence, int64_t p, int64_t step, int64_t t,
+                            bool reverse, int64_t i, int64_t unit, const T* h, const T* u,
+                            const V* v) const {
     const int64_t H = args_.hidden;
     const int live = within<V>(unit, H);
     if (live == 0) return;
     const int64_t at = i * padded_ + unit;
-    V gates[G], before[S], next[S], kept[K + 1];
-    for (int g = 0; g < G; ++g) gates[g] = Cell::kTied[g] ? v[g] : load<V>(u + g * kLanes);
+    V gates[G], before[S], next[S], saved[K + 1];
+    for (int g = 0; g < G; ++g) gates[g] = Cell::kSummed[g] ? v[g] : load<V>(u + g * kLanes);
     before[0] = Cell::kProjectable ? splat<V>(0) : load<V>(h + at);  // not read if projectable
-    for (int s = 1; s < S; ++s) before[s] = load<V>(lane.s[s] + at);
-    Cell::forward(gates, v, before, next, kept);
+    for (int s = 1; s < S; ++s) before[s] = load<V>(recurrence.s[s] + at);
+    Cell::forward(gates, v, before, next, saved);
 
-    const int64_t row = args_.rows.row(t, i) * args_.lanes + p;
-    const auto keep = [&](int value, V x) {
+    const int64_t row = args_.rows.row(t, i) * args_.recurrences + p;
+    const auto save = [&](int value, V x) {
       store_as(args_.tape, (row * tape_ + value) * H + unit, x, live, args_.storage);
     };
     if (args_.tape) {
-      for (int s = 1; s < S; ++s) keep(s - 1, next[s]);
-      for (int k = 0; k < K; ++k) keep(S - 1 + k, kept[k]);
-      if constexpr (kProjected) keep(S - 1 + K, next[0]);
+      for (int s = 1; s < S; ++s) save(s - 1, next[s]);
+      for (int k = 0; k < K; ++k) save(S - 1 + k, saved[k]);
+      if constexpr (kProjected) save(S - 1 + K, next[0]);
     }
     if constexpr (kProjected)
-      store(lane.m + at, next[0]);
+      store(recurrence.m + at, next[0]);
     else
       store_as(args_.y, row * H + unit, next[0], live, args_.storage);
     // No state crosses into a new episode: the next step finds zeros.
     if (args_.rows.cut_after(step, i, reverse))
       for (int s = 0; s < S; ++s) next[s] = splat<V>(0);
-    if constexpr (!kProjected) store(lane.h[(step + 1) & 1] + at, next[0]);
-    for (int s = 1; s < S; ++s) store(lane.s[s] + at, next[s]);
+    if constexpr (!kProjected) store(recurrence.h[(step + 1) & 1] + at, next[0]);
+    for (int s = 1; s < S; ++s) store(recurrence.s[s] + at, next[s]);
   }
 
   // Own columns of h = m * w_hr^T.
-  void project_output(int64_t p, int64_t step, Range slots, Range columns) const {
-    const Shared& lane = shared_[p];
+  void project_output(int64_t p, int64_t step, Range sequences, Range columns) const {
+    const Shared& recurrence = shared_[p];
     const int64_t H = args_.hidden, Q = args_.recurrent;
-    const bool reverse = args_.lane[p].reverse;
+    const bool reverse = args_.recurrence[p].reverse;
     const int64_t t = args_.rows.time(step, reverse);
     const auto emit = [&](int64_t i, int64_t column, V value) __attribute__((always_inline)) {
-      const int64_t row = args_.rows.row(t, i) * args_.lanes + p;
+      const int64_t row = args_.rows.row(t, i) * args_.recurrences + p;
       store_as(args_.y, row * Q + column, value, within<V>(column, Q), args_.storage);
-      store(lane.h[(step + 1) & 1] + i * padded_h_ + column,
+      store(recurrence.h[(step + 1) & 1] + i * padded_h_ + column,
             args_.rows.cut_after(step, i, reverse) ? splat<V>(0) : value);
     };
-    const T* m = lane.m + slots.begin * padded_;
-    if (plan_.packed_weights) {
-      multiply_bands(
-          m, padded_, slots.size(), lane.w_hr, H, columns.begin / kLanes, columns.end / kLanes,
-          [&](int64_t r, int64_t vector, V sum) { emit(slots.begin + r, vector * kLanes, sum); });
+    const T* m = recurrence.m + sequences.begin * padded_;
+    if (plan_.prepacked_weights) {
+      multiply_bands(m, padded_, sequences.size(), recurrence.w_hr, H, columns.begin / kLanes,
+                     columns.end / kLanes, [&](int64_t r, int64_t vector, V sum) {
+                       emit(sequences.begin + r, vector * kLanes, sum);
+                     });
       return;
     }
     for (int64_t column = columns.begin; column < columns.end; column += kLanes) {
-      const T* w = static_cast<const T*>(args_.lane[p].w_hr) + column * H;
-      for (int64_t r = 0; r < slots.size(); ++r)
-        emit(slots.begin + r, column,
+      const T* w = static_cast<const T*>(args_.recurrence[p].w_hr) + column * H;
+      for (int64_t r = 0; r < sequences.size(); ++r)
+        emit(sequences.begin + r, column,
              dot_products<T>(w, H, within<V>(column, Q), m + r * padded_, 0, H));
     }
   }
@@ -362,15 +371,15 @@ class Forward {
   void finish(int64_t p, const Share& share) const {
     const Rows& rows = args_.rows;
     int64_t length = rows.steps;
-    for (int64_t i = share.slots.begin; i < share.slots.end; ++i) {
+    for (int64_t i = share.sequences.begin; i < share.sequences.end; ++i) {
       while (length > 0 && rows.live(length - 1) <= i) --length;
-      const int64_t steps = args_.lane[p].reverse ? rows.steps : length;
+      const int64_t steps = args_.recurrence[p].reverse ? rows.steps : length;
       for (int s = 0; s < S; ++s) {
         const Range own = s ? share.units : share.columns;
         const T* from = s ? shared_[p].s[s] + i * padded_ : shared_[p].h[steps & 1] + i * padded_h_;
         for (int64_t at = own.begin; at < own.end && at < width(s); at += kLanes)
-          store_as(args_.final_states[p * S + s], rows.slot(i) * width(s) + at, load<V>(from + at),
-                   within<V>(at, width(s)), args_.storage);
+          store_as(args_.final_states[p * S + s], rows.batch_index(i) * width(s) + at,
+                   load<V>(from + at), within<V>(at, width(s)), args_.storage);
       }
     }
   }
@@ -379,7 +388,7 @@ class Forward {
 
   const ForwardArgs& args_;
   const CpuPlan& plan_;
-  const LaneSizes sizes_;
+  const RecurrenceSizes sizes_;
   const int64_t panels_, padded_;     // of units
   const int64_t columns_, padded_h_;  // vectors and numbers of h
   const int64_t tape_;                // values of a unit

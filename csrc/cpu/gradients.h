@@ -1,4 +1,4 @@
-// Gradients of weights, biases and input from du and dv of one stretch, while those are in cache.
+// Gradients of weights, biases and input from du and dv of one chunk, while those are in cache.
 //
 // Every thread owns a range of gate rows of all weights, then a range of rows of x. Here rather
 // than in a library because x may be strided, scattered or 16 bits wide, and because libraries
@@ -143,29 +143,29 @@ class GradientSweep {
 
   GradientSweep(const GradientArgs& args, const CpuPlan& plan)
       : args_(args), plan_(plan), width_((args.inputs + kLanes - 1) / kLanes * kLanes) {
-    for (int32_t p = 0; p < args.lanes; ++p)
+    for (int32_t p = 0; p < args.recurrences; ++p)
       if (live_rows(p) > most_) most_ = live_rows(p);
   }
 
   void place(Arena& arena) {
-    places_ = arena.take<Place>(args_.lanes * most_);
+    places_ = arena.take<Place>(args_.recurrences * most_);
     scratch_ = arena.take<T>(plan_.threads() * scratch_of_one());
   }
 
   void thread(Member& me) const {
     const int32_t threads = plan_.threads();
-    for (int32_t p = 0; p < args_.lanes; ++p) {
+    for (int32_t p = 0; p < args_.recurrences; ++p) {
       if (p % threads == me.index) find_rows(p);
       if (args_.dx && args_.end == args_.rows.steps)
-        pack_column_bands(static_cast<const T*>(args_.lane[p].w_ih), args_.inputs, args_.depth,
-                          bands(p), me.index, threads);
+        pack_column_bands(static_cast<const T*>(args_.recurrence[p].w_ih), args_.inputs,
+                          args_.depth, bands(p), me.index, threads);
     }
     me.publish(1);
     me.wait_for_all(1);
-    for (int32_t p = 0; p < args_.lanes; ++p) {
+    for (int32_t p = 0; p < args_.recurrences; ++p) {
       weights(p, me.index, scratch_ + me.index * scratch_of_one());
       if (!args_.dx) continue;
-      if (p > 0) {  // lanes may add to the same rows
+      if (p > 0) {  // recurrences may add to the same rows
         me.publish(1 + p);
         me.wait_for_all(1 + p);
       }
@@ -178,21 +178,21 @@ class GradientSweep {
                           const int live = live_lanes<T>(column, args_.inputs);
                           T* to = static_cast<T*>(args_.dx) +
                                   places[own.begin + row].row * args_.inputs + column;
-                          store(to, args_.lanes > 1 ? load<V>(to, live) + sum : sum, live);
+                          store(to, args_.recurrences > 1 ? load<V>(to, live) + sum : sum, live);
                         });
     }
   }
 
  private:
-  // Where the live rows of a lane's stretch lie: elements of x, and rows.
+  // Where the live rows of a recurrence's chunk lie: elements of x, and rows.
   struct Place {
     int64_t x, row;
   };
 
   Range times(int32_t p) const {
     const int64_t steps = args_.rows.steps;
-    return args_.lane[p].reverse ? Range{steps - args_.end, steps - args_.begin}
-                                 : Range{args_.begin, args_.end};
+    return args_.recurrence[p].reverse ? Range{steps - args_.end, steps - args_.begin}
+                                       : Range{args_.begin, args_.end};
   }
   int64_t live_rows(int32_t p) const {
     const Range t = times(p);
@@ -206,7 +206,8 @@ class GradientSweep {
     for (int64_t t = time.begin; t < time.end; ++t)
       for (int64_t i = 0; i < rows.live(t); ++i) {
         const int64_t row = rows.row(t, i);
-        *to++ = {rows.packed() ? row * args_.x_row : t * args_.x_step + rows.slot(i) * args_.x_row,
+        *to++ = {rows.packed() ? row * args_.x_row
+                               : t * args_.x_step + rows.batch_index(i) * args_.x_row,
                  row};
       }
   }
@@ -237,12 +238,12 @@ class GradientSweep {
                                       to, [&](int64_t k) { return places[k].x; });
                           });
     if (args_.dw_hh) {
-      const T* previous = static_cast<const T*>(args_.previous[p]);
+      const T* h_prev = static_cast<const T*>(args_.h_prev[p]);
       const int64_t Q = args_.recurrent;
       if (du != dv) pack_gates(dv, stride, gates, depth, tiles);
       add_weight_gradient(static_cast<T*>(args_.dw_hh[p]), Q, tiles, gates, depth, band,
                           [&](int64_t column, auto width, T* to) {
-                            pack_columns(previous + column, Q, Q - column, depth, to,
+                            pack_columns(h_prev + column, Q, Q - column, depth, to,
                                          decltype(width)::value);
                           });
     }
@@ -250,19 +251,19 @@ class GradientSweep {
       const int64_t Q = args_.recurrent, H = args_.hidden, W = args_.tape_width;
       const Range columns = part_of(Q, plan_.threads(), index);
       pack_gates(static_cast<const T*>(args_.dh[p]), Q, columns, depth, tiles);
-      add_weight_gradient(static_cast<T*>(args_.dw_hr[p]), H, tiles, columns, depth, band,
-                          [&](int64_t column, auto width, T* to) {
-                            pack_rows(args_.tape, column, H, decltype(width)::value, depth, to,
-                                      [&](int64_t k) {
-                                        return ((places[k].row * args_.lanes + p) * W + W - 1) * H;
-                                      });
-                          });
+      add_weight_gradient(
+          static_cast<T*>(args_.dw_hr[p]), H, tiles, columns, depth, band,
+          [&](int64_t column, auto width, T* to) {
+            pack_rows(args_.tape, column, H, decltype(width)::value, depth, to, [&](int64_t k) {
+              return ((places[k].row * args_.recurrences + p) * W + W - 1) * H;
+            });
+          });
     }
     if (args_.db_ih) add_bias_gradient(static_cast<T*>(args_.db_ih[p]), du, stride, gates, depth);
     if (args_.db_hh) add_bias_gradient(static_cast<T*>(args_.db_hh[p]), dv, stride, gates, depth);
   }
 
-  T* bands(int32_t p) const { return static_cast<T*>(args_.packed) + p * width_ * args_.depth; }
+  T* bands(int32_t p) const { return static_cast<T*>(args_.prepacked) + p * width_ * args_.depth; }
   // Gates, or columns of a projected state, that one thread owns at most.
   int64_t most_gates() const {
     const int64_t all = args_.depth > args_.recurrent ? args_.depth : args_.recurrent;
@@ -274,7 +275,7 @@ class GradientSweep {
   const GradientArgs& args_;
   const CpuPlan& plan_;
   const int64_t width_;  // inputs, rounded up to whole vectors
-  int64_t most_ = 0;     // live rows of any lane
+  int64_t most_ = 0;     // live rows of any recurrence
   Place* places_ = nullptr;
   T* scratch_ = nullptr;  // of every thread, packed gates and one band
 };

@@ -3,14 +3,14 @@
 //
 // A custom cell is compiled at run time, in the one type that FASTRNN_TYPE names, and in two parts
 // (FASTRNN_PART), which two compilers work on at the same time: 1 has the way forward and the
-// table, 2 has the way back and the stepper.
+// table, 2 has the backward pass and the stepper.
 #include <type_traits>
 
 #include "core/cell.h"
 #include "cpu/backward.h"
 #include "cpu/contract.h"
 #include "cpu/forward.h"
-#include "cpu/packed.h"
+#include "cpu/prepacked.h"
 #include "cpu/step.h"
 #ifndef FASTRNN_PART
 #include "cpu/gradients.h"
@@ -39,9 +39,9 @@ FASTRNN_CELLS(FASTRNN_REST)
 namespace {
 
 template <class Cell>
-constexpr uint32_t tied_bits() {
+constexpr uint32_t summed_bits() {
   uint32_t bits = 0;
-  for (int g = 0; g < Cell::kGates; ++g) bits |= uint32_t(Cell::kTied[g]) << g;
+  for (int g = 0; g < Cell::kGates; ++g) bits |= uint32_t(Cell::kSummed[g]) << g;
   return bits;
 }
 
@@ -49,8 +49,8 @@ template <class Cell, class T>
 constexpr void add_code(CompiledCell& to) {
   constexpr int type = std::is_same_v<T, double>;
   to.forward[type] = &Forward<Cell, T>::run;
-  to.packed_bytes[type] = &Packed<Cell, T>::bytes;
-  to.pack[type] = &Packed<Cell, T>::pack_all;
+  to.prepacked_bytes[type] = &Prepacked<Cell, T>::bytes;
+  to.pack[type] = &Prepacked<Cell, T>::pack_all;
 #ifdef FASTRNN_PART
   to.backward[type] = custom_backward;
   to.step[type] = custom_step;
@@ -68,8 +68,8 @@ constexpr CompiledCell compiled() {
   cell.name = Cell::kName;
   cell.gates = Cell::kGates;
   cell.states = Cell::kStates;
-  cell.kept = Cell::kKept;
-  cell.tied = tied_bits<Cell>();
+  cell.saved = Cell::kSaved;
+  cell.summed = summed_bits<Cell>();
   cell.projectable = Cell::kProjectable;
 #ifdef FASTRNN_PART
   add_code<Cell, FASTRNN_TYPE>(cell);

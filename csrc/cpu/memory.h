@@ -39,12 +39,12 @@ inline char* allocate(size_t bytes) {
 
 // Working memory that a thread keeps from call to call, up to a limit; one user at a time, others
 // get memory of their own.
-class KeptMemory {
+class CachedMemory {
  public:
-  KeptMemory() = default;
-  ~KeptMemory() { std::free(block_); }
-  KeptMemory(const KeptMemory&) = delete;
-  KeptMemory& operator=(const KeptMemory&) = delete;
+  CachedMemory() = default;
+  ~CachedMemory() { std::free(block_); }
+  CachedMemory(const CachedMemory&) = delete;
+  CachedMemory& operator=(const CachedMemory&) = delete;
 
   // Null when there is no memory.
   char* borrow(size_t bytes) {

@@ -66,16 +66,16 @@ struct Registry {
   std::map<std::string, CellFacts, std::less<>> cells;
 
   // A cell that is known stays in its place: others read it meanwhile.
-  CellFacts& add(const std::string& name, int32_t gates, int32_t states, int32_t kept,
-                 uint32_t tied, bool projectable) {
+  CellFacts& add(const std::string& name, int32_t gates, int32_t states, int32_t saved,
+                 uint32_t summed, bool projectable) {
     auto [place, added] = cells.try_emplace(name);
     CellFacts& facts = place->second;
     if (added) {
       facts.name = name;
       facts.gates = gates;
       facts.states = states;
-      facts.kept = kept;
-      facts.tied = tied;
+      facts.saved = saved;
+      facts.summed = summed;
       facts.projectable = projectable;
     }
     return facts;
@@ -85,7 +85,7 @@ struct Registry {
     for (int32_t i = 0; i < from.count; ++i) {
       const CompiledCell& cell = from.cells[i];
       CellFacts& facts =
-          add(cell.name, cell.gates, cell.states, cell.kept, cell.tied, cell.projectable);
+          add(cell.name, cell.gates, cell.states, cell.saved, cell.summed, cell.projectable);
       for (int type = 0; type < 2; ++type)
         if (cell.forward[type]) facts.compiled[type] = &cell;
     }
@@ -118,15 +118,15 @@ const CompiledCell& CellFacts::code(bool in_double) const {
   return *found;
 }
 
-void add_cell_facts(const std::string& name, int32_t gates, int32_t states, int32_t kept,
-                    uint32_t tied, bool projectable) {
-  if (gates < 1 || gates > kMaxGates || states < 1 || states > kMaxStates || kept < 0)
+void add_cell_facts(const std::string& name, int32_t gates, int32_t states, int32_t saved,
+                    uint32_t summed, bool projectable) {
+  if (gates < 1 || gates > kMaxGates || states < 1 || states > kMaxStates || saved < 0)
     throw std::runtime_error("cell '" + name + "' should have at most " +
                              std::to_string(kMaxGates) + " gates and " +
                              std::to_string(kMaxStates) + " states");
   Registry& all = registry();
   std::unique_lock lock(all.mutex);
-  all.add(name, gates, states, kept, tied, projectable);
+  all.add(name, gates, states, saved, summed, projectable);
 }
 
 void load_cells(const std::string& path, const std::string& symbol) {

@@ -14,15 +14,15 @@ struct CellFacts {
   std::string name;
   int32_t gates = 0;
   int32_t states = 0;
-  int32_t kept = 0;
-  uint32_t tied = 0;
+  int32_t saved = 0;
+  uint32_t summed = 0;
   bool projectable = false;                           // as in CompiledCell
   std::atomic<const CompiledCell*> compiled[2] = {};  // to compute in float, and in double
 
-  bool all_tied() const { return tied == (gates >= 32 ? ~0u : (1u << gates) - 1); }
+  bool all_summed() const { return summed == (gates >= 32 ? ~0u : (1u << gates) - 1); }
   // Values a row keeps per unit: states past the first, what the derivative needs, and state 0
   // before its projection.
-  int64_t tape_width(bool projected) const { return states - 1 + kept + projected; }
+  int64_t tape_width(bool projected) const { return states - 1 + saved + projected; }
   // Its code for CPUs in that type; throws std::runtime_error where there is none.
   const CompiledCell& code(bool in_double) const;
 };
@@ -30,8 +30,8 @@ struct CellFacts {
 // The facts of a cell, or null. The pointer stays valid for good.
 const CellFacts* find_cell(const std::string& name);
 // Makes a cell known by its facts alone, unless it is known.
-void add_cell_facts(const std::string& name, int32_t gates, int32_t states, int32_t kept,
-                    uint32_t tied, bool projectable);
+void add_cell_facts(const std::string& name, int32_t gates, int32_t states, int32_t saved,
+                    uint32_t summed, bool projectable);
 // Adds the cells of a shared library; throws std::runtime_error when it cannot be loaded.
 void load_cells(const std::string& path, const std::string& symbol);
 

@@ -8,7 +8,7 @@
 #include "core/cell.h"
 #include "core/math.h"
 #include "cpu/contract.h"
-#include "cpu/packed.h"
+#include "cpu/prepacked.h"
 #include "cpu/product.h"
 
 namespace fastrnn {
@@ -16,9 +16,9 @@ inline namespace FASTRNN_ISA {
 
 template <class Cell, class T>
 class Step {
-  using P = Packed<Cell, T>;
+  using P = Prepacked<Cell, T>;
   using V = Vec<T>;
-  static constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kKept;
+  static constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kSaved;
   static constexpr int kLanes = P::kLanes, kUnits = P::kUnits, kWidth = P::kWidth;
   static constexpr int kVectors = P::kVectors;
   static constexpr int kRows = tile_rows(kVectors);
@@ -35,7 +35,7 @@ class Step {
   }
 
  private:
-  explicit Step(const StepArgs& args) : args_(args), w_(P::at(args.sizes, args.packed)) {}
+  explicit Step(const StepArgs& args) : args_(args), w_(P::at(args.sizes, args.prepacked)) {}
 
   void cells() const {
     const Range panels = part_of(P::panels(args_.sizes), args_.parts, args_.part);
@@ -78,7 +78,7 @@ class Step {
     multiply<kTile, kVectors, T>(u, w_.w_ih + panel * I * kWidth, inputs, 0, I);
     for (int r = 0; r < kTile; ++r)
       for (int j = 0; j < kVectors; ++j)
-        v[r][j] = Cell::kTied[j % G] ? u[r][j] : load<V>(w_.bias_v + panel * kWidth + j * kLanes);
+        v[r][j] = Cell::kSummed[j % G] ? u[r][j] : load<V>(w_.bias_v + panel * kWidth + j * kLanes);
     multiply<kTile, kVectors, T>(v, w_.w_hh + panel * Q * kWidth, states, 0, Q);
     for (int r = 0; r < kTile; ++r)
       for (int q = 0; q < P::kUnitVectors; ++q)
@@ -90,11 +90,11 @@ class Step {
     const int live = within<V>(unit, args_.sizes.hidden);
     if (live == 0) return;
     const int64_t at = i * args_.stride + unit;
-    V gates[G], before[S], next[S], kept[K + 1];
-    for (int g = 0; g < G; ++g) gates[g] = Cell::kTied[g] ? v[g] : u[g];
+    V gates[G], before[S], next[S], saved[K + 1];
+    for (int g = 0; g < G; ++g) gates[g] = Cell::kSummed[g] ? v[g] : u[g];
     before[0] = Cell::kProjectable ? splat<V>(0) : load<V>(static_cast<const T*>(args_.h) + at);
     for (int s = 1; s < S; ++s) before[s] = load<V>(static_cast<const T*>(args_.s[s]) + at);
-    Cell::forward(gates, v, before, next, kept);
+    Cell::forward(gates, v, before, next, saved);
     for (int s = 1; s < S; ++s) store(static_cast<T*>(args_.s[s]) + at, next[s]);
     if (args_.sizes.projected) {
       store(static_cast<T*>(args_.m) + at, next[0]);

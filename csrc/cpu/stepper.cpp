@@ -58,7 +58,7 @@ int64_t rounded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 void Stepper::Free::operator()(char* memory) const { std::free(memory); }
 
 Stepper::Stepper(const CompiledCell& cell, bool in_double, Storage storage, int64_t batch,
-                 const std::vector<LaneSizes>& layers, int32_t threads)
+                 const std::vector<RecurrenceSizes>& layers, int32_t threads)
     : cell_(cell),
       kernel_(cell.step[in_double]),
       in_double_(in_double),
@@ -86,7 +86,7 @@ Stepper::Stepper(const CompiledCell& cell, bool in_double, Storage storage, int6
       return at;
     };
     for (int64_t l = 0; l < L; ++l) {
-      weights_[l] = take(cell.packed_bytes[in_double](sizes_[l]));
+      weights_[l] = take(cell.prepacked_bytes[in_double](sizes_[l]));
       for (int64_t k = 0; k < buffers; ++k)
         states_[l * buffers + k] = take(batch * stride_ * number_);
       projected[l] = take(sizes_[l].projected ? batch * stride_ * number_ : 0);
@@ -104,7 +104,7 @@ Stepper::Stepper(const CompiledCell& cell, bool in_double, Storage storage, int6
       StepArgs& args = args_[part * L + l];
       args.sizes = sizes_[l];
       args.batch = batch;
-      args.packed = weights_[l];
+      args.prepacked = weights_[l];
       args.x_storage = l ? Storage::kSame : storage;
       args.converted = converted[part];
       args.x_row = args.stride = stride_;
@@ -129,7 +129,7 @@ Stepper::~Stepper() {
   delete helpers_;
 }
 
-void Stepper::pack(int64_t layer, const Lane& weights) {
+void Stepper::pack(int64_t layer, const Recurrence& weights) {
   cell_.pack[in_double_](sizes_[layer], weights, weights_[layer]);
 }
 

@@ -1,4 +1,4 @@
-// Streaming inference: a stack of layers with its packed weights and its states, one step at a
+// Streaming inference: a stack of layers with its prepacked weights and its states, one step at a
 // time. step() allocates nothing, takes no lock and throws nothing.
 //
 // With several threads each has a part of every layer's units. The caller takes over what a helper
@@ -21,13 +21,13 @@ class Stepper {
  public:
   // Layers from the input on; throws std::bad_alloc.
   Stepper(const CompiledCell& cell, bool in_double, Storage storage, int64_t batch,
-          const std::vector<LaneSizes>& layers, int32_t threads);
+          const std::vector<RecurrenceSizes>& layers, int32_t threads);
   ~Stepper();
   Stepper(const Stepper&) = delete;
   Stepper& operator=(const Stepper&) = delete;
 
   // Takes a copy of the weights of a layer, which are in the compute type.
-  void pack(int64_t layer, const Lane& weights);
+  void pack(int64_t layer, const Recurrence& weights);
   // x [B, I] to y [B, Q], both as stored, rows that far apart. They may overlap.
   void step(const void* x, int64_t x_row, void* y, int64_t y_row);
   // All states to zero.
@@ -62,7 +62,7 @@ class Stepper {
   const bool in_double_;
   const Storage storage_;
   const int64_t batch_, stride_;
-  const std::vector<LaneSizes> sizes_;
+  const std::vector<RecurrenceSizes> sizes_;
   const int32_t threads_;
   const int64_t number_;  // bytes of one, as computed
   const int64_t stored_;  // bytes of one, as stored

@@ -25,14 +25,15 @@ FASTRNN_INLINE Range part_of(int64_t n, int64_t parts, int64_t index) {
   return {n * index / parts, n * (index + 1) / parts};
 }
 
-// Part `index` of the slots such that all parts have about the same number of live rows in
+// Part `index` of the sequences such that all parts have about the same number of live rows in
 // steps [begin, end) of time.
-inline Range slots_of(const Rows& rows, int64_t begin, int64_t end, int64_t parts, int64_t index) {
+inline Range sequences_of(const Rows& rows, int64_t begin, int64_t end, int64_t parts,
+                          int64_t index) {
   if (parts == 1) return {0, rows.batch};
-  if (!rows.live_slots) return part_of(rows.batch, parts, index);
+  if (!rows.live_sequences) return part_of(rows.batch, parts, index);
   int64_t total = 0;
   for (int64_t t = begin; t < end; ++t) total += rows.live(t);
-  int64_t last = end;  // steps of slot i: live slots do not increase with t
+  int64_t last = end;  // steps of sequence i: live sequences do not increase with t
   int64_t sum = 0;
   Range out{rows.batch, rows.batch};
   if (index == 0) out.begin = 0;
@@ -54,21 +55,21 @@ struct alignas(64) Progress {
   int64_t value = 0;
 };
 
-// A thread's place in the team. Threads of one group sweep the same lane and the same slots and
-// share the units between them, so only they wait for each other within a step.
+// A thread's place in the team. Threads of one group sweep the same recurrence and the same
+// sequences and share the units between them, so only they wait for each other within a step.
 class Member {
  public:
   Member(Progress* progress, const CpuPlan& plan, int32_t number)
       : index(number),
         unit(number % plan.split_units),
-        slot(number / plan.split_units % plan.split_slots),
-        lane(number / plan.split_units / plan.split_slots),
+        sequence(number / plan.split_units % plan.split_sequences),
+        recurrence(number / plan.split_units / plan.split_sequences),
         progress_(progress),
         threads_(plan.threads()),
         peers_(plan.split_units) {}
 
-  const int32_t index;             // among all threads
-  const int32_t unit, slot, lane;  // this thread's part along each axis
+  const int32_t index;                       // among all threads
+  const int32_t unit, sequence, recurrence;  // this thread's part along each axis
 
   bool alone() const { return peers_ == 1; }
   void publish(int64_t value) {
@@ -127,7 +128,7 @@ bool run_team(int32_t threads, const Body& body) {
 class Arena {
  public:
   Arena() = default;
-  ~Arena() { kept().give_back(base_); }
+  ~Arena() { cached().give_back(base_); }
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
 
@@ -140,15 +141,15 @@ class Arena {
   bool ready() const { return base_ != nullptr; }
   // Ends the counting pass; false when there is no such memory.
   bool allocate() {
-    base_ = kept().borrow(used_ + kAlign);
+    base_ = cached().borrow(used_ + kAlign);
     used_ = 0;
     return base_ != nullptr;
   }
 
  private:
   static constexpr size_t kAlign = 128;
-  static KeptMemory& kept() {
-    thread_local KeptMemory memory;
+  static CachedMemory& cached() {
+    thread_local CachedMemory memory;
     return memory;
   }
 
@@ -175,7 +176,7 @@ bool run_sweep(const Args& args, const CpuPlan& plan) {
   };
   if (run_team(plan.threads(), body)) return true;
   CpuPlan serial = plan;
-  serial.split_lanes = serial.split_slots = serial.split_units = 1;
+  serial.split_recurrences = serial.split_sequences = serial.split_units = 1;
   return run_sweep<Sweep>(args, serial);
 }
 

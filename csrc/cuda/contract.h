@@ -2,9 +2,9 @@
 // of these kernels has a C interface and no torch in it: kernels/gpu/cuda.py fills these structs,
 // field by field, through ctypes.
 //
-// T steps, B batch, H hidden units, G gates, S states, K kept values, P lanes (independent scans of
-// the same input: directions, heads), W = S-1+K values of [H] that a row of the tape holds. A
-// lane's *step* counts in its own direction; `t` is always the position in time.
+// T steps, B batch, H hidden units, G gates, S states, K saved values, P recurrences (independent
+// scans of the same input: directions, heads), W = S-1+K values of [H] that a row of the tape
+// holds. A recurrence's *step* counts in its own direction; `t` is always the position in time.
 #pragma once
 
 #include <cstddef>
@@ -16,7 +16,7 @@ namespace fastrnn {
 
 // How numbers are stored, and multiplied by the recurrent weights. Sums, states and their gradients
 // are in float, but for kFloat64; so is the cell's arithmetic.
-enum class Number : int32_t {
+enum class Precision : int32_t {
   kFloat64 = 0,
   kFloat32 = 1,  // stored and multiplied in float
   kTf32 = 2,     // stored in float, multiplied as TF32
@@ -25,53 +25,53 @@ enum class Number : int32_t {
   kFloat16 = 5,
 };
 
-// One launch: every lane through the steps [begin, end) of its own direction. All pointers are to
-// memory of the device, contiguous, aligned to 16 bytes.
+// One launch: every recurrence through the steps [begin, end) of its own direction. All pointers
+// are to memory of the device, contiguous, aligned to 16 bytes.
 struct Sweep {
   int64_t steps = 0;  // T
   int64_t batch = 0;  // B, not 0
   int64_t hidden = 0;
-  int64_t lanes = 0;
+  int64_t recurrences = 0;
   int64_t begin = 0;
   int64_t end = 0;
-  // Row of the batch's rows at which the chunk begins, for lanes forward in time and backward. Row
-  // r is row r - base of `u`, `du`, `dv` and `previous`, and row r of `y`, `dy`, `tape` and
-  // `resets`.
+  // Row of the batch's rows at which the chunk begins, for recurrences forward in time and
+  // backward. Row r is row r - base of `u`, `du`, `dv` and `h_prev`, and row r of `y`, `dy`, `tape`
+  // and `resets`.
   int64_t base = 0;
   int64_t base_reverse = 0;
-  int64_t chunk_rows = 0;  // rows of `u`, `du`, `dv`, `previous` per lane
+  int64_t chunk_rows = 0;  // rows of `u`, `du`, `dv`, `h_prev` per recurrence
   // Row r of the tape is row r - tape_base of `tape`: not 0 for the tape of a chunk.
   int64_t tape_base = 0;
   int64_t tape_base_reverse = 0;
-  uint64_t reverse = 0;             // a bit per lane
+  uint64_t reverse = 0;             // a bit per recurrence
   const int64_t* first = nullptr;   // [T+1] row at which a step begins, packed; null: t*B
   const int64_t* length = nullptr;  // [B] steps of each row of the batch; null: T
   const uint8_t* resets = nullptr;  // [rows], an episode begins at this row; or null
   const void* w_hh = nullptr;       // [P, G*H, H], stored
   // Forward.
   const void* u = nullptr;     // [P, chunk_rows, G*H], stored; biases are in
-  const void* b_hh = nullptr;  // [P, G*H], stored, for gates that are not tied; or null
+  const void* b_hh = nullptr;  // [P, G*H], stored, for gates that are not summed; or null
   void* carry = nullptr;       // [S+1, P, B, H], of sums: states before and then after the chunk;
                                // the last is room for another state 0
-  void* y = nullptr;           // [rows, P, H], stored; only read on the way back
-  void* tape = nullptr;        // [rows, P, W, H], stored, or null; only read on the way back
-  // Recomputation of a tape that was not kept; u, b_hh, carry, y and tape are as forward has them.
-  const void* v = nullptr;  // [P, chunk_rows, G*H], stored: `previous` times the recurrent weights
+  void* y = nullptr;           // [rows, P, H], stored; only read in the backward pass
+  void* tape = nullptr;        // [rows, P, W, H], stored, or null; only read in the backward pass
+  // Recomputation of a tape that was not saved; u, b_hh, carry, y and tape are as forward has them.
+  const void* v = nullptr;  // [P, chunk_rows, G*H], stored: `h_prev` times the recurrent weights
   // Backward, from step end-1 to begin.
   const void* dy = nullptr;  // [rows, P, H], stored, or null for zeros
   const void* s0 = nullptr;  // [S, P, B, H], of sums
   void* ds = nullptr;        // [S, P, B, H], of sums: gradients of states after and then before
-  void* du = nullptr;        // [P, chunk_rows, G*H], stored; is `dv` where all gates are tied
+  void* du = nullptr;        // [P, chunk_rows, G*H], stored; is `dv` where all gates are summed
   void* dv = nullptr;        // [P, chunk_rows, G*H], stored
-  void* previous = nullptr;  // [P, chunk_rows, H], stored: state 0 before each step
+  void* h_prev = nullptr;    // [P, chunk_rows, H], stored: state 0 before each step
   // Working memory, `workspace_bytes` of it; the launch clears what it needs cleared.
   void* workspace = nullptr;
 };
 
 // How it runs; chosen by fastrnn/plan.
 struct CudaPlan {
-  Number number = Number::kFloat32;
-  int32_t regime = 0;      // Regime
+  Precision precision = Precision::kFloat32;
+  int32_t residency = 0;   // Residency
   int32_t batch_tile = 8;  // rows of the batch that a group of blocks works on: 8, 16 or 32; of
                            // kStep 16, 32 or 64
   int32_t blocks = 1;      // of a group, which shares the hidden units of a tile
@@ -83,9 +83,9 @@ struct CudaPlan {
   int32_t row_group = 0;
 };
 
-enum Regime : int32_t {
-  kStep = 0,     // a launch a step, weights from the cache: any H, any number
-  kBlock = 1,    // one block holds all weights of a lane
+enum Residency : int32_t {
+  kStep = 0,     // a launch a step, weights from the cache: any H, any precision
+  kBlock = 1,    // one block holds all weights of a recurrence
   kCluster = 2,  // a cluster of blocks holds them, and exchanges h through distributed memory
   kGrid = 3,     // a group of blocks anywhere on the device, which exchanges h through the L2 cache
 };
@@ -104,15 +104,15 @@ struct CudaTables {
   int32_t recurrences;  // most of a sweep
   // Persistent kernels. A row group has `tiles` tiles of 16 rows of weights: units * G / 16
   // forward, units / 16 backward.
-  int32_t warps;            // most of a block, and most row groups
-  int32_t chunk_bytes;      // of a row of an operand, which is whole chunks
-  int32_t piece_bytes;      // of an operand that travel as one
-  int32_t row_pad_bytes;    // after a row of an operand in shared memory
-  int32_t fragment_bytes;   // of a tile of weights by half a chunk, and of its sums by 8 columns
-  int32_t gradient_bytes;   // backward, of a state's gradients for 16 units in 8 columns
-  int32_t stop_bytes;       // backward, of a column of a row group: how many steps it has
-  int32_t barrier_bytes;    // at the end of a block's shared memory
-  int32_t chunk_registers;  // of a thread, for a chunk of a tile of weights
+  int32_t warps;           // most of a block, and most row groups
+  int32_t k_block_bytes;   // of a row of an operand, which is whole k-blocks
+  int32_t piece_bytes;     // of an operand that travel as one
+  int32_t row_pad_bytes;   // after a row of an operand in shared memory
+  int32_t fragment_bytes;  // of a tile of weights by half a k-block, and of its sums by 8 columns
+  int32_t gradient_bytes;  // backward, of a state's gradients for 16 units in 8 columns
+  int32_t stop_bytes;      // backward, of a column of a row group: how many steps it has
+  int32_t barrier_bytes;   // at the end of a block's shared memory
+  int32_t k_block_registers;      // of a thread, for a k-block of a tile of weights
   int32_t staged_gap_bytes[4];    // after n pieces of 8 columns that a warp collects, by n % 4
   int32_t batch_tiles[3];         // rows of the batch
   int32_t registers[2][2][3][4];  // [backward][split][batch tile][tiles - 1, at most 3], of a
@@ -133,13 +133,13 @@ int fastrnn_cuda_forward(const char* cell, const fastrnn::Sweep*, const fastrnn:
                          void* stream);
 int fastrnn_cuda_backward(const char* cell, const fastrnn::Sweep*, const fastrnn::CudaPlan*,
                           void* stream);
-// Recomputation: `previous`, state 0 before each step, from y and state 0 of s0; then, when `v` is
+// Recomputation: `h_prev`, state 0 before each step, from y and state 0 of s0; then, when `v` is
 // there, the tape (where there is one) and the states past the first in `carry`, before the chunk
 // and then after it.
-int fastrnn_cuda_previous(const char* cell, const fastrnn::Sweep*, const fastrnn::CudaPlan*,
-                          void* stream);
-int fastrnn_cuda_replay(const char* cell, const fastrnn::Sweep*, const fastrnn::CudaPlan*,
+int fastrnn_cuda_h_prev(const char* cell, const fastrnn::Sweep*, const fastrnn::CudaPlan*,
                         void* stream);
+int fastrnn_cuda_recompute(const char* cell, const fastrnn::Sweep*, const fastrnn::CudaPlan*,
+                           void* stream);
 // Bytes of `workspace` that a launch needs.
 int64_t fastrnn_cuda_workspace_bytes(const char* cell, const fastrnn::Sweep*,
                                      const fastrnn::CudaPlan*, int backward);

@@ -22,14 +22,15 @@ int cell_index(const char* name) {
 }
 
 bool valid(int cell, const Sweep& s, const CudaPlan& plan) {
-  const bool sizes =
-      s.steps > 0 && s.batch > 0 && s.hidden > 0 && s.lanes > 0 && s.lanes <= kMostRecurrences;
+  const bool sizes = s.steps > 0 && s.batch > 0 && s.hidden > 0 && s.recurrences > 0 &&
+                     s.recurrences <= kMostRecurrences;
   const bool chunk = 0 <= s.begin && s.begin <= s.end && s.end <= s.steps;
   // Times are 32 bits wide in kernels, and so is the number of a block.
   constexpr int64_t most = std::numeric_limits<int32_t>::max();
   const bool narrow = s.steps < most && s.batch < most && s.hidden < most / 64;
-  const bool known = plan.number >= Number::kFloat64 && plan.number <= Number::kFloat16 &&
-                     plan.regime >= kStep && plan.regime <= kGrid;
+  const bool known = plan.precision >= Precision::kFloat64 &&
+                     plan.precision <= Precision::kFloat16 && plan.residency >= kStep &&
+                     plan.residency <= kGrid;
   return cell >= 0 && sizes && chunk && narrow && known;
 }
 
@@ -48,7 +49,7 @@ using Bytes = int64_t (*)(int cell, const Sweep& sweep, const CudaPlan& plan);
 int64_t bytes(const char* cell, const Sweep& sweep, const CudaPlan& plan, int backward,
               Bytes PersistentKernels::* function, int64_t without) {
   const int index = cell_index(cell);
-  if (plan.regime == kStep || !valid(index, sweep, plan)) return without;
+  if (plan.residency == kStep || !valid(index, sweep, plan)) return without;
   const PersistentKernels& kernels = backward ? kPersistentBackward : kPersistentForward;
   return (kernels.*function)(index, sweep, plan);
 }
@@ -65,26 +66,26 @@ extern "C" {
 
 FASTRNN_EXPORT int fastrnn_cuda_forward(const char* cell, const Sweep* sweep, const CudaPlan* plan,
                                         void* stream) {
-  const auto launch = plan->regime == fastrnn::kStep ? fastrnn::launch_step_forward
-                                                     : fastrnn::kPersistentForward.launch;
+  const auto launch = plan->residency == fastrnn::kStep ? fastrnn::launch_step_forward
+                                                        : fastrnn::kPersistentForward.launch;
   return fastrnn::run(cell, *sweep, *plan, stream, launch);
 }
 
 FASTRNN_EXPORT int fastrnn_cuda_backward(const char* cell, const Sweep* sweep, const CudaPlan* plan,
                                          void* stream) {
-  const auto launch = plan->regime == fastrnn::kStep ? fastrnn::launch_step_backward
-                                                     : fastrnn::kPersistentBackward.launch;
+  const auto launch = plan->residency == fastrnn::kStep ? fastrnn::launch_step_backward
+                                                        : fastrnn::kPersistentBackward.launch;
   return fastrnn::run(cell, *sweep, *plan, stream, launch);
 }
 
-FASTRNN_EXPORT int fastrnn_cuda_previous(const char* cell, const Sweep* sweep, const CudaPlan* plan,
-                                         void* stream) {
-  return fastrnn::run(cell, *sweep, *plan, stream, fastrnn::launch_previous);
+FASTRNN_EXPORT int fastrnn_cuda_h_prev(const char* cell, const Sweep* sweep, const CudaPlan* plan,
+                                       void* stream) {
+  return fastrnn::run(cell, *sweep, *plan, stream, fastrnn::launch_h_prev);
 }
 
-FASTRNN_EXPORT int fastrnn_cuda_replay(const char* cell, const Sweep* sweep, const CudaPlan* plan,
-                                       void* stream) {
-  return fastrnn::run(cell, *sweep, *plan, stream, fastrnn::launch_replay);
+FASTRNN_EXPORT int fastrnn_cuda_recompute(const char* cell, const Sweep* sweep,
+                                          const CudaPlan* plan, void* stream) {
+  return fastrnn::run(cell, *sweep, *plan, stream, fastrnn::launch_recompute);
 }
 
 FASTRNN_EXPORT int64_t fastrnn_cuda_workspace_bytes(const char* cell, const Sweep* sweep,
@@ -103,7 +104,9 @@ FASTRNN_EXPORT int fastrnn_cuda_resident_clusters(int blocks, int threads, int64
   return fastrnn::resident_clusters(blocks, threads, shared_bytes);
 }
 
-FASTRNN_EXPORT const char* fastrnn_cuda_error(int error) { return fastrnn::dev::error_text(error); }
+FASTRNN_EXPORT const char* fastrnn_cuda_error(int error) {
+  return fastrnn::platform::error_text(error);
+}
 
 FASTRNN_EXPORT const char* fastrnn_cuda_cells() {
   // A cell's name has no space in it.
@@ -117,6 +120,6 @@ FASTRNN_EXPORT const char* fastrnn_cuda_cells() {
   return names.c_str();
 }
 
-FASTRNN_EXPORT int fastrnn_cuda_simulated() { return fastrnn::dev::kSimulated ? 1 : 0; }
+FASTRNN_EXPORT int fastrnn_cuda_simulated() { return fastrnn::platform::kSimulated ? 1 : 0; }
 
 }  // extern "C"

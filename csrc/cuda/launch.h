@@ -1,5 +1,6 @@
-// What stands between the C interface, csrc/cuda/entry.cu, and the kernels: a launcher per regime
-// and direction. Each returns 0 or a cudaError_t, and launches on `stream` without waiting for it.
+// What stands between the C interface, csrc/cuda/entry.cu, and the kernels: a launcher per
+// residency and direction. Each returns 0 or a cudaError_t, and launches on `stream` without
+// waiting for it.
 #pragma once
 
 #include "core/cell.h"
@@ -30,9 +31,9 @@ constexpr int kMostRecurrences = 64;
 int launch_step_forward(int cell, const Sweep& sweep, const CudaPlan& plan, void* stream);
 int launch_step_backward(int cell, const Sweep& sweep, const CudaPlan& plan, void* stream);
 
-// csrc/cuda/replay.cu
-int launch_previous(int cell, const Sweep& sweep, const CudaPlan& plan, void* stream);
-int launch_replay(int cell, const Sweep& sweep, const CudaPlan& plan, void* stream);
+// csrc/cuda/recompute.cu
+int launch_h_prev(int cell, const Sweep& sweep, const CudaPlan& plan, void* stream);
+int launch_recompute(int cell, const Sweep& sweep, const CudaPlan& plan, void* stream);
 
 // The persistent kernels of a direction: how they are launched, and what a launch needs.
 struct PersistentKernels {

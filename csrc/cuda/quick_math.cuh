@@ -54,10 +54,10 @@ struct QuickFloat {
   // Instead of the templates of math.h.
   friend __device__ __forceinline__ QuickFloat sigmoid(QuickFloat a) {
     constexpr float kLog2e = 1.44269504f;
-    return dev::reciprocal(1 + dev::exp2(-kLog2e * a.x));
+    return platform::reciprocal(1 + platform::exp2(-kLog2e * a.x));
   }
   friend __device__ __forceinline__ QuickFloat tanh(QuickFloat a) {
-    return rough ? dev::rough_tanh(a.x) : dev::tanh(a.x);
+    return rough ? platform::rough_tanh(a.x) : platform::tanh(a.x);
   }
 };
 

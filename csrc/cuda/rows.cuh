@@ -1,8 +1,9 @@
 // Where the rows of a sweep lie and which of them live at a step, on the device. All kernels share
 // this; kernels/gpu/triton/common.py has the same functions for Triton.
 //
-// Row b of the batch lives while t < stop(b). A lane's step before another is the one before in its
-// own direction. Steps and times are 32 bits wide (fastrnn_cuda_forward refuses more), offsets 64.
+// Row b of the batch lives while t < stop(b). A recurrence's step before another is the one before
+// in its own direction. Steps and times are 32 bits wide (fastrnn_cuda_forward refuses more),
+// offsets 64.
 #pragma once
 
 #include "cuda/contract.h"
@@ -10,13 +11,13 @@
 
 namespace fastrnn {
 
-// One lane of a sweep.
-struct Lane {
+// One recurrence of a sweep.
+struct Recurrence {
   const Sweep& sweep;
   int64_t p;
   bool reverse;
 
-  __device__ __forceinline__ Lane(const Sweep& sweep, int64_t p)
+  __device__ __forceinline__ Recurrence(const Sweep& sweep, int64_t p)
       : sweep(sweep), p(p), reverse((sweep.reverse >> p & 1) != 0) {}
 
   // ---- Time -------------------------------------------------------------------------------------
@@ -67,14 +68,14 @@ struct Lane {
     return (sweep.first ? sweep.first[t] : t * sweep.batch) + b;
   }
 
-  // The row of this lane in `u`, `du`, `dv` and `previous`, to be multiplied by its width.
+  // The row of this recurrence in `u`, `du`, `dv` and `h_prev`, to be multiplied by its width.
   __device__ __forceinline__ int64_t chunk_row(int64_t row) const {
     return p * sweep.chunk_rows + row - (reverse ? sweep.base_reverse : sweep.base);
   }
 
   // The offset of [H] in `y` and `dy`.
   __device__ __forceinline__ int64_t output(int64_t row) const {
-    return (row * sweep.lanes + p) * sweep.hidden;
+    return (row * sweep.recurrences + p) * sweep.hidden;
   }
 
   // The offset of value j of a row's `width` values of [H] in `tape`.
@@ -82,15 +83,15 @@ struct Lane {
     return tape_origin(width) + output(row) * width + j * sweep.hidden;
   }
 
-  // The offset in `tape` at which row 0 of the first lane would lie.
+  // The offset in `tape` at which row 0 of the first recurrence would lie.
   __device__ __forceinline__ int64_t tape_origin(int width) const {
     const int64_t base = reverse ? sweep.tape_base_reverse : sweep.tape_base;
-    return -base * sweep.lanes * width * sweep.hidden;
+    return -base * sweep.recurrences * width * sweep.hidden;
   }
 
   // The offset of state j of a row of the batch, [H], in `carry`, `s0` and `ds`.
   __device__ __forceinline__ int64_t state(int j, int64_t b) const {
-    return ((j * sweep.lanes + p) * sweep.batch + b) * sweep.hidden;
+    return ((j * sweep.recurrences + p) * sweep.batch + b) * sweep.hidden;
   }
 
   // The offsets of a gate: of its weights [H, H] in `w_hh` and its biases [H] in `b_hh`.

@@ -60,14 +60,14 @@ CudaTables fill() {
   CudaTables to{};
   to.recurrences = kMostRecurrences;
   to.warps = tile::kMaxWarps;
-  to.chunk_bytes = tile::kChunk;
+  to.k_block_bytes = tile::kKBlock;
   to.piece_bytes = tile::kPiece;
   to.row_pad_bytes = tile::kRowPad;
   to.fragment_bytes = tile::kFragment;
   to.gradient_bytes = tile::kGradient;
   to.stop_bytes = tile::kStop;
   to.barrier_bytes = tile::kBarriers;
-  to.chunk_registers = tile::kChunkRegisters;
+  to.k_block_registers = tile::kKBlockRegisters;
   const int gaps[] = {staged_gap<4>(), staged_gap<1>(), staged_gap<2>(), staged_gap<3>()};
   for (int i = 0; i < 4; ++i) to.staged_gap_bytes[i] = gaps[i];
   for (int i = 0; i < 3; ++i) {

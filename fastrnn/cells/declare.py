@@ -168,7 +168,7 @@ def cell(
         TypeError: where what is decorated is no function, or `cell` itself was not called.
         ValueError: for names that repeat or are no identifiers, for too many of them, for a
             function that cannot be called as `(u, v, *states)` or has no name, or for the name of
-            a built-in cell. Declaring another cell of one's own under the same name replaces it,
+            a built-in cell. Declaring another custom cell under the same name replaces it,
             as redefining a function does; layers made before keep the cell they have.
 
     Example:

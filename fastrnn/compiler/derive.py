@@ -3,10 +3,10 @@
 The function and its vector-Jacobian product are traced once (`trace.py`) into pointwise expressions
 (`expression.py`). Two rules then shape them:
 
-- **tied**: where the gradients of a gate's `u` and `v` are the same node, the cell depends on their
-  sum `a` alone, and one array serves both.
+- **summed**: where the gradients of a gate's `u` and `v` are the same node, the cell depends on
+  their sum `a` alone, and one array serves both.
 - **keep**: backward is given the states before and after the step. Whatever follows from those is
-  recomputed. Of the rest, the fewest values are kept from which backward follows by arithmetic
+  recomputed. Of the rest, the fewest values are saved from which backward follows by arithmetic
   alone, without a transcendental function.
 """
 
@@ -42,20 +42,20 @@ class Derived:
 
     Attributes:
         name, gates, states: the cell's.
-        tied: per gate, whether the cell depends on `u + v` alone.
-        kept: names of the values kept per unit and step for backward: a gate's name for what its
+        summed: per gate, whether the cell depends on `u + v` alone.
+        saved: names of the values saved per unit and step for backward: a gate's name for what its
             nonlinearity gives, `v.n` or `u.n` for a raw projection, `a.n` for their sum.
         projectable: whether state 0 enters a step through `v` alone, so that it may be projected
             to another width between the steps.
-        step: expressions of the next states and the kept values.
+        step: expressions of the next states and the saved values.
         gradients: expressions of the gradients of `u`, `v` and the states.
     """
 
     name: str
     gates: tuple[str, ...]
     states: tuple[str, ...]
-    tied: tuple[bool, ...]
-    kept: tuple[str, ...]
+    summed: tuple[bool, ...]
+    saved: tuple[str, ...]
     projectable: bool
     step: tuple[Expr, ...]
     gradients: tuple[Expr, ...]
@@ -64,18 +64,18 @@ class Derived:
     def summary(self) -> str:
         """One line about it, for the head of generated code."""
         name = " ".join(self.name.split()).rstrip("\\")
-        gates, states, kept = (" ".join(names) for names in (self.gates, self.states, self.kept))
-        return f"{name}: gates {gates}, states {states}; keeps {kept or 'nothing'}"
+        gates, states, saved = (" ".join(names) for names in (self.gates, self.states, self.saved))
+        return f"{name}: gates {gates}, states {states}; saves {saved or 'nothing'}"
 
     def tape_width(self, projected: bool) -> int:
         """Values of a unit in a row of the tape: states past the first, saved values and, where it
         is projected, state 0 before that."""
-        return len(self.states) - 1 + len(self.kept) + projected
+        return len(self.states) - 1 + len(self.saved) + projected
 
     def places(self, after: str = "next", dafter: str = "dnext") -> dict[str, str]:
         """Where generated code finds what the expressions read: elements of arrays, of which those
         for the states after the step and their gradients are named by the caller."""
-        arrays = {"u": self.gates, "v": self.gates, "a": self.gates, "kept": self.kept}
+        arrays = {"u": self.gates, "v": self.gates, "a": self.gates, "saved": self.saved}
         arrays |= dict.fromkeys(("s", "next", "dnext"), self.states)
         named = {"a": "v", "next": after, "dnext": dafter}
         return {
@@ -87,15 +87,15 @@ class Derived:
     def forward(
         self, u: Sequence[Tensor], v: Sequence[Tensor], s: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """One step on tensors of one shape, one per gate and state: `(next, kept)`.
+        """One step on tensors of one shape, one per gate and state: `(next, saved)`.
 
         State 0 of a projectable cell may have any shape.
         """
         inputs = _labelled("s", self.states, s)
         if self.projectable:
             del inputs[f"s.{self.states[0]}"]
-        for name, tied, left, right in zip(self.gates, self.tied, u, v, strict=True):
-            if tied:
+        for name, summed, left, right in zip(self.gates, self.summed, u, v, strict=True):
+            if summed:
                 inputs[f"a.{name}"] = left + right
             else:
                 inputs |= {f"u.{name}": left, f"v.{name}": right}
@@ -104,7 +104,7 @@ class Derived:
 
     def backward(
         self,
-        kept: Sequence[Tensor],
+        saved: Sequence[Tensor],
         s: Sequence[Tensor],
         next: Sequence[Tensor],
         dnext: Sequence[Tensor],
@@ -113,7 +113,7 @@ class Derived:
         inputs = _labelled("s", self.states, s)
         inputs |= _labelled("next", self.states, next)
         inputs |= _labelled("dnext", self.states, dnext)
-        inputs |= _labelled("kept", self.kept, kept)
+        inputs |= _labelled("saved", self.saved, saved)
         out = evaluate(self.gradients, inputs)
         count = len(self.gates)
         return out[:count], out[count : 2 * count], out[2 * count :]
@@ -154,7 +154,9 @@ def _derive_here(cell: Cell) -> Derived:
     traced = trace(algebra, cell)
     count, states = len(cell.gates), len(cell.states)
     du, dv = traced[states : states + count], traced[states + count : states + 2 * count]
-    tied, traced = _tie(algebra, cell, traced, [a is b for a, b in zip(du, dv, strict=True)])
+    summed, traced = _sum_gates(
+        algebra, cell, traced, [a is b for a, b in zip(du, dv, strict=True)]
+    )
     step, gradients = traced[:states], traced[states:]
     gradients = _without_zero_gradients(algebra, gradients)
     available = {
@@ -162,19 +164,19 @@ def _derive_here(cell: Cell) -> Derived:
         for node, name in reversed(list(zip(step, cell.states, strict=True)))
         if node.op != "const" and not node.label.startswith("s.")
     }
-    kept = _name(_keep(gradients, available), available, cell.gates)
-    known = available | {node: algebra.input(f"kept.{name}") for name, node in kept.items()}
+    saved = _name(_saved_values(gradients, available), available, cell.gates)
+    known = available | {node: algebra.input(f"saved.{name}") for name, node in saved.items()}
     gradients = algebra.rebuild(gradients, known)
     first = f"s.{cell.states[0]}"
     return Derived(
         name=cell.name,
         gates=cell.gates,
         states=cell.states,
-        tied=tied,
-        kept=tuple(kept),
-        projectable=first not in uses([*gradients, *step, *kept.values()])
+        summed=summed,
+        saved=tuple(saved),
+        projectable=first not in uses([*gradients, *step, *saved.values()])
         and gradients[2 * count].constant == 0,
-        step=(*step, *kept.values()),
+        step=(*step, *saved.values()),
         gradients=gradients,
     )
 
@@ -182,21 +184,23 @@ def _derive_here(cell: Cell) -> Derived:
 # The rules.
 
 
-def _tie(
+def _sum_gates(
     algebra: Algebra, cell: Cell, traced: tuple[Expr, ...], alike: list[bool]
 ) -> tuple[tuple[bool, ...], tuple[Expr, ...]]:
     """Replace `v` by the sum `a` and `u` by nothing, for each gate where that is the same cell."""
-    tied = list(alike)
+    summed = list(alike)
     for k, name in enumerate(cell.gates):
-        if not tied[k]:
+        if not summed[k]:
             continue
         u, v, a = (algebra.input(f"{side}.{name}") for side in "uva")
-        summed = algebra.rebuild(traced, {u: algebra.const(0), v: a})
+        reduced = algebra.rebuild(traced, {u: algebra.const(0), v: a})
         # Equal gradients say nothing about what has none, such as sign(u) or a comparison.
-        tied[k] = _agree(algebra, traced, algebra.rebuild(summed, {a: algebra.make("add", u, v)}))
-        if tied[k]:
-            traced = summed
-    return tuple(tied), traced
+        summed[k] = _agree(
+            algebra, traced, algebra.rebuild(reduced, {a: algebra.make("add", u, v)})
+        )
+        if summed[k]:
+            traced = reduced
+    return tuple(summed), traced
 
 
 def _agree(algebra: Algebra, some: tuple[Expr, ...], others: tuple[Expr, ...]) -> bool:
@@ -230,12 +234,12 @@ def _without_zero_gradients(algebra: Algebra, gradients: tuple[Expr, ...]) -> tu
     return algebra.rebuild(gradients, {}, rule)
 
 
-def _keep(gradients: tuple[Expr, ...], available: Mapping[Expr, Expr]) -> list[Expr]:
+def _saved_values(gradients: tuple[Expr, ...], available: Mapping[Expr, Expr]) -> list[Expr]:
     """The fewest nodes from which, with the states, the gradients follow by arithmetic alone.
 
     That is a minimum vertex cut between what only the forward step knows (the gates, and the
     values of transcendental functions) and what backward reads; of several, the one nearest to
-    the former. Masks cannot be kept.
+    the former. Masks cannot be saved.
     """
     order = ordered(gradients, stop=available)
     known: set[Expr] = set(available)  # follows from the states
@@ -290,11 +294,11 @@ def _reach(edges: Mapping[Any, Mapping[Any, float]], start: Any) -> dict[Any, An
 
 
 def _name(
-    kept: list[Expr], available: Mapping[Expr, Expr], gates: tuple[str, ...]
+    saved: list[Expr], available: Mapping[Expr, Expr], gates: tuple[str, ...]
 ) -> dict[str, Expr]:
-    """Names for kept values, in the order of the gates they belong to."""
+    """Names for saved values, in the order of the gates they belong to."""
     claims: list[tuple[int, int, str, Expr]] = []
-    for place, node in enumerate(kept):
+    for place, node in enumerate(saved):
         near = sorted(_near_gates(node, available), key=lambda label: gates.index(label[2:]))
         raw = node.op == "input"
         single = near[0] if near and len({label[2:] for label in near}) == 1 else ""
@@ -304,7 +308,7 @@ def _name(
     names: dict[str, Expr] = {}
     for _, _, name, node in sorted(claims, key=lambda claim: claim[:2]):
         if not name or name in names:
-            name = next(f"k{i}" for i in range(len(kept) + 1) if f"k{i}" not in names)
+            name = next(f"k{i}" for i in range(len(saved) + 1) if f"k{i}" not in names)
         names[name] = node
     return names
 

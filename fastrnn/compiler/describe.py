@@ -11,7 +11,7 @@ __all__ = ["describe"]
 
 
 def describe(derived: Derived) -> str:
-    """What is derived from a cell, as text: equations, tied gates, kept values and costs.
+    """What is derived from a cell, as text: equations, summed gates, saved values and costs.
 
     A prime marks a state after the step, `dx` the gradient of `x`, and `a` is `u + v`.
     """
@@ -20,23 +20,23 @@ def describe(derived: Derived) -> str:
     forward = dict(zip(after, derived.step[:states], strict=True))
     backward: dict[str, Expr] = {}
     du, dv = derived.gradients[:gates], derived.gradients[gates : 2 * gates]
-    for name, tied, left, right in zip(derived.gates, derived.tied, du, dv, strict=True):
-        backward |= {f"da.{name}": left} if tied else {f"du.{name}": left, f"dv.{name}": right}
+    for name, summed, left, right in zip(derived.gates, derived.summed, du, dv, strict=True):
+        backward |= {f"da.{name}": left} if summed else {f"du.{name}": left, f"dv.{name}": right}
     ds = derived.gradients[2 * gates :]
     backward |= {f"d{name}": expr for name, expr in zip(derived.states, ds, strict=True)}
-    kept = dict(zip(derived.step[states:], derived.kept, strict=True))
-    sums = [name for name, tied in zip(derived.gates, derived.tied, strict=True) if tied]
+    saved = dict(zip(derived.step[states:], derived.saved, strict=True))
+    sums = [name for name, summed in zip(derived.gates, derived.summed, strict=True) if summed]
     return "\n".join(
         [
             f"cell {derived.name}",
             f"  gates   {' '.join(derived.gates)}",
             f"  states  {' '.join(derived.states)}",
-            f"  tied    {' '.join(sums) or 'none'}",
-            f"  keeps   {' '.join(derived.kept) or 'nothing'}: {4 * len(kept)} bytes per unit and "
-            "step in float32, besides the states",
+            f"  summed  {' '.join(sums) or 'none'}",
+            f"  saves   {' '.join(derived.saved) or 'nothing'}: {4 * len(saved)} bytes per unit "
+            "and step in float32, besides the states",
             "",
             f"forward: {_cost(derived.step)}",
-            *_equations(forward, kept),
+            *_equations(forward, saved),
             "",
             f"backward: {_cost(derived.gradients)}",
             *_equations(backward, {}),
@@ -49,7 +49,7 @@ def _equations(targets: Mapping[str, Expr], names: Mapping[Expr, str]) -> list[s
         if node.op == "const":
             return node.label.removesuffix(".0")
         kind, name = node.label.split(".", 1)
-        shown = {"s": name, "next": f"{name}'", "dnext": f"d{name}'", "kept": name}
+        shown = {"s": name, "next": f"{name}'", "dnext": f"d{name}'", "saved": name}
         return shown.get(kind, node.label)
 
     own: dict[Expr, str] = {}

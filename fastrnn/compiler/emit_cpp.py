@@ -26,17 +26,17 @@ def struct_name(name: str) -> str:
 def struct(derived: Derived, name: str | None = None) -> str:
     """The C++ struct of a cell, known to the kernels as `name` (the cell's own by default)."""
     name = name or derived.name
-    gates, states, kept = len(derived.gates), len(derived.states), len(derived.kept)
+    gates, states, saved = len(derived.gates), len(derived.states), len(derived.saved)
     forward = _function(
         derived,
         "forward",
         ("u", "v", "s"),
-        {"next": derived.step[:states], "kept": derived.step[states:]},
+        {"next": derived.step[:states], "saved": derived.step[states:]},
     )
     backward = _function(
         derived,
         "backward",
-        ("kept", "s", "next", "dnext"),
+        ("saved", "s", "next", "dnext"),
         {
             "du": derived.gradients[:gates],
             "dv": derived.gradients[gates : 2 * gates],
@@ -47,11 +47,11 @@ def struct(derived: Derived, name: str | None = None) -> str:
 // {derived.summary}
 struct {struct_name(name)} {{
   static constexpr const char* kName = {json.dumps(name)};
-  static constexpr int kGates = {gates}, kStates = {states}, kKept = {kept};
-  static constexpr bool kTied[kGates] = {_bools(derived.tied)};
+  static constexpr int kGates = {gates}, kStates = {states}, kSaved = {saved};
+  static constexpr bool kSummed[kGates] = {_bools(derived.summed)};
   // Whether state 0 comes in through v alone.
   static constexpr bool kProjectable = {"true" if derived.projectable else "false"};
-  // For a tied gate v[g] is the sum of both projections, u[g] is not read, and du[g] equals dv[g].
+  // For a summed gate v[g] is the sum of both projections, u[g] is not read, du[g] equals dv[g].
   // All reads come before the first write, so that outputs may lie where inputs did.
 {forward}
 {backward}

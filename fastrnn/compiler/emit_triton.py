@@ -14,13 +14,13 @@ __all__ = ["module"]
 def module(derived: Derived) -> str:
     """The cell's two functions as the source of a Triton module.
 
-    `forward(u, v, s)` gives the next states and then the kept values, and
-    `backward(kept, s, after, dafter)` the gradients of `u`, `v` and the states, all as tuples of
-    blocks. For a tied gate `v` is the sum of both projections, `u` is not read, and the gradients
+    `forward(u, v, s)` gives the next states and then the saved values, and
+    `backward(saved, s, after, dafter)` the gradients of `u`, `v` and the states, all as tuples of
+    blocks. For a summed gate `v` is the sum of both projections, `u` is not read, and the gradients
     of both are the same.
     """
     forward = _function(derived, "forward", ("u", "v", "s"), derived.step)
-    backward = _function(derived, "backward", ("kept", "s", "after", "dafter"), derived.gradients)
+    backward = _function(derived, "backward", ("saved", "s", "after", "dafter"), derived.gradients)
     called = sorted({n.op for n in ordered([*derived.step, *derived.gradients])} - _OPERATORS)
     return f"""\
 # {derived.summary}

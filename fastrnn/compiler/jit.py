@@ -87,8 +87,8 @@ def sources() -> Path:
     raise CompilationFailed(f"this installation of fastrnn has no C++ sources in {here / 'csrc'}")
 
 
-def compile_cell(derived: Derived, key: str, number: str = "float", fresh: bool = False) -> Path:
-    """The shared library of a cell, known to the kernels as `key`, that computes in `number`, float
+def compile_cell(derived: Derived, key: str, scalar: str = "float", fresh: bool = False) -> Path:
+    """The shared library of a cell, known to the kernels as `key`, that computes in `scalar`, float
     or double; its one function is `SYMBOL`.
 
     Processes may do this at once: one of them compiles, the others wait for it. A library appears
@@ -100,7 +100,7 @@ def compile_cell(derived: Derived, key: str, number: str = "float", fresh: bool 
             compiler's first errors.
     """
     chosen, folder, text = compiler(), sources(), header([derived], [key])
-    options = _options(number)
+    options = _options(scalar)
     digest = hashlib.sha256()
     for part in (text, chosen.version, shlex.join([*chosen.command, *options])):
         digest.update(part.encode() + b"\0")
@@ -108,7 +108,7 @@ def compile_cell(derived: Derived, key: str, number: str = "float", fresh: bool 
         name = source.relative_to(folder).as_posix()
         digest.update(name.encode() + b"\0" + source.read_bytes() + b"\0")
     name = f"{re.sub(r'[^0-9A-Za-z_-]', '_', key)}-{digest.hexdigest()[:16]}.so"
-    what = f"cell {derived.name!r} in {number} for {_C.isa()}"
+    what = f"cell {derived.name!r} in {scalar} for {_C.isa()}"
     try:
         target = cache.folder() / name
         before = _found(target)
@@ -126,8 +126,8 @@ def compile_cell(derived: Derived, key: str, number: str = "float", fresh: bool 
     return target
 
 
-def _options(number: str) -> list[str]:
-    defines = f"-DFASTRNN_ISA=custom -DFASTRNN_TYPE={number}"
+def _options(scalar: str) -> list[str]:
+    defines = f"-DFASTRNN_ISA=custom -DFASTRNN_TYPE={scalar}"
     return shlex.split(f"-std=c++17 {flags.OPTIMISED} {flags.CXX} {flags.ISA[_C.isa()]} {defines}")
 
 

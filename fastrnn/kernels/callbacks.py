@@ -18,7 +18,7 @@ from fastrnn.extension import _C
 from fastrnn.kernels import device as machine
 from fastrnn.kernels import reference
 from fastrnn.kernels.gpu import cuda, driver
-from fastrnn.kernels.gpu.sweeps import ReplayingSweeps, Scan, Sweeps
+from fastrnn.kernels.gpu.sweeps import RecomputingSweeps, Scan, Sweeps
 from fastrnn.kernels.gpu.triton import launch
 from fastrnn.kernels.operands import Needs, Operands
 from fastrnn.kernels.prepare import cell_of, find
@@ -43,8 +43,8 @@ def _cpu_plan(
         return None
     _log(asked, offered, chosen)
     config = chosen.cpu
-    split = config.split_lanes, config.split_slots, config.split_units
-    return config.packed_weights, *split, chosen.chunk_rows
+    split = config.split_recurrences, config.split_sequences, config.split_units
+    return config.prepacked_weights, *split, chosen.chunk_rows
 
 
 def _log(problem: plan.Problem, device: plan.Device, chosen: plan.Plan) -> None:
@@ -61,8 +61,8 @@ def _forward(inputs: tuple[Any, ...], tape: bool) -> tuple[Tensor, list[Tensor],
         return reference.forward(cell_of(key), operands, tape)
     given = _with_scans(operands)
     scan = Scan(key, derive(cell_of(key)), chosen, given)
-    y, states, kept = driver.forward(_SWEEPS[chosen.kernel], scan, tape)
-    return y, [s[0] for s in states] if given is not operands else states, kept
+    y, states, saved = driver.forward(_SWEEPS[chosen.kernel], scan, tape)
+    return y, [s[0] for s in states] if given is not operands else states, saved
 
 
 def _backward(
@@ -78,8 +78,8 @@ def _backward(
         # By autograd of the reference, which needs no tape.
         return reference.gradients(cell_of(key), operands, grads, need, create_graph=False)
     sweeps = _SWEEPS[chosen.kernel]
-    replays = isinstance(sweeps, ReplayingSweeps)
-    if tape.size(2) and not tape.size(0) and y.numel() and not replays:
+    recomputes = isinstance(sweeps, RecomputingSweeps)
+    if tape.size(2) and not tape.size(0) and y.numel() and not recomputes:
         tape = _forward(inputs, True)[2]
     given = _with_scans(operands)
     scan = Scan(key, derive(cell_of(key)), chosen, given)
@@ -126,7 +126,7 @@ def _choose(key: str, given: Operands, *, tape: bool, backward: bool = False) ->
         hidden=given.w_hh[0].size(0) // len(cell.gates),
         gates=len(cell.gates),
         states=len(cell.states),
-        lanes=len(given.w_hh),
+        recurrences=len(given.w_hh),
         rows=rows,
         dtype=str(x.dtype).removeprefix("torch."),
         tape=tape,

@@ -32,7 +32,7 @@ def prepare(cell: Cell, kind: str = "cpu", dtype: torch.dtype = torch.float32) -
     """The name under which the op knows `cell`, or None where only the reference can run it on
     devices of this kind.
 
-    A user's cell is derived on its first use, and compiled on its first use on a CPU, once to
+    A custom cell is derived on its first use, and compiled on its first use on a CPU, once to
     compute in float and once, for tensors of float64, in double: kernels for GPUs need no C++
     compiler. If that fails, a warning says why.
 
@@ -134,10 +134,10 @@ def _prepare(cell: Cell, *, compiled: bool, in_double: bool) -> None:
 def _add_facts(cell: Cell) -> str:
     """Make the op know a cell without code of its own for CPUs."""
     key, derived = key_of(cell), derive(cell)
-    tied = sum(tied << gate for gate, tied in enumerate(derived.tied))
-    sizes = len(derived.gates), len(derived.states), len(derived.kept)
+    summed = sum(summed << gate for gate, summed in enumerate(derived.summed))
+    sizes = len(derived.gates), len(derived.states), len(derived.saved)
     try:
-        _C.add_cell_facts(key, *sizes, tied, derived.projectable)
+        _C.add_cell_facts(key, *sizes, summed, derived.projectable)
     except RuntimeError as error:
         raise Underivable(str(error)) from error
     _prepared[key] = cell
@@ -148,12 +148,12 @@ def _load(cell: Cell, in_double: bool) -> str:
     """Compile a cell for the instruction set in use, unless the op knows such code already."""
     key = key_of(cell)
     if not _C.has_code(key, in_double):
-        derived, number = derive(cell), "double" if in_double else "float"
-        library = jit.compile_cell(derived, key, number)
+        derived, scalar = derive(cell), "double" if in_double else "float"
+        library = jit.compile_cell(derived, key, scalar)
         try:
             _C.load_cells(str(library), jit.SYMBOL)
         except RuntimeError as damaged:
-            library = jit.compile_cell(derived, key, number, fresh=True)
+            library = jit.compile_cell(derived, key, scalar, fresh=True)
             try:
                 _C.load_cells(str(library), jit.SYMBOL)
             except RuntimeError:
@@ -175,7 +175,7 @@ def _callers_level() -> int:
 
 def find(key: str, kind: str, in_double: bool) -> None:
     """Prepare the declared cell that an exported program knows by `key`, or one that is known but
-    not compiled in this number; if only the reference can run it, the op has it run that."""
+    not compiled for this type. If only the reference can run it, the op has it run that."""
     cell = _prepared.get(key)
     if cell is None:
         name, _, digest = key.rpartition("-")

@@ -136,7 +136,7 @@ def forward(cell: Cell, operands: Operands, tape: bool) -> tuple[Tensor, list[Te
         p: int, t: int, u: Tensor, v: Tensor, before: list[Tensor], after: list[Tensor]
     ) -> None:
         values = after[1:]
-        if derived.kept:
+        if derived.saved:
             gates = u.split(hidden, -1), v.split(hidden, -1)
             values += derived.forward(*gates, before)[1]
         if operands.w_hr:

@@ -155,7 +155,7 @@ class Layer(Freezable, FlatWeights):
         Raises:
             ValueError: for a bidirectional layer or one with heads, a batch or threads below one,
                 or weights on another device than the CPU.
-            fastrnn.plan.KernelRefused: for a cell of one's own that cannot be compiled.
+            fastrnn.plan.KernelRefused: for a custom cell that cannot be compiled.
 
         Example:
             >>> import numpy, fastrnn

@@ -1,4 +1,4 @@
-"""Layers whose weights are packed once, for inference, instead of on every call.
+"""Layers whose weights are prepacked once, for inference, instead of on every call.
 
 What a module keeps is a copy in the kernel's layout, made from its Parameters. So every way that
 weights change has an answer here: what goes through the module (`load_state_dict`, `.to`, copies,
@@ -25,7 +25,7 @@ _Module = TypeVar("_Module", bound=nn.Module)
 class Frozen(NamedTuple):
     """What a frozen module remembers."""
 
-    layers: tuple[ops.Packed | None, ...]  # None where another kernel than the CPU's will run
+    layers: tuple[ops.Prepacked | None, ...]  # None where another kernel than the CPU's will run
     trained: tuple[str, ...]  # parameters that required gradients before
 
 
@@ -98,7 +98,7 @@ def freeze(module: _Module) -> _Module:
 
     Calls then skip the packing, which for short sequences takes most of the time; results are
     those of before. Parameters of these layers no longer require gradients, and there is no
-    derivative by the input either. The packed weights are a copy: about as much memory again.
+    derivative by the input either. The prepacked weights are a copy: about as much memory again.
 
     `load_state_dict`, `.to`, `copy.deepcopy` and pickling pack anew what they change. Weights that
     are changed in any other way (in place, by an optimizer, by assigning a Parameter) make the
@@ -148,7 +148,7 @@ def freeze(module: _Module) -> _Module:
 
 
 def unfreeze(module: _Module) -> _Module:
-    """Undo `freeze`, in place: drop the packed weights, and train again what was trained before.
+    """Undo `freeze`, in place: drop the prepacked weights, and train again what was trained before.
 
     Returns:
         `module`. Layers that are not frozen stay as they are.

@@ -48,7 +48,7 @@ def rnn(
     recompute: bool = False,
     name: str = "rnn",
     check: Check | None = None,
-    packed: Sequence[ops.Packed | None] = (),
+    packed: Sequence[ops.Prepacked | None] = (),
 ) -> tuple[Tensor | PackedSequence, Tensor | tuple[Tensor, ...]]:
     """Run a stack of recurrent layers, `L` layers of `D` directions.
 
@@ -72,9 +72,9 @@ def rnn(
         resets: bool, one per step: [T, B], [B, T] with `batch_first`, [T] unbatched; packed as
             the input is. An episode begins there: no state crosses from the step before, in
             either direction.
-        recompute: keep only the output of every layer for the way back, which computes the cells'
-            values anew from it: less memory for more time. The CUDA kernels do so for a chunk of
-            steps at a time, the others for a layer at a time.
+        recompute: keep only the output of every layer for the backward pass, which computes the
+            cells' values anew from it: less memory for more time. The CUDA kernels do so for a
+            chunk of steps at a time, the others for a layer at a time.
         name: how the layer calls itself in errors.
         check: `check(input, hx, batch_sizes, w_ih)`, with the first of the weights, in place of
             the check of dtype and sizes against `weights`.
@@ -210,7 +210,7 @@ def rnn_cell(
     input: Tensor,
     states: Sequence[Tensor],
     weights: Weights,
-    packed: ops.Packed | None = None,
+    packed: ops.Prepacked | None = None,
 ) -> tuple[Tensor, ...]:
     """One time step.
 
@@ -267,7 +267,7 @@ def _stack(
     lengths: Tensor | None,
     resets: Tensor | None,
     recompute: bool,
-    packed: Sequence[ops.Packed | None],
+    packed: Sequence[ops.Prepacked | None],
 ) -> tuple[Tensor, Sequence[Tensor]]:
     """Layers on canonical operands: `x` [T, B, I] or packed [R, I], `s0` `S` times
     [L*D*heads, B, *]."""

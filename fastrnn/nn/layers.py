@@ -52,8 +52,8 @@ class RNN(_NoProjection):
             and states concatenated: a block-diagonal `weight_hh`. Every parameter then has a first
             dimension of that size, so that the weights of head k are those of a small layer:
             `weight_hh_l0` is [heads, G*H/heads, H/heads]. A keyword of ours alone.
-        recompute: whether training keeps only outputs between the way there and the way back, and
-            computes the rest again; see `functional.rnn`. An attribute, which may be set at any
+        recompute: whether training keeps only outputs between the forward and the backward pass,
+            and computes the rest again; see `functional.rnn`. An attribute, which may be set at any
             time, also on a layer that replaced one of torch.nn. A keyword of ours alone.
 
     Call:

@@ -20,7 +20,7 @@ __all__ = ["Stepper", "stepper"]
 class Stepper(_C.Stepper):
     """Layers in one direction, run step by step; made by `layer.stream(...)`.
 
-    It holds a packed copy of the weights and the states, so that a step neither allocates (with
+    It holds a prepacked copy of the weights and the states, so that a step neither allocates (with
     `out`) nor locks, and the GIL is released meanwhile. Later changes of the layer do not reach it.
     Steps from a sequence's first on give what the layer gives for the whole sequence.
 
@@ -62,7 +62,7 @@ class Stepper(_C.Stepper):
 
     def __reduce__(self) -> str | tuple[object, ...]:
         raise TypeError(
-            "a Stepper cannot be copied or pickled: its weights are packed for this processor. "
+            "a Stepper cannot be copied or pickled: its weights are prepacked for this processor. "
             "Make another with layer.stream() and set its state to this one's"
         )
 

@@ -33,32 +33,34 @@ def refuse(problem: Problem, device: Device) -> str | None:
 
 
 def configure(problem: Problem, device: Device) -> Plan:
-    lanes, slots, units = _split(problem, device)
-    packed = problem.frozen or problem.backward or problem.live_rows > _UNPACKED_ROWS
-    config = CpuConfig(packed, split_lanes=lanes, split_slots=slots, split_units=units)
+    recurrences, sequences, units = _split(problem, device)
+    prepacked = problem.frozen or problem.backward or problem.live_rows > _UNPACKED_ROWS
+    config = CpuConfig(
+        prepacked, split_recurrences=recurrences, split_sequences=sequences, split_units=units
+    )
     return Plan("cpu", config, chunk_rows=_chunk_rows(problem, device))
 
 
 def _split(problem: Problem, device: Device) -> tuple[int, int, int]:
-    """Threads over lanes, slots and units. Lanes and slots need no exchange, so they come first;
-    units are shared only when a step is worth a hand-over."""
+    """Threads over recurrences, sequences and units. Recurrences and sequences need no exchange, so
+    they come first; units are shared only when a step is worth a hand-over."""
     threads = device.cpu.threads
     depth = problem.hidden if problem.backward else problem.hidden + problem.inputs
     per_row = problem.gates * problem.hidden * depth
-    if threads <= 1 or per_row * problem.live_rows * problem.lanes < _WORK_FOR_THREADS:
+    if threads <= 1 or per_row * problem.live_rows * problem.recurrences < _WORK_FOR_THREADS:
         return 1, 1, 1
-    lanes = math.gcd(problem.lanes, threads)
-    left = threads // lanes
-    slots = min(left, problem.batch)
-    if slots < left and problem.steps > 1:
-        slots = 1 if problem.batch < 2 * left else slots
-    left //= slots
+    recurrences = math.gcd(problem.recurrences, threads)
+    left = threads // recurrences
+    sequences = min(left, problem.batch)
+    if sequences < left and problem.steps > 1:
+        sequences = 1 if problem.batch < 2 * left else sequences
+    left //= sequences
     vectors = -(-problem.hidden * problem.itemsize // device.cpu.vector_bytes)
     unit_vectors = max(1, 4 // problem.gates) if not problem.backward else 1
     panels = -(-vectors // unit_vectors)
-    step_work = problem.gates * problem.hidden * problem.hidden * problem.batch // slots
+    step_work = problem.gates * problem.hidden * problem.hidden * problem.batch // sequences
     units = min(left, panels) if step_work >= _STEP_WORK_FOR_UNIT_SPLIT else 1
-    return lanes, slots, units
+    return recurrences, sequences, units
 
 
 def step_threads(weight_bytes: int, device: Device) -> int:

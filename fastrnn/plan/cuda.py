@@ -26,7 +26,7 @@ def refuse(problem: Problem, device: Device) -> str | None:
     if isinstance(gpu, str):
         return gpu
     if problem.cell not in gpu.cells:
-        return f"it has no code for cell {problem.cell!r}; triton runs cells of one's own"
+        return f"it has no code for cell {problem.cell!r}; triton runs custom cells"
     if (reason := dtypes.unsupported(problem.dtype)) is not None:
         return reason
     if problem.projected:
@@ -42,7 +42,7 @@ def refuse(problem: Problem, device: Device) -> str | None:
 def configure(problem: Problem, device: Device) -> Plan:
     gpu = device.cuda
     assert isinstance(gpu, CudaFacts), gpu
-    row = problem.gates * problem.hidden * problem.lanes * dtypes.BYTES[problem.dtype]
+    row = problem.gates * problem.hidden * problem.recurrences * dtypes.BYTES[problem.dtype]
     # Nothing depends on the other fields, so that sequences of all lengths share a plan.
     steps = min(problem.steps, _FEW_STEPS + 1)
     relevant = replace(problem, steps=steps, inputs=0, rows=-1, tape=False, frozen=False)
@@ -52,14 +52,14 @@ def configure(problem: Problem, device: Device) -> Plan:
 
 @lru_cache(maxsize=1024)
 def _best(problem: Problem, gpu: CudaFacts, tf32: bool) -> CudaConfig:
-    """The regime of the least estimated time of a step."""
+    """The residency of the least estimated time of a step."""
     configs = _steps(problem, gpu.tables, tf32)
     if problem.dtype != "float64" and problem.batch and problem.steps > _FEW_STEPS:
         configs += _resident(problem, gpu, tf32)
     return min(configs, key=lambda config: cycles(problem, gpu, config))
 
 
-def _number(problem: Problem, tf32: bool) -> str:
+def _precision(problem: Problem, tf32: bool) -> str:
     if problem.dtype != "float32":
         return problem.dtype
     return "tf32" if tf32 else "tf32x3"
@@ -67,19 +67,20 @@ def _number(problem: Problem, tf32: bool) -> str:
 
 def _steps(problem: Problem, tables: Tables, tf32: bool) -> list[CudaConfig]:
     """A launch a step, with tiles of the batch of several sizes."""
-    number = _number(problem, tf32)
-    if number == "tf32x3" and problem.steps <= _FEW_STEPS and problem.batch <= 16:
-        number = "float32"  # a small product may as well be exact
+    precision = _precision(problem, tf32)
+    if precision == "tf32x3" and problem.steps <= _FEW_STEPS and problem.batch <= 16:
+        precision = "float32"  # a small product may as well be exact
     least = tables.step_tiles[0]
     tiles = [rows for rows in tables.step_tiles if rows == least or rows < 2 * problem.batch]
     if problem.dtype == "float64":
         tiles = [rows for rows in tiles if rows < 64]
-    return [CudaConfig(number=number, regime="step", batch_tile=rows) for rows in tiles]
+    return [CudaConfig(precision=precision, residency="step", batch_tile=rows) for rows in tiles]
 
 
 def _resident(problem: Problem, gpu: CudaFacts, tf32: bool) -> list[CudaConfig]:
-    """Every configuration whose groups hold all weights of a lane, and run at the same time."""
-    number = _number(problem, tf32)
+    """Every configuration whose groups hold all weights of a recurrence, and run at the same
+    time."""
+    precision = _precision(problem, tf32)
     resident = dict(gpu.clusters)
     octets = -(-problem.hidden // 8)
     counts = {-(-octets // each) for each in range(1, octets + 1)}
@@ -88,15 +89,15 @@ def _resident(problem: Problem, gpu: CudaFacts, tf32: bool) -> list[CudaConfig]:
     for tile in tables.batch_tiles:
         if tile > tables.batch_tiles[0] and tile >= 2 * problem.batch:
             break
-        for regime, choices in (
+        for residency, choices in (
             ("block", [1]),
             ("cluster", [n for n in _CLUSTERS if n <= octets and resident.get(n)]),
             ("grid", [n for n in sorted(counts) if 1 < n <= gpu.multiprocessors]),
         ):
             for blocks in choices:
                 config = CudaConfig(
-                    number=number,
-                    regime=regime,
+                    precision=precision,
+                    residency=residency,
                     batch_tile=tile,
                     blocks=blocks,
                     warps=tables.warps,
@@ -116,7 +117,7 @@ class Layout:
 
     Attributes:
         rows: of weights, whole tiles of 16.
-        row_bytes: of a row, whole chunks.
+        row_bytes: of a row, whole k-blocks.
         spilled: bytes of weights that are in shared memory, because registers are full.
         exchanged: bytes that it receives at each step.
         shared_bytes: of shared memory, all told.
@@ -136,7 +137,7 @@ def lay_out(problem: Problem, config: CudaConfig, tables: Tables) -> Layout | No
     columns = config.batch_tile // 8
     tiles = units * (1 if backward else problem.gates) // 16  # of 16 rows of weights
     tile = tables.batch_tiles.index(config.batch_tile)
-    registers = tables.registers[backward][config.number == "tf32x3"][tile][min(tiles, 4) - 1]
+    registers = tables.registers[backward][config.precision == "tf32x3"][tile][min(tiles, 4) - 1]
     groups = _row_groups(problem, config.blocks, units)
     if registers == 0 or groups > tables.warps:
         return None
@@ -148,17 +149,17 @@ def lay_out(problem: Problem, config: CudaConfig, tables: Tables) -> Layout | No
         pieces = problem.gates * 8 * size // tables.piece_bytes
         own = tables.gradient_bytes * tiles * columns * problem.states
         own += tables.stop_bytes * config.batch_tile
-    in_place = backward and config.regime == "grid"
+    in_place = backward and config.residency == "grid"
 
-    chunks = -(-values * size // tables.chunk_bytes)
-    slices = min(max(1, min(config.warps, tables.warps) // groups), chunks)
-    depth = -(-chunks // slices)
-    slices = -(-chunks // depth)
-    resident = max(1, registers // (tables.chunk_registers * tiles))
+    k_blocks = -(-values * size // tables.k_block_bytes)
+    slices = min(max(1, min(config.warps, tables.warps) // groups), k_blocks)
+    depth = -(-k_blocks // slices)
+    slices = -(-k_blocks // depth)
+    resident = max(1, registers // (tables.k_block_registers * tiles))
     spilled = 2 * tables.fragment_bytes * tiles * groups * slices * max(0, depth - resident)
-    row_bytes = chunks * tables.chunk_bytes
+    row_bytes = k_blocks * tables.k_block_bytes
     operand = config.batch_tile * (row_bytes + tables.row_pad_bytes)
-    operands = 0 if in_place else operand * (1 if config.regime == "grid" else 2)
+    operands = 0 if in_place else operand * (1 if config.residency == "grid" else 2)
     sums = tables.fragment_bytes * tiles * columns * groups * (slices if own else slices - 1)
     staged = 8 * tables.piece_bytes * pieces + tables.staged_gap_bytes[pieces % 4]
     staging = staged * groups * (slices if own else 1) + own * groups
@@ -187,7 +188,7 @@ def row_group(problem: Problem, config: CudaConfig, tables: Tables) -> int:
     groups = _row_groups(problem, config.blocks, least)
     if problem.backward:
         second, *larger = larger
-        often = config.regime == "grid" and groups > 1
+        often = config.residency == "grid" and groups > 1
         if often and _row_groups(problem, config.blocks, second) <= tables.warps:
             return second
     return larger[0] if groups > tables.warps and larger else least
@@ -206,20 +207,21 @@ _CACHE_SPEED = 2000  # bytes a cycle, of weights that a step reads on the whole 
 
 def cycles(problem: Problem, gpu: CudaFacts, config: CudaConfig) -> float:
     """An estimate of a step's time."""
-    if config.regime == "step":
+    if config.residency == "step":
         return _step_cycles(problem, gpu, config)
     layout = lay_out(problem, config, gpu.tables)
     assert layout is not None
-    groups = problem.lanes * -(-problem.batch // config.batch_tile)
+    groups = problem.recurrences * -(-problem.batch // config.batch_tile)
     at_once = config.groups
-    if config.regime == "cluster":
+    if config.residency == "cluster":
         at_once = dict(gpu.clusters)[config.blocks]
     waves = -(-groups // max(1, at_once))
     weights = layout.rows * layout.row_bytes // min(4, dtypes.BYTES[problem.dtype])
     product = max(
-        weights * config.batch_tile / _MATRIX_SPEED[config.number], layout.spilled / _SHARED_SPEED
+        weights * config.batch_tile / _MATRIX_SPEED[config.precision],
+        layout.spilled / _SHARED_SPEED,
     )
-    exchange = _EXCHANGE[config.regime] + layout.exchanged / _EXCHANGE_SPEED[config.regime]
+    exchange = _EXCHANGE[config.residency] + layout.exchanged / _EXCHANGE_SPEED[config.residency]
     return waves * (product + exchange + _CELL)
 
 
@@ -228,11 +230,11 @@ def _step_cycles(problem: Problem, gpu: CudaFacts, config: CudaConfig) -> float:
     tables = gpu.tables
     units = tables.step_units[problem.backward][tables.step_tiles.index(config.batch_tile)]
     tiles = -(-problem.batch // config.batch_tile) * -(-problem.hidden // units)
-    waves = -(-problem.lanes * tiles // multiprocessors)
+    waves = -(-problem.recurrences * tiles // multiprocessors)
     row = problem.gates * problem.hidden  # of weights, of a unit
     depth = row if problem.backward else problem.hidden
     rows = min(config.batch_tile, problem.batch)
     read = (units * row + rows * depth) * size / _EXCHANGE_SPEED["grid"]
-    product = config.batch_tile * units * row / _MATRIX_SPEED.get(config.number, _OTHER_SPEED)
-    all_weights = problem.lanes * row * problem.hidden * size / _CACHE_SPEED
+    product = config.batch_tile * units * row / _MATRIX_SPEED.get(config.precision, _OTHER_SPEED)
+    all_weights = problem.recurrences * row * problem.hidden * size / _CACHE_SPEED
     return _LAUNCH + max(waves * max(read, product), all_weights)

@@ -39,12 +39,12 @@ class Problem:
     hidden: int  # H
     gates: int  # G
     states: int = 1  # S
-    lanes: int = 1  # P, independent scans: directions, heads
+    recurrences: int = 1  # P, independent scans: directions, heads
     rows: int = -1  # live rows; T*B unless packed or with lengths
     dtype: str = "float32"
     tape: bool = False  # keeps what BPTT needs
     backward: bool = False
-    frozen: bool = False  # weights were packed before the call
+    frozen: bool = False  # weights were prepacked before the call
     projected: bool = False  # state 0 goes through weight_hr
     projectable: bool = True  # the cell reads state 0 through `v` alone
 
@@ -150,18 +150,18 @@ class CpuConfig:
     """How the CPU kernel runs: `CpuPlan` of csrc/cpu/contract.h.
 
     Attributes:
-        packed_weights: False for few rows: weights are read once, as they lie.
-        split_lanes, split_slots, split_units: factors of the number of threads.
+        prepacked_weights: False for few rows: weights are read once, as they lie.
+        split_recurrences, split_sequences, split_units: factors of the number of threads.
     """
 
-    packed_weights: bool = True
-    split_lanes: int = 1
-    split_slots: int = 1
+    prepacked_weights: bool = True
+    split_recurrences: int = 1
+    split_sequences: int = 1
     split_units: int = 1
 
     @property
     def threads(self) -> int:
-        return self.split_lanes * self.split_slots * self.split_units
+        return self.split_recurrences * self.split_sequences * self.split_units
 
 
 @dataclass(frozen=True)
@@ -169,18 +169,18 @@ class CudaConfig:
     """How the CUDA kernels run: `CudaPlan` of csrc/cuda/contract.h.
 
     Attributes:
-        number: how numbers are stored and multiplied.
-        regime: where the recurrent weights stay.
+        precision: how numbers are stored and multiplied.
+        residency: where the recurrent weights stay.
         batch_tile: rows of the batch in a block.
         blocks: of a group, which shares the units of a tile of the batch.
         warps: of a block, at most.
         groups: that run at the same time, where blocks wait for each other all over the GPU.
         row_group: units of the share of a warp, or of several that split the depth of the product;
-            0 in the regime "step".
+            0 in the residency "step".
     """
 
-    number: str = ""
-    regime: str = ""
+    precision: str = ""
+    residency: str = ""
     batch_tile: int = 1
     blocks: int = 1
     warps: int = 4

@@ -42,14 +42,14 @@ class Tables:
     Attributes:
         recurrences: the most of a sweep.
         warps: the most of a block, and the most row groups of a block.
-        chunk_bytes: of a row of an operand, which is whole chunks.
+        k_block_bytes: of a row of an operand, which is whole k-blocks.
         piece_bytes: of an operand that travel as one.
         row_pad_bytes: after a row of an operand in shared memory.
-        fragment_bytes: of a tile of weights by half a chunk, and of its sums in 8 columns.
+        fragment_bytes: of a tile of weights by half a k-block, and of its sums in 8 columns.
         gradient_bytes: of a state's gradients for 16 units in 8 columns, in the backward pass.
         stop_bytes: of the number of steps of a column of a row group, in the backward pass.
         barrier_bytes: at the end of a block's shared memory.
-        chunk_registers: of a thread, for a chunk of a tile of weights.
+        k_block_registers: of a thread, for a k-block of a tile of weights.
         staged_gap_bytes: [4], after n pieces of 8 columns that a warp collects, at n % 4.
         batch_tiles: [3], rows of the batch.
         registers: [pass][precision][batch tile][4], of a thread for weights, by the tiles of a row
@@ -61,14 +61,14 @@ class Tables:
 
     recurrences: int = 0
     warps: int = 0
-    chunk_bytes: int = 0
+    k_block_bytes: int = 0
     piece_bytes: int = 0
     row_pad_bytes: int = 0
     fragment_bytes: int = 0
     gradient_bytes: int = 0
     stop_bytes: int = 0
     barrier_bytes: int = 0
-    chunk_registers: int = 0
+    k_block_registers: int = 0
     staged_gap_bytes: tuple[int, ...] = ()
     batch_tiles: tuple[int, ...] = ()
     registers: tuple[tuple[tuple[tuple[int, ...], ...], ...], ...] = ()

@@ -19,7 +19,7 @@ _WEIGHT_REGISTERS = 128
 _REGISTERS = 64 << 10  # of a multiprocessor of NVIDIA's
 _OTHER_SHARED_BYTES = 8 << 10
 _CHUNK_BYTES = 4 << 20  # of u: it should come from the cache
-_STRETCH_BYTES = 64 << 20  # of du, whose products want many rows
+_BACKWARD_CHUNK_BYTES = 64 << 20  # of du, whose products want many rows
 
 
 def refuse(problem: Problem, device: Device) -> str | None:
@@ -46,8 +46,8 @@ def configure(problem: Problem, device: Device) -> Plan:
     that nothing is compiled anew for the lengths and sizes of batches."""
     gpu = device.triton
     assert isinstance(gpu, TritonFacts), gpu
-    row = problem.gates * problem.hidden * dtypes.BYTES[problem.dtype] * problem.lanes
-    most = _STRETCH_BYTES if problem.backward else _CHUNK_BYTES
+    row = problem.gates * problem.hidden * dtypes.BYTES[problem.dtype] * problem.recurrences
+    most = _BACKWARD_CHUNK_BYTES if problem.backward else _CHUNK_BYTES
     precision = _precision(problem, device, gpu)
     config = _resident(problem, gpu, precision) or _streamed(problem, gpu, precision)
     if not gpu.nvidia:

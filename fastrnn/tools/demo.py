@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from fastrnn.hardware import processor
 from fastrnn.nn.replace import replace_, restore_
 
-__all__ = ["Corpus", "NextCharacter", "Race", "main"]
+__all__ = ["Comparison", "Corpus", "NextCharacter", "main"]
 
 CELLS = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
 TORCH, FASTRNN = "torch.nn", "fastrnn"
@@ -119,7 +119,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Race:
+class Comparison:
     """What one side-by-side training gave: per step loss (nats) and time (s) of either."""
 
     cell: str
@@ -156,8 +156,8 @@ class Race:
 
 def run(
     cell: str, corpus: Corpus, options: Options, show: Callable[[float, str], None]
-) -> tuple[Race, NextCharacter, str]:
-    """Train both; the race, the model trained by fastrnn and the report of `replace_`."""
+) -> tuple[Comparison, NextCharacter, str]:
+    """Train both; the comparison, the model trained by fastrnn and the report of `replace_`."""
     torch.manual_seed(options.seed)
     plain = NextCharacter(cell, len(corpus.symbols), options.hidden).to(options.device)
     fast = copy.deepcopy(plain)
@@ -165,24 +165,24 @@ def run(
     batches = _batches(corpus, options)
     _warm_up([copy.deepcopy(plain), copy.deepcopy(fast)], next(batches), options)
 
-    race = Race(cell)
+    comparison = Comparison(cell)
     models = {TORCH: plain, FASTRNN: fast}
     optimizers = {n: _optimizer(m, options) for n, m in models.items()}
     start = time.perf_counter()
-    while (progress := _progress(race.steps, start, options)) < 1:
+    while (progress := _progress(comparison.steps, start, options)) < 1:
         batch = next(batches)
-        order = [TORCH, FASTRNN] if race.steps % 2 else [FASTRNN, TORCH]
+        order = [TORCH, FASTRNN] if comparison.steps % 2 else [FASTRNN, TORCH]
         for name in order:
             for group in optimizers[name].param_groups:
                 group["lr"] = options.learning_rate * (1 - progress)
             before = time.perf_counter()
             loss = _train_step(models[name], optimizers[name], batch)
-            race.times[name].append(time.perf_counter() - before)
-            race.losses[name].append(loss)
-        a, b = race.losses[TORCH][-1], race.losses[FASTRNN][-1]
-        show(progress, f"{cell} step {race.steps}: loss {a:.3f} / {b:.3f}")
-    show(1.0, f"{cell} {race.steps} steps")
-    return race, fast, report
+            comparison.times[name].append(time.perf_counter() - before)
+            comparison.losses[name].append(loss)
+        a, b = comparison.losses[TORCH][-1], comparison.losses[FASTRNN][-1]
+        show(progress, f"{cell} step {comparison.steps}: loss {a:.3f} / {b:.3f}")
+    show(1.0, f"{cell} {comparison.steps} steps")
+    return comparison, fast, report
 
 
 def _batches(corpus: Corpus, options: Options) -> Iterator[Tensor]:
@@ -262,19 +262,20 @@ def generate(
     return corpus.decode(written)
 
 
-def table(race: Race) -> str:
+def table(comparison: Comparison) -> str:
     """Both loss curves and both speeds, as text."""
     lines = [f"{'step':>7} {TORCH:>10} {FASTRNN:>10} {'difference':>11}   (loss in nats)"]
-    for (step, a), (_, b) in zip(race.curve(TORCH), race.curve(FASTRNN), strict=True):
+    for (step, a), (_, b) in zip(comparison.curve(TORCH), comparison.curve(FASTRNN), strict=True):
         lines.append(f"{step:>7} {a:>10.4f} {b:>10.4f} {abs(a - b):>11.1e}")
     lines.append(
-        f"largest difference of losses: {race.early_difference():.1e} in the first "
-        f"{min(EARLY_STEPS, race.steps)} steps, {race.curve_difference():.1e} between the curves"
+        f"largest difference of losses: {comparison.early_difference():.1e} in the first "
+        f"{min(EARLY_STEPS, comparison.steps)} steps, {comparison.curve_difference():.1e} between "
+        "the curves"
     )
     lines.append(
-        f"training steps per second: {TORCH} {race.speed(TORCH):.1f}, "
-        f"{FASTRNN} {race.speed(FASTRNN):.1f}: {race.ratio():.2f} times as fast "
-        f"(medians of {race.steps} interleaved steps)"
+        f"training steps per second: {TORCH} {comparison.speed(TORCH):.1f}, "
+        f"{FASTRNN} {comparison.speed(FASTRNN):.1f}: {comparison.ratio():.2f} times as fast "
+        f"(medians of {comparison.steps} interleaved steps)"
     )
     return "\n".join(lines)
 
@@ -291,7 +292,7 @@ def conditions(options: Options) -> str:
     )
 
 
-def plot(races: Sequence[Race], options: Options, path: Path) -> None:
+def plot(comparisons: Sequence[Comparison], options: Options, path: Path) -> None:
     """Save loss over steps and loss over time, one row per cell.
 
     Raises:
@@ -301,23 +302,25 @@ def plot(races: Sequence[Race], options: Options, path: Path) -> None:
     matplotlib.use("agg")
     figures = importlib.import_module("matplotlib.pyplot")
     figure, axes = figures.subplots(
-        len(races), 2, figsize=(10, 0.8 + 3.2 * len(races)), squeeze=False, sharey="row"
+        len(comparisons), 2, figsize=(10, 0.8 + 3.2 * len(comparisons)), squeeze=False, sharey="row"
     )
     styles = {TORCH: ("#888888", "-", 3.0), FASTRNN: ("#d1495b", "--", 1.6)}
-    for race, (by_step, by_time) in zip(races, axes, strict=True):
+    for comparison, (by_step, by_time) in zip(comparisons, axes, strict=True):
         for name, (color, line, width) in styles.items():
-            steps = [s for s, _ in race.curve(name)]
-            clock = list(accumulate(race.times[name]))
-            loss = [y for _, y in race.curve(name)]
-            label = f"{name} ({race.speed(name):.0f} steps/s)"
+            steps = [s for s, _ in comparison.curve(name)]
+            clock = list(accumulate(comparison.times[name]))
+            loss = [y for _, y in comparison.curve(name)]
+            label = f"{name} ({comparison.speed(name):.0f} steps/s)"
             by_step.plot(steps, loss, line, color=color, lw=width, label=name)
             by_time.plot(
                 [clock[s - 1] for s in steps], loss, line, color=color, lw=width, label=label
             )
         by_step.set(xlabel="training step", ylabel="loss (nats per character)")
-        by_step.set_title(f"{race.cell.upper()}: the same training", fontsize=11)
+        by_step.set_title(f"{comparison.cell.upper()}: the same training", fontsize=11)
         by_time.set(xlabel="own training time (s)", xlim=(0, None))
-        by_time.set_title(f"{race.cell.upper()}: {race.ratio():.2f} times as fast", fontsize=11)
+        by_time.set_title(
+            f"{comparison.cell.upper()}: {comparison.ratio():.2f} times as fast", fontsize=11
+        )
         for axis in (by_step, by_time):
             axis.legend(frameon=False)
             axis.grid(alpha=0.25)
@@ -397,23 +400,23 @@ def _demo(given: argparse.Namespace, options: Options) -> int:
     print(f"text: {source}, {len(corpus.codes):,} characters, {len(corpus.symbols)} symbols")
     print(conditions(options))
 
-    races: list[Race] = []
+    comparisons: list[Comparison] = []
     agree = True
     for cell in given.cell:
         with _bar() as show:
-            race, fast, report = run(cell, corpus, options, show)
-        races.append(race)
+            comparison, fast, report = run(cell, corpus, options, show)
+        comparisons.append(comparison)
         distance = weights_difference(fast, next(_batches(corpus, options)))
-        agree &= race.early_difference() <= EARLY_TOLERANCE
-        agree &= race.curve_difference() <= CURVE_TOLERANCE and distance <= WEIGHTS_TOLERANCE
-        print(f"\n{cell.upper()}: {report}\n\n{table(race)}")
+        agree &= comparison.early_difference() <= EARLY_TOLERANCE
+        agree &= comparison.curve_difference() <= CURVE_TOLERANCE and distance <= WEIGHTS_TOLERANCE
+        print(f"\n{cell.upper()}: {report}\n\n{table(comparison)}")
         print(
             f"same trained weights in both: logits and gradients differ by {distance:.1e} at most"
         )
         print(f"\nwritten by the trained model:\n{generate(fast, corpus, 'def ', given.sample)}")
 
     try:
-        plot(races, options, given.out)
+        plot(comparisons, options, given.out)
         print(f"\nplot: {given.out}")
     except ModuleNotFoundError:
         print("\nno plot: matplotlib is not installed; pip install 'fastrnn[demo]' brings it")

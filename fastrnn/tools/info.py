@@ -130,7 +130,7 @@ def text(facts: Facts) -> str:
         ("caches", ", ".join(f"{name} {size}" for name, size in facts.caches.items())),
         ("instruction sets", f"{facts.instruction_set} in use, of {_join(facts.instruction_sets)}"),
         ("GPUs", _join(facts.gpus)),
-        ("compiler for cells of your own", facts.compiler),
+        ("compiler for custom cells", facts.compiler),
         ("compiled cells are kept in", facts.compiled_cells),
         *(
             (f"kernel {name}", "usable" if reason is None else f"not usable: {reason}")
@@ -182,12 +182,12 @@ _SUPPORT: tuple[tuple[str, Problem, Device], ...] = (
     ("bfloat16, computed in float32", replace(_TYPICAL, dtype="bfloat16"), _ANY_CPU),
     ("float16, computed in float32", replace(_TYPICAL, dtype="float16"), _ANY_CPU),
     ("back-propagation through time", replace(_TYPICAL, backward=True), _ANY_CPU),
-    ("both directions at once", replace(_TYPICAL, lanes=2), _ANY_CPU),
+    ("both directions at once", replace(_TYPICAL, recurrences=2), _ANY_CPU),
     ("packed sequences, `lengths=`", replace(_TYPICAL, rows=2000), _ANY_CPU),
     ("projected output (`proj_size`)", replace(_TYPICAL, projected=True), _ANY_CPU),
-    ("cell of your own", replace(_TYPICAL, cell="yours"), _ANY_CPU),
+    ("custom cell", replace(_TYPICAL, cell="yours"), _ANY_CPU),
     (
-        "cell of your own, no compiler",
+        "custom cell, no compiler",
         replace(_TYPICAL, cell="yours"),
         _NO_COMPILER,
     ),
@@ -220,7 +220,7 @@ def plan_for(
         *shape,
         gates=len(declared.gates),
         states=len(declared.states),
-        lanes=directions,
+        recurrences=directions,
         dtype=dtype,
         tape=tape,
         backward=backward,
@@ -250,10 +250,10 @@ def _cpu_rows(chosen: Plan) -> list[tuple[str, str]]:
     return [
         (
             "threads",
-            f"{config.threads} = {config.split_lanes} over directions x {config.split_slots} "
-            f"over the batch x {config.split_units} over hidden units",
+            f"{config.threads} = {config.split_recurrences} over directions x "
+            f"{config.split_sequences} over the batch x {config.split_units} over hidden units",
         ),
-        ("weights", "packed for the sweep" if config.packed_weights else "read as they lie"),
+        ("weights", "prepacked for the sweep" if config.prepacked_weights else "read as they lie"),
     ]
 
 
@@ -266,8 +266,8 @@ def _cuda_rows(chosen: Plan) -> list[tuple[str, str]]:
         "grid": f"resident in groups of {config.blocks} blocks of the grid",
     }
     return [
-        ("weights", where[config.regime]),
-        ("numbers", f"multiplied as {config.number}"),
+        ("weights", where[config.residency]),
+        ("numbers", f"multiplied as {config.precision}"),
         ("blocks", f"{config.batch_tile} rows of the batch each, {config.warps} warps"),
     ]
 

@@ -16,7 +16,7 @@ from tests.support.paths import ROOT
 
 
 def test_the_table_shows_losses_with_the_winner() -> None:
-    lost = row(entry("fastrnn", "ours", 100.0), entry("JAX", "rival", 50.0), cell="gru")
+    lost = row(entry("fastrnn", "ours", 100.0), entry("JAX", "baseline", 50.0), cell="gru")
     training = replace(ROW, mode="training")
     table = report.table(results_of(ROW, lost, training)).splitlines()
     assert table[2] == (
@@ -33,8 +33,10 @@ def test_the_short_table_has_the_named_rows() -> None:
 
 
 def test_every_loss_is_listed_the_worst_first() -> None:
-    lost = row(entry("fastrnn", "ours", 100.0), entry("JAX", "rival", 50.0), cell="gru")
-    worse = row(entry("fastrnn", "ours", 100.0), entry("torch.nn", "rival", 10.0), mode="training")
+    lost = row(entry("fastrnn", "ours", 100.0), entry("JAX", "baseline", 50.0), cell="gru")
+    worse = row(
+        entry("fastrnn", "ours", 100.0), entry("torch.nn", "baseline", 10.0), mode="training"
+    )
     assert report.losses(results_of(ROW, lost, worse)).splitlines()[2:] == [
         "| (10, 1, 8, 8) | LSTM | training | 100 µs | 10 µs, torch.nn | 0.10× |",
         "| (10, 1, 8, 8) | GRU | inference | 100 µs | 50 µs, JAX | 0.50× |",

@@ -37,7 +37,7 @@ def test_the_suite_and_its_report(tmp_path: Path) -> None:
     assert set(run["machine"]["bandwidth"]) >= {"memory"}
     results = store.load(file)
     for found, _ in results.rows:
-        assert found.ours.kind == "ours" and found.floor > 0
+        assert found.ours.kind == "ours" and found.roofline > 0
         assert {"torch.nn"} <= {e.name for e in found.entries} | set(found.refused)
         for e in found.entries:
             assert 0 < e.p20 <= e.median <= e.p80

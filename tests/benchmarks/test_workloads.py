@@ -7,9 +7,9 @@ from dataclasses import replace
 import torch
 
 from benchmarks import report, workloads
-from fastrnn.tools.bench import race
-from fastrnn.tools.bench.contender import Case
-from fastrnn.tools.bench.workload import BEST_RIVAL, MICROSECONDS, PEAK
+from fastrnn.tools.bench import comparison
+from fastrnn.tools.bench.implementation import Case
+from fastrnn.tools.bench.workload import BEST_BASELINE, MICROSECONDS, PEAK
 
 
 def test_denormal_states() -> None:
@@ -23,13 +23,13 @@ def test_denormal_states() -> None:
 def test_workloads_are_named_once_and_their_targets_can_be_measured() -> None:
     names = [w.name for w in workloads.WORKLOADS]
     assert len(names) == len(set(names))
-    rivals = {r.name for r in race.RIVALS["cpu"]}
+    baselines = {r.name for r in comparison.BASELINES["cpu"]}
     for work in (*workloads.WORKLOADS, *workloads.SMOKE):
-        assert set(work.rivals) <= rivals
-        ours = {v.name for v in work.variants} | {race.ONE_THREAD.name}
+        assert set(work.baselines) <= baselines
+        ours = {v.name for v in work.variants} | {comparison.ONE_THREAD.name}
         for target in work.targets:
             assert target.mode in work.modes
-            assert target.against in {BEST_RIVAL, PEAK, MICROSECONDS} | rivals | ours
+            assert target.against in {BEST_BASELINE, PEAK, MICROSECONDS} | baselines | ours
         for variant in work.variants:
             work.changed(variant.changes)
 

@@ -24,12 +24,12 @@ import torch
 import fastrnn
 from fastrnn.extension import _C
 from fastrnn.hardware import processor
-from fastrnn.tools.bench.contender import Prepared
+from fastrnn.tools.bench.implementation import Prepared
 from fastrnn.tools.bench.measure import interleaved
 from tests.clients.support import Client, Ratio, difference
 
 BEGIN, END = "<!-- make clients -->", "<!-- end -->"
-SECONDS = 0.6  # of calls of each contender
+SECONDS = 0.6  # of calls of each implementation
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 """What is derived from cells: gradients against autograd and finite differences, and the rules of
-what is tied and kept."""
+what is summed and saved."""
 
 from __future__ import annotations
 
@@ -69,11 +69,11 @@ def test_special_values_go_the_way_autograd_sends_them(cell: Cell) -> None:
             torch.testing.assert_close(got, by_autograd(cell, *changed), equal_nan=True)
 
 
-# What is tied and kept.
+# What is summed and saved.
 
 
 @pytest.mark.parametrize(
-    ("name", "tied", "kept"),
+    ("name", "summed", "saved"),
     [
         ("rnn_tanh", [True], ""),
         ("rnn_relu", [True], ""),
@@ -82,15 +82,15 @@ def test_special_values_go_the_way_autograd_sends_them(cell: Cell) -> None:
     ],
 )
 def test_built_in_cells_keep_what_the_best_kernels_do(
-    name: str, tied: list[bool], kept: str
+    name: str, summed: list[bool], saved: str
 ) -> None:
     derived = derive(cells.get(name))
-    assert list(derived.tied) == tied
-    assert list(derived.kept) == kept.split()
+    assert list(derived.summed) == summed
+    assert list(derived.saved) == saved.split()
 
 
 @pytest.mark.parametrize(
-    ("function", "tied"),
+    ("function", "summed"),
     [
         (lambda u, v, h: torch.tanh(u.a + v.a), True),
         (lambda u, v, h: torch.tanh(v.a + 1 + u.a), True),
@@ -104,18 +104,18 @@ def test_built_in_cells_keep_what_the_best_kernels_do(
         (lambda u, v, h: torch.floor(v.a) * h, False),
     ],
 )
-def test_a_gate_is_tied_where_only_the_sum_matters(
-    function: Callable[..., Tensor], tied: bool
+def test_a_gate_is_summed_where_only_the_sum_matters(
+    function: Callable[..., Tensor], summed: bool
 ) -> None:
-    cell = make("a", "h", function, "tied")
+    cell = make("a", "h", function, "summed")
     derived = derive(cell)
-    assert derived.tied == (tied,)
+    assert derived.summed == (summed,)
     u, v, s, _ = inputs(cell)
     torch.testing.assert_close(derived.forward(u, v, s)[0], cell.step(u, v, s))
 
 
 @pytest.mark.parametrize(
-    ("function", "kept"),
+    ("function", "saved"),
     [
         # Follows from the states: tanh(c) is computed again.
         (lambda u, v, h, c: (torch.tanh(c) * h, c), ""),
@@ -123,14 +123,14 @@ def test_a_gate_is_tied_where_only_the_sum_matters(
         # One product stands for both of its factors, where only it is used.
         (lambda u, v, h, c: ((torch.exp(u.a) * torch.exp(u.b)).detach() * h, c), "k0"),
         (lambda u, v, h, c: (torch.exp(u.a) * torch.exp(u.b) * h, c), "a b"),
-        # A mask cannot be kept, so what it compares is.
+        # A mask cannot be saved, so what it compares is.
         (lambda u, v, h, c: (torch.where(u.a > v.a, h, c), c), "u.a v.a"),
         (lambda u, v, h, c: (torch.relu(u.a + v.a) * h, c), "a.a"),
         (lambda u, v, h, c: (F.silu(u.b + v.b) * u.a, h), "b u.a a.b"),
     ],
 )
-def test_the_fewest_values_are_kept(function: Callable[..., object], kept: str) -> None:
-    assert list(derive(make("ab", "hc", function, "kept")).kept) == kept.split()
+def test_the_fewest_values_are_saved(function: Callable[..., object], saved: str) -> None:
+    assert list(derive(make("ab", "hc", function, "saved")).saved) == saved.split()
 
 
 @every_cell

@@ -92,10 +92,10 @@ void forward(const T* const* in, T* const* out, long units) {
   for (long at = 0; at < units; at += sizeof(V) / sizeof(T)) {
     Rows<V, T, C::kGates> u, v;
     Rows<V, T, C::kStates> s, next;
-    Rows<V, T, C::kKept> kept;
+    Rows<V, T, C::kSaved> saved;
     u.read(in[0], units, at), v.read(in[1], units, at), s.read(in[2], units, at);
-    C::forward(u.row, v.row, s.row, next.row, kept.row);
-    next.write(out[0], units, at), kept.write(out[1], units, at);
+    C::forward(u.row, v.row, s.row, next.row, saved.row);
+    next.write(out[0], units, at), saved.write(out[1], units, at);
   }
 }
 // Gradients of the states lie where the gradients of the next states did.
@@ -104,10 +104,10 @@ void backward(const T* const* in, T* const* out, long units) {
   for (long at = 0; at < units; at += sizeof(V) / sizeof(T)) {
     Rows<V, T, C::kGates> du, dv;
     Rows<V, T, C::kStates> s, next, ds;
-    Rows<V, T, C::kKept> kept;
-    kept.read(in[0], units, at), s.read(in[1], units, at), next.read(in[2], units, at);
+    Rows<V, T, C::kSaved> saved;
+    saved.read(in[0], units, at), s.read(in[1], units, at), next.read(in[2], units, at);
     ds.read(in[3], units, at);
-    C::backward(kept.row, s.row, next.row, ds.row, du.row, dv.row, ds.row);
+    C::backward(saved.row, s.row, next.row, ds.row, du.row, dv.row, ds.row);
     du.write(out[0], units, at), dv.write(out[1], units, at), ds.write(out[2], units, at);
   }
 }
@@ -167,15 +167,15 @@ def test_cpp_computes_what_the_expressions_say(
     )
     derived, name = derive(cell), emit_cpp.struct_name(cell.name)
     u, v, s, dnext = inputs(cell, dtype=dtype)
-    after, kept = derived.forward(u, v, s)
+    after, saved = derived.forward(u, v, s)
     gates, states = len(cell.gates), len(cell.states)
-    summed = [a + b if tied else b for a, b, tied in zip(u, v, derived.tied, strict=True)]
+    sums = [a + b if summed else b for a, b, summed in zip(u, v, derived.summed, strict=True)]
     unread = [
-        torch.full_like(a, math.nan) if t else a for a, t in zip(u, derived.tied, strict=True)
+        torch.full_like(a, math.nan) if t else a for a, t in zip(u, derived.summed, strict=True)
     ]
     forward, backward = (compiled[f"{name}_{way}_{lanes}"] for way in ("forward", "backward"))
-    got = call(forward, [unread, summed, s], [states, len(kept)])
-    torch.testing.assert_close(got, [after, kept], **near)
-    want = derived.backward(kept, s, after, dnext)
-    got = call(backward, [kept, s, after, dnext], [gates, gates, states])
+    got = call(forward, [unread, sums, s], [states, len(saved)])
+    torch.testing.assert_close(got, [after, saved], **near)
+    want = derived.backward(saved, s, after, dnext)
+    got = call(backward, [saved, s, after, dnext], [gates, gates, states])
     torch.testing.assert_close(got, list(want), **near)

@@ -1,4 +1,4 @@
-"""Compiling a user's cell at run time: the cache, its safety, and reasons when it fails."""
+"""Compiling a custom cell at run time: the cache, its safety, and reasons when it fails."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ FASTRNN_TYPE second_part(FASTRNN_TYPE v, FASTRNN_TYPE s);
 #if FASTRNN_PART == 2
 #define FASTRNN_STEP(Cell)                           \\
   FASTRNN_TYPE second_part(FASTRNN_TYPE v, FASTRNN_TYPE s) { \\
-    FASTRNN_TYPE next = 0, kept[4] = {};             \\
-    fastrnn::Cell::forward(&v, &v, &s, &next, kept); \\
+    FASTRNN_TYPE next = 0, saved[4] = {};             \\
+    fastrnn::Cell::forward(&v, &v, &s, &next, saved); \\
     return next;                                     \\
   }
 FASTRNN_CELLS(FASTRNN_STEP)
@@ -392,20 +392,20 @@ class CompiledCells(ctypes.Structure):
     )
 
 
-@pytest.mark.parametrize("number", ["float", "double"])
+@pytest.mark.parametrize("scalar", ["float", "double"])
 def test_the_kernels_compile_with_a_users_cell(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scalar: str
 ) -> None:
-    """The real sources: all kernels of the cell in that number, and nothing that takes longer. What
+    """The real sources: all kernels of the cell in that type, and nothing that takes longer. What
     they compute is tested with the layers that use them."""
     monkeypatch.setenv("FASTRNN_CACHE", str(tmp_path))
     cell = Cell("vec", ("a",), ("h",), lambda u, v, h: 0.5 * h + torch.tanh(u.a * v.a))
-    cells = ctypes.CDLL(str(compile_cell(derive(cell), key(cell), number)))[jit.SYMBOL]
+    cells = ctypes.CDLL(str(compile_cell(derive(cell), key(cell), scalar)))[jit.SYMBOL]
     cells.restype = CompiledCells
     found = cells()
     assert found.count == 1
     (compiled,) = found.first[:1]
     assert compiled.name == key(cell).encode()
     for kernel in compiled.code:
-        assert [code is not None for code in kernel] == [number == "float", number == "double"]
+        assert [code is not None for code in kernel] == [scalar == "float", scalar == "double"]
     assert list(found.gradients) == [None, None]

@@ -833,7 +833,7 @@ void multiply_tf32(void** lanes) {
 
 struct Rows {
   uint32_t* r;
-  Chunk row;
+  Vector16 row;
 };
 
 }  // namespace
@@ -849,7 +849,7 @@ void mma(Product product, float* d, const uint32_t* a, const uint32_t* b) {
   }
 }
 
-void exchange_rows(uint32_t* r, Chunk row, bool transposed) {
+void exchange_rows(uint32_t* r, Vector16 row, bool transposed) {
   Rows rows{r, row};
   const auto plain = [](void** lanes) {
     for (int lane = 0; lane < 32; ++lane) {

@@ -118,21 +118,21 @@ void store_bits(T* p, T value) {
 
 // ---- Memory: these read and write where a sanitizer sees it ------------------------------------
 
-typedef uint32_t Chunk __attribute__((vector_size(16), may_alias));
+typedef uint32_t Vector16 __attribute__((vector_size(16), may_alias));
 typedef uint64_t __attribute__((may_alias)) AliasedBarrier;
 
 void check_shared(const char* what, const void* p, size_t bytes, size_t alignment);
 void check_aligned(const char* what, const void* p, size_t alignment);
-void exchange_rows(uint32_t* r, Chunk row, bool transposed);
+void exchange_rows(uint32_t* r, Vector16 row, bool transposed);
 
 inline void ldmatrix4(uint32_t (&r)[4], const void* row) {
   check_shared("ldmatrix4", row, 16, 16);
-  exchange_rows(r, *static_cast<const volatile Chunk*>(row), false);
+  exchange_rows(r, *static_cast<const volatile Vector16*>(row), false);
 }
 
 inline void ldmatrix4_transposed(uint32_t (&r)[4], const void* row) {
   check_shared("ldmatrix4_transposed", row, 16, 16);
-  exchange_rows(r, *static_cast<const volatile Chunk*>(row), true);
+  exchange_rows(r, *static_cast<const volatile Vector16*>(row), true);
 }
 
 // Whether a copy lands at once; otherwise it waits to be taken by next_copy.
@@ -145,8 +145,9 @@ bool next_copy(int groups_left, Copy* copy);
 void copy_async_commit();
 
 inline void land(const Copy& copy) {
-  const Chunk chunk = copy.global ? *static_cast<const volatile Chunk*>(copy.global) : Chunk{};
-  *static_cast<volatile Chunk*>(copy.shared) = chunk;
+  const Vector16 vector =
+      copy.global ? *static_cast<const volatile Vector16*>(copy.global) : Vector16{};
+  *static_cast<volatile Vector16*>(copy.shared) = vector;
 }
 
 inline void copy_async16(void* shared, const void* global, bool valid) {

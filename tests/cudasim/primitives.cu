@@ -5,7 +5,7 @@
 namespace fastrnn {
 namespace {
 
-using namespace dev;
+using namespace platform;
 
 enum Fault {
   kNone = 0,
@@ -288,68 +288,69 @@ using namespace fastrnn;
 extern "C" {
 
 int run_block_scan(uint32_t* x, int blocks, int threads, int steps, int fault) {
-  return dev::launch(block_scan, dim3(blocks), dim3(threads), 8 * threads, 1, false, nullptr, x,
-                     steps, fault);
+  return platform::launch(block_scan, dim3(blocks), dim3(threads), 8 * threads, 1, false, nullptr,
+                          x, steps, fault);
 }
 
 int run_cluster_scan(uint32_t* x, int blocks, int threads, int steps, int fault) {
-  return dev::launch(cluster_scan, dim3(blocks), dim3(threads), 16 + 8 * blocks * threads, blocks,
-                     false, nullptr, x, steps, fault);
+  return platform::launch(cluster_scan, dim3(blocks), dim3(threads), 16 + 8 * blocks * threads,
+                          blocks, false, nullptr, x, steps, fault);
 }
 
 int run_grid_scan(uint32_t* x, uint32_t* exchange, uint32_t* flags, int blocks, int threads,
                   int steps, int fault) {
-  const int error = dev::clear(flags, 128 * blocks, nullptr);
+  const int error = platform::clear(flags, 128 * blocks, nullptr);
   if (error) return error;
-  return dev::launch(grid_scan, dim3(blocks), dim3(threads), 4 * blocks * threads, 1,
-                     fault != kNotCooperative, nullptr, x, exchange, flags, steps, fault);
+  return platform::launch(grid_scan, dim3(blocks), dim3(threads), 4 * blocks * threads, 1,
+                          fault != kNotCooperative, nullptr, x, exchange, flags, steps, fault);
 }
 
 int run_product(int number, const void* a, const void* b, float* c, int fault) {
   const dim3 one(1), warp(32);
   if (number == 0) {
-    return dev::launch(product16<dev::bfloat16>, one, warp, 768, 1, false, nullptr,
-                       static_cast<const dev::bfloat16*>(a), static_cast<const dev::bfloat16*>(b),
-                       c, fault);
+    return platform::launch(product16<platform::bfloat16>, one, warp, 768, 1, false, nullptr,
+                            static_cast<const platform::bfloat16*>(a),
+                            static_cast<const platform::bfloat16*>(b), c, fault);
   }
   if (number == 1) {
-    return dev::launch(product16<dev::float16>, one, warp, 768, 1, false, nullptr,
-                       static_cast<const dev::float16*>(a), static_cast<const dev::float16*>(b), c,
-                       fault);
+    return platform::launch(product16<platform::float16>, one, warp, 768, 1, false, nullptr,
+                            static_cast<const platform::float16*>(a),
+                            static_cast<const platform::float16*>(b), c, fault);
   }
-  return dev::launch(product8, one, warp, 768, 1, false, nullptr, static_cast<const float*>(a),
-                     static_cast<const float*>(b), c);
+  return platform::launch(product8, one, warp, 768, 1, false, nullptr, static_cast<const float*>(a),
+                          static_cast<const float*>(b), c);
 }
 
 int run_matrices(const uint32_t* in, uint32_t* out, int fault) {
-  return dev::launch(matrices, dim3(1), dim3(32), 512, 1, false, nullptr, in, out, fault);
+  return platform::launch(matrices, dim3(1), dim3(32), 512, 1, false, nullptr, in, out, fault);
 }
 
 int run_shuffles(uint32_t* out) {
-  return dev::launch(shuffles, dim3(1), dim3(48), 0, 1, false, nullptr, out);
+  return platform::launch(shuffles, dim3(1), dim3(48), 0, 1, false, nullptr, out);
 }
 
 int run_copies(const uint32_t* in, uint32_t* out, int threads) {
-  return dev::launch(copies, dim3(1), dim3(threads), 48 * threads, 1, false, nullptr, in, out);
+  return platform::launch(copies, dim3(1), dim3(threads), 48 * threads, 1, false, nullptr, in, out);
 }
 
 int run_turns(uint32_t* out, int threads, int steps, int fault) {
-  return dev::launch(turns, dim3(1), dim3(threads), 2 * threads, 1, false, nullptr, out, steps,
-                     fault);
+  return platform::launch(turns, dim3(1), dim3(threads), 2 * threads, 1, false, nullptr, out, steps,
+                          fault);
 }
 
 int run_leavers(uint32_t* out, int threads) {
-  return dev::launch(leavers, dim3(1), dim3(threads), 4 * threads, 1, false, nullptr, out);
+  return platform::launch(leavers, dim3(1), dim3(threads), 4 * threads, 1, false, nullptr, out);
 }
 
 int run_numbers(const float* in, uint16_t* halves, float* back, int blocks) {
-  return dev::launch(numbers, dim3(blocks), dim3(256), 0, 1, false, nullptr, in, halves, back);
+  return platform::launch(numbers, dim3(blocks), dim3(256), 0, 1, false, nullptr, in, halves, back);
 }
 
 int run_places(uint32_t* out, const int* grid, const int* block, int cluster, int shared_bytes) {
-  return dev::launch(places, dim3(grid[0], grid[1], grid[2]), dim3(block[0], block[1], block[2]),
-                     shared_bytes, cluster, false, nullptr, out);
+  return platform::launch(places, dim3(grid[0], grid[1], grid[2]),
+                          dim3(block[0], block[1], block[2]), shared_bytes, cluster, false, nullptr,
+                          out);
 }
 
-const char* run_error(int error) { return dev::error_text(error); }
+const char* run_error(int error) { return platform::error_text(error); }
 }

@@ -1,4 +1,4 @@
-"""All kernels under the sanitizers: every cell, regime and type of number, a case for each tile.
+"""All kernels under the sanitizers: every cell, residency and precision, a case for each tile.
 
 `python -m tests.cudasim.sanitize` takes some ten minutes on two cores; `--save` writes what came
 of it to benchmarks/results/cuda-sanitizers.md. No part of the tests, which have a few such cases.
@@ -20,7 +20,7 @@ from tests.cudasim.build import build, version
 from tests.cudasim.sweeps import Case, said
 from tests.support.names import BUILT_IN
 from tests.support.paths import ROOT
-from tests.support.simulated import PARTS, numbers
+from tests.support.simulated import PARTS, precisions
 
 RESULTS = ROOT / "benchmarks" / "results" / "cuda-sanitizers.md"
 SANITIZERS = ["address", "thread"]
@@ -32,30 +32,30 @@ MANY = {"rnn_tanh": (136, [8]), "rnn_relu": (136, [8]), "lstm": (72, [8, 16])}
 COMPLAINTS = ("WARNING: ThreadSanitizer", "ERROR: AddressSanitizer", "WRONG", "cudasim:")
 
 
-def cases(cell: str, regimes: Sequence[str] = PARTS) -> list[Case]:
-    """Two lanes in opposite directions, three launches, and of each tile another layout."""
+def cases(cell: str, residencies: Sequence[str] = PARTS) -> list[Case]:
+    """Two recurrences in opposite directions, three launches, and of each tile another layout."""
     found = []
-    for regime in regimes:
-        for number in numbers(regime):
+    for residency in residencies:
+        for precision in precisions(residency):
             for seed, layout in enumerate(LAYOUTS):
-                tile = TILES.get(regime, (8, 16, 32))[seed]
-                if number == "tf32x3" and regime != "step":
+                tile = TILES.get(residency, (8, 16, 32))[seed]
+                if precision == "tf32x3" and residency != "step":
                     tile = min(tile, 16)  # it has no wider ones
                 found.append(
                     Case(
-                        *(0, cell, regime, BLOCKS[regime], number, seed),
+                        *(0, cell, residency, BLOCKS[residency], precision, seed),
                         batch=9,
-                        lanes=2,
+                        recurrences=2,
                         tile=tile,
                         chunk=2,
                         layout=layout,
                     )
                 )
-    if cell in MANY and "block" in regimes:
+    if cell in MANY and "block" in residencies:
         hidden, tiles = MANY[cell]
         found += [
-            Case(0, cell, "block", 1, number, 1, hidden=hidden, tile=tile, chunk=2)
-            for number in numbers("block")
+            Case(0, cell, "block", 1, precision, 1, hidden=hidden, tile=tile, chunk=2)
+            for precision in precisions("block")
             for tile in tiles
         ]
     return found
@@ -74,12 +74,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.cudasim.sanitize", description=__doc__)
     parser.add_argument("--sanitizer", choices=SANITIZERS, help="only this one")
     parser.add_argument("--cell", choices=BUILT_IN, help="only this one")
-    parser.add_argument("--regime", choices=PARTS, help="only this one")
+    parser.add_argument("--residency", choices=PARTS, help="only this one")
     parser.add_argument("--save", action="store_true", help=f"write {RESULTS.relative_to(ROOT)}")
     options = parser.parse_args()
     names = [options.cell] if options.cell else BUILT_IN
-    regimes = [options.regime] if options.regime else PARTS
-    whole = not (options.sanitizer or options.cell or options.regime)
+    residencies = [options.residency] if options.residency else PARTS
+    whole = not (options.sanitizer or options.cell or options.residency)
     if options.save and not whole:
         parser.error("only what ran whole is saved")
     header = emit_cpp.header(
@@ -89,14 +89,19 @@ def main() -> int:
     rows, failed = [], False
     for sanitizer in [options.sanitizer] if options.sanitizer else SANITIZERS:
         library = build(None, sanitizer, (), header)
-        jobs = [(name, regime, cases(name, [regime])) for name in names for regime in regimes]
+        jobs = [
+            (name, residency, cases(name, [residency]))
+            for name in names
+            for residency in residencies
+        ]
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or 2)) as pool:
             heard = pool.map(lambda job: said(library, sanitizer, job[2], False), jobs)  # noqa: B023
-            for (name, regime, given), text in zip(jobs, heard, strict=True):
+            for (name, residency, given), text in zip(jobs, heard, strict=True):
                 found = complaints(text, given)
                 failed |= bool(found)
                 rows.append(
-                    f"| {sanitizer} | {name} | {regime} | {len(given)} | {len(found) or 'none'} |"
+                    f"| {sanitizer} | {name} | {residency} | {len(given)} | {len(found) or 'none'} "
+                    "|"
                 )
                 print(rows[-1], *(part[:3000] for part in found), sep="\n", flush=True)
     if options.save:
@@ -105,10 +110,10 @@ def main() -> int:
             "# The CUDA kernels under the sanitizers\n\n"
             f"`python -m tests.cudasim.sanitize --save`, {datetime.date.today()}, {compiler}, in "
             "the simulator. A case is values and gradients, three launches each, with resets, from "
-            "a tape that was kept and from one made again: of two lanes in opposite directions, "
-            "dense, with lengths or packed; or of one lane, dense, with so many units that a lone "
-            "block's warps take more rows each.\n\n"
-            "| sanitizer | cell | regime | cases | complaints |\n|---|---|---|---|---|\n"
+            "a tape that was saved and from one recomputed: of two recurrences in opposite "
+            "directions, dense, with lengths or packed; or of one recurrence, dense, with so many "
+            "units that a lone block's warps take more rows each.\n\n"
+            "| sanitizer | cell | residency | cases | complaints |\n|---|---|---|---|---|\n"
             + "\n".join(rows)
             + "\n"
         )

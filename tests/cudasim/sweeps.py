@@ -23,7 +23,7 @@ from fastrnn import cells, ops
 from tests.cudasim.build import sanitized
 from tests.support.operands import operands, run
 from tests.support.paths import ROOT
-from tests.support.simulated import NUMBERS, agrees, decided, ragged, running
+from tests.support.simulated import PRECISIONS, agrees, decided, ragged, running
 
 
 class Case(NamedTuple):
@@ -31,13 +31,13 @@ class Case(NamedTuple):
 
     fault: int
     cell: str
-    regime: str
+    residency: str
     blocks: int
-    number: str
+    precision: str
     seed: int
     hidden: int = 40  # five octets: a group of three blocks shares them unevenly
     batch: int = 3
-    lanes: int = 1
+    recurrences: int = 1
     tile: int = 8
     chunk: int = 5  # steps
     layout: str = "dense"
@@ -52,10 +52,12 @@ class Case(NamedTuple):
 
 def wrong(case: Case) -> str | None:
     """Values and gradients of five steps, with resets, of a batch that fills no tile; in several
-    chunks also from tapes that are made again."""
+    chunks also from tapes that are recomputed."""
     cell = cells.get(case.cell)
     torch.manual_seed(0)
-    given = operands(cell, 5, case.batch, 3, case.hidden, case.lanes, NUMBERS[case.number])
+    given = operands(
+        cell, 5, case.batch, 3, case.hidden, case.recurrences, PRECISIONS[case.precision]
+    )
     if case.cell == "rnn_relu":
         decided(given)
     exact = ragged(given, case.layout)
@@ -63,9 +65,9 @@ def wrong(case: Case) -> str | None:
     rows = case.chunk * case.batch
     try:
         for again in (False, True) if case.chunk < 5 else (False,):
-            with running(case.regime, case.blocks, case.number, case.tile, rows):
+            with running(case.residency, case.blocks, case.precision, case.tile, rows):
                 ours = run(partial(ops.scan, recompute=again), cell, given)
-            agrees(cell, given, case.number, ours, exact)
+            agrees(cell, given, case.precision, ours, exact)
     except (RuntimeError, AssertionError) as error:
         return (str(error).splitlines() or ["a result is wrong"])[0]
     return None

@@ -104,7 +104,7 @@ def test_same_seed_same_order(library: Library) -> None:
     assert len({str(said(seed)) for seed in range(6)}) > 1
 
 
-# ---- Sanitizers --------------------------------------------------------------------------------
+# ---- Sanitizers ---------------------------------------------------------------------------------
 
 
 def report(sanitizer: str, cases: Sequence[str]) -> str:
@@ -145,7 +145,7 @@ def test_access_outside_is_found(fault: str) -> None:
     assert re.search(r"block_scan.*primitives\.cu:\d+", text), text[:2000]
 
 
-# ---- Warps -------------------------------------------------------------------------------------
+# ---- Warps --------------------------------------------------------------------------------------
 
 
 def bits(values: Tensor) -> Numbers:
@@ -209,7 +209,7 @@ def test_shuffles(library: Library) -> None:
     assert found[6].equal(100 * (warp + 2))
 
 
-# ---- Copies, barriers, places, numbers ---------------------------------------------------------
+# ---- Copies, barriers, places, numbers ----------------------------------------------------------
 
 
 def test_copies_land_when_waited_for(library: Library) -> None:
@@ -278,7 +278,7 @@ def test_numbers_are_rounded_to_nearest(library: Library) -> None:
         assert found.equal(kind.float())
 
 
-# ---- Faults in sources -------------------------------------------------------------------------
+# ---- Faults in sources --------------------------------------------------------------------------
 
 
 def test_fault_is_planted_once() -> None:

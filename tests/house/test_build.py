@@ -201,7 +201,7 @@ assert "fastrnn/cells/declare.py" in made_from and "fastrnn/compiler/derive.py" 
 
 
 def kernel_sources() -> set[str]:
-    """What a user's cell is compiled from: the CPU kernel, and all that it includes."""
+    """What a custom cell is compiled from: the CPU kernel, and all that it includes."""
     csrc, found = ROOT / "csrc", {ROOT / "csrc" / "cpu" / "kernels.cpp"}
     left = set(found)
     while left:

@@ -1,4 +1,4 @@
-"""`recompute=`: less is kept for the way back, and the gradients are the same."""
+"""`recompute=`: less is saved for the backward pass, and the gradients are the same."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def squashed(u, v, h, m):
     return torch.tanh(m), m
 
 
-def kept(layer: nn.Module, *inputs: Any, **options: Any) -> tuple[int, list[Tensor]]:
-    """Bytes that wait for the way back besides operands and results, and all gradients."""
+def saved(layer: nn.Module, *inputs: Any, **options: Any) -> tuple[int, list[Tensor]]:
+    """Bytes that wait for the backward pass besides operands and results, and all gradients."""
     leaves = [*layer.parameters(), *(t for t in inputs if isinstance(t, Tensor))]
     for leaf in leaves:
         leaf.requires_grad_()
@@ -67,7 +67,7 @@ def test_gradients_are_the_same(name: str, form: str, kernel: str) -> None:
     found = []
     for recompute in (False, True):
         with kernels.use(kernel):
-            found.append(kept(layers(recompute=recompute)[name], given, **options)[1])
+            found.append(saved(layers(recompute=recompute)[name], given, **options)[1])
     assert len(found[0]) == len(found[1]) > 3
     for a, b in zip(*found, strict=True):
         assert torch.equal(a, b)
@@ -76,9 +76,9 @@ def test_gradients_are_the_same(name: str, form: str, kernel: str) -> None:
 def test_only_operands_and_outputs_are_kept() -> None:
     x = torch.randn(50, 3, 3)
     for name, layer in layers().items():
-        much, _ = kept(layer, x)
+        much, _ = saved(layer, x)
         layer.recompute = True
-        little, _ = kept(layer, x)
+        little, _ = saved(layer, x)
         # Of the layer in between, the output, which is the input of the next.
         between = 50 * 3 * 10 * 4 if name in ("gru", "lstm") else 0
         assert little == between, name
@@ -118,8 +118,8 @@ def test_compiled() -> None:
     x = torch.randn(4, 2, 3)
     layer = layers(recompute=True)["lstm"]
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    much, right = kept(layers()["lstm"], x)
-    little, ours = kept(compiled, x)
+    much, right = saved(layers()["lstm"], x)
+    little, ours = saved(compiled, x)
     assert little < much
     for a, b in zip(ours, right, strict=True):
         torch.testing.assert_close(a, b)
@@ -135,7 +135,7 @@ def test_an_attribute_of_any_layer() -> None:
     assert isinstance(layer, fastrnn.GRU) and not layer.recompute
     assert "recompute" not in repr(layer)
     layer.recompute = True
-    assert kept(layer, torch.randn(5, 2, 3))[0] == 0
+    assert saved(layer, torch.randn(5, 2, 3))[0] == 0
     assert "recompute=True" in repr(layer)
     assert layer.state_dict().keys() == nn.GRU(3, 4).state_dict().keys()
     fastrnn.restore_(model)

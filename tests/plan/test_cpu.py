@@ -12,7 +12,7 @@ from tests.support.problems import LSTM, TWO, with_threads
 
 
 def split(plan: Plan) -> tuple[int, int, int]:
-    return plan.cpu.split_lanes, plan.cpu.split_slots, plan.cpu.split_units
+    return plan.cpu.split_recurrences, plan.cpu.split_sequences, plan.cpu.split_units
 
 
 @pytest.mark.parametrize(
@@ -21,9 +21,9 @@ def split(plan: Plan) -> tuple[int, int, int]:
         (LSTM, with_threads(1), (1, 1, 1)),
         (replace(LSTM, steps=1), TWO, (1, 1, 1)),  # not worth a thread
         (LSTM, TWO, (1, 1, 2)),  # one row: units
-        (replace(LSTM, batch=32), TWO, (1, 2, 1)),  # slots need no exchange
-        (replace(LSTM, lanes=2), TWO, (2, 1, 1)),  # nor do directions
-        (replace(LSTM, lanes=2, batch=32), with_threads(8), (2, 4, 1)),
+        (replace(LSTM, batch=32), TWO, (1, 2, 1)),  # sequences need no exchange
+        (replace(LSTM, recurrences=2), TWO, (2, 1, 1)),  # nor do directions
+        (replace(LSTM, recurrences=2, batch=32), with_threads(8), (2, 4, 1)),
         (replace(LSTM, hidden=256), with_threads(8), (1, 1, 8)),
         (replace(LSTM, batch=3, hidden=256), with_threads(4), (1, 1, 4)),
         (replace(LSTM, hidden=24), with_threads(4), (1, 1, 1)),
@@ -37,25 +37,25 @@ def test_threads(problem: Problem, device: Device, expected: tuple[int, int, int
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 4, 7, 64])
-@pytest.mark.parametrize("lanes", [1, 2, 3])
+@pytest.mark.parametrize("recurrences", [1, 2, 3])
 @pytest.mark.parametrize("batch", [1, 2, 5, 64])
 @pytest.mark.parametrize("hidden", [1, 16, 100, 1024])
 @pytest.mark.parametrize("backward", [False, True])
 def test_never_more_parts_than_there_are(
-    threads: int, lanes: int, batch: int, hidden: int, backward: bool
+    threads: int, recurrences: int, batch: int, hidden: int, backward: bool
 ) -> None:
-    problem = replace(LSTM, lanes=lanes, batch=batch, hidden=hidden, backward=backward)
+    problem = replace(LSTM, recurrences=recurrences, batch=batch, hidden=hidden, backward=backward)
     plan = choose(problem, with_threads(threads))
     assert plan.cpu.threads <= threads
-    assert plan.cpu.split_lanes <= lanes
-    assert plan.cpu.split_slots <= batch
+    assert plan.cpu.split_recurrences <= recurrences
+    assert plan.cpu.split_sequences <= batch
     assert plan.cpu.split_units <= -(-hidden // 16)
 
 
 def test_few_rows_are_not_worth_packing() -> None:
-    assert not choose(replace(LSTM, steps=1), TWO).cpu.packed_weights
-    assert choose(LSTM, TWO).cpu.packed_weights
-    assert choose(replace(LSTM, steps=1, frozen=True), TWO).cpu.packed_weights
+    assert not choose(replace(LSTM, steps=1), TWO).cpu.prepacked_weights
+    assert choose(LSTM, TWO).cpu.prepacked_weights
+    assert choose(replace(LSTM, steps=1, frozen=True), TWO).cpu.prepacked_weights
 
 
 @pytest.mark.parametrize("hidden", [1, 64, 512])

@@ -52,7 +52,11 @@ LONG = Problem("lstm", 512, 16, 256, 256, gates=4, states=2, dtype="bfloat16")
         (LONG, replace(HOPPER, cuda="there is no library"), "there is no library"),
         (LONG, replace(HOPPER, kind="mps"), "on NVIDIA's GPUs, the tensors are on mps"),
         (LONG, replace(HOPPER, kind="cpu"), "on NVIDIA's GPUs, the tensors are on cpu"),
-        (replace(LONG, cell="mine-0"), HOPPER, "no code for cell 'mine-0'; triton runs cells of"),
+        (
+            replace(LONG, cell="mine-0"),
+            HOPPER,
+            "no code for cell 'mine-0'; triton runs custom cells",
+        ),
         (replace(LONG, dtype="ComplexFloat"), HOPPER, "not ComplexFloat"),
         (replace(LONG, projected=True), HOPPER, "does not project the output"),
         (replace(LONG, hidden=0), HOPPER, "no hidden units"),
@@ -81,7 +85,7 @@ def test_cuda_comes_before_triton_and_on_cpus_only_by_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("problem", "gpu", "regime"),
+    ("problem", "gpu", "residency"),
     [
         (replace(LONG, hidden=64), "H200", "block"),
         (replace(LONG, hidden=64), "RTX 3090", "block"),
@@ -100,12 +104,12 @@ def test_cuda_comes_before_triton_and_on_cpus_only_by_name() -> None:
     ],
     ids=str,
 )
-def test_where_cuda_keeps_the_weights(problem: Problem, gpu: str, regime: str) -> None:
-    assert choose(problem, GPUS[gpu]).cuda.regime == regime
+def test_where_cuda_keeps_the_weights(problem: Problem, gpu: str, residency: str) -> None:
+    assert choose(problem, GPUS[gpu]).cuda.residency == residency
 
 
 @pytest.mark.parametrize(
-    ("dtype", "steps", "tf32", "number"),
+    ("dtype", "steps", "tf32", "precision"),
     [
         ("bfloat16", 512, True, "bfloat16"),
         ("float16", 1, True, "float16"),
@@ -116,19 +120,19 @@ def test_where_cuda_keeps_the_weights(problem: Problem, gpu: str, regime: str) -
         ("float32", 1, False, "float32"),  # exact, without matrix units
     ],
 )
-def test_how_cuda_multiplies(dtype: str, steps: int, tf32: bool, number: str) -> None:
+def test_how_cuda_multiplies(dtype: str, steps: int, tf32: bool, precision: str) -> None:
     problem = replace(LONG, dtype=dtype, steps=steps)
     for backward in (False, True):
         chosen = choose(replace(problem, backward=backward), replace(HOPPER, tf32=tf32))
-        assert chosen.cuda.number == number
+        assert chosen.cuda.precision == precision
 
 
 @pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("gates", "lanes"), [(1, 1), (3, 1), (4, 2), (4, 24)])
-def test_what_must_run_at_once_does(gpu: str, dtype: str, gates: int, lanes: int) -> None:
+@pytest.mark.parametrize(("gates", "recurrences"), [(1, 1), (3, 1), (4, 2), (4, 24)])
+def test_what_must_run_at_once_does(gpu: str, dtype: str, gates: int, recurrences: int) -> None:
     cell = {1: "rnn_tanh", 3: "gru", 4: "lstm"}[gates]
-    problem = replace(LONG, cell=cell, gates=gates, dtype=dtype, lanes=lanes)
+    problem = replace(LONG, cell=cell, gates=gates, dtype=dtype, recurrences=recurrences)
     device, facts, seen = GPUS[gpu], FACTS[gpu], set()
     for hidden in (1, 8, 65, 128, 200, 384, 512, 1000, 1536, 4096):
         for batch in (1, 7, 9, 16, 33, 64, 500):
@@ -136,16 +140,16 @@ def test_what_must_run_at_once_does(gpu: str, dtype: str, gates: int, lanes: int
                 asked = replace(problem, hidden=hidden, batch=batch, backward=backward)
                 plan = choose(asked, device)
                 chosen = plan.cuda
-                seen.add(chosen.regime)
+                seen.add(chosen.residency)
                 octets = -(-hidden // 8)
-                if chosen.regime != "step":
+                if chosen.residency != "step":
                     assert chosen.batch_tile in (8, 16, 32)
                     assert chosen.blocks <= octets, "each has units"
-                if chosen.regime == "grid":
+                if chosen.residency == "grid":
                     assert 0 < chosen.groups * chosen.blocks <= facts.multiprocessors
-                if chosen.regime == "cluster":
+                if chosen.residency == "cluster":
                     assert dict(facts.clusters)[chosen.blocks] > 0
-                assert (chosen.blocks > 1) == (chosen.regime in ("grid", "cluster"))
+                assert (chosen.blocks > 1) == (chosen.residency in ("grid", "cluster"))
                 assert plan.chunk_rows >= 1
                 longer = replace(asked, steps=100_000, rows=77, inputs=3, tape=True)
                 assert choose(longer, device) == plan, "no length has a plan of its own"
@@ -169,11 +173,11 @@ def test_tiles_of_a_launch_a_step(batch: int, hidden: int, dtype: str, tile: int
     problem = replace(LONG, batch=batch, hidden=hidden, dtype=dtype, steps=1)
     for backward in (False, True):
         chosen = choose(replace(problem, backward=backward), HOPPER).cuda
-        assert (chosen.regime, chosen.batch_tile) == ("step", tile)
+        assert (chosen.residency, chosen.batch_tile) == ("step", tile)
 
 
 def test_a_chunk_on_a_gpu_is_of_a_bounded_size() -> None:
-    for hidden, lanes in ((64, 1), (1024, 2), (4096, 8)):
-        problem = replace(LONG, hidden=hidden, lanes=lanes)
-        row = 4 * hidden * lanes * 2
+    for hidden, recurrences in ((64, 1), (1024, 2), (4096, 8)):
+        problem = replace(LONG, hidden=hidden, recurrences=recurrences)
+        row = 4 * hidden * recurrences * 2
         assert (32 << 20) < choose(problem, HOPPER).chunk_rows * row <= (64 << 20)

@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from fastrnn.tools.bench import race, store
-from fastrnn.tools.bench.contender import Case, Contender
+from fastrnn.tools.bench import comparison, store
+from fastrnn.tools.bench.comparison import Entry, Row
+from fastrnn.tools.bench.implementation import Case, Implementation
 from fastrnn.tools.bench.machine import Machine
-from fastrnn.tools.bench.race import Entry, Row
 from fastrnn.tools.bench.workload import Workload
 
 MACHINE = Machine(
@@ -22,7 +22,7 @@ MACHINE = Machine(
 )
 
 
-SMALL = Workload("small", 5, 2, 3, 8, rivals=("torch.nn",))
+SMALL = Workload("small", 5, 2, 3, 8, baselines=("torch.nn",))
 
 
 def here() -> Machine:
@@ -30,8 +30,10 @@ def here() -> Machine:
     return replace(MACHINE, threads=torch.get_num_threads())
 
 
-def run(workload: Workload, mode: str, rivals: Sequence[Contender], cell: str = "lstm") -> Row:
-    return race.run(workload, cell, mode, here(), seconds=1e-4, rivals=rivals)[0]
+def run(
+    workload: Workload, mode: str, baselines: Sequence[Implementation], cell: str = "lstm"
+) -> Row:
+    return comparison.run(workload, cell, mode, here(), seconds=1e-4, baselines=baselines)[0]
 
 
 def entry(name: str, kind: str, median: float) -> Entry:
@@ -56,8 +58,8 @@ def row(*entries: Entry, **changes: object) -> Row:
         "bidirectional": False,
         "rows": 10,
         "flops": 10**6,
-        "floor": 10.0,
-        "floor_by": "sgemm peak",
+        "roofline": 10.0,
+        "roofline_by": "sgemm peak",
         "entries": entries,
     }
     return Row(**{**values, **changes})  # type: ignore[arg-type]
@@ -66,8 +68,8 @@ def row(*entries: Entry, **changes: object) -> Row:
 ROW = row(
     entry("fastrnn", "ours", 100.0),
     entry("fastrnn, 1 thread", "variant", 60.0),
-    entry("torch.nn", "rival", 300.0),
-    entry("JAX", "rival", 200.0),
+    entry("torch.nn", "baseline", 300.0),
+    entry("JAX", "baseline", 200.0),
 )
 
 
@@ -90,12 +92,12 @@ SHAPES = {
 }
 
 
-def agrees(rival: Contender, work: Workload, cell: str, mode: str) -> None:
-    """The gate takes it, and it looked at everything the rival returns."""
+def agrees(baseline: Implementation, work: Workload, cell: str, mode: str) -> None:
+    """The gate takes it, and it looked at everything the baseline returns."""
     case = Case.build(work, cell, mode, torch.get_num_threads())
-    assert rival.supports(case) is None
-    prepared = rival.prepare(case)
-    error, _ = race._Gate(case).check(rival.name, prepared)
+    assert baseline.supports(case) is None
+    prepared = baseline.prepare(case)
+    error, _ = comparison._Gate(case).check(baseline.name, prepared)
     assert error < 1e-5
     with prepared.around():
         results = prepared.read(prepared.call())

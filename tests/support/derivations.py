@@ -124,6 +124,6 @@ def by_autograd(cell: Cell, u: list[Tensor], v: list[Tensor], s: list[Tensor], d
 
 
 def derived_step(derived: Derived, u, v, s, dnext) -> tuple[list[Tensor], list[Tensor]]:
-    after, kept = derived.forward(u, v, s)
-    du, dv, ds = derived.backward(kept, s, after, dnext)
+    after, saved = derived.forward(u, v, s)
+    du, dv, ds = derived.backward(saved, s, after, dnext)
     return after, [*du, *dv, *ds]

@@ -20,25 +20,25 @@ def check(
     cell: cells.Cell,
     given: dict[str, Any],
     kernel: str = "cpu",
-    rival: torch.dtype | None = None,
+    baseline: torch.dtype | None = None,
     recompute: bool = False,
 ) -> None:
-    """The tolerance rule, with the reference as the rival: in the same dtype, or in one that has as
-    many digits as the kernel computes with."""
+    """The tolerance rule, with the reference as the baseline: in the same dtype, or in one that has
+    as many digits as the kernel computes with."""
     with kernels.use(kernel):
         ours = run(partial(ops.scan, recompute=recompute), cell, given)
     dtype = given["x"].dtype
-    rival = rival or dtype
-    theirs = run(reference.scan, cell, converted(given, rival))
+    baseline = baseline or dtype
+    theirs = run(reference.scan, cell, converted(given, baseline))
     exact = run(reference.scan, cell, doubled(given))
-    assert_near(ours, theirs, exact, dtype, name_of(rival))
+    assert_near(ours, theirs, exact, dtype, name_of(baseline))
 
 
 def with_row_group(
     problem: plan.Problem, config: plan.CudaConfig, device: plan.Device
 ) -> plan.CudaConfig:
     """The configuration with the row group that a plan takes for it."""
-    if config.regime == "step":
+    if config.residency == "step":
         return replace(config, row_group=0)
     assert isinstance(device.cuda, plan.CudaFacts)
     units = plan.cuda.row_group(problem, config, device.cuda.tables)

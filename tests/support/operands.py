@@ -41,7 +41,7 @@ def operands(
     batch: int,
     inputs: int,
     hidden: int,
-    lanes: int = 1,
+    recurrences: int = 1,
     dtype: torch.dtype = torch.float64,
     bias: bool = True,
     projected: int | None = None,
@@ -52,16 +52,18 @@ def operands(
     rows, scale = len(cell.gates) * hidden, max(1, hidden) ** -0.5
     recurrent = hidden if projected is None else projected
     widths = [recurrent, *[hidden] * (len(cell.states) - 1)]
-    per_lane = range(lanes)
+    per_recurrence = range(recurrences)
     return {
         "x": random(steps, batch, inputs),
-        "w_ih": [random(rows, inputs, scale=scale) for _ in per_lane],
-        "w_hh": [random(rows, recurrent, scale=scale) for _ in per_lane],
-        "b_ih": [random(rows, scale=scale) for _ in per_lane if bias],
-        "b_hh": [random(rows, scale=scale) for _ in per_lane if bias],
-        "w_hr": [random(recurrent, hidden, scale=scale) for _ in per_lane if projected is not None],
-        "s0": [random(lanes, batch, width) for width in widths],
-        "reverse": 0b10 if lanes == 2 else 0,
+        "w_ih": [random(rows, inputs, scale=scale) for _ in per_recurrence],
+        "w_hh": [random(rows, recurrent, scale=scale) for _ in per_recurrence],
+        "b_ih": [random(rows, scale=scale) for _ in per_recurrence if bias],
+        "b_hh": [random(rows, scale=scale) for _ in per_recurrence if bias],
+        "w_hr": [
+            random(recurrent, hidden, scale=scale) for _ in per_recurrence if projected is not None
+        ],
+        "s0": [random(recurrences, batch, width) for width in widths],
+        "reverse": 0b10 if recurrences == 2 else 0,
     }
 
 

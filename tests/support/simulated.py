@@ -16,7 +16,7 @@ from tests.support.operands import converted, doubled, run
 from tests.support.tolerance import assert_near
 
 PARTS = ["step", "block", "cluster", "grid"]
-NUMBERS = {
+PRECISIONS = {
     "float64": torch.float64,
     "float32": torch.float32,
     "tf32": torch.float32,
@@ -24,7 +24,7 @@ NUMBERS = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-RESIDENT = [n for n in NUMBERS if n not in ("float64", "float32")]
+RESIDENT = [n for n in PRECISIONS if n not in ("float64", "float32")]
 WAYS = {
     "step": [("step", 1)],
     "block": [("block", 1)],
@@ -33,20 +33,20 @@ WAYS = {
 }
 
 
-def numbers(part: str) -> list[str]:
-    return list(NUMBERS) if part == "step" else RESIDENT
+def precisions(part: str) -> list[str]:
+    return list(PRECISIONS) if part == "step" else RESIDENT
 
 
 def ways(part: str, hidden: int) -> list[tuple[str, int]]:
-    """Regimes, and blocks that each have units."""
-    return [(regime, n) for regime, n in WAYS[part] if n <= -(-hidden // 8)] or WAYS[part][:1]
+    """Residencies, and blocks that each have units."""
+    return [(residency, n) for residency, n in WAYS[part] if n <= -(-hidden // 8)] or WAYS[part][:1]
 
 
 @contextmanager
 def running(
-    regime: str,
+    residency: str,
     blocks: int,
-    number: str,
+    precision: str,
     batch_tile: int = 8,
     chunk_rows: int = 99999,
     row_groups: tuple[int, int] | None = None,
@@ -60,7 +60,12 @@ def running(
         if made.kernel != "cuda":
             return made
         config = plan.CudaConfig(
-            number=number, regime=regime, batch_tile=batch_tile, blocks=blocks, warps=8, groups=2
+            precision=precision,
+            residency=residency,
+            batch_tile=batch_tile,
+            blocks=blocks,
+            warps=8,
+            groups=2,
         )
         if row_groups is not None:
             config = replace(config, row_group=row_groups[problem.backward])
@@ -80,17 +85,17 @@ def running(
 def agrees(
     cell: cells.Cell,
     given: dict[str, Any],
-    number: str,
+    precision: str,
     ours: dict[str, torch.Tensor],
     exact: dict[str, Any] | None = None,
 ) -> None:
-    """The tolerance rule, with the reference in a type of as many digits as the rival: float16 for
-    TF32. `exact` is what to give the references, where it differs."""
+    """The tolerance rule, with the reference in a type of as many digits as the baseline: float16
+    for TF32. `exact` is what to give the references, where it differs."""
     exact = given if exact is None else exact
-    rival = exact if number != "tf32" else converted(exact, torch.float16)
-    theirs = run(reference.scan, cell, rival)
+    baseline = exact if precision != "tf32" else converted(exact, torch.float16)
+    theirs = run(reference.scan, cell, baseline)
     wanted = run(reference.scan, cell, doubled(exact))
-    assert_near(ours, theirs, wanted, NUMBERS[number], number)
+    assert_near(ours, theirs, wanted, PRECISIONS[precision], precision)
 
 
 def decided(given: dict[str, Any]) -> None:

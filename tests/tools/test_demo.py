@@ -23,7 +23,7 @@ TINY = ["--hidden", "8", "--window", "5", "--batch", "4", "--text", __file__, "-
 
 
 def test_whole_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    picture = tmp_path / "race.png"
+    picture = tmp_path / "comparison.png"
     steps = ["--steps", "12", "--cell", "lstm", "gru", "rnn"]
     assert demo.main([*TINY, *steps, "--out", str(picture)]) == 0
     text = capsys.readouterr().out
@@ -47,12 +47,12 @@ def test_whole_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_both_learn_the_same() -> None:
     corpus = Corpus.of("for x in range(10):\n    print(x)\n" * 40)
     options = Options(steps=150, hidden=24, window=8, batch=24, learning_rate=3e-2)
-    race, fast, _ = demo.run("gru", corpus, options, lambda *_: None)
-    assert race.steps == len(race.times[FASTRNN]) == 150
-    curve = [loss for _, loss in race.curve(FASTRNN)]
+    comparison, fast, _ = demo.run("gru", corpus, options, lambda *_: None)
+    assert comparison.steps == len(comparison.times[FASTRNN]) == 150
+    curve = [loss for _, loss in comparison.curve(FASTRNN)]
     assert curve[-1] < 0.2 < 1.5 < curve[0]
-    assert race.curve_difference() < 1e-3
-    assert race.losses[TORCH][:3] == pytest.approx(race.losses[FASTRNN][:3], abs=1e-5)
+    assert comparison.curve_difference() < 1e-3
+    assert comparison.losses[TORCH][:3] == pytest.approx(comparison.losses[FASTRNN][:3], abs=1e-5)
     assert "range(10):\n    print(x)" in demo.generate(fast, corpus, "for x in ", 60)
 
 
@@ -70,33 +70,33 @@ def test_a_wrong_replacement_is_noticed(
     replace: Callable[[nn.Module], Any] = fastrnn.replace_
     monkeypatch.setattr(demo, "replace_", wrong)
     monkeypatch.setattr(demo, "restore_", lambda model: delattr(model.rnn, "forward"))
-    run = [*TINY, "--steps", "3", "--cell", "gru", "--out", str(tmp_path / "race.png")]
+    run = [*TINY, "--steps", "3", "--cell", "gru", "--out", str(tmp_path / "comparison.png")]
     assert demo.main(run) == 1
     assert "do NOT agree" in capsys.readouterr().err
 
 
 def test_speed_is_of_the_median_step() -> None:
-    race = demo.Race("lstm")
-    race.losses[TORCH].extend([3.0, 2.0, 1.0])
-    race.losses[FASTRNN].extend([3.0, 2.5, 1.0])
-    race.times[TORCH].extend([0.5, 0.5, 9.0])
-    race.times[FASTRNN].extend([0.1, 4.0, 0.1])
-    assert race.ratio() == pytest.approx(5)
-    assert race.curve_difference() == race.early_difference() == pytest.approx(0.5)
-    race.losses[FASTRNN][1] = float("nan")
-    assert not race.curve_difference() <= 1
-    assert not race.early_difference() <= 1
-    assert race.curve(TORCH) == [(1, 3.0), (2, 2.0), (3, 1.0)]
+    comparison = demo.Comparison("lstm")
+    comparison.losses[TORCH].extend([3.0, 2.0, 1.0])
+    comparison.losses[FASTRNN].extend([3.0, 2.5, 1.0])
+    comparison.times[TORCH].extend([0.5, 0.5, 9.0])
+    comparison.times[FASTRNN].extend([0.1, 4.0, 0.1])
+    assert comparison.ratio() == pytest.approx(5)
+    assert comparison.curve_difference() == comparison.early_difference() == pytest.approx(0.5)
+    comparison.losses[FASTRNN][1] = float("nan")
+    assert not comparison.curve_difference() <= 1
+    assert not comparison.early_difference() <= 1
+    assert comparison.curve(TORCH) == [(1, 3.0), (2, 2.0), (3, 1.0)]
 
 
 def test_time_budget_ends_the_training() -> None:
     corpus = Corpus.of(Path(__file__).read_text())
     options = Options(seconds=0.5, hidden=4, window=3, batch=2)
     seen: list[float] = []
-    race, _, _ = demo.run("rnn", corpus, options, lambda done, _: seen.append(done))
-    own = sum(race.times[TORCH]) + sum(race.times[FASTRNN])
-    assert race.steps > 1
-    assert own < 0.5 + 4 * max(*race.times[TORCH], *race.times[FASTRNN])
+    comparison, _, _ = demo.run("rnn", corpus, options, lambda done, _: seen.append(done))
+    own = sum(comparison.times[TORCH]) + sum(comparison.times[FASTRNN])
+    assert comparison.steps > 1
+    assert own < 0.5 + 4 * max(*comparison.times[TORCH], *comparison.times[FASTRNN])
     assert seen == sorted(seen)
     assert seen[-1] == 1.0
 
@@ -142,7 +142,7 @@ def test_without_matplotlib_the_way_out_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without("matplotlib", monkeypatch)
-    picture = tmp_path / "race.png"
+    picture = tmp_path / "comparison.png"
     assert demo.main([*TINY, "--steps", "2", "--cell", "gru", "--out", str(picture)]) == 0
     assert "pip install 'fastrnn[demo]'" in capsys.readouterr().out
     assert not picture.exists()

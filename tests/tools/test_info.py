@@ -49,7 +49,7 @@ def test_info_markdown_is_a_table_of_all_kernels(capsys: pytest.CaptureFixture[s
     assert all(line.count("|") == len(plan.KERNELS) + 2 for line in (header, rule, *rows))
     by_label = {row.split("|")[1].strip(): row.split("|")[2:-1] for row in rows}
     assert by_label["float32"][0].strip() == "✓"
-    assert "no compiled code" in by_label["cell of your own, no compiler"][0]
+    assert "no compiled code" in by_label["custom cell, no compiler"][0]
 
 
 @pytest.mark.parametrize("wrong", [0.999, float("nan")])
@@ -89,7 +89,9 @@ def test_plan_as_json_is_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     made = json.loads(out)
     assert code == 0
     problem = plan.Problem(**made["problem"])
-    assert problem == plan.Problem("lstm", 7, 3, 5, 16, gates=4, states=2, lanes=2, dtype="float64")
+    assert problem == plan.Problem(
+        "lstm", 7, 3, 5, 16, gates=4, states=2, recurrences=2, dtype="float64"
+    )
     device = plan.Device(**made["device"] | {"cpu": plan.CpuFacts(**made["device"]["cpu"])})
     chosen = plan.choose(problem, device)
     assert made["plan"]["kernel"] == chosen.kernel

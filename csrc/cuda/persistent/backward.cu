@@ -17,28 +17,28 @@ using tile::Layout;
 // their gradients reaches state 0 of these. Of the result an *item* is 8 units in 8 columns, two
 // numbers to a thread. The warps of a row group, each with a slice of the product, share out the
 // items, because the cell's arithmetic takes as long as the product.
-template <class Cell_, Number number_, int kTiles_, int kColumnTiles_>
+template <class Cell_, Precision precision_, int kTiles_, int kColumnTiles_>
 struct Traits {
   using Cell = Cell_;
-  static constexpr Number number = number_;
-  static constexpr int kGates = Cell::kGates, kStates = Cell::kStates, kKept = Cell::kKept;
+  static constexpr Precision precision = precision_;
+  static constexpr int kGates = Cell::kGates, kStates = Cell::kStates, kSaved = Cell::kSaved;
   static constexpr int kTiles = kTiles_, kColumnTiles = kColumnTiles_;
   static constexpr int kColumns = 8 * kColumnTiles;  // rows of the batch
   static constexpr int kUnits = 16 * kTiles;
   static constexpr int kItems = 2 * kTiles * kColumnTiles;
   static constexpr int kResident =
-      tile::resident_chunks<tile::Backward, number, kTiles, kColumnTiles>();
-  static constexpr int kSize = tile::operand_bytes(number);
+      tile::resident_k_blocks<tile::Backward, precision, kTiles, kColumnTiles>();
+  static constexpr int kSize = tile::operand_bytes(precision);
   static constexpr int kGatePieces = 8 * kSize / tile::kPiece;  // of an item's column, per gate
   static constexpr int kPieces = kGates * kGatePieces;
-  static constexpr int kTaped = kStates - 1 + kKept;
+  static constexpr int kTaped = kStates - 1 + kSaved;
   // Of a row group in shared memory: gradients of states, and steps of the rows of the batch.
   static constexpr int kGradients = kTiles * kColumnTiles * kStates * tile::kGradient;
   static constexpr int kOwn = kGradients + kColumns * tile::kStop;
-  using Format = tile::Format<number>;
+  using Format = tile::Format<precision>;
   using Stored = typename Format::Stored;
   using Operand = typename Format::Operand;
-  using Product = tile::Product<number, kTiles, kColumnTiles, kResident>;
+  using Product = tile::Product<precision, kTiles, kColumnTiles, kResident>;
 
   static tile::Need need(int64_t hidden) {
     const int64_t padded = (hidden + 7) / 8 * 8;
@@ -56,17 +56,18 @@ struct Traits {
 // What the cell's derivative reads at a step, as it is stored, for both numbers of an item.
 template <class X>
 struct Values {
-  typename X::Stored kept[2][X::kKept + 1], before[2][X::kStates], after[2][X::kStates], dy[2];
+  typename X::Stored saved[2][X::kSaved + 1], before[2][X::kStates], after[2][X::kStates], dy[2];
   uint8_t resets[2];
   bool alive[2];
 };
 
 // ---- Kernel ------------------------------------------------------------------------------------
 
-// A group of blocks takes one lane and one tile of kColumns rows of the batch through all steps,
-// from the last. A block owns the columns of the weights for some units, in registers and then in
-// shared memory, where the gradients of these units' states lie too, in float. dv is what the
-// blocks exchange, as tile::Exchange has it; operand i is the dv of the step before in this loop:
+// A group of blocks takes one recurrence and one tile of kColumns rows of the batch through all
+// steps, from the last. A block owns the columns of the weights for some units, in registers and
+// then in shared memory, where the gradients of these units' states lie too, in float. dv is what
+// the blocks exchange, as tile::Exchange has it; operand i is the dv of the step before in this
+// loop:
 //   wait for dv of all units -> R^T * dv -> add up the slices -> cell -> send dv -> store it.
 // What the cell reads of an item is loaded two items ahead: for most plans that is a whole step.
 // Per step and group, C being kColumns: 2*G*H*H*C FLOP; (S + K + 2)*H*C numbers in, (G + 1)*H*C
@@ -77,7 +78,7 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
   using Cell = typename X::Cell;
   using Format = typename X::Format;
   using Stored = typename X::Stored;
-  constexpr int G = X::kGates, S = X::kStates, K = X::kKept;
+  constexpr int G = X::kGates, S = X::kStates, K = X::kSaved;
   constexpr int kColumnTiles = X::kColumnTiles;
   FASTRNN_SHARED(char, shared);
   const Layout& layout = launched.at;
@@ -85,7 +86,7 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
   const int group = warp % layout.groups, slice = warp / layout.groups;
   const int rank = blockIdx.x % launched.blocks;
   const int task = launched.first + static_cast<int>(blockIdx.x) / launched.blocks;
-  const Lane at(sweep, task / launched.tiles);
+  const Recurrence at(sweep, task / launched.tiles);
   const int64_t b0 = int64_t{task % launched.tiles} * X::kColumns;
   const int hidden = static_cast<int>(sweep.hidden), padded = (hidden + 7) / 8 * 8;
 
@@ -166,7 +167,7 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
       if (!to.alive[e]) continue;
       const int64_t here = at.output(row0 + c + e), taped = here * X::kTaped;
 #pragma unroll
-      for (int k = 0; k < K; ++k) to.kept[e][k] = tape[taped + (S - 1 + k) * hidden];
+      for (int k = 0; k < K; ++k) to.saved[e][k] = tape[taped + (S - 1 + k) * hidden];
       to.after[e][0] = y[here];
 #pragma unroll
       for (int k = 1; k < S; ++k) to.after[e][k] = tape[taped + (k - 1) * hidden];
@@ -176,7 +177,7 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
         const float* s0 = static_cast<const float*>(sweep.s0) + n;
 #pragma unroll
         for (int k = 0; k < S; ++k)
-          to.before[e][k] = dev::from_float<Stored>(s0[at.state(k, b0 + c + e)]);
+          to.before[e][k] = platform::from_float<Stored>(s0[at.state(k, b0 + c + e)]);
       } else {
         const int64_t there = at.output(row0_before + c + e);
         to.before[e][0] = y[there];
@@ -195,7 +196,7 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
   if (items > 0) fetch(even, 0, time(0), row0, row0_before);
   if (items > 1) fetch(odd, 1, time(0), row0, row0_before);
   char* staging = shared + layout.staging + warp * layout.staged;
-  const int gate_stride = launched.regime == kBlock ? padded : 8;  // where `place` says
+  const int gate_stride = launched.residency == kBlock ? padded : 8;  // where `place` says
   uint32_t passes = 0;  // a bit per number: the product of the next operand is part of it
   const auto add_product = [&](int i, float2 x) {
     const float2 sum = tile::sum_of<X::kItems>(layout, shared, group, item(i));
@@ -209,7 +210,7 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
     const char* operand = exchange.wait(step, computes);
     if (computes && step > 0) {
       typename X::Product::Sums sum;
-      if (launched.regime == kGrid)
+      if (launched.residency == kGrid)
         product.run_in_place(operand, sum);
       else
         product.run(operand, sum);
@@ -227,23 +228,23 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
       const auto place =
           exchange.place<X::kPieces>(step + 1, staging, column(i), unit(i) * X::kSize);
       Quick du[2][G], dv[2][G];
-      Stored previous[2];
+      Stored h_prev[2];
       const bool alive[2] = {given.alive[0], given.alive[1]};
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const bool cut = sweep.resets != nullptr && given.resets[e] != 0;
-        Quick kept[K + 1], before[S], after[S], dafter[S], dbefore[S];
+        Quick saved[K + 1], before[S], after[S], dafter[S], dbefore[S];
 #pragma unroll
-        for (int k = 0; k < K; ++k) kept[k] = dev::to_float(given.kept[e][k]);
+        for (int k = 0; k < K; ++k) saved[k] = platform::to_float(given.saved[e][k]);
 #pragma unroll
         for (int k = 0; k < S; ++k) {
-          before[k] = cut ? 0 : dev::to_float(given.before[e][k]);
-          after[k] = dev::to_float(given.after[e][k]);
+          before[k] = cut ? 0 : platform::to_float(given.before[e][k]);
+          after[k] = platform::to_float(given.after[e][k]);
           dafter[k] = e == 0 ? ds[k].x : ds[k].y;
         }
-        dafter[0] = dafter[0] + dev::to_float(given.dy[e]);
-        previous[e] = cut ? Stored(0.0f) : given.before[e][0];
-        Cell::backward(kept, before, after, dafter, du[e], dv[e], dbefore);
+        dafter[0] = dafter[0] + platform::to_float(given.dy[e]);
+        h_prev[e] = cut ? Stored(0.0f) : given.before[e][0];
+        Cell::backward(saved, before, after, dafter, du[e], dv[e], dbefore);
         auto* to = reinterpret_cast<typename X::Operand*>(place.to + e * place.pitch);
 #pragma unroll
         for (int g = 0; g < G; ++g) {
@@ -274,12 +275,13 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
       for (int e = 0; e < 2; ++e) {
         if (!alive[e]) continue;
         const int64_t into = at.chunk_row(row0 + c + e) * hidden;
-        static_cast<Stored*>(sweep.previous)[into + n] = previous[e];
+        static_cast<Stored*>(sweep.h_prev)[into + n] = h_prev[e];
 #pragma unroll
         for (int g = 0; g < G; ++g) {
           const int64_t gate = into * G + g * hidden + n;
-          dev::store(static_cast<Stored*>(sweep.dv) + gate, dv[e][g].x);
-          if (!all_tied<Cell>()) dev::store(static_cast<Stored*>(sweep.du) + gate, du[e][g].x);
+          platform::store(static_cast<Stored*>(sweep.dv) + gate, dv[e][g].x);
+          if (!all_summed<Cell>())
+            platform::store(static_cast<Stored*>(sweep.du) + gate, du[e][g].x);
         }
       }
     };
@@ -303,8 +305,8 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
 // ---- Launch ------------------------------------------------------------------------------------
 
 struct Direction : tile::Backward {
-  template <class Cell, Number number, int units, int kColumnTiles>
-  using Traits = fastrnn::Traits<Cell, number, units / 16, kColumnTiles>;
+  template <class Cell, Precision precision, int units, int kColumnTiles>
+  using Traits = fastrnn::Traits<Cell, precision, units / 16, kColumnTiles>;
   template <class X>
   static auto kernel() {
     return persistent_backward<X>;

@@ -44,7 +44,7 @@ constexpr int staged_bytes() {
 // some piece of operand i, which was sent only after that warp had finished reading.
 struct Exchange {
   const Layout& at;
-  int regime;
+  int residency;
   int rank;            // of this block in its group
   int columns;         // of B: rows of the batch
   int operands;        // how many there will be: the loop's steps, operand 0 included
@@ -58,21 +58,21 @@ struct Exchange {
   // Before operand 0 is written. `begin` makes shared memory ready, a place that no piece reaches
   // included; after `ready` no block is behind.
   __device__ __forceinline__ void begin() const {
-    const int bytes = at.tile * (regime == kGrid ? 1 : 2);
+    const int bytes = at.tile * (residency == kGrid ? 1 : 2);
     for (int i = threadIdx.x * 16; i < bytes; i += blockDim.x * 16)
       *reinterpret_cast<uint4*>(tiles + i) = make_uint4(0, 0, 0, 0);
-    if (regime == kCluster && threadIdx.x == 0) {
-      dev::barrier_init(&barriers[0], 1);
-      dev::barrier_init(&barriers[1], 1);
-      dev::barrier_fence_init();
-      if (operands > 1) dev::barrier_expect(&barriers[1], columns * at.exchanged);
+    if (residency == kCluster && threadIdx.x == 0) {
+      platform::barrier_init(&barriers[0], 1);
+      platform::barrier_init(&barriers[1], 1);
+      platform::barrier_fence_init();
+      if (operands > 1) platform::barrier_expect(&barriers[1], columns * at.exchanged);
     }
     __syncthreads();
   }
 
   __device__ __forceinline__ void ready() const {
-    if (regime == kCluster)
-      dev::cluster_sync();
+    if (residency == kCluster)
+      platform::cluster_sync();
     else
       __syncthreads();
   }
@@ -80,33 +80,33 @@ struct Exchange {
   // Before a block changes what all blocks made operand 0 of. Where there is another operand, or
   // a cluster or a block that was `ready`, all have; else the blocks of a grid wait for each other.
   __device__ __forceinline__ void settle() const {
-    if (regime != kGrid || operands > 1) return;
+    if (residency != kGrid || operands > 1) return;
     sent(1);
     await(1);
   }
 
   // Before a block leaves: its peers may still write into its shared memory.
   __device__ __forceinline__ void end() const {
-    if (regime == kCluster) dev::cluster_sync();
+    if (residency == kCluster) platform::cluster_sync();
   }
 
   // A warp without units does not wait for a cluster's operands: nothing that it sends would keep
   // the others from coming two phases further, which looks as if none had passed.
   __device__ __forceinline__ const char* wait(int i, bool computes) const {
-    if (regime == kGrid) {
+    if (residency == kGrid) {
       if (i > 0) await(i);
       if (at.tile == 0) return arrived(i);
       if (i > 0) receive(i);
       return tiles;
     }
     const int place = i & 1;
-    if (regime == kBlock) {
+    if (residency == kBlock) {
       if (i > 0) __syncthreads();
     } else {
-      if (i > 0 && computes) dev::barrier_wait(&barriers[place], (i - 1) >> 1 & 1);
+      if (i > 0 && computes) platform::barrier_wait(&barriers[place], (i - 1) >> 1 & 1);
       // Its next phase: no byte for it is on the way before this warp has sent its part.
       if (threadIdx.x == 0 && i + 2 < operands)
-        dev::barrier_expect(&barriers[place], columns * at.exchanged);
+        platform::barrier_expect(&barriers[place], columns * at.exchanged);
     }
     return tiles + place * at.tile;
   }
@@ -120,7 +120,7 @@ struct Exchange {
   };
   template <int kPieces>
   __device__ __forceinline__ Place place(int i, const char* staging, int column, int offset) const {
-    const bool alone = regime == kBlock;
+    const bool alone = residency == kBlock;
     const int pair = threadIdx.x % 4 * 2;
     // A choice of numbers, not of pointers, lets the compiler see that this is shared memory.
     const int own = static_cast<int>(staging - tiles);
@@ -135,7 +135,7 @@ struct Exchange {
   template <int kPieces, class Offset>
   __device__ __forceinline__ void send(int i, const char* staging, int column,
                                        Offset offset) const {
-    if (regime == kBlock) return;
+    if (residency == kBlock) return;
     constexpr int kAll = 8 * kPieces;
     constexpr int kAtOnce = kAll % kWarp == 0 ? kWarp : kAll % 16 == 0 ? 16 : 8;  // lanes, a peer
     const int lane = threadIdx.x % kWarp, place = i & 1;
@@ -147,11 +147,11 @@ struct Exchange {
       if (to >= at.exchanged) continue;
       const char* from = staging + piece * kPiece + staged_gaps<kPieces>(row);
       const uint4 value = *reinterpret_cast<const uint4*>(from);
-      if (regime == kCluster) {
+      if (residency == kCluster) {
         const char* here = tiles + place * at.tile + n * at.pitch + to;
         for (int peer = lane / kAtOnce; peer < at.active; peer += kWarp / kAtOnce) {
-          dev::st_async16(dev::peer_address(here, peer), value,
-                          dev::peer_address(&barriers[place], peer));
+          platform::st_async16(platform::peer_address(here, peer), value,
+                               platform::peer_address(&barriers[place], peer));
         }
       } else if (lane < kAtOnce) {
         *reinterpret_cast<uint4*>(area + (place * columns + n) * int64_t{at.exchanged} + to) =
@@ -162,9 +162,10 @@ struct Exchange {
   }
 
   __device__ __forceinline__ void sent(int i) const {
-    if (regime != kGrid) return;
+    if (residency != kGrid) return;
     __syncthreads();
-    if (threadIdx.x == 0) dev::store_release(reinterpret_cast<uint32_t*>(flags + rank * kFlag), i);
+    if (threadIdx.x == 0)
+      platform::store_release(reinterpret_cast<uint32_t*>(flags + rank * kFlag), i);
   }
 
  private:
@@ -174,7 +175,7 @@ struct Exchange {
       const int lane = threadIdx.x;
       for (int block = lane; block < at.active; block += kWarp) {
         const uint32_t* flag = reinterpret_cast<const uint32_t*>(flags + block * kFlag);
-        while (dev::load_acquire(flag) < static_cast<uint32_t>(i)) {
+        while (platform::load_acquire(flag) < static_cast<uint32_t>(i)) {
         }
       }
     }
@@ -190,10 +191,11 @@ struct Exchange {
     const char* from = arrived(i);
     for (int n = warp; n < columns; n += blockDim.x / kWarp) {
       for (int k = lane * kPiece; k < at.exchanged; k += kWarp * kPiece)
-        dev::copy_async16(tiles + n * at.pitch + k, from + n * int64_t{at.exchanged} + k, true);
+        platform::copy_async16(tiles + n * at.pitch + k, from + n * int64_t{at.exchanged} + k,
+                               true);
     }
-    dev::copy_async_commit();
-    dev::copy_async_wait<0>();
+    platform::copy_async_commit();
+    platform::copy_async_wait<0>();
     __syncthreads();
   }
 };

@@ -18,11 +18,11 @@ using tile::Layout;
 // A row group has the rows of all gates for kOctets times 8 units. In the order octet, gate, unit
 // they are halves of tiles of 16 rows, so that a thread gets the sums of all gates of unit lane / 4
 // of each octet, and the cell's arithmetic needs nothing from other threads.
-template <class Cell_, Number number_, int kOctets_, int kColumnTiles_>
+template <class Cell_, Precision precision_, int kOctets_, int kColumnTiles_>
 struct Traits {
   using Cell = Cell_;
-  static constexpr Number number = number_;
-  static constexpr int kGates = Cell::kGates, kStates = Cell::kStates, kKept = Cell::kKept;
+  static constexpr Precision precision = precision_;
+  static constexpr int kGates = Cell::kGates, kStates = Cell::kStates, kSaved = Cell::kSaved;
   static constexpr int kOctets = kOctets_;
   static constexpr int kHalves = kGates * kOctets;
   static_assert(kHalves % 2 == 0, "whole tiles");
@@ -30,15 +30,15 @@ struct Traits {
   static constexpr int kColumnTiles = kColumnTiles_;
   static constexpr int kColumns = 8 * kColumnTiles;  // rows of the batch
   static constexpr int kResident =
-      tile::resident_chunks<tile::Forward, number, kTiles, kColumnTiles>();
-  static constexpr int kSize = tile::operand_bytes(number);
+      tile::resident_k_blocks<tile::Forward, precision, kTiles, kColumnTiles>();
+  static constexpr int kSize = tile::operand_bytes(precision);
   static constexpr int kPieces = kOctets * 8 * kSize / tile::kPiece;  // of a column
-  static constexpr int kTaped = kStates - 1 + kKept;
-  using Format = tile::Format<number>;
+  static constexpr int kTaped = kStates - 1 + kSaved;
+  using Format = tile::Format<precision>;
   using Stored = typename Format::Stored;
   using Operand = typename Format::Operand;
-  using Value = std::conditional_t<number == Number::kBfloat16, Rough, Quick>;
-  using Product = tile::Product<number, kTiles, kColumnTiles, kResident>;
+  using Value = std::conditional_t<precision == Precision::kBfloat16, Rough, Quick>;
+  using Product = tile::Product<precision, kTiles, kColumnTiles, kResident>;
 
   static tile::Need need(int64_t hidden) {
     const int64_t octets = (hidden + 7) / 8;
@@ -49,9 +49,9 @@ struct Traits {
 
 // ---- Kernel ------------------------------------------------------------------------------------
 
-// A group of blocks takes one lane and one tile of kColumns rows of the batch through all steps. A
-// block owns the weights of some units, in registers and then in shared memory; a warp of slice 0
-// owns their states, in float, and computes them anew at each step:
+// A group of blocks takes one recurrence and one tile of kColumns rows of the batch through all
+// steps. A block owns the weights of some units, in registers and then in shared memory; a warp of
+// slice 0 owns their states, in float, and computes them anew at each step:
 //   wait for h of all units -> R*h -> add up the slices -> cell -> send h -> store y and tape.
 // u of the next step is loaded before the wait, so that it is there when it is needed. Only the
 // exchange (see tile::Exchange) makes blocks wait, for those of their group.
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
   const int group = warp % layout.groups, slice = warp / layout.groups;
   const int rank = blockIdx.x % launched.blocks;
   const int task = launched.first + static_cast<int>(blockIdx.x) / launched.blocks;
-  const Lane at(sweep, task / launched.tiles);
+  const Recurrence at(sweep, task / launched.tiles);
   const int64_t b0 = int64_t{task % launched.tiles} * X::kColumns;
   const int hidden = static_cast<int>(sweep.hidden);
 
@@ -156,8 +156,9 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
       const int n = unit + 8 * o;
 #pragma unroll
       for (int g = 0; g < G; ++g) {
-        if (!is_tied<Cell>(g) && sweep.b_hh != nullptr && n < hidden) {
-          bias[o][g] = dev::to_float(static_cast<const Stored*>(sweep.b_hh)[at.bias(G, g) + n]);
+        if (!is_summed<Cell>(g) && sweep.b_hh != nullptr && n < hidden) {
+          bias[o][g] =
+              platform::to_float(static_cast<const Stored*>(sweep.b_hh)[at.bias(G, g) + n]);
         }
       }
     }
@@ -209,7 +210,7 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
         const int64_t row0 = at.row(t, b0);
 #pragma unroll
         for (int j = 0; j < kColumnTiles; ++j) {
-          Value kept[kOctets][2][X::kKept + 1];
+          Value saved[kOctets][2][X::kSaved + 1];
           const auto place = exchange.place<X::kPieces>(i + 1, staging, 8 * j, offset);
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
@@ -222,13 +223,13 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
               for (int g = 0; g < G; ++g) {
                 const int half = o * G + g;
                 const float product_of_h = sum[half / 2][j][half % 2 * 2 + e];
-                const float own = dev::to_float(u[o][g][j][e]);
+                const float own = platform::to_float(u[o][g][j][e]);
                 us[g] = own;
-                vs[g] = (cut ? 0 : product_of_h) + (is_tied<Cell>(g) ? own : bias[o][g]);
+                vs[g] = (cut ? 0 : product_of_h) + (is_summed<Cell>(g) ? own : bias[o][g]);
               }
 #pragma unroll
               for (int k = 0; k < S; ++k) before[k] = cut ? 0 : s[k][o][j][e];
-              Cell::forward(us, vs, before, after, kept[o][e]);
+              Cell::forward(us, vs, before, after, saved[o][e]);
               const bool here = t < stop[j][e] && unit + 8 * o < hidden;
 #pragma unroll
               for (int k = 0; k < S; ++k) s[k][o][j][e] = here ? after[k].x : s[k][o][j][e];
@@ -249,16 +250,16 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
             Stored* y = static_cast<Stored*>(sweep.y) + at.output(row0) + unit;
             // All rows are there, on the way forward: no `tape_base`.
             Stored* tape = static_cast<Stored*>(sweep.tape) + at.output(row0) * X::kTaped + unit;
-            const int y_row = n * static_cast<int>(sweep.lanes) * hidden;
+            const int y_row = n * static_cast<int>(sweep.recurrences) * hidden;
 #pragma unroll
             for (int o = 0; o < kOctets; ++o) {
               if (unit + 8 * o >= hidden) continue;
-              dev::store(y + y_row + 8 * o, s[0][o][j][e]);
+              platform::store(y + y_row + 8 * o, s[0][o][j][e]);
               if (sweep.tape == nullptr) continue;
 #pragma unroll
               for (int k = 0; k < X::kTaped; ++k) {
-                const float value = k < S - 1 ? s[k + 1][o][j][e] : kept[o][e][k - (S - 1)].x;
-                dev::store(tape + y_row * X::kTaped + k * hidden + 8 * o, value);
+                const float value = k < S - 1 ? s[k + 1][o][j][e] : saved[o][e][k - (S - 1)].x;
+                platform::store(tape + y_row * X::kTaped + k * hidden + 8 * o, value);
               }
             }
           }
@@ -281,8 +282,8 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
 // ---- Launch ------------------------------------------------------------------------------------
 
 struct Direction : tile::Forward {
-  template <class Cell, Number number, int units, int kColumnTiles>
-  using Traits = fastrnn::Traits<Cell, number, units / 8, kColumnTiles>;
+  template <class Cell, Precision precision, int units, int kColumnTiles>
+  using Traits = fastrnn::Traits<Cell, precision, units / 8, kColumnTiles>;
   template <class X>
   static auto kernel() {
     return persistent_forward<X>;
@@ -300,8 +301,8 @@ int resident_clusters(int blocks, int threads, int64_t shared_bytes) {
   return with_cell(0, [&](auto cell) {
     using Cell = decltype(cell);
     constexpr int kUnits = Direction::row_groups(Cell::kGates, 1).units[0];
-    using X = Direction::Traits<Cell, Number::kBfloat16, kUnits, 1>;
-    return dev::resident_clusters(persistent_forward<X>, blocks, threads, shared_bytes);
+    using X = Direction::Traits<Cell, Precision::kBfloat16, kUnits, 1>;
+    return platform::resident_clusters(persistent_forward<X>, blocks, threads, shared_bytes);
   });
 }
 

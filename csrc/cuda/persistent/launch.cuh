@@ -1,7 +1,8 @@
 // What the persistent kernels of both directions have in common: how a plan becomes a launch.
 //
 // Each of them has a `Direction`, which says
-//   Traits<Cell, number, units, kColumnTiles>: those of the kernel for row groups of so many units
+//   Traits<Cell, precision, units, kColumnTiles>: those of the kernel for row groups of so many
+//   units
 //     and tiles of 8 * kColumnTiles columns; X::need(hidden) is what it needs of a block
 //   kernel<X>(): the kernel
 //   registers, row_groups: as in `tile::Forward` and `tile::Backward`
@@ -21,7 +22,7 @@ namespace persistent {
 // names of a value that is taken apart.
 struct Launched {
   tile::Layout at;
-  int regime;
+  int residency;
   int first;    // group of this launch
   int tiles;    // of the batch
   int blocks;   // of a group, those without units included
@@ -35,7 +36,7 @@ __device__ __forceinline__ tile::Exchange exchange_of(const Launched& launched, 
                                                       int operands, char* shared) {
   const tile::Layout& at = launched.at;
   return {at,
-          launched.regime,
+          launched.residency,
           rank,
           X::kColumns,
           operands,
@@ -45,7 +46,7 @@ __device__ __forceinline__ tile::Exchange exchange_of(const Launched& launched, 
           launched.flags + task * tile::flag_bytes(at)};
 }
 
-// The most of what kLanes lanes side by side have, in each of them.
+// The most of what kLanes recurrences side by side have, in each of them.
 template <int kLanes>
 __device__ __forceinline__ int most_of_lanes(int most) {
 #pragma unroll
@@ -61,48 +62,49 @@ tile::Layout lay_out(const Sweep& sweep, const CudaPlan& plan) {
   return tile::lay_out(X::need(sweep.hidden), plan);
 }
 
-// Groups of blocks: one for each lane and tile of the batch.
+// Groups of blocks: one for each recurrence and tile of the batch.
 inline int64_t batch_tiles(const Sweep& sweep, const CudaPlan& plan) {
   return (sweep.batch + plan.batch_tile - 1) / plan.batch_tile;
 }
 inline int64_t groups(const Sweep& sweep, const CudaPlan& plan) {
-  return sweep.lanes * batch_tiles(sweep, plan);
+  return sweep.recurrences * batch_tiles(sweep, plan);
 }
 
 // f(X{}) with the traits for a row group of `units`.
-template <class Direction, class Cell, Number number, int kColumnTiles, int kIndex = 0, class F>
+template <class Direction, class Cell, Precision precision, int kColumnTiles, int kIndex = 0,
+          class F>
 int with_units(int units, F f) {
   constexpr tile::RowGroups kThere = Direction::row_groups(Cell::kGates, kColumnTiles);
   if constexpr (kIndex < 3) {
     constexpr int kUnits = kThere.units[kIndex];
     if constexpr (kUnits > 0) {
-      using X = typename Direction::template Traits<Cell, number, kUnits, kColumnTiles>;
+      using X = typename Direction::template Traits<Cell, precision, kUnits, kColumnTiles>;
       if (units == kUnits) return f(X{});
     }
-    return with_units<Direction, Cell, number, kColumnTiles, kIndex + 1>(units, f);
+    return with_units<Direction, Cell, precision, kColumnTiles, kIndex + 1>(units, f);
   } else {
     return kInvalidConfiguration;
   }
 }
 
-template <class Direction, class Cell, Number number, int kColumnTiles, class F>
+template <class Direction, class Cell, Precision precision, int kColumnTiles, class F>
 int with_row_group(const CudaPlan& plan, F f) {
-  if constexpr (Direction::registers(number == Number::kTf32x3, 1, kColumnTiles) == 0) {
+  if constexpr (Direction::registers(precision == Precision::kTf32x3, 1, kColumnTiles) == 0) {
     return kInvalidConfiguration;
   } else {
-    return with_units<Direction, Cell, number, kColumnTiles>(plan.row_group, f);
+    return with_units<Direction, Cell, precision, kColumnTiles>(plan.row_group, f);
   }
 }
 
-template <class Direction, class Cell, Number number, class F>
+template <class Direction, class Cell, Precision precision, class F>
 int with_columns(const CudaPlan& plan, F f) {
   switch (plan.batch_tile) {
     case 8:
-      return with_row_group<Direction, Cell, number, 1>(plan, f);
+      return with_row_group<Direction, Cell, precision, 1>(plan, f);
     case 16:
-      return with_row_group<Direction, Cell, number, 2>(plan, f);
+      return with_row_group<Direction, Cell, precision, 2>(plan, f);
     case 32:
-      return with_row_group<Direction, Cell, number, 4>(plan, f);
+      return with_row_group<Direction, Cell, precision, 4>(plan, f);
     default:
       return kInvalidConfiguration;
   }
@@ -111,20 +113,20 @@ int with_columns(const CudaPlan& plan, F f) {
 // f(X{}) with the traits of the kernel for a cell and a plan.
 template <class Direction, class F>
 int with_traits(int cell, const CudaPlan& plan, F f) {
-  const bool one = plan.regime == kBlock && plan.blocks == 1;
-  if (!one && (plan.regime == kBlock || plan.blocks < 1)) return kInvalidConfiguration;
+  const bool one = plan.residency == kBlock && plan.blocks == 1;
+  if (!one && (plan.residency == kBlock || plan.blocks < 1)) return kInvalidConfiguration;
   if (plan.warps < 1) return kInvalidConfiguration;
   return with_cell(cell, [&](auto c) {
     using Cell = decltype(c);
-    switch (plan.number) {
-      case Number::kTf32:
-        return with_columns<Direction, Cell, Number::kTf32>(plan, f);
-      case Number::kTf32x3:
-        return with_columns<Direction, Cell, Number::kTf32x3>(plan, f);
-      case Number::kBfloat16:
-        return with_columns<Direction, Cell, Number::kBfloat16>(plan, f);
-      case Number::kFloat16:
-        return with_columns<Direction, Cell, Number::kFloat16>(plan, f);
+    switch (plan.precision) {
+      case Precision::kTf32:
+        return with_columns<Direction, Cell, Precision::kTf32>(plan, f);
+      case Precision::kTf32x3:
+        return with_columns<Direction, Cell, Precision::kTf32x3>(plan, f);
+      case Precision::kBfloat16:
+        return with_columns<Direction, Cell, Precision::kBfloat16>(plan, f);
+      case Precision::kFloat16:
+        return with_columns<Direction, Cell, Precision::kFloat16>(plan, f);
       default:
         return kInvalidConfiguration;
     }
@@ -140,23 +142,23 @@ int launch_kernel(void (*kernel)(Sweep, Launched), const Sweep& sweep, const Cud
   if (at.groups == 0 || too_many || plan.groups < 1) return kInvalidConfiguration;
   char* flags = static_cast<char*>(sweep.workspace);
   const int64_t flag_bytes = all * tile::flag_bytes(at);
-  if (plan.regime == kGrid) {
-    const int error = dev::clear(flags, flag_bytes, stream);
+  if (plan.residency == kGrid) {
+    const int error = platform::clear(flags, flag_bytes, stream);
     if (error != 0) return error;
   }
   const int tiles = static_cast<int>(batch_tiles(sweep, plan));
-  Launched launched{at, plan.regime, 0, tiles, plan.blocks, flags, flags + flag_bytes};
-  dev::Launch how;
+  Launched launched{at, plan.residency, 0, tiles, plan.blocks, flags, flags + flag_bytes};
+  platform::Launch how;
   how.block = dim3(tile::kWarp * at.warps());
   how.shared_bytes = at.bytes;
-  how.cluster = plan.regime == kCluster ? plan.blocks : 1;
-  how.cooperative = plan.regime == kGrid;
-  const int64_t at_once = plan.regime == kGrid ? plan.groups : all;
+  how.cluster = plan.residency == kCluster ? plan.blocks : 1;
+  how.cooperative = plan.residency == kGrid;
+  const int64_t at_once = plan.residency == kGrid ? plan.groups : all;
   for (int64_t first = 0; first < all; first += at_once) {
     launched.first = static_cast<int>(first);
     const int64_t now = all - first < at_once ? all - first : at_once;
     how.grid = dim3(static_cast<unsigned>(now * plan.blocks));
-    const int error = dev::launch(kernel, how, stream, sweep, launched);
+    const int error = platform::launch(kernel, how, stream, sweep, launched);
     if (error != 0) return error;
   }
   return 0;
@@ -175,7 +177,7 @@ int launch(int cell, const Sweep& sweep, const CudaPlan& plan, void* stream) {
 template <class Direction>
 int64_t workspace_bytes(int cell, const Sweep& sweep, const CudaPlan& plan) {
   int64_t bytes = 0;
-  if (plan.regime != kGrid) return bytes;
+  if (plan.residency != kGrid) return bytes;
   with_traits<Direction>(cell, plan, [&](auto x) {
     using X = decltype(x);
     const tile::Layout at = lay_out<X>(sweep, plan);

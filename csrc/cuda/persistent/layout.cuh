@@ -14,17 +14,17 @@ namespace tile {
 constexpr int kWarp = 32;
 constexpr int kMaxWarps = 8;  // of a block: a thread of 8 warps may have 255 registers
 constexpr int kThreads = kWarp * kMaxWarps;
-constexpr int kChunk = 64;             // bytes of the depth
+constexpr int kKBlock = 64;            // bytes of the depth
 constexpr int kPiece = 16;             // bytes of the depth that travel as one
 constexpr int kRowPad = 16;            // bytes: rows of ldmatrix are an odd number of pieces apart
-constexpr int kFragment = kWarp * 16;  // bytes of a tile of A, 16 rows by half a chunk
-constexpr int kChunkRegisters = 8;     // of a thread, for a chunk of a tile of A
+constexpr int kFragment = kWarp * 16;  // bytes of a tile of A, 16 rows by half a k-block
+constexpr int kKBlockRegisters = 8;    // of a thread, for a k-block of a tile of A
 constexpr int kGradient = 2 * kWarp * sizeof(float2);  // bytes for 16 units in 8 columns
 constexpr int kStop = sizeof(int);                     // bytes: the steps of a column
 constexpr int kBarriers = 2 * sizeof(uint64_t);        // bytes of the mbarriers of a block
 
-constexpr int operand_bytes(Number number) {
-  return number == Number::kBfloat16 || number == Number::kFloat16 ? 2 : 4;
+constexpr int operand_bytes(Precision precision) {
+  return precision == Precision::kBfloat16 || precision == Precision::kFloat16 ? 2 : 4;
 }
 
 // ---- What goes where ---------------------------------------------------------------------------
@@ -36,8 +36,8 @@ struct Layout {
   int groups;     // row groups of a block
   int active;     // blocks that have any: those of rank 0 and up
   int slices;     // of the depth
-  int chunks;     // of a row of B
-  int depth;      // chunks of a slice; the last slices may have fewer or none
+  int k_blocks;   // of a row of B
+  int depth;      // k-blocks of a slice; the last slices may have fewer or none
   int resident;   // of these, how many stay in registers; the others lie in shared memory
   int exchanged;  // bytes of a row of B that blocks compute and exchange, the rest is zero
   int pitch;      // bytes from a row of B to the next
@@ -56,7 +56,7 @@ struct Need {
   int64_t exchanged;   // bytes of a row of B
   int tiles;           // of 16 rows, of a row group
   int columns;         // of B: rows of the batch
-  int resident;        // chunks of a slice for which there are registers
+  int resident;        // k-blocks of a slice for which there are registers
   int staged;          // bytes that a warp collects at a time
   int own = 0;         // bytes that a row group keeps; then all its warps take part: `share_sums`
   bool in_place = false;  // of a grid's B, warps read their slices where it lies, in global memory
@@ -73,17 +73,17 @@ constexpr Layout lay_out(const Need& need, const CudaPlan& plan) {
   at.active = static_cast<int>((need.row_groups + groups - 1) / groups);
   const int warps = plan.warps < kMaxWarps ? plan.warps : kMaxWarps;
   at.slices = warps > at.groups ? warps / at.groups : 1;
-  at.chunks = static_cast<int>((need.exchanged + kChunk - 1) / kChunk);
-  if (at.slices > at.chunks) at.slices = at.chunks;
-  at.depth = (at.chunks + at.slices - 1) / at.slices;
-  at.slices = (at.chunks + at.depth - 1) / at.depth;
+  at.k_blocks = static_cast<int>((need.exchanged + kKBlock - 1) / kKBlock);
+  if (at.slices > at.k_blocks) at.slices = at.k_blocks;
+  at.depth = (at.k_blocks + at.slices - 1) / at.slices;
+  at.slices = (at.k_blocks + at.depth - 1) / at.depth;
   at.resident = at.depth < need.resident ? at.depth : need.resident;
   at.exchanged = static_cast<int>(need.exchanged);
-  at.pitch = at.chunks * kChunk + kRowPad;
-  const bool in_place = need.in_place && plan.regime == kGrid;
+  at.pitch = at.k_blocks * kKBlock + kRowPad;
+  const bool in_place = need.in_place && plan.residency == kGrid;
   const int64_t tile = in_place ? 0 : int64_t{at.pitch} * need.columns;
   at.tile = static_cast<int>(tile);
-  int64_t end = tile * (plan.regime == kGrid ? 1 : 2);
+  int64_t end = tile * (plan.residency == kGrid ? 1 : 2);
   if (end > (int64_t{1} << 30)) end = int64_t{1} << 30;  // no device has as much
   at.weights = static_cast<int>(end);
   end += int64_t{2} * kFragment * need.tiles * (at.depth - at.resident) * at.warps();
@@ -128,10 +128,10 @@ struct Forward {
 };
 
 struct Backward {
-  // Whole chunks, counted for one tile; splitting numbers in parts takes some.
+  // Whole k-blocks, counted for one tile; splitting numbers in parts takes some.
   static constexpr int registers(bool split, int tiles, int column_tiles) {
     const int parts = !split ? 0 : tiles * column_tiles >= 8 ? 6 : 4;
-    return kChunkRegisters * ((column_tiles == 4 ? 8 : 10) - parts);
+    return kKBlockRegisters * ((column_tiles == 4 ? 8 : 10) - parts);
   }
 
   // It has one row for each of its units.
@@ -140,12 +140,13 @@ struct Backward {
   }
 };
 
-// Chunks of a slice that stay in the registers of a kernel.
-template <class Direction, Number number, int kTiles, int kColumnTiles>
-constexpr int resident_chunks() {
-  constexpr int kRegisters = Direction::registers(number == Number::kTf32x3, kTiles, kColumnTiles);
-  constexpr int kChunks = kRegisters / (kChunkRegisters * kTiles);
-  return kChunks > 0 ? kChunks : 1;
+// K-blocks of a slice that stay in the registers of a kernel.
+template <class Direction, Precision precision, int kTiles, int kColumnTiles>
+constexpr int resident_k_blocks() {
+  constexpr int kRegisters =
+      Direction::registers(precision == Precision::kTf32x3, kTiles, kColumnTiles);
+  constexpr int kKBlocks = kRegisters / (kKBlockRegisters * kTiles);
+  return kKBlocks > 0 ? kKBlocks : 1;
 }
 
 }  // namespace tile

@@ -7,7 +7,7 @@
 //
 // The depth is counted in bytes: a row of an mma's operands is 32 bytes for 16-bit numbers and for
 // TF32 alike, a fragment of A is 16 bytes per thread, and only the mma itself knows the type. A
-// chunk is 64 bytes of the depth: two mma, and what one ldmatrix of B brings for 8 columns. In
+// k-block is 64 bytes of the depth: two mma, and what one ldmatrix of B brings for 8 columns. In
 // memory a row of B is a column of the product, with its depth side by side.
 #pragma once
 
@@ -20,27 +20,27 @@ namespace tile {
 
 // How a number is stored (Stored), how it is multiplied (Operand, of which `rounded` makes one),
 // and the mma for it.
-template <Number number>
+template <Precision precision>
 struct Format;
 
 template <class T>
 struct Format16 {
   using Stored = T;
   using Operand = T;
-  __device__ __forceinline__ static void store(T* to, float x) { dev::store(to, x); }
+  __device__ __forceinline__ static void store(T* to, float x) { platform::store(to, x); }
   template <int kColumnTiles>
   __device__ __forceinline__ static void multiply(float (&d)[kColumnTiles][4],
                                                   const uint32_t (&a)[4],
                                                   const uint32_t (&b)[kColumnTiles][2]) {
 #pragma unroll
-    for (int j = 0; j < kColumnTiles; ++j) dev::mma(d[j], a, b[j], T{});
+    for (int j = 0; j < kColumnTiles; ++j) platform::mma(d[j], a, b[j], T{});
   }
 };
 
 template <>
-struct Format<Number::kBfloat16> : Format16<dev::bfloat16> {};
+struct Format<Precision::kBfloat16> : Format16<platform::bfloat16> {};
 template <>
-struct Format<Number::kFloat16> : Format16<dev::float16> {};
+struct Format<Precision::kFloat16> : Format16<platform::float16> {};
 
 __device__ __forceinline__ float as_float(uint32_t bits) {
   float x;
@@ -55,33 +55,33 @@ __device__ __forceinline__ uint32_t as_bits(float x) {
 }
 
 template <>
-struct Format<Number::kTf32> {
+struct Format<Precision::kTf32> {
   using Stored = float;
   using Operand = float;
-  __device__ __forceinline__ static uint32_t weight_bits(float x) { return dev::to_tf32(x); }
+  __device__ __forceinline__ static uint32_t weight_bits(float x) { return platform::to_tf32(x); }
   __device__ __forceinline__ static void store(float* to, float x) {
-    dev::store(to, as_float(dev::to_tf32(x)));
+    platform::store(to, as_float(platform::to_tf32(x)));
   }
   template <int kColumnTiles>
   __device__ __forceinline__ static void multiply(float (&d)[kColumnTiles][4],
                                                   const uint32_t (&a)[4],
                                                   const uint32_t (&b)[kColumnTiles][2]) {
 #pragma unroll
-    for (int j = 0; j < kColumnTiles; ++j) dev::mma_tf32(d[j], a, b[j]);
+    for (int j = 0; j < kColumnTiles; ++j) platform::mma_tf32(d[j], a, b[j]);
   }
 };
 
 // x = big + small, both TF32: the product of the small parts is below what a float holds. Weights
 // are kept whole and split at each use, which takes half the memory.
 template <>
-struct Format<Number::kTf32x3> {
+struct Format<Precision::kTf32x3> {
   using Stored = float;
   using Operand = float;
   __device__ __forceinline__ static uint32_t weight_bits(float x) { return as_bits(x); }
-  __device__ __forceinline__ static void store(float* to, float x) { dev::store(to, x); }
+  __device__ __forceinline__ static void store(float* to, float x) { platform::store(to, x); }
   __device__ __forceinline__ static void split(uint32_t x, uint32_t& big, uint32_t& small) {
-    big = dev::to_tf32(as_float(x));
-    small = dev::to_tf32(as_float(x) - as_float(big));
+    big = platform::to_tf32(as_float(x));
+    small = platform::to_tf32(as_float(x) - as_float(big));
   }
   template <int kColumnTiles>
   __device__ __forceinline__ static void multiply(float (&d)[kColumnTiles][4],
@@ -89,15 +89,15 @@ struct Format<Number::kTf32x3> {
                                                   const uint32_t (&b)[kColumnTiles][2]) {
     uint32_t a_big[4], a_small[4];
 #pragma unroll
-    for (int r = 0; r < 4; ++r) split(dev::opaque(a[r]), a_big[r], a_small[r]);
+    for (int r = 0; r < 4; ++r) split(platform::opaque(a[r]), a_big[r], a_small[r]);
 #pragma unroll
     for (int j = 0; j < kColumnTiles; ++j) {
       uint32_t b_big[2], b_small[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) split(b[j][r], b_big[r], b_small[r]);
-      dev::mma_tf32(d[j], a_small, b_big);
-      dev::mma_tf32(d[j], a_big, b_small);
-      dev::mma_tf32(d[j], a_big, b_big);
+      platform::mma_tf32(d[j], a_small, b_big);
+      platform::mma_tf32(d[j], a_big, b_small);
+      platform::mma_tf32(d[j], a_big, b_big);
     }
   }
 };
@@ -146,8 +146,8 @@ __device__ __forceinline__ uint32_t column_word(const typename F::Stored* column
 // An mma adds up its terms in any order of the depth, as long as A and B agree. What ldmatrix
 // brings of B from shared memory is in the order that the mma is defined with. Where B is read in
 // place, a thread's words of two mma lie side by side instead, so that it reads 16 bytes, and four
-// threads the 64 of a chunk.
-template <Number number, int kTiles, int kColumnTiles, int kResident>
+// threads the 64 of a k-block.
+template <Precision precision, int kTiles, int kColumnTiles, int kResident>
 class Product {
  public:
   using Sums = float[kTiles][kColumnTiles][4];
@@ -161,20 +161,20 @@ class Product {
     const bool in_place = at.tile == 0;
     const int lane = threadIdx.x % kWarp;
     const int first = slice * at.depth;
-    const int rest = at.chunks - first;
-    chunks_ = rest < at.depth ? rest : at.depth;
+    const int rest = at.k_blocks - first;
+    k_blocks_ = rest < at.depth ? rest : at.depth;
     const int pitch = in_place ? at.exchanged : at.pitch;
     const int row = in_place ? lane / 4 : lane % 8, piece = in_place ? lane % 4 : lane / 8;
-    operand_ = first * kChunk + row * pitch + piece * kPiece;
+    operand_ = first * kKBlock + row * pitch + piece * kPiece;
     columns_ = 8 * pitch;
-    whole_ =
-        chunks_ - (first * kChunk + chunks_ * kChunk - kChunk + piece * kPiece >= at.exchanged);
+    whole_ = k_blocks_ -
+             (first * kKBlock + k_blocks_ * kKBlock - kKBlock + piece * kPiece >= at.exchanged);
     spilled_ = reinterpret_cast<uint4*>(shared + at.weights) +
                int64_t{warp} * (at.depth - at.resident) * 2 * kTiles * kWarp + lane;
-    const auto fragment = [&](int chunk, int half, int m, uint32_t (&a)[4]) {
+    const auto fragment = [&](int k_block, int half, int m, uint32_t (&a)[4]) {
       const int row = 16 * m + lane / 4;
       const int w =
-          16 * (first + chunk) + (in_place ? lane % 4 * 4 + 2 * half : 8 * half + lane % 4);
+          16 * (first + k_block) + (in_place ? lane % 4 * 4 + 2 * half : 8 * half + lane % 4);
       const int next = in_place ? w + 1 : w + 4;
       a[0] = word(row, w);
       a[1] = word(row + 8, w);
@@ -183,7 +183,7 @@ class Product {
     };
 #pragma unroll
     for (int c = 0; c < kResident; ++c) {
-      if (c >= chunks_) break;
+      if (c >= k_blocks_) break;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
 #pragma unroll
@@ -191,7 +191,7 @@ class Product {
       }
     }
     uint4* to = spilled_;
-    for (int c = kResident; c < chunks_; ++c) {
+    for (int c = kResident; c < k_blocks_; ++c) {
       for (int half = 0; half < 2; ++half) {
         for (int m = 0; m < kTiles; ++m, to += kWarp) {
           uint32_t a[4];
@@ -207,12 +207,12 @@ class Product {
     float d[kChains][kTiles][kColumnTiles][4] = {};
     uint32_t b[kBuffers][kColumnTiles][4];
     const char* from = operand + operand_;
-    const int last = chunks_ - 1;
+    const int last = k_blocks_ - 1;
     if (kBuffers > 1) fetch(from, 0, b[0]);
 #pragma unroll
     for (int c = 0; c < kResident; ++c) {
       if (c > last) break;
-      // The operand of the next chunk is under way while this one is multiplied.
+      // The operand of the next k-block is under way while this one is multiplied.
       const int next = c + kBuffers - 1;
       if (next < kResident && next <= last) fetch(from, next, b[next % kBuffers]);
 #pragma unroll
@@ -220,7 +220,7 @@ class Product {
         multiply(d, (2 * c + half) % kChains, held_[c][half], b[c % kBuffers], half);
     }
     const uint4* spilled = spilled_;
-#pragma unroll(number == Number::kTf32x3 ? 1 : 2)
+#pragma unroll(precision == Precision::kTf32x3 ? 1 : 2)
     for (int c = kResident; c <= last; ++c) {
       fetch(from, c, b[0]);
 #pragma unroll
@@ -234,12 +234,12 @@ class Product {
   }
 
   // The same with B at `operand` in global memory, where `Need` said so: rows `exchanged` bytes
-  // apart. It takes hundreds of cycles to come, so several chunks are under way.
+  // apart. It takes hundreds of cycles to come, so several k-blocks are under way.
   __device__ __forceinline__ void run_in_place(const char* operand, Sums& sum) const {
     float d[kChains][kTiles][kColumnTiles][4] = {};
     uint32_t b[kAhead][kColumnTiles][4];
     const char* from = operand + operand_;
-    const int last = chunks_ - 1;
+    const int last = k_blocks_ - 1;
 #pragma unroll
     for (int c = 0; c < kAhead; ++c) fetch_in_place(from, c, b[c]);
 #pragma unroll
@@ -270,33 +270,35 @@ class Product {
   }
 
  private:
-  // Many mma in a chunk leave the time, and no registers, to fetch its operand.
-  static constexpr int kBuffers = kTiles * kColumnTiles >= 8 || number == Number::kTf32x3 ? 1 : 2;
+  // Many mma in a k-block leave the time, and no registers, to fetch its operand.
+  static constexpr int kBuffers =
+      kTiles * kColumnTiles >= 8 || precision == Precision::kTf32x3 ? 1 : 2;
   // Sums that do not wait for one another: an mma takes about four times as long as the next one
   // has to wait to begin.
   static constexpr int kChains = kTiles * kColumnTiles >= 4   ? 1
                                  : kTiles * kColumnTiles >= 2 ? 2
                                                               : 4;
 
-  // Chunks of an operand that are read in place before they are needed: 32 registers, or half of
+  // K-blocks of an operand that are read in place before they are needed: 32 registers, or half of
   // that where numbers are split and sums are many.
-  static constexpr bool kFull = number == Number::kTf32x3 && kTiles * kColumnTiles >= 8;
+  static constexpr bool kFull = precision == Precision::kTf32x3 && kTiles * kColumnTiles >= 8;
   static constexpr int kAhead = (kFull ? 4 : 8) / kColumnTiles;
 
-  __device__ __forceinline__ void fetch(const char* from, int chunk,
+  __device__ __forceinline__ void fetch(const char* from, int k_block,
                                         uint32_t (&b)[kColumnTiles][4]) const {
 #pragma unroll
     for (int j = 0; j < kColumnTiles; ++j)
-      dev::ldmatrix4(b[j], from + chunk * kChunk + j * columns_);
+      platform::ldmatrix4(b[j], from + k_block * kKBlock + j * columns_);
   }
 
   // Zeros past the end of the slice, or of the rows.
-  __device__ __forceinline__ void fetch_in_place(const char* from, int chunk,
+  __device__ __forceinline__ void fetch_in_place(const char* from, int k_block,
                                                  uint32_t (&b)[kColumnTiles][4]) const {
 #pragma unroll
     for (int j = 0; j < kColumnTiles; ++j) {
       uint4 x = make_uint4(0, 0, 0, 0);
-      if (chunk < whole_) x = dev::load_shared_by_all(from + chunk * kChunk + j * columns_);
+      if (k_block < whole_)
+        x = platform::load_shared_by_all(from + k_block * kKBlock + j * columns_);
       b[j][0] = x.x, b[j][1] = x.y, b[j][2] = x.z, b[j][3] = x.w;
     }
   }
@@ -337,12 +339,12 @@ class Product {
       part[j][1] = b[j][2 * half + 1];
     }
 #pragma unroll
-    for (int m = 0; m < kTiles; ++m) Format<number>::multiply(d[chain][m], a[m], part);
+    for (int m = 0; m < kTiles; ++m) Format<precision>::multiply(d[chain][m], a[m], part);
   }
 
   uint32_t held_[kResident][2][kTiles][4];
   uint4* spilled_;  // this thread's first, a fragment after another
-  int chunks_;      // of this slice
+  int k_blocks_;    // of this slice
   int whole_;       // of these, how many have a piece of this thread
   int operand_;     // where in B this thread begins to read
   int columns_;     // bytes from 8 columns of B to the next
@@ -369,7 +371,7 @@ __device__ __forceinline__ void add_slices(const Layout& at, char* shared, int g
       }
     }
   }
-  dev::named_barrier(1 + group, at.slices * kWarp);
+  platform::named_barrier(1 + group, at.slices * kWarp);
   if (slice > 0) return;
 #pragma unroll 1
   for (int other = 1; other < at.slices; ++other, partial += kTiles * kColumnTiles * kWarp) {
@@ -402,7 +404,7 @@ __device__ __forceinline__ void share_sums(const Layout& at, char* shared, int g
           make_float2(sum[octet / 2][j][r], sum[octet / 2][j][r + 1]);
     }
   }
-  if (at.slices > 1) dev::named_barrier(1 + group, at.slices * kWarp);
+  if (at.slices > 1) platform::named_barrier(1 + group, at.slices * kWarp);
 }
 
 template <int kItems>

@@ -27,7 +27,7 @@
 #endif
 
 namespace fastrnn {
-namespace dev {
+namespace platform {
 
 using bfloat16 = __nv_bfloat16;
 using float16 = __half;
@@ -38,5 +38,5 @@ constexpr bool kSimulated = true;
 constexpr bool kSimulated = false;
 #endif
 
-}  // namespace dev
+}  // namespace platform
 }  // namespace fastrnn

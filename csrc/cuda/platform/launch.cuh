@@ -7,7 +7,7 @@
 #include "cuda/platform/compiler.cuh"
 
 namespace fastrnn {
-namespace dev {
+namespace platform {
 
 // ---- Launches that overlap ---------------------------------------------------------------------
 
@@ -170,5 +170,5 @@ inline const char* error_text(int error) {
 #endif
 }
 
-}  // namespace dev
+}  // namespace platform
 }  // namespace fastrnn

@@ -4,7 +4,7 @@
 #include "cuda/platform/compiler.cuh"
 
 namespace fastrnn {
-namespace dev {
+namespace platform {
 
 // ---- Matrix products of a warp -----------------------------------------------------------------
 //
@@ -77,5 +77,5 @@ __device__ __forceinline__ void ldmatrix4_transposed(uint32_t (&r)[4], const voi
 }
 #undef FASTRNN_LDMATRIX
 
-}  // namespace dev
+}  // namespace platform
 }  // namespace fastrnn

@@ -4,7 +4,7 @@
 #include "cuda/platform/compiler.cuh"
 
 namespace fastrnn {
-namespace dev {
+namespace platform {
 
 // ---- Copies from global to shared memory that run on their own ---------------------------------
 
@@ -233,5 +233,5 @@ __device__ __forceinline__ void st_async16(uint32_t peer_data, uint4 value, uint
 #endif
 }
 
-}  // namespace dev
+}  // namespace platform
 }  // namespace fastrnn

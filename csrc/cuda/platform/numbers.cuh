@@ -6,7 +6,7 @@
 #include "cuda/platform/compiler.cuh"
 
 namespace fastrnn {
-namespace dev {
+namespace platform {
 
 // A stored number as the type that sums are in.
 __device__ __forceinline__ double to_float(double x) { return x; }
@@ -95,5 +95,5 @@ __device__ __forceinline__ uint32_t opaque(uint32_t bits) {
   return bits;
 }
 
-}  // namespace dev
+}  // namespace platform
 }  // namespace fastrnn

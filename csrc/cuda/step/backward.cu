@@ -1,4 +1,4 @@
-// The regime kStep, backward: a launch a step, and one more that completes the gradients of the
+// The residency kStep, backward: a launch a step, and one more that completes the gradients of the
 // states before the chunk.
 
 #include "cuda/step/product.cuh"
@@ -7,26 +7,26 @@ namespace fastrnn {
 namespace step {
 
 // A block has some units of some rows: d of state 0 is what the step processed before, one later in
-// the lane, passes on through its gates, dv * R over all G*H of them, and what its cell passed on
-// directly, which lies in `ds`; then the derivative of the cell, a unit of a row per thread. Where
-// a row does not live here but did at the step processed before, only the sum is left to do; step
-// begin - 1 does that for all rows. What the forward left does not depend on the step processed
-// before, so it and the weights are on their way before this launch waits for that one. Per block
-// and step: G*H*kUnits weights and kRows*G*H of dv in, 2*kRows*G*H*kUnits FLOPs.
-template <class Cell, Number number, class Shape>
+// the recurrence, passes on through its gates, dv * R over all G*H of them, and what its cell
+// passed on directly, which lies in `ds`; then the derivative of the cell, a unit of a row per
+// thread. Where a row does not live here but did at the step processed before, only the sum is left
+// to do; step begin - 1 does that for all rows. What the forward left does not depend on the step
+// processed before, so it and the weights are on their way before this launch waits for that one.
+// Per block and step: G*H*kUnits weights and kRows*G*H of dv in, 2*kRows*G*H*kUnits FLOPs.
+template <class Cell, Precision precision, class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     backward_step(const Sweep sweep, const int step) {
-  constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kKept;
+  constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kSaved;
   constexpr int kWidth = S - 1 + K, kSavedRoom = K > 0 ? K : 1;
-  using Multiply = Product<number, Shape, 1, true>;
+  using Multiply = Product<precision, Shape, 1, true>;
   using Stored = typename Multiply::Stored;
   using Sum = typename Multiply::Sum;
   FASTRNN_SHARED(unsigned char, shared);
 
-  const Lane lane(sweep, blockIdx.y);
+  const Recurrence recurrence(sweep, blockIdx.y);
   const Part<Shape> part(sweep);
   const int hidden = static_cast<int>(sweep.hidden);
-  const int t = lane.time(step), t_after = lane.time(step + 1);
+  const int t = recurrence.time(step), t_after = recurrence.time(step + 1);
   const auto* const dy = static_cast<const Stored*>(sweep.dy);
   const auto* const y = static_cast<const Stored*>(sweep.y);
   const auto* const tape = static_cast<const Stored*>(sweep.tape);
@@ -34,44 +34,44 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   auto* const ds = static_cast<Sum*>(sweep.ds);
   auto* const du = static_cast<Stored*>(sweep.du);
   auto* const dv = static_cast<Stored*>(sweep.dv);
-  auto* const previous = static_cast<Stored*>(sweep.previous);
-  Multiply product(shared, static_cast<const Stored*>(sweep.w_hh) + lane.weights(G, 0), hidden,
-                   G * hidden, part.first_unit, part.rows);
+  auto* const h_prev = static_cast<Stored*>(sweep.h_prev);
+  Multiply product(shared, static_cast<const Stored*>(sweep.w_hh) + recurrence.weights(G, 0),
+                   hidden, G * hidden, part.first_unit, part.rows);
 
   if (threadIdx.x < Shape::kRows) {
     const int64_t b = part.first_row + threadIdx.x;
     auto& row = product.row(threadIdx.x);
     row = {};
-    const int stop = lane.stop(b);
+    const int stop = recurrence.stop(b);
     row.alive = step >= sweep.begin && t < stop;
     if (row.alive) {
-      row.at = lane.row(t, b);
-      row.cut = lane.cut(t, b, stop);
-      row.before = lane.initial(t, stop) ? -1 : lane.row(lane.time_before(t), b);
+      row.at = recurrence.row(t, b);
+      row.cut = recurrence.cut(t, b, stop);
+      row.before = recurrence.initial(t, stop) ? -1 : recurrence.row(recurrence.time_before(t), b);
     }
-    if (step + 1 < sweep.end && t_after < stop && !lane.cut(t_after, b, stop)) {
-      row.operand = dv + lane.chunk_row(lane.row(t_after, b)) * G * hidden;
+    if (step + 1 < sweep.end && t_after < stop && !recurrence.cut(t_after, b, stop)) {
+      row.operand = dv + recurrence.chunk_row(recurrence.row(t_after, b)) * G * hidden;
     }
   }
-  dev::allow_next_launch();
+  platform::allow_next_launch();
   __syncthreads();
   product.start();
 
   // What the forward knew of a unit of a row, and gradients of its states, without the product.
   struct Element {
-    Sum kept[kSavedRoom], before[S], after[S], dy, d[S];
+    Sum saved[kSavedRoom], before[S], after[S], dy, d[S];
   };
   const auto load_known = [&](int i, Element& e) {
     const auto& row = product.row(part.row(i));
     const int n = part.first_unit + part.unit(i);
     if (!row.alive || n >= hidden) return;
     const auto taped = [&](int64_t at, int j) {
-      return dev::to_float(tape[lane.taped(at, kWidth, j) + n]);
+      return platform::to_float(tape[recurrence.taped(at, kWidth, j) + n]);
     };
 #pragma unroll
-    for (int j = 0; j < K; ++j) e.kept[j] = taped(row.at, S - 1 + j);
-    e.dy = dy ? dev::to_float(dy[lane.output(row.at) + n]) : Sum(0);
-    e.after[0] = dev::to_float(y[lane.output(row.at) + n]);
+    for (int j = 0; j < K; ++j) e.saved[j] = taped(row.at, S - 1 + j);
+    e.dy = dy ? platform::to_float(dy[recurrence.output(row.at) + n]) : Sum(0);
+    e.after[0] = platform::to_float(y[recurrence.output(row.at) + n]);
 #pragma unroll
     for (int j = 1; j < S; ++j) e.after[j] = taped(row.at, j - 1);
 #pragma unroll
@@ -79,9 +79,9 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       if (row.cut) {
         e.before[j] = 0;
       } else if (row.before < 0) {
-        e.before[j] = s0[lane.state(j, part.first_row + part.row(i)) + n];
+        e.before[j] = s0[recurrence.state(j, part.first_row + part.row(i)) + n];
       } else if (j == 0) {
-        e.before[j] = dev::to_float(y[lane.output(row.before) + n]);
+        e.before[j] = platform::to_float(y[recurrence.output(row.before) + n]);
       } else {
         e.before[j] = taped(row.before, j - 1);
       }
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     const int r = part.row(i), n = part.first_unit + part.unit(i);
     if (r >= part.rows || n >= hidden) return;
 #pragma unroll
-    for (int j = 0; j < S; ++j) e.d[j] = ds[lane.state(j, part.first_row + r) + n];
+    for (int j = 0; j < S; ++j) e.d[j] = ds[recurrence.state(j, part.first_row + r) + n];
   };
   const auto finish = [&](int i, Element& e) {
     const int r = part.row(i), n = part.first_unit + part.unit(i);
@@ -100,34 +100,35 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     const auto& row = product.row(r);
     e.d[0] += product.sum(0, r, part.unit(i));
     if (!row.alive) {
-      if (row.operand) ds[lane.state(0, b) + n] = e.d[0];
+      if (row.operand) ds[recurrence.state(0, b) + n] = e.d[0];
       return;
     }
     e.d[0] += e.dy;
     Sum gradient_u[G], gradient_v[G], passed[S];
-    Cell::backward(e.kept, e.before, e.after, e.d, gradient_u, gradient_v, passed);
-    const int64_t at = lane.chunk_row(row.at);
+    Cell::backward(e.saved, e.before, e.after, e.d, gradient_u, gradient_v, passed);
+    const int64_t at = recurrence.chunk_row(row.at);
 #pragma unroll
     for (int g = 0; g < G; ++g) {
-      dev::store(dv + (at * G + g) * hidden + n, gradient_v[g]);
-      if constexpr (!all_tied<Cell>()) dev::store(du + (at * G + g) * hidden + n, gradient_u[g]);
+      platform::store(dv + (at * G + g) * hidden + n, gradient_v[g]);
+      if constexpr (!all_summed<Cell>())
+        platform::store(du + (at * G + g) * hidden + n, gradient_u[g]);
     }
-    dev::store(previous + at * hidden + n, e.before[0]);
+    platform::store(h_prev + at * hidden + n, e.before[0]);
 #pragma unroll
-    for (int j = 0; j < S; ++j) ds[lane.state(j, b) + n] = row.cut ? Sum(0) : passed[j];
+    for (int j = 0; j < S; ++j) ds[recurrence.state(j, b) + n] = row.cut ? Sum(0) : passed[j];
   };
 
   pipelined<Element, Shape>(product, load_known, load_gradients, finish);
 }
 
-template <class Cell, Number number, class Shape>
+template <class Cell, Precision precision, class Shape>
 int backward(const Sweep& sweep, void* stream) {
-  using Multiply = Product<number, Shape, 1, true>;
-  dev::Launch how{grid<Shape>(sweep), dim3(Shape::kThreads), Multiply::kSharedBytes};
+  using Multiply = Product<precision, Shape, 1, true>;
+  platform::Launch how{grid<Shape>(sweep), dim3(Shape::kThreads), Multiply::kSharedBytes};
   for (int64_t step = sweep.end - 1; step >= sweep.begin - 1; --step) {
     how.overlaps = step < sweep.end - 1;
-    const int error =
-        dev::launch(backward_step<Cell, number, Shape>, how, stream, sweep, static_cast<int>(step));
+    const int error = platform::launch(backward_step<Cell, precision, Shape>, how, stream, sweep,
+                                       static_cast<int>(step));
     if (error != 0) return error;
   }
   return 0;
@@ -136,9 +137,11 @@ int backward(const Sweep& sweep, void* stream) {
 }  // namespace step
 
 int launch_step_backward(int cell, const Sweep& sweep, const CudaPlan& plan, void* stream) {
-  return step::with_kernel<step::BackwardTiles>(cell, plan, [&](auto c, auto number, auto shape) {
-    return step::backward<decltype(c), decltype(number)::kValue, decltype(shape)>(sweep, stream);
-  });
+  return step::with_kernel<step::BackwardTiles>(
+      cell, plan, [&](auto c, auto precision, auto shape) {
+        return step::backward<decltype(c), decltype(precision)::kValue, decltype(shape)>(sweep,
+                                                                                         stream);
+      });
 }
 
 }  // namespace fastrnn

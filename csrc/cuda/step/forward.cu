@@ -1,5 +1,5 @@
-// The regime kStep, forward: a launch a step, for any H, number and cell. Weights come from the L2
-// cache or from memory at every step.
+// The residency kStep, forward: a launch a step, for any H, precision and cell. Weights come from
+// the L2 cache or from memory at every step.
 
 #include "cuda/step/product.cuh"
 
@@ -12,49 +12,49 @@ namespace step {
 // places in turn. Weights and inputs do not depend on the step before, so they are on their way
 // before this launch waits for that one. Per block and step: G*kUnits*H weights and kRows*H of h
 // in, 2*kRows*G*kUnits*H FLOPs.
-template <class Cell, Number number, class Shape>
+template <class Cell, Precision precision, class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     forward_step(const Sweep sweep, const int step, const bool odd) {
-  constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kKept;
+  constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kSaved;
   constexpr int kWidth = S - 1 + K, kSavedRoom = K > 0 ? K : 1;
-  using Multiply = Product<number, Shape, G, false>;
+  using Multiply = Product<precision, Shape, G, false>;
   using Stored = typename Multiply::Stored;
   using Sum = typename Multiply::Sum;
   FASTRNN_SHARED(unsigned char, shared);
 
-  const Lane lane(sweep, blockIdx.y);
+  const Recurrence recurrence(sweep, blockIdx.y);
   const Part<Shape> part(sweep);
-  const int hidden = static_cast<int>(sweep.hidden), t = lane.time(step);
+  const int hidden = static_cast<int>(sweep.hidden), t = recurrence.time(step);
   const auto* const u = static_cast<const Stored*>(sweep.u);
   const auto* const bias = static_cast<const Stored*>(sweep.b_hh);
   auto* const carry = static_cast<Sum*>(sweep.carry);
   auto* const y = static_cast<Stored*>(sweep.y);
   auto* const tape = static_cast<Stored*>(sweep.tape);
   const int place = odd ? S : 0, next_place = odd ? 0 : S;  // of state 0
-  Multiply product(shared, static_cast<const Stored*>(sweep.w_hh) + lane.weights(G, 0), hidden,
-                   hidden, part.first_unit, part.rows);
+  Multiply product(shared, static_cast<const Stored*>(sweep.w_hh) + recurrence.weights(G, 0),
+                   hidden, hidden, part.first_unit, part.rows);
 
   if (threadIdx.x < Shape::kRows) {
     const int64_t b = part.first_row + threadIdx.x;
     auto& row = product.row(threadIdx.x);
     row = {};
-    const int stop = lane.stop(b);
+    const int stop = recurrence.stop(b);
     row.alive = t < stop;
     if (row.alive) {
-      row.at = lane.row(t, b);
-      row.cut = lane.cut(t, b, stop);
-      const Sum* const state = carry + lane.state(place, b);
+      row.at = recurrence.row(t, b);
+      row.cut = recurrence.cut(t, b, stop);
+      const Sum* const state = carry + recurrence.state(place, b);
       if (row.cut) {
       } else if constexpr (kSame<Stored, Sum>) {
         row.operand = state;
-      } else if (lane.initial(t, stop)) {
+      } else if (recurrence.initial(t, stop)) {
         row.start = state;
       } else {
-        row.operand = y + lane.output(lane.row(lane.time_before(t), b));
+        row.operand = y + recurrence.output(recurrence.row(recurrence.time_before(t), b));
       }
     }
   }
-  dev::allow_next_launch();
+  platform::allow_next_launch();
   __syncthreads();
   product.start();
 
@@ -66,14 +66,14 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     const auto& row = product.row(part.row(i));
     const int n = part.first_unit + part.unit(i);
     if (!row.alive || n >= hidden) return;
-    const Stored* const from = u + lane.chunk_row(row.at) * G * hidden + n;
+    const Stored* const from = u + recurrence.chunk_row(row.at) * G * hidden + n;
 #pragma unroll
     for (int g = 0; g < G; ++g) {
-      e.u[g] = dev::to_float(from[g * sweep.hidden]);
-      if (is_tied<Cell>(g)) {
+      e.u[g] = platform::to_float(from[g * sweep.hidden]);
+      if (is_summed<Cell>(g)) {
         e.v[g] = e.u[g];
       } else {
-        e.v[g] = bias ? dev::to_float(bias[lane.bias(G, g) + n]) : Sum(0);
+        e.v[g] = bias ? platform::to_float(bias[recurrence.bias(G, g) + n]) : Sum(0);
       }
     }
   };
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     const bool cut = product.row(r).cut;
 #pragma unroll
     for (int j = 0; j < S; ++j) {
-      e.s[j] = cut ? Sum(0) : carry[lane.state(j ? j : place, part.first_row + r) + n];
+      e.s[j] = cut ? Sum(0) : carry[recurrence.state(j ? j : place, part.first_row + r) + n];
     }
   };
   const auto finish = [&](int i, Element& e) {
@@ -92,22 +92,22 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     if (r >= part.rows || n >= hidden) return;
     const auto& row = product.row(r);
     if (!row.alive) {
-      carry[lane.state(next_place, b) + n] = e.s[0];
+      carry[recurrence.state(next_place, b) + n] = e.s[0];
       return;
     }
-    Sum next[S], kept[kSavedRoom];
+    Sum next[S], saved[kSavedRoom];
 #pragma unroll
     for (int g = 0; g < G; ++g) e.v[g] += product.sum(g, r, part.unit(i));
-    Cell::forward(e.u, e.v, e.s, next, kept);
-    dev::store(y + lane.output(row.at) + n, next[0]);
+    Cell::forward(e.u, e.v, e.s, next, saved);
+    platform::store(y + recurrence.output(row.at) + n, next[0]);
 #pragma unroll
-    for (int j = 0; j < S; ++j) carry[lane.state(j ? j : next_place, b) + n] = next[j];
+    for (int j = 0; j < S; ++j) carry[recurrence.state(j ? j : next_place, b) + n] = next[j];
     if (tape) {
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) {
         const Sum value =
-            j < S - 1 ? next[j < S - 1 ? 1 + j : 0] : kept[j < S - 1 ? 0 : j - (S - 1)];
-        dev::store(tape + lane.taped(row.at, kWidth, j) + n, value);
+            j < S - 1 ? next[j < S - 1 ? 1 + j : 0] : saved[j < S - 1 ? 0 : j - (S - 1)];
+        platform::store(tape + recurrence.taped(row.at, kWidth, j) + n, value);
       }
     }
   };
@@ -115,29 +115,29 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   pipelined<Element, Shape>(product, load_inputs, load_states, finish);
 }
 
-template <class Cell, Number number, class Shape>
+template <class Cell, Precision precision, class Shape>
 int forward(const Sweep& sweep, void* stream) {
-  using Multiply = Product<number, Shape, Cell::kGates, false>;
-  dev::Launch how{grid<Shape>(sweep), dim3(Shape::kThreads), Multiply::kSharedBytes};
+  using Multiply = Product<precision, Shape, Cell::kGates, false>;
+  platform::Launch how{grid<Shape>(sweep), dim3(Shape::kThreads), Multiply::kSharedBytes};
   bool odd = false;
   for (int64_t step = sweep.begin; step < sweep.end; ++step, odd = !odd) {
     how.overlaps = step > sweep.begin;
-    const int error = dev::launch(forward_step<Cell, number, Shape>, how, stream, sweep,
-                                  static_cast<int>(step), odd);
+    const int error = platform::launch(forward_step<Cell, precision, Shape>, how, stream, sweep,
+                                       static_cast<int>(step), odd);
     if (error != 0) return error;
   }
   if (!odd) return 0;
   // State 0 is in the second place.
   auto* const carry = static_cast<typename Multiply::Sum*>(sweep.carry);
-  const int64_t size = sweep.lanes * sweep.batch * sweep.hidden;
-  return dev::copy(carry, carry + Cell::kStates * size, size * sizeof *carry, stream);
+  const int64_t size = sweep.recurrences * sweep.batch * sweep.hidden;
+  return platform::copy(carry, carry + Cell::kStates * size, size * sizeof *carry, stream);
 }
 
 }  // namespace step
 
 int launch_step_forward(int cell, const Sweep& sweep, const CudaPlan& plan, void* stream) {
-  return step::with_kernel<step::ForwardTiles>(cell, plan, [&](auto c, auto number, auto shape) {
-    return step::forward<decltype(c), decltype(number)::kValue, decltype(shape)>(sweep, stream);
+  return step::with_kernel<step::ForwardTiles>(cell, plan, [&](auto c, auto precision, auto shape) {
+    return step::forward<decltype(c), decltype(precision)::kValue, decltype(shape)>(sweep, stream);
   });
 }
 

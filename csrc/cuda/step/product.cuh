@@ -21,15 +21,15 @@ namespace step {
 
 // kInstructionDepth: what an instruction of matrix units multiplies at a time, or a vector of 16
 // bytes holds.
-template <Number number>
-struct Numbers {
+template <Precision precision>
+struct PrecisionTraits {
   using Stored = float;
   using Sum = float;
-  static constexpr bool kMatrixUnits = number != Number::kFloat32;
+  static constexpr bool kMatrixUnits = precision != Precision::kFloat32;
   static constexpr int kInstructionDepth = kMatrixUnits ? 8 : 4;
 };
 template <>
-struct Numbers<Number::kFloat64> {
+struct PrecisionTraits<Precision::kFloat64> {
   using Stored = double;
   using Sum = double;
   static constexpr bool kMatrixUnits = false;
@@ -43,9 +43,9 @@ struct Numbers16 {
   static constexpr int kInstructionDepth = 16;
 };
 template <>
-struct Numbers<Number::kBfloat16> : Numbers16<dev::bfloat16> {};
+struct PrecisionTraits<Precision::kBfloat16> : Numbers16<platform::bfloat16> {};
 template <>
-struct Numbers<Number::kFloat16> : Numbers16<dev::float16> {};
+struct PrecisionTraits<Precision::kFloat16> : Numbers16<platform::float16> {};
 
 template <class A, class B>
 constexpr bool kSame = false;
@@ -65,19 +65,20 @@ struct Row {
   bool cut;
 };
 
-// kTransposed: the weights are [depth][unit], as the way back needs them.
-template <Number number, class Shape, int gates, bool transposed>
+// kTransposed: the weights are [depth][unit], as the backward pass needs them.
+template <Precision precision, class Shape, int gates, bool transposed>
 class Product {
  public:
-  using Stored = typename Numbers<number>::Stored;
-  using Sum = typename Numbers<number>::Sum;
+  using Stored = typename PrecisionTraits<precision>::Stored;
+  using Sum = typename PrecisionTraits<precision>::Sum;
   using TileRow = Row<Stored, Sum>;
 
  private:
   static constexpr int kItem = sizeof(Stored);
-  static constexpr int kPiece = 16 / kItem;                          // numbers copied at a time
-  static constexpr int kStageDepth = Shape::kDepthBytes / kItem;     // numbers of a stage
-  static constexpr int kTerms = Numbers<number>::kInstructionDepth;  // that an instruction adds up
+  static constexpr int kPiece = 16 / kItem;                       // numbers copied at a time
+  static constexpr int kStageDepth = Shape::kDepthBytes / kItem;  // numbers of a stage
+  static constexpr int kTerms =
+      PrecisionTraits<precision>::kInstructionDepth;  // that an instruction adds up
   static constexpr int kTiles = gates * Shape::kTilesN;
   // Rows of shared memory are padded so that the loads of a warp meet different banks.
   static constexpr int kPitch = kStageDepth + kPiece;
@@ -89,7 +90,8 @@ class Product {
       Shape::kWarpsK * gates * Shape::kRows * Shape::kUnits * static_cast<int>(sizeof(Sum));
   static constexpr int kRowBytes = Shape::kRows * static_cast<int>(sizeof(TileRow));
   static_assert(kStageDepth % (kTerms * Shape::kWarpsK) == 0, "warps share the depth evenly");
-  static_assert(!transposed || gates == 1, "weights of all gates are one operand on the way back");
+  static_assert(!transposed || gates == 1,
+                "weights of all gates are one operand in the backward pass");
   static_assert(!transposed || kItem != 2 || Shape::kTilesN % 2 == 0, "loaded two at a time");
   static_assert(kRowBytes % 16 == 0 && kStageBytes % 16 == 0, "copies are aligned");
 
@@ -99,7 +101,7 @@ class Product {
       (Shape::kStages * kStageBytes > kSumBytes ? Shape::kStages * kStageBytes : kSumBytes);
   static_assert(kSharedBytes <= 99 << 10, "every device has as much");
 
-  // `weights` are [rows][hidden] of one lane; the depth is that of the sum.
+  // `weights` are [rows][hidden] of one recurrence; the depth is that of the sum.
   __device__ __forceinline__ Product(unsigned char* shared, const Stored* weights, int hidden,
                                      int depth, int first_unit, int rows)
       : rows_(reinterpret_cast<TileRow*>(shared)),
@@ -131,7 +133,7 @@ class Product {
 #pragma unroll 1
     for (int i = 1 - Shape::kStages; i < count_; ++i) {
       if (i >= 0) {
-        dev::copy_async_wait<Shape::kStages - 2>();
+        platform::copy_async_wait<Shape::kStages - 2>();
         // Stage i is complete for all threads, and all are through with the one that is next
         // written.
         __syncthreads();
@@ -141,7 +143,7 @@ class Product {
         if (i >= 0) copy_weights(ahead);
         copy_rows(ahead);
       }
-      dev::copy_async_commit();
+      platform::copy_async_commit();
       if (i >= 0) multiply(sums, stage(i), depth_ - i * kStageDepth);
     }
     __syncthreads();  // the stages make room for sums
@@ -175,7 +177,7 @@ class Product {
   // The first `count` of kPiece numbers, and zeros.
   __device__ __forceinline__ void copy_piece(Stored* to, const Stored* from, int count) const {
     if (aligned_) {
-      dev::copy_async16(to, count > 0 ? from : weights_, count > 0);
+      platform::copy_async16(to, count > 0 ? from : weights_, count > 0);
       return;
     }
 #pragma unroll 1
@@ -183,7 +185,7 @@ class Product {
       if (e < count) {
         to[e] = from[e];
       } else {
-        dev::store(to + e, Sum(0));
+        platform::store(to + e, Sum(0));
       }
     }
   }
@@ -219,7 +221,7 @@ class Product {
       if (!kSame<Stored, Sum> && row.start) {
 #pragma unroll 1
         for (int x = 0; x < kPiece; ++x) {
-          dev::store(to + r * kPitch + e + x, k + x < depth_ ? row.start[k + x] : Sum(0));
+          platform::store(to + r * kPitch + e + x, k + x < depth_ ? row.start[k + x] : Sum(0));
         }
       } else {
         copy_piece(to + r * kPitch + e, row.operand + k, row.operand ? depth_ - k : 0);
@@ -235,7 +237,7 @@ class Product {
     for (int i = 0; i < kStageDepth / kTerms / Shape::kWarpsK; ++i) {
       const int k = (i * Shape::kWarpsK + warp_k()) * kTerms;
       if (k >= depth) break;
-      if constexpr (Numbers<number>::kMatrixUnits) {
+      if constexpr (PrecisionTraits<precision>::kMatrixUnits) {
         multiply_tiles(sums, stage, w, k);
       } else {
         multiply_vectors(sums, stage, w, k);
@@ -244,7 +246,7 @@ class Product {
   }
 
   // A fragment as the matrix units take it, in one part or two.
-  static constexpr int kParts = number == Number::kTf32x3 ? 2 : 1;
+  static constexpr int kParts = precision == Precision::kTf32x3 ? 2 : 1;
   template <int n>
   struct Fragment {
     uint32_t part[kParts][n];
@@ -254,8 +256,8 @@ class Product {
         part[0][i] = bits;
       } else {
         const float x = bit_cast<float>(bits);
-        part[0][i] = dev::to_tf32(x);
-        if constexpr (kParts == 2) part[1][i] = dev::to_tf32(x - bit_cast<float>(part[0][i]));
+        part[0][i] = platform::to_tf32(x);
+        if constexpr (kParts == 2) part[1][i] = platform::to_tf32(x - bit_cast<float>(part[0][i]));
       }
     }
   };
@@ -263,13 +265,13 @@ class Product {
   static __device__ __forceinline__ void add_product(float (&sum)[4], const Fragment<4>& a,
                                                      const Fragment<2>& b) {
     if constexpr (kItem == 2) {
-      dev::mma(sum, a.part[0], b.part[0], Stored{});
+      platform::mma(sum, a.part[0], b.part[0], Stored{});
     } else {
       if constexpr (kParts == 2) {
-        dev::mma_tf32(sum, a.part[1], b.part[0]);
-        dev::mma_tf32(sum, a.part[0], b.part[1]);
+        platform::mma_tf32(sum, a.part[1], b.part[0]);
+        platform::mma_tf32(sum, a.part[0], b.part[1]);
       }
-      dev::mma_tf32(sum, a.part[0], b.part[0]);
+      platform::mma_tf32(sum, a.part[0], b.part[0]);
     }
   }
 
@@ -281,7 +283,7 @@ class Product {
     for (int m = 0; m < Shape::kTilesM; ++m) {
       uint32_t bits[4];
       const int r = warp_row() + 16 * m + lane % 16;
-      dev::ldmatrix4(bits, rows + r * kPitch + k + lane / 16 * kPiece);
+      platform::ldmatrix4(bits, rows + r * kPitch + k + lane / 16 * kPiece);
 #pragma unroll
       for (int i = 0; i < 4; ++i) a[m].set(i, bits[i]);
     }
@@ -292,10 +294,10 @@ class Product {
         const int last = q + 1 < kTiles ? q + 1 : q, tile = lane < 16 ? q : last;
         const int r = tile / Shape::kTilesN * Shape::kUnits + warp_unit() +
                       tile % Shape::kTilesN * 8 + lane % 8;
-        dev::ldmatrix4(bits, w + r * kWeightPitch + k + lane / 8 % 2 * kPiece);
+        platform::ldmatrix4(bits, w + r * kWeightPitch + k + lane / 8 % 2 * kPiece);
       } else if constexpr (kItem == 2) {
         const int n = warp_unit() + 8 * q + lane / 16 * 8;
-        dev::ldmatrix4_transposed(bits, w + (k + lane % 16) * kWeightPitch + n);
+        platform::ldmatrix4_transposed(bits, w + (k + lane % 16) * kWeightPitch + n);
       } else {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -362,7 +364,7 @@ class Product {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           int r = warp_row() + 16 * m, n = warp_unit() + q % Shape::kTilesN * 8;
-          if constexpr (Numbers<number>::kMatrixUnits) {
+          if constexpr (PrecisionTraits<precision>::kMatrixUnits) {
             r += lane / 4 + i / 2 * 8;
             n += lane % 4 * 2 + i % 2;
           } else {
@@ -401,7 +403,7 @@ __device__ __forceinline__ void pipelined(Product& product, const Early& load_ea
   Element ahead[kGroup] = {};
 #pragma unroll
   for (int i = 0; i < kGroup; ++i) load_early(i, ahead[i]);
-  dev::wait_for_previous_launch();
+  platform::wait_for_previous_launch();
 #pragma unroll
   for (int i = 0; i < kGroup; ++i) load_late(i, ahead[i]);
   product.run();
@@ -423,12 +425,12 @@ __device__ __forceinline__ void pipelined(Product& product, const Early& load_ea
 
 // ---- Launches ----------------------------------------------------------------------------------
 
-// Blocks along x: tiles of units of a tile of the batch side by side; along y: lanes.
+// Blocks along x: tiles of units of a tile of the batch side by side; along y: recurrences.
 template <class Shape>
 dim3 grid(const Sweep& sweep) {
   const int64_t units = (sweep.hidden + Shape::kUnits - 1) / Shape::kUnits;
   const int64_t rows = (sweep.batch + Shape::kRows - 1) / Shape::kRows;
-  return dim3(static_cast<unsigned>(units * rows), static_cast<unsigned>(sweep.lanes));
+  return dim3(static_cast<unsigned>(units * rows), static_cast<unsigned>(sweep.recurrences));
 }
 
 // A block's part of the sweep, of which a thread has kPerThread elements: units of rows.
@@ -456,42 +458,42 @@ struct Part {
   }
 };
 
-// f(number) for the plan's number, as a constant.
-template <Number number>
-struct NumberConstant {
-  static constexpr Number kValue = number;
+// f(precision) for the plan's precision, as a constant.
+template <Precision precision>
+struct PrecisionConstant {
+  static constexpr Precision kValue = precision;
 };
 template <class F>
-int with_number(Number number, F f) {
-  switch (number) {
-    case Number::kFloat64:
-      return f(NumberConstant<Number::kFloat64>{});
-    case Number::kFloat32:
-      return f(NumberConstant<Number::kFloat32>{});
-    case Number::kTf32:
-      return f(NumberConstant<Number::kTf32>{});
-    case Number::kTf32x3:
-      return f(NumberConstant<Number::kTf32x3>{});
-    case Number::kBfloat16:
-      return f(NumberConstant<Number::kBfloat16>{});
-    case Number::kFloat16:
-      return f(NumberConstant<Number::kFloat16>{});
+int with_precision(Precision precision, F f) {
+  switch (precision) {
+    case Precision::kFloat64:
+      return f(PrecisionConstant<Precision::kFloat64>{});
+    case Precision::kFloat32:
+      return f(PrecisionConstant<Precision::kFloat32>{});
+    case Precision::kTf32:
+      return f(PrecisionConstant<Precision::kTf32>{});
+    case Precision::kTf32x3:
+      return f(PrecisionConstant<Precision::kTf32x3>{});
+    case Precision::kBfloat16:
+      return f(PrecisionConstant<Precision::kBfloat16>{});
+    case Precision::kFloat16:
+      return f(PrecisionConstant<Precision::kFloat16>{});
   }
   return kInvalidValue;
 }
 
-// f(cell, number, shape) for a cell, the plan's number and the shape among Tiles that fits the
-// plan's batch tile: an object of the cell, a constant, an object of the shape.
+// f(cell, precision, shape) for a cell, the plan's precision and the shape among Tiles that fits
+// the plan's batch tile: an object of the cell, a constant, an object of the shape.
 template <class Tiles, class F>
 int with_kernel(int cell, const CudaPlan& plan, F f) {
   return with_cell(cell, [&](auto c) {
-    return with_number(plan.number, [&](auto number) {
-      if (plan.batch_tile <= 16) return f(c, number, typename Tiles::Small{});
+    return with_precision(plan.precision, [&](auto precision) {
+      if (plan.batch_tile <= 16) return f(c, precision, typename Tiles::Small{});
       // Large tiles of sums in double would not fit in registers.
-      if constexpr (decltype(number)::kValue != Number::kFloat64) {
-        if (plan.batch_tile > 32) return f(c, number, typename Tiles::Large{});
+      if constexpr (decltype(precision)::kValue != Precision::kFloat64) {
+        if (plan.batch_tile > 32) return f(c, precision, typename Tiles::Large{});
       }
-      return f(c, number, typename Tiles::Middle{});
+      return f(c, precision, typename Tiles::Middle{});
     });
   });
 }

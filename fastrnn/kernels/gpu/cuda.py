@@ -21,7 +21,7 @@ from fastrnn.extension import CUDA_KERNELS
 from fastrnn.kernels.gpu.sweeps import (
     BackwardBuffers,
     ForwardBuffers,
-    ReplayBuffers,
+    RecomputeBuffers,
     Scan,
     Tape,
 )
@@ -35,14 +35,17 @@ class Sweep(ctypes.Structure):
     """`Sweep` of csrc/cuda/contract.h."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("steps", "batch", "hidden", "lanes", "begin", "end")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("steps", "batch", "hidden", "recurrences", "begin", "end")
+        ),
         *((name, ctypes.c_int64) for name in ("base", "base_reverse", "chunk_rows")),
         *((name, ctypes.c_int64) for name in ("tape_base", "tape_base_reverse")),
         ("reverse", ctypes.c_uint64),
         *((name, ctypes.c_void_p) for name in ("first", "length", "resets", "w_hh", "u", "b_hh")),
         *((name, ctypes.c_void_p) for name in ("carry", "y", "tape", "v", "dy", "s0", "ds")),
         *((name, ctypes.c_void_p) for name in ("du", "dv")),
-        *((name, ctypes.c_void_p) for name in ("previous", "workspace")),
+        *((name, ctypes.c_void_p) for name in ("h_prev", "workspace")),
     )
 
 
@@ -51,7 +54,15 @@ class CudaPlan(ctypes.Structure):
 
     _fields_ = tuple(
         (name, ctypes.c_int32)
-        for name in ("number", "regime", "batch_tile", "blocks", "warps", "groups", "row_group")
+        for name in (
+            "precision",
+            "residency",
+            "batch_tile",
+            "blocks",
+            "warps",
+            "groups",
+            "row_group",
+        )
     )
 
 
@@ -67,10 +78,10 @@ class CudaTables(ctypes.Structure):
     """`CudaTables` of csrc/cuda/contract.h."""
 
     _fields_ = (
-        *((name, ctypes.c_int32) for name in ("recurrences", "warps", "chunk_bytes")),
+        *((name, ctypes.c_int32) for name in ("recurrences", "warps", "k_block_bytes")),
         *((name, ctypes.c_int32) for name in ("piece_bytes", "row_pad_bytes", "fragment_bytes")),
         *((name, ctypes.c_int32) for name in ("gradient_bytes", "stop_bytes", "barrier_bytes")),
-        ("chunk_registers", ctypes.c_int32),
+        ("k_block_registers", ctypes.c_int32),
         ("staged_gap_bytes", ctypes.c_int32 * 4),
         ("batch_tiles", ctypes.c_int32 * 3),
         ("registers", ctypes.c_int32 * 4 * 3 * 2 * 2),
@@ -81,8 +92,8 @@ class CudaTables(ctypes.Structure):
     )
 
 
-NUMBERS = {"float64": 0, "float32": 1, "tf32": 2, "tf32x3": 3, "bfloat16": 4, "float16": 5}
-REGIMES = {"step": 0, "block": 1, "cluster": 2, "grid": 3}
+PRECISIONS = {"float64": 0, "float32": 1, "tf32": 2, "tf32x3": 3, "bfloat16": 4, "float16": 5}
+RESIDENCIES = {"step": 0, "block": 1, "cluster": 2, "grid": 3}
 
 
 def _tables(given: CudaTables) -> Tables:
@@ -123,7 +134,7 @@ class Library:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         loaded = ctypes.CDLL(str(path))
-        text, number, size = ctypes.c_char_p, ctypes.c_int, ctypes.c_int64
+        text, integer, size = ctypes.c_char_p, ctypes.c_int, ctypes.c_int64
         call = (text, ctypes.POINTER(Sweep), ctypes.POINTER(CudaPlan))
 
         def function(name: str, result: Any, *arguments: Any) -> Any:
@@ -131,13 +142,13 @@ class Library:
             found.restype, found.argtypes = result, arguments
             return found
 
-        kinds = ("forward", "backward", "previous", "replay")
-        self._launch = {kind: function(kind, number, *call, ctypes.c_void_p) for kind in kinds}
-        self._workspace_bytes = function("workspace_bytes", size, *call, number)
-        self._shared_bytes = function("shared_bytes", size, *call, number)
-        self._resident_clusters = function("resident_clusters", number, number, number, size)
-        self._error = function("error", text, number)
-        self.simulated = bool(function("simulated", number)())
+        kinds = ("forward", "backward", "h_prev", "recompute")
+        self._launch = {kind: function(kind, integer, *call, ctypes.c_void_p) for kind in kinds}
+        self._workspace_bytes = function("workspace_bytes", size, *call, integer)
+        self._shared_bytes = function("shared_bytes", size, *call, integer)
+        self._resident_clusters = function("resident_clusters", integer, integer, integer, size)
+        self._error = function("error", text, integer)
+        self.simulated = bool(function("simulated", integer)())
         self.cells = tuple(function("cells", text)().decode().split())
         self.tables = read_tables(loaded)
 
@@ -151,8 +162,8 @@ class Library:
     def launch(
         self, kind: str, cell: str, sweep: Sweep, plan: CudaPlan, stream: int | None
     ) -> None:
-        """Launch the kernels of a sweep, "forward" or "backward", or those that make its tape
-        again, "previous" and "replay", without waiting for them.
+        """Launch the kernels of a sweep, "forward" or "backward", or those that recompute its
+        tape, "h_prev" and "recompute", without waiting for them.
 
         Raises:
             RuntimeError: with what CUDA says, if it does not take the launch.
@@ -188,7 +199,7 @@ def _library(named: str) -> Library | str:
 
 
 class _Sweeps:
-    """`sweeps.ReplayingSweeps` in CUDA C++."""
+    """`sweeps.RecomputingSweeps` in CUDA C++."""
 
     def forward(self, scan: Scan, begin: int, end: int, buffers: ForwardBuffers) -> None:
         given = buffers._asdict()
@@ -203,15 +214,15 @@ class _Sweeps:
         assert dh is None, "the plan asks for no projection"
         _launch("backward", scan, begin, end, tape, **given)
 
-    def previous(
-        self, scan: Scan, begin: int, end: int, s0: Tensor, y: Tensor, previous: Tensor
+    def h_prev(
+        self, scan: Scan, begin: int, end: int, s0: Tensor, y: Tensor, h_prev: Tensor
     ) -> None:
-        _launch("previous", scan, begin, end, None, s0=s0, y=y, previous=previous)
+        _launch("h_prev", scan, begin, end, None, s0=s0, y=y, h_prev=h_prev)
 
-    def replay(
-        self, scan: Scan, begin: int, end: int, buffers: ReplayBuffers, tape: Tape | None
+    def recompute(
+        self, scan: Scan, begin: int, end: int, buffers: RecomputeBuffers, tape: Tape | None
     ) -> None:
-        _launch("replay", scan, begin, end, tape, **buffers._asdict())
+        _launch("recompute", scan, begin, end, tape, **buffers._asdict())
 
 
 sweeps = _Sweeps()
@@ -220,9 +231,9 @@ sweeps = _Sweeps()
 # What each kind of launch writes; that was allocated for this call, and so is aligned.
 _WRITTEN = {
     "forward": ("carry", "y", "tape"),
-    "backward": ("ds", "du", "dv", "previous"),
-    "previous": ("previous",),
-    "replay": ("carry", "tape"),
+    "backward": ("ds", "du", "dv", "h_prev"),
+    "h_prev": ("h_prev",),
+    "recompute": ("carry", "tape"),
 }
 
 
@@ -247,11 +258,11 @@ def _launch(
         steps=scan.steps,
         batch=scan.batch,
         hidden=scan.hidden,
-        lanes=scan.lanes,
+        recurrences=scan.recurrences,
         begin=begin,
         end=end,
-        base=scan.stretch(begin, end, False)[0],
-        base_reverse=scan.stretch(begin, end, True)[0],
+        base=scan.row_range(begin, end, False)[0],
+        base_reverse=scan.row_range(begin, end, True)[0],
         chunk_rows=scan.chunk_rows,
         tape_base=0 if tape is None else tape.base[0],
         tape_base_reverse=0 if tape is None else tape.base[1],
@@ -272,7 +283,7 @@ def _launch(
 
 def cuda_plan(config: CudaConfig) -> CudaPlan:
     sizes = config.batch_tile, config.blocks, config.warps, config.groups, config.row_group
-    return CudaPlan(NUMBERS[config.number], REGIMES[config.regime], *sizes)
+    return CudaPlan(PRECISIONS[config.precision], RESIDENCIES[config.residency], *sizes)
 
 
 def _aligned(tensor: Tensor) -> Tensor:

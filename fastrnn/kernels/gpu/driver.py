@@ -2,7 +2,7 @@
 
 Everything of a call but the sweeps themselves is here: the projection of the input a chunk at a
 time, the states that pass from chunk to chunk, the gradients that follow from those of the gates,
-and the tapes of chunks where none was kept.
+and the tapes of chunks where none was saved.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 from fastrnn.kernels.gpu.sweeps import (
     BackwardBuffers,
     ForwardBuffers,
-    ReplayBuffers,
-    ReplayingSweeps,
+    RecomputeBuffers,
+    RecomputingSweeps,
     Scan,
     Sweeps,
     Tape,
@@ -29,17 +29,17 @@ __all__ = ["backward", "forward"]
 
 def forward(sweeps: Sweeps, scan: Scan, tape: bool) -> tuple[Tensor, list[Tensor], Tensor]:
     """Output, final states and, where asked for, the tape, as `torch.ops.fastrnn.scan`."""
-    given, x, lanes, hidden = scan.given, scan.given.x, scan.lanes, scan.hidden
+    given, x, recurrences, hidden = scan.given, scan.given.x, scan.recurrences, scan.hidden
     make = torch.empty if given.lengths is None else torch.zeros  # zeros past the end of a row
-    y = make(*x.shape[:-1], lanes * scan.recurrent, dtype=x.dtype, device=x.device)
-    size = scan.rows if tape else 0, lanes, scan.slots(), hidden
+    y = make(*x.shape[:-1], recurrences * scan.recurrent, dtype=x.dtype, device=x.device)
+    size = scan.rows if tape else 0, recurrences, scan.tape_width(), hidden
     saved = make(size, dtype=x.dtype, device=x.device)
     widest = max(hidden, scan.recurrent)
-    carry = x.new_zeros(scan.states + 1, lanes, scan.batch, widest, dtype=scan.compute)
+    carry = x.new_zeros(scan.states + 1, recurrences, scan.batch, widest, dtype=scan.compute)
     for j, state in enumerate(given.s0):
         carry[j, ..., : scan.width(j)] = state
     b_ih, b_hh = _biases(scan)
-    u = x.new_empty(lanes, scan.chunk_rows, scan.gates * hidden)
+    u = x.new_empty(recurrences, scan.chunk_rows, scan.gates * hidden)
     buffers = ForwardBuffers(u, b_hh, carry, y, saved if tape else None)
     for begin in range(0, scan.steps if scan.batch else 0, scan.chunk_steps):
         end = min(scan.steps, begin + scan.chunk_steps)
@@ -53,24 +53,24 @@ def forward(sweeps: Sweeps, scan: Scan, tape: bool) -> tuple[Tensor, list[Tensor
 def _biases(scan: Scan) -> tuple[Tensor | None, Tensor | None]:
     """[P, G*H] to be added to u, and to v: a gate that the cell knows by the sum of the two takes
     both biases in u."""
-    given, tied = scan.given, scan.derived.tied
+    given, summed = scan.given, scan.derived.summed
     if not given.b_ih:
         return None, None
     b_ih, b_hh = stacked(given.b_ih).clone(), stacked(given.b_hh)
     for g in range(scan.gates):
-        if tied[g]:
+        if summed[g]:
             part = slice(g * scan.hidden, (g + 1) * scan.hidden)
             b_ih[:, part] += b_hh[:, part]
-    return b_ih, None if all(tied) else b_hh
+    return b_ih, None if all(summed) else b_hh
 
 
 def _project(scan: Scan, u: Tensor, bias: Tensor | None, begin: int, end: int) -> None:
     """u = x * w_ih^T + b for the rows of a chunk, of every scan in its direction."""
-    for p, lanes in _runs(scan.backward_lanes):
-        low, high = scan.stretch(begin, end, scan.backward_lanes[p])
+    for p, recurrences in _runs(scan.reversed_recurrences):
+        low, high = scan.row_range(begin, end, scan.reversed_recurrences[p])
         x = scan.x_rows((low, high))
-        w = scan.w_ih[lanes].transpose(1, 2)
-        out = u[lanes, : high - low]
+        w = scan.w_ih[recurrences].transpose(1, 2)
+        out = u[recurrences, : high - low]
         if w.size(0) == 1:
             if bias is None:
                 torch.mm(x, w[0], out=out[0])
@@ -79,7 +79,7 @@ def _project(scan: Scan, u: Tensor, bias: Tensor | None, begin: int, end: int) -
         elif bias is None:
             torch.bmm(x.expand(w.size(0), *x.shape), w, out=out)
         else:
-            torch.baddbmm(bias[lanes].unsqueeze(1), x.expand(w.size(0), *x.shape), w, out=out)
+            torch.baddbmm(bias[recurrences].unsqueeze(1), x.expand(w.size(0), *x.shape), w, out=out)
 
 
 def backward(
@@ -91,12 +91,12 @@ def backward(
     needs: Needs,
 ) -> list[Tensor]:
     """Gradients of x, w_ih, w_hh, b_ih, b_hh, w_hr and s0, those that `needs` picks, as
-    `torch.ops.fastrnn.scan_backward`. A tape without rows is made again, a chunk at a time, by
+    `torch.ops.fastrnn.scan_backward`. A tape without rows is recomputed, a chunk at a time, by
     kernels that can."""
     given, x = scan.given, scan.given.x
-    lanes, hidden, compute = scan.lanes, scan.hidden, scan.compute
+    recurrences, hidden, compute = scan.recurrences, scan.hidden, scan.compute
     widest = max(hidden, scan.recurrent)
-    s0 = x.new_zeros(scan.states, lanes, scan.batch, widest, dtype=compute)
+    s0 = x.new_zeros(scan.states, recurrences, scan.batch, widest, dtype=compute)
     ds = torch.zeros_like(s0)
     for j in range(scan.states):
         if given.s0:
@@ -107,7 +107,7 @@ def backward(
     depth = scan.gates * hidden
 
     def room(width: int) -> Tensor:
-        size = lanes, scan.chunk_rows, width
+        size = recurrences, scan.chunk_rows, width
         return torch.empty(size, dtype=x.dtype, device=x.device)
 
     dv = room(depth)
@@ -117,22 +117,22 @@ def backward(
         s0=s0,
         ds=ds,
         y=y,
-        du=dv if all(scan.derived.tied) else room(depth),
+        du=dv if all(scan.derived.summed) else room(depth),
         dv=dv,
-        previous=room(scan.recurrent),
+        h_prev=room(scan.recurrent),
         dh=None if scan.w_hr is None else room(scan.recurrent),
     )
     found = _Gradients(scan, needs)
     steps = scan.steps if scan.batch else 0
     chunks = [(max(0, end - scan.chunk_steps), end) for end in range(steps, 0, -scan.chunk_steps)]
-    replay = None
-    if chunks and scan.slots() and not tape.size(0):
-        assert isinstance(sweeps, ReplayingSweeps), "these need a tape"
-        replay = _Replay(sweeps, scan, chunks, buffers)
+    recomputed = None
+    if chunks and scan.tape_width() and not tape.size(0):
+        assert isinstance(sweeps, RecomputingSweeps), "these need a tape"
+        recomputed = _RecomputedTape(sweeps, scan, chunks, buffers)
     for begin, end in chunks:
-        found_tape = whole if replay is None else replay.tape(begin, end)
+        found_tape = whole if recomputed is None else recomputed.tape(begin, end)
         if given.lengths is not None:  # rows past an end have no gradient
-            for each in (buffers.dv, buffers.du, buffers.previous, buffers.dh):
+            for each in (buffers.dv, buffers.du, buffers.h_prev, buffers.dh):
                 if each is not None:
                     each.zero_()
         sweeps.backward(scan, begin, end, buffers, found_tape)
@@ -144,30 +144,30 @@ def backward(
     return out
 
 
-class _Replay:
-    """Tapes of chunks, made again from the output: given that, the projections of all steps are
+class _RecomputedTape:
+    """Tapes of chunks, recomputed from the output: given that, the projections of all steps are
     products of matrices, and the cell is left. Only its states past the first pass from step to
     step, so a first walk through the chunks finds those at which each begins.
 
     Args:
         chunks: steps `(begin, end)`, the last chunk first.
-        buffers: of the backward pass, which has room for `u`, `v` and `previous` until its sweep.
+        buffers: of the backward pass, which has room for `u`, `v` and `h_prev` until its sweep.
     """
 
     def __init__(
         self,
-        sweeps: ReplayingSweeps,
+        sweeps: RecomputingSweeps,
         scan: Scan,
         chunks: Sequence[tuple[int, int]],
         buffers: BackwardBuffers,
     ) -> None:
         self._sweeps, self._scan, self._s0, self._y = sweeps, scan, buffers.s0, buffers.y
-        self._u, self._previous, y = buffers.dv, buffers.previous, buffers.y
+        self._u, self._h_prev, y = buffers.dv, buffers.h_prev, buffers.y
         self._v = torch.empty_like(buffers.dv) if buffers.du is buffers.dv else buffers.du
         self._b_ih, self._b_hh = _biases(scan)
         # The step before a chunk's first has its states there, too.
         rows = min(scan.rows, scan.chunk_rows + scan.batch)
-        self._values = y.new_empty(rows, scan.lanes, scan.slots(), scan.hidden)
+        self._values = y.new_empty(rows, scan.recurrences, scan.tape_width(), scan.hidden)
         carry = buffers.s0.clone()
         self._before = {0: carry}
         if scan.states > 1:
@@ -181,64 +181,71 @@ class _Replay:
         scan = self._scan
         start = max(0, begin - 1)
         tape = Tape(
-            self._values, (scan.stretch(start, end, False)[0], scan.stretch(begin, end, True)[0])
+            self._values,
+            (scan.row_range(start, end, False)[0], scan.row_range(begin, end, True)[0]),
         )
         before = self._before.pop(begin) if scan.states > 1 else self._before[0]
         self._walk(begin, end, before, tape)
         return tape
 
     def _walk(self, begin: int, end: int, carry: Tensor, tape: Tape | None) -> None:
-        scan, u, v, previous = self._scan, self._u, self._v, self._previous
+        scan, u, v, h_prev = self._scan, self._u, self._v, self._h_prev
         _project(scan, u, self._b_ih, begin, end)
-        self._sweeps.previous(scan, begin, end, self._s0, self._y, previous)
-        for p, lanes in _runs(scan.backward_lanes):
-            low, high = scan.stretch(begin, end, scan.backward_lanes[p])
+        self._sweeps.h_prev(scan, begin, end, self._s0, self._y, h_prev)
+        for p, recurrences in _runs(scan.reversed_recurrences):
+            low, high = scan.row_range(begin, end, scan.reversed_recurrences[p])
             count = high - low
-            w_hh = scan.w_hh[lanes].transpose(1, 2)
-            torch.bmm(previous[lanes, :count], w_hh, out=v[lanes, :count])
-        buffers = ReplayBuffers(u, v, self._b_hh, previous, carry)
-        self._sweeps.replay(scan, begin, end, buffers, tape)
+            w_hh = scan.w_hh[recurrences].transpose(1, 2)
+            torch.bmm(h_prev[recurrences, :count], w_hh, out=v[recurrences, :count])
+        buffers = RecomputeBuffers(u, v, self._b_hh, h_prev, carry)
+        self._sweeps.recompute(scan, begin, end, buffers, tape)
 
 
 class _Gradients:
-    """Gradients of the weights, the biases and x, summed up over the stretches of the sweep."""
+    """Gradients of the weights, the biases and x, summed up over the chunks of the sweep."""
 
     def __init__(self, scan: Scan, needs: Needs) -> None:
         self.scan = scan
-        lanes, depth, x = scan.lanes, scan.gates * scan.hidden, scan.given.x
+        recurrences, depth, x = scan.recurrences, scan.gates * scan.hidden, scan.given.x
         biased = needs.biases and bool(scan.given.b_ih)
 
         def zeros(wanted: bool, *shape: int) -> Tensor | None:
             return x.new_zeros(shape, dtype=scan.compute) if wanted else None
 
         self.x = zeros(needs.x, scan.rows, scan.inputs)
-        self.w_ih = zeros(needs.w_ih, lanes, depth, scan.inputs)
-        self.w_hh = zeros(needs.w_hh, lanes, depth, scan.recurrent)
+        self.w_ih = zeros(needs.w_ih, recurrences, depth, scan.inputs)
+        self.w_hh = zeros(needs.w_hh, recurrences, depth, scan.recurrent)
         projected = needs.w_hr and scan.w_hr is not None
-        self.w_hr = zeros(projected, lanes, scan.recurrent, scan.hidden)
-        self.b_ih = zeros(biased, lanes, depth)
-        self.b_hh = zeros(biased, lanes, depth)
+        self.w_hr = zeros(projected, recurrences, scan.recurrent, scan.hidden)
+        self.b_ih = zeros(biased, recurrences, depth)
+        self.b_hh = zeros(biased, recurrences, depth)
 
     def add(self, begin: int, end: int, buffers: BackwardBuffers, tape: Tensor) -> None:
         scan, dh = self.scan, buffers.dh
-        for p, lanes in _runs(scan.backward_lanes):
-            low, high = scan.stretch(begin, end, scan.backward_lanes[p])
+        for p, recurrences in _runs(scan.reversed_recurrences):
+            low, high = scan.row_range(begin, end, scan.reversed_recurrences[p])
             count = high - low
-            u, v, h = (each[lanes, :count] for each in (buffers.du, buffers.dv, buffers.previous))
+            u, v, h = (
+                each[recurrences, :count] for each in (buffers.du, buffers.dv, buffers.h_prev)
+            )
             if self.w_ih is not None:
                 x = scan.x_rows((low, high))
-                self.w_ih[lanes] += torch.bmm(u.transpose(1, 2), x.expand(u.size(0), *x.shape))
+                self.w_ih[recurrences] += torch.bmm(
+                    u.transpose(1, 2), x.expand(u.size(0), *x.shape)
+                )
             if self.w_hh is not None:
-                self.w_hh[lanes] += torch.bmm(v.transpose(1, 2), h)
+                self.w_hh[recurrences] += torch.bmm(v.transpose(1, 2), h)
             if self.w_hr is not None and dh is not None:
-                unprojected = tape[low:high, lanes, -1].transpose(0, 1)
-                self.w_hr[lanes] += torch.bmm(dh[lanes, :count].transpose(1, 2), unprojected)
+                unprojected = tape[low:high, recurrences, -1].transpose(0, 1)
+                self.w_hr[recurrences] += torch.bmm(
+                    dh[recurrences, :count].transpose(1, 2), unprojected
+                )
             if self.b_ih is not None and self.b_hh is not None:
-                self.b_ih[lanes] += u.sum(1, dtype=scan.compute)
-                self.b_hh[lanes] += v.sum(1, dtype=scan.compute)
+                self.b_ih[recurrences] += u.sum(1, dtype=scan.compute)
+                self.b_hh[recurrences] += v.sum(1, dtype=scan.compute)
             if self.x is not None:
-                for lane, gradient in enumerate(u, p):
-                    self.x[low:high] += torch.mm(gradient, scan.w_ih[lane])
+                for recurrence, gradient in enumerate(u, p):
+                    self.x[low:high] += torch.mm(gradient, scan.w_ih[recurrence])
 
     def all(self) -> list[Tensor]:
         dtype, shape = self.scan.given.x.dtype, self.scan.given.x.shape

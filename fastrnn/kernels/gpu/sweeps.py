@@ -1,5 +1,5 @@
-"""What a kernel for GPUs is: two functions that take every lane through some steps, `Sweeps`, and
-what they are told of a call.
+"""What a kernel for GPUs is: two functions that take every recurrence through some steps, `Sweeps`,
+and what they are told of a call.
 
 `cuda.py` and `triton/` have one pair each.
 """
@@ -20,8 +20,8 @@ from fastrnn.plan import Plan
 __all__ = [
     "BackwardBuffers",
     "ForwardBuffers",
-    "ReplayBuffers",
-    "ReplayingSweeps",
+    "RecomputeBuffers",
+    "RecomputingSweeps",
     "Scan",
     "Sweeps",
     "Tape",
@@ -43,7 +43,7 @@ class Scan:
     Attributes:
         cell: the name under which the kernels know it.
         derived, plan, given: what is computed, how, and of what.
-        gates, states, lanes, hidden, inputs, steps, batch, rows: G, S, P, H, I, T, B and the
+        gates, states, recurrences, hidden, inputs, steps, batch, rows: G, S, P, H, I, T, B and the
             number of rows, padded ones included.
         recurrent: Q, the width of state 0, which is the output: H unless it is projected.
         compute: the dtype of sums and states.
@@ -51,7 +51,7 @@ class Scan:
         first: of packed input the row at which each step begins [T+1], and the same on the device.
         length: int64 [B], steps of each row of the batch, unless all have `steps`.
         resets: uint8 [rows], whether an episode begins there.
-        reverse: a bit per lane.
+        reverse: a bit per recurrence.
         chunk_steps, chunk_rows: steps that a launch takes, and the most rows that they have.
     """
 
@@ -59,7 +59,7 @@ class Scan:
         self.cell, self.derived, self.plan, self.given = cell, derived, plan, given
         x = given.x
         self.gates, self.states = len(derived.gates), len(derived.states)
-        self.lanes = len(given.w_hh)
+        self.recurrences = len(given.w_hh)
         self.hidden = given.w_hh[0].size(0) // self.gates
         self.recurrent = given.w_hh[0].size(1)
         self.inputs = x.size(-1)
@@ -73,8 +73,8 @@ class Scan:
             first = torch.zeros(self.steps + 1, dtype=torch.int64, device="cpu")
             torch.cumsum(sizes, 0, out=first[1:])
             self.first = first.tolist()
-            slots = torch.arange(self.batch, device="cpu")
-            length = (sizes > slots.unsqueeze(1)).sum(1)
+            sequences = torch.arange(self.batch, device="cpu")
+            length = (sizes > sequences.unsqueeze(1)).sum(1)
             self.first_on_device = first.to(x.device, non_blocking=True)
             self.length = length.to(x.device, non_blocking=True)
         else:
@@ -83,7 +83,7 @@ class Scan:
                 self.length = given.lengths.to(x.device).contiguous()
         self.resets = None if given.resets is None else given.resets.contiguous().view(torch.uint8)
         self.reverse = given.reverse
-        self.backward_lanes = [bool(given.reverse >> p & 1) for p in range(self.lanes)]
+        self.reversed_recurrences = [bool(given.reverse >> p & 1) for p in range(self.recurrences)]
         self.chunk_steps = plan.chunk_steps(self.steps, self.batch)
         self.chunk_rows = min(self.rows, self.chunk_steps * self.batch)
         self.w_hh = stacked(given.w_hh)
@@ -93,14 +93,14 @@ class Scan:
     def width(self, state: int) -> int:
         return self.hidden if state else self.recurrent
 
-    def slots(self) -> int:
+    def tape_width(self) -> int:
         """Values of [H] that a row of the tape holds."""
         return self.derived.tape_width(self.w_hr is not None)
 
     def row(self, t: int) -> int:
         return t * self.batch if self.first is None else self.first[t]
 
-    def stretch(self, begin: int, end: int, backward: bool) -> tuple[int, int]:
+    def row_range(self, begin: int, end: int, backward: bool) -> tuple[int, int]:
         """First and past-the-last row of some steps of a scan."""
         if backward:
             begin, end = self.steps - end, self.steps - begin
@@ -127,8 +127,8 @@ class Tape:
     Attributes:
         values: [rows, P, S-1+K, H], and one more value where state 0 is projected: what the cell
             gave.
-        base: the row of the batch's rows that is the first of these, for lanes forward in time and
-            for those backward.
+        base: the row of the batch's rows that is the first of these, for recurrences forward in
+            time and for those backward.
     """
 
     values: Tensor
@@ -136,7 +136,7 @@ class Tape:
 
 
 # Tensors of the buffers are contiguous. Row r of the batch's rows is row
-# `r - scan.stretch(begin, end, ..)[0]` of `u`, `v`, `du`, `dv`, `previous` and `dh`.
+# `r - scan.row_range(begin, end, ..)[0]` of `u`, `v`, `du`, `dv`, `h_prev` and `dh`.
 
 
 class ForwardBuffers(NamedTuple):
@@ -144,7 +144,7 @@ class ForwardBuffers(NamedTuple):
 
     Attributes:
         u: [P, chunk_rows, G*H] input projections, biases in.
-        b_hh: [P, G*H] for gates that are not tied, or None.
+        b_hh: [P, G*H] for gates that are not summed, or None.
         carry: [S+1, P, B, H] in `scan.compute`: states before, and then after, the chunk; the last
             is room for state 0. Where that is projected, Q wide and all others H, rows are as wide
             as the wider.
@@ -168,8 +168,8 @@ class BackwardBuffers(NamedTuple):
         ds: the same: gradients of the states after, and then before, the chunk.
         y: as the forward sweep left it.
         du, dv: [P, chunk_rows, G*H] gradients of the projections; one tensor where all gates are
-            tied.
-        previous: [P, chunk_rows, Q], filled with state 0 before each step.
+            summed.
+        h_prev: [P, chunk_rows, Q], filled with state 0 before each step.
         dh: the same, with the gradient of state 0 after it; None unless it is projected.
     """
 
@@ -179,17 +179,17 @@ class BackwardBuffers(NamedTuple):
     y: Tensor
     du: Tensor
     dv: Tensor
-    previous: Tensor
+    h_prev: Tensor
     dh: Tensor | None
 
 
-class ReplayBuffers(NamedTuple):
+class RecomputeBuffers(NamedTuple):
     """What a sweep that makes the tape again reads and writes, besides the tape.
 
     Attributes:
         u, b_hh: as `ForwardBuffers` has them.
-        v: [P, chunk_rows, G*H], the product of `previous` with the recurrent weights.
-        previous: as `BackwardBuffers` has it.
+        v: [P, chunk_rows, G*H], the product of `h_prev` with the recurrent weights.
+        h_prev: as `BackwardBuffers` has it.
         carry: [S, P, B, H] in `scan.compute`: of the states past the first those before, and then
             after, the chunk.
     """
@@ -197,12 +197,12 @@ class ReplayBuffers(NamedTuple):
     u: Tensor
     v: Tensor
     b_hh: Tensor | None
-    previous: Tensor
+    h_prev: Tensor
     carry: Tensor
 
 
 class Sweeps(Protocol):
-    """The kernels: each call takes every lane through the steps `[begin, end)` of its own
+    """The kernels: each call takes every recurrence through the steps `[begin, end)` of its own
     direction, for rows that are stored from where the chunk begins on. `scan.batch` is not 0."""
 
     def forward(self, scan: Scan, begin: int, end: int, buffers: ForwardBuffers) -> None:
@@ -219,18 +219,18 @@ class Sweeps(Protocol):
 
 
 @runtime_checkable
-class ReplayingSweeps(Sweeps, Protocol):
-    """Kernels that make the tape of a chunk again."""
+class RecomputingSweeps(Sweeps, Protocol):
+    """Kernels that recompute the tape of a chunk."""
 
-    def previous(
-        self, scan: Scan, begin: int, end: int, s0: Tensor, y: Tensor, previous: Tensor
+    def h_prev(
+        self, scan: Scan, begin: int, end: int, s0: Tensor, y: Tensor, h_prev: Tensor
     ) -> None:
-        """Fill `previous`, as `backward` does, from `y` and the initial state."""
+        """Fill `h_prev`, as `backward` does, from `y` and the initial state."""
 
-    def replay(
-        self, scan: Scan, begin: int, end: int, buffers: ReplayBuffers, tape: Tape | None
+    def recompute(
+        self, scan: Scan, begin: int, end: int, buffers: RecomputeBuffers, tape: Tape | None
     ) -> None:
-        """Walk the steps in order, from `previous` and its product `v`.
+        """Walk the steps in order, from `h_prev` and its product `v`.
 
         Args:
             tape: filled for the steps and, where they have a step before, with the states there;

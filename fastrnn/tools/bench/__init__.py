@@ -1,6 +1,7 @@
-"""Timing of recurrent layers against their rivals: what `python -m fastrnn bench` and the suite in
-`benchmarks/` share.
+"""Timing of recurrent layers against their baselines: what `python -m fastrnn bench` and the suite
+in `benchmarks/` share.
 
-`workload` says what is run, `contender` and the rivals how, `measure` times, `machine` tells the
-floor below which no time can be, `race` puts a row together, `store` keeps rows on disk.
+`workload` says what is run, `implementation` and the baselines how, `measure` times, `machine`
+tells the roofline below which no time can be, `comparison` puts a row together, `store` keeps rows
+on disk.
 """

@@ -1,4 +1,4 @@
-"""`python -m fastrnn bench --shape T,B,I,H`: your own shape, ours against its rivals, here."""
+"""`python -m fastrnn bench --shape T,B,I,H`: your own shape, ours against its baselines, here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from fastrnn.hardware import processor
 from fastrnn.plan.dtypes import BYTES
-from fastrnn.tools.bench import machine, race
+from fastrnn.tools.bench import comparison, machine
 from fastrnn.tools.bench.workload import CELLS, Workload
 
 __all__ = ["main", "text"]
@@ -21,10 +21,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Time one shape; 0 on success, 1 where our results are wrong, 2 for impossible arguments."""
     parser = _parser()
     given = parser.parse_args(argv)
-    names = [each.name for each in race.RIVALS[given.device]]
-    wanted = given.rivals.split(",") if given.rivals else names
+    names = [each.name for each in comparison.BASELINES[given.device]]
+    wanted = given.baselines.split(",") if given.baselines else names
     if unknown := [name for name in wanted if name not in names]:
-        parser.error(f"no rival {', '.join(unknown)}; there are: {', '.join(names)}")
+        parser.error(f"no baseline {', '.join(unknown)}; there are: {', '.join(names)}")
     if given.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no GPU that torch can use")
     if given.threads:
@@ -42,16 +42,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             bidirectional=given.bidirectional,
             dtype=given.dtype,
             modes=(mode,),
-            rivals=tuple(wanted),
-            compiled_loop="compiled loop" in wanted and given.rivals is not None,
+            baselines=tuple(wanted),
+            compiled_loop="compiled loop" in wanted and given.baselines is not None,
         )
     except ValueError as error:
         parser.error(str(error))
     # Measuring is the long part and shows nothing until it ends.
-    print("measuring the machine, then every contender in turn ...", file=sys.stderr, flush=True)
+    print(
+        "measuring the machine, then every implementation in turn ...", file=sys.stderr, flush=True
+    )
     here = machine.measure(given.device)
     try:
-        row, _ = race.run(
+        row, _ = comparison.run(
             workload,
             given.layer,
             mode,
@@ -60,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             latency_calls=given.latency_calls,
             device=given.device,
         )
-    except race.GateFailed as failure:
+    except comparison.GateFailed as failure:
         print(f"fastrnn: nothing was timed: {failure}", file=sys.stderr)
         return 1
     print(json.dumps(row.as_json(), indent=2) if given.json else text(row, here))
@@ -87,7 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=tuple(BYTES), default="float32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
     parser.add_argument("--threads", type=int, help="default: as many as torch would take")
-    parser.add_argument("--seconds", type=float, default=0.5, help="of each contender, default 0.5")
+    parser.add_argument(
+        "--seconds", type=float, default=0.5, help="of each implementation, default 0.5"
+    )
     parser.add_argument(
         "--latency-calls",
         type=int,
@@ -96,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         help="with --stream: steps timed one by one, default 10000",
     )
     parser.add_argument(
-        "--rivals",
+        "--baselines",
         metavar="NAMES",
         help="only these, with commas between; default all but the compiled loop, whose "
         "compilation takes long",
@@ -114,17 +118,17 @@ def _shape(text: str) -> tuple[int, ...]:
     return sizes
 
 
-def text(row: race.Row, here: machine.Machine) -> str:
+def text(row: comparison.Row, here: machine.Machine) -> str:
     """A row as a person reads it, fastest first."""
     shape = f"T={row.steps} B={row.batch} I={row.inputs} H={row.hidden}"
     stack = f", {row.layers} layers" * (row.layers > 1) + ", bidirectional" * row.bidirectional
     lines = [
         f"{row.cell.upper()}, {row.mode}, {shape}{stack}, {row.dtype}",
-        f"{processor()}, {row.threads} threads; peak {here.peak:.0f} GFLOP/s; the floor is "
-        f"{_micros(row.floor)} us, by {row.floor_by}",
+        f"{processor()}, {row.threads} threads; peak {here.peak:.0f} GFLOP/s; the roofline is "
+        f"{_micros(row.roofline)} us, by {row.roofline_by}",
         "",
         f"{'':<24}{'median us':>11}{'p20':>10}{'p80':>10}{'us/step':>10}{'GFLOP/s':>9}"
-        f"{'of floor':>10}{'MiB':>8}{'error':>10}{'ours is':>10}",
+        f"{'roofline':>10}{'MiB':>8}{'error':>10}{'ours is':>10}",
     ]
     for e in sorted(row.entries, key=lambda e: e.median):
         memory = "" if e.memory is None else f"{e.memory / 2**20:.1f}"
@@ -132,7 +136,7 @@ def text(row: race.Row, here: machine.Machine) -> str:
         times = "".join(f"{_micros(t):>{w}}" for t, w in ((e.median, 11), (e.p20, 10), (e.p80, 10)))
         lines.append(
             f"{e.name:<24}{times}{e.median / row.steps:>10.2f}{row.gflops(e):>9.1f}"
-            f"{row.floor / e.median:>10.0%}{memory:>8}{e.error:>10.0e}{ratio:>10}"
+            f"{row.roofline / e.median:>10.0%}{memory:>8}{e.error:>10.0e}{ratio:>10}"
         )
     delays = [(e.name, e.latency) for e in row.entries if e.latency]
     if delays:

@@ -12,14 +12,14 @@ import torch
 
 from fastrnn import hardware
 
-__all__ = ["Floor", "Machine", "measure", "slug"]
+__all__ = ["Machine", "Roofline", "measure", "slug"]
 
 _SQUARES = (512, 1024, 2048)
 _SECONDS = 0.06  # for each figure
 
 
 @dataclass(frozen=True)
-class Floor:
+class Roofline:
     """The least time a row can take, in microseconds, and what sets it."""
 
     microseconds: float
@@ -55,12 +55,12 @@ class Machine:
                 return name
         return "memory"
 
-    def floor(self, flops: int, reads: int, weight_bytes: int) -> Floor:
+    def roofline(self, flops: int, reads: int, weight_bytes: int) -> Roofline:
         """The larger of the time of the arithmetic and of re-reading the weights every step."""
         level = self.level(weight_bytes)
-        arithmetic = Floor(flops / self.peak / 1e3, "sgemm peak")
-        reading = Floor(reads * weight_bytes / self.bandwidth[level] / 1e3, f"{level} bandwidth")
-        return max(arithmetic, reading, key=lambda floor: floor.microseconds)
+        arithmetic = Roofline(flops / self.peak / 1e3, "sgemm peak")
+        reading = Roofline(reads * weight_bytes / self.bandwidth[level] / 1e3, f"{level} bandwidth")
+        return max(arithmetic, reading, key=lambda roofline: roofline.microseconds)
 
 
 def measure(device: str = "cpu") -> Machine:

@@ -1,6 +1,6 @@
 """Time, memory and correctness of calls.
 
-Times are taken interleaved: a block of calls of each contender in turn, so that what else the
+Times are taken interleaved: a block of calls of each implementation in turn, so that what else the
 machine does meets all alike. Before its turn the thread pools of the others must have stopped
 spinning, and calls that are not counted warm up its own threads and caches.
 """
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastrnn.tools import tolerance
-from fastrnn.tools.bench.contender import Prepared
+from fastrnn.tools.bench.implementation import Prepared
 
 __all__ = [
     "Clock",
@@ -179,9 +179,9 @@ def peak_memory(call: Callable[[], object], device: str = "cpu") -> tuple[object
     """What `call` returns, and by how many bytes it raised the memory of the process at most, or on
     a GPU that of torch's tensors.
 
-    Resident pages of all allocators alike, ours in C++ and the rivals' arenas, as the system counts
-    them: exact to a fraction of a MiB. What was allocated before the call is not in it. None where
-    the system does not tell (it takes Linux).
+    Resident pages of all allocators alike, ours in C++ and the baselines' arenas, as the system
+    counts them: exact to a fraction of a MiB. What was allocated before the call is not in it. None
+    where the system does not tell (it takes Linux).
     """
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()

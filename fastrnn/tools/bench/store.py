@@ -17,8 +17,8 @@ import torch
 from fastrnn._version import __version__
 from fastrnn.extension import _C
 from fastrnn.hardware import processor
+from fastrnn.tools.bench.comparison import Row
 from fastrnn.tools.bench.machine import Machine
-from fastrnn.tools.bench.race import Row
 
 __all__ = ["Conditions", "Results", "conditions", "load", "merge", "save"]
 

@@ -9,7 +9,7 @@ from typing import Any
 from fastrnn.plan.dtypes import BYTES
 
 __all__ = [
-    "BEST_RIVAL",
+    "BEST_BASELINE",
     "CELLS",
     "GATES",
     "MICROSECONDS",
@@ -27,8 +27,8 @@ GATES = {"lstm": 4, "gru": 3, "rnn": 1}
 # and weights. step: one time step after the other, the state carried. cell: one call of a cell.
 MODES = ("inference", "training", "step", "cell")
 
-# What a target may be set against, besides the name of a contender of the same row.
-BEST_RIVAL = "best rival"
+# What a target may be set against, besides the name of an implementation of the same row.
+BEST_BASELINE = "best baseline"
 PEAK = "sgemm peak"
 MICROSECONDS = "microseconds"
 
@@ -37,9 +37,9 @@ MICROSECONDS = "microseconds"
 class Target:
     """A bound on one figure of a row, for each cell; None sets none.
 
-    Against `BEST_RIVAL` or a contender: its time divided by ours is at least the bound. Against
-    `PEAK`: so is our GFLOP/s divided by the machine's. Against `MICROSECONDS`: our time is at most
-    the bound.
+    Against `BEST_BASELINE` or an implementation: its time divided by ours is at least the bound.
+    Against `PEAK`: so is our GFLOP/s divided by the machine's. Against `MICROSECONDS`: our time is
+    at most the bound.
     """
 
     mode: str
@@ -78,9 +78,9 @@ class Workload:
         modes: of `MODES`.
         group: the part of the report it belongs to.
         quick: part of the suite's short form.
-        rivals: names of the rivals to time; empty means all.
-        compiled_loop: the compiled Python loop is a rival too; each shape of it takes the compiler
-            seconds, so that most workloads go without.
+        baselines: names of the baselines to time; empty means all.
+        compiled_loop: the compiled Python loop is a baseline too; each shape of it takes the
+            compiler seconds, so that most workloads go without.
     """
 
     name: str
@@ -98,7 +98,7 @@ class Workload:
     cells: tuple[str, ...] = CELLS
     group: str = "layers"
     quick: bool = False
-    rivals: tuple[str, ...] = ()
+    baselines: tuple[str, ...] = ()
     compiled_loop: bool = False
     variants: tuple[Variant, ...] = ()
     targets: tuple[Target, ...] = ()

@@ -84,7 +84,7 @@ def test_a_cell_that_reads_its_output_is_not_projected() -> None:
 @pytest.mark.parametrize(("name", "projected"), PLAIN + PROJECTED)
 def test_no_bias_and_no_initial_state(name: str, projected: int | None) -> None:
     cell = cells.get(name)
-    given = operands(cell, 4, 3, 5, 18, lanes=2, bias=False, projected=projected)
+    given = operands(cell, 4, 3, 5, 18, recurrences=2, bias=False, projected=projected)
     check(cell, given)
     check(cell, {**given, "s0": []})
 
@@ -93,8 +93,8 @@ def test_no_bias_and_no_initial_state(name: str, projected: int | None) -> None:
 @pytest.mark.parametrize("layout", ["lengths", "packed"])
 def test_ragged_batches_and_resets(name: str, projected: int | None, layout: str) -> None:
     cell = cells.get(name)
-    for steps, batch, hidden, lanes in [(1, 2, 3, 1), (5, 7, 17, 2), (9, 13, 33, 1)]:
-        given = operands(cell, steps, batch, 4, hidden, lanes, projected=projected)
+    for steps, batch, hidden, recurrences in [(1, 2, 3, 1), (5, 7, 17, 2), (9, 13, 33, 1)]:
+        given = operands(cell, steps, batch, 4, hidden, recurrences, projected=projected)
         lengths = torch.randint(0, steps + 1, (batch,))
         lengths[torch.randint(0, batch, ())] = steps
         shape: tuple[int, ...] = (steps, batch)
@@ -118,8 +118,20 @@ def test_ragged_batches_and_resets(name: str, projected: int | None, layout: str
 
 
 SPLITS = [
-    {"split_lanes": lanes, "split_slots": slots, "split_units": units, "chunk_rows": chunk}
-    for lanes, slots, units in [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 3, 1), (2, 2, 2)]
+    {
+        "split_recurrences": recurrences,
+        "split_sequences": sequences,
+        "split_units": units,
+        "chunk_rows": chunk,
+    }
+    for recurrences, sequences, units in [
+        (1, 1, 1),
+        (2, 1, 1),
+        (1, 2, 1),
+        (1, 1, 2),
+        (1, 3, 1),
+        (2, 2, 2),
+    ]
     for chunk in (1, 12, 100)
 ]
 
@@ -130,12 +142,12 @@ SPLITS = [
 )
 def test_every_split_is_exact(split: dict[str, int], name: str, projected: int | None) -> None:
     cell = cells.get(name)
-    for packed_weights in (False, True):
+    for prepacked_weights in (False, True):
         for dtype in (torch.float32, torch.float64):
             given = operands(cell, 7, 5, 6, 67, 2, dtype, projected=projected)
             given = {k: whole(v) for k, v in given.items()}
             given["resets"] = torch.rand(7, 5) < 0.1
-            with planned(**split, packed_weights=packed_weights), kernels.use("cpu"):
+            with planned(**split, prepacked_weights=prepacked_weights), kernels.use("cpu"):
                 ours = run(ops.scan, cell, given)
             for what, right in run(reference.scan, cell, given).items():
                 assert torch.equal(ours[what], right), what
@@ -155,7 +167,7 @@ def test_linear_cell_is_exact(shape: Shape) -> None:
 def test_a_kernel_takes_the_tape_of_another(name: str, projected: int | None) -> None:
     cell = cells.get(name)
     for extra in ({}, {"resets": torch.rand(6, 4) < 0.3}, {"lengths": torch.tensor([3, 6, 0, 5])}):
-        given = {**operands(cell, 6, 4, 3, 19, lanes=2, projected=projected), **extra}
+        given = {**operands(cell, 6, 4, 3, 19, recurrences=2, projected=projected), **extra}
         arguments = (
             prepare(cell),
             *(given[k] for k in ("x", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "s0")),
@@ -171,12 +183,12 @@ def test_a_kernel_takes_the_tape_of_another(name: str, projected: int | None) ->
         for a, b in zip(flatten(tapes["cpu"]), flatten(tapes["reference"]), strict=True):
             assert largest_error(a, b) < 1e-13
         y, *states, _ = tapes["reference"]
-        incoming = (torch.randn_like(y), [torch.randn_like(s) for s in states])
+        output_grads = (torch.randn_like(y), [torch.randn_like(s) for s in states])
         for writer, (y, *_, tape) in tapes.items():
             for reader in ("cpu", "reference"):
                 with kernels.use(reader):
                     gradients[writer, reader] = torch.ops.fastrnn.scan_backward(
-                        arguments[0], *incoming, *arguments[1:], y, tape, [True] * 6
+                        arguments[0], *output_grads, *arguments[1:], y, tape, [True] * 6
                     )
         right = gradients.pop(("reference", "reference"))
         for pair, ours in gradients.items():

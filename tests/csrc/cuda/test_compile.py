@@ -224,18 +224,18 @@ found = cuda.Library({str(library)!r})
 assert not found.simulated
 assert found.cells == {SOME.cells!r}, found.cells
 assert found.resident_clusters(8, 256, 1 << 16) == 0
-sweep = Sweep(steps=3, batch=2, hidden=8, lanes=1, end=3)
-for regime in range(4):
-    for number in range(6):
-        plan = CudaPlan(number=number, regime=regime, batch_tile=8, blocks=1, warps=8)
-        for kind in ("forward", "backward", "previous", "replay"):
+sweep = Sweep(steps=3, batch=2, hidden=8, recurrences=1, end=3)
+for residency in range(4):
+    for precision in range(6):
+        plan = CudaPlan(precision=precision, residency=residency, batch_tile=8, blocks=1, warps=8)
+        for kind in ("forward", "backward", "h_prev", "recompute"):
             found.workspace_bytes("lstm", sweep, plan, kind == "backward")
             try:
                 found.launch(kind, "lstm", sweep, plan, None)
             except RuntimeError as error:
                 assert "error" in str(error) and "no text" not in str(error), error
             else:
-                raise AssertionError(f"ran where no GPU is: {{number}} {{regime}}")
+                raise AssertionError(f"ran where no GPU is: {{precision}} {{residency}}")
 try:
     found.launch("forward", "no such cell", sweep, CudaPlan(), None)
 except RuntimeError as error:

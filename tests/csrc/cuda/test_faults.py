@@ -27,10 +27,10 @@ pytestmark = [
 
 TILE, EXCHANGE = "cuda/persistent/product.cuh", "cuda/persistent/exchange.cuh"
 FORWARD, BACKWARD = "cuda/persistent/forward.cu", "cuda/persistent/backward.cu"
-LAUNCH, REPLAY = "cuda/persistent/launch.cuh", "cuda/replay.cu"
+LAUNCH, RECOMPUTE = "cuda/persistent/launch.cuh", "cuda/recompute.cu"
 STEP = "cuda/step/product.cuh"
-AGAIN = {"chunk": 2}  # then tapes are made again, too
-CELL = "lstm"  # two states, and values that it keeps
+AGAIN = {"chunk": 2}  # then tapes are recomputed, too
+CELL = "lstm"  # two states, and values that it saves
 SEEDS = range(1, 7)
 BLOCKS = {"step": 1, "block": 1, "cluster": 3, "grid": 3}
 
@@ -39,7 +39,7 @@ class Planted(NamedTuple):
     """A mistake, and which kernels show it."""
 
     name: str
-    regime: str
+    residency: str
     fault: Fault
     race: bool = False  # to be found by the thread sanitizer as well; a few stand for all
     outside: bool = False  # touches what lies outside: to be found by the address sanitizer
@@ -57,8 +57,8 @@ FAULTS = [
         "cluster",
         Fault(
             TILE,
-            "dev::named_barrier(1 + group, at.slices * kWarp);\n  if (slice > 0) return;",
-            "if (!PLANTED) dev::named_barrier(1 + group, at.slices * kWarp);\n"
+            "platform::named_barrier(1 + group, at.slices * kWarp);\n  if (slice > 0) return;",
+            "if (!PLANTED) platform::named_barrier(1 + group, at.slices * kWarp);\n"
             "  if (slice > 0) return;",
         ),
         race=True,
@@ -78,8 +78,8 @@ FAULTS = [
         "cluster",
         Fault(
             EXCHANGE,
-            "if (i > 0 && computes) dev::barrier_wait(",
-            "if (i > 0 && computes && !PLANTED) dev::barrier_wait(",
+            "if (i > 0 && computes) platform::barrier_wait(",
+            "if (i > 0 && computes && !PLANTED) platform::barrier_wait(",
         ),
     ),
     Planted(
@@ -87,9 +87,9 @@ FAULTS = [
         "cluster",
         Fault(
             EXCHANGE,
-            "if (operands > 1) dev::barrier_expect(&barriers[1], columns * at.exchanged);",
+            "if (operands > 1) platform::barrier_expect(&barriers[1], columns * at.exchanged);",
             "if (operands > 1)"
-            " dev::barrier_expect(&barriers[1], columns * at.exchanged - (PLANTED ? 16 : 0));",
+            " platform::barrier_expect(&barriers[1], columns * at.exchanged - (PLANTED ? 16 : 0));",
         ),
     ),
     Planted(
@@ -112,8 +112,8 @@ FAULTS = [
         "cluster",
         Fault(
             EXCHANGE,
-            "dev::cluster_sync();\n    else",
-            "PLANTED ? void() : dev::cluster_sync();\n    else",
+            "platform::cluster_sync();\n    else",
+            "PLANTED ? void() : platform::cluster_sync();\n    else",
         ),
     ),
     Planted(
@@ -136,8 +136,8 @@ FAULTS = [
         "grid",
         Fault(
             EXCHANGE,
-            "__syncthreads();\n    if (threadIdx.x == 0) dev::store_release(",
-            "if (!PLANTED) __syncthreads();\n    if (threadIdx.x == 0) dev::store_release(",
+            "__syncthreads();\n    if (threadIdx.x == 0)\n      platform::store_release(",
+            "if (!PLANTED) __syncthreads();\n    if (threadIdx.x == 0) platform::store_release(",
         ),
         race=True,
     ),
@@ -170,20 +170,20 @@ FAULTS = [
     Planted(
         "a tape in which an episode begins with the states before",
         "step",
-        Fault(REPLAY, "s[k] = cut ? Sum(0) : s[k];", "s[k] = cut && !PLANTED ? Sum(0) : s[k];"),
+        Fault(RECOMPUTE, "s[k] = cut ? Sum(0) : s[k];", "s[k] = cut && !PLANTED ? Sum(0) : s[k];"),
         given=AGAIN,
     ),
     Planted(
         "a tape without the states before a chunk",
         "step",
-        Fault(REPLAY, "begin > 0 && at.time(", "begin > 0 && !PLANTED && at.time("),
+        Fault(RECOMPUTE, "begin > 0 && at.time(", "begin > 0 && !PLANTED && at.time("),
         given=AGAIN,
     ),
     Planted(
         "chunks whose tapes all begin with the first states",
         "step",
         Fault(
-            REPLAY,
+            RECOMPUTE,
             "carry[at.state(k, b) + n] = s[k];",
             "if (!PLANTED) carry[at.state(k, b) + n] = s[k];",
         ),
@@ -192,21 +192,25 @@ FAULTS = [
     Planted(
         "a step before the first",
         "step",
-        Fault(REPLAY, "if (at.initial(t, stop)) {", "if (at.initial(t, stop) && !PLANTED) {"),
+        Fault(RECOMPUTE, "if (at.initial(t, stop)) {", "if (at.initial(t, stop) && !PLANTED) {"),
         given=AGAIN,
     ),
     Planted(
         "copies nobody waited for",
         "grid",
-        Fault(EXCHANGE, "dev::copy_async_wait<0>();", "if (!PLANTED) dev::copy_async_wait<0>();"),
+        Fault(
+            EXCHANGE,
+            "platform::copy_async_wait<0>();",
+            "if (!PLANTED) platform::copy_async_wait<0>();",
+        ),
     ),
     Planted(
         "stages nobody waited for",
         "step",
         Fault(
             STEP,
-            "dev::copy_async_wait<Shape::kStages - 2>();",
-            "if (!PLANTED) dev::copy_async_wait<Shape::kStages - 2>();",
+            "platform::copy_async_wait<Shape::kStages - 2>();",
+            "if (!PLANTED) platform::copy_async_wait<Shape::kStages - 2>();",
         ),
     ),
     Planted(
@@ -224,8 +228,8 @@ FAULTS = [
         "block",
         Fault(
             TILE,
-            "if (at.slices > 1) dev::named_barrier(",
-            "if (at.slices > 1 && !PLANTED) dev::named_barrier(",
+            "if (at.slices > 1) platform::named_barrier(",
+            "if (at.slices > 1 && !PLANTED) platform::named_barrier(",
         ),
         race=True,
     ),
@@ -285,7 +289,7 @@ FAULTS = [
     Planted(
         "one value on the tape for another",
         "block",
-        Fault(FORWARD, "kept[o][e][k - (S - 1)].x", "kept[o][e][PLANTED ? 0 : k - (S - 1)].x"),
+        Fault(FORWARD, "saved[o][e][k - (S - 1)].x", "saved[o][e][PLANTED ? 0 : k - (S - 1)].x"),
     ),
     Planted(
         "a first operand that is not there yet",
@@ -361,7 +365,7 @@ FAULTS = [
     Planted(
         "an output from before a reset",
         "block",
-        Fault(BACKWARD, "previous[e] = cut ?", "previous[e] = cut && !PLANTED ?"),
+        Fault(BACKWARD, "h_prev[e] = cut ?", "h_prev[e] = cut && !PLANTED ?"),
     ),
     Planted(
         "gradients of a row of the batch past its end",
@@ -428,16 +432,26 @@ def library(sanitizer: str | None) -> Path:
 def case(number: int, seed: int) -> Case:
     """For the fault of this number."""
     planted = FAULTS[number - 1]
-    blocks = BLOCKS[planted.regime]
-    return Case(number, CELL, planted.regime, blocks, "bfloat16", seed, **planted.given)
+    blocks = BLOCKS[planted.residency]
+    return Case(number, CELL, planted.residency, blocks, "bfloat16", seed, **planted.given)
 
 
 @pytest.mark.parametrize("sanitizer", [None, "address", "thread"])
 def test_right_kernels(sanitizer: str | None) -> None:
     given = [
-        Case(0, name, regime, BLOCKS[regime], "bfloat16", seed, lanes=2, chunk=2, layout=layout)
+        Case(
+            0,
+            name,
+            residency,
+            BLOCKS[residency],
+            "bfloat16",
+            seed,
+            recurrences=2,
+            chunk=2,
+            layout=layout,
+        )
         for name in (BUILT_IN if sanitizer else [CELL])
-        for seed, (regime, layout) in enumerate(
+        for seed, (residency, layout) in enumerate(
             zip(BLOCKS, ["packed", "lengths", "dense", "packed"], strict=True)
         )
     ]

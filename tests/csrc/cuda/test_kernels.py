@@ -31,13 +31,13 @@ from tests.cudasim.build import build, missing
 from tests.support.names import BUILT_IN
 from tests.support.operands import Shape, doubled, linear, operands, run, whole
 from tests.support.simulated import (
-    NUMBERS,
     PARTS,
+    PRECISIONS,
     RESIDENT,
     WAYS,
     agrees,
     decided,
-    numbers,
+    precisions,
     ragged,
     running,
     ways,
@@ -92,12 +92,12 @@ SHAPES = [  # T, B, I, H, P
 @pytest.mark.parametrize("name", [*BUILT_IN, "linear"])
 def test_shapes(name: str, shape: Shape, part: str) -> None:
     cell = cells.get(name)
-    for regime, blocks in ways(part, shape[3]):
-        for number in numbers(part):
-            given = operands(cell, *shape, dtype=NUMBERS[number])
-            with running(regime, blocks, number):
+    for residency, blocks in ways(part, shape[3]):
+        for precision in precisions(part):
+            given = operands(cell, *shape, dtype=PRECISIONS[precision])
+            with running(residency, blocks, precision):
                 ours = run(ops.scan, cell, given)
-            agrees(cell, given, number, ours)
+            agrees(cell, given, precision, ours)
 
 
 LARGE = [  # T, B, I, H, P, rows of a tile
@@ -106,7 +106,7 @@ LARGE = [  # T, B, I, H, P, rows of a tile
     (2, 31, 2, 40, 1, 32),
     (2, 15, 2, 65, 1, 16),
     (2, 1, 1, 130, 2, 8),
-    (2, 17, 1, 200, 1, 32),  # a slice of weights has more chunks than are under way at a time
+    (2, 17, 1, 200, 1, 32),  # a slice of weights has more k-blocks than are under way at a time
 ]
 
 
@@ -116,17 +116,17 @@ LARGE = [  # T, B, I, H, P, rows of a tile
 @pytest.mark.parametrize("name", [*BUILT_IN, "linear"])
 def test_tiles(name: str, shape: tuple[int, int, int, int, int, int], part: str) -> None:
     cell = cells.get(name)
-    regime, blocks = ways(part, shape[3])[-1]
+    residency, blocks = ways(part, shape[3])[-1]
     if shape[3] > {"block": 100, "cluster": 190}.get(part, 999):
         pytest.skip("more than a block can hold")
-    for number in numbers(part):
-        given = operands(cell, *shape[:5], dtype=NUMBERS[number])
+    for precision in precisions(part):
+        given = operands(cell, *shape[:5], dtype=PRECISIONS[precision])
         if name == "rnn_relu":
             decided(given)
-        tile = min(shape[5], 16) if number == "tf32x3" else shape[5]  # it has no wider ones
-        with running(regime, blocks, number, batch_tile=tile):
+        tile = min(shape[5], 16) if precision == "tf32x3" else shape[5]  # it has no wider ones
+        with running(residency, blocks, precision, batch_tile=tile):
             ours = run(ops.scan, cell, given)
-        agrees(cell, given, number, ours)
+        agrees(cell, given, precision, ours)
         if name == "rnn_relu":
             on = [(bias > 0).expand(shape[:2] + bias.shape) for bias in given["b_ih"]]
             assert (ours["y"] > 0.5).equal(torch.cat(on, -1)), "a unit came near its kink"
@@ -139,12 +139,12 @@ def test_tiles_of_a_step(name: str, tile: int) -> None:
     """The tiles of csrc/cuda/step/, with one more at each edge that is not whole; rows that can
     be copied in vectors and rows that cannot."""
     cell = cells.get(name)
-    for number in NUMBERS:
+    for precision in PRECISIONS:
         for hidden in (44, 72):
-            given = operands(cell, 3, 70, 2, hidden, dtype=NUMBERS[number])
-            with running("step", 1, number, batch_tile=tile):
+            given = operands(cell, 3, 70, 2, hidden, dtype=PRECISIONS[precision])
+            with running("step", 1, precision, batch_tile=tile):
                 ours = run(ops.scan, cell, given)
-            agrees(cell, given, number, ours)
+            agrees(cell, given, precision, ours)
 
 
 @simulated
@@ -152,12 +152,12 @@ def test_tiles_of_a_step(name: str, tile: int) -> None:
 def test_many_steps(part: str) -> None:
     """Places and epochs come round again; chunks of many steps and of a few."""
     cell = cells.get("gru")
-    number = "float64" if part == "step" else "tf32x3"
-    for (regime, blocks), chunk in itertools.product(WAYS[part][:2], (9999, 2 * 7)):
-        given = operands(cell, 50, 2, 2, 25, 2, NUMBERS[number])
-        with running(regime, blocks, number, chunk_rows=chunk):
+    precision = "float64" if part == "step" else "tf32x3"
+    for (residency, blocks), chunk in itertools.product(WAYS[part][:2], (9999, 2 * 7)):
+        given = operands(cell, 50, 2, 2, 25, 2, PRECISIONS[precision])
+        with running(residency, blocks, precision, chunk_rows=chunk):
             ours = run(ops.scan, cell, given)
-        agrees(cell, given, number, ours)
+        agrees(cell, given, precision, ours)
 
 
 RAGGED = [(1, 2, 3, 1), (5, 9, 17, 2)]  # T, B, H, P
@@ -169,27 +169,27 @@ RAGGED = [(1, 2, 3, 1), (5, 9, 17, 2)]  # T, B, H, P
 @pytest.mark.parametrize("name", ["gru", "lstm", "linear"])
 def test_ragged_batches_resets_and_chunks(name: str, layout: str, part: str) -> None:
     cell = cells.get(name)
-    number = "float64" if part == "step" else "tf32x3"
-    for steps, batch, hidden, lanes in RAGGED:
-        given = operands(cell, steps, batch, 4, hidden, lanes, NUMBERS[number])
+    precision = "float64" if part == "step" else "tf32x3"
+    for steps, batch, hidden, recurrences in RAGGED:
+        given = operands(cell, steps, batch, 4, hidden, recurrences, PRECISIONS[precision])
         exact = ragged(given, layout)
-        regime, blocks = ways(part, hidden)[0]
+        residency, blocks = ways(part, hidden)[0]
         some = torch.rand(given["x"].shape[:-1]) < 0.3
         for resets, chunk in ((None, 2 * batch), (some, 1), (None, 99)):
             given["resets"] = exact["resets"] = resets
-            with running(regime, blocks, number, chunk_rows=chunk):
+            with running(residency, blocks, precision, chunk_rows=chunk):
                 ours = run(ops.scan, cell, given)
-            agrees(cell, given, number, ours, exact)
+            agrees(cell, given, precision, ours, exact)
 
 
 @simulated
 @pytest.mark.parametrize("part", ["step", "grid"])
 @pytest.mark.parametrize("layout", ["dense", "lengths", "packed"])
 @pytest.mark.parametrize("name", [*BUILT_IN, "linear"])
-def test_tapes_made_again(
+def test_recomputed_tapes(
     name: str, layout: str, part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing was kept but the output: the tape of a chunk follows from it, without a sweep."""
+    """Nothing was saved but the output: the tape of a chunk follows from it, without a sweep."""
     launched: list[str] = []
     launch = cuda.Library.launch
 
@@ -199,46 +199,46 @@ def test_tapes_made_again(
 
     monkeypatch.setattr(cuda.Library, "launch", counted)
     cell = cells.get(name)
-    for steps, batch, hidden, lanes in RAGGED:
-        for number in numbers(part):
-            if steps == 1 and "float16" in number:
+    for steps, batch, hidden, recurrences in RAGGED:
+        for precision in precisions(part):
+            if steps == 1 and "float16" in precision:
                 continue  # an error is no measure of another where there are so few numbers
-            given = operands(cell, steps, batch, 4, hidden, lanes, NUMBERS[number])
+            given = operands(cell, steps, batch, 4, hidden, recurrences, PRECISIONS[precision])
             if name == "rnn_relu":
                 decided(given)
             exact = ragged(given, layout)
-            regime, blocks = ways(part, hidden)[-1]
+            residency, blocks = ways(part, hidden)[-1]
             some = torch.rand(given["x"].shape[:-1]) < 0.3
             for resets, chunk in ((None, 2 * batch), (some, 1), (some, 99)):
                 given["resets"] = exact["resets"] = resets
-                with running(regime, blocks, number, chunk_rows=chunk):
+                with running(residency, blocks, precision, chunk_rows=chunk):
                     ours = run(partial(ops.scan, recompute=True), cell, given)
-                agrees(cell, given, number, ours, exact)
+                agrees(cell, given, precision, ours, exact)
     # A second sweep would give the same, for more memory; rnn_* have nothing on their tapes.
     assert launched.count("forward") == launched.count("backward")
-    assert ("replay" in launched) == (name not in ("rnn_tanh", "rnn_relu"))
+    assert ("recompute" in launched) == (name not in ("rnn_tanh", "rnn_relu"))
 
 
 @simulated
 @pytest.mark.parametrize("part", PARTS)
 def test_linear_cell_is_exact(part: str) -> None:
-    for regime, blocks in WAYS[part]:
-        for number in numbers(part):
-            given = operands(linear, 5, 18, 6, 37, 2, NUMBERS[number])
+    for residency, blocks in WAYS[part]:
+        for precision in precisions(part):
+            given = operands(linear, 5, 18, 6, 37, 2, PRECISIONS[precision])
             given = {k: whole(v) for k, v in given.items()}
             given["resets"] = torch.rand(5, 18) < 0.2
             # Of bfloat16 one chunk, as what the products of chunks add up to is not whole there.
-            rows = 90 if number == "bfloat16" else 36
+            rows = 90 if precision == "bfloat16" else 36
             exact = run(reference.scan, linear, doubled(given))
             for scan in (ops.scan, partial(ops.scan, recompute=True)):
-                with running(regime, blocks, number, chunk_rows=rows, batch_tile=16):
+                with running(residency, blocks, precision, chunk_rows=rows, batch_tile=16):
                     ours = run(scan, linear, given)
                 for what, right in exact.items():
                     # What steps hand on to each other is whole in bfloat16 as well; the gradients
                     # of weights, sums of all steps, are rounded in the end.
                     assert right.abs().max() < 256 or " w_" in what or " b_" in what, what
                     same = torch.equal(ours[what], right.to(ours[what].dtype))
-                    assert same, (what, blocks, number)
+                    assert same, (what, blocks, precision)
 
 
 @simulated
@@ -246,10 +246,10 @@ def test_linear_cell_is_exact(part: str) -> None:
 @pytest.mark.parametrize("name", [*BUILT_IN, "linear"])
 def test_a_kernel_takes_the_tape_of_another(name: str, part: str) -> None:
     cell = cells.get(name)
-    number = "float64" if part == "step" else "tf32x3"
+    precision = "float64" if part == "step" else "tf32x3"
     tolerance = 1e-12 if part == "step" else 2e-5
     for extra in ({}, {"resets": torch.rand(4, 3) < 0.3}, {"lengths": torch.tensor([3, 0, 4])}):
-        given = {**operands(cell, 4, 3, 3, 19, 2, NUMBERS[number]), **extra}
+        given = {**operands(cell, 4, 3, 3, 19, 2, PRECISIONS[precision]), **extra}
         arguments = (
             emit_cpp.key(cell),
             *(given[k] for k in ("x", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "s0")),
@@ -260,8 +260,10 @@ def test_a_kernel_takes_the_tape_of_another(name: str, part: str) -> None:
         )
 
         def using(kernel: str) -> Any:
-            regime, blocks = ways(part, 19)[0]
-            return running(regime, blocks, number) if kernel == "cuda" else kernels.use(kernel)
+            residency, blocks = ways(part, 19)[0]
+            return (
+                running(residency, blocks, precision) if kernel == "cuda" else kernels.use(kernel)
+            )
 
         results = {}
         for kernel in ("cpu", "cuda"):
@@ -271,13 +273,13 @@ def test_a_kernel_takes_the_tape_of_another(name: str, part: str) -> None:
         for a, b in zip(flatten(results["cpu"]), flatten(results["cuda"]), strict=True):
             assert largest_error(a, b) < tolerance
         y, *states, _ = results["cpu"]
-        incoming = (torch.randn_like(y), [torch.randn_like(s) for s in states])
+        output_grads = (torch.randn_like(y), [torch.randn_like(s) for s in states])
         gradients = {}
         for writer, (y, *_, tape) in results.items():
             for reader in ("cpu", "cuda"):
                 with using(reader):
                     gradients[writer, reader] = torch.ops.fastrnn.scan_backward(
-                        arguments[0], *incoming, *arguments[1:], y, tape, [True] * 6
+                        arguments[0], *output_grads, *arguments[1:], y, tape, [True] * 6
                     )
         right = gradients.pop(("cpu", "cpu"))
         for pair, ours in gradients.items():
@@ -295,12 +297,12 @@ def test_every_schedule_gives_the_same_bits(part: str) -> None:
     cell = cells.get("lstm")
     given = operands(cell, 4, 9, 3, 50, 2, torch.bfloat16)
     given["resets"] = torch.rand(4, 9) < 0.2
-    regime, blocks = WAYS[part][-1]
+    residency, blocks = WAYS[part][-1]
     results = []
     try:
         for number in range(4):
             seed(number)
-            with running(regime, blocks, "bfloat16"):
+            with running(residency, blocks, "bfloat16"):
                 results.append(run(ops.scan, cell, given))
     finally:
         seed(0)
@@ -313,18 +315,18 @@ def test_every_schedule_gives_the_same_bits(part: str) -> None:
 @pytest.mark.parametrize("part", PARTS)
 def test_only_wanted_gradients_and_none_that_is_absent(part: str) -> None:
     cell = cells.get("lstm")
-    number = "float64" if part == "step" else "tf32x3"
-    given = operands(cell, 3, 2, 3, 5, bias=False, dtype=NUMBERS[number])
+    precision = "float64" if part == "step" else "tf32x3"
+    given = operands(cell, 3, 2, 3, 5, bias=False, dtype=PRECISIONS[precision])
     given["s0"] = []
     arguments = (cell.name, *(given[k] for k in ("x", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr")))
     arguments += (given["s0"], None, None, None, 0)
-    regime, blocks = ways(part, 5)[0]
-    with running(regime, blocks, number):
+    residency, blocks = ways(part, 5)[0]
+    with running(residency, blocks, precision):
         y, *states, tape = torch.ops.fastrnn.scan(*arguments, tape=True)
     for needs in ([True] + [False] * 5, [False, False, True, True, True, True]):
         for dy, dstates in ((y, [None, None]), (None, [None, states[1]])):
             found = {}
-            for kernel in (running(regime, blocks, number), kernels.use("cpu")):
+            for kernel in (running(residency, blocks, precision), kernels.use("cpu")):
                 with kernel:
                     found[kernel] = torch.ops.fastrnn.scan_backward(
                         cell.name, dy, dstates, *arguments[1:], y, tape, needs
@@ -338,8 +340,8 @@ def test_only_wanted_gradients_and_none_that_is_absent(part: str) -> None:
 @pytest.mark.parametrize("part", PARTS)
 def test_strided_misaligned_empty_or_without_bias(part: str) -> None:
     cell = cells.get("gru")
-    number = "float64" if part == "step" else "tf32x3"
-    dtype = NUMBERS[number]
+    precision = "float64" if part == "step" else "tf32x3"
+    dtype = PRECISIONS[precision]
     given = operands(cell, 3, 2, 4, 9, dtype=dtype)
     strided = {
         **given,
@@ -350,7 +352,7 @@ def test_strided_misaligned_empty_or_without_bias(part: str) -> None:
     flat[1:] = given["w_hh"][0].flatten()
     misaligned = {**given, "w_hh": [flat[1:].view_as(given["w_hh"][0])]}
     step = operands(cell, 1, 2, 4, 9, dtype=dtype)
-    regime, blocks = ways(part, 9)[0]
+    residency, blocks = ways(part, 9)[0]
     for case in (
         strided,
         misaligned,
@@ -359,9 +361,9 @@ def test_strided_misaligned_empty_or_without_bias(part: str) -> None:
         operands(cell, 3, 2, 0, 9, dtype=dtype),
         {**step, "x": step["x"][0], "s0": [s[0] for s in step["s0"]]},
     ):
-        with running(regime, blocks, number):
+        with running(residency, blocks, precision):
             ours = run(ops.scan, cell, case)
-        agrees(cell, case, number, ours)
+        agrees(cell, case, precision, ours)
 
 
 @simulated
@@ -414,8 +416,8 @@ def test_an_error_of_the_library_is_raised() -> None:
 @pytest.mark.parametrize("part", PARTS)
 def test_what_lies_around_outputs_is_not_written(part: str) -> None:
     cell = cells.get("gru")
-    number = "float64" if part == "step" else "tf32x3"
-    given = operands(cell, 3, 5, 4, 13, 2, NUMBERS[number])
+    precision = "float64" if part == "step" else "tf32x3"
+    given = operands(cell, 3, 5, 4, 13, 2, PRECISIONS[precision])
     made: list[torch.Tensor] = []
     empty = torch.empty
 
@@ -428,11 +430,11 @@ def test_what_lies_around_outputs_is_not_written(part: str) -> None:
         made.append(around)
         return around[16 : 16 + size].fill_(torch.nan).view(*shape)
 
-    regime, blocks = ways(part, 13)[0]
-    with pytest.MonkeyPatch.context() as patch, running(regime, blocks, number):
+    residency, blocks = ways(part, 13)[0]
+    with pytest.MonkeyPatch.context() as patch, running(residency, blocks, precision):
         patch.setattr(torch, "empty", guarded)
         ours = run(ops.scan, cell, given)
-    agrees(cell, given, number, ours)
+    agrees(cell, given, precision, ours)
     assert made
     for around in made:
         assert (around[:16] == 7).all() and (around[-16:] == 7).all()
@@ -444,7 +446,7 @@ def test_plans_know_what_a_block_holds() -> None:
     found = cuda.library()
     assert isinstance(found, cuda.Library)
     known = 0
-    for name, hidden, number, tile, (regime, blocks) in itertools.product(
+    for name, hidden, precision, tile, (residency, blocks) in itertools.product(
         BUILT_IN,
         (1, 17, 64, 100, 128, 256, 512, 768, 1000, 1024, 2048),
         RESIDENT,
@@ -452,11 +454,11 @@ def test_plans_know_what_a_block_holds() -> None:
         [("block", 1), *(("cluster", n) for n in (2, 8)), *(("grid", n) for n in (5, 32, 128))],
     ):
         cell = cells.get(name)
-        dtype = str(NUMBERS[number]).removeprefix("torch.")
+        dtype = str(PRECISIONS[precision]).removeprefix("torch.")
         made = plan.CudaConfig(
-            number=number, regime=regime, batch_tile=tile, blocks=blocks, warps=8
+            precision=precision, residency=residency, batch_tile=tile, blocks=blocks, warps=8
         )
-        sweep = cuda.Sweep(steps=5, batch=70, hidden=hidden, lanes=1, end=5)
+        sweep = cuda.Sweep(steps=5, batch=70, hidden=hidden, recurrences=1, end=5)
         for backward in (False, True):
             problem = plan.Problem(
                 *(name, 5, 70, 1, hidden, len(cell.gates), len(cell.states)),
@@ -482,7 +484,7 @@ def test_row_groups_of_a_plan() -> None:
     assert tables == replace(tables) and hash(tables) == hash(replace(tables))
     assert tables.units(False, 4, 8) == (8, 16) and tables.units(True, 1, 8) == (16, 32, 64)
     named = set()
-    for name, hidden, number, tile, (regime, blocks), backward in itertools.product(
+    for name, hidden, precision, tile, (residency, blocks), backward in itertools.product(
         BUILT_IN,
         (1, 17, 100, 256, 1000),
         RESIDENT,
@@ -491,9 +493,9 @@ def test_row_groups_of_a_plan() -> None:
         (False, True),
     ):
         made = plan.CudaConfig(
-            number=number, regime=regime, batch_tile=tile, blocks=blocks, warps=8
+            precision=precision, residency=residency, batch_tile=tile, blocks=blocks, warps=8
         )
-        sweep = cuda.Sweep(steps=5, batch=70, hidden=hidden, lanes=1, end=5)
+        sweep = cuda.Sweep(steps=5, batch=70, hidden=hidden, recurrences=1, end=5)
 
         units = tables.units(backward, len(cells.get(name).gates), tile)
         sizes = {}
@@ -501,7 +503,7 @@ def test_row_groups_of_a_plan() -> None:
             given = cuda.cuda_plan(replace(made, row_group=each))
             sizes[each] = found.shared_bytes(name, sweep, given, backward)
         assert all(sizes.pop(wrong) == -1 for wrong in (0, -8, 1, 24, 128))
-        there = tables.registers[backward][number == "tf32x3"][tables.batch_tiles.index(tile)][0]
+        there = tables.registers[backward][precision == "tf32x3"][tables.batch_tiles.index(tile)][0]
         most = blocks * tables.warps
         for each, bytes_of_it in sizes.items():
             assert (bytes_of_it > 0) == (there > 0 and -(-hidden // each) <= most), (name, each)
@@ -517,13 +519,13 @@ def test_every_row_group(name: str, part: str) -> None:
     found = cuda.library()
     assert isinstance(found, cuda.Library)
     cell = cells.get(name)
-    regime, blocks = ways(part, 40)[0]
+    residency, blocks = ways(part, 40)[0]
     gates, tile = len(cell.gates), 8
     forward, backward = (found.tables.units(way, gates, tile) for way in (False, True))
-    for number in ("bfloat16", "tf32x3"):
-        given = operands(cell, 3, 9, 2, 40, dtype=NUMBERS[number])
+    for precision in ("bfloat16", "tf32x3"):
+        given = operands(cell, 3, 9, 2, 40, dtype=PRECISIONS[precision])
         for first, second in itertools.zip_longest(forward, backward):
             groups = first or forward[0], second or backward[0]
-            with running(regime, blocks, number, batch_tile=tile, row_groups=groups):
+            with running(residency, blocks, precision, batch_tile=tile, row_groups=groups):
                 ours = run(ops.scan, cell, given)
-            agrees(cell, given, number, ours)
+            agrees(cell, given, precision, ours)

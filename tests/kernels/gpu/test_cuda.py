@@ -28,7 +28,7 @@ def test_structures_are_laid_out_as_in_c(tmp_path: Path) -> None:
             f"sizeof(fastrnn::{name}::{field}));"
             for field, *_ in structure._fields_
         ]
-    enums = {"Number": cuda.NUMBERS, "Regime": cuda.REGIMES}
+    enums = {"Precision": cuda.PRECISIONS, "Residency": cuda.RESIDENCIES}
     for kind, values in enums.items():
         lines += [
             f'printf("{kind}.{n} %d\\n", int(fastrnn::{kind}::k{n[0].upper()}{n[1:]}));'

@@ -2,7 +2,7 @@
 show: streams, captured graphs, clusters and grids that really run at the same time.
 
 Nothing here runs without a GPU. `python -m benchmarks.gpu` runs it in parts, by the marks of the
-tests and by regime: a kernel that hangs takes only its part along.
+tests and by residency: a kernel that hangs takes only its part along.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.skipif(not GPU, reason="there is no GPU")
 CAPABILITY = torch.cuda.get_device_capability() if GPU else (0, 0)
 
 KERNELS = ["cuda", "triton"]
-NUMBERS = ["float64", "float32", "tf32", "bfloat16", "float16"]
+PRECISIONS = ["float64", "float32", "tf32", "bfloat16", "float16"]
 # T, B, I, H, P and the blocks that share H.
 SHAPES: dict[str, list[tuple[Shape, int]]] = {
     "step": [((1, 1, 1, 1, 1), 1), ((3, 9, 4, 17, 2), 1), ((2, 33, 8, 300, 1), 1)],
@@ -46,7 +46,7 @@ SHAPES: dict[str, list[tuple[Shape, int]]] = {
 }
 
 
-TILES = {regime: (16, 32, 64) if regime == "step" else (8, 16, 32) for regime in SHAPES}
+TILES = {residency: (16, 32, 64) if residency == "step" else (8, 16, 32) for residency in SHAPES}
 
 
 @pytest.fixture(autouse=True)
@@ -87,30 +87,30 @@ def tf32(allow: bool) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def dtype_of(number: str) -> torch.dtype:
-    dtype = getattr(torch, "float32" if number == "tf32" else number)
+def dtype_of(precision: str) -> torch.dtype:
+    dtype = getattr(torch, "float32" if precision == "tf32" else precision)
     assert isinstance(dtype, torch.dtype)
     return dtype
 
 
-def rival_of(number: str) -> torch.dtype:
+def baseline_of(precision: str) -> torch.dtype:
     """In which the reference has as many digits: TF32 has those of float16, but whether cuBLAS
     makes use of it is up to cuBLAS."""
-    return torch.float16 if number == "tf32" else dtype_of(number)
+    return torch.float16 if precision == "tf32" else dtype_of(precision)
 
 
-def forced(regime: str, number: str, blocks: int, batch_tile: int) -> dict[str, Any]:
+def forced(residency: str, precision: str, blocks: int, batch_tile: int) -> dict[str, Any]:
     """Fields of a plan, whatever the device would make of so small a problem."""
-    if regime == "cluster" and CAPABILITY < (9, 0):
+    if residency == "cluster" and CAPABILITY < (9, 0):
         pytest.skip("there are no clusters before compute capability 9.0")
-    if number == "float64" and regime != "step":
+    if precision == "float64" and residency != "step":
         pytest.skip("float64 stays in the cache")
-    if number == "float32" and regime != "step":
-        number = "tf32x3"
+    if precision == "float32" and residency != "step":
+        precision = "tf32x3"
         batch_tile = min(batch_tile, 16)  # it has no wider ones
     return {
-        "regime": regime,
-        "number": number,
+        "residency": residency,
+        "precision": precision,
         "batch_tile": batch_tile,
         "blocks": blocks,
         "warps": 8,
@@ -122,12 +122,12 @@ def fits(name: str, shape: Shape, fields: dict[str, Any]) -> bool:
     """Whether a block has shared memory for such a plan, both ways."""
     library = cuda.library()
     assert isinstance(library, cuda.Library), library
-    steps, batch, _, hidden, lanes = shape
-    sweep = cuda.Sweep(steps=steps, batch=batch, hidden=hidden, lanes=lanes, end=steps)
+    steps, batch, _, hidden, recurrences = shape
+    sweep = cuda.Sweep(steps=steps, batch=batch, hidden=hidden, recurrences=recurrences, end=steps)
     wanted = plan.CudaConfig(**fields)
     properties: Any = torch.cuda.get_device_properties()
     most = properties.shared_memory_per_block_optin
-    if wanted.regime == "step":
+    if wanted.residency == "step":
         return True
     cell = cells.get(name)
     for backward in (False, True):
@@ -140,46 +140,48 @@ def fits(name: str, shape: Shape, fields: dict[str, Any]) -> bool:
     return True
 
 
-def decided_by_rounding(name: str, number: str, hidden: int) -> bool:
+def decided_by_rounding(name: str, precision: str, hidden: int) -> bool:
     """Whether some unit is so near to 0 that rounding turns it on or off, and its gradient too."""
-    return name == "rnn_relu" and number not in ("float64", "float32") and hidden > 60
+    return name == "rnn_relu" and precision not in ("float64", "float32") and hidden > 60
 
 
-def few(regime: str, number: str) -> dict[str, Any]:
+def few(residency: str, precision: str) -> dict[str, Any]:
     """The least tile, and blocks."""
-    return forced(regime, number, 1 if regime in ("step", "block") else 2, TILES[regime][0])
+    return forced(
+        residency, precision, 1 if residency in ("step", "block") else 2, TILES[residency][0]
+    )
 
 
-# The kernels, by regime
+# The kernels, by residency
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", BUILT_IN)
-@pytest.mark.parametrize("regime", SHAPES)
-def test_cuda_shapes(regime: str, name: str, number: str) -> None:
-    for shape, blocks in SHAPES[regime]:
-        if decided_by_rounding(name, number, shape[3]):
+@pytest.mark.parametrize("residency", SHAPES)
+def test_cuda_shapes(residency: str, name: str, precision: str) -> None:
+    for shape, blocks in SHAPES[residency]:
+        if decided_by_rounding(name, precision, shape[3]):
             continue
-        given = moved(operands(cells.get(name), *shape, dtype=dtype_of(number)))
-        plans = [forced(regime, number, blocks, tile) for tile in TILES[regime]]
+        given = moved(operands(cells.get(name), *shape, dtype=dtype_of(precision)))
+        plans = [forced(residency, precision, blocks, tile) for tile in TILES[residency]]
         plans = [fields for fields in plans if fits(name, shape, fields)]
         assert plans, shape
         for fields in plans:
-            with tf32(number == "tf32"), planned(**fields):
-                check(cells.get(name), given, "cuda", rival_of(number))
+            with tf32(precision == "tf32"), planned(**fields):
+                check(cells.get(name), given, "cuda", baseline_of(precision))
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", [*BUILT_IN, "linear"])
-def test_triton_shapes(name: str, number: str) -> None:
+def test_triton_shapes(name: str, precision: str) -> None:
     for shape in ((1, 1, 1, 1, 1), (5, 9, 4, 17, 2), (9, 3, 8, 64, 1), (3, 17, 8, 130, 1)):
-        if decided_by_rounding(name, number, shape[3]):
+        if decided_by_rounding(name, precision, shape[3]):
             continue
-        given = moved(operands(cells.get(name), *shape, dtype=dtype_of(number)))
-        with tf32(number == "tf32"):
-            check(cells.get(name), given, "triton", rival_of(number))
+        given = moved(operands(cells.get(name), *shape, dtype=dtype_of(precision)))
+        with tf32(precision == "tf32"):
+            check(cells.get(name), given, "triton", baseline_of(precision))
 
 
 def ragged(layout: str, cell: cells.Cell, hidden: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -202,47 +204,47 @@ def ragged(layout: str, cell: cells.Cell, hidden: int, dtype: torch.dtype) -> di
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("number", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("layout", ["dense", "lengths", "packed"])
 @pytest.mark.parametrize("name", ["gru", "lstm"])
-@pytest.mark.parametrize("regime", SHAPES)
-def test_cuda_ragged(regime: str, name: str, layout: str, number: str) -> None:
+@pytest.mark.parametrize("residency", SHAPES)
+def test_cuda_ragged(residency: str, name: str, layout: str, precision: str) -> None:
     cell = cells.get(name)
     for hidden, chunk in ((17, 11), (64, 22), (64, 999)):
-        given = ragged(layout, cell, hidden, dtype_of(number))
-        with planned(**few(regime, number), chunk_rows=chunk):
+        given = ragged(layout, cell, hidden, dtype_of(precision))
+        with planned(**few(residency, precision), chunk_rows=chunk):
             check(cell, given, "cuda")
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("number", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float64", "float32", "bfloat16"])
 @pytest.mark.parametrize("layout", ["dense", "lengths", "packed"])
 @pytest.mark.parametrize("name", ["gru", "lstm"])
-@pytest.mark.parametrize("regime", SHAPES)
-def test_cuda_tapes_made_again(regime: str, name: str, layout: str, number: str) -> None:
+@pytest.mark.parametrize("residency", SHAPES)
+def test_cuda_recomputed_tapes(residency: str, name: str, layout: str, precision: str) -> None:
     cell = cells.get(name)
     for hidden, chunk in ((17, 11), (64, 22), (64, 999)):
-        given = ragged(layout, cell, hidden, dtype_of(number))
-        with planned(**few(regime, number), chunk_rows=chunk):
+        given = ragged(layout, cell, hidden, dtype_of(precision))
+        with planned(**few(residency, precision), chunk_rows=chunk):
             check(cell, given, "cuda", recompute=True)
 
 
 @pytest.mark.cuda
 def test_cuda_grid_of_groups_that_follow_each_other() -> None:
-    for number in ("tf32", "bfloat16"):
-        given = moved(operands(cells.get("lstm"), 5, 50, 4, 64, 2, dtype_of(number)))
-        with planned(**few("grid", number) | {"groups": 3}), tf32(number == "tf32"):
-            check(cells.get("lstm"), given, "cuda", rival_of(number))
+    for precision in ("tf32", "bfloat16"):
+        given = moved(operands(cells.get("lstm"), 5, 50, 4, 64, 2, dtype_of(precision)))
+        with planned(**few("grid", precision) | {"groups": 3}), tf32(precision == "tf32"):
+            check(cells.get("lstm"), given, "cuda", baseline_of(precision))
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("number", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("layout", ["dense", "lengths", "packed"])
 @pytest.mark.parametrize("name", ["gru", "lstm", "linear"])
-def test_triton_ragged(name: str, layout: str, number: str) -> None:
+def test_triton_ragged(name: str, layout: str, precision: str) -> None:
     cell = cells.get(name)
     for chunk in (11, 22, 999):
-        given = ragged(layout, cell, 17, dtype_of(number))
+        given = ragged(layout, cell, 17, dtype_of(precision))
         with planned(chunk_rows=chunk):
             check(cell, given, "triton")
 
@@ -369,14 +371,14 @@ def test_compiled(kernel: str) -> None:
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("number", ["float32", "tf32", "bfloat16", "float16"])
-def test_bitwise(kernel: str, number: str) -> None:
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16", "float16"])
+def test_bitwise(kernel: str, precision: str) -> None:
     """Run after run, also while another stream keeps multiprocessors busy."""
     noise = torch.randn(2048, 2048, device="cuda")
     other = torch.cuda.Stream()
-    with tf32(number == "tf32"):
-        for layer in layers(dtype_of(number)):
-            x = torch.randn(64, 40, 32, device="cuda", dtype=dtype_of(number))
+    with tf32(precision == "tf32"):
+        for layer in layers(dtype_of(precision)):
+            x = torch.randn(64, 40, 32, device="cuda", dtype=dtype_of(precision))
             right = both_ways(layer, x)
             assert not any(t.isnan().any() for t in right)
             for _ in range(5):
@@ -407,41 +409,41 @@ def test_two_streams(kernel: str) -> None:
 
 @pytest.mark.whole
 def test_recompute(kernel: str) -> None:
-    """What waits for the way back is a fraction, and gradients are as good."""
+    """What waits for the backward pass is a fraction, and gradients are as good."""
     for layer in layers():
         x = torch.randn(100, 20, 32, device="cuda")
-        kept = []
+        saved = []
         for recompute in (False, True):
             layer.recompute = recompute
             before = torch.cuda.memory_allocated()
             waiting = layer(x)
-            kept.append(torch.cuda.memory_allocated() - before)
+            saved.append(torch.cuda.memory_allocated() - before)
             del waiting
         again = both_ways(layer, x)
         layer.recompute = False
         close(again, both_ways(layer, x))
-        assert kept[1] < kept[0] / 2
+        assert saved[1] < saved[0] / 2
 
 
 SIZES = [(1, 256), (16, 256), (64, 512), (64, 1024), (128, 2048)]  # B, H
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("number", ["bfloat16", "float32", "tf32", "float16"])
+@pytest.mark.parametrize("precision", ["bfloat16", "float32", "tf32", "float16"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_sizes(kernel: str, size: tuple[int, int], number: str) -> None:
+def test_sizes(kernel: str, size: tuple[int, int], precision: str) -> None:
     """Those of the benchmark, as its plans have them, by the tolerance rule."""
     batch, hidden = size
-    dtype = dtype_of(number)
+    dtype = dtype_of(precision)
     for make in (fastrnn.LSTM, fastrnn.GRU):
         ours = make(64, hidden, device="cuda", dtype=dtype)
         theirs = fastrnn.to_torch(ours)
         x = torch.randn(24, batch, 64, device="cuda", dtype=dtype)
-        with tf32(number == "tf32"):
+        with tf32(precision == "tf32"):
             mine, torchs = both_ways(ours, x), both_ways(theirs, x)
         exact = both_ways(theirs.double(), x.double())
         for a, b, right in zip(mine, torchs, exact, strict=True):
-            most = limit(largest_error(b, right), number, gradients=True)
+            most = limit(largest_error(b, right), precision, gradients=True)
             assert largest_error(a, right) <= most
 
 

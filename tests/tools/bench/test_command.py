@@ -9,8 +9,8 @@ import pytest
 
 import fastrnn
 from fastrnn import __main__
-from fastrnn.tools.bench import race
-from fastrnn.tools.bench.contender import TorchLayer
+from fastrnn.tools.bench import comparison
+from fastrnn.tools.bench.implementation import TorchLayer
 from tests.support.bench import Scaled, here
 
 
@@ -20,7 +20,7 @@ def quick_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_shape_of_your_own(quick_machine: None, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--shape", "5,2,3,8", "--seconds", "0.001", "--rivals", "torch.nn"]
+    arguments = ["--shape", "5,2,3,8", "--seconds", "0.001", "--baselines", "torch.nn"]
     arguments += ["--latency-calls", "100"]
     assert __main__.main(["bench", *arguments, "--layer", "gru", "--training"]) == 0
     out = capsys.readouterr().out
@@ -38,7 +38,7 @@ def test_a_shape_of_your_own(quick_machine: None, capsys: pytest.CaptureFixture[
     [
         (["--shape", "5,2,3"], "four whole numbers"),
         (["--shape", "5,2,-3,8"], "four whole numbers"),
-        (["--shape", "5,2,3,8", "--rivals", "haste"], "no rival haste; there are: torch.nn"),
+        (["--shape", "5,2,3,8", "--baselines", "haste"], "no baseline haste; there are: torch.nn"),
         (["--shape", "5,2,3,8", "--layers", "0"], "at least 1"),
         (["--shape", "5,2,3,8", "--training", "--stream"], "not allowed with"),
     ],
@@ -56,6 +56,6 @@ def test_wrong_results_are_told(
     quick_machine: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wrong = TorchLayer("fastrnn", lambda layer: Scaled(fastrnn.from_torch(layer), 1.01))
-    monkeypatch.setattr(race, "OURS", (wrong,))
-    assert __main__.main(["bench", "--shape", "5,2,3,8", "--rivals", "torch.nn"]) == 1
+    monkeypatch.setattr(comparison, "OURS", (wrong,))
+    assert __main__.main(["bench", "--shape", "5,2,3,8", "--baselines", "torch.nn"]) == 1
     assert "nothing was timed: your shape, lstm, inference: output" in capsys.readouterr().err

@@ -10,12 +10,12 @@ from fastrnn.tools.bench.machine import slug
 from tests.support.bench import MACHINE
 
 
-def test_the_floor_is_the_slower_of_arithmetic_and_reading() -> None:
-    assert MACHINE.floor(10**8, 1, 1000).microseconds == pytest.approx(1000)
-    assert MACHINE.floor(10**8, 1, 1000).by == "sgemm peak"
+def test_the_roofline_is_the_slower_of_arithmetic_and_reading() -> None:
+    assert MACHINE.roofline(10**8, 1, 1000).microseconds == pytest.approx(1000)
+    assert MACHINE.roofline(10**8, 1, 1000).by == "sgemm peak"
     # 2^17 bytes, half of them a core: in L2 at 200 GB/s.
-    assert MACHINE.floor(1, 100, 1 << 17).microseconds == pytest.approx(65.536)
-    assert MACHINE.floor(1, 100, 1 << 17).by == "L2 bandwidth"
+    assert MACHINE.roofline(1, 100, 1 << 17).microseconds == pytest.approx(65.536)
+    assert MACHINE.roofline(1, 100, 1 << 17).by == "L2 bandwidth"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastrnn.tools.bench import measure
-from fastrnn.tools.bench.contender import Prepared
+from fastrnn.tools.bench.implementation import Prepared
 
 
 def test_percentiles() -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fastrnn.tools.bench import measure, store
-from fastrnn.tools.bench.race import Verdict
+from fastrnn.tools.bench.comparison import Verdict
 from fastrnn.tools.bench.workload import PEAK
 from tests.support.bench import MACHINE, ROW
 
@@ -31,7 +31,7 @@ def test_a_later_run_replaces_its_rows_only() -> None:
     other = replace(ROW, workload="v")
     results = store.merge(store.Results((), ()), first, [ROW, other], ["v", "w"])
     assert [(r.workload, n) for r, n in results.rows] == [("v", 0), ("w", 0)]
-    later = replace(ROW, floor=11.0)
+    later = replace(ROW, roofline=11.0)
     results = store.merge(results, second, [later], ["v", "w"])
     assert results.rows == ((other, 0), (later, 1))
     results = store.merge(results, second, [other], ["v", "w"])

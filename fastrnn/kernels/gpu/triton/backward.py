@@ -29,44 +29,49 @@ def _before(
 
 
 @triton.jit
-def _state_0_before(y, start, rows, from_row, from_start, n, p, lanes, dtype, Q: tl.constexpr):
+def _state_0_before(
+    y, start, rows, from_row, from_start, n, p, recurrences, dtype, Q: tl.constexpr
+):
     """[BB, N] of state 0 before a step."""
     inside = (n < Q)[None, :]
-    at = y + (rows[:, None] * lanes + p) * Q + n[None, :]
+    at = y + (rows[:, None] * recurrences + p) * Q + n[None, :]
     value = tl.load(at, mask=from_row & inside, other=0.0).to(dtype)
     return value + tl.load(start + n[None, :], mask=from_start & inside, other=0.0)
 
 
 @triton.jit
 def _reads(
-    dy, y, tape, start, state, ds, rows, rows_before, from_row, from_start, alive, n, p, lanes,
-    H: tl.constexpr, S: tl.constexpr, K: tl.constexpr, DY: tl.constexpr, PROJECTED: tl.constexpr,
+    dy, y, tape, start, state, ds, rows, rows_before, from_row, from_start, alive, n, p,
+    recurrences, H: tl.constexpr, S: tl.constexpr, K: tl.constexpr, DY: tl.constexpr,
+    PROJECTED: tl.constexpr,
 ):  # fmt: skip
-    """What the derivative of a step reads: kept values, states before and after, and gradients of
+    """What the derivative of a step reads: saved values, states before and after, and gradients of
     the latter. Where state 0 is projected, it is the cell's own output here, and not read before
     the step."""
     dtype = start.dtype.element_ty
     units = (n < H)[None, :]
     here = alive & units
-    slots: tl.constexpr = S - 1 + K + PROJECTED
-    at = tape + (rows[:, None] * lanes + p) * slots * H + n[None, :]
-    at_y = (rows[:, None] * lanes + p) * H + n[None, :]
-    kept = ()
+    tape_width: tl.constexpr = S - 1 + K + PROJECTED
+    at = tape + (rows[:, None] * recurrences + p) * tape_width * H + n[None, :]
+    at_y = (rows[:, None] * recurrences + p) * H + n[None, :]
+    saved = ()
     for j in tl.static_range(K):
-        kept = kept + (tl.load(at + (S - 1 + j) * H, mask=here, other=0.0).to(dtype),)
+        saved = saved + (tl.load(at + (S - 1 + j) * H, mask=here, other=0.0).to(dtype),)
     if PROJECTED:
         after = (tl.load(at + (S - 1 + K) * H, mask=here, other=0.0).to(dtype),)
         before = (tl.zeros_like(after[0]),)
     else:
         after = (tl.load(y + at_y, mask=here, other=0.0).to(dtype),)
         before = (
-            _state_0_before(y, start, rows_before, from_row, from_start, n, p, lanes, dtype, H),
+            _state_0_before(
+                y, start, rows_before, from_row, from_start, n, p, recurrences, dtype, H
+            ),
         )
     if DY and not PROJECTED:
         dafter = (ds[0] + tl.load(dy + at_y, mask=here, other=0.0).to(dtype),)
     else:
         dafter = (ds[0],)
-    at_before = tape + (rows_before[:, None] * lanes + p) * slots * H + n[None, :]
+    at_before = tape + (rows_before[:, None] * recurrences + p) * tape_width * H + n[None, :]
     for j in tl.static_range(1, S):
         after = after + (tl.load(at + (j - 1) * H, mask=here, other=0.0).to(dtype),)
         dafter = dafter + (ds[j],)
@@ -74,7 +79,7 @@ def _reads(
         initial = start + j * state + n[None, :]
         value += tl.load(initial, mask=from_start & units, other=0.0)
         before = before + (value,)
-    return kept, before, after, dafter
+    return saved, before, after, dafter
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -82,12 +87,12 @@ def backward_resident(
     dy,  # [rows, P, H]
     w_hh,
     s0,  # [S, P, B, H] in the type of computation
-    ds,  # [S, P, B, H] gradients of the states, after the stretch and then before it
+    ds,  # [S, P, B, H] gradients of the states, after the chunk and then before it
     y,
     tape,
     du,  # [P, chunk_rows, G*H]
-    dv,  # the same, or du where all gates are tied
-    previous,  # [P, chunk_rows, H] state 0 before each step
+    dv,  # the same, or du where all gates are summed
+    h_prev,  # [P, chunk_rows, H] state 0 before each step
     first,
     length,
     resets,
@@ -104,7 +109,7 @@ def backward_resident(
     G: tl.constexpr,
     S: tl.constexpr,
     K: tl.constexpr,
-    TIED: tl.constexpr,
+    SUMMED: tl.constexpr,
     DY: tl.constexpr,
     PACKED: tl.constexpr,
     RAGGED: tl.constexpr,
@@ -115,13 +120,13 @@ def backward_resident(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    p, lanes, backward, b, stop, low, high, into = program(
+    p, recurrences, backward, b, stop, low, high, into = program(
         length, steps, batch, begin, end, base, base_reverse, chunk_rows, reverse, RAGGED, BB
     )
     n = tl.arange(0, BN)
     k = tl.arange(0, BN)
     in_batch = (b < batch)[:, None] & (n < H)[None, :]
-    all_tied: tl.constexpr = TIED == (1 << G) - 1
+    all_summed: tl.constexpr = SUMMED == (1 << G) - 1
 
     w = ()
     inside = (n < H)[:, None] & (k < H)[None, :]
@@ -129,10 +134,10 @@ def backward_resident(
         w_at = w_hh + ((p * G + g) * H + n[:, None]) * H + k[None, :]
         w = w + (tl.load(w_at, mask=inside, other=0.0),)
     carried = ()
-    state = lanes * batch * H  # from one state to the next
-    lane = (p * batch + b[:, None]) * H
+    state = recurrences * batch * H  # from one state to the next
+    recurrence = (p * batch + b[:, None]) * H
     for j in tl.static_range(S):
-        ds_at = ds + lane + j * state + n[None, :]
+        ds_at = ds + recurrence + j * state + n[None, :]
         carried = carried + (tl.load(ds_at, mask=in_batch, other=0.0),)
 
     for back in tl.range(0, high - low):
@@ -144,22 +149,22 @@ def backward_resident(
         rows_before, from_row, from_start, cut = _before(
             first, resets, t, b, stop, steps, batch, backward, PACKED, RESETS
         )
-        kept, before, after, dafter = _reads(
-            dy, y, tape, s0 + lane, state, carried, rows, rows_before, from_row, from_start, alive,
-            n, p, lanes, H, S, K, DY, False,
+        saved, before, after, dafter = _reads(
+            dy, y, tape, s0 + recurrence, state, carried, rows, rows_before, from_row, from_start,
+            alive, n, p, recurrences, H, S, K, DY, False,
         )  # fmt: skip
-        out = CELL(kept, before, after, dafter)
+        out = CELL(saved, before, after, dafter)
         recurrent = tl.broadcast_to(out[2 * G], (BB, BN))
         at = (into + rows)[:, None] * (G * H) + n[None, :]
         for g in tl.static_range(G):
             d = tl.where(here, tl.broadcast_to(out[G + g], (BB, BN)), 0.0)
             recurrent += times(d, w[g], DOT, PRECISION)
             tl.store(dv + at + g * H, d.to(dv.dtype.element_ty), mask=here)
-            if not all_tied:
+            if not all_summed:
                 d = tl.broadcast_to(out[g], (BB, BN))
                 tl.store(du + at + g * H, d.to(du.dtype.element_ty), mask=here)
         h_at = (into + rows)[:, None] * H + n[None, :]
-        tl.store(previous + h_at, before[0].to(previous.dtype.element_ty), mask=here)
+        tl.store(h_prev + h_at, before[0].to(h_prev.dtype.element_ty), mask=here)
         passed = ()
         for j in tl.static_range(S):
             if j == 0:
@@ -172,7 +177,7 @@ def backward_resident(
         carried = passed
     tl.debug_barrier()
     for j in tl.static_range(S):
-        tl.store(ds + lane + j * state + n[None, :], carried[j], mask=in_batch)
+        tl.store(ds + recurrence + j * state + n[None, :], carried[j], mask=in_batch)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -185,7 +190,7 @@ def backward_streamed(
     tape,
     du,
     dv,
-    previous,  # [P, chunk_rows, Q]
+    h_prev,  # [P, chunk_rows, Q]
     w_hr,  # [P, Q, H], or any pointer
     dh,  # [P, chunk_rows, Q] gradient of state 0 after each step, or any pointer
     first,
@@ -208,7 +213,7 @@ def backward_streamed(
     G: tl.constexpr,
     S: tl.constexpr,
     K: tl.constexpr,
-    TIED: tl.constexpr,
+    SUMMED: tl.constexpr,
     DY: tl.constexpr,
     PACKED: tl.constexpr,
     RAGGED: tl.constexpr,
@@ -219,15 +224,15 @@ def backward_streamed(
     BN: tl.constexpr,  # units whose derivative is computed, or numbers summed up, at a time
     BK: tl.constexpr,  # units, or numbers of state 0, multiplied at a time
 ):
-    p, lanes, backward, b, stop, low, high, into = program(
+    p, recurrences, backward, b, stop, low, high, into = program(
         length, steps, batch, begin, end, base, base_reverse, chunk_rows, reverse, RAGGED, BB
     )
     dtype = ds.dtype.element_ty
     W: tl.constexpr = H if H > Q else Q
-    state = lanes * batch * W
+    state = recurrences * batch * W
     start = s0 + (p * batch + b[:, None]) * W
-    lane = ds + (p * batch + b[:, None]) * W
-    all_tied: tl.constexpr = TIED == (1 << G) - 1
+    recurrence = ds + (p * batch + b[:, None]) * W
+    all_summed: tl.constexpr = SUMMED == (1 << G) - 1
 
     for back in tl.range(0, high - low, num_stages=1):
         step = high - 1 - back
@@ -242,17 +247,17 @@ def backward_streamed(
                 q = q0 + tl.arange(0, BN)
                 here = alive & (q < Q)[None, :]
                 at = (into + rows)[:, None] * Q + q[None, :]
-                d = tl.load(lane + q[None, :], mask=here, other=0.0)
+                d = tl.load(recurrence + q[None, :], mask=here, other=0.0)
                 if DY:
-                    at_y = dy + (rows[:, None] * lanes + p) * Q + q[None, :]
+                    at_y = dy + (rows[:, None] * recurrences + p) * Q + q[None, :]
                     d += tl.load(at_y, mask=here, other=0.0).to(dtype)
                 h = _state_0_before(
-                    y, start, rows_before, from_row, from_start, q, p, lanes, dtype, Q
+                    y, start, rows_before, from_row, from_start, q, p, recurrences, dtype, Q
                 )
-                tl.store(previous + at, h.to(previous.dtype.element_ty), mask=here)
+                tl.store(h_prev + at, h.to(h_prev.dtype.element_ty), mask=here)
                 tl.store(dh + at, d.to(dh.dtype.element_ty), mask=here)
                 tl.debug_barrier()  # between reading and writing a tile
-                tl.store(lane + q[None, :], d, mask=here)
+                tl.store(recurrence + q[None, :], d, mask=here)
             tl.debug_barrier()
         for n0 in tl.range(0, H, BN, num_stages=1):
             n = n0 + tl.arange(0, BN)
@@ -261,35 +266,37 @@ def backward_streamed(
                 total = tl.zeros((BB, BN), dtype)
                 for k0 in tl.range(0, width, BK):
                     k = k0 + tl.arange(0, BK)
-                    d = tl.load(lane + k[None, :], mask=alive & (k < Q)[None, :], other=0.0)
+                    d = tl.load(recurrence + k[None, :], mask=alive & (k < Q)[None, :], other=0.0)
                     at_w = w_hr + (p * Q + k[:, None]) * H + n[None, :]
                     w = tl.load(at_w, mask=(k < Q)[:, None] & (n < H)[None, :], other=0.0)
                     total += times(d, w, DOT, PRECISION)
                 carried = (total,)
             else:
-                carried = (tl.load(lane + n[None, :], mask=here, other=0.0),)
+                carried = (tl.load(recurrence + n[None, :], mask=here, other=0.0),)
             for j in tl.static_range(1, S):
-                carried = carried + (tl.load(lane + j * state + n[None, :], mask=here, other=0.0),)
-            kept, before, after, dafter = _reads(
+                carried = carried + (
+                    tl.load(recurrence + j * state + n[None, :], mask=here, other=0.0),
+                )
+            saved, before, after, dafter = _reads(
                 dy, y, tape, start, state, carried, rows, rows_before, from_row, from_start, alive,
-                n, p, lanes, H, S, K, DY, PROJECTED,
+                n, p, recurrences, H, S, K, DY, PROJECTED,
             )  # fmt: skip
-            out = CELL(kept, before, after, dafter)
+            out = CELL(saved, before, after, dafter)
             at = (into + rows)[:, None] * (G * H) + n[None, :]
             for g in tl.static_range(G):
                 d = tl.broadcast_to(out[G + g], (BB, BN))
                 tl.store(dv + at + g * H, d.to(dv.dtype.element_ty), mask=here)
-                if not all_tied:
+                if not all_summed:
                     d = tl.broadcast_to(out[g], (BB, BN))
                     tl.store(du + at + g * H, d.to(du.dtype.element_ty), mask=here)
             if not PROJECTED:
                 h_at = (into + rows)[:, None] * H + n[None, :]
-                tl.store(previous + h_at, before[0].to(previous.dtype.element_ty), mask=here)
+                tl.store(h_prev + h_at, before[0].to(h_prev.dtype.element_ty), mask=here)
             tl.debug_barrier()  # between reading and writing a tile of the gradients
             for j in tl.static_range(S):
                 if j > 0 or not PROJECTED:
                     d = tl.where(cut, 0.0, tl.broadcast_to(out[2 * G + j], (BB, BN)))
-                    tl.store(lane + j * state + n[None, :], d, mask=here)
+                    tl.store(recurrence + j * state + n[None, :], d, mask=here)
         tl.debug_barrier()  # dv is complete
         for k0 in tl.range(0, Q, BN, num_stages=1):
             k = k0 + tl.arange(0, BN)
@@ -305,7 +312,7 @@ def backward_streamed(
                     w = tl.load(at_w, mask=(n < H)[:, None] & (k < Q)[None, :], other=0.0)
                     total += times(d.to(dtype), w, DOT, PRECISION)
             if not PROJECTED:
-                total += tl.load(lane + k[None, :], mask=here, other=0.0)
+                total += tl.load(recurrence + k[None, :], mask=here, other=0.0)
                 tl.debug_barrier()
-            tl.store(lane + k[None, :], tl.where(cut, 0.0, total), mask=here)
+            tl.store(recurrence + k[None, :], tl.where(cut, 0.0, total), mask=here)
         tl.debug_barrier()

@@ -15,7 +15,7 @@ The cell's functions come in as `CELL`. Everything with one item per gate or sta
 `B` and everything else that a batch decides are run-time values; a kernel is compiled once for a
 cell, an H and the tile that `plan/triton.py` chose. Offsets are 64 bits wide.
 
-Names: `G` gates, `S` states, `K` kept values, `Q` numbers of state 0, which are H unless it is
+Names: `G` gates, `S` states, `K` saved values, `Q` numbers of state 0, which are H unless it is
 projected, `n` a unit, `b` a row of the batch, `t` the position in time, `step` the position in the
 scan's own direction. Row `r` of the batch's rows begins at `first[t]` for packed input and at
 `t * B` for dense; row `b` lives while `t < stop[b]`.
@@ -73,13 +73,13 @@ def program(
     rows `b` [BB] and their steps `stop` [BB], the steps [low, high) at which any of them lives, and
     where the rows of the scan begin in the arrays of a chunk, less the chunk's first row."""
     p = tl.program_id(1).to(tl.int64)
-    lanes = tl.num_programs(1)
+    recurrences = tl.num_programs(1)
     backward = ((reverse >> p) & 1) != 0
     b = tl.program_id(0).to(tl.int64) * BB + tl.arange(0, BB)
     stop = stops(length, b, steps, batch, RAGGED)
     low, high = bounds(stop, steps, begin, end, backward, RAGGED)
     into = p * chunk_rows - tl.where(backward, base_reverse, base)
-    return p, lanes, backward, b, stop, low, high, into
+    return p, recurrences, backward, b, stop, low, high, into
 
 
 @triton.jit

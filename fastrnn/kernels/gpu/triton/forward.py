@@ -20,14 +20,14 @@ def _gates(source, rows, n, alive, H: tl.constexpr, G: tl.constexpr):
 
 
 @triton.jit
-def _inputs(u, recurrent, bias, dtype, G: tl.constexpr, TIED: tl.constexpr, BIAS: tl.constexpr):
-    """`(u, v)` as the cell takes them: for a tied gate, `v` is their sum."""
+def _inputs(u, recurrent, bias, dtype, G: tl.constexpr, SUMMED: tl.constexpr, BIAS: tl.constexpr):
+    """`(u, v)` as the cell takes them: for a summed gate, `v` is their sum."""
     us = ()
     vs = ()
     for g in tl.static_range(G):
         own = u[g].to(dtype)
         v = recurrent[g]
-        if (TIED >> g) & 1:
+        if (SUMMED >> g) & 1:
             v += own
         elif BIAS:
             v += bias[g][None, :]
@@ -69,7 +69,7 @@ def forward_resident(
     G: tl.constexpr,
     S: tl.constexpr,
     K: tl.constexpr,
-    TIED: tl.constexpr,
+    SUMMED: tl.constexpr,
     BIAS: tl.constexpr,
     TAPE: tl.constexpr,
     PACKED: tl.constexpr,
@@ -81,7 +81,7 @@ def forward_resident(
     BN: tl.constexpr,  # units, H and up to the next power of two
     BK: tl.constexpr,
 ):
-    p, lanes, backward, b, stop, low, high, into = program(
+    p, recurrences, backward, b, stop, low, high, into = program(
         length, steps, batch, begin, end, base, base_reverse, chunk_rows, reverse, RAGGED, BB
     )
     n = tl.arange(0, BN)
@@ -99,7 +99,7 @@ def forward_resident(
     s = ()
     state = carry + (p * batch + b[:, None]) * H + n[None, :]
     for j in tl.static_range(S):
-        s = s + (tl.load(state + j * lanes * batch * H, mask=in_batch, other=0.0),)
+        s = s + (tl.load(state + j * recurrences * batch * H, mask=in_batch, other=0.0),)
 
     # u of the next step is under way while this one computes.
     t0 = tl.where(backward, steps - 1 - low, low)
@@ -123,7 +123,7 @@ def forward_resident(
         recurrent = ()
         for g in tl.static_range(G):
             recurrent = recurrent + (times(before[0], w[g], DOT, PRECISION),)
-        us, vs = _inputs(own, recurrent, bias, dtype, G, TIED, BIAS)
+        us, vs = _inputs(own, recurrent, bias, dtype, G, SUMMED, BIAS)
         out = CELL(us, vs, before)
         here = alive[:, None] & (n < H)[None, :]
         after = ()
@@ -132,16 +132,18 @@ def forward_resident(
             # Past H there may be anything, which times a weight of zero need not be zero.
             after = after + (tl.where(here, new, s[j]),)
         s = after
-        y_at = y + (rows[:, None] * lanes + p) * H + n[None, :]
+        y_at = y + (rows[:, None] * recurrences + p) * H + n[None, :]
         tl.store(y_at, after[0].to(y.dtype.element_ty), mask=here)
         if TAPE:
             for j in tl.static_range(S - 1 + K):
                 value = tl.broadcast_to(out[1 + j], (BB, BN)).to(tape.dtype.element_ty)
-                tape_at = tape + ((rows[:, None] * lanes + p) * (S - 1 + K) + j) * H + n[None, :]
+                tape_at = (
+                    tape + ((rows[:, None] * recurrences + p) * (S - 1 + K) + j) * H + n[None, :]
+                )
                 tl.store(tape_at, value, mask=here)
     tl.debug_barrier()
     for j in tl.static_range(S):
-        tl.store(state + j * lanes * batch * H, s[j], mask=in_batch)
+        tl.store(state + j * recurrences * batch * H, s[j], mask=in_batch)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -175,7 +177,7 @@ def forward_streamed(
     G: tl.constexpr,
     S: tl.constexpr,
     K: tl.constexpr,
-    TIED: tl.constexpr,
+    SUMMED: tl.constexpr,
     BIAS: tl.constexpr,
     TAPE: tl.constexpr,
     PACKED: tl.constexpr,
@@ -187,15 +189,15 @@ def forward_streamed(
     BN: tl.constexpr,  # units computed at a time
     BK: tl.constexpr,  # numbers of state 0 of the step before multiplied at a time
 ):
-    p, lanes, backward, b, stop, low, high, into = program(
+    p, recurrences, backward, b, stop, low, high, into = program(
         length, steps, batch, begin, end, base, base_reverse, chunk_rows, reverse, RAGGED, BB
     )
     dtype = carry.dtype.element_ty
     u += into * (G * H)
     W: tl.constexpr = H if H > Q else Q
-    slots: tl.constexpr = S - 1 + K + PROJECTED
-    state = lanes * batch * W  # from one state to the next in `carry`
-    lane = carry + (p * batch + b[:, None]) * W
+    tape_width: tl.constexpr = S - 1 + K + PROJECTED
+    state = recurrences * batch * W  # from one state to the next in `carry`
+    recurrence = carry + (p * batch + b[:, None]) * W
     own_m = unprojected + (p * batch + b[:, None]) * H
 
     for step in tl.range(low, high, num_stages=1):
@@ -203,8 +205,8 @@ def forward_streamed(
         rows = row_numbers(first, t, b, batch, PACKED)
         alive = t < stop
         odd = ((step - low) & 1).to(tl.int64)
-        h_before = lane + odd * S * state
-        h_after = lane + (1 - odd) * S * state
+        h_before = recurrence + odd * S * state
+        h_after = recurrence + (1 - odd) * S * state
         if RESETS:
             cut = cuts(resets, first, t, b, stop, steps, batch, backward, PACKED)
         for n0 in tl.range(0, H, BN, num_stages=1):
@@ -234,13 +236,13 @@ def forward_streamed(
                 if PROJECTED and j == 0:  # which the cell does not read
                     s = s + (tl.zeros((BB, BN), dtype),)
                 else:
-                    source = h_before if j == 0 else lane + j * state
+                    source = h_before if j == 0 else recurrence + j * state
                     s = s + (tl.load(source + n[None, :], mask=in_batch, other=0.0),)
                 if RESETS:
                     before = before + (tl.where(cut, 0.0, s[j]),)
                 else:
                     before = before + (s[j],)
-            us, vs = _inputs(own, recurrent, bias, dtype, G, TIED, BIAS)
+            us, vs = _inputs(own, recurrent, bias, dtype, G, SUMMED, BIAS)
             out = CELL(us, vs, before)
             here = alive[:, None] & (n < H)[None, :]
             if S > 1:
@@ -251,17 +253,17 @@ def forward_streamed(
                     tl.store(own_m + n[None, :], new, mask=here)
                 else:
                     new = tl.where(here, new, s[j])
-                    to = h_after if j == 0 else lane + j * state
+                    to = h_after if j == 0 else recurrence + j * state
                     tl.store(to + n[None, :], new, mask=in_batch)
                 if not PROJECTED and j == 0:
-                    y_at = y + (rows[:, None] * lanes + p) * H + n[None, :]
+                    y_at = y + (rows[:, None] * recurrences + p) * H + n[None, :]
                     tl.store(y_at, new.to(y.dtype.element_ty), mask=here)
             if TAPE:
-                for j in tl.static_range(slots):
-                    # States past the first, kept values, and m.
+                for j in tl.static_range(tape_width):
+                    # States past the first, saved values, and m.
                     value = out[1 + j] if j < S - 1 + K else out[0]
                     value = tl.broadcast_to(value, (BB, BN)).to(tape.dtype.element_ty)
-                    place = (rows[:, None] * lanes + p) * slots + j
+                    place = (rows[:, None] * recurrences + p) * tape_width + j
                     tl.store(tape + place * H + n[None, :], value, mask=here)
         # State 0 has two places, which keep this step's reads from its own writes.
         tl.debug_barrier()
@@ -282,12 +284,12 @@ def forward_streamed(
                 old = tl.load(h_before + q[None, :], mask=in_batch, other=0.0)
                 new = tl.where(here, total, old)
                 tl.store(h_after + q[None, :], new, mask=in_batch)
-                y_at = y + (rows[:, None] * lanes + p) * Q + q[None, :]
+                y_at = y + (rows[:, None] * recurrences + p) * Q + q[None, :]
                 tl.store(y_at, new.to(y.dtype.element_ty), mask=here)
             tl.debug_barrier()
     if (high - low) % 2 == 1:  # the last step left state 0 in the second place
         for n0 in tl.range(0, Q, BN, num_stages=1):
             n = n0 + tl.arange(0, BN)
             in_batch = (b < batch)[:, None] & (n < Q)[None, :]
-            last = tl.load(lane + S * state + n[None, :], mask=in_batch, other=0.0)
-            tl.store(lane + n[None, :], last, mask=in_batch)
+            last = tl.load(recurrence + S * state + n[None, :], mask=in_batch, other=0.0)
+            tl.store(recurrence + n[None, :], last, mask=in_batch)

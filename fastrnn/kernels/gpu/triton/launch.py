@@ -89,8 +89,8 @@ def meta_arguments(
         "H": hidden,
         "G": len(derived.gates),
         "S": len(derived.states),
-        "K": len(derived.kept),
-        "TIED": sum(tied << g for g, tied in enumerate(derived.tied)),
+        "K": len(derived.saved),
+        "SUMMED": sum(summed << g for g, summed in enumerate(derived.summed)),
         "PACKED": packed,
         "RAGGED": ragged,
         "RESETS": resets,
@@ -131,16 +131,16 @@ class _Sweeps:
         flags = {"bias": b_hh is not None, "tape": tape is not None}
         rest = [none if b_hh is None else b_hh, carry, y, none if tape is None else tape]
         if not scan.plan.triton.resident:
-            size = scan.lanes, scan.batch, scan.hidden
+            size = scan.recurrences, scan.batch, scan.hidden
             rest += [none] * 2 if scan.w_hr is None else [scan.w_hr, carry.new_empty(size)]
         _launch(False, scan, flags, u, scan.w_hh, *rest, *_run_time(scan, begin, end))
 
     def backward(
         self, scan: Scan, begin: int, end: int, buffers: BackwardBuffers, tape: Tape
     ) -> None:
-        dy, s0, ds, y, du, dv, previous, dh = buffers
+        dy, s0, ds, y, du, dv, h_prev, dh = buffers
         none = scan.w_hh
-        rest = [s0, ds, y, tape.values, du, dv, previous]
+        rest = [s0, ds, y, tape.values, du, dv, h_prev]
         if not scan.plan.triton.resident:
             rest += [none if scan.w_hr is None else scan.w_hr, none if dh is None else dh]
         first = y if dy is None else dy
@@ -176,8 +176,8 @@ def _run_time(scan: Scan, begin: int, end: int) -> tuple[Any, ...]:
         scan.batch,
         begin,
         end,
-        scan.stretch(begin, end, False)[0],
-        scan.stretch(begin, end, True)[0],
+        scan.row_range(begin, end, False)[0],
+        scan.row_range(begin, end, True)[0],
         scan.chunk_rows,
         scan.reverse,
         *(() if scan.plan.triton.resident else (scan.hidden, scan.recurrent)),
@@ -195,7 +195,7 @@ def _launch(backward: bool, scan: Scan, flags: dict[str, bool], *arguments: Any)
     device = scan.given.x.device
 
     def run(config: TritonConfig) -> None:
-        grid = (-(-scan.batch // config.batch_tile), scan.lanes)
+        grid = (-(-scan.batch // config.batch_tile), scan.recurrences)
         meta = _meta(scan, config, backward, **flags)
         options = compile_options(config)
         kernel(config, backward)[grid](*arguments, **meta, **options)

@@ -80,7 +80,7 @@ POINTERS = {
 
 @cells.cell(gates="abcdef", states="hcn")
 def wide(u, v, h, c, n):
-    """A cell with more gates and states than others, not all of them tied."""
+    """A cell with more gates and states than others, not all of them summed."""
     f, i = torch.sigmoid(u.a + v.a), torch.exp(-torch.relu(u.b + v.b))
     c = f * c + i * torch.tanh(u.c + v.c * torch.sigmoid(u.d + v.d))
     n = f * n + i
@@ -144,7 +144,7 @@ def compiled(case: Case) -> Report:
     assert chosen.precision == case.precision
     derived = derive(cells.get(problem.cell))
     kernel = launch.kernel(chosen, problem.backward)
-    only = {} if problem.backward else {"bias": not all(derived.tied), "tape": problem.tape}
+    only = {} if problem.backward else {"bias": not all(derived.summed), "tape": problem.tape}
     meta = launch.meta_arguments(
         derived, chosen, problem.hidden, backward=problem.backward,
         packed=packed, ragged=packed, resets=packed,

@@ -76,7 +76,7 @@ SHAPES = [  # T, B, I, H, P
 ]
 
 
-def regime(name: str, hidden: int, batch: int, dtype: torch.dtype) -> dict[str, Any]:
+def residency(name: str, hidden: int, batch: int, dtype: torch.dtype) -> dict[str, Any]:
     """Fields of a plan, whatever a device would make of so small a problem."""
     rows = TILES if batch > 1 and dtype != torch.float64 else ONE_ROW
     if name == "streamed":
@@ -93,7 +93,7 @@ def test_shapes(name: str, shape: Shape, way: str) -> None:
     large = shape[3] > 17
     for dtype in (torch.float32,) if large else (torch.float64, torch.float32, torch.float16):
         given = operands(cells.get(name), *shape, dtype=dtype)
-        with planned(**regime(way, shape[3], shape[1], dtype)):
+        with planned(**residency(way, shape[3], shape[1], dtype)):
             check(cells.get(name), given, "triton")
 
 
@@ -109,7 +109,7 @@ def test_shapes_projected_and_streamed(name: str) -> None:
             (hidden + 18, torch.float16),
         ):
             given = operands(cell, *shape, dtype=dtype, projected=projected)
-            with planned(**regime("streamed", hidden, batch, dtype)):
+            with planned(**residency("streamed", hidden, batch, dtype)):
                 check(cell, given, "triton")
 
 
@@ -128,8 +128,8 @@ def test_ragged_batches_resets_and_chunks(
     name: str, way: str, projected: int | None, layout: str
 ) -> None:
     cell = cells.get(name)
-    for steps, batch, hidden, lanes in RAGGED:
-        given = operands(cell, steps, batch, 4, hidden, lanes, projected=projected)
+    for steps, batch, hidden, recurrences in RAGGED:
+        given = operands(cell, steps, batch, 4, hidden, recurrences, projected=projected)
         lengths = torch.randint(0, steps + 1, (batch,))
         lengths[torch.randint(0, batch, ())] = steps
         shape: tuple[int, ...] = (steps, batch)
@@ -146,7 +146,7 @@ def test_ragged_batches_resets_and_chunks(
         for resets, chunk in ((None, 2 * batch), (torch.rand(shape) < 0.3, 1), ("none", 99)):
             if not isinstance(resets, str):
                 given["resets"] = exact["resets"] = resets
-            fields = regime(way, hidden, 1, torch.float64) | {"chunk_rows": chunk}
+            fields = residency(way, hidden, 1, torch.float64) | {"chunk_rows": chunk}
             with planned(**fields | {"batch_tile": 4}), kernels.use("triton"):
                 ours = run(ops.scan, cell, given)
             for what, right in run(reference.scan, cell, exact).items():
@@ -162,7 +162,7 @@ def test_linear_cell_is_exact(way: str, projected: int | None) -> None:
     given = operands(cell, 5, 18, 6, 37, 2, torch.float32, projected=projected)
     given = {k: whole(v) for k, v in given.items()}
     given["resets"] = torch.rand(5, 18) < 0.1
-    with planned(**regime(way, 37, 18, torch.float32), chunk_rows=36), kernels.use("triton"):
+    with planned(**residency(way, 37, 18, torch.float32), chunk_rows=36), kernels.use("triton"):
         ours = run(ops.scan, cell, given)
     for what, right in run(reference.scan, cell, given).items():
         assert torch.equal(ours[what], right), what
@@ -173,7 +173,7 @@ def test_linear_cell_is_exact(way: str, projected: int | None) -> None:
 def test_a_kernel_takes_the_tape_of_another(name: str, projected: int | None) -> None:
     cell = cells.get(name)
     for extra in ({}, {"resets": torch.rand(4, 3) < 0.3}, {"lengths": torch.tensor([3, 0, 4])}):
-        given = {**operands(cell, 4, 3, 3, 19, lanes=2, projected=projected), **extra}
+        given = {**operands(cell, 4, 3, 3, 19, recurrences=2, projected=projected), **extra}
         arguments = (
             prepare(cell),
             *(given[k] for k in ("x", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "s0")),
@@ -189,13 +189,13 @@ def test_a_kernel_takes_the_tape_of_another(name: str, projected: int | None) ->
         for a, b in zip(flatten(results["cpu"]), flatten(results["triton"]), strict=True):
             assert largest_error(a, b) < 1e-13
         y, *states, _ = results["cpu"]
-        incoming = (torch.randn_like(y), [torch.randn_like(s) for s in states])
+        output_grads = (torch.randn_like(y), [torch.randn_like(s) for s in states])
         gradients = {}
         for writer, (y, *_, tape) in results.items():
             for reader in ("cpu", "triton"):
                 with kernels.use(reader):
                     gradients[writer, reader] = torch.ops.fastrnn.scan_backward(
-                        arguments[0], *incoming, *arguments[1:], y, tape, [True] * 6
+                        arguments[0], *output_grads, *arguments[1:], y, tape, [True] * 6
                     )
         right = gradients.pop(("cpu", "cpu"))
         for pair, ours in gradients.items():
@@ -352,29 +352,34 @@ def test_tensors_of_more_elements_than_32_bits_count(
     from fastrnn.kernels.gpu.triton.common import RUN_TIME
 
     derived = derive(cells.get("lstm"))
-    steps, batch, lanes, hidden = 6, (1 << 29) - 3, 2, 5
+    steps, batch, recurrences, hidden = 6, (1 << 29) - 3, 2, 5
     recurrent, depth, rows = projected or hidden, 4 * hidden, steps * batch
-    slots = 1 + len(derived.kept) + (projected is not None)
+    tape_width = 1 + len(derived.saved) + (projected is not None)
     widest = max(hidden, recurrent)
     stored, summed = torch.float16, torch.float32
     for way in ("resident", "streamed") if projected is None else ("streamed",):
         for begin in (0, steps - 1):
             memory = NoMemory()
             memory.batch = batch
-            new, chunk = memory.new, (lanes, rows)
+            new, chunk = memory.new, (recurrences, rows)
             for name, dtype, *size in (
-                ("u", stored, *chunk, depth), ("dy", stored, rows, lanes, recurrent),
-                ("w_hh", stored, lanes, depth, recurrent), ("b_hh", stored, lanes, depth),
-                ("carry", summed, 3, lanes, batch, widest), ("s0", summed, 2, lanes, batch, widest),
-                ("ds", summed, 2, lanes, batch, widest), ("y", stored, rows, lanes, recurrent),
-                ("tape", stored, rows, lanes, slots, hidden), ("du", stored, *chunk, depth),
-                ("dv", stored, *chunk, depth), ("previous", stored, *chunk, recurrent),
-                ("dh", stored, *chunk, recurrent), ("w_hr", stored, lanes, recurrent, hidden),
-                ("unprojected", summed, lanes, batch, hidden), ("first", torch.int64, steps + 1),
-                ("length", torch.int64, batch), ("resets", torch.uint8, rows),
+                ("u", stored, *chunk, depth), ("dy", stored, rows, recurrences, recurrent),
+                ("w_hh", stored, recurrences, depth, recurrent),
+                ("b_hh", stored, recurrences, depth),
+                ("carry", summed, 3, recurrences, batch, widest),
+                ("s0", summed, 2, recurrences, batch, widest),
+                ("ds", summed, 2, recurrences, batch, widest),
+                ("y", stored, rows, recurrences, recurrent),
+                ("tape", stored, rows, recurrences, tape_width, hidden),
+                ("du", stored, *chunk, depth), ("dv", stored, *chunk, depth),
+                ("h_prev", stored, *chunk, recurrent), ("dh", stored, *chunk, recurrent),
+                ("w_hr", stored, recurrences, recurrent, hidden),
+                ("unprojected", summed, recurrences, batch, hidden),
+                ("first", torch.int64, steps + 1), ("length", torch.int64, batch),
+                ("resets", torch.uint8, rows),
             ):  # fmt: skip
                 new(name, dtype, *size)
-            chosen = plan.TritonConfig(**regime(way, hidden, 16, torch.float32))
+            chosen = plan.TritonConfig(**residency(way, hidden, 16, torch.float32))
             kernel = launch.kernel(chosen, backward)
             values = (steps, batch, begin, begin + 1, 0, 0, rows, 0, hidden, recurrent)
             given = memory.pointers | {
@@ -388,7 +393,9 @@ def test_tensors_of_more_elements_than_32_bits_count(
             )  # fmt: skip
             arguments = {name: given[name] for name in kernel.arg_names}
             with monkeypatch.context() as patch:
-                run_last_program(patch, kernel, arguments, memory, (-(-batch // 16), lanes, 1))
+                run_last_program(
+                    patch, kernel, arguments, memory, (-(-batch // 16), recurrences, 1)
+                )
             for name, (low, high) in memory.touched.items():
                 assert 0 <= low <= high < memory.pointers[name].count, (way, name)
             to_the_end = {"y", "tape", "dv" if backward else "u"} if begin else set()

@@ -1,4 +1,4 @@
-"""Contenders: cases, what they support, and what the compiled loop computes."""
+"""Implementations: cases, what they support, and what the compiled loop computes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastrnn.tools.bench.contender import Case, CompiledLoop, TorchLayer
-from fastrnn.tools.bench.jax_rival import Jax
-from fastrnn.tools.bench.onnx_rivals import OnnxRuntime, OpenVino
+from fastrnn.tools.bench.implementation import Case, CompiledLoop, TorchLayer
+from fastrnn.tools.bench.jax_baseline import Jax
+from fastrnn.tools.bench.onnx_baselines import OnnxRuntime, OpenVino
 from fastrnn.tools.bench.workload import CELLS
 from tests.support.bench import SHAPES, SMALL, agrees
 
@@ -26,12 +26,12 @@ def test_the_loop_agrees_compiled_or_not(
     agrees(CompiledLoop(), replace(SHAPES[shape], compiled_loop=True), cell, mode)
 
 
-def test_rivals_say_what_they_cannot_do() -> None:
+def test_baselines_say_what_they_cannot_do() -> None:
     training = Case.build(SHAPES["one layer"], "gru", "training", 1)
     half = Case.build(replace(SMALL, dtype="bfloat16"), "gru", "inference", 1)
-    for rival in (OnnxRuntime(), OpenVino()):
-        assert rival.supports(training) == "inference only"
-        assert "bfloat16" in str(rival.supports(half))
+    for baseline in (OnnxRuntime(), OpenVino()):
+        assert baseline.supports(training) == "inference only"
+        assert "bfloat16" in str(baseline.supports(half))
     assert "dense float32" in str(Jax().supports(half))
     assert "compiler" in str(CompiledLoop().supports(training))
 

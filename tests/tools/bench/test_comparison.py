@@ -1,4 +1,4 @@
-"""A race: that its gate can fail, its verdicts, and rivals that cannot be timed."""
+"""A comparison: that its gate can fail, its verdicts, and baselines that cannot be timed."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import pytest
 from torch import nn
 
 import fastrnn
-from fastrnn.tools.bench import measure, race
-from fastrnn.tools.bench.contender import Case, Contender, Prepared, TorchLayer
-from fastrnn.tools.bench.race import Verdict
-from fastrnn.tools.bench.workload import BEST_RIVAL, MICROSECONDS, PEAK, Target
+from fastrnn.tools.bench import comparison, measure
+from fastrnn.tools.bench.comparison import Verdict
+from fastrnn.tools.bench.implementation import Case, Implementation, Prepared, TorchLayer
+from fastrnn.tools.bench.workload import BEST_BASELINE, MICROSECONDS, PEAK, Target
 from tests.support.bench import ROW, SMALL, Scaled, entry, row, run
 
 
 @pytest.mark.parametrize(
     ("against", "bound", "value", "status"),
     [
-        (BEST_RIVAL, 2, 2, "reached"),
-        (BEST_RIVAL, 2.04, 2, "within noise"),
-        (BEST_RIVAL, 2.1, 2, "missed"),
+        (BEST_BASELINE, 2, 2, "reached"),
+        (BEST_BASELINE, 2.04, 2, "within noise"),
+        (BEST_BASELINE, 2.1, 2, "missed"),
         ("torch.nn", 3, 3, "reached"),
         ("fastrnn, 1 thread", 1.7, 0.6, "missed"),
         ("ONNX Runtime", 2, None, "not measured"),
@@ -33,18 +33,18 @@ from tests.support.bench import ROW, SMALL, Scaled, entry, row, run
     ],
 )
 def test_verdicts(against: str, bound: float, value: float | None, status: str) -> None:
-    (verdict,) = race.judge(ROW, Target.all("inference", against, bound), peak=100)
+    (verdict,) = comparison.judge(ROW, Target.all("inference", against, bound), peak=100)
     assert verdict == Verdict(
         against, bound, cast(Any, pytest.approx(value)) if value else None, status
     )
 
 
 def test_no_bound_no_verdict() -> None:
-    assert race.judge(ROW, Target("inference", BEST_RIVAL, None, 1, 1), peak=100) == []
+    assert comparison.judge(ROW, Target("inference", BEST_BASELINE, None, 1, 1), peak=100) == []
 
 
-def test_variants_are_no_rivals() -> None:
-    assert [e.name for e in ROW.rivals] == ["JAX", "torch.nn"]
+def test_variants_are_no_baselines() -> None:
+    assert [e.name for e in ROW.baselines] == ["JAX", "torch.nn"]
     assert ROW.speedup() == 2
     assert ROW.speedup("torch.nn") == 3
     assert row(entry("fastrnn", "ours", 1.0)).speedup() is None
@@ -56,10 +56,10 @@ def test_wrong_results_of_ours_are_not_timed(
     monkeypatch: pytest.MonkeyPatch, factor: float, mode: str
 ) -> None:
     wrong = TorchLayer("fastrnn", lambda layer: Scaled(fastrnn.from_torch(layer), factor))
-    monkeypatch.setattr(race, "OURS", (wrong,))
+    monkeypatch.setattr(comparison, "OURS", (wrong,))
     monkeypatch.setattr(measure, "interleaved", lambda *_: pytest.fail("timed"))
     work = replace(SMALL, steps=1, modes=("step",)) if mode == "step" else SMALL
-    with pytest.raises(race.GateFailed, match="output of fastrnn is off from float64"):
+    with pytest.raises(comparison.GateFailed, match="output of fastrnn is off from float64"):
         run(work, mode, ())
 
 
@@ -71,8 +71,8 @@ def test_wrong_gradients_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         )
         return ours
 
-    monkeypatch.setattr(race, "OURS", (TorchLayer("fastrnn", half_of_the_gradient),))
-    with pytest.raises(race.GateFailed, match="gradient of x"):
+    monkeypatch.setattr(comparison, "OURS", (TorchLayer("fastrnn", half_of_the_gradient),))
+    with pytest.raises(comparison.GateFailed, match="gradient of x"):
         run(SMALL, "training", ())
 
 
@@ -95,17 +95,17 @@ class Absent(Crashing):
 
 
 @pytest.mark.parametrize(
-    ("rival", "reason"),
+    ("baseline", "reason"),
     [
         (TorchLayer("torch.nn", lambda m: Scaled(m, 1.5)), "results are off: small"),
         (Crashing(), "failed: RuntimeError: out of luck"),
         (Absent(), "not installed: pip install it"),
     ],
 )
-def test_rivals_that_cannot_be_timed_are_named_with_the_reason(
-    rival: Contender, reason: str
+def test_baselines_that_cannot_be_timed_are_named_with_the_reason(
+    baseline: Implementation, reason: str
 ) -> None:
-    found = run(SMALL, "inference", (rival,))
+    found = run(SMALL, "inference", (baseline,))
     assert reason in found.refused["torch.nn"]
     assert "length" not in found.refused["torch.nn"]
     assert found.entry("torch.nn") is None and found.ours.name == "fastrnn"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from fastrnn.tools.bench.contender import Case, Prepared, Results, missing_package
+from fastrnn.tools.bench.implementation import Case, Prepared, Results, missing_package
 from fastrnn.tools.bench.workload import GATES
 
 __all__ = ["OnnxRuntime", "OpenVino", "graph"]

@@ -1,5 +1,6 @@
-// The tape of steps whose output is known, for a way back that kept nothing else. No unit waits for
-// another here: the products with the recurrent weights are one for all steps, and the host's.
+// The tape of steps whose output is known, for a backward pass that saved nothing else. No unit
+// waits for another here: the products with the recurrent weights are one for all steps, and the
+// host's.
 
 #include "core/cell.h"
 #include "cuda/launch.h"
@@ -16,22 +17,22 @@ constexpr int kMostBlocks = 1024;  // along the steps, where these do not depend
 // State 0 before each step, from the output: where the step begins an episode zero, at the first
 // step of a row the initial state. A thread has a unit of a row of the batch, in some of the steps.
 template <class Stored, class Sum>
-__global__ void __launch_bounds__(kThreads) previous_rows(const Sweep sweep) {
-  const Lane at(sweep, blockIdx.z);
+__global__ void __launch_bounds__(kThreads) h_prev_rows(const Sweep sweep) {
+  const Recurrence at(sweep, blockIdx.z);
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (i >= sweep.batch * sweep.hidden) return;
   const int64_t b = i / sweep.hidden, n = i % sweep.hidden;
   const int stop = at.stop(b), high = at.high(stop);
   const auto* const y = static_cast<const Stored*>(sweep.y);
   const auto* const s0 = static_cast<const Sum*>(sweep.s0);
-  auto* const previous = static_cast<Stored*>(sweep.previous);
+  auto* const h_prev = static_cast<Stored*>(sweep.h_prev);
   for (int step = at.low(stop) + blockIdx.y; step < high; step += gridDim.y) {
     const int t = at.time(step);
-    Stored* const to = previous + at.chunk_row(at.row(t, b)) * sweep.hidden + n;
+    Stored* const to = h_prev + at.chunk_row(at.row(t, b)) * sweep.hidden + n;
     if (at.cut(t, b, stop)) {
-      dev::store(to, Sum(0));
+      platform::store(to, Sum(0));
     } else if (at.initial(t, stop)) {
-      dev::store(to, s0[at.state(0, b) + n]);
+      platform::store(to, s0[at.state(0, b) + n]);
     } else {
       *to = y[at.output(at.row(at.time_before(t), b)) + n];
     }
@@ -40,13 +41,13 @@ __global__ void __launch_bounds__(kThreads) previous_rows(const Sweep sweep) {
 
 // The cell at every step, from both projections. Units are independent, and so are steps of a cell
 // that has no state but the output; the others walk through them, and load several ahead. Before
-// the first step of a chunk stand the states that the way back wants to see there.
+// the first step of a chunk stand the states that the backward pass wants to see there.
 // Per step: 2*G*B*H numbers in, (S - 1 + K)*B*H out.
 template <class Cell, class Stored, class Sum>
-__global__ void __launch_bounds__(kThreads) replay(const Sweep sweep) {
-  constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kKept, kWidth = S - 1 + K;
+__global__ void __launch_bounds__(kThreads) recompute(const Sweep sweep) {
+  constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kSaved, kWidth = S - 1 + K;
   constexpr int kAhead = S > 1 ? 4 : 1;
-  const Lane at(sweep, blockIdx.z);
+  const Recurrence at(sweep, blockIdx.z);
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x, hidden = sweep.hidden;
   if (i >= sweep.batch * hidden) return;
   const int64_t b = i / hidden, n = i % hidden;
@@ -54,21 +55,21 @@ __global__ void __launch_bounds__(kThreads) replay(const Sweep sweep) {
   const auto* const u = static_cast<const Stored*>(sweep.u);
   const auto* const v = static_cast<const Stored*>(sweep.v);
   const auto* const b_hh = static_cast<const Stored*>(sweep.b_hh);
-  const auto* const previous = static_cast<const Stored*>(sweep.previous);
+  const auto* const h_prev = static_cast<const Stored*>(sweep.h_prev);
   auto* const carry = static_cast<Sum*>(sweep.carry);
   auto* const tape = static_cast<Stored*>(sweep.tape);
 
   Sum bias[G], s[S];
 #pragma unroll
   for (int g = 0; g < G; ++g)
-    bias[g] = b_hh && !is_tied<Cell>(g) ? dev::to_float(b_hh[at.bias(G, g) + n]) : Sum(0);
+    bias[g] = b_hh && !is_summed<Cell>(g) ? platform::to_float(b_hh[at.bias(G, g) + n]) : Sum(0);
 #pragma unroll
   for (int k = 1; k < S; ++k) s[k] = carry[at.state(k, b) + n];
   const int begin = static_cast<int>(sweep.begin);
   if (S > 1 && tape && begin > 0 && at.time(begin - 1) < stop) {
     const int64_t row = at.row(at.time(begin - 1), b);
 #pragma unroll
-    for (int k = 1; k < S; ++k) dev::store(tape + at.taped(row, kWidth, k - 1) + n, s[k]);
+    for (int k = 1; k < S; ++k) platform::store(tape + at.taped(row, kWidth, k - 1) + n, s[k]);
   }
 
   struct Given {
@@ -87,7 +88,7 @@ __global__ void __launch_bounds__(kThreads) replay(const Sweep sweep) {
         ahead[a].u[g] = u[(row * G + g) * hidden + n];
         ahead[a].v[g] = v[(row * G + g) * hidden + n];
       }
-      ahead[a].before = previous[row * hidden + n];
+      ahead[a].before = h_prev[row * hidden + n];
     }
 #pragma unroll
     for (int a = 0; a < kAhead; ++a) {
@@ -95,23 +96,24 @@ __global__ void __launch_bounds__(kThreads) replay(const Sweep sweep) {
       if (step >= high) continue;
       const int t = at.time(step);
       const bool cut = at.cut(t, b, stop);
-      Sum us[G], vs[G], after[S], kept[K > 0 ? K : 1];
+      Sum us[G], vs[G], after[S], saved[K > 0 ? K : 1];
 #pragma unroll
       for (int g = 0; g < G; ++g) {
-        us[g] = dev::to_float(ahead[a].u[g]);
-        vs[g] = dev::to_float(ahead[a].v[g]) + (is_tied<Cell>(g) ? us[g] : bias[g]);
+        us[g] = platform::to_float(ahead[a].u[g]);
+        vs[g] = platform::to_float(ahead[a].v[g]) + (is_summed<Cell>(g) ? us[g] : bias[g]);
       }
-      s[0] = dev::to_float(ahead[a].before);
+      s[0] = platform::to_float(ahead[a].before);
 #pragma unroll
       for (int k = 1; k < S; ++k) s[k] = cut ? Sum(0) : s[k];
-      Cell::forward(us, vs, s, after, kept);
+      Cell::forward(us, vs, s, after, saved);
       if (tape) {
         const int64_t row = at.row(t, b);
 #pragma unroll
-        for (int k = 1; k < S; ++k) dev::store(tape + at.taped(row, kWidth, k - 1) + n, after[k]);
+        for (int k = 1; k < S; ++k)
+          platform::store(tape + at.taped(row, kWidth, k - 1) + n, after[k]);
 #pragma unroll
         for (int k = 0; k < K; ++k)
-          dev::store(tape + at.taped(row, kWidth, S - 1 + k) + n, kept[k]);
+          platform::store(tape + at.taped(row, kWidth, S - 1 + k) + n, saved[k]);
       }
 #pragma unroll
       for (int k = 1; k < S; ++k) s[k] = after[k];
@@ -125,25 +127,25 @@ __global__ void __launch_bounds__(kThreads) replay(const Sweep sweep) {
 
 // f(a stored number, a number of sums)
 template <class F>
-int with_types(Number number, F f) {
-  switch (number) {
-    case Number::kFloat64:
+int with_types(Precision precision, F f) {
+  switch (precision) {
+    case Precision::kFloat64:
       return f(double{}, double{});
-    case Number::kBfloat16:
-      return f(dev::bfloat16{}, float{});
-    case Number::kFloat16:
-      return f(dev::float16{}, float{});
+    case Precision::kBfloat16:
+      return f(platform::bfloat16{}, float{});
+    case Precision::kFloat16:
+      return f(platform::float16{}, float{});
     default:
       return f(float{}, float{});
   }
 }
 
-dev::Launch launch_of(const Sweep& sweep, bool steps_depend) {
+platform::Launch launch_of(const Sweep& sweep, bool steps_depend) {
   const int64_t steps = sweep.end - sweep.begin;
   const int64_t side_by_side = steps_depend ? 1 : steps < kMostBlocks ? steps : kMostBlocks;
-  dev::Launch how;
+  platform::Launch how;
   how.grid = dim3(static_cast<unsigned>((sweep.batch * sweep.hidden + kThreads - 1) / kThreads),
-                  static_cast<unsigned>(side_by_side), static_cast<unsigned>(sweep.lanes));
+                  static_cast<unsigned>(side_by_side), static_cast<unsigned>(sweep.recurrences));
   how.block = dim3(kThreads);
   return how;
 }
@@ -152,20 +154,20 @@ dev::Launch launch_of(const Sweep& sweep, bool steps_depend) {
 
 // ---- Entry -------------------------------------------------------------------------------------
 
-int launch_previous(int, const Sweep& sweep, const CudaPlan& plan, void* stream) {
-  return with_types(plan.number, [&](auto stored, auto sum) {
-    return dev::launch(previous_rows<decltype(stored), decltype(sum)>, launch_of(sweep, false),
-                       stream, sweep);
+int launch_h_prev(int, const Sweep& sweep, const CudaPlan& plan, void* stream) {
+  return with_types(plan.precision, [&](auto stored, auto sum) {
+    return platform::launch(h_prev_rows<decltype(stored), decltype(sum)>, launch_of(sweep, false),
+                            stream, sweep);
   });
 }
 
-int launch_replay(int cell, const Sweep& sweep, const CudaPlan& plan, void* stream) {
+int launch_recompute(int cell, const Sweep& sweep, const CudaPlan& plan, void* stream) {
   return with_cell(cell, [&](auto c) {
     using Cell = decltype(c);
-    if constexpr (Cell::kStates + Cell::kKept == 1) return 0;  // there is no tape
-    return with_types(plan.number, [&](auto stored, auto sum) {
-      return dev::launch(replay<Cell, decltype(stored), decltype(sum)>,
-                         launch_of(sweep, Cell::kStates > 1), stream, sweep);
+    if constexpr (Cell::kStates + Cell::kSaved == 1) return 0;  // there is no tape
+    return with_types(plan.precision, [&](auto stored, auto sum) {
+      return platform::launch(recompute<Cell, decltype(stored), decltype(sum)>,
+                              launch_of(sweep, Cell::kStates > 1), stream, sweep);
     });
   });
 }

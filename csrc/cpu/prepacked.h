@@ -1,5 +1,5 @@
-// A lane's weights in the layout that the forward kernels read, and how they are packed into it.
-// It depends on the cell, the type and the instruction set only: one packing serves every plan.
+// A recurrence's weights in the layout that the forward kernels read, and how they are packed into
+// it. It depends on the cell, the type and the instruction set only: one packing serves every plan.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ namespace fastrnn {
 inline namespace FASTRNN_ISA {
 
 template <class Cell, class T>
-struct Packed {
+struct Prepacked {
   using V = Vec<T>;
   static constexpr int G = Cell::kGates;
   static constexpr int kLanes = lanes<V>();
@@ -25,16 +25,16 @@ struct Packed {
   static_assert(kPadding % kUnits == 0, "padded states hold whole panels");
 
   T *w_ih, *w_hh;      // [panel][I or Q][kWidth]; not there where weights are read as they lie
-  T *bias_u, *bias_v;  // [panel][kWidth]; v's for gates that are not tied
+  T *bias_u, *bias_v;  // [panel][kWidth]; v's for gates that are not summed
   T* w_hr;             // bands of w_hr^T, [padded Q][H]
 
-  static int64_t panels(const LaneSizes& n) { return (n.hidden + kUnits - 1) / kUnits; }
+  static int64_t panels(const RecurrenceSizes& n) { return (n.hidden + kUnits - 1) / kUnits; }
   // Vectors of state 0.
-  static int64_t columns(const LaneSizes& n) { return (n.recurrent + kLanes - 1) / kLanes; }
+  static int64_t columns(const RecurrenceSizes& n) { return (n.recurrent + kLanes - 1) / kLanes; }
 
   // Takes memory by take(count), in an order that is part of the layout.
   template <class Take>
-  void place(const LaneSizes& n, bool matrices, const Take& take) {
+  void place(const RecurrenceSizes& n, bool matrices, const Take& take) {
     w_ih = take(matrices ? panels(n) * n.inputs * kWidth : 0);
     w_hh = take(matrices ? panels(n) * n.recurrent * kWidth : 0);
     bias_u = take(panels(n) * kWidth);
@@ -43,8 +43,8 @@ struct Packed {
   }
 
   // Over memory that pack_all() wrote or will write, all of it in one piece.
-  static Packed at(const LaneSizes& n, const void* base) {
-    Packed out;
+  static Prepacked at(const RecurrenceSizes& n, const void* base) {
+    Prepacked out;
     T* next = static_cast<T*>(const_cast<void*>(base));
     out.place(n, true, [&](int64_t count) {
       T* from = next;
@@ -54,8 +54,8 @@ struct Packed {
     return out;
   }
 
-  static int64_t bytes(const LaneSizes& n) {
-    Packed out;
+  static int64_t bytes(const RecurrenceSizes& n) {
+    Prepacked out;
     int64_t total = 0;
     out.place(n, true, [&](int64_t count) {
       total += count;
@@ -64,16 +64,16 @@ struct Packed {
     return total * static_cast<int64_t>(sizeof(T));
   }
 
-  static void pack_all(const LaneSizes& n, const Lane& lane, void* base) {
-    const Packed out = at(n, base);
-    out.pack(n, lane, true, {0, panels(n)}, 0, 1);
+  static void pack_all(const RecurrenceSizes& n, const Recurrence& recurrence, void* base) {
+    const Prepacked out = at(n, base);
+    out.pack(n, recurrence, true, {0, panels(n)}, 0, 1);
     if constexpr (Cell::kProjectable)
-      if (n.projected) out.pack_projection(n, lane, {0, columns(n)}, 0, 1);
+      if (n.projected) out.pack_projection(n, recurrence, {0, columns(n)}, 0, 1);
   }
 
   // Every `turns`th of the panels.
-  void pack(const LaneSizes& n, const Lane& lane, bool matrices, Range which, int32_t turn,
-            int32_t turns) const {
+  void pack(const RecurrenceSizes& n, const Recurrence& recurrence, bool matrices, Range which,
+            int32_t turn, int32_t turns) const {
     const int64_t H = n.hidden, I = n.inputs, Q = n.recurrent;
     for (int64_t panel = which.begin + turn; panel < which.end; panel += turns) {
       for (int u = 0; u < kUnitVectors; ++u) {
@@ -83,14 +83,14 @@ struct Packed {
           const int64_t row = g * H + (live ? unit : 0);
           const int at = u * G + g;
           if (matrices) {
-            pack_transposed(static_cast<const T*>(lane.w_ih) + row * I, I, live, I,
+            pack_transposed(static_cast<const T*>(recurrence.w_ih) + row * I, I, live, I,
                             w_ih + panel * I * kWidth, kVectors, at);
-            pack_transposed(static_cast<const T*>(lane.w_hh) + row * Q, Q, live, Q,
+            pack_transposed(static_cast<const T*>(recurrence.w_hh) + row * Q, Q, live, Q,
                             w_hh + panel * Q * kWidth, kVectors, at);
           }
-          const V b_ih = bias(lane.b_ih, row, live), b_hh = bias(lane.b_hh, row, live);
+          const V b_ih = bias(recurrence.b_ih, row, live), b_hh = bias(recurrence.b_hh, row, live);
           const int64_t to = panel * kWidth + at * kLanes;
-          store(bias_u + to, Cell::kTied[g] ? b_ih + b_hh : b_ih);
+          store(bias_u + to, Cell::kSummed[g] ? b_ih + b_hh : b_ih);
           store(bias_v + to, b_hh);
         }
       }
@@ -98,15 +98,15 @@ struct Packed {
   }
 
   // Every `turns`th of the bands that begin at vector which.begin.
-  void pack_projection(const LaneSizes& n, const Lane& lane, Range which, int32_t turn,
-                       int32_t turns) const {
+  void pack_projection(const RecurrenceSizes& n, const Recurrence& recurrence, Range which,
+                       int32_t turn, int32_t turns) const {
     const int64_t H = n.hidden;
     int64_t band = 0;
     for_each_band(which.begin, which.end, [&](int64_t vector, auto count) {
       if (band++ % turns != turn) return;
       for (int v = 0; v < decltype(count)::value; ++v) {
         const int64_t column = (vector + v) * kLanes;
-        pack_transposed(static_cast<const T*>(lane.w_hr) + column * H, H,
+        pack_transposed(static_cast<const T*>(recurrence.w_hr) + column * H, H,
                         within<V>(column, n.recurrent), H, w_hr + vector * kLanes * H,
                         decltype(count)::value, v);
       }

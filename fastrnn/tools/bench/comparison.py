@@ -1,4 +1,5 @@
-"""One row of the benchmark: a workload, every contender gated and timed, and what came of it."""
+"""One row of the benchmark: a workload, every implementation gated and timed, and what came of
+it."""
 
 from __future__ import annotations
 
@@ -11,26 +12,43 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn.plan import KernelRefused
 from fastrnn.tools.bench import measure
-from fastrnn.tools.bench.contender import (
+from fastrnn.tools.bench.implementation import (
     OURS,
     OURS_ON_GPU,
     Case,
     CompiledLoop,
-    Contender,
+    Implementation,
     Prepared,
     Results,
     TorchLayer,
 )
-from fastrnn.tools.bench.jax_rival import Jax
+from fastrnn.tools.bench.jax_baseline import Jax
 from fastrnn.tools.bench.machine import Machine
-from fastrnn.tools.bench.onnx_rivals import OnnxRuntime, OpenVino
-from fastrnn.tools.bench.workload import BEST_RIVAL, MICROSECONDS, PEAK, Target, Variant, Workload
+from fastrnn.tools.bench.onnx_baselines import OnnxRuntime, OpenVino
+from fastrnn.tools.bench.workload import (
+    BEST_BASELINE,
+    MICROSECONDS,
+    PEAK,
+    Target,
+    Variant,
+    Workload,
+)
 
-__all__ = ["ONE_THREAD", "RIVALS", "TORCH", "Entry", "GateFailed", "Row", "Verdict", "judge", "run"]
+__all__ = [
+    "BASELINES",
+    "ONE_THREAD",
+    "TORCH",
+    "Entry",
+    "GateFailed",
+    "Row",
+    "Verdict",
+    "judge",
+    "run",
+]
 
 TORCH = "torch.nn"
 # By device. On a GPU the dtype of the workload decides on fp32, fp16 or bf16.
-RIVALS: dict[str, tuple[Contender, ...]] = {
+BASELINES: dict[str, tuple[Implementation, ...]] = {
     "cpu": (
         TorchLayer(TORCH),
         TorchLayer("torch.nn without oneDNN", onednn=False),
@@ -42,7 +60,7 @@ RIVALS: dict[str, tuple[Contender, ...]] = {
     "cuda": (TorchLayer(TORCH), TorchLayer("torch.nn with TF32", tf32=True), CompiledLoop()),
 }
 ONE_THREAD = Variant("fastrnn, 1 thread", threads=1)
-_RIVALS_LIMIT = 5e-3  # no rounding of a rival's, TF32 included, is as far off as a wrong gate
+_BASELINES_LIMIT = 5e-3  # no rounding of a baseline's, TF32 included, is as far off as a wrong gate
 _STEPS_GATED = 4
 _NOISE = 0.03  # of a median, from one run to the next on a quiet machine
 
@@ -53,10 +71,10 @@ class GateFailed(AssertionError):
 
 @dataclass(frozen=True)
 class Entry:
-    """One contender of a row. Times in microseconds of a call, see `measure.Times`.
+    """One implementation of a row. Times in microseconds of a call, see `measure.Times`.
 
     Attributes:
-        kind: "ours", "variant" or "rival".
+        kind: "ours", "variant" or "baseline".
         error: largest distance from float64, in units of the largest value if that exceeds one.
         memory: bytes by which the first call raised the process's memory at its peak.
         kernels: on a GPU, the kernels it ran.
@@ -91,9 +109,9 @@ class Row:
     """What was measured of one workload, cell and mode.
 
     Attributes:
-        floor: microseconds no implementation can undercut, as the machine measured says.
+        roofline: microseconds no implementation can undercut, as the machine measured says.
         entries: ours first: the first is what the row is about.
-        refused: contenders that were not timed, with their reasons.
+        refused: implementations that were not timed, with their reasons.
     """
 
     workload: str
@@ -112,8 +130,8 @@ class Row:
     bidirectional: bool
     rows: int
     flops: int
-    floor: float
-    floor_by: str
+    roofline: float
+    roofline_by: str
     entries: tuple[Entry, ...]
     refused: dict[str, str] = field(default_factory=dict)
     verdicts: tuple[Verdict, ...] = ()
@@ -127,16 +145,17 @@ class Row:
         return self.entries[0]
 
     @property
-    def rivals(self) -> list[Entry]:
+    def baselines(self) -> list[Entry]:
         """Fastest first."""
-        return sorted((e for e in self.entries if e.kind == "rival"), key=lambda e: e.median)
+        return sorted((e for e in self.entries if e.kind == "baseline"), key=lambda e: e.median)
 
     def entry(self, name: str) -> Entry | None:
         return next((e for e in self.entries if e.name == name), None)
 
-    def speedup(self, name: str = BEST_RIVAL) -> float | None:
-        """Time of a contender, or of the fastest rival, over ours; None where there is none."""
-        other = self.entry(name) if name != BEST_RIVAL else next(iter(self.rivals), None)
+    def speedup(self, name: str = BEST_BASELINE) -> float | None:
+        """Time of an implementation, or of the fastest baseline, over ours; None where there is
+        none."""
+        other = self.entry(name) if name != BEST_BASELINE else next(iter(self.baselines), None)
         return other.median / self.ours.median if other else None
 
     def gflops(self, entry: Entry) -> float:
@@ -171,15 +190,15 @@ def run(
     seconds: float = 0.3,
     latency_calls: int = 0,
     device: str = "cpu",
-    rivals: Sequence[Contender] | None = None,
+    baselines: Sequence[Implementation] | None = None,
 ) -> tuple[Row, Prepared]:
     """Gate and time everything that can run a workload with `machine.threads` threads.
 
     Args:
-        seconds: of calls for each contender.
-        rivals: instead of all of the device's.
-        latency_calls: in mode "step", so many calls of ours and of the fastest rival are timed one
-            by one besides.
+        seconds: of calls for each implementation.
+        baselines: instead of all of the device's.
+        latency_calls: in mode "step", so many calls of ours and of the fastest baseline are timed
+            one by one besides.
 
     Returns:
         The row, and ours prepared, for timing it elsewhere.
@@ -191,47 +210,47 @@ def run(
     gate = _Gate(case)
     ready: dict[str, _Ready] = {}
     refused: dict[str, str] = {}
-    for contender in OURS if device == "cpu" else OURS_ON_GPU:
-        reason = contender.available() or contender.supports(case)
+    for implementation in OURS if device == "cpu" else OURS_ON_GPU:
+        reason = implementation.available() or implementation.supports(case)
         if reason is None:
-            prepared = contender.prepare(case)
-            tf32 = getattr(contender, "tf32", False)
+            prepared = implementation.prepare(case)
+            tf32 = getattr(implementation, "tf32", False)
             try:
-                checked_so = gate.check(contender.name, prepared, ours=True, tf32=tf32)
+                checked_so = gate.check(implementation.name, prepared, ours=True, tf32=tf32)
             except KernelRefused as refusal:
-                refused[contender.name] = str(refusal)
+                refused[implementation.name] = str(refusal)
             else:
-                ready[contender.name] = _Ready("ours", prepared, *checked_so)
-        elif contender.available():
-            refused[contender.name] = reason
+                ready[implementation.name] = _Ready("ours", prepared, *checked_so)
+        elif implementation.available():
+            refused[implementation.name] = reason
     for name, other in _variants(case):
         prepared = _DROP_IN.prepare(other)
         checked = gate if other.workload == workload else _Gate(other)
         ready[name] = _Ready("variant", prepared, *checked.check(name, prepared, ours=True))
-    for contender in RIVALS[device] if rivals is None else rivals:
-        reason = contender.available() or contender.supports(case)
-        if reason is None and workload.rivals and contender.name not in workload.rivals:
+    for implementation in BASELINES[device] if baselines is None else baselines:
+        reason = implementation.available() or implementation.supports(case)
+        if reason is None and workload.baselines and implementation.name not in workload.baselines:
             reason = "left out of this row"
         if reason is None:
             try:
-                prepared = contender.prepare(case)
-                ready[contender.name] = _Ready(
-                    "rival", prepared, *gate.check(contender.name, prepared)
+                prepared = implementation.prepare(case)
+                ready[implementation.name] = _Ready(
+                    "baseline", prepared, *gate.check(implementation.name, prepared)
                 )
             except GateFailed as failure:
                 reason = f"not timed, as its results are off: {failure}"
             except Exception as error:
-                # Whatever a rival dies of belongs into its row and must not end the run.
+                # Whatever a baseline dies of belongs into its row and must not end the run.
                 reason = f"failed: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
         if reason is not None:
-            refused[contender.name] = reason
+            refused[implementation.name] = reason
     calls = {name: each.prepared for name, each in ready.items()}
     clock = measure.gpu_clock if device == "cuda" else measure.clock
     times = measure.interleaved(calls, seconds, clock)
     delays: dict[str, measure.Latency] = {}
     if mode == "step" and latency_calls:
         by_time = sorted(times, key=lambda name: times[name].median)
-        nearest = [name for name in by_time if ready[name].kind == "rival"][:1]
+        nearest = [name for name in by_time if ready[name].kind == "baseline"][:1]
         both = [name for name in ready if ready[name].kind == "ours" or name in nearest]
         delays = measure.latencies({name: calls[name] for name in both}, latency_calls)
     entries = tuple(
@@ -257,7 +276,7 @@ def _kernels(prepared: Prepared) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class _Ready:
-    """A contender past the gate."""
+    """An implementation past the gate."""
 
     kind: str
     prepared: Prepared
@@ -314,8 +333,8 @@ class _Gate:
         """Largest error of all results, and the memory of the first call.
 
         Raises:
-            GateFailed: an error exceeds the tolerance: for ours that of the tests, for a rival one
-                that tells another result from another rounding.
+            GateFailed: an error exceeds the tolerance: for ours that of the tests, for a baseline
+                one that tells another result from another rounding.
         """
         if tf32 not in self._theirs:
             self._theirs[tf32] = self._errors(tf32)
@@ -326,7 +345,7 @@ class _Gate:
             allowed = (
                 measure.limit(what, theirs, self._case.workload.dtype, tf32)
                 if ours
-                else _RIVALS_LIMIT + 10 * theirs
+                else _BASELINES_LIMIT + 10 * theirs
             )
             # Written so that NaN fails.
             if not error <= allowed:
@@ -340,7 +359,7 @@ class _Gate:
 def _row(case: Case, machine: Machine, entries: tuple[Entry, ...], refused: dict[str, str]) -> Row:
     w = case.workload
     flops = w.flops(case.cell, case.mode)
-    floor = machine.floor(flops, *w.weight_reads(case.cell, case.mode))
+    roofline = machine.roofline(flops, *w.weight_reads(case.cell, case.mode))
     row = Row(
         workload=w.name,
         group=w.group,
@@ -358,8 +377,8 @@ def _row(case: Case, machine: Machine, entries: tuple[Entry, ...], refused: dict
         bidirectional=w.bidirectional,
         rows=w.rows,
         flops=flops,
-        floor=floor.microseconds,
-        floor_by=floor.by,
+        roofline=roofline.microseconds,
+        roofline_by=roofline.by,
         entries=entries,
         refused=refused,
     )
@@ -382,7 +401,7 @@ def judge(row: Row, target: Target, peak: float) -> list[Verdict]:
     if target.against == PEAK:
         value = row.gflops(ours) / peak
     else:
-        against = row.rivals[0] if target.against == BEST_RIVAL and row.rivals else None
+        against = row.baselines[0] if target.against == BEST_BASELINE and row.baselines else None
         against = against or row.entry(target.against)
         if against is None:
             return [Verdict(target.against, bound, None, "not measured")]

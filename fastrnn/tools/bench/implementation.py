@@ -1,4 +1,5 @@
-"""What a contender is, and those that torch and fastrnn bring: layers, cells, compiled loops."""
+"""What an implementation is, and those that torch and fastrnn bring: layers, cells, compiled
+loops."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ __all__ = [
     "OURS_ON_GPU",
     "Case",
     "CompiledLoop",
-    "Contender",
+    "Implementation",
     "Prepared",
     "Results",
     "TorchLayer",
@@ -36,7 +37,7 @@ Results = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """One workload for one cell and mode, with the weights and tensors all contenders share.
+    """One workload for one cell and mode, with the weights and tensors all implementations share.
 
     Attributes:
         module: of torch.nn: a layer, or a cell in mode "cell".
@@ -102,7 +103,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A contender ready to run one case.
+    """An implementation ready to run one case.
 
     Attributes:
         call: what is timed.
@@ -116,7 +117,7 @@ class Prepared:
     around: Callable[[], AbstractContextManager[object]]
 
 
-class Contender(Protocol):
+class Implementation(Protocol):
     """Something that can run a workload. Reasons are sentences for the report."""
 
     name: str
@@ -315,7 +316,7 @@ def _freeze(module: nn.Module) -> nn.Module:
 
 
 # The first that can run a case is what its row is about.
-OURS: tuple[Contender, ...] = (
+OURS: tuple[Implementation, ...] = (
     Stepper(),
     TorchLayer("fastrnn", fastrnn.from_torch),
     TorchLayer(
@@ -327,7 +328,7 @@ OURS: tuple[Contender, ...] = (
         else f"fastrnn {fastrnn.__version__} has no freeze()",
     ),
 )
-OURS_ON_GPU: tuple[Contender, ...] = (
+OURS_ON_GPU: tuple[Implementation, ...] = (
     TorchLayer("fastrnn", fastrnn.from_torch),
     TorchLayer("fastrnn with TF32", fastrnn.from_torch, tf32=True),
     TorchLayer("fastrnn, cuda", fastrnn.from_torch, kernel="cuda"),

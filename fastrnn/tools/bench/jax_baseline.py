@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fastrnn.tools.bench.contender import (
+from fastrnn.tools.bench.implementation import (
     Case,
     Prepared,
     Results,

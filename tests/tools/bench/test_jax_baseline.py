@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from fastrnn.tools.bench.jax_rival import Jax
+from fastrnn.tools.bench.jax_baseline import Jax
 from fastrnn.tools.bench.workload import CELLS
 from tests.support.bench import SHAPES, STREAMED, agrees
 from tests.support.paths import ROOT
@@ -25,7 +25,7 @@ def test_jax_agrees() -> None:
     if reason := Jax().available():
         pytest.skip(reason)
     # Its threads outlive a test, and a process that has them must not fork, as other tests do.
-    script = "from tests.tools.bench.test_jax_rival import jax_agrees; jax_agrees()"
+    script = "from tests.tools.bench.test_jax_baseline import jax_agrees; jax_agrees()"
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=240
     )
