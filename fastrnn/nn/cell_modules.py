@@ -1,4 +1,4 @@
-"""RNNCell, LSTMCell and GRUCell: one time step, with the parameters and manners of torch.nn."""
+"""RNNCell, LSTMCell and GRUCell: one time step, with the parameters and behaviour of torch.nn."""
 
 from __future__ import annotations
 
@@ -31,8 +31,10 @@ class _Cell(Freezable):
         return list(_WEIGHTS)
 
     def stream(self, batch_size: int = 1, *, threads: int = 1, release_gil: bool = True) -> Stepper:
-        """A stepper: this cell with a copy of its weights and states of its own, for inference
-        one step at a time; arguments and errors are those of `fastrnn.LSTM.stream`.
+        """Make a stepper, which runs this cell one step at a time for inference.
+
+        It has its own states and its own copy of the weights. Arguments and errors are those of
+        `fastrnn.LSTM.stream`.
 
         Example:
             >>> import numpy, fastrnn

@@ -122,20 +122,20 @@ class Scan:
 
 @dataclass(frozen=True)
 class Tape:
-    """What the backward pass needs of some rows.
+    """The saved values of some rows for the backward pass.
 
     Attributes:
-        values: [rows, P, S-1+K, H], and one more value where state 0 is projected: what the cell
-            gave.
-        base: the row of the batch's rows that is the first of these, for recurrences forward in
-            time and for those backward.
+        values: [rows, P, W, H]. If state 0 is projected, the last of the W values is state 0
+            before the projection.
+        base: the row of the input that is row 0 here, for recurrences that run forward in time and
+            for those that run backward.
     """
 
     values: Tensor
     base: tuple[int, int] = (0, 0)
 
 
-# Tensors of the buffers are contiguous. Row r of the batch's rows is row
+# Tensors of the buffers are contiguous. Row r of the input is row
 # `r - scan.row_range(begin, end, ..)[0]` of `u`, `v`, `du`, `dv`, `h_prev` and `dh`.
 
 
