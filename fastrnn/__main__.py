@@ -15,7 +15,7 @@ _DTYPES = (*BYTES, "complex64", "complex128")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0 on success, 1 where a check failed, 2 for arguments that cannot be."""
+    """Run one command. Returns 0 on success, 1 if a check failed, 2 if arguments are invalid."""
     parser = _parser()
     options, others = parser.parse_known_args(argv)
     if options.command == "demo":
