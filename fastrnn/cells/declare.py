@@ -92,10 +92,10 @@ class Cell:
 
     @property
     def is_built_in(self) -> bool:
-        """Whether the kernels have this cell compiled in."""
+        """Whether this is a cell of torch.nn, which the kernels have compiled in."""
         return self.name in _built_in and _registry[self.name] == self
 
-    # A copied layer must compute the same, even if its cell's name was declared anew since.
+    # A copied layer must compute the same, even if its cell's name has been declared again.
 
     def __copy__(self) -> Cell:
         return self
@@ -184,7 +184,7 @@ def cell(
     """
     if function is not None:
         raise TypeError(
-            "cell must be told the gates and the states; write "
+            "cell needs the gates and the states as arguments; write "
             '@fastrnn.cell(gates="fn", states="h") above the function'
         )
 
@@ -300,12 +300,12 @@ def _restore(
     if found is None:
         raise ValueError(
             f"no cell named {name!r} is declared here{failure}. It was declared {where}: declare "
-            "it before loading, best in a module that can be imported"
+            "it before loading, preferably in a module that can be imported"
         )
     raise ValueError(
         f"the cell {name!r} declared here is not the one that was saved: its gates, states or "
         f"function differ. That one was declared {where}: load where it is declared as it was; or, "
-        "if the change is meant, make the layer anew and give it the saved state_dict"
+        "if the change is intended, create the layer again and load the saved state_dict"
     )
 
 

@@ -74,10 +74,8 @@ class Derived:
         return len(self.states) - 1 + len(self.saved) + projected
 
     def places(self, after: str = "next", dafter: str = "dnext") -> dict[str, str]:
-        """The array element in generated code for each input of the expressions.
-
-        `after` and `dafter` name the arrays of the states after the step and of their gradients.
-        """
+        """The array element in generated code for each input of the expressions. `after` and
+        `dafter` name the arrays of the states after the step and of their gradients."""
         arrays = {"u": self.gates, "v": self.gates, "a": self.gates, "saved": self.saved}
         arrays |= dict.fromkeys(("s", "next", "dnext"), self.states)
         named = {"a": "v", "next": after, "dnext": dafter}
@@ -191,10 +189,7 @@ def _sum_gates(
     algebra: Algebra, cell: Cell, traced: tuple[Expr, ...], alike: list[bool]
 ) -> tuple[tuple[bool, ...], tuple[Expr, ...]]:
     """Replace `v` by the sum `a`, and `u` by 0, for each gate where that leaves the cell the same.
-
-    Args:
-        alike: per gate, whether the gradients of `u` and `v` are the same node.
-    """
+    `alike` tells the gates whose gradients of `u` and `v` are the same node."""
     summed = list(alike)
     for k, name in enumerate(cell.gates):
         if not summed[k]:

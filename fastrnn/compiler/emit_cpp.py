@@ -104,11 +104,7 @@ def _number(label: str) -> str:
 
 
 def header(deriveds: Sequence[Derived], keys: Sequence[str] | None = None) -> str:
-    """The header that `csrc/core/cell.h` includes: structs, and their list `FASTRNN_CELLS(X)`.
-
-    Raises:
-        ValueError: if two cells have the same name in C++.
-    """
+    """The header that `csrc/core/cell.h` includes: structs, and their list `FASTRNN_CELLS(X)`."""
     keys = list(keys or (d.name for d in deriveds))
     structs = [struct_name(k) for k in keys]
     if len(set(structs)) != len(structs):

@@ -230,10 +230,8 @@ def uses(roots: Iterable[Expr]) -> set[str]:
 
 
 def evaluate(roots: Sequence[Expr], inputs: Mapping[str, Tensor]) -> list[Tensor]:
-    """Values of the roots, in the shape, dtype and device of the largest input.
-
-    An input that the roots do not depend on may be smaller.
-    """
+    """Values of the roots, in the shape, dtype and device of the inputs; an input that the roots do
+    not depend on may be smaller."""
     like = max(inputs.values(), key=Tensor.numel)
     values: dict[Expr, Tensor] = {}
     for node in ordered(roots):

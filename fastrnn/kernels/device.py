@@ -1,4 +1,4 @@
-"""What this machine offers to kernels, and which of them the user allows."""
+"""The facts about this machine that a plan needs, and the kernel that the user allows."""
 
 from __future__ import annotations
 
@@ -55,14 +55,9 @@ def asked_for() -> str | None:
 def current(
     kind: str = "cpu", threads: int | None = None, compiled: bool = True, index: int | None = None
 ) -> plan.Device:
-    """What this machine offers to a call.
-
-    Args:
-        kind: torch's name for the type of device.
-        threads: CPU threads of the call, by default torch's number.
-        compiled: whether the cell has code for CPUs.
-        index: of the device; by default the current one.
-    """
+    """The facts about this machine for a call with `threads` CPU threads, by default torch's
+    number, on the device `kind:index`, by default the current one. `compiled` tells whether the
+    cell has code for CPUs."""
     return plan.Device(
         kind=kind,
         forced=asked_for(),

@@ -56,10 +56,8 @@ _SCALAR_TYPES = {
 
 
 def check_dtype(input: Tensor, weight: Tensor) -> None:
-    """Raise torch.nn's `ValueError` if the input does not have the dtype of the weights.
-
-    Under autocast the operator casts, so any dtype is valid.
-    """
+    """Raise torch.nn's `ValueError` if the input does not have the dtype of the weights. Under
+    autocast any dtype is valid, because the operator casts."""
     if input.dtype != weight.dtype and not torch._C._is_any_autocast_enabled():
         raise ValueError(
             f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
@@ -193,7 +191,7 @@ def check_sizes(
 
 
 def check_lengths(lengths: Tensor | Sequence[int], x: Tensor, batched: bool) -> Tensor:
-    """`lengths` as int64 [B] on the device of `x` [T, B, I], after its checks."""
+    """`lengths` as int64 [B] on the device of `x` [T, B, I], checked."""
     steps, batch = x.size(0), x.size(1)
     try:
         # A tensor is not converted: torch.as_tensor would move it to the default device.
@@ -234,10 +232,7 @@ def check_resets(
     order: Tensor | None,
     swap: bool,
 ) -> Tensor:
-    """`resets` in the layout of `x` without its features, after its checks.
-
-    `swap` means that the caller has the batch first.
-    """
+    """`resets` in the layout of `x` without features, checked; `swap` means batch first."""
     if isinstance(resets, PackedSequence):
         if batch_sizes is None:
             raise ValueError("resets is a PackedSequence, but the input is not")
@@ -347,10 +342,8 @@ def check_heads(arguments: Mapping[str, Any]) -> None:
 
 
 def refuse_unknown(layer: nn.Module, unknown: dict[str, Any]) -> None:
-    """Raise for keyword arguments of RNN and GRU that do not exist.
-
-    torch.nn accepts `proj_size` for them only by position, and then refuses the call.
-    """
+    """Raise for unknown keyword arguments of RNN and GRU. torch.nn accepts their `proj_size` only
+    by position, and then refuses the call."""
     if "proj_size" in unknown:
         raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
     for name in unknown:

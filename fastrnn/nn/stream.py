@@ -94,7 +94,7 @@ def stepper(
             raise ValueError(f"{name} should be a positive integer, got {number!r}")
     forced = device.asked_for()
     if forced not in (None, "cpu"):
-        raise plan.KernelRefused(f"kernel {forced!r} was asked for, but a stepper is 'cpu' alone")
+        raise plan.KernelRefused(f"kernel {forced!r} was asked for, but a stepper has only 'cpu'")
     key, reason, problem, offered = on_cpu(cell, weights[0], threads)
     if key is None:
         raise plan.KernelRefused(f"a stepper needs compiled code: {reason}")

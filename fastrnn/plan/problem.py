@@ -128,7 +128,7 @@ class TritonFacts:
 
 @dataclass(frozen=True)
 class Device:
-    """What a machine offers to one call.
+    """The machine as one call sees it.
 
     Attributes:
         kind: torch's name for the device: "cpu", "cuda", "xpu", …

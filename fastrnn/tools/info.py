@@ -256,7 +256,7 @@ def _cpu_rows(chosen: Plan) -> list[tuple[str, str]]:
             f"{config.threads} = {config.split_recurrences} over directions x "
             f"{config.split_sequences} over the batch x {config.split_units} over hidden units",
         ),
-        ("weights", "prepacked for the sweep" if config.prepacked_weights else "read as they lie"),
+        ("weights", "prepacked for the sweep" if config.prepacked_weights else "in torch's layout"),
     ]
 
 
@@ -277,7 +277,7 @@ def _cuda_rows(chosen: Plan) -> list[tuple[str, str]]:
 
 def _triton_rows(chosen: Plan) -> list[tuple[str, str]]:
     config = chosen.triton
-    tiles = f"tiles of {config.unit_tile} x {config.depth_tile}, {config.stages} under way"
+    tiles = f"tiles of {config.unit_tile} x {config.depth_tile}, {config.stages} loads in flight"
     return [
         ("weights", "resident in every program" if config.resident else f"streamed in {tiles}"),
         ("programs", f"{config.batch_tile} rows of the batch each, {config.warps} warps"),

@@ -55,21 +55,21 @@ class Scan:
         chunk_steps, chunk_rows: time steps of a launch, and the most rows that they have.
     """
 
-    def __init__(self, cell: str, derived: Derived, plan: Plan, given: Operands) -> None:
-        self.cell, self.derived, self.plan, self.given = cell, derived, plan, given
-        x = given.x
+    def __init__(self, cell: str, derived: Derived, plan: Plan, operands: Operands) -> None:
+        self.cell, self.derived, self.plan, self.given = cell, derived, plan, operands
+        x = operands.x
         self.gates, self.states = len(derived.gates), len(derived.states)
-        self.recurrences = len(given.w_hh)
-        self.hidden = given.w_hh[0].size(0) // self.gates
-        self.recurrent = given.w_hh[0].size(1)
+        self.recurrences = len(operands.w_hh)
+        self.hidden = operands.w_hh[0].size(0) // self.gates
+        self.recurrent = operands.w_hh[0].size(1)
         self.inputs = x.size(-1)
         self.compute = torch.float64 if x.dtype == torch.float64 else torch.float32
         self.rows = x.shape[:-1].numel()
         self.first: list[int] | None = None
         self.first_on_device = self.length = None
-        if given.batch_sizes is not None:
-            sizes = given.batch_sizes
-            self.steps, self.batch = sizes.numel(), given.s0[0].size(1)
+        if operands.batch_sizes is not None:
+            sizes = operands.batch_sizes
+            self.steps, self.batch = sizes.numel(), operands.s0[0].size(1)
             first = torch.zeros(self.steps + 1, dtype=torch.int64, device="cpu")
             torch.cumsum(sizes, 0, out=first[1:])
             self.first = first.tolist()
@@ -79,16 +79,20 @@ class Scan:
             self.length = length.to(x.device, non_blocking=True)
         else:
             self.steps, self.batch = (x.size(0), x.size(1)) if x.dim() == 3 else (1, x.size(0))
-            if given.lengths is not None:
-                self.length = given.lengths.to(x.device).contiguous()
-        self.resets = None if given.resets is None else given.resets.contiguous().view(torch.uint8)
-        self.reverse = given.reverse
-        self.reversed_recurrences = [bool(given.reverse >> p & 1) for p in range(self.recurrences)]
+            if operands.lengths is not None:
+                self.length = operands.lengths.to(x.device).contiguous()
+        self.resets = (
+            None if operands.resets is None else operands.resets.contiguous().view(torch.uint8)
+        )
+        self.reverse = operands.reverse
+        self.reversed_recurrences = [
+            bool(operands.reverse >> p & 1) for p in range(self.recurrences)
+        ]
         self.chunk_steps = plan.chunk_steps(self.steps, self.batch)
         self.chunk_rows = min(self.rows, self.chunk_steps * self.batch)
-        self.w_hh = stacked(given.w_hh)
-        self.w_ih = stacked(given.w_ih)
-        self.w_hr = stacked(given.w_hr) if given.w_hr else None
+        self.w_hh = stacked(operands.w_hh)
+        self.w_ih = stacked(operands.w_ih)
+        self.w_hr = stacked(operands.w_hr) if operands.w_hr else None
 
     def width(self, state: int) -> int:
         return self.hidden if state else self.recurrent
