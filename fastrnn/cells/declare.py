@@ -29,7 +29,7 @@ from torch import Tensor
 
 __all__ = ["MAX_GATES", "MAX_STATES", "Cell", "Gates", "cell", "get", "names", "seal"]
 
-# kMaxGates and kMaxStates of csrc/cpu/contract.h.
+# They equal kMaxGates and kMaxStates of csrc/cpu/contract.h.
 MAX_GATES = 16
 MAX_STATES = 8
 

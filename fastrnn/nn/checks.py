@@ -33,7 +33,7 @@ __all__ = [
     "widths",
 ]
 
-MOST_RECURRENCES = _C.most_recurrences  # of one call of the operator
+MOST_RECURRENCES = _C.most_recurrences  # in one call of the operator
 
 States = Tensor | Sequence[Tensor]
 Check = Callable[[Tensor, "States | None", "Tensor | None", Tensor], None]

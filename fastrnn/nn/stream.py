@@ -38,7 +38,7 @@ class Stepper(_C.Stepper):
         projected), or from [I] to [H] for a batch of one. `x` is a tensor, a NumPy array or any
         buffer, of the layer's dtype; the numbers of a row must be contiguous, the rows need not
         be. The result is written to `out`, which may be `x`, and `out` is returned. Without `out`
-        the result is a new tensor for a tensor, and a new array otherwise.
+        the result is a new tensor for a tensor, a new array for an array; a buffer needs `out`.
 
         `reset()`: set all states to zero.
 

@@ -69,7 +69,7 @@ def _steps(problem: Problem, tables: Tables, tf32: bool) -> list[CudaConfig]:
     """Configurations of the residency "step", one launch per step, with several batch tiles."""
     precision = _precision(problem, tf32)
     if precision == "tf32x3" and problem.steps <= _FEW_STEPS and problem.batch <= 16:
-        precision = "float32"  # a small product may as well be exact
+        precision = "float32"  # a small product in full precision costs no more
     least = tables.step_tiles[0]
     tiles = [rows for rows in tables.step_tiles if rows == least or rows < 2 * problem.batch]
     if problem.dtype == "float64":
@@ -134,7 +134,7 @@ def lay_out(problem: Problem, config: CudaConfig, tables: Tables) -> Layout | No
     groups than warps."""
     units, backward = config.row_group, problem.backward
     columns = config.batch_tile // 8
-    tiles = units * (1 if backward else problem.gates) // 16  # of 16 rows of weights
+    tiles = units * (1 if backward else problem.gates) // 16  # tiles of 16 weight rows
     tile = tables.batch_tiles.index(config.batch_tile)
     registers = tables.registers[backward][config.precision == "tf32x3"][tile][min(tiles, 4) - 1]
     groups = _row_groups(problem, config.blocks, units)

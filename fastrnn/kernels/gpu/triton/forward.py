@@ -58,7 +58,7 @@ def forward_resident(
     resets,  # uint8 [rows]
     steps: tl.int32,  # T
     batch: tl.int64,  # B
-    begin: tl.int32,  # of the chunk, in steps
+    begin: tl.int32,  # first step of the chunk
     end: tl.int32,
     base: tl.int64,  # first row of the chunk, for recurrences that run forward in time
     base_reverse: tl.int64,  # and for those that run backward

@@ -61,7 +61,7 @@ def expm1(x):
     high: tl.constexpr = 709.0 if x.dtype == tl.float64 else 88.0
     y = tl.where(x < low, low, tl.where(x > high, high, x))
     n, r = _reduce(y)
-    half = _power_of_two(n - 1)  # finite where the result is
+    half = _power_of_two(n - 1)  # finite if the result is
     e = half * _expm1_reduced(r) + (half - 0.5)
     return tl.where(x > high, tl.exp(x), e + e)
 
