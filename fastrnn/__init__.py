@@ -29,5 +29,5 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """The public names, and not the folders and files behind them."""
+    """The public names, without the folders and files that implement them."""
     return [*__all__, "cells", "kernels", "plan"]

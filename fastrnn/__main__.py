@@ -15,20 +15,20 @@ _DTYPES = (*BYTES, "complex64", "complex128")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0 on success, 1 where a check failed, 2 for arguments that cannot be."""
+    """Run one command. Returns 0 on success, 1 if a check failed, 2 if arguments are invalid."""
     parser = _parser()
-    given, rest = parser.parse_known_args(argv)
-    if given.command == "demo":
+    options, others = parser.parse_known_args(argv)
+    if options.command == "demo":
         from fastrnn.tools import demo
 
-        return demo.main(rest)
-    if given.command == "bench":
+        return demo.main(others)
+    if options.command == "bench":
         from fastrnn.tools.bench import command
 
-        return command.main(rest)
-    if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return {"info": _info, "cell": _cell, "plan": _plan}[given.command](given)
+        return command.main(others)
+    if others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    return {"info": _info, "cell": _cell, "plan": _plan}[options.command](options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -81,46 +81,46 @@ def _shape(text: str) -> tuple[int, int, int, int]:
     return steps, batch, inputs, hidden
 
 
-def _info(given: argparse.Namespace) -> int:
+def _info(options: argparse.Namespace) -> int:
     from fastrnn.tools import info
 
-    if given.markdown:
+    if options.markdown:
         print(info.support_markdown())
         return 0
     facts = info.collect()
-    print(json.dumps(asdict(facts), indent=2) if given.json else info.text(facts))
+    print(json.dumps(asdict(facts), indent=2) if options.json else info.text(facts))
     return 0 if facts.self_check.passed else 1
 
 
-def _cell(given: argparse.Namespace) -> int:
+def _cell(options: argparse.Namespace) -> int:
     from fastrnn import cells
     from fastrnn.compiler.derive import derive
     from fastrnn.compiler.describe import describe
 
     try:
-        print(describe(derive(cells.get(given.name))))
+        print(describe(derive(cells.get(options.name))))
     except ValueError as error:
         return _refused(error)
     return 0
 
 
-def _plan(given: argparse.Namespace) -> int:
+def _plan(options: argparse.Namespace) -> int:
     from fastrnn import plan
     from fastrnn.tools import info
 
     try:
         problem, device, chosen = info.plan_for(
-            given.cell,
-            given.shape,
-            dtype=given.dtype,
-            directions=given.directions,
-            tape=given.train,
-            backward=given.backward,
-            kind=given.device,
+            options.cell,
+            options.shape,
+            dtype=options.dtype,
+            directions=options.directions,
+            tape=options.train,
+            backward=options.backward,
+            kind=options.device,
         )
     except (ValueError, plan.KernelRefused) as error:
         return _refused(error)
-    if given.json:
+    if options.json:
         parts = {"problem": asdict(problem), "device": asdict(device), "plan": asdict(chosen)}
         print(json.dumps(parts, indent=2))
     else:

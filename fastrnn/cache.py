@@ -1,8 +1,8 @@
-"""The folder where compiled cells, generated sources and what was measured are kept.
+"""The folder that stores compiled cells, generated sources and measured configurations.
 
-Libraries and sources from it run as code. So they are taken only from a folder and files that are
-the user's own and that nobody else can write, replace or rename. Environment: `FASTRNN_CACHE` names
-the folder, `~/.cache/fastrnn` by default.
+Libraries and sources from it run as code, so the folder and its files must belong to the user, and
+nobody else may be able to write, replace or rename them. The environment variable `FASTRNN_CACHE`
+names the folder; the default is `~/.cache/fastrnn`.
 """
 
 from __future__ import annotations
@@ -36,26 +36,26 @@ _SHARED = stat.S_IWGRP | stat.S_IWOTH
 
 
 def folder() -> Path:
-    """Where things are kept, without symbolic links in it.
+    """The path of the cache, without symbolic links.
 
-    Where that folder cannot be written, it is one for this process alone; where it cannot be
-    trusted, too, and a warning says why.
+    If that folder cannot be written or trusted, it is a private folder of this process. If it
+    cannot be trusted, a warning says why.
 
     Raises:
-        OSError: where there is no folder to be trusted for temporary files either.
+        OSError: if the folder for temporary files cannot be trusted either.
     """
     named = os.environ.get("FASTRNN_CACHE", "")
     try:
-        found = Path(named or "~/.cache/fastrnn").expanduser().resolve()
-        reason = _make(found) or refusal(found)
+        path = Path(named or "~/.cache/fastrnn").expanduser().resolve()
+        reason = _make(path) or refusal(path)
         if reason is None:
-            with tempfile.TemporaryFile(dir=found):
-                return found
-    except (OSError, RuntimeError):  # the latter: there is no home, or links lead in a circle
+            with tempfile.TemporaryFile(dir=path):
+                return path
+    except (OSError, RuntimeError):  # RuntimeError: there is no home, or links form a circle
         return _for_this_process()
     private = _for_this_process()
     warn_once(
-        f"fastrnn loads no code from {found}: {reason}. What this process compiles is kept in "
+        f"fastrnn loads no code from {path}: {reason}. What this process compiles is kept in "
         f"{private} until it ends. Put that right, or name a folder of your own in FASTRNN_CACHE"
     )
     return private
@@ -63,20 +63,20 @@ def folder() -> Path:
 
 @functools.cache
 def warn_once(text: str) -> None:
-    """Warn, once for each text."""
+    """Issue a UserWarning, once for each text."""
     warnings.warn(text, UserWarning, stacklevel=3)
 
 
 def is_private(path: Path) -> bool:
-    """Whether that folder is for this process alone."""
+    """Whether this is the private folder of this process."""
     return _private.cache_info().currsize > 0 and path == Path(_private().name).resolve()
 
 
 def refusal(path: Path) -> str | None:
-    """Why nothing in that folder may be run as code, or None.
+    """Why files in this folder must not run as code, or None.
 
-    `path` is absolute and without symbolic links. The folders around it count as well, up to the
-    user's home: who can rename one of them can put another one in its place.
+    `path` is absolute and without symbolic links. The parent folders up to the user's home count
+    too: a user who can rename one of them can put another in its place.
     """
     status = os.lstat(path)
     if not stat.S_ISDIR(status.st_mode):
@@ -85,10 +85,10 @@ def refusal(path: Path) -> str | None:
 
 
 def file_refusal(path: Path) -> str | None:
-    """Why a file in `folder()` may not be run as code, or None.
+    """Why a file in `folder()` must not run as code, or None.
 
     Raises:
-        FileNotFoundError: where there is none.
+        FileNotFoundError: if there is no such file.
     """
     status = os.lstat(path)
     if not stat.S_ISREG(status.st_mode):
@@ -98,7 +98,7 @@ def file_refusal(path: Path) -> str | None:
 
 @contextlib.contextmanager
 def work_folder(target: Path) -> Iterator[Path]:
-    """A folder beside `target` to make it in; its name begins like that of the target."""
+    """A temporary folder beside `target` in which to build it; its name contains the target's."""
     with tempfile.TemporaryDirectory(
         dir=target.parent, prefix=f"{_BUILDING}{target.name}-"
     ) as work:
@@ -106,53 +106,53 @@ def work_folder(target: Path) -> Iterator[Path]:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file of `folder()`, which other processes see whole or not at all."""
+    """Write a file of `folder()` atomically: other processes see it complete or not at all."""
     with work_folder(path) as work:
-        made = work / path.name
-        made.write_text(text, encoding="utf-8")
-        made.chmod(0o600)
-        os.replace(made, path)
+        temporary = work / path.name
+        temporary.write_text(text, encoding="utf-8")
+        temporary.chmod(0o600)
+        os.replace(temporary, path)
 
 
 @contextlib.contextmanager
 def locked(target: Path, waits: Callable[[], None]) -> Iterator[None]:
-    """Hold the right to make `target`, as one process and one thread at a time does.
+    """Hold the lock for building `target`, which only one thread of one process has at a time.
 
-    `waits` is called once, before others are waited for. When the holder dies, the right is free
-    again. On a file system without locks everyone has it.
+    `waits` is called once before waiting for another holder. If the holder dies, the lock is free
+    again. On a file system without locks, everyone gets it.
     """
     path = target.with_name(f"{target.name}.lock")
     descriptor, alone = _lock(path, waits)
     try:
         for left in target.parent.glob(f"{_BUILDING}{target.name}-*") if alone else ():
-            shutil.rmtree(left, ignore_errors=True)  # of one that was killed
+            shutil.rmtree(left, ignore_errors=True)  # a killed process left it behind
         yield
     finally:
-        # Removed while it is held, so that nobody else holds it at this moment.
+        # The file is removed under the lock, so nobody else holds it at this moment.
         with contextlib.suppress(FileNotFoundError):
             path.unlink()
-        with contextlib.suppress(OSError):  # where there are no locks
-            # By hand, as a process that was forked meanwhile keeps the file open.
+        with contextlib.suppress(OSError):  # the file system may have no locks
+            # An explicit unlock, because a process forked meanwhile keeps the file open.
             fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
 
 
 def _lock(path: Path, waits: Callable[[], None]) -> tuple[int, bool]:
-    """The open file, and whether it is locked: not where the file system has no locks."""
-    said = False  # it may have to wait for several, one after the other
+    """The open file, and whether it is locked, which needs a file system with locks."""
+    reported = False  # `waits` is called once, even if it waits for several holders in turn
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                if not said:
+                if not reported:
                     waits()
-                said = True
+                reported = True
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             except OSError:
                 return descriptor, False
-            # The last holder removed the file that this one waited at: others are at a new one.
+            # If the last holder removed this file, other processes lock a new one: try again.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
                     return descriptor, True
@@ -163,27 +163,27 @@ def _lock(path: Path, waits: Callable[[], None]) -> tuple[int, bool]:
 
 
 def _make(path: Path) -> str | None:
-    """Make the folder; where those around it cannot be trusted, say why and make nothing, so that
-    root leaves no folders in the home of another user."""
+    """Create the folder. If its parents cannot be trusted, return why and create nothing, so that
+    root leaves no folders in another user's home."""
     missing = []
     while not path.exists():
         missing.append(path)
         path = path.parent
     reason = _around(missing[-1]) if missing else None
     if reason is None:
-        for each in reversed(missing):
-            each.mkdir(mode=0o700, exist_ok=True)
+        for parent in reversed(missing):
+            parent.mkdir(mode=0o700, exist_ok=True)
     return reason
 
 
 def _around(path: Path) -> str | None:
-    """Why the folders around `path` may be changed by others, or None."""
+    """Why other users can change the parent folders of `path`, or None."""
     home = _home(os.geteuid())
     for place in path.parents if path != home else ():
         status = os.lstat(place)
         if status.st_uid != 0 and (reason := _owner_refusal(place, status)):
             return reason
-        # In a folder like /tmp nobody can rename what belongs to another.
+        # In a folder with the sticky bit, like /tmp, nobody can rename another user's files.
         guarded = status.st_mode & stat.S_ISVTX or _for_this_user_alone(status)
         if not guarded and (reason := _mode_refusal(place, status)):
             return reason
@@ -210,7 +210,7 @@ def _mode_refusal(path: Path, status: os.stat_result) -> str | None:
 
 
 def _for_this_user_alone(status: os.stat_result) -> bool:
-    """Whether only a group of the user's own name can write, as where the umask is 002."""
+    """Whether at most the user's own private group can write, as with a umask of 002."""
     if status.st_mode & stat.S_IWOTH:
         return False
     try:
@@ -239,5 +239,5 @@ def _for_this_process() -> Path:
 
 @functools.cache
 def _private() -> tempfile.TemporaryDirectory[str]:
-    """Removed when the process ends, by when the libraries in it are loaded."""
+    """The private folder, which is removed when the process ends."""
     return tempfile.TemporaryDirectory(prefix="fastrnn-")

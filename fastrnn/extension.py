@@ -1,7 +1,7 @@
-"""The compiled part, `_C`, or an explanation of why it cannot be loaded.
+"""The compiled extension `_C`, or an explanation of why it cannot be loaded.
 
-torch's C++ interface changes between minor versions, so a build serves the one it was made with.
-Whoever needs the compiled part takes it from here: `from fastrnn.extension import _C`.
+torch's C++ interface changes between minor versions, so a build works only with the version that
+it was built with. Other modules import the extension from here: `from fastrnn.extension import _C`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 __all__ = ["CUDA_KERNELS", "_C", "load"]
 
-# Where the library of CUDA kernels lies, if it was built.
+# The library of CUDA kernels, which exists if it was built.
 CUDA_KERNELS = Path(__file__).with_name("_cuda.so")
 
 _REMEDY = (
@@ -28,8 +28,8 @@ def load() -> ModuleType:
     """Import `fastrnn._C`.
 
     Raises:
-        ImportError: when it was not built, cannot be loaded, or was built with another minor
-            version of torch.
+        ImportError: if it was not built, cannot be loaded, or was built with another minor version
+            of torch.
     """
     try:
         compiled = importlib.import_module("fastrnn._C")

@@ -1,7 +1,7 @@
-"""What `torch.utils.flop_counter.FlopCounterMode` counts for a call of the operator.
+"""Formulas of the operator for `torch.utils.flop_counter.FlopCounterMode`.
 
-Its convention is `2·m·n·k` for a product of matrices and nothing for the rest, so that a layer
-counts as much as torch.nn's of the same sizes.
+By its convention a matrix product counts `2·m·n·k` and all else counts nothing, so a layer counts
+as much as torch.nn's layer of the same sizes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ _COUNTER = "torch.utils.flop_counter"
 def forward(named: dict[str, Any]) -> int:
     """Floating point operations of `scan`, from its arguments by name.
 
-    Every row of the input counts, those that `lengths` leaves out too: shapes tell nothing of them.
+    Every row of the input counts, even past the end of a sequence, because shapes do not tell
+    `lengths`.
     """
     return 2 * _rows(named) * _numel(named, "w_ih", "w_hh", "w_hr")
 
@@ -33,8 +34,8 @@ def forward(named: dict[str, Any]) -> int:
 def backward(named: dict[str, Any]) -> int:
     """Floating point operations of `scan_backward`, from its arguments by name.
 
-    No product leads to the states before the first step where those want no gradient. Without a
-    tape, what is on it is computed again.
+    The first step needs no product for the initial states, unless those need a gradient. Without a
+    tape, the forward pass counts again.
     """
     needs_x, needs_w_ih, needs_w_hh, _, needs_w_hr, needs_states = named["needs"]
     rows, states = _rows(named), named["s0"]
@@ -46,9 +47,9 @@ def backward(named: dict[str, Any]) -> int:
 
 
 def register_when_imported() -> None:
-    """Tell FlopCounterMode how to count: now or, if nobody has imported it, after that.
+    """Register the formulas with FlopCounterMode, now or when it is imported.
 
-    Importing it here would import Triton in every process.
+    An import here would import Triton in every process.
     """
     if (counter := sys.modules.get(_COUNTER)) is not None:
         _register(counter)
@@ -78,7 +79,8 @@ def _register_one(counter: ModuleType, op: Any, count: Any) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Stands before the others until the counter is imported, and has them find it."""
+    """The first finder until the counter is imported; it lets the others find the module, and
+    registers the formulas after its execution."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None

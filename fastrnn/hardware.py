@@ -1,4 +1,4 @@
-"""What the system tells about the processor."""
+"""The name and the caches of the processor, as the system reports them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Cache", "cache_bytes", "caches", "processor"]
 
 
 class Cache(NamedTuple):
-    """A cache that holds data: its level, whether it holds data alone, and its size in bytes."""
+    """A cache that holds data: its level, whether it holds only data, and its size in bytes."""
 
     level: int
     data_only: bool
@@ -20,7 +20,7 @@ class Cache(NamedTuple):
 
 @cache
 def processor() -> str:
-    """The processor's name, where the system tells it."""
+    """The processor's name, or else its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -31,19 +31,19 @@ def processor() -> str:
 
 @cache
 def caches() -> tuple[Cache, ...]:
-    """The caches of the first core, nearest first; none where the system does not tell."""
-    found = []
+    """The caches of the first core, nearest first; none if the system does not report them."""
+    result = []
     for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
         try:
             level, kind, size = ((index / f).read_text().strip() for f in ("level", "type", "size"))
             if kind != "Instruction":
                 size_in_bytes = int(size.removesuffix("K")) << 10
-                found.append(Cache(int(level), kind == "Data", size_in_bytes))
+                result.append(Cache(int(level), kind == "Data", size_in_bytes))
         except (OSError, ValueError):
             continue
-    return tuple(found)
+    return tuple(result)
 
 
 def cache_bytes() -> dict[str, int]:
-    """Bytes of each of them: {"L1": 49152, ...}."""
-    return {f"L{found.level}": found.size for found in caches()}
+    """Bytes of each cache by its name: {"L1": 49152, ...}."""
+    return {f"L{cache.level}": cache.size for cache in caches()}

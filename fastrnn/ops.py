@@ -1,8 +1,8 @@
-"""The operator `fastrnn::scan` as Python sees it.
+"""The Python side of the operator `fastrnn::scan`.
 
-Schemas, autograd and autocast are registered in C++ (`csrc/binding/`); here are the shapes of its
-results for tracing, and the one place that decides when a call cannot be an opaque operator and
-runs as plain torch operations instead.
+C++ registers schemas, autograd and autocast (`csrc/binding/`). This module registers the shapes of
+results for tracing, and decides when a call cannot be an opaque operator and runs as plain torch
+operations instead.
 """
 
 from __future__ import annotations
@@ -26,25 +26,26 @@ __all__ = ["Prepacked", "pack", "run", "scan", "step", "transposed"]
 
 
 class Prepacked(NamedTuple):
-    """The weights of one layer in the layout of the CPU kernel, which knows them when it sees them
-    again by their fingerprint."""
+    """One layer's weights in the CPU kernel's layout, and a fingerprint that reveals later changes
+    of the originals."""
 
-    weights: list[Tensor]  # P
-    fingerprint: Tensor  # int64; it also remembers what was compared last
+    weights: list[Tensor]  # one per recurrence, P
+    fingerprint: Tensor  # int64; it also records which block was compared last
 
 
 def pack(cell: Cell, weights: Sequence[Weights]) -> Prepacked | None:
-    """Pack one layer, from the weights of every recurrence in it.
+    """Prepack the weights of every recurrence of one layer.
 
-    None where the CPU kernel would not run them.
+    Returns:
+        None if the CPU kernel would not run the layer.
 
     Raises:
-        RuntimeError: for weights whose shapes do not fit together.
+        RuntimeError: if the shapes of the weights do not fit together.
     """
     key, refusal, *_ = on_cpu(cell, weights[0])
     if key is None or refusal is not None:
         return None
-    packed = [_C.pack(key, *each) for each in weights]
+    packed = [_C.pack(key, *recurrence) for recurrence in weights]
     return Prepacked(packed, _C.fingerprint([t for group in side_by_side(weights) for t in group]))
 
 
@@ -65,16 +66,20 @@ def scan(
     packed: Prepacked | None = None,
     recompute: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Run `P` independent scans of one cell over the same input, on the kernel of the plan.
+    """Run `P` independent scans of one cell over the same input, with the kernel that the plan
+    chooses.
 
-    Arguments and results are those of `kernels.reference.scan`; `packed` are the same weights by
-    `pack`, which spares the CPU kernel the packing, and the caller the gradients. With `recompute`
-    nothing is saved for a gradient but the operands and the output.
+    Arguments and results are those of `kernels.reference.scan`, and:
+
+    Args:
+        packed: the same weights from `pack`; the CPU kernel then need not pack them. Such a call
+            has no gradients.
+        recompute: save only the operands and the output for the gradients.
 
     Raises:
-        RuntimeError: for shapes, dtypes or devices that do not fit together; with `packed`, where
-            a gradient is asked for, or the weights have changed since.
-        fastrnn.plan.KernelRefused: when a kernel was asked for by name and cannot run this.
+        RuntimeError: if shapes, dtypes or devices do not fit together; with `packed`, if a gradient
+            is needed or the weights have changed since.
+        fastrnn.plan.KernelRefused: if a kernel was asked for by name and cannot run this call.
     """
     operands = Operands(x, w_ih, w_hh, b_ih, b_hh, w_hr, s0, batch_sizes, lengths, resets, reverse)
     return run(cell, operands, packed, recompute=recompute)
@@ -83,14 +88,14 @@ def scan(
 def run(
     cell: Cell, operands: Operands, packed: Prepacked | None = None, *, recompute: bool = False
 ) -> tuple[Tensor, list[Tensor]]:
-    """`scan` of operands that are one value already."""
+    """`scan` with the operands as one value."""
     x, w_ih, w_hh, b_ih, b_hh, w_hr, s0 = operands[:7]
-    every = (x, *w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *s0)
+    tensors = (x, *w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *s0)
     compiling = torch.compiler.is_compiling()
     key = (prepare if compiling else prepared_now)(cell, _kind(x), x.dtype)
     if packed is not None and key is not None:
         if torch.is_grad_enabled():
-            _refuse_gradients(*every)
+            _refuse_gradients(*tensors)
         if _can_use_prepacked(x):
             if compiling or torch._C._is_torch_function_mode_enabled():
                 y, *states = torch.ops.fastrnn.scan_packed.default(
@@ -98,21 +103,21 @@ def run(
                 )
                 return y, states
             return _C.scan_packed(key, *operands, *packed)
-    # Functions that are overridden, by a subclass or by a mode such as the default device, need the
-    # operator that they can see. A transform goes first: it has no rule for the operator.
+    # Subclasses of Tensor, and modes such as the default device, override functions, so they need
+    # an operator that they can see. Transforms come first: they have no rule for the operator.
     transformed = not compiling and _transformed()
     if key is None or transformed:
         return _as_operations(cell, operands)
-    if compiling or has_torch_function(every):
+    if compiling or has_torch_function(tensors):
         y, *states, _ = torch.ops.fastrnn.scan.default(key, *_optional(operands), False, recompute)
         return y, states
     return _C.scan(key, *operands, recompute)
 
 
 def _optional(operands: Operands) -> tuple[Any, ...]:
-    """As the schema of the operator has them, with None for the lists that are empty."""
-    x, w_ih, w_hh, *rest = operands
-    return x, w_ih, w_hh, *[None if isinstance(a, Sequence) and not a else a for a in rest]
+    """The operands for the schema of the operator, with None in place of empty lists."""
+    x, w_ih, w_hh, *others = operands
+    return x, w_ih, w_hh, *[None if isinstance(a, Sequence) and not a else a for a in others]
 
 
 def step(
@@ -122,21 +127,21 @@ def step(
     weights: Weights,
     packed: Prepacked | None = None,
 ) -> tuple[Tensor, ...] | None:
-    """One time step in one call, for what most calls look like: `scan` serves them all.
+    """Run one time step in a fast call for common operands; `scan` accepts all operands.
 
     Args:
         x: [B, I].
         states: `S` tensors [B, H], none for zeros.
-        weights: without a projection.
-        packed: the same by `pack`.
+        weights: weights without a projection.
+        packed: the same weights from `pack`.
 
     Returns:
-        `S` next states [B, H]; None, with nothing done, where an operand is not a plain dense
-        tensor of the size and dtype that the others ask for, on a CPU, a transform is active, or
-        gradients are asked for by `packed` weights.
+        `S` next states [B, H]. None, without any effect, if an operand is not a plain dense CPU
+        tensor of fitting size and dtype, if a transform is active, or if gradients are needed with
+        `packed` weights.
 
     Raises:
-        RuntimeError: where the weights have changed since they were packed.
+        RuntimeError: if the weights have changed since they were packed.
     """
     if torch.compiler.is_compiling() or _transformed():
         return None
@@ -147,8 +152,8 @@ def step(
 
 
 def transposed(y: Tensor) -> Tensor:
-    """`y` [T, B, *] as [B, T, *] on the same memory, and no view to autograd: `detach_` and changes
-    in place work on it as on the output of torch.nn's GRU and RNN."""
+    """`y` [T, B, *] as [B, T, *] in the same memory. Autograd does not see a view: `detach_` and
+    changes in place work as on the output of torch.nn's GRU and RNN."""
     if torch.compiler.is_compiling() or not _plain(y) or _transformed():
         return y.transpose(0, 1)
     return _C.transposed(y)
@@ -164,35 +169,38 @@ def _refuse_gradients(*tensors: Tensor) -> None:
 
 
 def _can_use_prepacked(x: Tensor) -> bool:
-    """Whether the op will find the very tensors that were packed, and compute in their dtype."""
+    """Whether the operator will get the same tensors that were packed, and compute in their
+    dtype."""
     if torch._C._is_any_autocast_enabled():
         return False
     if torch.compiler.is_compiling():
-        # An exported program holds copies. What `is_exporting` returns, which in torch 2.11 is true
-        # in whatever is compiled.
+        # An exported program holds copies. This flag is what `is_exporting` returns; Dynamo of
+        # torch 2.11 would take a call of that function for true in all compiled code.
         return not torch.compiler._is_exporting_flag
     return _plain(x) and not _transformed()
 
 
 def _kind(x: Tensor) -> str:
-    """The type of its device, which torch spells anew on every call: a third of a microsecond."""
+    """The type of x's device. torch builds this string on every call, in a third of a
+    microsecond."""
     return "cpu" if x.is_cpu else x.device.type
 
 
 def _plain(x: Tensor) -> bool:
-    """Whether no subclass overrides functions of it; a mode may, such as the default device."""
+    """Whether `x` is not of a subclass that may override functions; a mode may still do so."""
     return type(x) in (Tensor, torch.nn.Parameter)
 
 
 def _transformed() -> bool:
-    """Whether a transform is active that must see inside: torch.func's, or forward-mode AD."""
+    """Whether a transform is active that must see single operations: torch.func's, or forward-mode
+    AD."""
     return (
         torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
     )
 
 
 def _as_operations(cell: Cell, operands: Operands) -> tuple[Tensor, list[Tensor]]:
-    """The reference, with operands in autocast's dtype."""
+    """Run the reference, under autocast with operands in autocast's dtype."""
     kind = operands.x.device.type
     if not torch.is_autocast_enabled(kind):
         return reference.scan(cell, **operands._asdict())
@@ -201,9 +209,9 @@ def _as_operations(cell: Cell, operands: Operands) -> tuple[Tensor, list[Tensor]
     def cast(operand: Any) -> Any:
         return [t.to(dtype) for t in operand] if isinstance(operand, list | tuple) else operand
 
-    given = {name: cast(operand) for name, operand in operands._asdict().items()}
+    in_dtype = {name: cast(operand) for name, operand in operands._asdict().items()}
     with torch.autocast(kind, enabled=False):
-        return reference.scan(cell, **given | {"x": operands.x.to(dtype)})
+        return reference.scan(cell, **in_dtype | {"x": operands.x.to(dtype)})
 
 
 @torch.library.register_fake("fastrnn::scan")
@@ -213,11 +221,11 @@ def _scan_fake(cell: str, *arguments: Any) -> list[Tensor]:
         tape = arguments[len(operands)]
     x, w_hh, w_hr, s0 = operands.x, operands.w_hh, operands.w_hr, operands.s0
     for tensors in operands[1:7]:
-        for each in tensors or ():
+        for tensor in tensors or ():
             torch._check(
-                each.device == x.device,
-                lambda each=each: (
-                    f"scan: a weight or state is on {each.device} but x is on {x.device}"
+                tensor.device == x.device,
+                lambda tensor=tensor: (
+                    f"scan: a weight or state is on {tensor.device} but x is on {x.device}"
                 ),
             )
     gates, states, width = _C.cell_facts(cell, bool(w_hr))

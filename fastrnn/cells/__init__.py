@@ -1,9 +1,9 @@
-"""What a cell is, and the cells there are."""
+"""The definition of a cell, and the built-in cells."""
 
 from fastrnn.cells.declare import MAX_GATES, MAX_STATES, Cell, Gates, cell, get, names, seal
 
 # isort: off
-# In the order in which they are listed.
+# The order of these imports is the order in which the cells are listed.
 from fastrnn.cells.elman import rnn_relu, rnn_tanh
 from fastrnn.cells.lstm import lstm
 from fastrnn.cells.gru import gru

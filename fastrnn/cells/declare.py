@@ -1,12 +1,12 @@
 """How a cell is declared, found by its name, and saved.
 
 A cell maps the projections of one time step and the previous states to the next states,
-unit by unit. Its derivative, what back-propagation keeps, the C++ and the GPU code are all
-derived from this one function (`compiler/`); its arithmetic stands nowhere else.
+unit by unit. Its derivative, the values saved for the backward pass, the C++ and the GPU code
+are all derived from this one function (`compiler/`); its arithmetic stands nowhere else.
 
-`u = W·x + b_ih` and `v = R·h + b_hh` arrive with one attribute per gate; state 0 is the
-recurrent one and is the output of the layer. A cell may use torch's pointwise functions only,
-so that every unit of the hidden state is independent of the others within a step.
+`u = W·x + b_ih` and `v = R·h + b_hh` arrive with one attribute per gate. State 0 is recurrent
+and is the output of the layer. A cell may use only pointwise functions of torch, so that
+within a step every hidden unit is independent of the others.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from torch import Tensor
 
 __all__ = ["MAX_GATES", "MAX_STATES", "Cell", "Gates", "cell", "get", "names", "seal"]
 
-# kMaxGates and kMaxStates of csrc/cpu/contract.h.
+# They equal kMaxGates and kMaxStates of csrc/cpu/contract.h.
 MAX_GATES = 16
 MAX_STATES = 8
 
 
 class Gates:
-    """What a cell is given as `u` and `v`: one tensor per gate, as attributes."""
+    """The argument `u` or `v` of a cell's function: one tensor per gate, as attributes."""
 
     def __init__(self, cell: Cell, values: Iterable[Tensor]) -> None:
         self.__cell = cell
@@ -43,7 +43,7 @@ class Gates:
             setattr(self, name, value)
 
     def __getattr__(self, name: str) -> Tensor:
-        # Not through `self`: on an object that is only half made, that would end up here again.
+        # On a half-made object, `self.__cell` would call this method again without end.
         cell = vars(self).get("_Gates__cell")
         raise AttributeError(
             f"cell {cell.name!r} has no gate {name!r}; its gates are: {', '.join(cell.gates)}"
@@ -69,11 +69,15 @@ class Cell:
     function: Callable[..., Tensor | tuple[Tensor, ...]]
 
     def __hash__(self) -> int:
-        # Every call of a layer looks its cell up; the dataclass would hash all fields each time.
+        # Every call of a layer looks up its cell; the dataclass would hash all fields each time.
         return hash(self.name)
 
     def step(self, u: Sequence[Tensor], v: Sequence[Tensor], s: Sequence[Tensor]) -> list[Tensor]:
-        """One time step on tensors: `u`, `v` one tensor per gate, `s` one per state."""
+        """One time step on tensors: one per gate in `u` and `v`, one per state in `s`.
+
+        Raises:
+            ValueError: if the function returns another number of states than were declared.
+        """
         out = self.function(Gates(self, u), Gates(self, v), *s)
         states = [out] if isinstance(out, Tensor) else list(out)
         if len(states) != len(self.states):
@@ -88,10 +92,10 @@ class Cell:
 
     @property
     def is_built_in(self) -> bool:
-        """Whether it is one of the package's own, which the kernels have compiled in."""
+        """Whether this is a cell of torch.nn, which the kernels have compiled in."""
         return self.name in _built_in and _registry[self.name] == self
 
-    # The copy of a layer must compute the same, whatever was declared under the name since.
+    # A copied layer must compute the same, even if its cell's name has been declared again.
 
     def __copy__(self) -> Cell:
         return self
@@ -100,8 +104,8 @@ class Cell:
         return self
 
     def __reduce__(self) -> tuple[Callable[..., Cell], tuple[Any, ...]]:
-        """By name; with all that tells whether the cell found under it later is still this one,
-        and with what carries the function where a name does not reach."""
+        """Pickle the name, what identifies the cell that is later found under it, and a class
+        that carries the function to processes that cannot import it."""
         if self.is_built_in:
             return get, (self.name,)
         where = (getattr(self.function, a, None) for a in ("__module__", "__qualname__"))
@@ -110,32 +114,32 @@ class Cell:
 
     @functools.cached_property
     def _carrier(self) -> _Carrier:
-        # Under the name of an attribute of the cell, which leads to it where the cell's name does.
+        # This qualified name is importable wherever the cell is, since it names its attribute.
         name = f"{getattr(self.function, '__qualname__', self.name)}._carrier"
         module = getattr(self.function, "__module__", None)
         body = {"function": staticmethod(self.function), "__module__": module, "__qualname__": name}
-        return _carries(_Carrier("_carrier", (), body), self)
+        return _register_carrier(_Carrier("_carrier", (), body), self)
 
 
 class _Carrier(type):
-    """Type of a class that holds a cell's function, for those who pickle functions by value.
+    """Type of a class that holds a cell's function, for libraries that pickle functions by value.
 
-    A function can be pickled by name only where the name leads to it, and the name of one that was
-    decorated leads to the cell. So a cell is reduced to such a class beside its own name. pickle
-    looks its type up in the table of copyreg, which makes None of it: the name must do. cloudpickle
-    looks at classes before that table, in every package that brings a copy of its own (Ray, joblib,
-    Spark): it pickles a class with all that it holds where it cannot be imported by name, as in a
-    script, a notebook or a function, or where the user told it to for a module.
+    A function can be pickled by name only if the name leads to it, but the name of a decorated
+    function leads to the cell. So a cell is reduced to its own name and such a class. pickle finds
+    the type in copyreg's table, which replaces the class by None, so that only the name counts.
+    cloudpickle and the packages that bundle it (Ray, joblib, Spark) treat classes before that
+    table: they pickle a class with its contents if it cannot be imported by name (script,
+    notebook, function), or if the user registered its module for that.
     """
 
     function: Callable[..., Any]
 
 
-def _left_behind(carrier: _Carrier) -> Any:
+def _reduce_to_none(carrier: _Carrier) -> Any:
     return type(None), ()
 
 
-copyreg.pickle(_Carrier, _left_behind)
+copyreg.pickle(_Carrier, _reduce_to_none)
 
 
 _registry: dict[str, Cell] = {}
@@ -154,8 +158,8 @@ def cell(
     """Declare a cell from a function of one time step.
 
     Numbers that the function reads from elsewhere (globals, closed-over variables, defaults) are
-    constants of the cell: they are fixed when it is first used, and changing them later has no
-    effect. What is to be learned must come through `u`, `v` or a state.
+    constants of the cell: they are fixed when it is first used, and later changes have no effect.
+    Learned values must come through `u`, `v` or a state.
 
     Args:
         gates: gate names, one letter each as a string (`"ifgo"`) or a sequence of identifiers,
@@ -165,11 +169,11 @@ def cell(
         name: registry name; the function's own by default.
 
     Raises:
-        TypeError: where what is decorated is no function, or `cell` itself was not called.
-        ValueError: for names that repeat or are no identifiers, for too many of them, for a
-            function that cannot be called as `(u, v, *states)` or has no name, or for the name of
-            a built-in cell. Declaring another custom cell under the same name replaces it,
-            as redefining a function does; layers made before keep the cell they have.
+        TypeError: if the decorated object is not callable, or if `cell` was not called itself.
+        ValueError: if names repeat, are not identifiers or are too many, if the function cannot be
+            called as `(u, v, *states)` or has no name, or if the name is a built-in cell's. A
+            custom cell of the same name is replaced, as a function is when it is redefined;
+            existing layers keep the cell they have.
 
     Example:
         >>> import torch, fastrnn
@@ -180,27 +184,31 @@ def cell(
     """
     if function is not None:
         raise TypeError(
-            "cell must be told the gates and the states; write "
+            "cell needs the gates and the states as arguments; write "
             '@fastrnn.cell(gates="fn", states="h") above the function'
         )
 
     def declare(function: Callable[..., Tensor | tuple[Tensor, ...]]) -> Cell:
         if not callable(function):
             raise TypeError(f"a cell is made from a function, got {type(function).__name__}")
-        made = Cell(name or _own_name(function), tuple(gates), tuple(states), function)
-        _check(made)
-        if made.name in _built_in:
+        declared = Cell(name or _own_name(function), tuple(gates), tuple(states), function)
+        _check(declared)
+        if declared.name in _built_in:
             raise ValueError(
-                f"{made.name!r} is a built-in cell; choose another name with cell(name=...)"
+                f"{declared.name!r} is a built-in cell; choose another name with cell(name=...)"
             )
-        _registry[made.name] = made
-        return made
+        _registry[declared.name] = declared
+        return declared
 
     return declare
 
 
 def get(name: str) -> Cell:
-    """The cell of that name; `ValueError` lists the known ones."""
+    """The cell with this name.
+
+    Raises:
+        ValueError: if there is none; the message lists the known names.
+    """
     try:
         return _registry[name]
     except KeyError:
@@ -213,7 +221,7 @@ def names() -> list[str]:
 
 
 def seal() -> None:
-    """Make the cells declared so far the built-in ones, whose names are taken."""
+    """Make the cells declared so far the built-in ones, whose names cannot be declared again."""
     _built_in.update(_registry)
 
 
@@ -225,31 +233,31 @@ def _own_name(function: Callable[..., Any]) -> str:
     return own
 
 
-def _check(made: Cell) -> None:
-    for kind, given, most in (
-        ("gates", made.gates, MAX_GATES),
-        ("states", made.states, MAX_STATES),
+def _check(cell: Cell) -> None:
+    for kind, labels, limit in (
+        ("gates", cell.gates, MAX_GATES),
+        ("states", cell.states, MAX_STATES),
     ):
-        if not given:
-            raise ValueError(f"cell {made.name!r} needs at least one of {kind}: cell({kind}=...)")
-        if len(set(given)) != len(given) or not all(n.isidentifier() for n in given):
-            raise ValueError(f"{kind} of cell {made.name!r} must be distinct identifiers: {given}")
-        if len(given) > most:
+        if not labels:
+            raise ValueError(f"cell {cell.name!r} needs at least one of {kind}: cell({kind}=...)")
+        if len(set(labels)) != len(labels) or not all(n.isidentifier() for n in labels):
+            raise ValueError(f"{kind} of cell {cell.name!r} must be distinct identifiers: {labels}")
+        if len(labels) > limit:
             raise ValueError(
-                f"cell {made.name!r} has {len(given)} {kind}, and the kernels are made for at most "
-                f"{most}; split it into several cells"
+                f"cell {cell.name!r} has {len(labels)} {kind}, and the kernels are made for at "
+                f"most {limit}; split it into several cells"
             )
-    signature = inspect.signature(made.function)
+    signature = inspect.signature(cell.function)
     try:
-        signature.bind(*range(2 + len(made.states)))
+        signature.bind(*range(2 + len(cell.states)))
     except TypeError as error:
         raise ValueError(
-            f"cell {made.name!r} must be a function of (u, v, {', '.join(made.states)}), any "
+            f"cell {cell.name!r} must be a function of (u, v, {', '.join(cell.states)}), any "
             f"further parameters with defaults; got {signature}: {error}"
         ) from None
 
 
-# Saved cells. They are found again by name, so what they are must be compared.
+# Unpickling. A cell is found again by its name, so it must be compared with the saved one.
 
 
 def _restore(
@@ -261,8 +269,7 @@ def _restore(
     qualname: str | None,
     carrier: _Carrier | None = None,
 ) -> Cell:
-    """The cell that was saved: as it was brought along, from this process, or from the module that
-    declares it."""
+    """The saved cell: from its carrier, this process's registry, or the module that declares it."""
     if carrier is not None:
         return _unpacked(carrier, name, gates, states)
 
@@ -270,7 +277,7 @@ def _restore(
         if not isinstance(found, Cell) or (found.gates, found.states) != (gates, states):
             return False
         own = _digest(found.function)
-        # Other versions of Python compile the same source to other byte code.
+        # Another version of Python compiles the same source to different byte code.
         return own == digest or own.split()[0] != digest.split()[0]
 
     found: object = _registry.get(name)
@@ -293,42 +300,42 @@ def _restore(
     if found is None:
         raise ValueError(
             f"no cell named {name!r} is declared here{failure}. It was declared {where}: declare "
-            "it before loading, best in a module that can be imported"
+            "it before loading, preferably in a module that can be imported"
         )
     raise ValueError(
         f"the cell {name!r} declared here is not the one that was saved: its gates, states or "
         f"function differ. That one was declared {where}: load where it is declared as it was; or, "
-        "if the change is meant, make the layer anew and give it the saved state_dict"
+        "if the change is intended, create the layer again and load the saved state_dict"
     )
 
 
 def _unpacked(
     carrier: _Carrier, name: str, gates: tuple[str, ...], states: tuple[str, ...]
 ) -> Cell:
-    """The cell that came with its function: the same one every time the same carrier comes."""
-    known = _carried.get(carrier)
-    made = known() if known else None
-    if made is None:
-        made = Cell(name, gates, states, carrier.function)
-        vars(made)["_carrier"] = _carries(carrier, made)
-        # One that is declared here under the name keeps it: this one may differ.
-        _registry.setdefault(name, made)
-    return made
+    """The cell of a carrier; the same carrier always gives the same cell."""
+    reference = _carried.get(carrier)
+    cell = reference() if reference else None
+    if cell is None:
+        cell = Cell(name, gates, states, carrier.function)
+        vars(cell)["_carrier"] = _register_carrier(carrier, cell)
+        # A cell declared here under that name keeps it: this one may differ.
+        _registry.setdefault(name, cell)
+    return cell
 
 
-def _carries(carrier: _Carrier, made: Cell) -> _Carrier:
-    _carried[carrier] = weakref.ref(made)  # the cell holds its carrier, which must not hold it
+def _register_carrier(carrier: _Carrier, cell: Cell) -> _Carrier:
+    _carried[carrier] = weakref.ref(cell)  # weak, since the cell holds its carrier
     return carrier
 
 
 def _digest(function: Callable[..., Any]) -> str:
-    """The version of Python, and a digest of what decides the function's behaviour."""
+    """Python's version, and a digest of everything that decides the function's behaviour."""
     content = repr(_content(function, getattr(function, "__module__", None), ()))
     return f"{sys.implementation.cache_tag} {hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
 
 def _content(value: Any, module: str | None, above: tuple[object, ...]) -> object:
-    """`value` as text and tuples without addresses; functions of `module` by what they do."""
+    """`value` as text and tuples without addresses; functions of `module` by their byte code."""
 
     def inside(values: Iterable[Any]) -> tuple[object, ...]:
         return tuple(_content(v, module, (*above, value)) for v in values)
@@ -363,7 +370,7 @@ def _content(value: Any, module: str | None, above: tuple[object, ...]) -> objec
 
 
 def _globals(code: CodeType) -> list[str]:
-    """Names of the globals that the code reads, functions inside it included."""
+    """Names of the globals that the code and the functions inside it read."""
     inner = [n for c in code.co_consts if isinstance(c, CodeType) for n in _globals(c)]
     own = [i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"]
     return sorted({*own, *inner})

@@ -1,1 +1,1 @@
-"""What follows from a cell: derivative, C++, Triton, a library compiled at run time."""
+"""A small compiler for cells: derivative, C++, Triton, a library compiled at run time."""

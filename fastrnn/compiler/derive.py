@@ -1,13 +1,13 @@
-"""What is derived from a cell's function: its derivative, and what back-propagation keeps.
+"""Derives from a cell's function its derivative and the values saved for the backward pass.
 
 The function and its vector-Jacobian product are traced once (`trace.py`) into pointwise expressions
 (`expression.py`). Two rules then shape them:
 
-- **summed**: where the gradients of a gate's `u` and `v` are the same node, the cell depends on
-  their sum `a` alone, and one array serves both.
-- **keep**: backward is given the states before and after the step. Whatever follows from those is
-  recomputed. Of the rest, the fewest values are saved from which backward follows by arithmetic
-  alone, without a transcendental function.
+- **summed**: if the gradients of a gate's `u` and `v` are the same node, the cell depends only on
+  their sum `a`, and one array serves both.
+- **saved**: the backward pass gets the states before and after the step, and recomputes whatever
+  follows from them. A step saves the fewest other values from which the gradients follow by
+  arithmetic alone, without a transcendental function.
 """
 
 from __future__ import annotations
@@ -38,13 +38,14 @@ __all__ = ["Derived", "Underivable", "derive"]
 
 @dataclass(frozen=True, eq=False)
 class Derived:
-    """What follows from a cell's function.
+    """Everything that is derived from a cell's function.
 
     Attributes:
         name, gates, states: the cell's.
         summed: per gate, whether the cell depends on `u + v` alone.
-        saved: names of the values saved per unit and step for backward: a gate's name for what its
-            nonlinearity gives, `v.n` or `u.n` for a raw projection, `a.n` for their sum.
+        saved: names of the values saved per unit and step for the backward pass: a gate's name for
+            its value after the nonlinearity, `v.n` or `u.n` for a raw projection, `a.n` for their
+            sum.
         projectable: whether state 0 enters a step through `v` alone, so that it may be projected
             to another width between the steps.
         step: expressions of the next states and the saved values.
@@ -62,19 +63,19 @@ class Derived:
 
     @property
     def summary(self) -> str:
-        """One line about it, for the head of generated code."""
+        """One line for the head of generated code."""
         name = " ".join(self.name.split()).rstrip("\\")
         gates, states, saved = (" ".join(names) for names in (self.gates, self.states, self.saved))
         return f"{name}: gates {gates}, states {states}; saves {saved or 'nothing'}"
 
     def tape_width(self, projected: bool) -> int:
-        """Values of a unit in a row of the tape: states past the first, saved values and, where it
-        is projected, state 0 before that."""
+        """Values per unit in a row of the tape: the states after the first, the saved values and,
+        if `projected`, state 0 before the projection."""
         return len(self.states) - 1 + len(self.saved) + projected
 
     def places(self, after: str = "next", dafter: str = "dnext") -> dict[str, str]:
-        """Where generated code finds what the expressions read: elements of arrays, of which those
-        for the states after the step and their gradients are named by the caller."""
+        """The array element in generated code for each input of the expressions. `after` and
+        `dafter` name the arrays of the states after the step and of their gradients."""
         arrays = {"u": self.gates, "v": self.gates, "a": self.gates, "saved": self.saved}
         arrays |= dict.fromkeys(("s", "next", "dnext"), self.states)
         named = {"a": "v", "next": after, "dnext": dafter}
@@ -87,7 +88,7 @@ class Derived:
     def forward(
         self, u: Sequence[Tensor], v: Sequence[Tensor], s: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """One step on tensors of one shape, one per gate and state: `(next, saved)`.
+        """One step on tensors of one shape, one per gate and state. Returns `(next, saved)`.
 
         State 0 of a projectable cell may have any shape.
         """
@@ -109,7 +110,7 @@ class Derived:
         next: Sequence[Tensor],
         dnext: Sequence[Tensor],
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Gradients `(du, dv, ds)` of that step, from `dnext`, those of its next states."""
+        """Gradients `(du, dv, ds)` of that step, from the gradients `dnext` of its next states."""
         inputs = _labelled("s", self.states, s)
         inputs |= _labelled("next", self.states, next)
         inputs |= _labelled("dnext", self.states, dnext)
@@ -124,24 +125,24 @@ def _labelled(kind: str, names: Sequence[str], values: Iterable[Tensor]) -> dict
 
 
 def derive(cell: Cell) -> Derived:
-    """Derive everything from a cell; remembered per cell.
+    """Derive everything from a cell, once per cell.
 
     Raises:
-        Underivable: names what the function does that no pointwise formula can.
+        Underivable: if the function is not a pointwise formula; the message says why.
     """
-    found = _derive(cell)
-    if isinstance(found, Underivable):
-        raise Underivable(*found.args) from found.__cause__
-    return found
+    derived = _derive(cell)
+    if isinstance(derived, Underivable):
+        raise Underivable(*derived.args) from derived.__cause__
+    return derived
 
 
 @functools.cache
 def _derive(cell: Cell) -> Derived | Underivable:
     if torch.version.cuda:
-        # Without it, a torch 2.11 built for CUDA crashes in the second such thread where no GPU is.
+        # Without this call, torch 2.11 for CUDA crashes in the second such thread without a GPU.
         torch._C._ensureCUDADeviceGuardSet()
-    # A new thread has none of the caller's modes: autocast, fake tensors, functorch levels. Random
-    # numbers that the cell draws while it is traced are not missing later.
+    # A new thread has none of the caller's modes: autocast, fake tensors, functorch levels. The
+    # fork gives back the random numbers that the cell draws while it is traced.
     with ThreadPoolExecutor(1) as alone, torch.random.fork_rng(devices=[]):
         try:
             return alone.submit(_derive_here, cell).result()
@@ -187,14 +188,15 @@ def _derive_here(cell: Cell) -> Derived:
 def _sum_gates(
     algebra: Algebra, cell: Cell, traced: tuple[Expr, ...], alike: list[bool]
 ) -> tuple[tuple[bool, ...], tuple[Expr, ...]]:
-    """Replace `v` by the sum `a` and `u` by nothing, for each gate where that is the same cell."""
+    """Replace `v` by the sum `a`, and `u` by 0, for each gate where that leaves the cell the same.
+    `alike` tells the gates whose gradients of `u` and `v` are the same node."""
     summed = list(alike)
     for k, name in enumerate(cell.gates):
         if not summed[k]:
             continue
         u, v, a = (algebra.input(f"{side}.{name}") for side in "uva")
         reduced = algebra.rebuild(traced, {u: algebra.const(0), v: a})
-        # Equal gradients say nothing about what has none, such as sign(u) or a comparison.
+        # Equal gradients prove nothing about functions without one, such as sign or a comparison.
         summed[k] = _agree(
             algebra, traced, algebra.rebuild(reduced, {a: algebra.make("add", u, v)})
         )
@@ -204,7 +206,7 @@ def _sum_gates(
 
 
 def _agree(algebra: Algebra, some: tuple[Expr, ...], others: tuple[Expr, ...]) -> bool:
-    """Whether two lists of expressions have the same values, at random points of all scales."""
+    """Whether two lists of expressions have the same values at random points of all scales."""
     cpu: Any = {"dtype": torch.float64, "device": "cpu"}
     random = torch.Generator("cpu").manual_seed(0)
     scale = torch.logspace(-3, 3, 997, **cpu)
@@ -219,9 +221,9 @@ def _agree(algebra: Algebra, some: tuple[Expr, ...], others: tuple[Expr, ...]) -
 
 
 def _without_zero_gradients(algebra: Algebra, gradients: tuple[Expr, ...]) -> tuple[Expr, ...]:
-    """Drop products of a gradient that is zero by construction, as behind `sign` or `floor`.
+    """Drop products with a gradient that is zero by construction, as behind `sign` or `floor`.
 
-    Where the other factor depends on a gradient, the zero is the cell's own and stays.
+    If the other factor depends on a gradient, the zero is the cell's own and the product stays.
     """
 
     def rule(node: Expr, args: tuple[Expr, ...]) -> Expr | None:
@@ -237,9 +239,9 @@ def _without_zero_gradients(algebra: Algebra, gradients: tuple[Expr, ...]) -> tu
 def _saved_values(gradients: tuple[Expr, ...], available: Mapping[Expr, Expr]) -> list[Expr]:
     """The fewest nodes from which, with the states, the gradients follow by arithmetic alone.
 
-    That is a minimum vertex cut between what only the forward step knows (the gates, and the
-    values of transcendental functions) and what backward reads; of several, the one nearest to
-    the former. Masks cannot be saved.
+    They are a minimum vertex cut between the nodes that only the forward step knows (gates and
+    values of transcendental functions) and the nodes that the backward pass reads. If there are
+    several such cuts, it is the one nearest to the former. Masks cannot be saved.
     """
     order = ordered(gradients, stop=available)
     known: set[Expr] = set(available)  # follows from the states
@@ -282,7 +284,7 @@ def _saved_values(gradients: tuple[Expr, ...], available: Mapping[Expr, Expr]) -
 
 
 def _reach(edges: Mapping[Any, Mapping[Any, float]], start: Any) -> dict[Any, Any]:
-    """Every place with a way of free capacity from the start, and the place before it."""
+    """Every node that a path of free capacity from the start reaches, with its predecessor."""
     came = {start: start}
     queue = [start]
     for place in queue:
@@ -296,7 +298,7 @@ def _reach(edges: Mapping[Any, Mapping[Any, float]], start: Any) -> dict[Any, An
 def _name(
     saved: list[Expr], available: Mapping[Expr, Expr], gates: tuple[str, ...]
 ) -> dict[str, Expr]:
-    """Names for saved values, in the order of the gates they belong to."""
+    """Names for saved values, in the order of the gates that they belong to."""
     claims: list[tuple[int, int, str, Expr]] = []
     for place, node in enumerate(saved):
         near = sorted(_near_gates(node, available), key=lambda label: gates.index(label[2:]))
@@ -314,7 +316,7 @@ def _name(
 
 
 def _near_gates(node: Expr, available: Mapping[Expr, Expr]) -> set[str]:
-    """Inputs of gates that a node depends on through the fewest nonlinearities, one at most."""
+    """Gate inputs that a node depends on through no nonlinearity, or else through one."""
 
     @functools.cache
     def within(at: Expr, nonlinearities: int) -> frozenset[str]:

@@ -1,4 +1,4 @@
-"""What is derived from a cell, for people: `python -m fastrnn cell`."""
+"""Describes for people what is derived from a cell: `python -m fastrnn cell`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ __all__ = ["describe"]
 
 
 def describe(derived: Derived) -> str:
-    """What is derived from a cell, as text: equations, summed gates, saved values and costs.
+    """Text with a cell's equations, summed gates, saved values and costs.
 
-    A prime marks a state after the step, `dx` the gradient of `x`, and `a` is `u + v`.
+    A prime marks a state after the step, `dx` is the gradient of `x`, and `a` is `u + v`.
     """
     gates, states = len(derived.gates), len(derived.states)
     after = [f"{name}'" for name in derived.states]
@@ -66,6 +66,7 @@ def _equations(targets: Mapping[str, Expr], names: Mapping[Expr, str]) -> list[s
 
 
 def _cost(roots: Sequence[Expr]) -> str:
-    done = [node for node in ordered(roots) if node.args]
-    dear = sum(node.op in TRANSCENDENTAL for node in done)
-    return f"{len(done)} operation{'s' * (len(done) != 1)}, {dear} transcendental"
+    operations = [node for node in ordered(roots) if node.args]
+    transcendental = sum(node.op in TRANSCENDENTAL for node in operations)
+    count = len(operations)
+    return f"{count} operation{'s' * (count != 1)}, {transcendental} transcendental"

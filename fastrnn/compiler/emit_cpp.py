@@ -1,4 +1,4 @@
-"""A cell in C++: one struct, for CPUs and for CUDA."""
+"""Writes a cell as a C++ struct, for CPUs and for CUDA."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["header", "key", "struct", "struct_name", "write_header"]
 
 
 def struct_name(name: str) -> str:
-    """The C++ name of a cell: `gru` is `Gru`, `my_cell-1f` is `MyCell1f`."""
+    """The C++ name of a cell: `gru` becomes `Gru`, `my_cell-1f` becomes `MyCell1f`."""
     words = [w for w in re.split(r"[^0-9A-Za-z]+", name) if w]
     camel = "".join(w[0].upper() + w[1:] for w in words)
     return camel if camel and not camel[0].isdigit() else f"Cell{camel}"
@@ -133,10 +133,10 @@ inline namespace FASTRNN_ISA {{
 
 
 def write_header(path: str | Path) -> bool:
-    """Write the header of the built-in cells where it differs from what is there.
+    """Write the header of the built-in cells to `path`, unless the file has this content already.
 
     Returns:
-        Whether it was written, so that an unchanged one does not cause a rebuild.
+        Whether it was written. An unchanged header causes no rebuild.
     """
     text = header([derive(cell) for cell in map(get, names()) if cell.is_built_in])
     target = Path(path)
@@ -151,8 +151,8 @@ def write_header(path: str | Path) -> bool:
 def key(cell: Cell) -> str:
     """The name under which the kernels know a cell.
 
-    Built-in cells keep theirs. Others get a digest of what was derived from them, so that a cell
-    declared anew never meets old code.
+    A built-in cell keeps its own name. A custom cell's name gets a digest of its C++ struct, so
+    that a cell that is declared again never runs old code.
 
     Raises:
         Underivable: see `derive`.

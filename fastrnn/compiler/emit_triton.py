@@ -1,4 +1,4 @@
-"""A cell in Triton: two functions on blocks."""
+"""Writes a cell as two Triton functions on blocks."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ __all__ = ["module"]
 
 
 def module(derived: Derived) -> str:
-    """The cell's two functions as the source of a Triton module.
+    """The source of a Triton module with the cell's two functions.
 
-    `forward(u, v, s)` gives the next states and then the saved values, and
-    `backward(saved, s, after, dafter)` the gradients of `u`, `v` and the states, all as tuples of
-    blocks. For a summed gate `v` is the sum of both projections, `u` is not read, and the gradients
-    of both are the same.
+    `forward(u, v, s)` returns the next states and then the saved values.
+    `backward(saved, s, after, dafter)` returns the gradients of `u`, `v` and the states. Arguments
+    and results are tuples of blocks. For a summed gate `v` is the sum of both projections, `u` is
+    not read, and both have the same gradient.
     """
     forward = _function(derived, "forward", ("u", "v", "s"), derived.step)
     backward = _function(derived, "backward", ("saved", "s", "after", "dafter"), derived.gradients)

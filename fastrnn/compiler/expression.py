@@ -1,8 +1,7 @@
-"""Pointwise expressions: the form a cell's arithmetic has while code is derived from it.
+"""Pointwise expressions: the compiler's intermediate representation of a cell's arithmetic.
 
-An expression is a graph of immutable nodes. All nodes of one derivation are made by one
-`Algebra`, which never makes two equal ones, so that common subexpressions are one object and
-equality is identity.
+An expression is a graph of immutable nodes. One `Algebra` creates all nodes of a derivation and
+never creates two equal ones, so common subexpressions are one object and equality is identity.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from torch import Tensor
 
 __all__ = ["MASKS", "TRANSCENDENTAL", "Algebra", "Expr", "evaluate", "ordered", "uses", "write"]
 
-# Every operation, as torch computes it; for C++ csrc/core/math.h has a function for each.
+# torch's function for every operation; csrc/core/math.h has the C++ function for each.
 _TORCH: dict[str, Callable[..., Tensor]] = {
     "add": operator.add,
     "sub": operator.sub,
@@ -77,9 +76,10 @@ _UNARY, _ATOM = 4, 5
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Expr:
-    """A node: an input or a constant (its name or value is the `label`), or an operation.
+    """A node: an input, a constant or an operation.
 
-    The exponent of `pow` is its label, since only constant ones are pointwise cheap.
+    The label is the name of an input, the value of a constant, or the exponent of `pow`, which is
+    always constant.
     """
 
     op: str
@@ -92,10 +92,9 @@ class Expr:
 
 
 class Algebra:
-    """Makes expressions, simplified and without duplicates.
+    """Creates expressions, simplified and without duplicates.
 
-    Simplification never changes what a finite, infinite or NaN input gives, but for the sign
-    of a zero.
+    Simplification changes no value, for finite, infinite or NaN inputs, except the sign of a zero.
     """
 
     def __init__(self) -> None:
@@ -111,7 +110,7 @@ class Algebra:
         return self._simpler(op, args, label) or self._intern(op, args, label)
 
     def pow(self, x: Expr, exponent: float) -> Expr:
-        """`x ** exponent`; small whole and half exponents without `pow`, as torch does."""
+        """`x ** exponent`; small integer and half exponents need no `pow`, as in torch."""
         if exponent == 0:
             return self.const(1)
         if exponent < 0 and -exponent in (0.5, 1, 2, 3):
@@ -130,17 +129,17 @@ class Algebra:
         known: Mapping[Expr, Expr],
         rule: Callable[[Expr, tuple[Expr, ...]], Expr | None] | None = None,
     ) -> tuple[Expr, ...]:
-        """The roots with the nodes of `known` replaced, simplified anew.
+        """The roots with the nodes of `known` replaced, simplified again.
 
-        `rule` may give another node for an old one and its new arguments.
+        `rule(node, args)` may return another node in the place of `node` with its new arguments.
         """
         new = dict(known)
         for node in ordered(roots, stop=known):
             args = tuple(new[a] for a in node.args)
-            found = rule(node, args) if rule else None
-            if found is None:
-                found = self.make(node.op, *args, label=node.label) if args else node
-            new[node] = found
+            replacement = rule(node, args) if rule else None
+            if replacement is None:
+                replacement = self.make(node.op, *args, label=node.label) if args else node
+            new[node] = replacement
         return tuple(new[r] for r in roots)
 
     def _intern(self, op: str, args: tuple[Expr, ...], label: str) -> Expr:
@@ -151,7 +150,7 @@ class Algebra:
         return self._made.setdefault((op, args, label), Expr(op, args, label))
 
     def _simpler(self, op: str, args: tuple[Expr, ...], label: str) -> Expr | None:
-        """A simpler node of the same value, or None."""
+        """A simpler node with the same value, or None."""
         values = [a.constant for a in args]
         if op == "where":
             return self._simpler_where(*args)
@@ -206,13 +205,13 @@ class Algebra:
                 return self.make("mul", x, self.const(1 / b))
             for k, side in enumerate((x, y)):  # signs move outward, where sums absorb them
                 if side.op == "neg":
-                    rest = (side.args[0], y) if k == 0 else (x, side.args[0])
-                    return self.make("neg", self.make(op, *rest))
+                    unsigned = (side.args[0], y) if k == 0 else (x, side.args[0])
+                    return self.make("neg", self.make(op, *unsigned))
         return None
 
 
 def ordered(roots: Iterable[Expr], stop: Mapping[Expr, Any] | None = None) -> list[Expr]:
-    """Every node below the roots, arguments first; nodes in `stop` and below them are left out."""
+    """All nodes that the roots depend on, arguments first, without those in `stop` and below."""
     order: dict[Expr, None] = {}
     left_out = stop or {}
     pending = [root for root in reversed(list(roots)) if root not in left_out]
@@ -231,8 +230,8 @@ def uses(roots: Iterable[Expr]) -> set[str]:
 
 
 def evaluate(roots: Sequence[Expr], inputs: Mapping[str, Tensor]) -> list[Tensor]:
-    """Values of the roots, in the shape, dtype and device of the inputs; an input that the roots
-    do not depend on may be smaller."""
+    """Values of the roots, in the shape, dtype and device of the inputs; an input that the roots do
+    not depend on may be smaller."""
     like = max(inputs.values(), key=Tensor.numel)
     values: dict[Expr, Tensor] = {}
     for node in ordered(roots):
@@ -254,12 +253,12 @@ def write(
     names: Mapping[Expr, str] | None = None,
     width: int = 72,
 ) -> tuple[list[tuple[Expr, str, str]], list[str]]:
-    """The roots as assignments `(node, name, text)` in order of evaluation, and their names.
+    """Assignments `(node, name, text)` in order of evaluation, and the texts of the roots.
 
     Args:
         leaf: text of an input or constant.
-        names: names for nodes that deserve one; others that are used twice, are roots, or
-            would make a line longer than `width` become `t0`, `t1`, ...
+        names: names for chosen nodes. Other nodes that are used twice, are roots, or are longer
+            than `width` characters get the names `t0`, `t1`, ...
     """
     chosen = names or {}
     order = ordered(roots)

@@ -1,7 +1,7 @@
-"""How the C++ of the CPU kernels is compiled, at build time by `setup.py` and at run time by `jit`.
+"""Compiler flags of the CPU kernels, at build time for `setup.py` and at run time for `jit`.
 
-A custom cell is compiled as the cells of the package are, for the same instruction set: it gives
-the same numbers, and its library runs wherever that instruction set is in use.
+A custom cell is compiled like the built-in cells, for the same instruction set: it gives the same
+numbers, and its library runs wherever that instruction set is in use.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ __all__ = ["CXX", "ISA", "OPTIMISED"]
 
 OPTIMISED = "-O3 -g0 -DNDEBUG"
 CXX = "-fPIC -fvisibility=hidden -fopenmp -ffp-contract=fast -fno-math-errno -fno-trapping-math"
-# Instruction set -> its flags; those of x86-64 but for the first.
+# Flags by instruction set. All but "baseline" belong to x86-64.
 ISA = {
     "baseline": "",
     "avx2": "-mavx2 -mfma -mf16c",

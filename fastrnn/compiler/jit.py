@@ -1,10 +1,9 @@
 """Compiles a custom cell at run time, for the instruction set in use.
 
-The source of the built-in cells, `csrc/cpu/kernels.cpp`, is compiled once more with a header that
-holds this cell alone, in float or in double: most programs need one of them. The library is kept on
-disk under a digest of all it depends on (`cache`). Environment: `CXX` names the compiler,
-`FASTRNN_LOG=quiet`
-keeps silent about compiling.
+The source of the built-in cells, `csrc/cpu/kernels.cpp`, is compiled again with a header that holds
+only this cell, in float or in double, since most programs need one of them. The library stays on
+disk under a digest of everything that it depends on (`cache`). The environment variable `CXX` names
+the compiler, and `FASTRNN_LOG=quiet` silences the messages about compiling.
 """
 
 from __future__ import annotations
@@ -33,17 +32,17 @@ __all__ = ["SYMBOL", "CompilationFailed", "Compiler", "compile_cell", "compiler"
 
 SYMBOL = "fastrnn_cells_custom"
 _SOURCE = "cpu/kernels.cpp"
-_PARTS = 2  # of _SOURCE, compiled at the same time
-_SECONDS = 600
+_PARTS = 2  # _SOURCE is compiled in parts at the same time
+_SECONDS = 600  # time limit for the compiler
 
 
 class CompilationFailed(RuntimeError):
-    """No compiled code for a cell; the message says why."""
+    """A cell could not be compiled; the message says why."""
 
 
 @dataclass(frozen=True)
 class Compiler:
-    """A C++ compiler: the command that runs it, and what it says of its version."""
+    """A C++ compiler: the command that runs it, and the output of its `--version`."""
 
     command: tuple[str, ...]
     version: str
@@ -63,10 +62,10 @@ def _compiler(named: str, path: str) -> Compiler:
     commands = [shlex.split(named)] if named else [["g++"], ["clang++"], ["c++"]]
     for command in commands:
         if shutil.which(command[0], path=path):
-            (said,) = _run([*command, "--version"])
-            if said.returncode == 0:
-                return Compiler(tuple(command), said.stdout.strip())
-            raise CompilationFailed(f"`{shlex.join(command)} --version` failed: {_errors(said)}")
+            (process,) = _run([*command, "--version"])
+            if process.returncode == 0:
+                return Compiler(tuple(command), process.stdout.strip())
+            raise CompilationFailed(f"`{shlex.join(command)} --version` failed: {_errors(process)}")
     if named:
         raise CompilationFailed(f"the compiler that CXX names, {named!r}, is not on the path")
     raise CompilationFailed(
@@ -75,7 +74,7 @@ def _compiler(named: str, path: str) -> Compiler:
 
 
 def sources() -> Path:
-    """The folder of the C++ sources: inside the installed package, or beside it in a checkout.
+    """The folder of the C++ sources, inside the installed package or beside it in a checkout.
 
     Raises:
         CompilationFailed: if the installation lacks them.
@@ -88,16 +87,22 @@ def sources() -> Path:
 
 
 def compile_cell(derived: Derived, key: str, scalar: str = "float", fresh: bool = False) -> Path:
-    """The shared library of a cell, known to the kernels as `key`, that computes in `scalar`, float
-    or double; its one function is `SYMBOL`.
+    """Compile a cell into a shared library, unless the cache has it, and return the library's path.
 
-    Processes may do this at once: one of them compiles, the others wait for it. A library appears
-    in the cache complete or not at all. `fresh` compiles it even so and puts it in the place of the
-    one in the cache, which may be damaged.
+    If several processes do this at the same time, one of them compiles and the others wait for it.
+    A library appears in the cache complete or not at all.
+
+    Args:
+        key: the name under which the kernels know the cell.
+        scalar: the C++ type in which it computes, "float" or "double".
+        fresh: compile in any case and replace the library in the cache, which may be damaged.
+
+    Returns:
+        The path of the library, which exports one function, `SYMBOL`.
 
     Raises:
-        CompilationFailed: without a compiler, sources or a place for the library, or with the
-            compiler's first errors.
+        CompilationFailed: if there is no compiler, no source or no place for the library, or if
+            the compiler fails; the message has its first errors.
     """
     chosen, folder, text = compiler(), sources(), header([derived], [key])
     options = _options(scalar)
@@ -132,8 +137,7 @@ def _options(scalar: str) -> list[str]:
 
 
 def _found(target: Path) -> tuple[int, int] | None:
-    """What tells a library in the cache from the next one in its place; None where there is none
-    that may be loaded."""
+    """Inode and time, which identify the library; None if there is none that is safe to load."""
     try:
         reason, status = cache.file_refusal(target), target.lstat()
     except FileNotFoundError:
@@ -149,15 +153,15 @@ def _build(derived: Derived, chosen: Compiler, options: list[str], text: str, ta
     folder = sources()
     with cache.work_folder(target) as work:
         (work / "cells.gen.h").write_text(text, encoding="utf-8")
-        # Quoted includes only: as a system folder, csrc would hide the C library's math.h.
+        # -iquote, because with -I the folder csrc would hide the C library's math.h.
         where = ["-iquote", str(work), "-iquote", str(folder)]
         objects = [str(work / f"part{part}.o") for part in range(1, _PARTS + 1)]
         parts = [
             [*command, f"-DFASTRNN_PART={part}", *where, "-c", str(folder / _SOURCE), "-o", to]
             for part, to in enumerate(objects, 1)
         ]
-        made = work / target.name
-        link = [*command, "-shared", *objects, "-o", str(made)]
+        library = work / target.name
+        link = [*command, "-shared", *objects, "-o", str(library)]
         for commands in (parts, [link]):
             for done in _run(*commands):
                 if done.returncode != 0:
@@ -165,21 +169,21 @@ def _build(derived: Derived, chosen: Compiler, options: list[str], text: str, ta
                         f"{shlex.join(chosen.command)} does not compile cell {derived.name!r}: "
                         f"{_errors(done)}"
                     )
-        made.chmod(0o700)  # whatever the umask
-        os.replace(made, target)
+        library.chmod(0o700)  # whatever the umask
+        os.replace(library, target)
 
 
 def _say(text: str) -> None:
-    """One line on standard error, where there is one; FASTRNN_LOG=quiet silences it."""
+    """Write one line to standard error, if there is one; FASTRNN_LOG=quiet silences it."""
     if sys.stderr is not None and "quiet" not in os.environ.get("FASTRNN_LOG", ""):
         with contextlib.suppress(OSError, ValueError):  # it may be closed
-            # In one piece: print writes the end of a line by itself, and threads' lines would mix.
+            # One write: print writes the line end separately, so lines of threads would mix.
             sys.stderr.write(f"fastrnn: {text}\n")
             sys.stderr.flush()
 
 
 def _run(*commands: Sequence[str]) -> list[subprocess.CompletedProcess[str]]:
-    """Run commands at the same time, none longer than all of them may take."""
+    """Run commands at the same time, with one time limit for all of them."""
     started: list[subprocess.Popen[str]] = []
     until = time.monotonic() + _SECONDS
     done = []

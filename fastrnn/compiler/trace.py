@@ -19,16 +19,16 @@ __all__ = ["Underivable", "trace"]
 
 
 class Underivable(TypeError):
-    """The cell's function is no pointwise formula, so only the reference can run it."""
+    """The cell's function is not a pointwise formula, so only the reference can run it."""
 
 
 def trace(algebra: Algebra, cell: Cell) -> tuple[Expr, ...]:
     """Expressions of the next states and of the gradients of `u`, `v` and the states.
 
-    Inputs are labelled `u.i`, `v.i` by gate and `s.h`, `dnext.h` by state.
+    The inputs have the labels `u.i`, `v.i` for a gate i and `s.h`, `dnext.h` for a state h.
 
     Raises:
-        Underivable: for whatever is no pointwise formula of those inputs.
+        Underivable: if the function is not a pointwise formula of those inputs.
     """
     traced = _read(algebra, cell, (3,))
     if any(a is not b for a, b in zip(traced, _read(algebra, cell, (2, 5)), strict=True)):
@@ -96,7 +96,7 @@ class _Reader:
         self.algebra = algebra
         self.cell = cell
         self.shape = shape
-        # One-element lists, shared by aliases, so that in-place operations reach all of them.
+        # Aliases share a one-element list, so that in-place operations reach all of them.
         self.values: dict[fx.Node, list[Expr]] = {}
         self.arguments: set[int] = set()
 
@@ -115,7 +115,7 @@ class _Reader:
         raise AssertionError("a traced graph ends with its output")
 
     def real(self, arg: Any) -> Expr:
-        """An argument as a number: masks count 1 and 0, as torch promotes them."""
+        """An argument as a number: a mask becomes 1 and 0, as torch promotes it."""
         value = self.values[arg][0] if isinstance(arg, fx.Node) else self.algebra.const(arg)
         if value.op in MASKS:
             return self.algebra.make("where", value, self.algebra.const(1), self.algebra.const(0))
@@ -126,8 +126,8 @@ class _Reader:
         return value if value.op in MASKS else self.algebra.make("ne", value, self.algebra.const(0))
 
     def _captured(self, tensor: Tensor, node: fx.Node) -> Expr:
-        made_inside = all("lift_fresh" in str(user.target) for user in node.users)
-        if tensor.dim() or not made_inside:
+        created_inside = all("lift_fresh" in str(user.target) for user in node.users)
+        if tensor.dim() or not created_inside:
             raise Underivable(
                 f"cell {self.cell.name!r} uses a tensor that is not one of its arguments; a cell "
                 "may use Python numbers, and what is learned or differs between units must come "
@@ -164,10 +164,10 @@ class _Reader:
         self.values[node] = place
 
     def _refusal(self, node: fx.Node, shape: tuple[int, ...] | None) -> Underivable:
-        given = [getattr(a.meta.get("val"), "shape", None) for a in node.all_input_nodes]
+        input_shapes = [getattr(a.meta.get("val"), "shape", None) for a in node.all_input_nodes]
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             what = "is random; noise must come through u or a state"
-        elif shape != self.shape and self.shape in given:
+        elif shape != self.shape and self.shape in input_shapes:
             what = "changes the shape; units cannot be mixed, so no sum, mean, product or choice "
             what += "over them can be part of a cell"
         else:
@@ -289,7 +289,7 @@ def _cast(reader: _Reader, x: Any, dtype: torch.dtype | None = None, **_: Any) -
     return f"it converts {old} to {dtype}, but a cell computes in the dtype of its inputs"
 
 
-def _given(position: int) -> _Rule:
+def _argument(position: int) -> _Rule:
     return lambda reader, *args, **_: reader.real(args[position])
 
 
@@ -299,7 +299,7 @@ def _copy(reader: _Reader, x: Any, **_: Any) -> Expr:
 
 _PLAIN = """mul neg lt le gt ge eq ne maximum minimum relu abs sign floor sqrt rsqrt reciprocal
     sigmoid tanh exp expm1 log log1p sin cos erf"""
-# Of torch.ops.aten, how a function becomes an expression, or for what reason it does not.
+# For each function of torch.ops.aten: the rule that gives its expression, or why there is none.
 _FUNCTIONS: dict[str, _Rule] = {
     **{op: _same(op) for op in _PLAIN.split()},
     "add": _add("add"),
@@ -330,7 +330,7 @@ _FUNCTIONS: dict[str, _Rule] = {
     "softshrink_backward": _shrunk,
     "hardshrink_backward": _shrunk,
 }
-# What only makes, copies or fills tensors; `empty` is there to be written over.
+# Functions that only create, copy or fill tensors; the result of `empty` is overwritten later.
 _TENSORS: dict[str, _Rule] = {
     **{
         name: _constant(math.nan) for name in ("empty", "empty_like", "empty_permuted", "new_empty")
@@ -338,12 +338,12 @@ _TENSORS: dict[str, _Rule] = {
     "_to_copy": _cast,
     "clone": _copy,
     "lift_fresh_copy": _copy,
-    "copy": _given(1),
-    "fill": _given(1),
-    "scalar_tensor": _given(0),
-    "full": _given(1),
-    "full_like": _given(1),
-    "new_full": _given(2),
+    "copy": _argument(1),
+    "fill": _argument(1),
+    "scalar_tensor": _argument(0),
+    "full": _argument(1),
+    "full_like": _argument(1),
+    "new_full": _argument(2),
     "zero": _constant(0),
     "zeros": _constant(0),
     "zeros_like": _constant(0),
@@ -352,5 +352,5 @@ _TENSORS: dict[str, _Rule] = {
     "ones_like": _constant(1),
     "new_ones": _constant(1),
 }
-# What gives the same tensor again.
+# Functions that return an alias of their first argument.
 _ALIASES = frozenset({"alias", "detach", "lift_fresh", "view", "_unsafe_view", "expand"})

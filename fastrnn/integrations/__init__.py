@@ -1,1 +1,1 @@
-"""Adapters for packages that go by the class of a layer: one module each, imported on demand."""
+"""Adapters for packages that decide by the class of a layer, one module each, loaded on demand."""

@@ -1,10 +1,9 @@
-"""Opacus learns here that it cannot train our layers and cells, and which of its own it can.
+"""Tells Opacus that it cannot train our layers and cells, and which of its own layers it can train.
 
-Opacus looks for `nn.LSTM` and `nn.GRU` by exact class, to replace them by layers of its own made
-of `nn.Linear`, and takes per-sample gradients by hooks, which see the first output of a module
-only: a gradient that comes through the final states would be lost. Importing this module tells
-its validator, its fixer and its gradient samplers about ours. `fastrnn.replace_` imports it where
-Opacus is imported already.
+Opacus replaces `nn.LSTM` and `nn.GRU`, found by exact class, by its own layers made of `nn.Linear`.
+It takes per-sample gradients by hooks, which see only the first output of a module, so gradients
+through the final states would be lost. Importing this module registers our classes with its
+validator, its fixer and its gradient samplers. `fastrnn.replace_` imports it if Opacus is imported.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _LAYERS = [ours for ours, theirs in TO_TORCH.items() if theirs in _PRIVATE]
 
 
 def _reason(module: nn.Module) -> str:
-    """One sentence, with the way out."""
+    """One sentence that says why, and what to do."""
     name = type(module).__name__
     way = (
         f"opacus.validators.ModuleValidator.fix(model) puts opacus.layers.DP{name} with the same "
@@ -41,16 +40,16 @@ def _reason(module: nn.Module) -> str:
 
 @register_module_validator(list(TO_TORCH))
 def validate(module: nn.Module) -> list[UnsupportedModuleError]:
-    """For `ModuleValidator.validate`, which `PrivacyEngine.make_private` calls."""
+    """Validator for `ModuleValidator.validate`, which `PrivacyEngine.make_private` calls."""
     return [ShouldReplaceModuleError(_reason(module))]
 
 
 @register_module_fixer(_LAYERS)
 def fix(module: Any) -> nn.Module:
-    """Opacus's own layer with the weights of ours; for `ModuleValidator.fix`.
+    """Fixer for `ModuleValidator.fix`: Opacus's own layer with the weights of ours.
 
     Raises:
-        NotImplementedError: for `heads` and `proj_size`, which Opacus's layers do not have.
+        NotImplementedError: if the layer has heads or a projection, which Opacus's layers lack.
     """
     for name, value in (("heads", module.heads - 1), ("proj_size", module.proj_size)):
         if value:
@@ -58,7 +57,7 @@ def fix(module: Any) -> nn.Module:
                 f"Opacus's layers have no {name}, got {name}={getattr(module, name)}"
             )
     options = {"nonlinearity": module.nonlinearity} if hasattr(module, "nonlinearity") else {}
-    made: nn.Module = _PRIVATE[TO_TORCH[type(module)]](
+    private: nn.Module = _PRIVATE[TO_TORCH[type(module)]](
         module.input_size,
         module.hidden_size,
         module.num_layers,
@@ -68,13 +67,13 @@ def fix(module: Any) -> nn.Module:
         module.bidirectional,
         **options,
     )
-    made.load_state_dict(module.state_dict())
-    return made
+    private.load_state_dict(module.state_dict())
+    return private
 
 
 @register_grad_sampler(list(TO_TORCH))
 def sample(module: nn.Module, activations: Any, backprops: Any) -> dict[nn.Parameter, Any]:
-    """For `GradSampleModule` without the validator: it refuses too.
+    """Sampler for `GradSampleModule`, which may run without the validator; it refuses too.
 
     Raises:
         NotImplementedError: always.

@@ -1,10 +1,10 @@
-"""TorchRL's LSTMModule and GRUModule around one of our layers.
+"""TorchRL's LSTMModule and GRUModule with our layers.
 
-TorchRL cuts a rollout where `is_init` marks the first step of an episode, and runs the episodes as
-a batch. It packs them for `nn.LSTM` and `nn.GRU`; anything else it takes for its own Python layer,
-and passes a `mask` that nothing else knows. The classes here pass `lengths=`. That, and not
-`resets=`, as an episode starts from the state the rollout holds for it, which need not be zero,
-and TorchRL keeps the last state of each.
+TorchRL splits a rollout at steps where `is_init` marks the start of an episode, and runs the
+episodes as a batch. It packs them for `nn.LSTM` and `nn.GRU`. It treats any other layer as its own
+Python layer and passes a `mask`, which our layers do not accept. The classes here pass `lengths=`
+instead. `resets=` would not do: an episode starts from the state in the rollout, which need not be
+zero, and TorchRL keeps the last state of each episode.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ __all__ = ["GRUModule", "LSTMModule"]
 
 
 class _Episodes:
-    """The forward of both, for rollouts in which an episode begins in mid-row."""
+    """The forward of both classes, for rollouts in which an episode begins after the first step."""
 
-    _name: str  # of the attribute that holds the layer
+    _name: str  # name of the attribute that holds the layer
 
     @dispatch
     def forward(self: Any, tensordict: TensorDictBase) -> TensorDictBase:
-        """TorchRL's, with the same keys and the same numbers."""
+        """Run TorchRL's forward, with the same keys and the same numbers."""
         return tensordict if _run(self, tensordict) else super().forward(tensordict)  # type: ignore[misc]
 
 
 class LSTMModule(_Episodes, modules.LSTMModule):
     """`torchrl.modules.LSTMModule` with a `fastrnn.LSTM`: `LSTMModule(lstm=fastrnn.LSTM(...), …)`.
 
-    `fastrnn.replace_` turns TorchRL's into it, `fastrnn.restore_` turns it back.
+    `fastrnn.replace_` changes TorchRL's module to this class; `fastrnn.restore_` changes it back.
     """
 
     _name = "lstm"
@@ -52,11 +52,12 @@ WRAPPERS.append(Wrapper(modules.LSTMModule, LSTMModule, "lstm"))
 WRAPPERS.append(Wrapper(modules.GRUModule, GRUModule, "gru"))
 
 
-# How many episodes there are is in the data: no graph can hold it. TorchRL's `pad` is the same.
-# `recurrent_backend="scan"` compiles whole, and reads the weights of any layer.
+# The number of episodes depends on the data, so no graph can hold it, as in TorchRL's own `pad`.
+# `recurrent_backend="scan"` compiles as a whole, and reads the weights of any layer.
 @torch.compiler.disable
 def _run(module: Any, tensordict: TensorDictBase) -> bool:
-    """Write what TorchRL would, if this is a rollout with episodes that begin in mid-row."""
+    """Write TorchRL's results and return True, if an episode begins after the first step of a
+    rollout; else return False."""
     layer = getattr(module, module._name)
     if (
         not module.recurrent_mode
@@ -67,24 +68,24 @@ def _run(module: Any, tensordict: TensorDictBase) -> bool:
         return False
     begins = tensordict["is_init"].reshape(-1, tensordict.shape[-1])
     states = [tensordict.get(key, None) for key in module.in_keys[1:-1]]
-    given = [s for s in states if s is not None]
-    if not begins[:, 1:].any() or len(given) not in (0, len(states)):
+    present = [s for s in states if s is not None]
+    if not begins[:, 1:].any() or len(present) not in (0, len(states)):
         return False
-    results = _episodes(layer, tensordict[module.in_keys[0]], given, begins)
+    results = _episodes(layer, tensordict[module.in_keys[0]], present, begins)
     for key, result in zip(module.out_keys, results, strict=True):
         tensordict.set(key, result.reshape(*tensordict.shape, *result.shape[1:]))
     return True
 
 
 def _episodes(layer: Any, value: Tensor, states: list[Tensor], begins: Tensor) -> list[Tensor]:
-    """Outputs, and the last states of every episode at its last step, zero at the others.
+    """Outputs, and the final states of every episode at its last step, zero at the other steps.
 
     Args:
-        layer: with `batch_first`.
+        layer: a layer with `batch_first`.
         value: [*, T, I].
         states: none, or as many as the layer has, each [*, T, num_layers*D, H]; an episode starts
-            from what is there at its first step.
-        begins: bool [B, T], with B the product of what `*` stands for.
+            from those at its first step.
+        begins: bool [B, T], where B is the product of the dimensions `*`.
 
     Returns:
         Outputs and states, each with a first dimension of B*T.

@@ -1,5 +1,7 @@
-"""What the compiled operator asks of Python: a plan, the first time it sees a shape on a CPU; a
-cell that it does not know yet; and every kernel but the CPU's, which Python plans and launches.
+"""The Python functions that the compiled operator calls.
+
+It asks for a plan when it sees a shape on a CPU for the first time, and for a cell that it does not
+know yet. Python also plans and launches every kernel except the CPU's.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ _logged: set[tuple[plan.Problem, plan.Device]] = set()
 def _cpu_plan(
     *, dtype: str, threads: int, compiled: bool, **problem: Any
 ) -> tuple[bool, int, int, int, int] | None:
-    """The fields of C++'s `CpuPlan` for a call on a CPU, or None where another kernel runs it."""
+    """The fields of C++'s `CpuPlan` for a call on a CPU, or None if another kernel runs it."""
     offered = machine.current("cpu", threads, compiled)
     asked = plan.Problem(dtype=NAMES.get(dtype, dtype), **problem)
     chosen = plan.choose(asked, offered)
@@ -59,10 +61,10 @@ def _forward(inputs: tuple[Any, ...], tape: bool) -> tuple[Tensor, list[Tensor],
     chosen = _choose(key, operands, tape=tape)
     if chosen.kernel not in _SWEEPS:
         return reference.forward(cell_of(key), operands, tape)
-    given = _with_scans(operands)
-    scan = Scan(key, derive(cell_of(key)), chosen, given)
+    stacked = _with_recurrences(operands)
+    scan = Scan(key, derive(cell_of(key)), chosen, stacked)
     y, states, saved = driver.forward(_SWEEPS[chosen.kernel], scan, tape)
-    return y, [s[0] for s in states] if given is not operands else states, saved
+    return y, [s[0] for s in states] if stacked is not operands else states, saved
 
 
 def _backward(
@@ -75,20 +77,20 @@ def _backward(
     (key, operands), need = _split(inputs), Needs(*needs)
     chosen = _choose(key, operands, tape=True, backward=True)
     if chosen.kernel not in _SWEEPS:
-        # By autograd of the reference, which needs no tape.
+        # The gradients come from autograd of the reference, which needs no tape.
         return reference.gradients(cell_of(key), operands, grads, need, create_graph=False)
     sweeps = _SWEEPS[chosen.kernel]
     recomputes = isinstance(sweeps, RecomputingSweeps)
     if tape.size(2) and not tape.size(0) and y.numel() and not recomputes:
         tape = _forward(inputs, True)[2]
-    given = _with_scans(operands)
-    scan = Scan(key, derive(cell_of(key)), chosen, given)
-    if given is operands:
+    stacked = _with_recurrences(operands)
+    scan = Scan(key, derive(cell_of(key)), chosen, stacked)
+    if stacked is operands:
         return driver.backward(sweeps, scan, grads, y, tape, need)
     grads = [grads[0], *[None if g is None else g.unsqueeze(0) for g in grads[1:]]]
-    found = driver.backward(sweeps, scan, grads, y, tape, need)
+    out = driver.backward(sweeps, scan, grads, y, tape, need)
     states = len(operands.s0) if need.s0 else 0
-    return found[: len(found) - states] + [g[0] for g in found[len(found) - states :]]
+    return out[: len(out) - states] + [g[0] for g in out[len(out) - states :]]
 
 
 def _differentiable_backward(
@@ -99,23 +101,23 @@ def _differentiable_backward(
 
 
 def _split(inputs: tuple[Any, ...]) -> tuple[str, Operands]:
-    """The inputs of the operator: the name of the cell, and the operands."""
+    """Split the inputs of the operator into the key of the cell and the operands."""
     key, *operands = inputs
     return key, Operands(*operands)
 
 
-def _with_scans(given: Operands) -> Operands:
-    """One step [B, I] as the sweeps know it, with states [1, B, *]; other calls as they are."""
-    if given.x.dim() == 3 or given.batch_sizes is not None:
-        return given
-    return given._replace(s0=[s.unsqueeze(0) for s in given.s0])
+def _with_recurrences(operands: Operands) -> Operands:
+    """Operands with states [1, B, *], if they are those of one step [B, I]; else unchanged."""
+    if operands.x.dim() == 3 or operands.batch_sizes is not None:
+        return operands
+    return operands._replace(s0=[s.unsqueeze(0) for s in operands.s0])
 
 
-def _choose(key: str, given: Operands, *, tape: bool, backward: bool = False) -> plan.Plan:
-    """The plan of a call. It is made anew for each one, because switches of torch count, too."""
-    cell, x = cell_of(key), given.x
-    if given.batch_sizes is not None:
-        steps, batch, rows = given.batch_sizes.numel(), given.s0[0].size(1), x.size(0)
+def _choose(key: str, operands: Operands, *, tape: bool, backward: bool = False) -> plan.Plan:
+    """The plan of a call. It is not cached, because it also depends on switches of torch."""
+    cell, x = cell_of(key), operands.x
+    if operands.batch_sizes is not None:
+        steps, batch, rows = operands.batch_sizes.numel(), operands.s0[0].size(1), x.size(0)
     else:
         steps, batch, rows = x.size(0) if x.dim() == 3 else 1, x.size(-2), -1
     problem = plan.Problem(
@@ -123,15 +125,15 @@ def _choose(key: str, given: Operands, *, tape: bool, backward: bool = False) ->
         steps=steps,
         batch=batch,
         inputs=x.size(-1),
-        hidden=given.w_hh[0].size(0) // len(cell.gates),
+        hidden=operands.w_hh[0].size(0) // len(cell.gates),
         gates=len(cell.gates),
         states=len(cell.states),
-        recurrences=len(given.w_hh),
+        recurrences=len(operands.w_hh),
         rows=rows,
         dtype=str(x.dtype).removeprefix("torch."),
         tape=tape,
         backward=backward,
-        projected=bool(given.w_hr),
+        projected=bool(operands.w_hr),
         projectable=derive(cell).projectable,
     )
     compiled = _C.has_code(key, x.dtype == torch.float64)

@@ -1,4 +1,4 @@
-"""What this machine offers to kernels, and which of them the user allows."""
+"""The facts about this machine that a plan needs, and the kernel that the user allows."""
 
 from __future__ import annotations
 
@@ -25,13 +25,16 @@ _forced: list[str] = []
 
 @contextmanager
 def use(kernel: str) -> Iterator[None]:
-    """Run everything inside the block with this kernel, as FASTRNN_KERNEL=name does.
+    """Run every call inside the block with this kernel, as FASTRNN_KERNEL=name does.
 
-    It holds for the whole process, other threads included.
+    It affects the whole process, including other threads.
+
+    Args:
+        kernel: "cpu", "cuda", "triton" or "reference".
 
     Raises:
-        ValueError: when there is no kernel of that name.
-        plan.KernelRefused: from the first call inside that the kernel cannot run.
+        ValueError: if there is no kernel of that name.
+        plan.KernelRefused: from the first call inside the block that the kernel cannot run.
     """
     if kernel not in plan.KERNELS:
         raise ValueError(f"no kernel named {kernel!r}; there are: {', '.join(plan.KERNELS)}")
@@ -45,16 +48,16 @@ def use(kernel: str) -> Iterator[None]:
 
 
 def asked_for() -> str | None:
-    """The one kernel that the user allows."""
+    """The only kernel that the user allows, or None for all."""
     return _forced[-1] if _forced else os.environ.get("FASTRNN_KERNEL") or None
 
 
 def current(
     kind: str = "cpu", threads: int | None = None, compiled: bool = True, index: int | None = None
 ) -> plan.Device:
-    """What this machine offers to a call of `threads` threads, torch's number by default, on the
-    current device of its kind or the one of that index; `compiled` tells whether the cell has code
-    for CPUs."""
+    """The facts about this machine for a call with `threads` CPU threads, by default torch's
+    number, on the device `kind:index`, by default the current one. `compiled` tells whether the
+    cell has code for CPUs."""
     return plan.Device(
         kind=kind,
         forced=asked_for(),
@@ -92,7 +95,7 @@ def _triton_facts(kind: str, index: int | None, interpreted: bool) -> plan.Trito
     )
 
 
-# A simulator has the multiprocessors and clusters that tests ask for.
+# The simulator of the tests stands for an H100.
 _SIMULATED = plan.CudaFacts(
     simulated=True,
     capability=90,

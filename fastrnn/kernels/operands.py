@@ -1,5 +1,5 @@
-"""What travels together: the operands of a scan, the weights of a recurrence, and who needs a
-gradient."""
+"""Values that are passed together: the operands of a scan, the weights of a recurrence, and which
+operands need a gradient."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Needs", "Operands", "Weights", "heads_of", "named", "side_by_side"]
 
 
 class Operands(NamedTuple):
-    """What a scan is given besides its cell, in the order of the operator; `reference.scan`
+    """The arguments of a scan besides its cell, in the order of the operator. `reference.scan`
     documents each."""
 
     x: Tensor
@@ -29,7 +29,7 @@ class Operands(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Which operands want a gradient, in the order of the operator."""
+    """Which operands need a gradient, in the order of the operator."""
 
     x: bool
     w_ih: bool
@@ -39,12 +39,12 @@ class Needs(NamedTuple):
     s0: bool
 
     def groups(self) -> tuple[bool, ...]:
-        """One for each of x, w_ih, w_hh, b_ih, b_hh, w_hr and s0, in this order."""
+        """One flag for each of x, w_ih, w_hh, b_ih, b_hh, w_hr and s0, in this order."""
         return (self.x, self.w_ih, self.w_hh, self.biases, self.biases, self.w_hr, self.s0)
 
 
 class Weights(NamedTuple):
-    """The weights of one recurrence; None for what it does not have."""
+    """The weights of one recurrence; None for a weight that it lacks."""
 
     w_ih: Tensor
     w_hh: Tensor
@@ -54,11 +54,11 @@ class Weights(NamedTuple):
 
 
 def named(weights: Weights | Sequence[Tensor]) -> Weights:
-    """The weights of one recurrence from what `all_weights` of torch's layers holds for it, which
-    has no place for what there is not."""
+    """The weights of one recurrence from its list in `all_weights` of torch's layers, which leaves
+    missing weights out."""
     if type(weights) is Weights:
         return weights
-    if len(weights) % 2 == 0:  # without a projection, which stands last
+    if len(weights) % 2 == 0:  # there is no projection, which would come last
         return Weights(*weights)
     w_ih, w_hh, *biases, w_hr = weights
     b_ih, b_hh = biases or (None, None)
@@ -66,17 +66,16 @@ def named(weights: Weights | Sequence[Tensor]) -> Weights:
 
 
 def heads_of(weights: Weights) -> list[Weights]:
-    """The weights of every head, from those of all of them, [heads, *]."""
-    present = [(name, each) for name, each in weights._asdict().items() if each is not None]
+    """The weights of each head, from weights of shape [heads, *]."""
+    present = [(name, weight) for name, weight in weights._asdict().items() if weight is not None]
     names = [name for name, _ in present]
-    heads = zip(*(each for _, each in present), strict=True)
+    heads = zip(*(weight for _, weight in present), strict=True)
     return [Weights(**dict(zip(names, head, strict=True))) for head in heads]
 
 
 def side_by_side(weights: Sequence[Weights]) -> Sequence[Sequence[Tensor]]:
-    """The w_ih, w_hh, b_ih, b_hh and w_hr of recurrences that run together, as `Operands` has
-    them."""
-    # All are five long; to have zip look takes as long as the rest.
+    """The lists w_ih, w_hh, b_ih, b_hh and w_hr of `Operands`, from the weights of recurrences."""
+    # All are five long; zip's check would take as long as the rest of this function.
     w_ih, w_hh, b_ih, b_hh, w_hr = zip(*weights)  # noqa: B905
     return (
         w_ih,

@@ -1,4 +1,4 @@
-"""A cell's way to the code that runs it."""
+"""Derives and compiles a cell, and registers it with the operator."""
 
 from __future__ import annotations
 
@@ -23,24 +23,25 @@ __all__ = ["OnCpu", "cell_of", "find", "on_cpu", "prepare", "prepared_now"]
 
 _prepared: dict[str, Cell] = {name: cells.get(name) for name in cells.names()}
 _keys: dict[Cell, str] = {cell: name for name, cell in _prepared.items()}
-_compiled = (_keys.copy(), _keys.copy())  # for CPUs: in float, and in double
-_refused: dict[tuple[Cell, bool], str] = {}  # why: to be compiled for CPUs (True), or at all
+_compiled = (_keys.copy(), _keys.copy())  # keys of cells with code for CPUs, in float and double
+# Why a cell has no code for CPUs (cell, True), or is unknown to the operator (cell, False).
+_refused: dict[tuple[Cell, bool], str] = {}
 _preparing = threading.Lock()
 
 
 def prepare(cell: Cell, kind: str = "cpu", dtype: torch.dtype = torch.float32) -> str | None:
-    """The name under which the op knows `cell`, or None where only the reference can run it on
+    """The key by which the operator knows `cell`, or None if only the reference can run it on
     devices of this kind.
 
-    A custom cell is derived on its first use, and compiled on its first use on a CPU, once to
-    compute in float and once, for tensors of float64, in double: kernels for GPUs need no C++
-    compiler. If that fails, a warning says why.
+    A custom cell is derived on its first use. It is compiled on its first use on a CPU, once for
+    float and once for double, which float64 tensors need; kernels for GPUs need no C++ compiler.
+    If that fails, a warning says why.
 
     Raises:
-        plan.KernelRefused: for such a cell, when a kernel was asked for by name.
+        plan.KernelRefused: if that fails and another kernel was asked for by name.
     """
     if torch.compiler.is_compiling():
-        # In parts: to the compiler of torch 2.11 the cell as a whole is no constant.
+        # The compiler of torch 2.11 does not accept a whole cell as a constant, but its parts.
         return _prepared_once(cell.name, cell.gates, cell.states, cell.function, kind, dtype)
     return prepared_now(cell, kind, dtype)
 
@@ -56,13 +57,13 @@ def _prepared_once(
     return prepared_now(Cell(name, gates, states, function), kind, dtype)
 
 
-# All that `torch.compiler.assume_constant_result` does, but for importing the compiler, which takes
-# a second.
+# This is what `torch.compiler.assume_constant_result` does, without the import of the compiler,
+# which takes a second.
 _prepared_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def prepared_now(cell: Cell, kind: str, dtype: torch.dtype) -> str | None:
-    """`prepare` where nothing is compiling: a small layer's call asks that once."""
+    """`prepare` for a caller that knows that torch is not compiling, since asking takes time."""
     in_double = dtype == torch.float64
     if (key := _compiled[in_double].get(cell)) is not None:
         return key
@@ -85,9 +86,9 @@ class OnCpu(NamedTuple):
     """Whether the CPU kernel runs a layer.
 
     Attributes:
-        key: the name under which the op knows the cell, or None where it has no code for CPUs.
-        refusal: why it does not run the layer, or None.
-        problem, device: from which that was decided.
+        key: the key by which the operator knows the cell, or None if it has no code for CPUs.
+        refusal: why the kernel does not run the layer, or None.
+        problem, device: the input of that decision.
     """
 
     key: str | None
@@ -132,7 +133,7 @@ def _prepare(cell: Cell, *, compiled: bool, in_double: bool) -> None:
 
 
 def _add_facts(cell: Cell) -> str:
-    """Make the op know a cell without code of its own for CPUs."""
+    """Register a cell without code for CPUs with the operator."""
     key, derived = key_of(cell), derive(cell)
     summed = sum(summed << gate for gate, summed in enumerate(derived.summed))
     sizes = len(derived.gates), len(derived.states), len(derived.saved)
@@ -145,7 +146,7 @@ def _add_facts(cell: Cell) -> str:
 
 
 def _load(cell: Cell, in_double: bool) -> str:
-    """Compile a cell for the instruction set in use, unless the op knows such code already."""
+    """Compile a cell for the instruction set in use, unless the operator has this code already."""
     key = key_of(cell)
     if not _C.has_code(key, in_double):
         derived, scalar = derive(cell), "double" if in_double else "float"
@@ -163,7 +164,7 @@ def _load(cell: Cell, in_double: bool) -> str:
 
 
 def _callers_level() -> int:
-    """`stacklevel` of the first frame that belongs neither to this package nor to torch."""
+    """The `stacklevel` of the first frame that belongs neither to this package nor to torch."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in (
         "fastrnn",
@@ -174,8 +175,8 @@ def _callers_level() -> int:
 
 
 def find(key: str, kind: str, in_double: bool) -> None:
-    """Prepare the declared cell that an exported program knows by `key`, or one that is known but
-    not compiled for this type. If only the reference can run it, the op has it run that."""
+    """Prepare the cell that an exported program knows by `key`, or one that is known but has no
+    code in this type. A cell that only the reference can run is registered without code."""
     cell = _prepared.get(key)
     if cell is None:
         name, _, digest = key.rpartition("-")
@@ -188,5 +189,5 @@ def find(key: str, kind: str, in_double: bool) -> None:
 
 
 def cell_of(key: str) -> Cell:
-    """The cell that the operator knows by `key`; it was prepared."""
+    """The prepared cell that the operator knows by `key`."""
     return _prepared[key]

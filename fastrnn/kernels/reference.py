@@ -1,7 +1,7 @@
-"""The sweep in plain torch operations: the oracle of every kernel and the universal fallback.
+"""The scan in plain torch operations: the oracle of every kernel and the universal fallback.
 
-Autograd of it is the oracle for gradients; double backward, `vmap`, forward-mode AD and every
-device or dtype without a kernel of its own run through it.
+Its autograd is the oracle for gradients. Double backward, `vmap`, forward-mode AD and every device
+or dtype that no other kernel supports run through it.
 """
 
 from __future__ import annotations
@@ -40,24 +40,25 @@ def scan(
     Args:
         cell: the cell, with `G` gates and `S` states.
         x: input, [T, B, I] dense, [R, I] packed (with `batch_sizes`), or [B, I] for one step of
-            one scan, whose states are [B, *] then.
-        w_ih, w_hh: `P` weights each, [G*H, I] and [G*H, Q], where `Q` is the projection size
-            if there is one and `H` otherwise.
+            one recurrence, whose states then are [B, *].
+        w_ih, w_hh: `P` weights each, [G*H, I] and [G*H, Q]; `Q` is the projection size if there
+            is one, else `H`.
         b_ih, b_hh: `P` biases each, [G*H], or none.
         w_hr: `P` projections of state 0, [Q, H], or none.
         s0: `S` initial states, [P, B, Q] for state 0 and [P, B, H] for the others; none for zeros
             (not with `batch_sizes`).
-        batch_sizes: int64 [T] on the CPU, non-increasing: live rows at every step of packed input.
-        lengths: int64 [B], for dense input: steps of each row, in any order, zero allowed. Output
-            past the end is zero, and the last state is that of the last valid step.
-        resets: bool, shape of `x` without its last dimension: an episode begins at this row, so no
-            state crosses from the step before, in either direction.
-        reverse: bit `p` set means that scan `p` runs backward in time.
-        record: called as `record(p, t, u, v, before, after)` after every step of every scan,
+        batch_sizes: int64 [T] on the CPU, non-increasing: sequences alive at each step of packed
+            input.
+        lengths: int64 [B], for dense input: steps of each sequence, in any order, zero allowed.
+            Output past the end is zero, and the final state is that of the last valid step.
+        resets: bool, in `x`'s shape without the last dimension: whether an episode begins at this
+            row. No state crosses from the previous step to it, in either direction.
+        reverse: if bit `p` is set, recurrence `p` runs backward in time.
+        record: called as `record(p, t, u, v, before, after)` after every step of every recurrence,
             before the projection.
 
     Returns:
-        `y`, `x`'s shape with `P*Q` in place of `I`, and the `S` final states, shaped as `s0`.
+        `y`, in `x`'s shape with `P*Q` in place of `I`, and the `S` final states, shaped as `s0`.
     """
     packed = batch_sizes is not None
     one_step = x.dim() == 2 and not packed
@@ -123,13 +124,14 @@ def scan(
 
 
 def forward(cell: Cell, operands: Operands, tape: bool) -> tuple[Tensor, list[Tensor], Tensor]:
-    """Output, final states and, where asked for, the tape, as `torch.ops.fastrnn.scan`."""
+    """Output, final states and the tape, as `torch.ops.fastrnn.scan`; the tape has no rows unless
+    `tape` is set."""
     x = operands.x
     derived = derive(cell)
     hidden = operands.w_hh[0].size(0) // len(cell.gates)
     width = derived.tape_width(bool(operands.w_hr))
     rows = x.shape[:-1].numel() if tape else 0
-    layout = x.new_zeros(rows, len(operands.w_hh), width, hidden)
+    saved = x.new_zeros(rows, len(operands.w_hh), width, hidden)
     first = _first_rows(operands)
 
     def record(
@@ -144,14 +146,14 @@ def forward(cell: Cell, operands: Operands, tape: bool) -> tuple[Tensor, list[Te
         for k, value in enumerate(values):
             if operands.lengths is not None:
                 value = torch.where((operands.lengths > t).unsqueeze(-1), value, 0)
-            layout[first[t] : first[t] + value.size(0), p, k] = value
+            saved[first[t] : first[t] + value.size(0), p, k] = value
 
     y, last = scan(cell, **operands._asdict(), record=record if tape else None)
-    return y, last, layout
+    return y, last, saved
 
 
 def _first_rows(operands: Operands) -> list[int]:
-    """First row of every time step."""
+    """The first row of every time step."""
     if operands.batch_sizes is not None:
         return [0, *operands.batch_sizes.cumsum(0).tolist()]
     x = operands.x
@@ -165,11 +167,11 @@ def gradients(
     needs: Needs,
     create_graph: bool,
 ) -> list[Tensor]:
-    """Gradients of the operands that `needs` picks, as `torch.ops.fastrnn.scan_backward`, by
-    autograd; it takes no tape."""
+    """Gradients of the operands that `needs` selects, as `torch.ops.fastrnn.scan_backward`, by
+    autograd and without a tape."""
 
     def alias(tensor: Tensor) -> Tensor:
-        # One tensor may stand in several places (tied weights): each has a gradient of its own.
+        # One tensor may be several operands (tied weights), which have a gradient each.
         return tensor.view_as(tensor) if create_graph else tensor.detach().requires_grad_()
 
     need_x, *need_lists = needs.groups()
@@ -179,38 +181,38 @@ def gradients(
             [alias(t) if need else t for t in tensors]
             for tensors, need in zip(operands[1:7], need_lists, strict=True)
         ]
-        given = operands._asdict() | {"x": x} | dict(zip(Operands._fields[1:7], lists, strict=True))
-        y, states = scan(cell, **given)
+        aliases = {"x": x} | dict(zip(Operands._fields[1:7], lists, strict=True))
+        y, states = scan(cell, **operands._asdict() | aliases)
         wanted = [x] if need_x else []
         for tensors, need in zip(lists, need_lists, strict=True):
             wanted += tensors if need else []
         reached = [
-            (out, grad)
-            for out, grad in zip([y, *states], grads, strict=True)
-            if grad is not None and out.requires_grad
+            (output, grad)
+            for output, grad in zip([y, *states], grads, strict=True)
+            if grad is not None and output.requires_grad
         ]
         if not reached:
             return [torch.zeros_like(t) for t in wanted]
-        found = torch.autograd.grad(
-            [out for out, _ in reached],
+        out = torch.autograd.grad(
+            [output for output, _ in reached],
             wanted,
             [grad for _, grad in reached],
             create_graph=create_graph,
             allow_unused=True,
             materialize_grads=True,
         )
-    return list(found)
+    return list(out)
 
 
 def _steps(rows: Tensor, batch_sizes: Tensor | None) -> list[Tensor]:
-    """The rows of each time step: [T, B, I] or packed [R, I] cut by time, [B, I] as one step."""
+    """The rows of each time step: [T, B, I] or packed [R, I] split by time, [B, I] as one step."""
     if batch_sizes is not None:
         return list(rows.split(batch_sizes.tolist()))
     return list(rows.unbind(0)) if rows.dim() == 3 else [rows]
 
 
 def _cut(state: Tensor, flags: Tensor) -> Tensor:
-    """`state` with zeros where `flags` [n, 1] is set; rows past the flags stay."""
+    """`state` with zeros in the rows where `flags` [n, 1] is set; rows from n on stay."""
     n = flags.size(0)
     head = torch.where(flags, 0, state[:n])
     return head if n == state.size(0) else torch.cat([head, state[n:]])

@@ -1,1 +1,1 @@
-"""Layers, cells and what is done with them, with the manners of torch.nn."""
+"""Layers, cells, and their conversion, freezing and streaming, with the behaviour of torch.nn."""

@@ -1,8 +1,8 @@
-"""What all layers share: parameters as torch.nn names them, and the call.
+"""The base class of all layers: parameters with torch.nn's names, and the call.
 
 Layers derive from `nn.RNNBase` and not from `nn.LSTM` and its siblings, because `torch.compile`
-refuses those by `isinstance`. Weights are read anew on every call: they may be parametrized,
-tied, replaced or functionalised between two calls, and nothing here may remember them.
+refuses those by `isinstance`. Every call reads the weights again, because they may be parametrized,
+tied, replaced or functionalized between two calls. Do not cache them here.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ CELL_OF_MODE = {
 
 
 class Layer(Freezable, FlatWeights):
-    """Layers of one cell, stacked, in one direction or both."""
+    """A stack of layers of one cell, in one or both directions."""
 
     _name = "RNN"
     # Defaults for layers converted from torch.nn and for older pickles.
@@ -50,8 +50,8 @@ class Layer(Freezable, FlatWeights):
     recompute = False
 
     def __init__(self, cell: Cell, mode: str, arguments: Mapping[str, Any]) -> None:
-        """`arguments` has those of the public constructor by name, and `proj_size`."""
-        # Not RNNBase's constructor: that one knows four modes only and says less in its errors.
+        """`arguments` holds the arguments of the public constructor by name, and `proj_size`."""
+        # RNNBase's constructor is not called: it knows only four modes, and its errors say less.
         nn.Module.__init__(self)
         self.mode = mode
         self.input_size = arguments["input_size"]
@@ -68,8 +68,8 @@ class Layer(Freezable, FlatWeights):
             self.heads = arguments["heads"]
         if arguments["recompute"]:
             self.recompute = True
-        # RNNBase's own methods expect it. Weak references to parameters would keep
-        # load_state_dict from swapping them, so it stays empty.
+        # RNNBase's methods expect this list. It stays empty, because weak references to parameters
+        # would keep load_state_dict from swapping them.
         self._flat_weight_refs: list[Any] = []
         self._flat_weights_names: list[str] = []
         self._all_weights: list[list[str]] = []
@@ -110,7 +110,7 @@ class Layer(Freezable, FlatWeights):
         lengths: Lengths = None,
         resets: Resets = None,
     ) -> tuple[Sequences, Tensor | tuple[Tensor, ...]]:
-        """Run the layer; see the class for shapes."""
+        """Run the layer. The class documents the shapes."""
         extras = (
             {} if lengths is None and resets is None else {"lengths": lengths, "resets": resets}
         )
@@ -135,27 +135,29 @@ class Layer(Freezable, FlatWeights):
         )
 
     def _slow_forward(self, *arguments: Any, **keywords: Any) -> Any:
-        # What nn.Module calls in place of forward while TorchScript traces. The ONNX exporter that
-        # does so passes the defaults of all parameters by position, of those for keywords too.
+        # nn.Module calls this in place of forward while TorchScript traces. The ONNX exporter then
+        # passes the defaults of all parameters by position, even those of keyword-only ones.
         while len(arguments) > 2 and arguments[-1] is None:
             arguments = arguments[:-1]
         return super()._slow_forward(*arguments, **keywords)  # type: ignore[no-untyped-call]
 
     def stream(self, batch_size: int = 1, *, threads: int = 1, release_gil: bool = True) -> Stepper:
-        """A stepper: these layers with a copy of their weights and states of its own, for
-        inference one step at a time. Dropout is not applied.
+        """Make a stepper, which runs these layers one step at a time for inference.
+
+        It has its own states and its own copy of the weights. Dropout is not applied.
 
         Args:
-            batch_size: rows of every step.
-            threads: how many it may use at most; the plan takes as many as pay, from 256 KB of
-                weights on. The others keep their cores busy for about 200 us after a step, then
-                sleep, and the step that wakes them makes a system call. One is safe in real time.
+            batch_size: `B`, rows of every step.
+            threads: most threads that it may use; the plan takes fewer if more would not pay, and
+                one below 256 KB of weights. The other threads keep their cores busy for about
+                200 us after a step, then sleep; the step that wakes them makes a system call. One
+                thread is safe in real time.
             release_gil: whether other Python threads may run during a step; see `Stepper`.
 
         Raises:
-            ValueError: for a bidirectional layer or one with heads, a batch or threads below one,
-                or weights on another device than the CPU.
-            fastrnn.plan.KernelRefused: for a custom cell that cannot be compiled.
+            ValueError: if the layer is bidirectional or has heads, if `batch_size` or `threads` is
+                below one, or if the weights are not on the CPU.
+            fastrnn.plan.KernelRefused: if a custom cell cannot be compiled.
 
         Example:
             >>> import numpy, fastrnn
@@ -183,17 +185,17 @@ class Layer(Freezable, FlatWeights):
         return cell
 
     def _weights(self) -> list[Weights]:
-        # A look into `_parameters` first: nn.Module's attribute lookup takes longer than a
-        # small cell. What is not there was parametrized, or set as a plain tensor.
+        # `_parameters` comes first, because nn.Module's attribute lookup takes longer than a small
+        # cell. A weight that is not there was parametrized, or set as a plain tensor.
         own: Mapping[str, Any] = self._parameters
         if self._written is not None and (written := self._written_entries()):
             own = {**own, **written}
         recurrences = []
-        for names in self._all_weights:  # a loop, as comprehensions in each other take longer
+        for names in self._all_weights:  # a loop, because nested comprehensions take longer
             weights = [own[n] if n in own else getattr(self, n) for n in names]
             recurrences.append(named(weights) if self.proj_size else Weights(*weights))
         if self.heads > 1:
-            return [head for each in recurrences for head in heads_of(each)]
+            return [head for stacked in recurrences for head in heads_of(stacked)]
         return recurrences
 
     def _weight_names(self) -> list[str]:
@@ -207,22 +209,22 @@ class Layer(Freezable, FlatWeights):
         weight: Tensor,
     ) -> None:
         if weight is not self._parameters.get(self._flat_weights_names[0]):
-            check_dtype(input, weight)  # of its own Parameters check_input looks at the first
+            check_dtype(input, weight)  # check_input looks only at the layer's own first Parameter
         if hx is None:
             self.check_input(input, batch_sizes)
         else:
             self.check_forward_args(input, hx, batch_sizes)  # type: ignore[arg-type]
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
-        """Raise what torch.nn raises for an input of wrong dtype or shape."""
-        # A parametrized weight is left alone: computing it may change its state.
+        """Raise torch.nn's errors for an input of wrong dtype or shape."""
+        # A parametrized weight is not read: computing it may change its state.
         weight = self._parameters.get(self._flat_weights_names[0])
         if weight is not None:
             check_dtype(input, weight)
         check_input(input, self.input_size, batch_sizes)
 
     def extra_repr(self) -> str:
-        """What differs from the defaults."""
+        """The arguments that differ from their defaults."""
         heads = f", heads={self.heads}" if self.heads > 1 else ""
         return super().extra_repr() + heads + (", recompute=True" if self.recompute else "")
 
@@ -231,8 +233,8 @@ class Layer(Freezable, FlatWeights):
 
 
 def with_own_forward(kind: _Class) -> _Class:
-    """Give a public class a copy of `Layer.forward` under its own name, as torch.nn's have theirs:
-    Python's errors about arguments name the class that a user knows."""
+    """Give a public class its own copy of `Layer.forward`, so that Python's errors about arguments
+    name the class that the user knows, as torch.nn's do."""
     shared = cast(FunctionType, Layer.forward)
     forward = FunctionType(shared.__code__, shared.__globals__, "forward", shared.__defaults__)
     forward.__kwdefaults__ = shared.__kwdefaults__

@@ -1,4 +1,4 @@
-"""RNNCell, LSTMCell and GRUCell: one time step, with the parameters and manners of torch.nn."""
+"""RNNCell, LSTMCell and GRUCell: one time step, with the parameters and behaviour of torch.nn."""
 
 from __future__ import annotations
 
@@ -31,8 +31,10 @@ class _Cell(Freezable):
         return list(_WEIGHTS)
 
     def stream(self, batch_size: int = 1, *, threads: int = 1, release_gil: bool = True) -> Stepper:
-        """A stepper: this cell with a copy of its weights and states of its own, for inference
-        one step at a time; arguments and errors are those of `fastrnn.LSTM.stream`.
+        """Make a stepper, which runs this cell one step at a time for inference.
+
+        It has its own states and its own copy of the weights. Arguments and errors are those of
+        `fastrnn.LSTM.stream`.
 
         Example:
             >>> import numpy, fastrnn
@@ -48,13 +50,14 @@ class _Cell(Freezable):
 
 @counterpart_of(nn.RNNCell)
 class RNNCell(_Cell, nn.RNNCell):
-    """One step of an Elman network, a drop-in for `torch.nn.RNNCell`.
+    """One step of an Elman network, a drop-in for `torch.nn.RNNCell`, with its arguments, shapes
+    and errors.
 
     https://docs.pytorch.org/docs/stable/generated/torch.nn.RNNCell.html
     """
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        """`input` [B, I] or [I] and `hx` [B, H] or [H] to the next state."""
+        """The next state from `input` [B, I] or [I] and `hx` [B, H] or [H]."""
         if (other := export_forward(self, input)) is not None:
             return other(input, hx)
         return _step(self, self._cell(), input, () if hx is None else (hx,))[0]
@@ -69,7 +72,8 @@ class RNNCell(_Cell, nn.RNNCell):
 
 @counterpart_of(nn.LSTMCell)
 class LSTMCell(_Cell, nn.LSTMCell):
-    """One step of long short-term memory, a drop-in for `torch.nn.LSTMCell`.
+    """One step of long short-term memory, a drop-in for `torch.nn.LSTMCell`, with its arguments,
+    shapes and errors.
 
     https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTMCell.html
     """
@@ -77,7 +81,7 @@ class LSTMCell(_Cell, nn.LSTMCell):
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """`input` [B, I] or [I] and `hx`, a pair [B, H] or [H], to the next pair."""
+        """The next states `(h, c)` from `input` [B, I] or [I] and `hx`, a pair [B, H] or [H]."""
         if (other := export_forward(self, input)) is not None:
             return other(input, hx)
         if hx is not None and (type(hx) is not tuple or len(hx) != 2):
@@ -91,13 +95,14 @@ class LSTMCell(_Cell, nn.LSTMCell):
 
 @counterpart_of(nn.GRUCell)
 class GRUCell(_Cell, nn.GRUCell):
-    """One step of gated recurrent units, a drop-in for `torch.nn.GRUCell`.
+    """One step of gated recurrent units, a drop-in for `torch.nn.GRUCell`, with its arguments,
+    shapes and errors.
 
     https://docs.pytorch.org/docs/stable/generated/torch.nn.GRUCell.html
     """
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        """`input` [B, I] or [I] and `hx` [B, H] or [H] to the next state."""
+        """The next state from `input` [B, I] or [I] and `hx` [B, H] or [H]."""
         if (other := export_forward(self, input)) is not None:
             return other(input, hx)
         return _step(self, self._cell(), input, () if hx is None else (hx,))[0]
@@ -123,9 +128,9 @@ def _check_cell_dims(cell: Cell, input: Tensor, states: Iterable[Tensor]) -> Non
 
 
 def _pair(input: Tensor, hx: Any) -> tuple[Tensor, Tensor]:
-    """The two states of `hx`, which is no tuple of two, where torch.nn takes it."""
+    """The two states in an `hx` that is not a tuple of two, if torch.nn accepts it."""
     _check_cell_dims(cells.lstm, input, hx)
-    if input.dim() == 1:  # torch.nn converts the first two, of whatever it is given
+    if input.dim() == 1:  # torch.nn then takes the first two entries of any sequence
         return hx[0], hx[1]
     if isinstance(hx, Tensor):
         raise TypeError(
@@ -138,7 +143,7 @@ def _pair(input: Tensor, hx: Any) -> tuple[Tensor, Tensor]:
 
 
 def _wrong_size(k: int, state: Tensor, input: Tensor, hidden_size: int) -> Exception:
-    """What torch.nn raises for that state; a row without a batch is a batch of one to it."""
+    """torch.nn's error for state k; a row without a batch counts as a batch of one."""
     batched = input.dim() == 2
     expected = [input.size(0), hidden_size] if batched else [hidden_size]
     is_and_should = f": it is {list(state.size())} and should be {expected}"
@@ -158,7 +163,7 @@ def _wrong_size(k: int, state: Tensor, input: Tensor, hidden_size: int) -> Excep
             f"hidden{k} has inconsistent hidden_size: got {width[0]}, expected {hidden_size}"
             + is_and_should
         )
-    # torch.nn would take the rows of the state for steps.
+    # torch.nn would treat the rows of the state as steps.
     return RuntimeError(f"hidden{k} has inconsistent size{is_and_should}")
 
 

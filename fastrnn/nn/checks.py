@@ -1,4 +1,4 @@
-"""What layers check: all that torch.nn's do, in their order and with their words."""
+"""The checks of layers: all checks of torch.nn's layers, in their order and with their words."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ __all__ = [
     "widths",
 ]
 
-MOST_RECURRENCES = _C.most_recurrences  # of one call of the operator
+MOST_RECURRENCES = _C.most_recurrences  # in one call of the operator
 
 States = Tensor | Sequence[Tensor]
 Check = Callable[[Tensor, "States | None", "Tensor | None", Tensor], None]
 
-# The names that torch's errors have for dtypes, where they differ from Python's.
+# The names of dtypes in torch's errors.
 _SCALAR_TYPES = {
     torch.uint8: "Byte",
     torch.int8: "Char",
@@ -56,10 +56,8 @@ _SCALAR_TYPES = {
 
 
 def check_dtype(input: Tensor, weight: Tensor) -> None:
-    """The input must have the dtype of the weights; `ValueError` otherwise, as torch.nn.
-
-    Under autocast the operator casts.
-    """
+    """Raise torch.nn's `ValueError` if the input does not have the dtype of the weights. Under
+    autocast any dtype is valid, because the operator casts."""
     if input.dtype != weight.dtype and not torch._C._is_any_autocast_enabled():
         raise ValueError(
             f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
@@ -68,10 +66,8 @@ def check_dtype(input: Tensor, weight: Tensor) -> None:
 
 
 def check_device(input: Tensor, weight: Tensor, states: Sequence[Tensor] = ()) -> None:
-    """The states and the weights must be where the input is; `RuntimeError` otherwise, as torch.nn.
-
-    It looks at the states first.
-    """
+    """Raise torch.nn's `RuntimeError` if the states, or then the weights, are not on the input's
+    device."""
     device = input.device
     for s in states:
         if s.device != device:
@@ -93,8 +89,8 @@ def check_device(input: Tensor, weight: Tensor, states: Sequence[Tensor] = ()) -
 
 
 def check_input(input: Tensor, input_size: int, batch_sizes: Tensor | None) -> None:
-    """torch.nn's checks of dimensions and features; `RuntimeError`."""
-    shape = input.shape  # a call of size() takes longer
+    """Raise torch.nn's `RuntimeError` if the input has wrong dimensions or features."""
+    shape = input.shape  # a call of size() would take longer
     expected = 3 if batch_sizes is None else 2
     if len(shape) != expected:
         raise RuntimeError(f"input must have {expected} dimensions, got {len(shape)}")
@@ -105,7 +101,7 @@ def check_input(input: Tensor, input_size: int, batch_sizes: Tensor | None) -> N
 
 
 def check_states(states: Sequence[Tensor], input: Tensor) -> None:
-    """Initial states must have the dtype of the input; `RuntimeError` otherwise."""
+    """Raise `RuntimeError` if the initial states do not have the dtype of the input."""
     for s in states:
         if s.dtype != input.dtype and not torch._C._is_any_autocast_enabled():
             raise RuntimeError(
@@ -115,17 +111,20 @@ def check_states(states: Sequence[Tensor], input: Tensor) -> None:
 
 
 def different_dtypes(one: Tensor, other: Tensor) -> str:
-    """What a matrix product of torch says of operands whose dtypes differ."""
+    """torch's message for a matrix product of operands whose dtypes differ."""
     names = (_SCALAR_TYPES.get(t.dtype, str(t.dtype)) for t in (one, other))
     return "mat1 and mat2 must have the same dtype, but got {} and {}".format(*names)
 
 
 def states_of(cell: Cell, hx: States, rank: int | None, whole: bool) -> tuple[Tensor, ...]:
-    """The states of `hx`, of `rank` dimensions; None for packed input, where torch.nn looks at
-    sizes only.
+    """The states in `hx`, checked as in torch.nn.
 
-    It takes the first two of more states, or the halves of one tensor, unless it passes on `hx`
-    as a whole.
+    Args:
+        rank: dimensions that each state must have; None for packed input, whose states torch.nn
+            checks by size only.
+        whole: whether torch.nn would pass on `hx` itself, so that a wrong number of states is an
+            error. Otherwise it indexes `hx`: it takes the first of too many states, or the entries
+            of one tensor.
     """
     kind = "batched" if rank == 3 else "unbatched"
     count = len(cell.states)
@@ -157,7 +156,7 @@ def states_of(cell: Cell, hx: States, rank: int | None, whole: bool) -> tuple[Te
 
 
 def widths(cell: Cell, weight: Weights, heads: int) -> list[int]:
-    """Sizes of the states: what the recurrent weight takes for the first, `H` for the others."""
+    """Widths of the states: the columns of the recurrent weight for the first, else `H`."""
     hidden = weight.w_hh.size(0) // len(cell.gates) * heads
     return [weight.w_hh.size(1) * heads] + [hidden] * (len(cell.states) - 1)
 
@@ -192,17 +191,17 @@ def check_sizes(
 
 
 def check_lengths(lengths: Tensor | Sequence[int], x: Tensor, batched: bool) -> Tensor:
-    """`lengths` as int64 [B] beside `x` [T, B, I]."""
+    """`lengths` as int64 [B] on the device of `x` [T, B, I], checked."""
     steps, batch = x.size(0), x.size(1)
     try:
-        # A tensor is taken as it is: torch.as_tensor would move it to the default device.
+        # A tensor is not converted: torch.as_tensor would move it to the default device.
         length = lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"lengths must be a tensor or sequence of integers, one for each of the {batch} "
             f"sequences of the batch: {error}"
         ) from error
-    if isinstance(lengths, Tensor) or length.numel():  # an empty list makes a float tensor
+    if isinstance(lengths, Tensor) or length.numel():  # an empty list becomes a float tensor
         integral = not (length.is_floating_point() or length.is_complex())
         if not integral or length.dtype == torch.bool:
             raise TypeError(
@@ -233,17 +232,17 @@ def check_resets(
     order: Tensor | None,
     swap: bool,
 ) -> Tensor:
-    """`resets` in the layout of `x` without its features."""
+    """`resets` in the layout of `x` without features, checked; `swap` means batch first."""
     if isinstance(resets, PackedSequence):
         if batch_sizes is None:
             raise ValueError("resets is a PackedSequence, but the input is not")
         same = resets.batch_sizes is batch_sizes
         if not same and not torch.equal(resets.batch_sizes, batch_sizes):
             raise ValueError("resets must be packed with the same lengths as the input")
-        theirs = resets.sorted_indices
-        if theirs is not order and theirs is not None and order is not None:
-            readable = _readable(theirs) and _readable(order)
-            if readable and not torch.equal(theirs, order):
+        own_order = resets.sorted_indices
+        if own_order is not order and own_order is not None and order is not None:
+            readable = _readable(own_order) and _readable(order)
+            if readable and not torch.equal(own_order, order):
                 raise ValueError(
                     "resets must be packed in the order of the input: sorted_indices differ; "
                     "pack both with the same lengths, or use "
@@ -264,17 +263,18 @@ def check_resets(
     if resets.shape != x.shape[:-1]:
         raise ValueError(
             "resets must have the shape of the input without its last dimension, "
-            f"{_caller(x.shape[:-1], swap)}, got {_caller(resets.shape, swap)}"
+            f"{_callers_shape(x.shape[:-1], swap)}, got {_callers_shape(resets.shape, swap)}"
         )
     return resets.to(x.device)
 
 
-def _caller(shape: torch.Size, swap: bool) -> tuple[int, ...]:
+def _callers_shape(shape: torch.Size, swap: bool) -> tuple[int, ...]:
     return tuple(reversed(shape)) if swap else tuple(shape)
 
 
 def _readable(t: Tensor) -> bool:
-    """Whether values may be looked at: no compiler, transform or tracer, no device to wait for."""
+    """Whether values can be read: without a compiler, a transform, a tracer or a device to wait
+    for."""
     return (
         not torch.compiler.is_compiling()
         and type(t) is Tensor
@@ -285,9 +285,9 @@ def _readable(t: Tensor) -> bool:
     )
 
 
-def check_arguments(given: Mapping[str, Any]) -> None:
+def check_arguments(arguments: Mapping[str, Any]) -> None:
     """torch.nn's checks of the arguments of a layer, in its order."""
-    dropout, num_layers, proj_size = given["dropout"], given["num_layers"], given["proj_size"]
+    dropout, num_layers, proj_size = (arguments[n] for n in ("dropout", "num_layers", "proj_size"))
     number = isinstance(dropout, Number) and not isinstance(dropout, bool)
     if not number or not 0 <= dropout <= 1:
         raise ValueError(
@@ -301,11 +301,11 @@ def check_arguments(given: Mapping[str, Any]) -> None:
             stacklevel=4,
         )
     for name in ("bias", "batch_first"):
-        flag = given[name]
+        flag = arguments[name]
         if not isinstance(flag, bool):
             raise TypeError(f"{name} should be of type bool, got: {type(flag).__name__} ({flag!r})")
     for name in ("input_size", "hidden_size", "num_layers"):
-        size = given[name]
+        size = arguments[name]
         if not isinstance(size, int):
             raise TypeError(f"{name} should be of type int, got: {type(size).__name__} ({size!r})")
         if size <= 0:
@@ -315,21 +315,22 @@ def check_arguments(given: Mapping[str, Any]) -> None:
             "proj_size should be a positive integer or zero to disable projections, "
             f"got {proj_size}"
         )
-    if proj_size >= given["hidden_size"]:
+    if proj_size >= arguments["hidden_size"]:
         raise ValueError(
             "proj_size has to be smaller than hidden_size, "
-            f"got proj_size={proj_size} and hidden_size={given['hidden_size']}"
+            f"got proj_size={proj_size} and hidden_size={arguments['hidden_size']}"
         )
 
 
-def check_heads(given: Mapping[str, Any]) -> None:
-    """The check of `heads` beside the other arguments of a layer."""
-    heads, hidden_size, bidirectional = given["heads"], given["hidden_size"], given["bidirectional"]
+def check_heads(arguments: Mapping[str, Any]) -> None:
+    """Check `heads` against the other arguments of a layer."""
+    heads, hidden_size = arguments["heads"], arguments["hidden_size"]
+    bidirectional = arguments["bidirectional"]
     if not isinstance(heads, int) or isinstance(heads, bool) or heads < 1:
         raise ValueError(f"heads should be a positive integer, got {heads!r}")
     if hidden_size % heads:
         raise ValueError(f"heads={heads} should divide hidden_size={hidden_size}")
-    if heads > 1 and given["proj_size"]:
+    if heads > 1 and arguments["proj_size"]:
         raise ValueError(
             "heads are not projected; use proj_size=0, or a torch.nn.Linear behind the layer"
         )
@@ -341,7 +342,8 @@ def check_heads(given: Mapping[str, Any]) -> None:
 
 
 def refuse_unknown(layer: nn.Module, unknown: dict[str, Any]) -> None:
-    """torch.nn takes `proj_size` for RNN and GRU by position only, and then refuses the call."""
+    """Raise for unknown keyword arguments of RNN and GRU. torch.nn accepts their `proj_size` only
+    by position, and then refuses the call."""
     if "proj_size" in unknown:
         raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
     for name in unknown:

@@ -1,7 +1,7 @@
-"""Between torch.nn's modules and ours: the same Parameters and attributes under another class.
+"""Converts modules between torch.nn and fastrnn: another class, the same Parameters and attributes.
 
-Our classes enter the tables below themselves (`counterpart_of`), as they need the way back to
-torch.nn for formats that know torch's own operators only.
+Our classes register themselves in the tables below with `counterpart_of`. They also need the
+conversion to torch.nn themselves, for formats that know only torch's own operators.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ TO_TORCH: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 class Wrapper(NamedTuple):
-    """Another package's module around a layer, ours for it, and the attribute with the layer."""
+    """Another package's module around a layer, our class for it, and the layer's attribute."""
 
     theirs: type[nn.Module]
     ours: type[nn.Module]
     layer: str
 
 
-# The adapters in integrations/ add to them.
+# The adapters in integrations/ append to this list.
 WRAPPERS: list[Wrapper] = []
 
 
 def counterpart_of(theirs: type[nn.Module]) -> Callable[[_Class], _Class]:
-    """Declare the decorated class to be ours for that class of torch.nn."""
+    """Register the decorated class as the counterpart of a class of torch.nn."""
 
     def declare(ours: _Class) -> _Class:
         FROM_TORCH[theirs] = ours
@@ -62,28 +62,38 @@ def counterpart_of(theirs: type[nn.Module]) -> Callable[[_Class], _Class]:
 
 
 def from_torch(module: nn.Module) -> nn.Module:
-    """The fastrnn module for a torch.nn layer or cell, on the very same Parameters.
+    """The fastrnn module for a torch.nn layer or cell, with the same Parameter objects.
 
-    Training flag, hooks and parametrizations come along; the registries of hooks are shared, so
-    that handles given out before still remove their hooks. The torch module stays usable.
+    Training flag, hooks and parametrizations are kept. Both modules share the registries of hooks,
+    so that existing handles still remove their hooks. The torch module stays usable.
+
+    Args:
+        module: an `nn.RNN`, `LSTM`, `GRU`, `RNNCell`, `LSTMCell` or `GRUCell`.
 
     Raises:
-        TypeError: for anything but `nn.RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell`. A subclass may
-            have changed the forward, and so may an instance that was given one of its own.
+        TypeError: if `module` is of another class, a subclass included, or if `forward` was set on
+            the instance: its forward may compute something else.
     """
     return converted(module, _target(module, FROM_TORCH))
 
 
 def to_torch(module: nn.Module) -> nn.Module:
-    """The torch.nn module for a fastrnn layer or cell: the inverse of `from_torch`."""
+    """The torch.nn module for a fastrnn layer or cell, with the same Parameter objects.
+
+    It is the inverse of `from_torch`.
+
+    Raises:
+        TypeError: if torch.nn has no counterpart: `Recurrent`, subclasses, layers with heads, or a
+            `forward` that was set on the instance.
+    """
     return converted(module, _target(module, TO_TORCH))
 
 
 def scriptable(module: nn.Module) -> nn.Module:
-    """The module that TorchScript compiles in the place of one of our layers or cells.
+    """The module that TorchScript compiles in place of one of our layers or cells.
 
-    It is torch.nn's own on the same Parameters; for a subclass of ours it is of the same subclass
-    of torch.nn's class, so TorchScript takes and refuses the same methods.
+    It is torch.nn's module with the same Parameters. For a subclass of ours it is the same subclass
+    on torch.nn's class, so that TorchScript accepts and refuses the same methods.
     """
     kind = parametrize.type_before_parametrizations(module)
     ours = next(base for base in kind.__mro__ if base in TO_TORCH)
@@ -99,21 +109,21 @@ def _on_torch(kind: type) -> type:
         return cast(type, vars(kind)["_made_from"])
     ours = next(base for base in kind.__mro__ if base in TO_TORCH)
     theirs = TO_TORCH[ours]
-    made: Any = rebased(kind, ours, theirs)
-    if issubclass(theirs, nn.RNNBase) and made.forward is theirs.forward:
+    on_torch: Any = rebased(kind, ours, theirs)
+    if issubclass(theirs, nn.RNNBase) and on_torch.forward is theirs.forward:
         # TorchScript finds the two signatures of a layer's forward by the name of its class, and
         # the source of the class by name and module.
-        made.__name__ = made.__qualname__ = theirs.__name__
-        made.__module__ = theirs.__module__
-    return cast(type, made)
+        on_torch.__name__ = on_torch.__qualname__ = theirs.__name__
+        on_torch.__module__ = theirs.__module__
+    return cast(type, on_torch)
 
 
 @functools.cache
 def on_fastrnn(kind: type) -> type:
-    """A subclass of one of torch.nn's layers or cells with fastrnn's in the place of that.
+    """The class `kind`, a subclass of a torch.nn layer or cell, built on fastrnn's class instead.
 
-    Its modules are copied and pickled by the name of `kind`; whoever loads them makes the class
-    anew. `rebase.obstacle` tells for which classes that works.
+    Its modules are copied and pickled by the name of `kind`, and loading them builds the class
+    again. `rebase.obstacle` tells for which classes this works.
     """
     theirs = next(base for base in kind.__mro__ if base in FROM_TORCH)
     return rebased(kind, theirs, FROM_TORCH[theirs], __reduce_ex__=_by_origin, _made_from=kind)
@@ -124,8 +134,8 @@ def _by_origin(self: Any, protocol: Any) -> tuple[Any, ...]:
 
 
 def _empty_on_fastrnn(kind: type) -> Any:
-    made: Any = on_fastrnn(kind)
-    return made.__new__(made)
+    target: Any = on_fastrnn(kind)
+    return target.__new__(target)
 
 
 def _target(module: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) -> type[nn.Module]:
@@ -149,37 +159,36 @@ def _refuse(module: nn.Module, source: type) -> None:
 
 
 def converted(module: nn.Module, target: type[nn.Module]) -> nn.Module:
-    """A module of class `target` on the Parameters, attributes and hooks of `module`."""
-    made: nn.Module = target.__new__(target)
+    """A module of class `target` with the Parameters, attributes and hooks of `module`."""
+    result: nn.Module = target.__new__(target)
     state = dict(module.__dict__)
     for name in ("_parameters", "_buffers", "_modules", "_all_weights", "_flat_weights_names"):
         if name in state:
             state[name] = state[name].copy()
-    # The list of weights and the references to them are torch's alone; what was written into it
-    # is ours.
+    # torch.nn's list of weights and references are not copied, but entries that a user wrote are.
     written = written_entries(module) if isinstance(module, nn.RNNBase) else {}
     for name in ("_flat_weights", "_frozen", "_written"):
         state.pop(name, None)
     if "_flat_weight_refs" in state:
         state["_flat_weight_refs"] = []
-    made.__dict__.update(state)
+    result.__dict__.update(state)
     if parametrize.is_parametrized(module):
-        parametrize._inject_new_class(made)
-        for name in cast(nn.ModuleDict, made.parametrizations):
-            parametrize._inject_property(made, name)
-    if isinstance(made, nn.RNNBase):
-        made._init_flat_weights()
+        parametrize._inject_new_class(result)
+        for name in cast(nn.ModuleDict, result.parametrizations):
+            parametrize._inject_property(result, name)
+    if isinstance(result, nn.RNNBase):
+        result._init_flat_weights()
         for name, value in written.items():
-            made._flat_weights[made._flat_weights_names.index(name)] = cast(Tensor, value)
-    return made
+            result._flat_weights[result._flat_weights_names.index(name)] = cast(Tensor, value)
+    return result
 
 
 def export_forward(module: nn.Module, input: Any, extras: dict[str, Any] | None = None) -> Any:
-    """What to call in place of our own forward, if anything.
+    """The function to call in place of our forward, or None.
 
-    Where the call is being written down in a format that knows torch's own operators only
-    (TorchScript, ONNX), the stock module's forward; in a symbolic trace, a single node, which
-    is what torch.nn's own layers leave there.
+    While the call is recorded in a format that knows only torch's own operators (TorchScript,
+    ONNX), it is the forward of torch.nn's module. In a symbolic trace it records a single node, as
+    for torch.nn's layers.
     """
     if torch._C._get_tracing_state() is not None or (
         torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()

@@ -1,8 +1,9 @@
-"""The list `_flat_weights` of a layer: torch.nn keeps it, and users write into it.
+"""The list `_flat_weights` of a layer, which torch.nn keeps and users write into.
 
-torch.nn computes with the entries of this list: with dropped weights, with those of another layer.
-Here weights are read by name, and the list is made when somebody asks for it. What is written into
-it counts until one of the layer's own weights is replaced, as in torch.nn.
+torch.nn computes with the entries of this list, for instance with weights after dropout or with
+those of another layer. Our layers read weights by name and create the list only when a user asks
+for it. As in torch.nn, entries that a user writes count until one of the layer's own weights is
+replaced.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ __all__ = ["FlatWeights", "written_entries"]
 
 
 class Written(NamedTuple):
-    """The list, and the layer's own weights when it was made."""
+    """The list, and the layer's own weights when it was created."""
 
     entries: list[Tensor | None]
     own: list[Tensor | None]
 
 
 class FlatWeights(nn.RNNBase):
-    """An `RNNBase` that keeps no list of its weights but one that a user asked for."""
+    """An `RNNBase` that keeps a list of its weights only after a user asked for it."""
 
     _written: Written | None = None  # the default for layers converted from torch.nn
 
@@ -58,7 +59,7 @@ class FlatWeights(nn.RNNBase):
     def _flat_weights(self, values: list[Tensor | None]) -> None:
         self._written = Written(values, self._own_weights())
 
-    # RNNBase's own would write each new Parameter into the list.
+    # RNNBase's method would write each new Parameter into the list.
     __setattr__ = nn.Module.__setattr__  # type: ignore[assignment]
 
     def _init_flat_weights(self) -> None:
@@ -80,10 +81,10 @@ class FlatWeights(nn.RNNBase):
 
 
 def written_entries(layer: nn.RNNBase) -> Mapping[str, Tensor | None]:
-    """Entries of `_flat_weights` that a user wrote, by name; of one of our layers or torch.nn's."""
+    """Entries of `_flat_weights` that a user wrote, by name, for our layers and torch.nn's."""
     if isinstance(layer, FlatWeights):
         return layer._written_entries()
-    # A parametrized weight is left alone: computing it may change its state.
+    # A parametrized weight is not read: computing it may change its state.
     computed = getattr(layer, "parametrizations", {})
     names = layer._flat_weights_names
     plain = {k: getattr(layer, n, None) for k, n in enumerate(names) if n not in computed}

@@ -1,8 +1,8 @@
-"""Layers whose weights are prepacked once, for inference, instead of on every call.
+"""Prepacks the weights of layers once, for inference, instead of on every call.
 
-What a module keeps is a copy in the kernel's layout, made from its Parameters. So every way that
-weights change has an answer here: what goes through the module (`load_state_dict`, `.to`, copies,
-pickles) packs them again, and what does not is found out by the kernel at the next call.
+A frozen module keeps a copy of its weights in the kernel's layout, which must follow every change
+of its Parameters. Changes through the module (`load_state_dict`, `.to`, copies, pickles) prepack
+the weights again; the kernel detects all other changes at the next call.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 
 class Frozen(NamedTuple):
-    """What a frozen module remembers."""
+    """The additional state of a frozen module."""
 
-    layers: tuple[ops.Prepacked | None, ...]  # None where another kernel than the CPU's will run
+    layers: tuple[ops.Prepacked | None, ...]  # None for layers that the CPU kernel does not run
     trained: tuple[str, ...]  # parameters that required gradients before
 
 
 class Freezable(nn.Module):
-    """What layers and cells share: weights that can be packed for good."""
+    """Base of layers and cells, whose weights can be prepacked once."""
 
     _frozen: Frozen | None = None
 
@@ -38,7 +38,7 @@ class Freezable(nn.Module):
         raise NotImplementedError
 
     def _weights(self) -> list[Weights]:
-        """Those of every layer, direction and head, as `functional.rnn` takes them."""
+        """The weights of every layer, direction and head, as `functional.rnn` takes them."""
         raise NotImplementedError
 
     def _weight_names(self) -> list[str]:
@@ -57,9 +57,9 @@ class Freezable(nn.Module):
                 for first in range(0, len(weights), scans)
             )
         self._frozen = Frozen(layers, tuple(sorted(trained)))
-        for each in parameters.values():
-            if each is not None:
-                each.requires_grad_(False)
+        for parameter in parameters.values():
+            if parameter is not None:
+                parameter.requires_grad_(False)
 
     def _unfreeze(self) -> None:
         if self._frozen is None:
@@ -94,74 +94,77 @@ class Freezable(nn.Module):
 
 
 def freeze(module: _Module) -> _Module:
-    """Pack the weights of every fastrnn layer and cell in `module`, for inference. In place.
+    """Prepack the weights of every fastrnn layer and cell in `module` for inference, in place.
 
-    Calls then skip the packing, which for short sequences takes most of the time; results are
-    those of before. Parameters of these layers no longer require gradients, and there is no
-    derivative by the input either. The prepacked weights are a copy: about as much memory again.
+    Calls then skip the packing, which takes most of the time for short sequences; the results stay
+    the same. Parameters of these layers no longer require gradients, and the output has no
+    derivative with respect to the input either. The prepacked copy needs about as much memory as
+    the weights.
 
-    `load_state_dict`, `.to`, `copy.deepcopy` and pickling pack anew what they change. Weights that
-    are changed in any other way (in place, by an optimizer, by assigning a Parameter) make the
-    next call raise. What is written past torch's count of changes (through `.data`, NumPy, DLPack)
-    the next call finds in biases of up to 16 KiB and weights of up to 4 KiB. Larger ones are read
-    block by block, all of them within 64 rows (time steps of all sequences), so that looking stays
-    cheap.
+    `load_state_dict`, `.to`, `copy.deepcopy` and pickling prepack changed weights again. If weights
+    change in any other way (in place, by an optimizer, by assigning a Parameter), the next call
+    raises. torch does not count writes through `.data`, NumPy or DLPack. The next call finds those
+    in biases of up to 16 KiB and weights of up to 4 KiB. It checks larger ones block by block, so
+    that the check stays cheap: all blocks within 64 rows (time steps of all sequences).
 
-    Where the CPU kernel does not run (other devices, autocast, `torch.func`, a kernel forced by
+    If the CPU kernel does not run (other devices, autocast, `torch.func`, a kernel forced by
     name), the layer works as before, from its Parameters.
 
     Args:
-        module: a layer, or a model that has some inside.
+        module: a layer, or a model that contains layers.
 
     Returns:
         `module`.
 
     Raises:
-        TypeError: if `module` is no `nn.Module`.
-        ValueError: if there is no fastrnn layer inside, or the weights of one are computed anew on
-            every call (parametrized, pruned).
-        RuntimeError: from a call of the frozen module, when weights were changed after freezing,
-            or when input or states require gradients while gradients are recorded.
+        TypeError: if `module` is not an `nn.Module`.
+        ValueError: if `module` contains no fastrnn layer, or if every call computes the weights of
+            one again (parametrized, pruned).
+        RuntimeError: from a call of the frozen module, if weights changed after freezing, or if
+            input or states require gradients while gradients are recorded.
 
     Example:
         >>> import torch, fastrnn
         >>> gru = fastrnn.freeze(fastrnn.GRU(8, 16))
         >>> output, h_n = gru(torch.randn(5, 3, 8))
     """
-    found = _inside(module)
-    if not found:
+    layers = _freezable_in(module)
+    if not layers:
         raise ValueError(
             f"there is no fastrnn layer in this {type(module).__name__} to freeze; "
             "fastrnn.replace_(model) puts them in the place of torch.nn's"
         )
-    for name, each in found:
-        computed = [n for n in each._weight_names() if n not in each._parameters]
+    for name, layer in layers:
+        computed = [n for n in layer._weight_names() if n not in layer._parameters]
         if computed:
             raise ValueError(
                 f"{computed[0]} of {name or 'the module'} is computed anew on every call, so it "
                 "cannot be packed once: make it permanent first "
                 "(torch.nn.utils.parametrize.remove_parametrizations, prune.remove)"
             )
-    for _, each in found:
-        each._freeze()
+    for _, layer in layers:
+        layer._freeze()
     return module
 
 
 def unfreeze(module: _Module) -> _Module:
-    """Undo `freeze`, in place: drop the prepacked weights, and train again what was trained before.
+    """Undo `freeze`, in place.
+
+    The prepacked weights are dropped, and parameters require gradients again if they did before.
+    Layers that are not frozen stay as they are.
 
     Returns:
-        `module`. Layers that are not frozen stay as they are.
+        `module`.
 
     Raises:
-        TypeError: if `module` is no `nn.Module`.
+        TypeError: if `module` is not an `nn.Module`.
     """
-    for _, each in _inside(module):
-        each._unfreeze()
+    for _, layer in _freezable_in(module):
+        layer._unfreeze()
     return module
 
 
-def _inside(module: nn.Module) -> list[tuple[str, Freezable]]:
+def _freezable_in(module: nn.Module) -> list[tuple[str, Freezable]]:
     if not isinstance(module, nn.Module):
         raise TypeError(f"module should be a torch.nn.Module, got: {type(module).__name__}")
     return [(name, m) for name, m in module.named_modules() if isinstance(m, Freezable)]

@@ -1,7 +1,7 @@
-"""Stateless recurrent layers: layers and directions over one `ops.scan` per layer.
+"""Stateless recurrent layers: a stack of layers and directions, with one `ops.scan` per layer.
 
-Everything that torch.nn's layers accept is brought here to the one shape the operator knows,
-time-major or packed, and the answer back to the caller's. The exceptions are torch.nn's.
+Every input that torch.nn's layers accept is converted to the layout of the operator, time-major or
+packed, and the results to the layout of the caller. The exceptions are torch.nn's.
 """
 
 from __future__ import annotations
@@ -55,46 +55,50 @@ def rnn(
     Args:
         cell: the cell, with `G` gates and `S` states.
         input: [T, B, I]; [B, T, I] with `batch_first`; [T, I] unbatched; or a `PackedSequence`.
-        weights: for every layer and direction `Weights`, or what `all_weights` of torch's layers
-            holds. With `heads`, such for every head of those, in turn, of H/heads units each.
-        hx: initial states, [L*D, B, H] ([L*D, H] unbatched; state 0 as wide as the projection);
-            one tensor for a cell of one state, a sequence of `S` otherwise. None for zeros.
+        weights: for every layer and direction `Weights`, or the list that `all_weights` of torch's
+            layers holds. With `heads`, one for every head of each, of H/heads units.
+        hx: initial states [L*D, B, H], or [L*D, H] unbatched; state 0 is as wide as the
+            projection. One tensor for a cell with one state, else a sequence of `S`. None for
+            zeros.
         bidirectional: run a second direction from the end; outputs are concatenated.
-        heads: independent recurrences side by side over the same input; outputs and states are
+        heads: number of independent recurrences over the same input; outputs and states are
             concatenated.
         batch_first: whether `input`, the output and `resets` have the batch first. States do not.
-        dropout: probability of zeroing outputs between layers, when `training`. Draws the same
-            random numbers as torch.nn does.
+        dropout: probability of zeroing outputs between layers if `training`. It draws the same
+            random numbers as torch.nn.
         training: whether to apply `dropout`.
-        lengths: steps of each row [B] of dense input, in any order, from 0 to T. Outputs past the
-            end are zero, and the final states are those of the last valid step. Values are
-            checked where they can be read without waiting for a device.
-        resets: bool, one per step: [T, B], [B, T] with `batch_first`, [T] unbatched; packed as
-            the input is. An episode begins there: no state crosses from the step before, in
-            either direction.
-        recompute: keep only the output of every layer for the backward pass, which computes the
-            cells' values anew from it: less memory for more time. The CUDA kernels do so for a
-            chunk of steps at a time, the others for a layer at a time.
-        name: how the layer calls itself in errors.
-        check: `check(input, hx, batch_sizes, w_ih)`, with the first of the weights, in place of
-            the check of dtype and sizes against `weights`.
-        packed: the weights of every layer once more, by `ops.pack`.
+        lengths: int [B], steps of each sequence of dense input, in any order, from 0 to T. Outputs
+            past the end are zero, and the final states are those of the last valid step. Values
+            are checked if they can be read without waiting for a device.
+        resets: bool, whether an episode begins at a step: [T, B], [B, T] with `batch_first`, [T]
+            unbatched, or packed like the input. No state crosses from the previous step to this
+            one, in either direction.
+        recompute: save only the output of every layer for the backward pass, which recomputes the
+            cells' values from it. It needs less memory and more time. The CUDA kernels recompute a
+            chunk of steps at a time, the others a layer at a time.
+        name: name of the layer in errors.
+        check: called as `check(input, hx, batch_sizes, w_ih)` with the first of the weights, in
+            place of the check of dtype and sizes against `weights`.
+        packed: the prepacked weights of every layer, from `ops.pack`.
 
     Returns:
-        The output, in the form of `input` with `D*H` features, and the final states in that of
-        `hx`.
+        The output, in the form of `input` with `D*H` features, and the final states, in the form
+        of `hx`.
 
     Raises:
-        ValueError: wrong number of dimensions of `input`; dtype other than that of the weights;
-            `lengths` or `resets` of wrong shape or out of range.
-        RuntimeError: wrong sizes of `input` or `hx`; devices that differ; T = 0 without `lengths`.
-        TypeError: `lengths` or `resets` of a wrong type or dtype.
+        ValueError: if `input` has the wrong number of dimensions or not the dtype of the weights,
+            or if `lengths` or `resets` have a wrong shape or are out of range.
+        RuntimeError: if `input` or `hx` have wrong sizes, devices differ, or T = 0 without
+            `lengths`.
+        TypeError: if `lengths` or `resets` have a wrong type or dtype.
 
-    Like torch.nn.RNN, https://docs.pytorch.org/docs/stable/generated/torch.nn.RNN.html
+    It corresponds to torch.nn.RNN,
+    https://docs.pytorch.org/docs/stable/generated/torch.nn.RNN.html
     """
-    every: Sequence[Weights] = weights  # type: ignore[assignment]  # from a layer they have names
+    # A layer passes `Weights` already.
+    every: Sequence[Weights] = weights  # type: ignore[assignment]
     if not weights or type(weights[0]) is not Weights:
-        every = [named(each) for each in weights]
+        every = [named(recurrence) for recurrence in weights]
     batch_sizes: Tensor | None = None
     order: Tensor | None = None
     restore: Tensor | None = None
@@ -168,18 +172,18 @@ def rnn(
     if batch_sizes is not None:
         if restore is not None:
             final = [s.index_select(1, restore) for s in final]
-        return PackedSequence(y, batch_sizes, order, restore), _given(final)
+        return PackedSequence(y, batch_sizes, order, restore), _like_hx(final)
     if not batched:
         y = (y.transpose(0, 1) if batch_first else y).squeeze(0 if batch_first else 1)
-        return y, _given([s.squeeze(1) for s in final])
+        return y, _like_hx([s.squeeze(1) for s in final])
     if batch_first:
-        # A view of one state's output torch.nn does not give, of several it does.
+        # torch.nn's LSTM returns a view here; its RNN and GRU, with one state, do not.
         y = ops.transposed(y) if len(cell.states) == 1 else y.transpose(0, 1)
-    return y, _given(final)
+    return y, _like_hx(final)
 
 
 def _not_dense(x: Tensor, name: str) -> Exception:
-    """What to raise for an input that is no dense tensor of two or three dimensions."""
+    """The error for an input that is not a dense tensor of two or three dimensions."""
     if x.dim() not in (2, 3):
         tensor = "tensor " if name == "RNN" else ""  # torch.nn's LSTM and GRU leave it out
         return ValueError(
@@ -194,13 +198,13 @@ def _not_dense(x: Tensor, name: str) -> Exception:
 
 
 def _canonical(states: Sequence[Tensor], order: Tensor | None, batched: bool) -> Sequence[Tensor]:
-    """States with a batch, in the order in which the input is packed."""
+    """States with a batch dimension, in the order in which the input is packed."""
     if not batched:
         return [s.unsqueeze(1) for s in states]
     return states if order is None else [s.index_select(1, order) for s in states]
 
 
-def _given(states: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
+def _like_hx(states: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
     """States in the form of `hx`."""
     return states[0] if len(states) == 1 else tuple(states)
 
@@ -212,20 +216,20 @@ def rnn_cell(
     weights: Weights,
     packed: ops.Prepacked | None = None,
 ) -> tuple[Tensor, ...]:
-    """One time step.
+    """Run one time step.
 
     Args:
         cell: the cell, with `G` gates and `S` states.
         input: [B, I], or [I] unbatched.
         states: `S` tensors [B, H], or [H] unbatched; none for zeros.
-        weights: [G*H, I], [G*H, H], [G*H] and [G*H]; without a projection.
-        packed: the same by `ops.pack`.
+        weights: [G*H, I], [G*H, H], [G*H] and [G*H], without a projection.
+        packed: the same weights, prepacked by `ops.pack`.
 
     Returns:
         `S` next states, shaped as `states`.
 
     Raises:
-        RuntimeError: shapes, dtypes or devices that do not fit together.
+        RuntimeError: if shapes, dtypes or devices do not fit together.
     """
     w_ih, w_hh, b_ih, b_hh, _ = weights
     if input.dtype != w_ih.dtype and not torch._C._is_any_autocast_enabled():
@@ -269,12 +273,12 @@ def _stack(
     recompute: bool,
     packed: Sequence[ops.Prepacked | None],
 ) -> tuple[Tensor, Sequence[Tensor]]:
-    """Layers on canonical operands: `x` [T, B, I] or packed [R, I], `s0` `S` times
-    [L*D*heads, B, *]."""
+    """Run the layers on canonical operands: `x` [T, B, I] or packed [R, I], and `S` states
+    [L*D*heads, B, *] in `s0`."""
     scans = directions * heads
     reverse = 0 if directions == 1 else (1 << heads) - 1 << heads  # the second half
-    reverse -= (reverse >> 63) << 64  # as a signed number of 64 bits
-    if len(weights) == scans:  # one layer, as most have
+    reverse -= (reverse >> 63) << 64  # as a signed 64-bit integer
+    if len(weights) == scans:  # the common case of one layer
         w_ih, w_hh, b_ih, b_hh, w_hr = side_by_side(weights)
         operands = Operands(
             x, w_ih, w_hh, b_ih, b_hh, w_hr, s0, batch_sizes, lengths, resets, reverse
@@ -316,7 +320,7 @@ def _joined(state: Tensor, heads: int) -> Tensor:
 def _batch_size(x: Tensor, batch_sizes: Tensor | None, order: Tensor | None) -> int:
     if batch_sizes is None:
         return x.size(1)
-    # A permutation tells the batch size without reading data, which a compiler could not.
+    # The size of a permutation is the batch size; a compiler cannot read data.
     return int(batch_sizes[0]) if order is None else order.size(0)
 
 

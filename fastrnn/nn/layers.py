@@ -1,4 +1,4 @@
-"""RNN, LSTM, GRU, and `Recurrent` for any cell: parameters and manners of torch.nn."""
+"""RNN, LSTM, GRU, and `Recurrent` for any cell, with the parameters and behaviour of torch.nn."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Device = torch.device | str | int | None
 
 
 class _NoProjection(Layer):
-    """RNN and GRU: no projection."""
+    """Base of RNN and GRU, which have no projection."""
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
-        """Raise what torch.nn raises for an input of wrong dtype or shape."""
-        Layer.check_input(self, input, batch_sizes)  # super() takes longer
+        """Raise torch.nn's errors for an input of wrong dtype or shape."""
+        Layer.check_input(self, input, batch_sizes)  # super() would take longer
         if self.proj_size > 0:
             expected = self.get_expected_hidden_size(input, batch_sizes)
             raise RuntimeError(
@@ -41,30 +41,30 @@ class RNN(_NoProjection):
     Args:
         input_size: `I`, features of the input.
         hidden_size: `H`, features of the state.
-        num_layers: layers stacked on each other.
+        num_layers: number of stacked layers.
         nonlinearity: `"tanh"` or `"relu"`.
         bias: whether there are `bias_ih` and `bias_hh`.
         batch_first: whether input and output are [B, T, *] and not [T, B, *].
         dropout: probability of zeroing outputs between layers while training.
-        bidirectional: whether a second direction runs from the end; `D` = 2 then, else 1.
-        device, dtype: of the parameters.
-        heads: independent recurrences of `H/heads` units each over the same input, their outputs
-            and states concatenated: a block-diagonal `weight_hh`. Every parameter then has a first
-            dimension of that size, so that the weights of head k are those of a small layer:
-            `weight_hh_l0` is [heads, G*H/heads, H/heads]. A keyword of ours alone.
-        recompute: whether training keeps only outputs between the forward and the backward pass,
-            and computes the rest again; see `functional.rnn`. An attribute, which may be set at any
-            time, also on a layer that replaced one of torch.nn. A keyword of ours alone.
+        bidirectional: whether a second direction runs from the end; then `D` is 2, else 1.
+        device, dtype: device and dtype of the parameters.
+        heads: number of independent recurrences of `H/heads` units each over the same input. Their
+            outputs and states are concatenated, so `weight_hh` is block-diagonal. If there are
+            several, every parameter has a first dimension of that size and `weight_hh_l0` is
+            [heads, G*H/heads, H/heads]: the weights of a head are those of a small layer.
+            torch.nn does not have this argument.
+        recompute: whether training saves only outputs for the backward pass, which recomputes all
+            else; see `functional.rnn`. The attribute of this name may be set at any time, also on
+            a layer that replaced one of torch.nn. torch.nn does not have this argument.
 
     Call:
         `output, h_n = layer(input, hx=None, *, lengths=None, resets=None)` with `input`
         [T, B, I], [T, I] or a `PackedSequence`; `hx` and `h_n` [num_layers*D, B, H]; `output`
-        [T, B, D*H]. `lengths` [B] takes rows of different lengths unsorted, `resets` (bool,
-        [T, B]) marks steps where an episode begins; both are given by keyword, and described in
-        `functional.rnn`.
+        [T, B, D*H]. `lengths` [B] gives the steps of each sequence, in any order, and `resets`
+        (bool, [T, B]) marks steps where an episode begins; `functional.rnn` describes both.
 
     Raises:
-        As torch.nn does, and a message begins with torch.nn's sentence where it has one:
+        The errors of torch.nn, in messages that begin with torch.nn's sentence if it has one:
         `TypeError` and `ValueError` for arguments; from a call `ValueError` for wrong dimensions
         or dtype of the input, `RuntimeError` for wrong sizes.
 
@@ -134,7 +134,7 @@ class GRU(_NoProjection):
 
 
 class _MultiState(Layer):
-    """Layers with several states: `hx` is a tuple of them."""
+    """Base of layers with several states, whose `hx` is a tuple."""
 
     def check_forward_args(
         self,
@@ -142,7 +142,7 @@ class _MultiState(Layer):
         hidden: Sequence[Tensor],  # type: ignore[override]
         batch_sizes: Tensor | None,
     ) -> None:
-        """Raise what torch.nn raises for an input or states of wrong dtype or shape."""
+        """Raise torch.nn's errors for an input or states of wrong dtype or shape."""
         self.check_input(input, batch_sizes)
         for k, s in enumerate(hidden):
             size = self.get_expected_cell_size if k else self.get_expected_hidden_size
@@ -153,14 +153,14 @@ class _MultiState(Layer):
     def get_expected_cell_size(
         self, input: Tensor, batch_sizes: Tensor | None
     ) -> tuple[int, int, int]:
-        """Shape of the states behind the first, which no projection narrows."""
+        """Shape [num_layers*D, B, H] of the states after the first, which are not projected."""
         layers, batch, _ = self.get_expected_hidden_size(input, batch_sizes)
         return layers, batch, self.hidden_size
 
     def permute_hidden(  # type: ignore[override]
         self, hx: tuple[Tensor, ...], permutation: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """States in another order of the batch."""
+        """The states with the batch permuted."""
         if permutation is None:
             return hx
         return tuple(s.index_select(1, permutation) for s in hx)
@@ -171,9 +171,9 @@ class _MultiState(Layer):
 class LSTM(_MultiState):
     """Long short-term memory, a drop-in for `torch.nn.LSTM` with the same parameters and numbers.
 
-    Arguments, call and errors are those of `RNN`, without `nonlinearity`, and with `proj_size`:
-    if positive, the recurrent state and the output have `proj_size` features, less than
-    `hidden_size` (Sak et al. 2014, arXiv:1402.1128). States are pairs `(h, c)`.
+    Arguments, call and errors are those of `RNN`, without `nonlinearity` and with `proj_size`. If
+    that is positive, `h` and the output have `proj_size` features, fewer than `hidden_size` (Sak
+    et al. 2014, arXiv:1402.1128). States are pairs `(h, c)`.
 
     https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html
     """
@@ -208,8 +208,8 @@ class LSTM(_MultiState):
         if batch_sizes is None:
             super()._check(input, hx, batch_sizes, weight)
             return
-        # torch.nn checks nothing of packed input of an LSTM: what it says comes from the operator,
-        # its loop over layers and its products.
+        # torch.nn does not check the packed input of an LSTM: its errors come from the operator's
+        # loop over layers and from its products.
         for k, state in enumerate(hx or ()):
             if (rank := state.dim()) < 3:
                 raise IndexError(
@@ -234,20 +234,21 @@ class LSTM(_MultiState):
 
 @with_own_forward
 class Recurrent(_MultiState):
-    """Layers of any cell, with the parameters, layers and directions of torch.nn's.
+    """Layers of any cell, with parameters, stacking and directions as in torch.nn.
 
     Args:
-        cell: a cell made with `fastrnn.cell`, of `G` gates and `S` states.
+        cell: a cell declared with `fastrnn.cell`, with `G` gates and `S` states.
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional: as in `RNN`.
-        device, dtype: of the parameters, `weight_ih_l0` [G*H, I] and so on, in torch's names.
+        device, dtype: device and dtype of the parameters. They have torch's names:
+            `weight_ih_l0` [G*H, I] and so on.
         heads, recompute: as in `RNN`.
 
     Call:
-        As `RNN`. `hx` and the final states are one tensor for a cell with one state, and tuples
-        of `S` tensors, each [num_layers*D, B, H], for a cell with several.
+        As in `RNN`. `hx` and the final states are one tensor [num_layers*D, B, H] for a cell with
+        one state, and a tuple of `S` such tensors for a cell with several.
 
     Raises:
-        TypeError: if `cell` is none. Otherwise as `RNN`.
+        TypeError: if `cell` is not a `fastrnn.Cell`. All other errors are those of `RNN`.
 
     Example:
         >>> import torch, fastrnn
@@ -296,20 +297,20 @@ class Recurrent(_MultiState):
         hidden: States,
         batch_sizes: Tensor | None,
     ) -> None:
-        """Raise what torch.nn raises for an input or states of wrong dtype or shape."""
+        """Raise torch.nn's errors for an input or states of wrong dtype or shape."""
         states = (hidden,) if isinstance(hidden, Tensor) else hidden
         super().check_forward_args(input, states, batch_sizes)
 
     def permute_hidden(  # type: ignore[override]
         self, hx: States, permutation: Tensor | None
     ) -> States:
-        """States in another order of the batch."""
+        """The states with the batch permuted."""
         if isinstance(hx, Tensor):
             return nn.RNNBase.permute_hidden(self, hx, permutation)
         return super().permute_hidden(tuple(hx), permutation)
 
     def extra_repr(self) -> str:
-        """The cell, then what differs from the defaults."""
+        """The cell, then the arguments that differ from their defaults."""
         return f"{self.cell.name}, {super().extra_repr()}"
 
     def __prepare_scriptable__(self) -> nn.Module:

@@ -1,9 +1,9 @@
-"""Put fastrnn's modules where a model has torch.nn's, in place, and back.
+"""Replaces torch.nn's modules in a model by fastrnn's, in place, and restores them.
 
-A replaced module stays the same object and changes its class, as torch's own `parametrize`
-does. So whatever hangs on the object stays as it is: Parameters (and with them optimizers and the
+A replaced module stays the same object and changes its class, as with torch's own `parametrize`.
+So everything that belongs to the object stays: Parameters (and with them optimizers and the
 `state_dict`), buffers, hooks of all kinds, parametrizations, pruning masks, train/eval mode,
-attributes, and every reference to it, wherever it is held.
+attributes, and every reference to it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fastrnn.nn.rebase import obstacle
 
 __all__ = ["Replaced", "Report", "Skipped", "replace_", "restore_"]
 
-# Packages that go by the class of a layer, and what to do there; said where they are imported.
+# Packages that decide by the class of a layer, and what to do. The report names those in use.
 _BY_CLASS = {
     "opacus": "its PrivacyEngine refuses fastrnn's layers; "
     "opacus.validators.ModuleValidator.fix(model) puts its own in their place",
@@ -49,7 +49,7 @@ class Replaced(NamedTuple):
 
 
 class Skipped(NamedTuple):
-    """A recurrent module that was left as it is, and why."""
+    """A recurrent module that was not changed, and why."""
 
     name: str
     type: str
@@ -58,13 +58,13 @@ class Skipped(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """What `replace_` or `restore_` did; `print` it for a table.
+    """The result of `replace_` or `restore_`; `print` it for a table.
 
     Attributes:
         replaced: (name, class before, class after), in the order of `model.named_modules()`.
-        skipped: (name, class, reason) of the recurrent modules left alone.
-        notes: (package, what it does and the way out) for packages in use that go by the class of
-            a layer, where some were replaced.
+        skipped: (name, class, reason) of recurrent modules that were not changed.
+        notes: (package, text) for each imported package that decides by the class of a layer, if
+            layers were replaced; the text says what the package does, and what to do.
     """
 
     replaced: tuple[Replaced, ...]
@@ -87,31 +87,34 @@ def replace_(
     *,
     subclasses: bool = False,
 ) -> Report:
-    """Turn every `nn.RNN`, `nn.LSTM`, `nn.GRU` and their cells inside `model` into fastrnn's.
+    """Replace each `nn.RNN`, `nn.LSTM`, `nn.GRU` and their cells in `model` by fastrnn's, in place.
 
-    In place: the modules stay the same objects with the same Parameters, so optimizers stay valid
-    and nothing is copied. `model` may itself be such a module. A module that is registered in
-    several places is one object, stays one, and is listed under its first name.
+    The modules stay the same objects with the same Parameters, so optimizers stay valid and
+    nothing is copied. `model` may itself be such a module. A module that is registered in several
+    places is one object and is listed under its first name.
 
-    Only exactly these classes are replaced, unless `subclasses=True`. Modules with a `forward` set
-    on the instance, scripted and quantised ones are skipped, with the reason in the report.
+    Only exactly these classes are replaced, unless `subclasses=True`. Scripted and quantized
+    modules, and those with a `forward` set on the instance, are skipped; the report says why.
 
     Afterwards `isinstance(module, nn.LSTM)` (`nn.GRU`, `nn.RNN`) is False for replaced layers: they
-    are `nn.RNNBase` only. `torch.compile` refuses whatever is an instance of those three, so being
-    one would give up compilation. Replaced cells stay instances of torch's cells. The report names
-    the packages in use that go by class, and what to do there.
+    are only `nn.RNNBase`, because `torch.compile` refuses instances of those three. Replaced cells
+    stay instances of torch's cells. The report names imported packages that decide by class, and
+    what to do.
 
     Args:
         model: any module.
-        filter_fn: `filter_fn(module, qualified_name)`: False leaves that module alone. Asked once
-            for each module that can be replaced.
-        subclasses: whether subclasses of these classes are replaced too, where their `forward` is
+        filter_fn: called as `filter_fn(module, qualified_name)`, once for each module that can be
+            replaced. If it returns False, the module is skipped.
+        subclasses: whether subclasses of these classes are replaced too, if their `forward` is
             inherited or calls `super().forward`. Such a module gets a class of the same name and
-            methods with fastrnn's layer as its base; a layer is then no instance of the class it
-            had. Where that cannot be seen to give the same numbers, the report says why.
+            methods on fastrnn's layer, so a layer is no longer an instance of its former class.
+            If the same numbers cannot be guaranteed, it is skipped, and the report says why.
+
+    Returns:
+        A `Report` of replaced and skipped modules.
 
     Raises:
-        TypeError: if `model` is no `nn.Module`.
+        TypeError: if `model` is not an `nn.Module`.
 
     Example:
         >>> import torch, fastrnn
@@ -137,12 +140,19 @@ def _notes(model: nn.Module) -> tuple[tuple[str, str], ...]:
 
 
 def restore_(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = None) -> Report:
-    """Turn fastrnn's modules inside `model` back into torch.nn's: the mirror of `replace_`.
+    """Replace fastrnn's modules in `model` by torch.nn's, in place: the inverse of `replace_`.
 
-    Frozen ones are unfrozen first.
+    Frozen modules are unfrozen first. Modules of subclasses that `replace_` changed get their
+    former class again. `Recurrent` modules have no counterpart and are skipped.
 
-    Modules of subclasses that `replace_` changed get the class they had. `Recurrent` modules have
-    no counterpart there and are skipped.
+    Args:
+        model, filter_fn: as in `replace_`.
+
+    Returns:
+        A `Report` of restored and skipped modules.
+
+    Raises:
+        TypeError: if `model` is not an `nn.Module`.
     """
     return _change(model, TO_TORCH, filter_fn, subclasses=False)
 
@@ -157,9 +167,9 @@ def _change(
         raise TypeError(f"model should be a torch.nn.Module, got: {type(model).__name__}")
     replaced: list[Replaced] = []
     skipped: list[Skipped] = []
-    # A list, as the filter is the user's and may change the model while we walk it.
-    walk = list(model.named_modules())
-    for name, module in walk:
+    # A list, because the user's filter may change the model during the loop.
+    modules = list(model.named_modules())
+    for name, module in modules:
         kind = parametrize.type_before_parametrizations(module)
         reason = _refusal(module, kind, targets, subclasses)
         target = None if reason else _target(kind, targets)
@@ -169,20 +179,20 @@ def _change(
             skipped.append(Skipped(name, _label(kind), reason))
         elif target:
             if isinstance(module, Freezable):
-                module._unfreeze()  # torch.nn's would never train again
+                module._unfreeze()  # otherwise torch.nn's module would never train again
             _morph(module, converted(module, target))
             replaced.append(Replaced(name, _label(kind), _label(target)))
-    for name, module in walk:
+    for name, module in modules:
         if other := _wrapper(module):
             replaced.append(Replaced(name, _label(type(module)), _label(other)))
             module.__class__ = other
-    order = {name: place for place, (name, _) in enumerate(walk)}
-    replaced.sort(key=lambda each: order[each.name])
+    order = {name: place for place, (name, _) in enumerate(modules)}
+    replaced.sort(key=lambda entry: order[entry.name])
     return Report(tuple(replaced), tuple(skipped))
 
 
 def _wrapper(module: nn.Module) -> type | None:
-    """The class that a module needs for the layer it now holds, if that is another."""
+    """The class that a wrapper needs for the layer that it holds now; None if it has this class."""
     if "torchrl.modules.tensordict_module.rnn" in sys.modules:
         importlib.import_module("fastrnn.integrations.torchrl")
     for theirs, ours, name in WRAPPERS:
@@ -194,7 +204,7 @@ def _wrapper(module: nn.Module) -> type | None:
 
 
 def _target(kind: type, targets: Mapping[type, type]) -> type | None:
-    """The class that modules of class `kind` change to, if they are recurrent."""
+    """The class that modules of class `kind` change to; None if they are not recurrent."""
     if kind in targets:
         return targets[kind]
     if targets is TO_TORCH:
@@ -240,13 +250,13 @@ def _refusal(
 
 
 def _morph(module: nn.Module, other: nn.Module) -> None:
-    """Make `module` in all respects what `other` is, which is then of no more use."""
+    """Give `module` the class and all attributes of `other`, which must not be used afterwards."""
     module.__class__ = type(other)
     module.__dict__ = other.__dict__
 
 
 def _label(kind: type) -> str:
-    """The name users import: `torch.nn.LSTM`, `fastrnn.LSTM`, full path for anything else."""
+    """The name that users import: `torch.nn.LSTM`, `fastrnn.LSTM`, the full path for others."""
     if kind in FROM_TORCH:
         return f"torch.nn.{kind.__name__}"
     if kind in TO_TORCH:

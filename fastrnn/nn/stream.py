@@ -1,4 +1,4 @@
-"""Streaming inference: a stack of layers that holds its weights and states, one step at a time."""
+"""Streaming inference: a stack of layers with its own weights and states, one step at a time."""
 
 from __future__ import annotations
 
@@ -18,40 +18,46 @@ __all__ = ["Stepper", "stepper"]
 
 
 class Stepper(_C.Stepper):
-    """Layers in one direction, run step by step; made by `layer.stream(...)`.
+    """Layers in one direction that run one step per call; `layer.stream(...)` makes them.
 
-    It holds a prepacked copy of the weights and the states, so that a step neither allocates (with
-    `out`) nor locks, and the GIL is released meanwhile. Later changes of the layer do not reach it.
-    Steps from a sequence's first on give what the layer gives for the whole sequence.
+    A stepper holds the states and a prepacked copy of the weights, so that a step takes no lock,
+    allocates nothing if it gets `out`, and releases the GIL. Later changes of the layer do not
+    affect it. The steps of a sequence give the output that the layer gives for that sequence.
 
-    A stepper is one stream: a second thread that steps it at the same time gets a `RuntimeError`.
-    Different steppers may run in different threads. Beside a Python thread that computes all the
-    time, every hundredth step or so takes `sys.getswitchinterval()`, 5 ms, to get the GIL back;
-    without `release_gil` that happens once in many thousand steps, as to any Python code.
+    A stepper is one stream: a second thread that calls it at the same time gets a `RuntimeError`.
+    Different steppers may run in different threads. If another Python thread is busy, re-acquiring
+    the GIL delays about one step in a hundred by `sys.getswitchinterval()`, 5 ms. With
+    `release_gil=False` that happens once in many thousand steps, as in any Python code.
 
     Attributes:
-        batch_size, input_size, output_size, num_layers, threads: as made.
+        batch_size, input_size, output_size, num_layers: sizes of the layers.
+        threads: number of threads that the plan chose.
 
     Methods:
-        `step(x, out=None)`: `x` [B, I] to [B, H] (or `proj_size`); for a batch of one [I] too. A
-        tensor, a NumPy array or any buffer, of the layer's dtype, rows apart as they like but the
-        numbers of each side by side. `out` takes the result, may be `x` itself, and is returned;
-        without it the result is a new tensor for a tensor, a new array for an array.
+        `step(x, out=None)`: run one step from `x` [B, I] to [B, H] (`proj_size` in place of H if
+        projected), or from [I] to [H] for a batch of one. `x` is a tensor, a NumPy array or any
+        buffer, of the layer's dtype; the numbers of a row must be contiguous, the rows need not
+        be. The result is written to `out`, which may be `x`, and `out` is returned. Without `out`
+        the result is a new tensor for a tensor, a new array for an array; a buffer needs `out`.
 
-        `reset()`: all states to zero.
+        `reset()`: set all states to zero.
 
     Raises:
-        TypeError, ValueError: from `step`, for anything of another kind, dtype or shape.
-        RuntimeError: from `step`, for tensors that require gradients, or a stepper in use.
+        TypeError, ValueError: from `step`, if an argument has a wrong type, dtype or shape.
+        RuntimeError: from `step`, if a tensor requires gradients, or if the stepper is in use.
     """
 
     __slots__ = ()
 
     @property
     def state(self) -> Tensor | tuple[Tensor, ...]:
-        """Copies of the states, [num_layers, B, H] as the layer's `h_n`: a tensor, or a tuple.
+        """Copies of the states [num_layers, B, H], shaped as the layer's `h_n`: a tensor if the
+        cell has one state, else a tuple.
 
-        Setting takes the same; values are copied. `ValueError` for other shapes.
+        The property can be set to such values, which are copied.
+
+        Raises:
+            ValueError: if it is set to values of other shapes.
         """
         states = self._read()
         return states[0] if len(states) == 1 else tuple(states)
@@ -74,26 +80,27 @@ def stepper(
     threads: int = 1,
     release_gil: bool = True,
 ) -> Stepper:
-    """A stepper for layers of `cell`; `weights` as `functional.rnn` has them, in one direction.
+    """Make a stepper for layers of `cell`; `weights` are those of `functional.rnn`, in one
+    direction.
 
     Raises:
-        ValueError: for a batch or a number of threads below one, or weights that are not dense
+        ValueError: if `batch_size` or `threads` is below one, or if the weights are not dense
             floating-point tensors on the CPU.
-        fastrnn.plan.KernelRefused: for a cell that cannot be compiled, or where another kernel
-            was asked for by name.
+        fastrnn.plan.KernelRefused: if the cell cannot be compiled, or if another kernel was asked
+            for by name.
     """
     for name, number in (("batch_size", batch_size), ("threads", threads)):
         if not isinstance(number, int) or number < 1:
             raise ValueError(f"{name} should be a positive integer, got {number!r}")
     forced = device.asked_for()
     if forced not in (None, "cpu"):
-        raise plan.KernelRefused(f"kernel {forced!r} was asked for, but a stepper is 'cpu' alone")
+        raise plan.KernelRefused(f"kernel {forced!r} was asked for, but a stepper has only 'cpu'")
     key, reason, problem, offered = on_cpu(cell, weights[0], threads)
     if key is None:
         raise plan.KernelRefused(f"a stepper needs compiled code: {reason}")
     if reason is not None:
         raise ValueError(f"a stepper cannot run this layer: {reason}")
-    # Without what there is not: what is left tells the compiled part what it is.
+    # The compiled part infers the kinds of weights from their number, so missing ones are left out.
     lists = [[w for w in layer if w is not None] for layer in weights]
     numbers = sum(w.numel() for layer in lists for w in layer)
     with torch.no_grad():

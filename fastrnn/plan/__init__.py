@@ -1,8 +1,9 @@
 """One pure plan: which kernel runs a problem on a device, and how.
 
-Everything that is decided is decided here, from numbers alone: no torch, no state, no device is
-touched, so that decisions about any machine are tested on any other. Each kernel has a module, with
-`refuse`, the reason why it cannot run a problem on a device, or None, and `configure`, how it does.
+All decisions are made here, from numbers alone. No function imports torch, keeps state or touches
+a device, so decisions about any machine are tested on any other. Each kernel has a module with two
+functions: `refuse` returns why it cannot run a problem on a device, or None, and `configure`
+returns the plan.
 """
 
 from __future__ import annotations
@@ -51,11 +52,11 @@ class KernelRefused(RuntimeError):
 
 
 def choose(problem: Problem, device: Device) -> Plan:
-    """The plan for `problem` on `device`: the first kernel that does not refuse.
+    """The plan for `problem` on `device`, of the first kernel that does not refuse.
 
     Raises:
-        KernelRefused: when `device.forced` names a kernel and it refuses.
-        ValueError: when `device.forced` names no kernel.
+        KernelRefused: if `device.forced` names a kernel that refuses.
+        ValueError: if `device.forced` is not the name of a kernel.
     """
     problem = problem.rounded()
     if device.forced is not None:
@@ -80,7 +81,7 @@ def refusal(kernel: str, problem: Problem, device: Device) -> str | None:
     return _KERNELS[kernel][0](problem, device)
 
 
-# reference: torch operations (fastrnn/kernels/reference.py); refuses nothing
+# The reference runs plain torch operations (fastrnn/kernels/reference.py) and refuses nothing.
 
 
 def _reference_refuse(problem: Problem, device: Device) -> str | None:

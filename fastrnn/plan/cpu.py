@@ -9,13 +9,13 @@ from fastrnn.plan.problem import CpuConfig, Device, Plan, Problem
 
 __all__ = ["configure", "refuse", "step_threads"]
 
-# A weight read as it lies costs one pass; packing costs about three more before any row is done.
+# Prepacking the weights takes as long as about three rows take with weights in torch's layout.
 _UNPACKED_ROWS = 3
-# Below this many multiply-adds the wake-up and hand-over of threads cost more than they save.
+# With fewer multiply-adds, waking up and synchronizing threads costs more than it saves.
 _WORK_FOR_THREADS = 1 << 17
 _STEP_WORK_FOR_UNIT_SPLIT = 1 << 13
-_FORWARD_SHARE = 4  # of the cache: u for a quarter, weights and h for the rest
-# Read from a core's cache in about 0.9 us; handing a part over to another thread takes 0.2.
+_FORWARD_SHARE = 4  # u gets a quarter of the cache; weights and h get the rest
+# A core reads these from its cache in about 0.9 us; handing work to another thread takes 0.2 us.
 _STEP_BYTES_PER_THREAD = 1 << 17
 _BACKWARD_ROWS = 512  # depth at which the products for weight gradients are efficient
 
@@ -42,34 +42,37 @@ def configure(problem: Problem, device: Device) -> Plan:
 
 
 def _split(problem: Problem, device: Device) -> tuple[int, int, int]:
-    """Threads over recurrences, sequences and units. Recurrences and sequences need no exchange, so
-    they come first; units are shared only when a step is worth a hand-over."""
+    """Threads over recurrences, sequences and units.
+
+    Recurrences and sequences need no exchange, so they are split first. Units are split only if a
+    step has enough work to pay for the synchronization.
+    """
     threads = device.cpu.threads
     depth = problem.hidden if problem.backward else problem.hidden + problem.inputs
     per_row = problem.gates * problem.hidden * depth
     if threads <= 1 or per_row * problem.live_rows * problem.recurrences < _WORK_FOR_THREADS:
         return 1, 1, 1
     recurrences = math.gcd(problem.recurrences, threads)
-    left = threads // recurrences
-    sequences = min(left, problem.batch)
-    if sequences < left and problem.steps > 1:
-        sequences = 1 if problem.batch < 2 * left else sequences
-    left //= sequences
+    remaining = threads // recurrences
+    sequences = min(remaining, problem.batch)
+    if sequences < remaining and problem.steps > 1:
+        sequences = 1 if problem.batch < 2 * remaining else sequences
+    remaining //= sequences
     vectors = -(-problem.hidden * problem.itemsize // device.cpu.vector_bytes)
     unit_vectors = max(1, 4 // problem.gates) if not problem.backward else 1
     panels = -(-vectors // unit_vectors)
     step_work = problem.gates * problem.hidden * problem.hidden * problem.batch // sequences
-    units = min(left, panels) if step_work >= _STEP_WORK_FOR_UNIT_SPLIT else 1
+    units = min(remaining, panels) if step_work >= _STEP_WORK_FOR_UNIT_SPLIT else 1
     return recurrences, sequences, units
 
 
 def step_threads(weight_bytes: int, device: Device) -> int:
-    """Threads for a stepper, of those it may have: each should read enough weights in a step."""
+    """Threads for a stepper: few enough that each reads `_STEP_BYTES_PER_THREAD` in a step."""
     return max(1, min(device.cpu.threads, weight_bytes // _STEP_BYTES_PER_THREAD))
 
 
 def _chunk_rows(problem: Problem, device: Device) -> int:
-    """What is projected or differentiated at a time should stay in a core's cache."""
+    """Rows of a chunk: what is projected or differentiated at a time should fit a core's cache."""
     row = max(1, problem.gates * problem.hidden * problem.itemsize)
     if problem.backward:
         return max(device.cpu.l2_bytes // row, _BACKWARD_ROWS)

@@ -1,4 +1,4 @@
-"""Plans of the CUDA kernels, for the built-in cells (csrc/cuda_*.cu, kernels/gpu/cuda.py)."""
+"""Plans of the CUDA kernels, for the built-in cells (csrc/cuda, kernels/gpu/cuda.py)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from fastrnn.plan.tables import Tables
 
 __all__ = ["Layout", "configure", "cycles", "lay_out", "refuse", "row_group"]
 
-_CHUNK_BYTES = 64 << 20  # of u and du: a launch loads all weights, so it should be long
-_CLUSTERS = (2, 4, 8, 16)
-_FEW_STEPS = 2  # which end before the weights would be loaded
+_CHUNK_BYTES = 64 << 20  # bytes of u or du: a launch loads all weights, so it should be long
+_CLUSTERS = (2, 4, 8, 16)  # blocks
+_FEW_STEPS = 2  # these end before a persistent kernel would have loaded its weights
 
 
 def refuse(problem: Problem, device: Device) -> str | None:
@@ -43,7 +43,7 @@ def configure(problem: Problem, device: Device) -> Plan:
     gpu = device.cuda
     assert isinstance(gpu, CudaFacts), gpu
     row = problem.gates * problem.hidden * problem.recurrences * dtypes.BYTES[problem.dtype]
-    # Nothing depends on the other fields, so that sequences of all lengths share a plan.
+    # The choice depends on no other field, so sequences of all lengths share a plan.
     steps = min(problem.steps, _FEW_STEPS + 1)
     relevant = replace(problem, steps=steps, inputs=0, rows=-1, tape=False, frozen=False)
     config = _best(relevant, gpu, device.tf32)
@@ -52,7 +52,7 @@ def configure(problem: Problem, device: Device) -> Plan:
 
 @lru_cache(maxsize=1024)
 def _best(problem: Problem, gpu: CudaFacts, tf32: bool) -> CudaConfig:
-    """The residency of the least estimated time of a step."""
+    """The configuration with the least estimated time of a step."""
     configs = _steps(problem, gpu.tables, tf32)
     if problem.dtype != "float64" and problem.batch and problem.steps > _FEW_STEPS:
         configs += _resident(problem, gpu, tf32)
@@ -66,10 +66,10 @@ def _precision(problem: Problem, tf32: bool) -> str:
 
 
 def _steps(problem: Problem, tables: Tables, tf32: bool) -> list[CudaConfig]:
-    """A launch a step, with tiles of the batch of several sizes."""
+    """Configurations of the residency "step", one launch per step, with several batch tiles."""
     precision = _precision(problem, tf32)
     if precision == "tf32x3" and problem.steps <= _FEW_STEPS and problem.batch <= 16:
-        precision = "float32"  # a small product may as well be exact
+        precision = "float32"  # a small product in full precision costs no more
     least = tables.step_tiles[0]
     tiles = [rows for rows in tables.step_tiles if rows == least or rows < 2 * problem.batch]
     if problem.dtype == "float64":
@@ -78,13 +78,12 @@ def _steps(problem: Problem, tables: Tables, tf32: bool) -> list[CudaConfig]:
 
 
 def _resident(problem: Problem, gpu: CudaFacts, tf32: bool) -> list[CudaConfig]:
-    """Every configuration whose groups hold all weights of a recurrence, and run at the same
-    time."""
+    """Every persistent configuration whose groups can hold all weights of a recurrence."""
     precision = _precision(problem, tf32)
     resident = dict(gpu.clusters)
     octets = -(-problem.hidden // 8)
-    counts = {-(-octets // each) for each in range(1, octets + 1)}
-    found = []
+    block_counts = {-(-octets // share) for share in range(1, octets + 1)}
+    configs = []
     tables = gpu.tables
     for tile in tables.batch_tiles:
         if tile > tables.batch_tiles[0] and tile >= 2 * problem.batch:
@@ -92,7 +91,7 @@ def _resident(problem: Problem, gpu: CudaFacts, tf32: bool) -> list[CudaConfig]:
         for residency, choices in (
             ("block", [1]),
             ("cluster", [n for n in _CLUSTERS if n <= octets and resident.get(n)]),
-            ("grid", [n for n in sorted(counts) if 1 < n <= gpu.multiprocessors]),
+            ("grid", [n for n in sorted(block_counts) if 1 < n <= gpu.multiprocessors]),
         ):
             for blocks in choices:
                 config = CudaConfig(
@@ -106,21 +105,21 @@ def _resident(problem: Problem, gpu: CudaFacts, tf32: bool) -> list[CudaConfig]:
                 config = replace(config, row_group=row_group(problem, config, tables))
                 layout = lay_out(problem, config, tables)
                 if layout is not None and layout.shared_bytes <= gpu.shared_bytes:
-                    found.append(config)
-    return found
+                    configs.append(config)
+    return configs
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a block holds its weights: `lay_out` of csrc/cuda/persistent/layout.cuh, whose words
-    these are. A test compares the two.
+    """How a block holds its weights, as `lay_out` of csrc/cuda/persistent/layout.cuh computes it
+    and in its words. A test compares the two.
 
     Attributes:
-        rows: of weights, whole tiles of 16.
-        row_bytes: of a row, whole k-blocks.
-        spilled: bytes of weights that are in shared memory, because registers are full.
-        exchanged: bytes that it receives at each step.
-        shared_bytes: of shared memory, all told.
+        rows: rows of weights, a multiple of 16.
+        row_bytes: bytes of a row, a whole number of k-blocks.
+        spilled: bytes of weights in shared memory, because registers are full.
+        exchanged: bytes that a block receives at each step.
+        shared_bytes: all shared memory of a block.
     """
 
     rows: int
@@ -131,19 +130,19 @@ class Layout:
 
 
 def lay_out(problem: Problem, config: CudaConfig, tables: Tables) -> Layout | None:
-    """The layout of a block, or None where there are no kernels for it, or a block would have more
-    row groups than its warps can take."""
+    """The layout of a block; None if there is no kernel for it, or if a block would have more row
+    groups than warps."""
     units, backward = config.row_group, problem.backward
     columns = config.batch_tile // 8
-    tiles = units * (1 if backward else problem.gates) // 16  # of 16 rows of weights
+    tiles = units * (1 if backward else problem.gates) // 16  # tiles of 16 weight rows
     tile = tables.batch_tiles.index(config.batch_tile)
     registers = tables.registers[backward][config.precision == "tf32x3"][tile][min(tiles, 4) - 1]
     groups = _row_groups(problem, config.blocks, units)
     if registers == 0 or groups > tables.warps:
         return None
     size = min(4, dtypes.BYTES[problem.dtype])
-    values = -(-problem.hidden // 8) * 8  # of a row of what is exchanged: h, or dv of all gates
-    pieces, own = units * size // tables.piece_bytes, 0  # of 8 columns; what a row group keeps
+    values = -(-problem.hidden // 8) * 8  # per exchanged row: h, or dv of all gates
+    pieces, own = units * size // tables.piece_bytes, 0  # per 8 columns; bytes a row group keeps
     if backward:
         values *= problem.gates
         pieces = problem.gates * 8 * size // tables.piece_bytes
@@ -173,40 +172,40 @@ def lay_out(problem: Problem, config: CudaConfig, tables: Tables) -> Layout | No
 
 
 def _row_groups(problem: Problem, blocks: int, units: int) -> int:
-    """Row groups of a block that has its share of the units."""
+    """Row groups of a block, if `blocks` blocks share all units."""
     groups = -(-problem.hidden // units)
     return -(-groups // blocks)
 
 
 def row_group(problem: Problem, config: CudaConfig, tables: Tables) -> int:
-    """Units of a row group: the least for which there are kernels and warps.
+    """Units of a row group: the fewest for which there are kernels and enough warps.
 
-    The warps of a grid read the operand of the backward pass each for themselves: where a block has
-    several row groups, larger ones read it less often.
+    In the backward pass of a grid, every warp reads the operand itself. If a block then has several
+    row groups, larger ones read it less often.
     """
     least, *larger = tables.units(problem.backward, problem.gates, config.batch_tile)
     groups = _row_groups(problem, config.blocks, least)
     if problem.backward:
         second, *larger = larger
-        often = config.residency == "grid" and groups > 1
-        if often and _row_groups(problem, config.blocks, second) <= tables.warps:
+        rereads = config.residency == "grid" and groups > 1
+        if rereads and _row_groups(problem, config.blocks, second) <= tables.warps:
             return second
     return larger[0] if groups > tables.warps and larger else least
 
 
-# Cycles, estimated from published measurements of an H100.
-_MATRIX_SPEED = {"bfloat16": 1300, "float16": 1300, "tf32": 650, "tf32x3": 220}  # terms a cycle
-_OTHER_SPEED = 64
-_SHARED_SPEED = 128  # bytes a cycle
-_EXCHANGE = {"block": 60, "cluster": 250, "grid": 1400}
-_EXCHANGE_SPEED = {"block": 128, "cluster": 16, "grid": 35}  # bytes a cycle
-_CELL = 250  # of a step, for the cell's arithmetic and what else takes no part in the product
-_LAUNCH = 4000  # of a kernel for one step
-_CACHE_SPEED = 2000  # bytes a cycle, of weights that a step reads on the whole device
+# Estimates from published measurements of an H100. Speeds are per multiprocessor.
+_MATRIX_SPEED = {"bfloat16": 1300, "float16": 1300, "tf32": 650, "tf32x3": 220}  # terms per cycle
+_OTHER_SPEED = 64  # terms per cycle without matrix units
+_SHARED_SPEED = 128  # bytes per cycle
+_EXCHANGE = {"block": 60, "cluster": 250, "grid": 1400}  # cycles per step
+_EXCHANGE_SPEED = {"block": 128, "cluster": 16, "grid": 35}  # bytes per cycle
+_CELL = 250  # cycles per step for the cell's arithmetic and all else outside the product
+_LAUNCH = 4000  # cycles to launch the kernel of one step
+_CACHE_SPEED = 2000  # bytes of weights per cycle that the whole GPU reads from its cache
 
 
 def cycles(problem: Problem, gpu: CudaFacts, config: CudaConfig) -> float:
-    """An estimate of a step's time."""
+    """The estimated cycles of a step."""
     if config.residency == "step":
         return _step_cycles(problem, gpu, config)
     layout = lay_out(problem, config, gpu.tables)
@@ -231,7 +230,7 @@ def _step_cycles(problem: Problem, gpu: CudaFacts, config: CudaConfig) -> float:
     units = tables.step_units[problem.backward][tables.step_tiles.index(config.batch_tile)]
     tiles = -(-problem.batch // config.batch_tile) * -(-problem.hidden // units)
     waves = -(-problem.recurrences * tiles // multiprocessors)
-    row = problem.gates * problem.hidden  # of weights, of a unit
+    row = problem.gates * problem.hidden  # weights of a unit
     depth = row if problem.backward else problem.hidden
     rows = min(config.batch_tile, problem.batch)
     read = (units * row + rows * depth) * size / _EXCHANGE_SPEED["grid"]

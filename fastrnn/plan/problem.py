@@ -1,6 +1,6 @@
-"""What a decision is made from, and what it is: a problem, a device, a plan.
+"""The input and the output of a decision: `Problem` and `Device`, and the `Plan`.
 
-`Device` and `Plan` have a part for each kernel, so that a kernel's module reads its own part alone.
+`Device` and `Plan` have a part for each kernel, so that a kernel's module reads only its own part.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ __all__ = [
     "TritonFacts",
 ]
 
-# A plan hardly depends on lengths, and asking for one takes longer than a small batch does: numbers
-# of steps and rows count by their leading bits alone, that is to one part in eight.
+# A plan hardly depends on lengths, but making one takes longer than a small batch runs. So numbers
+# of steps and rows are rounded to their leading bits, that is to one part in eight.
 SIGNIFICANT_BITS = 4
 
 
@@ -40,13 +40,13 @@ class Problem:
     gates: int  # G
     states: int = 1  # S
     recurrences: int = 1  # P, independent scans: directions, heads
-    rows: int = -1  # live rows; T*B unless packed or with lengths
+    rows: int = -1  # R, rows that are computed; -1 means T*B (not packed, no lengths)
     dtype: str = "float32"
-    tape: bool = False  # keeps what BPTT needs
+    tape: bool = False  # saves what BPTT needs
     backward: bool = False
     frozen: bool = False  # weights were prepacked before the call
     projected: bool = False  # state 0 goes through weight_hr
-    projectable: bool = True  # the cell reads state 0 through `v` alone
+    projectable: bool = True  # the cell reads state 0 only through `v`
 
     @property
     def live_rows(self) -> int:
@@ -54,11 +54,11 @@ class Problem:
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a number as computed."""
+        """Bytes of a number in computation."""
         return computed_bytes(self.dtype)
 
     def rounded(self) -> Problem:
-        """The problem with which this one shares a plan."""
+        """The representative of all problems that share a plan with this one."""
         return replace(self, steps=_leading_bits(self.steps), rows=_leading_bits(self.rows))
 
 
@@ -69,12 +69,12 @@ def _leading_bits(number: int) -> int:
 
 @dataclass(frozen=True)
 class CpuFacts:
-    """A CPU, and what fastrnn has for it.
+    """A CPU, and whether the cell is compiled for it.
 
     Attributes:
-        threads: that a call may use.
-        vector_bytes: of the vectors of the instruction set in use.
-        l2_bytes: of the second-level cache of a core.
+        threads: threads that a call may use.
+        vector_bytes: bytes of a vector in the instruction set in use.
+        l2_bytes: bytes of a core's second-level cache.
         compiled: whether the cell has compiled code.
     """
 
@@ -89,14 +89,14 @@ class CudaFacts:
     """An NVIDIA GPU, and the library of CUDA kernels.
 
     Attributes:
-        cells: names of those that the library has kernels for.
+        cells: names of the cells that the library has kernels for.
         simulated: whether the kernels run on CPUs, in the simulator of the tests.
-        capability: 90 for compute capability 9.0; 0 where there is no GPU.
-        multiprocessors: of the GPU.
-        shared_bytes: that the threads of a block may share.
-        tables: what the kernels were compiled with.
-        clusters: `(blocks, count)` for each size of clusters: how many run at the same time, with
-            one block to a multiprocessor.
+        capability: 90 for compute capability 9.0; 0 if there is no GPU.
+        multiprocessors: number of multiprocessors.
+        shared_bytes: most shared memory of a block.
+        tables: the constants that the kernels were compiled with.
+        clusters: `(blocks, count)` for each cluster size: `count` clusters of `blocks` blocks run
+            at the same time, with one block per multiprocessor.
     """
 
     cells: tuple[str, ...] = ()
@@ -113,11 +113,11 @@ class TritonFacts:
     """A GPU as Triton programs it.
 
     Attributes:
-        nvidia: whether its matrix units take float32 as TF32, and its compiler a limit of
-            registers.
+        nvidia: whether its matrix units multiply float32 as TF32, and its compiler accepts a limit
+            of registers.
         interpreted: whether Triton runs in its interpreter, on a CPU.
-        shared_bytes: that the threads of a program may share.
-        warp: threads that run in step.
+        shared_bytes: most shared memory of a program.
+        warp: threads of a warp.
     """
 
     nvidia: bool = True
@@ -128,13 +128,13 @@ class TritonFacts:
 
 @dataclass(frozen=True)
 class Device:
-    """What a machine offers to one call.
+    """The machine as one call sees it.
 
     Attributes:
         kind: torch's name for the device: "cpu", "cuda", "xpu", …
         forced: the one kernel that the user allows, or None.
         tf32: whether float32 may be multiplied as TF32.
-        cpu, cuda, triton: what the kernel of that name finds, or why it cannot run here.
+        cpu, cuda, triton: facts for the kernel of that name, or why it cannot run here.
     """
 
     kind: str = "cpu"
@@ -150,7 +150,7 @@ class CpuConfig:
     """How the CPU kernel runs: `CpuPlan` of csrc/cpu/contract.h.
 
     Attributes:
-        prepacked_weights: False for few rows: weights are read once, as they lie.
+        prepacked_weights: whether weights are prepacked; few rows read them in torch's layout.
         split_recurrences, split_sequences, split_units: factors of the number of threads.
     """
 
@@ -170,13 +170,13 @@ class CudaConfig:
 
     Attributes:
         precision: how numbers are stored and multiplied.
-        residency: where the recurrent weights stay.
+        residency: where the recurrent weights stay: "step", "block", "cluster" or "grid".
         batch_tile: rows of the batch in a block.
-        blocks: of a group, which shares the units of a tile of the batch.
-        warps: of a block, at most.
-        groups: that run at the same time, where blocks wait for each other all over the GPU.
-        row_group: units of the share of a warp, or of several that split the depth of the product;
-            0 in the residency "step".
+        blocks: blocks of a group, which share the units of one batch tile.
+        warps: most warps of a block.
+        groups: groups that run at the same time if the residency is "grid".
+        row_group: units that one warp computes, or several warps that split the depth of the
+            product; 0 in the residency "step".
     """
 
     precision: str = ""
@@ -193,15 +193,15 @@ class TritonConfig:
     """How the Triton kernels run.
 
     Attributes:
-        precision: of products of float32, as `tl.dot` names it.
+        precision: precision of float32 products, as `tl.dot` names it.
         resident: whether the recurrent weights stay in a program for the whole sweep.
-        matrix_units: whether products of tiles run there, which takes 16 rows or more.
+        matrix_units: whether matrix units multiply the tiles, which needs 16 rows or more.
         batch_tile: rows of the batch in a program.
-        unit_tile: units that it computes at a time, all where weights are resident.
-        depth_tile: units of the step before that it multiplies at a time.
-        warps: of a program.
-        stages: tiles of weights that are under way at a time.
-        registers: of a thread, at most; 0 for no limit but the hardware's.
+        unit_tile: units that a program computes at a time; all units if weights are resident.
+        depth_tile: units of the previous step that it multiplies at a time.
+        warps: warps of a program.
+        stages: tiles of weights that are loaded at the same time.
+        registers: most registers of a thread; 0 for the hardware's limit.
     """
 
     precision: str = "ieee"
@@ -220,10 +220,10 @@ class Plan:
     """How a problem runs.
 
     Attributes:
-        kernel: its name.
+        kernel: name of the kernel.
         config: how that kernel runs; None for the reference.
         chunk_rows: rows of input that are projected, or differentiated, at a time.
-        refused: kernels that come before it, and why not them.
+        refused: (name, reason) of each preferred kernel that refused.
     """
 
     kernel: str
@@ -233,22 +233,22 @@ class Plan:
 
     @property
     def cpu(self) -> CpuConfig:
-        """The configuration, of a plan for the CPU kernel."""
+        """The configuration; the plan must be for the CPU kernel."""
         assert isinstance(self.config, CpuConfig), self
         return self.config
 
     @property
     def cuda(self) -> CudaConfig:
-        """The configuration, of a plan for the CUDA kernels."""
+        """The configuration; the plan must be for the CUDA kernels."""
         assert isinstance(self.config, CudaConfig), self
         return self.config
 
     @property
     def triton(self) -> TritonConfig:
-        """The configuration, of a plan for the Triton kernels."""
+        """The configuration; the plan must be for the Triton kernels."""
         assert isinstance(self.config, TritonConfig), self
         return self.config
 
     def chunk_steps(self, steps: int, batch: int) -> int:
-        """Time steps of a chunk: whole ones, as many as `chunk_rows` hold, and at least one."""
+        """Time steps of a chunk: as many as `chunk_rows` hold, and at least one."""
         return max(1, min(steps, self.chunk_rows // max(1, batch)))

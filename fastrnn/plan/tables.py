@@ -1,4 +1,4 @@
-"""What a library of CUDA kernels was compiled with, as it tells itself."""
+"""The constants that a library of CUDA kernels was compiled with, as the library exports them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ __all__ = ["RowGroup", "Tables"]
 
 @dataclass(frozen=True)
 class RowGroup:
-    """A row group for which there are persistent kernels, of every precision whose
-    `Tables.registers` are not 0 for it.
+    """A row group for which there are persistent kernels, in every precision for which
+    `Tables.registers` is not 0.
 
     Attributes:
-        backward: whether they are of the backward pass.
+        backward: whether the kernels are those of the backward pass.
         gates: G of the cell.
-        batch_tile: rows of the batch that a group of blocks works on.
-        units: of a row group; `CudaConfig.row_group` names it by them.
+        batch_tile: rows of the batch that a group of blocks handles.
+        units: units of the row group; `CudaConfig.row_group` is this number.
     """
 
     backward: bool
@@ -26,36 +26,34 @@ class RowGroup:
 
     @property
     def tiles(self) -> int:
-        """Tiles of 16 rows of weights: forward a unit has a row for each gate, backward one."""
+        """Tiles of 16 weight rows: a unit has a row per gate in the forward pass, else one row."""
         return self.units * (1 if self.backward else self.gates) // 16
 
 
 @dataclass(frozen=True)
 class Tables:
-    """What the kernels were compiled with and a plan goes by: `CudaTables` of
-    csrc/cuda/contract.h.
+    """The compiled constants that a plan depends on: `CudaTables` of csrc/cuda/contract.h.
 
-    A tuple with an item for each batch tile has them in the order of `batch_tiles`, one for each
-    pass has the forward one first, and one for each kind of precision has at 1 the one that splits
-    a number in parts ("tf32x3") and at 0 all others.
+    Index [pass] is 0 for the forward and 1 for the backward pass, [precision] is 1 for "tf32x3",
+    which splits a number in parts, and 0 for all others, and [batch tile] follows `batch_tiles`.
 
     Attributes:
-        recurrences: the most of a sweep.
-        warps: the most of a block, and the most row groups of a block.
-        k_block_bytes: of a row of an operand, which is whole k-blocks.
-        piece_bytes: of an operand that travel as one.
-        row_pad_bytes: after a row of an operand in shared memory.
-        fragment_bytes: of a tile of weights by half a k-block, and of its sums in 8 columns.
-        gradient_bytes: of a state's gradients for 16 units in 8 columns, in the backward pass.
-        stop_bytes: of the number of steps of a column of a row group, in the backward pass.
-        barrier_bytes: at the end of a block's shared memory.
-        k_block_registers: of a thread, for a k-block of a tile of weights.
-        staged_gap_bytes: [4], after n pieces of 8 columns that a warp collects, at n % 4.
+        recurrences: most recurrences of a sweep.
+        warps: most warps of a block, and most row groups of a block.
+        k_block_bytes: bytes of a k-block; a row of an operand has a whole number of these.
+        piece_bytes: bytes of an operand that are copied as one.
+        row_pad_bytes: padding after a row of an operand in shared memory.
+        fragment_bytes: bytes of a tile of weights by half a k-block, and of its sums in 8 columns.
+        gradient_bytes: bytes of a state's gradients for 16 units in 8 columns, backward pass.
+        stop_bytes: bytes for the number of steps of a column of a row group, backward pass.
+        barrier_bytes: bytes of the barriers at the end of a block's shared memory.
+        k_block_registers: registers per thread for a k-block of a tile of weights.
+        staged_gap_bytes: [4], padding after n pieces of 8 columns that a warp collects, at n % 4.
         batch_tiles: [3], rows of the batch.
-        registers: [pass][precision][batch tile][4], of a thread for weights, by the tiles of a row
-            group: 1, 2, 3, and 4 or more. 0 where there is no such kernel.
-        row_groups: all there are, sorted by pass, gates, batch tile and units.
-        step_tiles: [3], rows of the batch in a block of a launch a step.
+        registers: [pass][precision][batch tile][4], registers per thread for weights, by the tiles
+            of a row group: 1, 2, 3, and 4 or more. 0 if there is no such kernel.
+        row_groups: all row groups, sorted by pass, gates, batch tile and units.
+        step_tiles: [3], rows of the batch in a block, for kernels that are launched once per step.
         step_units: [pass][3], units of such a block, in the order of `step_tiles`.
     """
 
@@ -77,7 +75,7 @@ class Tables:
     step_units: tuple[tuple[int, ...], ...] = ()
 
     def units(self, backward: bool, gates: int, batch_tile: int) -> tuple[int, ...]:
-        """The row groups that there are for such a cell and batch tile, the least first."""
+        """Units of the row groups for this pass, cell and batch tile, in ascending order."""
         wanted = backward, gates, batch_tile
         return tuple(
             group.units

@@ -1,4 +1,4 @@
-"""Plans of the Triton kernels, for any cell: a launch per chunk (kernels/gpu/triton)."""
+"""Plans of the Triton kernels, for any cell, with one launch per chunk (kernels/gpu/triton)."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from fastrnn.plan.problem import Device, Plan, Problem, TritonConfig, TritonFact
 __all__ = ["alternatives", "configure", "refuse"]
 
 _DEVICES = ("cuda", "xpu")  # torch calls AMD's GPUs cuda as well
-_MATRIX_ROWS = 16  # the least that a product of tiles takes
-# Of the 255 registers of a thread, those for the blocks that a step holds, and for weights where
-# no matrix unit multiplies them; addresses and the cell's arithmetic take the others.
+_MATRIX_ROWS = 16  # fewest rows of a product of tiles
+# A thread has 255 registers. These many may hold the blocks of a step, or weights that no matrix
+# unit multiplies; addresses and the cell's arithmetic need the others.
 _BLOCK_REGISTERS = 160
-_PARTS_REGISTERS = 96  # the same for float32 in parts
+_PARTS_REGISTERS = 96  # for the blocks of a step, if float32 is multiplied in parts
 _WEIGHT_REGISTERS = 128
-_REGISTERS = 64 << 10  # of a multiprocessor of NVIDIA's
+_REGISTERS = 64 << 10  # registers of an NVIDIA multiprocessor
 _OTHER_SHARED_BYTES = 8 << 10
-_CHUNK_BYTES = 4 << 20  # of u: it should come from the cache
-_BACKWARD_CHUNK_BYTES = 64 << 20  # of du, whose products want many rows
+_CHUNK_BYTES = 4 << 20  # bytes of u, which should stay in the cache
+_BACKWARD_CHUNK_BYTES = 64 << 20  # bytes of du, whose products need many rows
 
 
 def refuse(problem: Problem, device: Device) -> str | None:
@@ -42,8 +42,8 @@ def refuse(problem: Problem, device: Device) -> str | None:
 
 
 def configure(problem: Problem, device: Device) -> Plan:
-    """Tiles and warps. Of T and B only `batch_tile` depends on B, and takes one of few values, so
-    that nothing is compiled anew for the lengths and sizes of batches."""
+    """Tiles and warps. They do not depend on T, and only `batch_tile` depends on B and has few
+    values, so new lengths and batch sizes compile no new kernel."""
     gpu = device.triton
     assert isinstance(gpu, TritonFacts), gpu
     row = problem.gates * problem.hidden * dtypes.BYTES[problem.dtype] * problem.recurrences
@@ -56,8 +56,8 @@ def configure(problem: Problem, device: Device) -> Plan:
 
 
 def _precision(problem: Problem, device: Device, gpu: TritonFacts) -> str:
-    """How float32 is multiplied: on NVIDIA's matrix units as TF32 where torch may do that too, and
-    otherwise by three products of TF32 parts, nearly in full; elsewhere in full."""
+    """How float32 is multiplied. NVIDIA's matrix units multiply it as TF32 if torch may do so too,
+    else as three products of TF32 parts, in nearly full precision. Other GPUs use float32."""
     if problem.dtype != "float32" or not gpu.nvidia:
         return "ieee"
     return "tf32" if device.tf32 else "tf32x3"
@@ -72,15 +72,16 @@ def _warps(problem: Problem, gpu: TritonFacts) -> int:
 
 
 def _in_registers(problem: Problem, gpu: TritonFacts) -> bool:
-    """Whether the registers of a program hold all weights, as computed."""
+    """Whether a program's registers can hold all weights in the dtype of the computation."""
     words = max(1, problem.itemsize // 4)
     weights = problem.gates * _padded(problem) ** 2
     return weights * words <= _warps(problem, gpu) * gpu.warp * _WEIGHT_REGISTERS
 
 
 def _tiles(problem: Problem, gpu: TritonFacts, precision: str) -> TritonConfig:
-    """The tile of the batch, and what multiplies it. One row reads every weight once: multiplying
-    and adding is quicker while registers hold them all. Float64 has no matrix units in Triton."""
+    """The batch tile, and whether matrix units multiply it. A single row uses every weight once, so
+    plain multiply-adds are faster while registers hold all weights. Triton has no matrix units for
+    float64."""
     one_row = problem.batch == 1 and _in_registers(problem, gpu)
     matrix_units = dtypes.BYTES[problem.dtype] < 8 and not one_row
     batch_tile = _MATRIX_ROWS if matrix_units else 1
@@ -88,7 +89,8 @@ def _tiles(problem: Problem, gpu: TritonFacts, precision: str) -> TritonConfig:
 
 
 def _resident(problem: Problem, gpu: TritonFacts, precision: str) -> TritonConfig | None:
-    """The weights in registers or shared memory for the whole sweep, if they fit there."""
+    """A configuration with the weights in registers or shared memory for the whole sweep, or None
+    if they do not fit."""
     config, padded = _tiles(problem, gpu, precision), _padded(problem)
     if problem.projected or not _fits(problem, gpu, config):
         return None
@@ -96,7 +98,7 @@ def _resident(problem: Problem, gpu: TritonFacts, precision: str) -> TritonConfi
     config = replace(config, resident=True, unit_tile=padded, depth_tile=padded, warps=warps)
     if not config.matrix_units or padded < 128 or gpu.warp > 32:
         return config
-    # All the registers that there are: a few more for each thread, or twice the threads.
+    # Use all registers: a few more for each thread, or twice the threads.
     if problem.backward:
         return replace(config, warps=16, registers=128)
     return replace(config, registers=255)
@@ -105,10 +107,10 @@ def _resident(problem: Problem, gpu: TritonFacts, precision: str) -> TritonConfi
 def _fits(problem: Problem, gpu: TritonFacts, config: TritonConfig) -> bool:
     padded, itemsize = _padded(problem), dtypes.BYTES[problem.dtype]
     if not config.matrix_units:
-        # The weights of a gate pass through shared memory on their way into registers.
+        # The weights of a gate pass through shared memory into registers.
         through = padded * padded * problem.itemsize
         return _in_registers(problem, gpu) and through <= gpu.shared_bytes
-    # Blocks that live at once: inputs of this step and the next, sums, states before and after.
+    # Blocks that are live together: inputs of this and the next step, sums, old and new states.
     words = max(1, problem.itemsize // 4)
     blocks = (3 * problem.gates + (4 if problem.backward else 2) * problem.states) * words
     registers, most = _BLOCK_REGISTERS, 64 if itemsize == 4 else padded
@@ -124,23 +126,23 @@ def _fits(problem: Problem, gpu: TritonFacts, config: TritonConfig) -> bool:
 
 
 def _in_full(problem: Problem, config: TritonConfig) -> bool:
-    """Whether float32 is not rounded to TF32, which takes more registers: on NVIDIA's matrix units
-    for its two parts."""
+    """Whether float32 is not rounded to TF32. It then needs more registers, on NVIDIA's matrix
+    units for its two parts."""
     return problem.dtype == "float32" and config.precision != "tf32"
 
 
 def _streamed(problem: Problem, gpu: TritonFacts, precision: str) -> TritonConfig:
-    """The weights read in tiles at every step."""
+    """A configuration that reads the weights in tiles at every step."""
     config, itemsize = _tiles(problem, gpu, precision), dtypes.BYTES[problem.dtype]
     padded = _padded(problem)
     unit_tile = min(padded, 32)
     if not config.matrix_units:
         return replace(config, unit_tile=unit_tile, depth_tile=unit_tile, warps=8)
     depth_tile, stages = (min(padded, 64), 4) if itemsize == 2 else (min(padded, 32), 2)
-    if _in_full(problem, config) and problem.projected:  # two products more
+    if _in_full(problem, config) and problem.projected:  # there are two more products
         depth_tile = 16
     while (
-        # Weights of every gate, and the rows that they are multiplied by.
+        # Weights of every gate, and the batch rows that are multiplied by them.
         stages * depth_tile * (problem.gates * unit_tile + config.batch_tile) * itemsize
         + _OTHER_SHARED_BYTES
         > gpu.shared_bytes
@@ -157,22 +159,21 @@ def _streamed(problem: Problem, gpu: TritonFacts, precision: str) -> TritonConfi
 
 
 def alternatives(chosen: TritonConfig) -> list[TritonConfig]:
-    """A configuration, and others for the same memory that may be faster, which timing alone can
-    tell."""
-    found, limit = [chosen], 240 if chosen.registers else 0
+    """The configuration, then others that need as much memory; only timing tells the fastest."""
+    configs, limit = [chosen], 240 if chosen.registers else 0
     if chosen.warps >= 8:
-        found.append(replace(chosen, warps=chosen.warps // 2, registers=limit))
+        configs.append(replace(chosen, warps=chosen.warps // 2, registers=limit))
     if chosen.warps <= 8:
         warps = 2 * chosen.warps
         fewer = min(limit, _REGISTERS // (32 * warps))
-        found.append(replace(chosen, warps=warps, registers=fewer))
+        configs.append(replace(chosen, warps=warps, registers=fewer))
     if chosen.stages > 1:
-        found.append(replace(chosen, stages=chosen.stages - 1))
+        configs.append(replace(chosen, stages=chosen.stages - 1))
     if not chosen.resident and chosen.depth_tile > 16:
-        found.append(replace(chosen, depth_tile=chosen.depth_tile // 2))
-    return found
+        configs.append(replace(chosen, depth_tile=chosen.depth_tile // 2))
+    return configs
 
 
 def _power_of_two(number: int) -> int:
-    """The least power of two that is not less."""
+    """The least power of two that is at least `number`."""
     return 1 << max(0, number - 1).bit_length()

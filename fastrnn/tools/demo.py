@@ -1,9 +1,9 @@
-"""`python -m fastrnn demo`: one model trained twice, by torch.nn and by fastrnn, side by side.
+"""`python -m fastrnn demo` trains one model twice, with torch.nn and with fastrnn, side by side.
 
 The model is the classifier of many tutorials (embedding, 2-layer recurrent net, Linear, ReLU,
-Linear on the last step) and predicts the next character of the source code of Python's standard
-library. Both copies start from the same weights and see the same batches, one step of either in
-turn, so that what else the machine does meets both alike and the ratio of speeds is fair.
+Linear on the last step). It predicts the next character of the source code of Python's standard
+library. Both copies start from the same weights and get the same batches. Their steps alternate,
+so that other load on the machine affects both alike and the ratio of speeds is fair.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ TORCH, FASTRNN = "torch.nn", "fastrnn"
 WARM_UP_STEPS = 5
 CHECKPOINTS = 10
 EARLY_STEPS = 10
-# The two differ in the order of float32 sums only, but training amplifies the last bit: torch.nn
-# drifts as far from itself in float64. So the limits are tight for the first steps and for equal
-# weights, and wide for the averaged losses of the whole curves.
+# The two differ only in the order of float32 sums, but training amplifies the last bit: torch.nn
+# in float32 drifts as far from torch.nn in float64. So the limits are tight for the first steps and
+# for equal weights, and wide for the averaged losses of the curves.
 EARLY_TOLERANCE = 1e-4
 CURVE_TOLERANCE = 0.1
 WEIGHTS_TOLERANCE = 1e-4
@@ -58,7 +58,7 @@ class Corpus:
 
     @classmethod
     def of(cls, text: str) -> Corpus:
-        """Printable ASCII and line ends of `text`; four spaces of indentation are one symbol."""
+        """The printable ASCII and line ends of `text`; four spaces become one symbol."""
         text = "".join(c for c in text.replace("    ", "\t") if c in "\t\n" or " " <= c <= "~")
         symbols = "".join(sorted(set(text)))
         number = {c: k for k, c in enumerate(symbols)}
@@ -83,9 +83,9 @@ class Corpus:
         return cls.of("\n".join(f.read_text("utf-8", "replace") for f in files))
 
     def encode(self, text: str) -> Tensor:
-        """int64 [1, characters]; characters outside the alphabet are left out."""
-        found = [self.symbols.index(c) for c in text if c in self.symbols]
-        return torch.tensor([found], device="cpu")
+        """The codes of `text`, int64 [1, characters], without those outside the alphabet."""
+        codes = [self.symbols.index(c) for c in text if c in self.symbols]
+        return torch.tensor([codes], device="cpu")
 
     def decode(self, codes: Sequence[int]) -> str:
         return "".join(self.symbols[c] for c in codes).replace("\t", "    ")
@@ -101,7 +101,7 @@ class NextCharacter(nn.Module):
         self.head = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, symbols))
 
     def forward(self, codes: Tensor, state: object = None) -> tuple[Tensor, object]:
-        """`codes` [B, T] to logits [B, symbols] and the state after the last step."""
+        """From `codes` [B, T] to logits [B, symbols] and the state after the last step."""
         y, state = self.rnn(self.embedding(codes), state)
         return self.head(y[:, -1]), state
 
@@ -120,7 +120,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What one side-by-side training gave: per step loss (nats) and time (s) of either."""
+    """The result of a side-by-side training: loss (nats) and time (s) per step of each copy."""
 
     cell: str
     losses: dict[str, list[float]] = field(default_factory=lambda: {TORCH: [], FASTRNN: []})
@@ -131,13 +131,13 @@ class Comparison:
         return len(self.losses[TORCH])
 
     def curve(self, name: str) -> list[tuple[int, float]]:
-        """(step, loss averaged since the checkpoint before) at about ten checkpoints."""
+        """(step, mean loss since the previous checkpoint) at about ten checkpoints."""
         n, parts = self.steps, min(CHECKPOINTS, self.steps)
         edges = [n * k // parts for k in range(parts + 1)]
         return [(b, statistics.fmean(self.losses[name][a:b])) for a, b in pairwise(edges)]
 
     def early_difference(self) -> float:
-        """Largest distance of the losses of the first steps."""
+        """Largest distance between the losses of the first steps."""
         pairs = zip(self.losses[TORCH], self.losses[FASTRNN], strict=True)
         return _largest(a - b for a, b in islice(pairs, EARLY_STEPS))
 
@@ -157,7 +157,7 @@ class Comparison:
 def run(
     cell: str, corpus: Corpus, options: Options, show: Callable[[float, str], None]
 ) -> tuple[Comparison, NextCharacter, str]:
-    """Train both; the comparison, the model trained by fastrnn and the report of `replace_`."""
+    """Train both copies. Returns the comparison, fastrnn's model and the report of `replace_`."""
     torch.manual_seed(options.seed)
     plain = NextCharacter(cell, len(corpus.symbols), options.hidden).to(options.device)
     fast = copy.deepcopy(plain)
@@ -186,7 +186,7 @@ def run(
 
 
 def _batches(corpus: Corpus, options: Options) -> Iterator[Tensor]:
-    """Random windows [B, T + 1], the same for the same seed."""
+    """Endless random windows [B, T + 1], the same for the same seed."""
     random = torch.Generator("cpu").manual_seed(options.seed)
     span = torch.arange(options.window + 1, device="cpu")
     last = len(corpus.codes) - options.window
@@ -209,7 +209,7 @@ def _train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Tenso
     loss = F.cross_entropy(model(batch[:, :-1])[0], batch[:, -1])
     loss.backward()
     optimizer.step()
-    return loss.item()  # waits for the device, so that the caller's clock sees all of the step
+    return loss.item()  # waits for the device, so that the caller measures the whole step
 
 
 def _warm_up(models: list[NextCharacter], batch: Tensor, options: Options) -> None:
@@ -226,8 +226,8 @@ def _progress(steps: int, start: float, options: Options) -> float:
 
 
 def weights_difference(fast: NextCharacter, batch: Tensor) -> float:
-    """Distance of fastrnn from torch.nn when both hold the weights of `fast`: the largest of the
-    logits and of every gradient, relative to its largest entry."""
+    """Largest distance between fastrnn and torch.nn with the weights of `fast`, over the logits and
+    every gradient, each relative to its largest entry."""
     plain = copy.deepcopy(fast)
     restore_(plain)
     results = []
@@ -240,7 +240,7 @@ def weights_difference(fast: NextCharacter, batch: Tensor) -> float:
 
 
 def _largest(values: Iterable[float]) -> float:
-    """Largest magnitude; NaN if there is one, which the built-in max may overlook."""
+    """Largest magnitude, or NaN if there is one; the built-in max may miss it."""
     return float(torch.tensor(list(values), dtype=torch.float64, device="cpu").abs().max())
 
 
@@ -248,18 +248,18 @@ def _largest(values: Iterable[float]) -> float:
 def generate(
     model: NextCharacter, corpus: Corpus, prompt: str, length: int, temperature: float = 0.5
 ) -> str:
-    """Continue `prompt` by `length` characters, one step at a time with the carried state."""
+    """Continue `prompt` by `length` characters, one step at a time, carrying the state."""
     device = next(model.parameters()).device
     random = torch.Generator(device).manual_seed(0)
     codes = corpus.encode(prompt)
-    written = codes[0].tolist()
+    generated = codes[0].tolist()
     logits, state = model(codes.to(device))
     for _ in range(length):
-        chance = F.softmax(logits / temperature, -1)
-        code = torch.multinomial(chance, 1, generator=random)
-        written.append(int(code))
+        probabilities = F.softmax(logits / temperature, -1)
+        code = torch.multinomial(probabilities, 1, generator=random)
+        generated.append(int(code))
         logits, state = model(code, state)
-    return corpus.decode(written)
+    return corpus.decode(generated)
 
 
 def table(comparison: Comparison) -> str:
@@ -281,7 +281,7 @@ def table(comparison: Comparison) -> str:
 
 
 def conditions(options: Options) -> str:
-    """Where and how it was measured, in one line."""
+    """The conditions of the measurement, in one line."""
     if torch.device(options.device).type == "cuda":
         where = torch.cuda.get_device_name(options.device)
     else:
@@ -296,7 +296,7 @@ def plot(comparisons: Sequence[Comparison], options: Options, path: Path) -> Non
     """Save loss over steps and loss over time, one row per cell.
 
     Raises:
-        ModuleNotFoundError: without matplotlib.
+        ModuleNotFoundError: if matplotlib is not installed.
     """
     matplotlib = importlib.import_module("matplotlib")
     matplotlib.use("agg")
@@ -332,7 +332,7 @@ def plot(comparisons: Sequence[Comparison], options: Options, path: Path) -> Non
 
 @contextmanager
 def _bar() -> Iterator[Callable[[float, str], None]]:
-    """A progress bar: rich's where it is installed, else one line of our own on a terminal."""
+    """A progress bar: rich's if it is installed, else one plain line on a terminal."""
     try:
         progress = importlib.import_module("rich.progress")
     except ModuleNotFoundError:
@@ -374,26 +374,27 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--text", type=Path, help="train on this file instead of the standard library")
     add("--sample", type=int, default=400, help="characters to generate")
     add("--out", type=Path, default=Path("demo.png"), help="where to save the plot")
-    given = parser.parse_args(argv)
-    if given.seconds <= 0 or (given.steps is not None and given.steps < 1):
+    arguments = parser.parse_args(argv)
+    if arguments.seconds <= 0 or (arguments.steps is not None and arguments.steps < 1):
         parser.error("--seconds and --steps must be positive")
-    return given
+    return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo; 0 if both trainings agree, 1 if not, 2 if there is nothing to train on."""
-    given = _parse(argv)
-    options = Options(**{name: getattr(given, name) for name in Options.__dataclass_fields__})
+    """Run the demo. Returns 0 if both trainings agree, 1 if not, 2 if there is no text to train
+    on."""
+    arguments = _parse(argv)
+    options = Options(**{name: getattr(arguments, name) for name in Options.__dataclass_fields__})
     try:
-        return _demo(given, options)
+        return _demo(arguments, options)
     except (FileNotFoundError, ValueError) as error:
         print(f"fastrnn demo: {error}", file=sys.stderr)
         return 2
 
 
-def _demo(given: argparse.Namespace, options: Options) -> int:
-    if given.text:
-        corpus, source = Corpus.of(given.text.read_text("utf-8", "replace")), given.text
+def _demo(arguments: argparse.Namespace, options: Options) -> int:
+    if source := arguments.text:
+        corpus = Corpus.of(source.read_text("utf-8", "replace"))
     else:
         corpus = Corpus.standard_library()
         source = f"standard library of Python {platform.python_version()}"
@@ -402,7 +403,7 @@ def _demo(given: argparse.Namespace, options: Options) -> int:
 
     comparisons: list[Comparison] = []
     agree = True
-    for cell in given.cell:
+    for cell in arguments.cell:
         with _bar() as show:
             comparison, fast, report = run(cell, corpus, options, show)
         comparisons.append(comparison)
@@ -413,11 +414,12 @@ def _demo(given: argparse.Namespace, options: Options) -> int:
         print(
             f"same trained weights in both: logits and gradients differ by {distance:.1e} at most"
         )
-        print(f"\nwritten by the trained model:\n{generate(fast, corpus, 'def ', given.sample)}")
+        sample = generate(fast, corpus, "def ", arguments.sample)
+        print(f"\nwritten by the trained model:\n{sample}")
 
     try:
-        plot(comparisons, options, given.out)
-        print(f"\nplot: {given.out}")
+        plot(comparisons, options, arguments.out)
+        print(f"\nplot: {arguments.out}")
     except ModuleNotFoundError:
         print("\nno plot: matplotlib is not installed; pip install 'fastrnn[demo]' brings it")
     if not agree:

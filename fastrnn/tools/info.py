@@ -1,4 +1,4 @@
-"""What `python -m fastrnn info` and `plan` tell: this machine, this build, and what runs where."""
+"""`python -m fastrnn info` and `plan`: this machine, this build, and which kernel runs where."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ __all__ = [
 
 @dataclass(frozen=True)
 class SelfCheck:
-    """A bidirectional LSTM, forward and backward, against `torch.nn.LSTM`.
+    """A bidirectional LSTM, forward and backward, compared with `torch.nn.LSTM`.
 
     Attributes:
-        passed: every output and gradient holds the tolerance rule for gradients in float32.
-        error: largest distance of ours from float64.
-        torch_error: largest distance of torch's from float64.
-        milliseconds, torch_milliseconds: best of some runs, forward and backward.
+        passed: whether every output and gradient keeps the tolerance for float32 gradients.
+        error: largest distance of our results from float64.
+        torch_error: largest distance of torch's results from float64.
+        milliseconds, torch_milliseconds: best time of several runs, forward and backward.
     """
 
     passed: bool
@@ -54,7 +54,8 @@ class SelfCheck:
 
 @dataclass(frozen=True)
 class Facts:
-    """This installation on this machine. `kernels`: the reason where one cannot run here."""
+    """This installation on this machine. `kernels` maps each kernel to the reason why it cannot run
+    here, or None."""
 
     versions: dict[str, str]
     system: str
@@ -71,7 +72,7 @@ class Facts:
 
 
 def collect() -> Facts:
-    """Look at this machine and run the self-check; about a second."""
+    """Inspect this machine and run the self-check, which takes about a second."""
     return Facts(
         versions={
             "fastrnn": __version__,
@@ -87,7 +88,7 @@ def collect() -> Facts:
         instruction_set=_C.isa(),
         gpus=[torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())],
         compiler=_compiler(),
-        compiled_cells=_kept_in(),
+        compiled_cells=_cache_folder(),
         kernels=_usable_kernels(),
         self_check=self_check(),
     )
@@ -95,13 +96,13 @@ def collect() -> Facts:
 
 def _compiler() -> str:
     try:
-        found = jit.compiler()
+        compiler = jit.compiler()
     except jit.CompilationFailed as error:
         return f"none: {error}"
-    return f"{' '.join(found.command)}: {found.version.splitlines()[0]}"
+    return f"{' '.join(compiler.command)}: {compiler.version.splitlines()[0]}"
 
 
-def _kept_in() -> str:
+def _cache_folder() -> str:
     try:
         return str(cache.folder())
     except OSError as error:
@@ -109,17 +110,17 @@ def _kept_in() -> str:
 
 
 def _usable_kernels() -> dict[str, str | None]:
-    """Every kernel, with the reason where no device of this machine runs a plain LSTM on it."""
+    """For every kernel: None if it runs a plain LSTM on a device of this machine, else a reason."""
     kinds = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    found: dict[str, str | None] = {}
+    usable: dict[str, str | None] = {}
     for name in plan.KERNELS:
         reasons = [plan.refusal(name, _TYPICAL, machine.current(kind)) for kind in kinds]
-        found[name] = None if None in reasons else reasons[0]
-    return found
+        usable[name] = None if None in reasons else reasons[0]
+    return usable
 
 
 def text(facts: Facts) -> str:
-    """The facts as a person reads them."""
+    """The facts as text."""
     check = facts.self_check
     verdict = "passed" if check.passed else "FAILED: please report this with all of the above"
     rows = [
@@ -147,8 +148,10 @@ def text(facts: Facts) -> str:
 
 
 def support_markdown() -> str:
-    """Which kernel takes what, as a Markdown table; the same on every machine. Each is asked about
-    the kind of device that it is for, unless the row is about devices."""
+    """A Markdown table of what each kernel supports, the same on every machine.
+
+    Each kernel is asked for its own kind of device, unless the row is about devices.
+    """
     names = list(plan.KERNELS)
     lines = [f"| | {' | '.join(f'`{name}`' for name in names)} |", "|---|" + "---|" * len(names)]
     for label, problem, device in _SUPPORT:
@@ -207,11 +210,11 @@ def plan_for(
     backward: bool = False,
     kind: str = "cpu",
 ) -> tuple[Problem, Device, Plan]:
-    """How one layer over `shape` (T, B, I, H) runs on this machine.
+    """The plan of one layer with `shape` (T, B, I, H) on this machine.
 
     Raises:
-        ValueError: for an unknown cell.
-        plan.KernelRefused: when FASTRNN_KERNEL asks for a kernel that cannot run it.
+        ValueError: if the cell is unknown.
+        plan.KernelRefused: if FASTRNN_KERNEL asks for a kernel that cannot run it.
     """
     declared = cells.get(cell)
     known = prepare(declared, kind, getattr(torch, dtype)) is not None
@@ -232,7 +235,7 @@ def plan_for(
 
 
 def plan_text(problem: Problem, device: Device, chosen: Plan) -> str:
-    """A plan as a person reads it."""
+    """A plan as text."""
     rows = [
         ("problem", _fields(asdict(problem))),
         *_device_rows(device),
@@ -253,7 +256,7 @@ def _cpu_rows(chosen: Plan) -> list[tuple[str, str]]:
             f"{config.threads} = {config.split_recurrences} over directions x "
             f"{config.split_sequences} over the batch x {config.split_units} over hidden units",
         ),
-        ("weights", "prepacked for the sweep" if config.prepacked_weights else "read as they lie"),
+        ("weights", "prepacked for the sweep" if config.prepacked_weights else "in torch's layout"),
     ]
 
 
@@ -274,7 +277,7 @@ def _cuda_rows(chosen: Plan) -> list[tuple[str, str]]:
 
 def _triton_rows(chosen: Plan) -> list[tuple[str, str]]:
     config = chosen.triton
-    tiles = f"tiles of {config.unit_tile} x {config.depth_tile}, {config.stages} under way"
+    tiles = f"tiles of {config.unit_tile} x {config.depth_tile}, {config.stages} loads in flight"
     return [
         ("weights", "resident in every program" if config.resident else f"streamed in {tiles}"),
         ("programs", f"{config.batch_tile} rows of the batch each, {config.warps} warps"),
@@ -286,12 +289,12 @@ _CONFIGURATIONS = {"cpu": _cpu_rows, "cuda": _cuda_rows, "triton": _triton_rows}
 
 def _device_rows(device: Device) -> list[tuple[str, str]]:
     parts = asdict(device)
-    found = {kernel: parts.pop(kernel) for kernel in ("cpu", "cuda", "triton")}
+    by_kernel = {kernel: parts.pop(kernel) for kernel in ("cpu", "cuda", "triton")}
     return [
         ("device", _fields(parts)),
         *(
             (f"device for {kernel}", part if isinstance(part, str) else _fields(part))
-            for kernel, part in found.items()
+            for kernel, part in by_kernel.items()
         ),
     ]
 
@@ -310,7 +313,7 @@ def _join(names: Sequence[str]) -> str:
 
 
 def _caches() -> dict[str, str]:
-    """Caches of the first core, as Linux lists them: {"L1d": "48K", ...}."""
+    """The caches of the first core, with Linux's names and sizes: {"L1d": "48K", ...}."""
     return {
         f"L{cache.level}{'d' * cache.data_only}": f"{cache.size >> 10}K"
         for cache in hardware.caches()
@@ -318,7 +321,7 @@ def _caches() -> dict[str, str]:
 
 
 def self_check() -> SelfCheck:
-    """Compare our LSTM with torch's; leaves the random state as it was."""
+    """Compare our LSTM with torch's. The random state does not change."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         theirs = nn.LSTM(24, 40, bidirectional=True, device="cpu")

@@ -17,7 +17,7 @@ __all__ = ["FLOORS", "Floor", "largest_error", "limit", "rms_error"]
 
 @dataclass(frozen=True)
 class Floor:
-    """Error that is forgiven whatever torch.nn's own is, for values and for gradients."""
+    """The error that is always allowed, for values and for gradients."""
 
     values: float
     gradients: float
@@ -25,8 +25,8 @@ class Floor:
 
 _FLOAT32 = Floor(1e-6, 5e-6)
 _FLOAT16 = Floor(5e-4, 2e-3)
-# The names say how numbers are stored and multiplied. A number of TF32 has as many digits as one of
-# float16, and three TF32 parts together have as many as one of float32.
+# The names say how numbers are stored and multiplied. TF32 has as many digits as float16, and three
+# TF32 parts together have as many as float32.
 FLOORS = {
     "float64": Floor(1e-13, 1e-12),
     "float32": _FLOAT32,
@@ -38,15 +38,15 @@ FLOORS = {
 
 
 def limit(theirs: float, precision: str, *, gradients: bool = False) -> float:
-    """The largest error that a result may have where the error of torch.nn is `theirs`."""
+    """The largest error that a result may have if the error of torch.nn is `theirs`."""
     floor = FLOORS[precision]
     return 2 * theirs + (floor.gradients if gradients else floor.values)
 
 
 def largest_error(result: Tensor, exact: Tensor) -> float:
-    """Largest absolute error, in units of the largest exact value if that exceeds one.
+    """The largest absolute error, relative to the largest exact value if that exceeds one.
 
-    NaN in gives NaN.
+    If there is a NaN, the error is NaN.
     """
     if not exact.numel():
         return 0.0
@@ -56,12 +56,12 @@ def largest_error(result: Tensor, exact: Tensor) -> float:
 
 
 def rms_error(result: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """Root mean square of the errors of all of them relative to that of the values.
+    """The root mean square of all errors, relative to that of the exact values.
 
-    NaN in gives NaN.
+    If there is a NaN, the error is NaN.
     """
-    wanted = torch.cat([t.detach().double().cpu().flatten() for t in exact])
-    if not wanted.numel():
+    expected = torch.cat([t.detach().double().cpu().flatten() for t in exact])
+    if not expected.numel():
         return 0.0
-    got = torch.cat([t.detach().double().cpu().flatten() for t in result])
-    return ((got - wanted).norm() / wanted.norm().clamp_min(1e-30)).item()
+    actual = torch.cat([t.detach().double().cpu().flatten() for t in result])
+    return ((actual - expected).norm() / expected.norm().clamp_min(1e-30)).item()

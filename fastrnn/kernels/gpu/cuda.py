@@ -1,8 +1,8 @@
-"""The sweep in CUDA C++: its library, and how a call of it is laid out.
+"""The sweeps in CUDA C++: loads their library and calls it through ctypes.
 
-The library, `_cuda.so`, has no torch in it and is loaded when its kernels are first asked about.
-Environment: `FASTRNN_CUDA_LIBRARY` names another one, for instance that of the tests, which runs
-the same kernels on tensors of the CPU.
+The library, `_cuda.so`, does not use torch. It is loaded when a plan first needs to know about its
+kernels. The environment variable `FASTRNN_CUDA_LIBRARY` names another library, for instance that of
+the tests, which runs the same kernels on CPU tensors.
 """
 
 from __future__ import annotations
@@ -96,13 +96,13 @@ PRECISIONS = {"float64": 0, "float32": 1, "tf32": 2, "tf32x3": 3, "bfloat16": 4,
 RESIDENCIES = {"step": 0, "block": 1, "cluster": 2, "grid": 3}
 
 
-def _tables(given: CudaTables) -> Tables:
-    """The same as `given`, in values of Python's."""
+def _tables(exported: CudaTables) -> Tables:
+    """The tables that a library exports, as Python values."""
 
     def plain(value: Any) -> Any:
         return tuple(map(plain, value)) if isinstance(value, ctypes.Array) else value
 
-    fields = {name: plain(getattr(given, name)) for name, *_ in CudaTables._fields_}
+    fields = {name: plain(getattr(exported, name)) for name, *_ in CudaTables._fields_}
     groups = fields["row_groups"][: fields.pop("row_group_count")]
     fields["row_groups"] = tuple(
         RowGroup(bool(group.backward), group.gates, group.batch_tile, group.units)
@@ -112,7 +112,7 @@ def _tables(given: CudaTables) -> Tables:
 
 
 def read_tables(loaded: ctypes.CDLL) -> Tables:
-    """What the kernels of a library were compiled with."""
+    """The constants that the kernels of a library were compiled with."""
     function = loaded.fastrnn_cuda_tables
     function.restype = ctypes.POINTER(CudaTables)
     return _tables(function().contents)
@@ -122,10 +122,10 @@ class Library:
     """The functions of csrc/cuda/contract.h.
 
     Attributes:
-        path: where it was loaded from.
-        simulated: whether it runs on the CPU, on its tensors.
+        path: the file that it was loaded from.
+        simulated: whether it runs on the CPU, on CPU tensors.
         cells: names of the cells that it has kernels for.
-        tables: what its kernels were compiled with and a plan goes by.
+        tables: the constants that its kernels were compiled with; a plan needs them.
 
     Raises:
         OSError: if there is no such library, or it cannot be loaded.
@@ -138,9 +138,9 @@ class Library:
         call = (text, ctypes.POINTER(Sweep), ctypes.POINTER(CudaPlan))
 
         def function(name: str, result: Any, *arguments: Any) -> Any:
-            found = getattr(loaded, f"fastrnn_cuda_{name}")
-            found.restype, found.argtypes = result, arguments
-            return found
+            symbol = getattr(loaded, f"fastrnn_cuda_{name}")
+            symbol.restype, symbol.argtypes = result, arguments
+            return symbol
 
         kinds = ("forward", "backward", "h_prev", "recompute")
         self._launch = {kind: function(kind, integer, *call, ctypes.c_void_p) for kind in kinds}
@@ -156,34 +156,37 @@ class Library:
         return int(self._workspace_bytes(cell.encode(), sweep, plan, backward))
 
     def shared_bytes(self, cell: str, sweep: Sweep, plan: CudaPlan, backward: bool) -> int:
-        """Of a block of a persistent kernel; negative where none can do its part of the plan."""
+        """Shared memory per block of a persistent kernel; negative if the plan fits no block."""
         return int(self._shared_bytes(cell.encode(), sweep, plan, backward))
 
     def launch(
         self, kind: str, cell: str, sweep: Sweep, plan: CudaPlan, stream: int | None
     ) -> None:
-        """Launch the kernels of a sweep, "forward" or "backward", or those that recompute its
-        tape, "h_prev" and "recompute", without waiting for them.
+        """Launch kernels without waiting for them.
+
+        Args:
+            kind: "forward" or "backward" for a sweep, "h_prev" or "recompute" for the kernels that
+                recompute a tape.
 
         Raises:
-            RuntimeError: with what CUDA says, if it does not take the launch.
+            RuntimeError: if CUDA refuses the launch; the message has CUDA's reason.
         """
         self._check(self._launch[kind](cell.encode(), sweep, plan, stream))
 
     def resident_clusters(self, blocks: int, threads: int, shared_bytes: int) -> int:
-        """How many clusters of so many blocks the current device runs at the same time."""
+        """How many clusters of `blocks` blocks the current device runs at the same time."""
         count = int(self._resident_clusters(blocks, threads, shared_bytes))
         return max(count, 0)
 
     def _check(self, error: int) -> None:
         if error:
             text = self._error(error)
-            said = "no text" if text is None else text.decode(errors="replace")
-            raise RuntimeError(f"the CUDA kernels of fastrnn failed: {said} (error {error})")
+            reason = "no text" if text is None else text.decode(errors="replace")
+            raise RuntimeError(f"the CUDA kernels of fastrnn failed: {reason} (error {error})")
 
 
 def library() -> Library | str:
-    """The kernels, or why there are none."""
+    """The library of kernels, or why there is none."""
     return _library(os.environ.get("FASTRNN_CUDA_LIBRARY", ""))
 
 
@@ -202,17 +205,17 @@ class _Sweeps:
     """`sweeps.RecomputingSweeps` in CUDA C++."""
 
     def forward(self, scan: Scan, begin: int, end: int, buffers: ForwardBuffers) -> None:
-        given = buffers._asdict()
-        tape = given.pop("tape")
-        _launch("forward", scan, begin, end, None if tape is None else Tape(tape), **given)
+        tensors = buffers._asdict()
+        tape = tensors.pop("tape")
+        _launch("forward", scan, begin, end, None if tape is None else Tape(tape), **tensors)
 
     def backward(
         self, scan: Scan, begin: int, end: int, buffers: BackwardBuffers, tape: Tape
     ) -> None:
-        given = buffers._asdict()
-        dh = given.pop("dh")
-        assert dh is None, "the plan asks for no projection"
-        _launch("backward", scan, begin, end, tape, **given)
+        tensors = buffers._asdict()
+        dh = tensors.pop("dh")
+        assert dh is None, "the CUDA kernels do not project"
+        _launch("backward", scan, begin, end, tape, **tensors)
 
     def h_prev(
         self, scan: Scan, begin: int, end: int, s0: Tensor, y: Tensor, h_prev: Tensor
@@ -228,7 +231,7 @@ class _Sweeps:
 sweeps = _Sweeps()
 
 
-# What each kind of launch writes; that was allocated for this call, and so is aligned.
+# Buffers that each kind of launch writes. They were allocated for this call, hence are aligned.
 _WRITTEN = {
     "forward": ("carry", "y", "tape"),
     "backward": ("ds", "du", "dv", "h_prev"),
@@ -240,8 +243,8 @@ _WRITTEN = {
 def _launch(
     kind: str, scan: Scan, begin: int, end: int, tape: Tape | None, **tensors: Tensor | None
 ) -> None:
-    found = library()
-    assert isinstance(found, Library), found
+    kernels = library()
+    assert isinstance(kernels, Library), kernels
     tensors |= {
         "tape": None if tape is None else tape.values,
         "w_hh": scan.w_hh,
@@ -273,12 +276,12 @@ def _launch(
     x = scan.given.x
     with _on(x.device):
         if kind in ("forward", "backward"):
-            size = found.workspace_bytes(scan.cell, sweep, plan, kind == "backward")
+            size = kernels.workspace_bytes(scan.cell, sweep, plan, kind == "backward")
             if size > 0:
                 held["workspace"] = torch.empty(size, dtype=torch.uint8, device=x.device)
                 sweep.workspace = held["workspace"].data_ptr()
         stream = torch.cuda.current_stream().cuda_stream if x.is_cuda else None
-        found.launch(kind, scan.cell, sweep, plan, stream)
+        kernels.launch(kind, scan.cell, sweep, plan, stream)
 
 
 def cuda_plan(config: CudaConfig) -> CudaPlan:
@@ -287,10 +290,10 @@ def cuda_plan(config: CudaConfig) -> CudaPlan:
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """The tensor, at an address that vectors of 16 bytes may be read from."""
+    """The tensor, copied if its address is not a multiple of 16 bytes, as vector reads need."""
     return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Kernels are launched on the current device."""
+    """Make `device` the current one, on which CUDA launches kernels."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

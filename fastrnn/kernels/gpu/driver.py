@@ -1,8 +1,8 @@
-"""One scan on a GPU, whichever kernels sweep: memory, chunks of steps, and the products around.
+"""Runs one scan on a GPU with any kernels: memory, chunks of steps, and products around the sweeps.
 
-Everything of a call but the sweeps themselves is here: the projection of the input a chunk at a
-time, the states that pass from chunk to chunk, the gradients that follow from those of the gates,
-and the tapes of chunks where none was saved.
+This is everything of a call except the sweeps: the projection of the input chunk by chunk, the
+states that pass from chunk to chunk, the gradients that follow from those of the gates, and the
+recomputed tapes of chunks if none was saved.
 """
 
 from __future__ import annotations
@@ -28,15 +28,17 @@ __all__ = ["backward", "forward"]
 
 
 def forward(sweeps: Sweeps, scan: Scan, tape: bool) -> tuple[Tensor, list[Tensor], Tensor]:
-    """Output, final states and, where asked for, the tape, as `torch.ops.fastrnn.scan`."""
-    given, x, recurrences, hidden = scan.given, scan.given.x, scan.recurrences, scan.hidden
-    make = torch.empty if given.lengths is None else torch.zeros  # zeros past the end of a row
-    y = make(*x.shape[:-1], recurrences * scan.recurrent, dtype=x.dtype, device=x.device)
+    """Output, final states and the tape, as `torch.ops.fastrnn.scan`; the tape has no rows unless
+    `tape` is set."""
+    operands, x, recurrences, hidden = scan.given, scan.given.x, scan.recurrences, scan.hidden
+    # Rows past the end of a sequence are zero.
+    allocate = torch.empty if operands.lengths is None else torch.zeros
+    y = allocate(*x.shape[:-1], recurrences * scan.recurrent, dtype=x.dtype, device=x.device)
     size = scan.rows if tape else 0, recurrences, scan.tape_width(), hidden
-    saved = make(size, dtype=x.dtype, device=x.device)
+    saved = allocate(size, dtype=x.dtype, device=x.device)
     widest = max(hidden, scan.recurrent)
     carry = x.new_zeros(scan.states + 1, recurrences, scan.batch, widest, dtype=scan.compute)
-    for j, state in enumerate(given.s0):
+    for j, state in enumerate(operands.s0):
         carry[j, ..., : scan.width(j)] = state
     b_ih, b_hh = _biases(scan)
     u = x.new_empty(recurrences, scan.chunk_rows, scan.gates * hidden)
@@ -46,17 +48,16 @@ def forward(sweeps: Sweeps, scan: Scan, tape: bool) -> tuple[Tensor, list[Tensor
         _project(scan, u, b_ih, begin, end)
         sweeps.forward(scan, begin, end, buffers)
     last = [carry[j, ..., : scan.width(j)] for j in range(scan.states)]
-    # A copy in every case: states are not to keep the rest of `carry` alive, nor share it.
+    # The states are copied, so that they neither share `carry` nor keep it alive.
     return y, [state.to(x.dtype, copy=True).contiguous() for state in last], saved
 
 
 def _biases(scan: Scan) -> tuple[Tensor | None, Tensor | None]:
-    """[P, G*H] to be added to u, and to v: a gate that the cell knows by the sum of the two takes
-    both biases in u."""
-    given, summed = scan.given, scan.derived.summed
-    if not given.b_ih:
+    """[P, G*H] to add to u, and [P, G*H] to add to v. u takes both biases of a summed gate."""
+    operands, summed = scan.given, scan.derived.summed
+    if not operands.b_ih:
         return None, None
-    b_ih, b_hh = stacked(given.b_ih).clone(), stacked(given.b_hh)
+    b_ih, b_hh = stacked(operands.b_ih).clone(), stacked(operands.b_hh)
     for g in range(scan.gates):
         if summed[g]:
             part = slice(g * scan.hidden, (g + 1) * scan.hidden)
@@ -65,7 +66,7 @@ def _biases(scan: Scan) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _project(scan: Scan, u: Tensor, bias: Tensor | None, begin: int, end: int) -> None:
-    """u = x * w_ih^T + b for the rows of a chunk, of every scan in its direction."""
+    """Write u = x * w_ih^T + b for the rows of a chunk, of every recurrence in its direction."""
     for p, recurrences in _runs(scan.reversed_recurrences):
         low, high = scan.row_range(begin, end, scan.reversed_recurrences[p])
         x = scan.x_rows((low, high))
@@ -90,39 +91,39 @@ def backward(
     tape: Tensor,
     needs: Needs,
 ) -> list[Tensor]:
-    """Gradients of x, w_ih, w_hh, b_ih, b_hh, w_hr and s0, those that `needs` picks, as
-    `torch.ops.fastrnn.scan_backward`. A tape without rows is recomputed, a chunk at a time, by
-    kernels that can."""
-    given, x = scan.given, scan.given.x
+    """Those gradients of x, w_ih, w_hh, b_ih, b_hh, w_hr and s0 that `needs` selects, as
+    `torch.ops.fastrnn.scan_backward`. `RecomputingSweeps` recompute a tape without rows, chunk by
+    chunk."""
+    operands, x = scan.given, scan.given.x
     recurrences, hidden, compute = scan.recurrences, scan.hidden, scan.compute
     widest = max(hidden, scan.recurrent)
     s0 = x.new_zeros(scan.states, recurrences, scan.batch, widest, dtype=compute)
     ds = torch.zeros_like(s0)
     for j in range(scan.states):
-        if given.s0:
-            s0[j, ..., : scan.width(j)] = given.s0[j]
+        if operands.s0:
+            s0[j, ..., : scan.width(j)] = operands.s0[j]
         grad = grads[1 + j]
         if grad is not None:
             ds[j, ..., : scan.width(j)] = grad
     depth = scan.gates * hidden
 
-    def room(width: int) -> Tensor:
+    def empty(width: int) -> Tensor:
         size = recurrences, scan.chunk_rows, width
         return torch.empty(size, dtype=x.dtype, device=x.device)
 
-    dv = room(depth)
-    y, whole = y.contiguous(), Tape(tape.contiguous())
+    dv = empty(depth)
+    y, saved = y.contiguous(), Tape(tape.contiguous())
     buffers = BackwardBuffers(
         dy=None if grads[0] is None else grads[0].contiguous(),
         s0=s0,
         ds=ds,
         y=y,
-        du=dv if all(scan.derived.summed) else room(depth),
+        du=dv if all(scan.derived.summed) else empty(depth),
         dv=dv,
-        h_prev=room(scan.recurrent),
-        dh=None if scan.w_hr is None else room(scan.recurrent),
+        h_prev=empty(scan.recurrent),
+        dh=None if scan.w_hr is None else empty(scan.recurrent),
     )
-    found = _Gradients(scan, needs)
+    gradients = _Gradients(scan, needs)
     steps = scan.steps if scan.batch else 0
     chunks = [(max(0, end - scan.chunk_steps), end) for end in range(steps, 0, -scan.chunk_steps)]
     recomputed = None
@@ -130,28 +131,29 @@ def backward(
         assert isinstance(sweeps, RecomputingSweeps), "these need a tape"
         recomputed = _RecomputedTape(sweeps, scan, chunks, buffers)
     for begin, end in chunks:
-        found_tape = whole if recomputed is None else recomputed.tape(begin, end)
-        if given.lengths is not None:  # rows past an end have no gradient
-            for each in (buffers.dv, buffers.du, buffers.h_prev, buffers.dh):
-                if each is not None:
-                    each.zero_()
-        sweeps.backward(scan, begin, end, buffers, found_tape)
-        found.add(begin, end, buffers, whole.values)
-    out = found.all()
+        chunk_tape = saved if recomputed is None else recomputed.tape(begin, end)
+        if operands.lengths is not None:  # rows past the end of a sequence have no gradient
+            for buffer in (buffers.dv, buffers.du, buffers.h_prev, buffers.dh):
+                if buffer is not None:
+                    buffer.zero_()
+        sweeps.backward(scan, begin, end, buffers, chunk_tape)
+        gradients.add(begin, end, buffers, saved.values)
+    out = gradients.all()
     if needs.s0:
-        for j in range(len(given.s0)):
+        for j in range(len(operands.s0)):
             out.append(ds[j, ..., : scan.width(j)].to(x.dtype, copy=True).contiguous())
     return out
 
 
 class _RecomputedTape:
-    """Tapes of chunks, recomputed from the output: given that, the projections of all steps are
-    products of matrices, and the cell is left. Only its states past the first pass from step to
-    step, so a first walk through the chunks finds those at which each begins.
+    """Tapes of chunks, recomputed from the output.
+
+    The output gives state 0 of all steps, so the projections are matrix products. Only the other
+    states pass from step to step: a first run through the chunks finds those at which each begins.
 
     Args:
         chunks: steps `(begin, end)`, the last chunk first.
-        buffers: of the backward pass, which has room for `u`, `v` and `h_prev` until its sweep.
+        buffers: buffers of the backward pass; before its sweep they hold `u`, `v` and `h_prev`.
     """
 
     def __init__(
@@ -165,7 +167,7 @@ class _RecomputedTape:
         self._u, self._h_prev, y = buffers.dv, buffers.h_prev, buffers.y
         self._v = torch.empty_like(buffers.dv) if buffers.du is buffers.dv else buffers.du
         self._b_ih, self._b_hh = _biases(scan)
-        # The step before a chunk's first has its states there, too.
+        # The step before the chunk needs rows for its states.
         rows = min(scan.rows, scan.chunk_rows + scan.batch)
         self._values = y.new_empty(rows, scan.recurrences, scan.tape_width(), scan.hidden)
         carry = buffers.s0.clone()
@@ -173,11 +175,11 @@ class _RecomputedTape:
         if scan.states > 1:
             for begin, end in reversed(chunks[1:]):
                 carry = carry.clone()
-                self._walk(begin, end, carry, None)
+                self._recompute(begin, end, carry, None)
                 self._before[end] = carry
 
     def tape(self, begin: int, end: int) -> Tape:
-        """That of a chunk, until the next is asked for."""
+        """The tape of a chunk; the next call overwrites it."""
         scan = self._scan
         start = max(0, begin - 1)
         tape = Tape(
@@ -185,10 +187,10 @@ class _RecomputedTape:
             (scan.row_range(start, end, False)[0], scan.row_range(begin, end, True)[0]),
         )
         before = self._before.pop(begin) if scan.states > 1 else self._before[0]
-        self._walk(begin, end, before, tape)
+        self._recompute(begin, end, before, tape)
         return tape
 
-    def _walk(self, begin: int, end: int, carry: Tensor, tape: Tape | None) -> None:
+    def _recompute(self, begin: int, end: int, carry: Tensor, tape: Tape | None) -> None:
         scan, u, v, h_prev = self._scan, self._u, self._v, self._h_prev
         _project(scan, u, self._b_ih, begin, end)
         self._sweeps.h_prev(scan, begin, end, self._s0, self._y, h_prev)
@@ -202,7 +204,7 @@ class _RecomputedTape:
 
 
 class _Gradients:
-    """Gradients of the weights, the biases and x, summed up over the chunks of the sweep."""
+    """Gradients of the weights, the biases and x, summed over the chunks."""
 
     def __init__(self, scan: Scan, needs: Needs) -> None:
         self.scan = scan
@@ -226,7 +228,7 @@ class _Gradients:
             low, high = scan.row_range(begin, end, scan.reversed_recurrences[p])
             count = high - low
             u, v, h = (
-                each[recurrences, :count] for each in (buffers.du, buffers.dv, buffers.h_prev)
+                rows[recurrences, :count] for rows in (buffers.du, buffers.dv, buffers.h_prev)
             )
             if self.w_ih is not None:
                 x = scan.x_rows((low, high))
@@ -256,7 +258,7 @@ class _Gradients:
 
 
 def _runs(backward: Sequence[bool]) -> list[tuple[int, slice]]:
-    """Scans side by side that run in the same direction: `(first, slice)` each."""
+    """Runs of neighbouring recurrences with the same direction: `(first, slice)` each."""
     edges = [p for p in range(len(backward)) if p == 0 or backward[p] != backward[p - 1]]
     ends = [*edges[1:], len(backward)]
     return [(p, slice(p, end)) for p, end in zip(edges, ends, strict=True)]

@@ -1,7 +1,7 @@
-"""Timing of recurrent layers against their baselines: what `python -m fastrnn bench` and the suite
-in `benchmarks/` share.
+"""Times recurrent layers and their baselines, for `python -m fastrnn bench` and the suite in
+`benchmarks/`.
 
-`workload` says what is run, `implementation` and the baselines how, `measure` times, `machine`
-tells the roofline below which no time can be, `comparison` puts a row together, `store` keeps rows
-on disk.
+`workload` defines the cases, `implementation` and the baselines run them, `measure` times them,
+`machine` measures the roofline, `comparison` makes a row of results, and `store` keeps rows on
+disk.
 """

@@ -1,4 +1,4 @@
-"""`python -m fastrnn bench --shape T,B,I,H`: your own shape, ours against its baselines, here."""
+"""`python -m fastrnn bench --shape T,B,I,H` times fastrnn and its baselines on your shape."""
 
 from __future__ import annotations
 
@@ -18,54 +18,55 @@ __all__ = ["main", "text"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Time one shape; 0 on success, 1 where our results are wrong, 2 for impossible arguments."""
+    """Time one shape. Returns 0 on success, 1 if our results are wrong, 2 if arguments are
+    invalid."""
     parser = _parser()
-    given = parser.parse_args(argv)
-    names = [each.name for each in comparison.BASELINES[given.device]]
-    wanted = given.baselines.split(",") if given.baselines else names
+    options = parser.parse_args(argv)
+    names = [baseline.name for baseline in comparison.BASELINES[options.device]]
+    wanted = options.baselines.split(",") if options.baselines else names
     if unknown := [name for name in wanted if name not in names]:
         parser.error(f"no baseline {', '.join(unknown)}; there are: {', '.join(names)}")
-    if given.device == "cuda" and not torch.cuda.is_available():
+    if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no GPU that torch can use")
-    if given.threads:
-        torch.set_num_threads(given.threads)
-    mode = "step" if given.stream else "training" if given.training else "inference"
-    steps, batch, inputs, hidden = given.shape
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    mode = "step" if options.stream else "training" if options.training else "inference"
+    steps, batch, inputs, hidden = options.shape
     try:
         workload = Workload(
             "your shape",
-            1 if given.stream else steps,
+            1 if options.stream else steps,
             batch,
             inputs,
             hidden,
-            layers=given.layers,
-            bidirectional=given.bidirectional,
-            dtype=given.dtype,
+            layers=options.layers,
+            bidirectional=options.bidirectional,
+            dtype=options.dtype,
             modes=(mode,),
             baselines=tuple(wanted),
-            compiled_loop="compiled loop" in wanted and given.baselines is not None,
+            compiled_loop="compiled loop" in wanted and options.baselines is not None,
         )
     except ValueError as error:
         parser.error(str(error))
-    # Measuring is the long part and shows nothing until it ends.
+    # The measurement takes long and prints nothing until it ends.
     print(
         "measuring the machine, then every implementation in turn ...", file=sys.stderr, flush=True
     )
-    here = machine.measure(given.device)
+    here = machine.measure(options.device)
     try:
         row, _ = comparison.run(
             workload,
-            given.layer,
+            options.layer,
             mode,
             here,
-            seconds=given.seconds,
-            latency_calls=given.latency_calls,
-            device=given.device,
+            seconds=options.seconds,
+            latency_calls=options.latency_calls,
+            device=options.device,
         )
     except comparison.GateFailed as failure:
         print(f"fastrnn: nothing was timed: {failure}", file=sys.stderr)
         return 1
-    print(json.dumps(row.as_json(), indent=2) if given.json else text(row, here))
+    print(json.dumps(row.as_json(), indent=2) if options.json else text(row, here))
     return 0
 
 
@@ -119,7 +120,7 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def text(row: comparison.Row, here: machine.Machine) -> str:
-    """A row as a person reads it, fastest first."""
+    """A row as text, the fastest implementation first."""
     shape = f"T={row.steps} B={row.batch} I={row.inputs} H={row.hidden}"
     stack = f", {row.layers} layers" * (row.layers > 1) + ", bidirectional" * row.bidirectional
     lines = [

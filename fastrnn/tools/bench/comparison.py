@@ -1,5 +1,4 @@
-"""One row of the benchmark: a workload, every implementation gated and timed, and what came of
-it."""
+"""Makes one row of the benchmark: checks and times every implementation of a workload."""
 
 from __future__ import annotations
 
@@ -47,7 +46,7 @@ __all__ = [
 ]
 
 TORCH = "torch.nn"
-# By device. On a GPU the dtype of the workload decides on fp32, fp16 or bf16.
+# Baselines by device.
 BASELINES: dict[str, tuple[Implementation, ...]] = {
     "cpu": (
         TorchLayer(TORCH),
@@ -60,24 +59,24 @@ BASELINES: dict[str, tuple[Implementation, ...]] = {
     "cuda": (TorchLayer(TORCH), TorchLayer("torch.nn with TF32", tf32=True), CompiledLoop()),
 }
 ONE_THREAD = Variant("fastrnn, 1 thread", threads=1)
-_BASELINES_LIMIT = 5e-3  # no rounding of a baseline's, TF32 included, is as far off as a wrong gate
+_BASELINES_LIMIT = 5e-3  # above any rounding, even of TF32, and below the error of a wrong gate
 _STEPS_GATED = 4
-_NOISE = 0.03  # of a median, from one run to the next on a quiet machine
+_NOISE = 0.03  # relative change of a median between runs on a quiet machine
 
 
 class GateFailed(AssertionError):
-    """Our results are further from float64 than the tolerance: nothing is timed."""
+    """Results are further from float64 than the tolerance, so nothing is timed."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One implementation of a row. Times in microseconds of a call, see `measure.Times`.
+    """One implementation of a row. Times are microseconds per call; see `measure.Times`.
 
     Attributes:
         kind: "ours", "variant" or "baseline".
-        error: largest distance from float64, in units of the largest value if that exceeds one.
-        memory: bytes by which the first call raised the process's memory at its peak.
-        kernels: on a GPU, the kernels it ran.
+        error: largest distance from float64, relative to the largest value if that exceeds one.
+        memory: bytes by which the first call raised the peak memory of the process.
+        kernels: the GPU kernels that it ran.
     """
 
     name: str
@@ -95,8 +94,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A target of a row and what was measured: "reached", "missed", "within noise" where a few
-    hundredths are missing, or "not measured"."""
+    """A target of a row and its result: "reached", "missed", "within noise" if it is missed by at
+    most `_NOISE`, or "not measured"."""
 
     against: str
     bound: float
@@ -106,11 +105,11 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one workload, cell and mode.
+    """The results of one workload, cell and mode.
 
     Attributes:
-        roofline: microseconds no implementation can undercut, as the machine measured says.
-        entries: ours first: the first is what the row is about.
+        roofline: microseconds that no implementation can undercut on the measured machine.
+        entries: ours first; the row is about the first one.
         refused: implementations that were not timed, with their reasons.
     """
 
@@ -146,20 +145,20 @@ class Row:
 
     @property
     def baselines(self) -> list[Entry]:
-        """Fastest first."""
+        """The baselines, fastest first."""
         return sorted((e for e in self.entries if e.kind == "baseline"), key=lambda e: e.median)
 
     def entry(self, name: str) -> Entry | None:
         return next((e for e in self.entries if e.name == name), None)
 
     def speedup(self, name: str = BEST_BASELINE) -> float | None:
-        """Time of an implementation, or of the fastest baseline, over ours; None where there is
-        none."""
+        """Time of an implementation, or of the fastest baseline, divided by ours; None if there is
+        no such entry."""
         other = self.entry(name) if name != BEST_BASELINE else next(iter(self.baselines), None)
         return other.median / self.ours.median if other else None
 
     def gflops(self, entry: Entry) -> float:
-        """GFLOP/s of the matrix products."""
+        """GFLOP/s of an entry's matrix products."""
         return self.flops / entry.median / 1e3
 
     def as_json(self) -> dict[str, Any]:
@@ -192,19 +191,19 @@ def run(
     device: str = "cpu",
     baselines: Sequence[Implementation] | None = None,
 ) -> tuple[Row, Prepared]:
-    """Gate and time everything that can run a workload with `machine.threads` threads.
+    """Check and time all implementations that can run a workload with `machine.threads` threads.
 
     Args:
-        seconds: of calls for each implementation.
-        baselines: instead of all of the device's.
-        latency_calls: in mode "step", so many calls of ours and of the fastest baseline are timed
-            one by one besides.
+        seconds: time for the calls of each implementation.
+        baselines: baselines in place of all those of the device.
+        latency_calls: in mode "step", number of calls of ours and of the fastest baseline that are
+            also timed one by one.
 
     Returns:
-        The row, and ours prepared, for timing it elsewhere.
+        The row, and our prepared implementation, for further timing.
 
     Raises:
-        GateFailed: our results are wrong; nothing was timed.
+        GateFailed: if our results are wrong; nothing was timed.
     """
     case = Case.build(workload, cell, mode, machine.threads, device)
     gate = _Gate(case)
@@ -216,17 +215,17 @@ def run(
             prepared = implementation.prepare(case)
             tf32 = getattr(implementation, "tf32", False)
             try:
-                checked_so = gate.check(implementation.name, prepared, ours=True, tf32=tf32)
+                checked = gate.check(implementation.name, prepared, ours=True, tf32=tf32)
             except KernelRefused as refusal:
                 refused[implementation.name] = str(refusal)
             else:
-                ready[implementation.name] = _Ready("ours", prepared, *checked_so)
+                ready[implementation.name] = _Ready("ours", prepared, *checked)
         elif implementation.available():
             refused[implementation.name] = reason
     for name, other in _variants(case):
         prepared = _DROP_IN.prepare(other)
-        checked = gate if other.workload == workload else _Gate(other)
-        ready[name] = _Ready("variant", prepared, *checked.check(name, prepared, ours=True))
+        other_gate = gate if other.workload == workload else _Gate(other)
+        ready[name] = _Ready("variant", prepared, *other_gate.check(name, prepared, ours=True))
     for implementation in BASELINES[device] if baselines is None else baselines:
         reason = implementation.available() or implementation.supports(case)
         if reason is None and workload.baselines and implementation.name not in workload.baselines:
@@ -240,11 +239,11 @@ def run(
             except GateFailed as failure:
                 reason = f"not timed, as its results are off: {failure}"
             except Exception as error:
-                # Whatever a baseline dies of belongs into its row and must not end the run.
+                # Any failure of a baseline belongs into its row and must not end the run.
                 reason = f"failed: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
         if reason is not None:
             refused[implementation.name] = reason
-    calls = {name: each.prepared for name, each in ready.items()}
+    calls = {name: implementation.prepared for name, implementation in ready.items()}
     clock = measure.gpu_clock if device == "cuda" else measure.clock
     times = measure.interleaved(calls, seconds, clock)
     delays: dict[str, measure.Latency] = {}
@@ -276,7 +275,7 @@ def _kernels(prepared: Prepared) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class _Ready:
-    """An implementation past the gate."""
+    """An implementation that passed the gate."""
 
     kind: str
     prepared: Prepared
@@ -284,11 +283,11 @@ class _Ready:
     memory: int | None
 
 
-_DROP_IN = next(each for each in OURS if each.name == "fastrnn")
+_DROP_IN = next(implementation for implementation in OURS if implementation.name == "fastrnn")
 
 
 def _variants(case: Case) -> Iterator[tuple[str, Case]]:
-    """Ours under other conditions: those the workload names, and one thread everywhere."""
+    """Our layer under other conditions: the workload's variants, and one thread on CPUs."""
     w = case.workload
     variants = list(w.variants)
     if case.threads > 1 and case.device == "cpu" and case.mode in ("inference", "training"):
@@ -300,7 +299,7 @@ def _variants(case: Case) -> Iterator[tuple[str, Case]]:
 
 
 class _Gate:
-    """Results of a case in float64, and how far torch.nn is from them in the case's dtype."""
+    """Checks results against those in float64, by the error of torch.nn in the case's dtype."""
 
     def __init__(self, case: Case) -> None:
         self._case = case
@@ -314,13 +313,13 @@ class _Gate:
         self._theirs = {False: self._errors(tf32=False)}
 
     def _errors(self, tf32: bool) -> dict[str, float]:
-        """Of torch.nn."""
+        """The errors of torch.nn."""
         theirs, _ = self._results(TorchLayer(TORCH, tf32=tf32).prepare(self._case))
         return {n: measure.relative_error(theirs[n], e) for n, e in self._exact.items()}
 
     def _results(self, prepared: Prepared) -> tuple[Results, int | None]:
-        """Of the first call, or of a later step, which shows that the state is carried; and the
-        memory of the first."""
+        """Results of the first call (in mode "step" of a later one, to show that the state is
+        carried), and the memory of the first call."""
         with prepared.around():
             result, memory = measure.peak_memory(prepared.call, self._case.device)
             for _ in range(_STEPS_GATED - 1 if self._case.mode == "step" else 0):
@@ -330,11 +329,11 @@ class _Gate:
     def check(
         self, name: str, prepared: Prepared, *, ours: bool = False, tf32: bool = False
     ) -> tuple[float, int | None]:
-        """Largest error of all results, and the memory of the first call.
+        """The largest error of all results, and the memory of the first call.
 
         Raises:
-            GateFailed: an error exceeds the tolerance: for ours that of the tests, for a baseline
-                one that tells another result from another rounding.
+            GateFailed: if an error exceeds the tolerance. Ours has the tolerance of the tests; that
+                of a baseline only tells a wrong result from a different rounding.
         """
         if tf32 not in self._theirs:
             self._theirs[tf32] = self._errors(tf32)
@@ -347,7 +346,7 @@ class _Gate:
                 if ours
                 else _BASELINES_LIMIT + 10 * theirs
             )
-            # Written so that NaN fails.
+            # `not <=`, so that NaN fails.
             if not error <= allowed:
                 raise GateFailed(
                     f"{self._case.workload.name}, {self._case.cell}, {self._case.mode}: {what} of "
@@ -387,7 +386,7 @@ def _row(case: Case, machine: Machine, entries: tuple[Entry, ...], refused: dict
 
 
 def judge(row: Row, target: Target, peak: float) -> list[Verdict]:
-    """The verdict on one target of a row; none where it sets no bound for the row's cell.
+    """The verdict on one target of a row; empty if it has no bound for the row's cell.
 
     Args:
         peak: GFLOP/s of the machine.
@@ -410,7 +409,7 @@ def judge(row: Row, target: Target, peak: float) -> list[Verdict]:
 
 
 def _status(share: float) -> str:
-    """Of a target that is reached where our time is at most this share of what it asks for."""
+    """The status of a target, from our time divided by the time that it asks for."""
     if share <= 1:
         return "reached"
     return "within noise" if share <= 1 + _NOISE else "missed"

@@ -1,4 +1,4 @@
-"""What an implementation is, and those that torch and fastrnn bring: layers, cells, compiled
+"""The interface of implementations, and those of torch and fastrnn: layers, cells, compiled
 loops."""
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Case:
     """One workload for one cell and mode, with the weights and tensors all implementations share.
 
     Attributes:
-        module: of torch.nn: a layer, or a cell in mode "cell".
-        x: [T, B, I], packed where the workload has lengths; [B, I] in mode "cell".
-        gradient: of the output, for training: shaped as the output's rows.
+        module: a layer of torch.nn, or a cell in mode "cell".
+        x: [T, B, I], packed if the workload has lengths; [B, I] in mode "cell".
+        gradient: gradient of the output, for training, shaped as the output's rows.
     """
 
     workload: Workload
@@ -58,17 +58,18 @@ class Case:
     def build(
         cls, workload: Workload, cell: str, mode: str, threads: int, device: str = "cpu"
     ) -> Case:
-        """The same numbers for the same shape on every call; torch's random state is left alone."""
+        """Build a case. Equal shapes get equal numbers; torch's random state does not change."""
         w = workload
         dtype: torch.dtype = getattr(torch, w.dtype)
-        made: dict[str, Any] = {"dtype": dtype, "device": device}
+        options: dict[str, Any] = {"dtype": dtype, "device": device}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             if mode == "cell":
-                module: nn.Module = getattr(nn, f"{cell.upper()}Cell")(w.inputs, w.hidden, **made)
+                kind = getattr(nn, f"{cell.upper()}Cell")
+                module: nn.Module = kind(w.inputs, w.hidden, **options)
             else:
                 module = getattr(nn, cell.upper())(
-                    w.inputs, w.hidden, w.layers, bidirectional=w.bidirectional, **made
+                    w.inputs, w.hidden, w.layers, bidirectional=w.bidirectional, **options
                 )
             padded = torch.randn(w.steps, w.batch, w.inputs, device="cpu") * w.input_scale
             gradient = torch.randn(w.steps, w.batch, w.directions * w.hidden, device="cpu")
@@ -87,8 +88,8 @@ class Case:
         return cls(workload, cell, mode, threads, device, module, x, gradient)
 
     def layer_weights(self) -> Iterator[tuple[str, int, int, Mapping[str, Tensor]]]:
-        """For each layer and direction: suffix of the parameters, layer, direction, parameters
-        by their names without it."""
+        """For each layer and direction: the suffix of the parameters, the layer, the direction, and
+        the parameters by their names without the suffix."""
         for layer in range(self.workload.layers):
             for direction in range(self.workload.directions):
                 suffix = f"_l{layer}" + ("_reverse" if direction else "")
@@ -106,10 +107,10 @@ class Prepared:
     """An implementation ready to run one case.
 
     Attributes:
-        call: what is timed.
-        read: turns what the last call returned into tensors by name: "output", "h_n", "c_n",
-            "gradient of x", "gradient of weight_ih_l0" and so on, those it has.
-        around: entered around many calls: switches that are not part of a call.
+        call: the call to time.
+        read: converts the result of the last call to tensors by name: "output", "h_n", "c_n",
+            "gradient of x", "gradient of weight_ih_l0" and so on, as far as there are any.
+        around: a context that is entered around many calls, for switches.
     """
 
     call: Callable[[], Any]
@@ -118,7 +119,7 @@ class Prepared:
 
 
 class Implementation(Protocol):
-    """Something that can run a workload. Reasons are sentences for the report."""
+    """An implementation that can run a workload. Reasons are sentences for the report."""
 
     name: str
 
@@ -129,26 +130,26 @@ class Implementation(Protocol):
         """Why it cannot run this case, or None."""
 
     def prepare(self, case: Case) -> Prepared:
-        """Everything that is done once, before the clock starts."""
+        """Do all work that is needed once, before the clock starts."""
 
 
 def missing_package(*names: str) -> str | None:
-    """A reason where one of these packages is not installed."""
+    """A reason if one of these packages is not installed, else None."""
     missing = [n for n in names if importlib.util.find_spec(n) is None]
     return f"not installed: pip install {' '.join(missing)}" if missing else None
 
 
 def named_states(cell: str, states: object) -> Results:
-    """ "h_n" and, for an LSTM, "c_n", from what torch.nn returns as states."""
+    """ "h_n" and, for an LSTM, "c_n", from the states that torch.nn returns."""
     return dict(zip(("h_n", "c_n"), states, strict=True)) if cell == "lstm" else {"h_n": states}  # type: ignore[call-overload, dict-item]
 
 
 class TorchLayer:
-    """A module with the interface of `torch.nn`'s: torch's own, or ours made from it.
+    """A module with the interface of `torch.nn`'s: torch's own, or ours converted from it.
 
     Args:
-        tf32: on a GPU float32 is multiplied as TF32, here and nowhere else.
-        kernel: the only one of ours that may run.
+        tf32: whether this implementation multiplies float32 as TF32 on a GPU.
+        kernel: the only kernel of ours that may run.
     """
 
     def __init__(
@@ -197,10 +198,10 @@ class TorchLayer:
             return {"output": rows, **named_states(case.cell, states)}
 
         if case.mode == "cell":
-            # The state is given so that no call spends time on making zeros.
+            # The state is an argument, so that no call spends time on making zeros.
             state = torch.zeros_like(case.gradient)
-            given = (state, state) if case.cell == "lstm" else state
-            return Prepared(lambda: module(case.x, given), read, around)
+            hx = (state, state) if case.cell == "lstm" else state
+            return Prepared(lambda: module(case.x, hx), read, around)
         return Prepared(lambda: module(case.x), read, around)
 
     @contextmanager
@@ -212,7 +213,7 @@ class TorchLayer:
             else:
                 stack.enter_context(torch.inference_mode())
             if not self._onednn:
-                # Not `mkldnn.flags`, which warns of TF32 on GPUs that nobody asked for.
+                # `mkldnn.flags` would warn about TF32 on GPUs, which nobody asked for.
                 torch.backends.mkldnn.set_flags(False)
                 stack.callback(torch.backends.mkldnn.set_flags, True)
             if case.device == "cuda":
@@ -258,9 +259,9 @@ def _training(module: nn.Module, case: Case, around: _Around) -> Prepared:
 
     def read(result: Any) -> Results:
         output, states, gradients = result
-        found = {"output": output, **named_states(case.cell, states)}
-        found.update((f"gradient of {n}", g) for n, g in zip(names, gradients, strict=True))
-        return {name: tensor.detach() for name, tensor in found.items()}
+        tensors = {"output": output, **named_states(case.cell, states)}
+        tensors.update((f"gradient of {n}", g) for n, g in zip(names, gradients, strict=True))
+        return {name: tensor.detach() for name, tensor in tensors.items()}
 
     return Prepared(call, read, around)
 
@@ -277,7 +278,7 @@ def _stepping(module: nn.Module, case: Case, around: _Around) -> Prepared:
 
 
 class Stepper:
-    """`layer.stream()` of ours: the state and every buffer are its own, steps go past autograd."""
+    """Our `layer.stream()`, which has its own states and buffers and does not use autograd."""
 
     name = "fastrnn stepper"
 
@@ -315,7 +316,7 @@ def _freeze(module: nn.Module) -> nn.Module:
     return fastrnn.freeze(fastrnn.from_torch(module))  # type: ignore[attr-defined, unused-ignore]
 
 
-# The first that can run a case is what its row is about.
+# A row is about the first of these that can run its case.
 OURS: tuple[Implementation, ...] = (
     Stepper(),
     TorchLayer("fastrnn", fastrnn.from_torch),
@@ -344,8 +345,11 @@ def cell_step(
     sigmoid: Callable[[Any], Any],
     tanh: Callable[[Any], Any],
 ) -> tuple[Any, ...]:
-    """One time step, for arrays of any library: u = W x + b_ih and v = R h + b_hh of all gates
-    [..., G*H] in torch's order; gives the new states, h first."""
+    """One time step for arrays of any library.
+
+    `u = W x + b_ih` and `v = R h + b_hh` hold all gates, [..., G*H] in torch's order. The result is
+    the new states, h first.
+    """
     size = u.shape[-1] // GATES[cell]
     parts = [(u[..., k : k + size], v[..., k : k + size]) for k in range(0, u.shape[-1], size)]
     if cell == "gru":
@@ -360,10 +364,10 @@ def cell_step(
 
 
 class CompiledLoop:
-    """A Python loop over a step compiled by `torch.compile`, the input projected beforehand.
+    """A Python loop over a step compiled by `torch.compile`, after the projection of the input.
 
-    The step and not the loop is compiled: of an unrolled loop the compiler makes one program as
-    long as the sequence, which takes it minutes.
+    Only the step is compiled: the compiler would unroll a loop into one program as long as the
+    sequence, which takes minutes.
     """
 
     name = "compiled loop"

@@ -1,4 +1,4 @@
-"""JAX: `lax.scan` over a cell, the whole call under `jit`."""
+"""The baseline of JAX: `lax.scan` over a cell, with the whole call under `jit`."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ __all__ = ["Jax"]
 
 
 class Jax:
-    """Weights are transposed beforehand, the layout its products want; training is one jitted
-    call for outputs and gradients."""
+    """A layer in JAX. Weights are transposed once, into the layout that its products need. Training
+    is one jitted call for outputs and gradients."""
 
     name = "JAX"
 
-    _threads: ClassVar[int | None] = None  # of this process: JAX takes a number once
+    _threads: ClassVar[int | None] = None  # of this process: JAX reads their number only once
 
     def available(self) -> str | None:
         return missing_package("jax")
@@ -48,7 +48,7 @@ class Jax:
         return None
 
     def prepare(self, case: Case) -> Prepared:
-        # Both are read when JAX starts, and only then.
+        # JAX reads both variables only when it starts.
         Jax._threads = case.threads
         os.environ["NPROC"] = str(case.threads)
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -56,8 +56,8 @@ class Jax:
         assert isinstance(case.x, Tensor)
         weights = {
             name + suffix: jax.numpy.asarray(_to_jax(weight))
-            for suffix, _, _, each in case.layer_weights()
-            for name, weight in each.items()
+            for suffix, _, _, parameters in case.layer_weights()
+            for name, weight in parameters.items()
         }
         x = jax.numpy.asarray(case.x.numpy())
         gradient = jax.numpy.asarray(case.gradient.numpy())
@@ -97,13 +97,13 @@ class Jax:
 
 
 def _network(jax: Any, case: Case) -> Any:
-    """(weights, x [T, B, I], states or None) to output [T, B, D*H] and the last states of each
-    layer and direction."""
+    """A function from (weights, x [T, B, I], states or None) to the output [T, B, D*H] and the
+    final states of each layer and direction."""
     places = [(suffix, layer, direction) for suffix, layer, direction, _ in case.layer_weights()]
     w = case.workload
     number = 2 if case.cell == "lstm" else 1
 
-    def one(weights: Any, x: Any, states: Any, suffix: str, reverse: bool) -> Any:
+    def direction_scan(weights: Any, x: Any, states: Any, suffix: str, reverse: bool) -> Any:
         r, b = weights["weight_hh" + suffix], weights["bias_hh" + suffix]
         u = x @ weights["weight_ih" + suffix] + weights["bias_ih" + suffix]
 
@@ -117,16 +117,15 @@ def _network(jax: Any, case: Case) -> Any:
             return states, y[None]
         return jax.lax.scan(step, states, u, reverse=reverse)
 
-    def network(weights: Any, x: Any, given: Any) -> Any:
+    def network(weights: Any, x: Any, initial: Any) -> Any:
         last: list[Any] = []
         outputs: list[Any] = []
         for n, (suffix, layer, direction) in enumerate(places):
             if direction == 0 and layer:
                 x, outputs = jax.numpy.concatenate(outputs, -1), []
             zero = jax.numpy.zeros((w.batch, w.hidden))
-            states, y = one(
-                weights, x, given[n] if given else (zero,) * number, suffix, direction == 1
-            )
+            before = initial[n] if initial else (zero,) * number
+            states, y = direction_scan(weights, x, before, suffix, direction == 1)
             outputs.append(y)
             last.append(states)
         return jax.numpy.concatenate(outputs, -1), tuple(last)
@@ -150,7 +149,7 @@ def _read_training(case: Case, result: Any) -> Results:
 
 
 def _to_jax(weight: Tensor) -> Any:
-    """Matrices transposed; `t` leaves vectors as they are."""
+    """The weight as a NumPy array, transposed if it is a matrix."""
     return weight.detach().t().contiguous().numpy()
 
 

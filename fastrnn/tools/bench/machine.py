@@ -1,4 +1,4 @@
-"""What a machine can do at most, measured: peak of matrix products and bandwidth of each cache."""
+"""Measures the roofline of a machine: the peak of matrix products, the bandwidth of each cache."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from fastrnn import hardware
 __all__ = ["Machine", "Roofline", "measure", "slug"]
 
 _SQUARES = (512, 1024, 2048)
-_SECONDS = 0.06  # for each figure
+_SECONDS = 0.06  # time to measure each number
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """The least time a row can take, in microseconds, and what sets it."""
+    """The least time that a row can take, in microseconds, and the limit that sets it."""
 
     microseconds: float
     by: str
@@ -28,13 +28,13 @@ class Roofline:
 
 @dataclass(frozen=True)
 class Machine:
-    """Ceilings of one processor with so many threads.
+    """The limits of one processor with `threads` threads.
 
     Attributes:
-        gflops: peak of float32 matrix products by each library; the largest is the peak.
-        bandwidth: GB/s at which all threads together read what lies in a cache of their own, in the
-            shared one, or in memory. The loop adds what it reads: for L1 that is a lower limit.
-        cache_bytes: of one core; L3 of all.
+        gflops: GFLOP/s of float32 matrix products with each library; the largest is the peak.
+        bandwidth: GB/s at which all threads together read from their own caches, from the shared
+            one, or from memory. The loop also adds the numbers, so L1 may be faster.
+        cache_bytes: bytes of a core's caches, and of the shared L3.
     """
 
     threads: int
@@ -48,7 +48,7 @@ class Machine:
         return max(self.gflops.values())
 
     def level(self, weight_bytes: int) -> str:
-        """The nearest cache that holds so many bytes, each core an equal part of them."""
+        """The nearest cache that holds the weights, if each core has an equal part of them."""
         per_core = weight_bytes / self.threads
         for name, size in self.cache_bytes.items():
             if (weight_bytes if name == "L3" else per_core) <= size:
@@ -56,7 +56,7 @@ class Machine:
         return "memory"
 
     def roofline(self, flops: int, reads: int, weight_bytes: int) -> Roofline:
-        """The larger of the time of the arithmetic and of re-reading the weights every step."""
+        """The larger of the times of the arithmetic and of `reads` reads of the weights."""
         level = self.level(weight_bytes)
         arithmetic = Roofline(flops / self.peak / 1e3, "sgemm peak")
         reading = Roofline(reads * weight_bytes / self.bandwidth[level] / 1e3, f"{level} bandwidth")
@@ -64,7 +64,7 @@ class Machine:
 
 
 def measure(device: str = "cpu") -> Machine:
-    """Measure this machine with the current number of threads, or its GPU; about two seconds."""
+    """Measure this machine with the current number of threads, or its GPU, in about two seconds."""
     threads = torch.get_num_threads() if device == "cpu" else 1
     sizes = hardware.cache_bytes()
     if device == "cuda":
@@ -75,25 +75,26 @@ def measure(device: str = "cpu") -> Machine:
         threads=threads,
         gflops=_peaks(device),
         bandwidth={
-            name: max(_read_speed(size, device) for size in each) for name, each in buffers.items()
+            name: max(_read_speed(size, device) for size in tried)
+            for name, tried in buffers.items()
         },
         cache_bytes=sizes,
     )
 
 
 def slug(device: str, threads: int | None = None) -> str:
-    """A folder name for results: the device and, of a processor, the number of threads."""
+    """A folder name for results: the device and, for a processor, the number of threads."""
     name = re.sub(r"\W+", "-", device.lower()).strip("-")
     return name if threads is None else f"{name}-{threads}-thread{'s' if threads > 1 else ''}"
 
 
 def _peaks(device: str) -> dict[str, float]:
-    """GFLOP/s of the best square product by each library that torch brings, float32.
+    """GFLOP/s of the best square float32 product with each library of torch.
 
-    torch.mm may be far from the peak on processors its library was not written for; oneDNN picks by
-    instruction set.
+    torch.mm may be far from the peak on processors that its library was not written for; oneDNN
+    chooses by instruction set.
     """
-    found = {"torch.mm": 0.0}
+    peaks = {"torch.mm": 0.0}
     for size in _SQUARES if device == "cpu" else (8192,):
         a, b, out = (torch.randn(size, size, device=device) for _ in range(3))
         products = {"torch.mm": partial(torch.mm, a, b, out=out)}
@@ -102,15 +103,15 @@ def _peaks(device: str) -> dict[str, float]:
             products["oneDNN"] = partial(torch._C._nn.mkldnn_linear, *blocked)
         for name, product in products.items():
             speed = 2e-9 * size**3 / _best(product, device)
-            found[name] = max(found.get(name, 0.0), speed)
-    return found
+            peaks[name] = max(peaks.get(name, 0.0), speed)
+    return peaks
 
 
 def _read_speed(size: int, device: str) -> float:
-    """GB/s of summing a buffer of `size` bytes over and over, in every thread.
+    """GB/s at which all threads sum a buffer of `size` bytes repeatedly.
 
-    One call reads the same buffer once per row, so that calling costs nothing beside it; rows are
-    shared out over threads, which all find the buffer in their own cache if it fits.
+    One call reads the same buffer once per row, so that the cost of the call is negligible. The
+    threads share the rows, and each finds the buffer in its own cache if it fits.
     """
     buffer = torch.ones(size // 4, device=device)
     repeats = max(2 * torch.get_num_threads(), (64 << 20) // size)
@@ -119,14 +120,14 @@ def _read_speed(size: int, device: str) -> float:
 
 
 def _best(call: Callable[[], object], device: str) -> float:
-    """Least seconds of a call: ceilings are what the machine can do, not what it does mostly."""
+    """Least seconds of a call: a roofline is what the machine can do, not what it usually does."""
     call()
     begin = time.perf_counter()
-    taken: list[float] = []
-    while len(taken) < 3 or time.perf_counter() - begin < _SECONDS:
+    times: list[float] = []
+    while len(times) < 3 or time.perf_counter() - begin < _SECONDS:
         start = time.perf_counter()
         call()
         if device == "cuda":
             torch.cuda.synchronize()
-        taken.append(time.perf_counter() - start)
-    return min(taken)
+        times.append(time.perf_counter() - start)
+    return min(times)

@@ -1,8 +1,8 @@
-"""Time, memory and correctness of calls.
+"""Measures time, memory and errors of calls.
 
-Times are taken interleaved: a block of calls of each implementation in turn, so that what else the
-machine does meets all alike. Before its turn the thread pools of the others must have stopped
-spinning, and calls that are not counted warm up its own threads and caches.
+Timing is interleaved: each implementation runs a block of calls in turn, so that other load on the
+machine affects all alike. Before a turn the thread pools of the others must have stopped spinning,
+and calls that are not counted warm up the threads and caches of this one.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ __all__ = [
     "relative_error",
 ]
 
-_BLOCK = 1e-3  # seconds of calls that are timed together: far above the clock's resolution
-_BLOCKS = 10  # of each turn
-# Thread pools spin for another call before they sleep, OpenMP's 10 ms, ONNX Runtime's 40 ms, and
-# keep a core from whoever is next. Processor time is counted in ticks of 4 ms.
-_GLANCE = 8e-3  # seconds over which the process must use none
-_LONGEST_SPIN = 0.2
-_WARM_UP = 2e-3
-_LONG = 0.1  # seconds: of such a call, what a warm-up would save is less than one in a hundred
-_FEWEST = 3  # turns, however slow the calls are
+_BLOCK = 1e-3  # seconds of calls that are timed together, far above the clock's resolution
+_BLOCKS = 10  # blocks per turn
+# Thread pools spin while they wait for another call, OpenMP's for 10 ms, ONNX Runtime's for 40 ms,
+# and keep cores busy. Processor time is counted in ticks of 4 ms.
+_GLANCE = 8e-3  # seconds in which an idle process uses no processor time
+_LONGEST_SPIN = 0.2  # seconds
+_WARM_UP = 2e-3  # seconds
+_LONG = 0.1  # seconds of a call that needs no warm-up: it would save less than one percent
+_FEWEST = 3  # turns of each implementation, however slow the calls are
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Latency:
     calls: int
 
 
-# Seconds that so many calls take together.
+# Returns the seconds that a number of calls takes together.
 Clock = Callable[[Callable[[], object], int], float]
 
 
@@ -78,7 +78,7 @@ class _Taken:
 
 
 def clock(call: Callable[[], object], calls: int) -> float:
-    """By the processor's clock."""
+    """Seconds of `calls` calls by the processor's clock."""
     start = time.perf_counter()
     for _ in range(calls):
         call()
@@ -86,8 +86,10 @@ def clock(call: Callable[[], object], calls: int) -> float:
 
 
 def gpu_clock(call: Callable[[], object], calls: int) -> float:
-    """Between two events of the current stream, so that waiting for the GPU is not counted; where
-    it waits for the processor to launch, that is."""
+    """Seconds of `calls` calls between two events of the current stream.
+
+    The processor's wait for the GPU does not count; the GPU's wait for launches does.
+    """
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     for _ in range(calls):
@@ -100,27 +102,28 @@ def gpu_clock(call: Callable[[], object], calls: int) -> float:
 def interleaved(
     prepared: Mapping[str, Prepared], seconds: float, clock: Clock = clock
 ) -> dict[str, Times]:
-    """Times of each, in turns until each has spent `seconds` in calls or had three turns."""
+    """Times of each implementation. They run in turn until each has had three turns and has spent
+    `seconds` in calls."""
     taken: dict[str, _Taken] = {}
-    for name, each in prepared.items():
-        with each.around():
-            clock(each.call, 1)
-            once = clock(each.call, 1)
-            # Threads that sleep, and caches, make first calls many times as slow as others.
+    for name, implementation in prepared.items():
+        with implementation.around():
+            clock(implementation.call, 1)
+            once = clock(implementation.call, 1)
+            # Sleeping threads and cold caches make the first calls many times as slow as others.
             many = max(1, int(20 * _BLOCK / once))
             times = 3 if once < _BLOCK else 1
-            once = min(clock(each.call, many) / many for _ in range(times))
+            once = min(clock(implementation.call, many) / many for _ in range(times))
         taken[name] = _Taken(max(1, int(_BLOCK / once)), [])
     turns = 0
     shuffled = random.Random(0)
     while turns < _FEWEST or any(t.spent < seconds for t in taken.values()):
-        # In another order each time, so that none always follows the same other.
+        # The order changes each time, so that none always follows the same other.
         for name in shuffled.sample(list(prepared), len(prepared)):
             if turns < _FEWEST or taken[name].spent < seconds:
                 with prepared[name].around():
                     _turn(prepared[name].call, taken[name], clock)
         turns += 1
-    return {name: _times(each) for name, each in taken.items()}
+    return {name: _times(blocks) for name, blocks in taken.items()}
 
 
 def _turn(call: Callable[[], object], taken: _Taken, clock: Clock) -> None:
@@ -155,33 +158,33 @@ def _times(taken: _Taken) -> Times:
 
 
 def latencies(prepared: Mapping[str, Prepared], calls: int, turn: int = 5000) -> dict[str, Latency]:
-    """Latency of each over `calls` calls timed one by one, `turn` of each at a time."""
+    """Latency of each implementation over `calls` calls, timed one by one in turns of `turn`."""
     nanos: dict[str, list[int]] = {name: [] for name in prepared}
     while len(next(iter(nanos.values()))) < calls:
-        for name, each in prepared.items():
-            with each.around():
+        for name, implementation in prepared.items():
+            with implementation.around():
                 _wait_for_idle_pools()
                 for _ in range(20):
-                    each.call()
+                    implementation.call()
                 for _ in range(turn):
                     start = time.perf_counter_ns()
-                    each.call()
+                    implementation.call()
                     nanos[name].append(time.perf_counter_ns() - start)
-    found = {}
-    for name, taken in nanos.items():
-        taken.sort()
-        median, p99 = taken[len(taken) // 2], taken[len(taken) * 99 // 100]
-        found[name] = Latency(median / 1e3, p99 / 1e3, taken[-1] / 1e3, len(taken))
-    return found
+    result = {}
+    for name, times in nanos.items():
+        times.sort()
+        median, p99 = times[len(times) // 2], times[len(times) * 99 // 100]
+        result[name] = Latency(median / 1e3, p99 / 1e3, times[-1] / 1e3, len(times))
+    return result
 
 
 def peak_memory(call: Callable[[], object], device: str = "cpu") -> tuple[object, int | None]:
-    """What `call` returns, and by how many bytes it raised the memory of the process at most, or on
-    a GPU that of torch's tensors.
+    """The result of `call`, and by how many bytes it raised the peak memory of the process, or on a
+    GPU that of torch's tensors.
 
-    Resident pages of all allocators alike, ours in C++ and the baselines' arenas, as the system
-    counts them: exact to a fraction of a MiB. What was allocated before the call is not in it. None
-    where the system does not tell (it takes Linux).
+    The system counts resident pages of all allocators, ours in C++ and the baselines' arenas,
+    exactly to a fraction of a MiB. Memory that was allocated before the call does not count. The
+    number is None if the system is not Linux.
     """
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -190,7 +193,7 @@ def peak_memory(call: Callable[[], object], device: str = "cpu") -> tuple[object
         return result, torch.cuda.max_memory_allocated() - before
     status = Path("/proc/self/status")
     try:
-        # Pages the C library keeps for later would hide an allocation that reuses them.
+        # Free pages that the C library keeps would hide an allocation that reuses them.
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the peak restarts at the current size
         before = _kib(status, "VmRSS")
@@ -205,21 +208,21 @@ def _kib(status: Path, name: str) -> int:
 
 
 def relative_error(result: Tensor, exact: Tensor) -> float:
-    """`tolerance.largest_error`; infinite where the shapes differ."""
+    """`tolerance.largest_error`, or infinity if the shapes differ."""
     if result.shape != exact.shape:
         return float("inf")
     return tolerance.largest_error(result, exact)
 
 
 def limit(what: str, theirs: float, dtype: str, tf32: bool = False) -> float:
-    """`tolerance.limit` of a result of that name. `tf32`: torch.nn may multiply in TF32. It need
-    not, and then its error is smaller."""
+    """`tolerance.limit` for the result named `what`. `tf32` means that torch.nn may multiply in
+    TF32; if it does not, its error is smaller."""
     precision = "tf32" if tf32 else dtype
     return tolerance.limit(theirs, precision, gradients=what.startswith("gradient"))
 
 
 def kernels_of(call: Callable[[], object]) -> tuple[str, ...]:
-    """Names of the GPU kernels that a call runs, each once, in order; none without a GPU."""
+    """Names of the GPU kernels that a call runs, in order and without repetition."""
     if not torch.cuda.is_available():
         return ()
     from torch.profiler import ProfilerActivity, profile
@@ -227,6 +230,6 @@ def kernels_of(call: Callable[[], object]) -> tuple[str, ...]:
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         call()
         torch.cuda.synchronize()
-    # Beside them are the calls of CUDA's runtime that launched them.
+    # The events also include the calls of CUDA's runtime that launched the kernels.
     ran = [e for e in profiled.events() or () if e.device_type.name == "CUDA"]
     return tuple(dict.fromkeys(event.name for event in ran))

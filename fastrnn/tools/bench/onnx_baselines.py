@@ -1,4 +1,4 @@
-"""ONNX Runtime and OpenVINO, both fed the same graph of ONNX's recurrent operators."""
+"""The baselines ONNX Runtime and OpenVINO, which run the same graph of ONNX's operators."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ from fastrnn.tools.bench.workload import GATES
 
 __all__ = ["OnnxRuntime", "OpenVino", "graph"]
 
-# Blocks of the rows of torch's weights in ONNX's order: torch has i f g o and r z n, ONNX i o f c
-# and z r h.
+# Indices of torch's gates in ONNX's order: torch has i f g o and r z n, ONNX i o f c and z r h.
 _ORDER = {"rnn": (0,), "gru": (1, 0, 2), "lstm": (0, 3, 1, 2)}
 
 
 def graph(case: Case) -> bytes:
-    """The layers of a case as a serialised ONNX model.
+    """The layers of a case as a serialized ONNX model.
 
-    Inputs: "x" [T, B, I], "lengths" [B] int32 where rows differ, and in mode "step" "h" (and "c")
-    [D, B, H]. Outputs: "output" [T, B, D*H], "h_n" and "c_n" [layers*D, B, H].
+    Inputs: "x" [T, B, I], "lengths" int32 [B] if the workload has lengths, and in mode "step" "h"
+    (and "c") [D, B, H]. Outputs: "output" [T, B, D*H], "h_n" and "c_n" [layers*D, B, H].
     """
     onnx = importlib.import_module("onnx")
     node, array = onnx.helper.make_node, onnx.numpy_helper.from_array
@@ -36,23 +35,23 @@ def graph(case: Case) -> bytes:
         array(torch.tensor([0, 0, -1], device="cpu").numpy(), "rows"),
         array(torch.tensor([1], device="cpu").numpy(), "axis"),
     ]
-    given = [_value(onnx, "x", [w.steps, w.batch, w.inputs])]
+    arguments = [_value(onnx, "x", [w.steps, w.batch, w.inputs])]
     if w.lengths:
         int32 = onnx.TensorProto.INT32
-        given.append(onnx.helper.make_tensor_value_info("lengths", int32, [w.batch]))
+        arguments.append(onnx.helper.make_tensor_value_info("lengths", int32, [w.batch]))
     if case.mode == "step":
-        given += [_value(onnx, s, [directions, w.batch, w.hidden]) for s in states]
+        arguments += [_value(onnx, s, [directions, w.batch, w.hidden]) for s in states]
     nodes: list[Any] = []
     flow = "x"
     for layer in range(w.layers):
-        weights = [each for _, n, _, each in case.layer_weights() if n == layer]
+        weights = [direction for _, n, _, direction in case.layer_weights() if n == layer]
         biases = [
-            torch.cat([_ordered(case.cell, each[name]) for name in ("bias_ih", "bias_hh")])
-            for each in weights
+            torch.cat([_ordered(case.cell, direction[name]) for name in ("bias_ih", "bias_hh")])
+            for direction in weights
         ]
         for name, parts in (
-            ("W", [_ordered(case.cell, each["weight_ih"]) for each in weights]),
-            ("R", [_ordered(case.cell, each["weight_hh"]) for each in weights]),
+            ("W", [_ordered(case.cell, direction["weight_ih"]) for direction in weights]),
+            ("R", [_ordered(case.cell, direction["weight_hh"]) for direction in weights]),
             ("B", biases),
         ):
             constants.append(array(torch.stack(parts).numpy(), f"{name}{layer}"))
@@ -63,7 +62,7 @@ def graph(case: Case) -> bytes:
             "direction": "bidirectional" if w.bidirectional else "forward",
         }
         if case.cell == "gru":
-            attributes["linear_before_reset"] = 1  # torch's GRU, not that of the first paper
+            attributes["linear_before_reset"] = 1  # the reset after the product, as in torch
         results = [f"Y{layer}", *(f"{s}_n{layer}" for s in states)]
         nodes.append(node(case.cell.upper(), inputs, results, **attributes))
         # [T, D, B, H] to [T, B, D*H]
@@ -79,7 +78,7 @@ def graph(case: Case) -> bytes:
         )
     outputs = [_value(onnx, "output", [w.steps, w.batch, directions * w.hidden])]
     outputs += [_value(onnx, f"{s}_n", [w.layers * directions, w.batch, w.hidden]) for s in states]
-    body = onnx.helper.make_graph(nodes, case.cell, given, outputs, constants)
+    body = onnx.helper.make_graph(nodes, case.cell, arguments, outputs, constants)
     opset = onnx.helper.make_opsetid("", 14)
     return onnx.helper.make_model(body, opset_imports=[opset], ir_version=8).SerializeToString()
 
@@ -104,8 +103,8 @@ def _refusal(case: Case) -> str | None:
 
 
 def _arrays(case: Case) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Inputs as NumPy arrays by name, and the names of the states. Packed batches are padded, as
-    ONNX takes them."""
+    """Inputs as NumPy arrays by name, and the names of the states. Packed batches are padded for
+    ONNX."""
     if isinstance(case.x, PackedSequence):
         padded, lengths = torch.nn.utils.rnn.pad_packed_sequence(case.x)
         arrays = {"x": padded.numpy(), "lengths": lengths.int().numpy()}
@@ -114,8 +113,8 @@ def _arrays(case: Case) -> tuple[dict[str, Any], tuple[str, ...]]:
     return arrays, ("h", "c") if case.cell == "lstm" else ("h",)
 
 
-def _results(case: Case, found: dict[str, Any]) -> Results:
-    results = {name: torch.from_numpy(array.copy()) for name, array in found.items()}
+def _results(case: Case, arrays: dict[str, Any]) -> Results:
+    results = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
     if case.workload.lengths:
         lengths = torch.tensor(case.workload.lengths, device="cpu")
         results["output"] = pack_padded_sequence(results["output"], lengths).data
@@ -129,7 +128,7 @@ def _state_sets(case: Case, states: Sequence[str]) -> list[dict[str, Any]]:
 
 
 class OnnxRuntime:
-    """Inputs and outputs bound once, so that a call copies nothing."""
+    """ONNX Runtime with inputs and outputs that are bound once, so that a call copies nothing."""
 
     name = "ONNX Runtime"
 
@@ -148,11 +147,11 @@ class OnnxRuntime:
         session = runtime.InferenceSession(graph(case), options, providers=["CPUExecutionProvider"])
         arrays, states = _arrays(case)
         names = [output.name for output in session.get_outputs()]
-        # In mode "step" there are two sets of states: what one step writes the next one reads.
+        # Mode "step" has two sets of states: a step reads the set that the previous one wrote.
         sets = _state_sets(case, states) if case.mode == "step" else [{}]
         values = [
-            {s: runtime.OrtValue.ortvalue_from_numpy(array) for s, array in each.items()}
-            for each in sets
+            {s: runtime.OrtValue.ortvalue_from_numpy(array) for s, array in zeros.items()}
+            for zeros in sets
         ]
         bindings = []
         for before, after in zip(values, reversed(values), strict=True):
@@ -175,14 +174,14 @@ class OnnxRuntime:
             return binding
 
         def read(binding: Any) -> Results:
-            found = dict(zip(names, binding.copy_outputs_to_cpu(), strict=True))
-            return _results(case, {"output": found["output"]} if case.mode == "step" else found)
+            arrays = dict(zip(names, binding.copy_outputs_to_cpu(), strict=True))
+            return _results(case, {"output": arrays["output"]} if case.mode == "step" else arrays)
 
         return Prepared(call, read, nullcontext)
 
 
 class OpenVino:
-    """Compiled for latency, float32 throughout."""
+    """OpenVINO, compiled for latency and computing in float32."""
 
     name = "OpenVINO"
 
@@ -206,7 +205,7 @@ class OpenVino:
         sets = _state_sets(case, states) if case.mode == "step" else [{}]
         names = ["output", *(f"{s}_n" for s in states)]
         requests = []
-        kept: list[Any] = []  # tensors share the arrays' memory and do not keep them alive
+        kept: list[Any] = []  # keeps the shared tensors alive
         for before, after in zip(sets, reversed(sets), strict=True):
             request = model.create_infer_request()
             bound = {**arrays, **before, **{f"{s}_n": array for s, array in after.items()}}

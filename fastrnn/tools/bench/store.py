@@ -1,4 +1,4 @@
-"""Rows on disk: one JSON file for each machine, in which a later run replaces the rows it timed."""
+"""Stores rows on disk in one JSON file per machine. A later run replaces the rows that it timed."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from fastrnn.tools.bench.machine import Machine
 
 __all__ = ["Conditions", "Results", "conditions", "load", "merge", "save"]
 
-_DIGITS = 4  # of every number: more than any time is good for
+_DIGITS = 4  # digits of every number, more than any time is exact to
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """Where, when and with what rows were timed."""
+    """The machine, versions and date of a run."""
 
     device: str
     instruction_set: str
@@ -40,14 +40,14 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Results:
-    """Rows, each with the number of the run in `runs` that timed it."""
+    """Rows, each with the index in `runs` of the run that timed it."""
 
     runs: tuple[Conditions, ...]
     rows: tuple[tuple[Row, int], ...]
 
 
 def conditions(machine: Machine, command: str, device: str = "cpu") -> Conditions:
-    """Those of this moment. `command`: what repeats the run."""
+    """The current conditions. `command` is the command that repeats the run."""
     versions = {
         "fastrnn": __version__,
         "torch": torch.__version__,
@@ -91,14 +91,14 @@ def _commit() -> str:
 def _output(*command: str) -> str:
     """The first line that a command prints."""
     try:
-        said = subprocess.run(command, capture_output=True, text=True).stdout
+        output = subprocess.run(command, capture_output=True, text=True).stdout
     except OSError:
         return "unknown"
-    return next(iter(said.splitlines()), "unknown")
+    return next(iter(output.splitlines()), "unknown")
 
 
 def load(path: Path) -> Results:
-    """The results in a file; none where there is no file."""
+    """The results in a file; no rows if there is no file."""
     if not path.exists():
         return Results((), ())
     values = json.loads(path.read_text())
@@ -108,36 +108,37 @@ def load(path: Path) -> Results:
 
 
 def merge(before: Results, run: Conditions, rows: Iterable[Row], order: Sequence[str]) -> Results:
-    """`before` with rows of a new run, which replace those of the same key.
+    """`before` with the rows of a new run, which replace rows of the same key.
 
-    Rows are sorted by the place of their workload in `order`; runs that no row is left of are gone.
+    Rows are sorted by the place of their workload in `order`. Runs that own no row any more are
+    dropped.
     """
     number = len(before.runs)
     by_key = {row.key: (row, n) for row, n in before.rows}
     by_key.update((row.key, (row, number)) for row in rows)
     place = {name: n for n, name in enumerate(order)}
-    found = sorted(by_key.values(), key=lambda each: place.get(each[0].workload, len(place)))
-    used = sorted({n for _, n in found})
+    merged = sorted(by_key.values(), key=lambda item: place.get(item[0].workload, len(place)))
+    used = sorted({n for _, n in merged})
     runs = (*before.runs, run)
-    return Results(tuple(runs[n] for n in used), tuple((row, used.index(n)) for row, n in found))
+    return Results(tuple(runs[n] for n in used), tuple((row, used.index(n)) for row, n in merged))
 
 
 def save(results: Results, path: Path) -> None:
-    """Write one row a line, so that a difference between two runs can be read."""
+    """Write one row per line, so that a diff between two runs is readable."""
     runs = ",\n  ".join(json.dumps(_rounded(asdict(run))) for run in results.runs)
     rows = ",\n  ".join(json.dumps([n, _rounded(row.as_json())]) for row, n in results.rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # At once and whole: a run may be stopped at any time.
-    fresh = path.with_name(f".{path.name}")
-    fresh.write_text(f'{{"runs": [\n  {runs}\n],\n"rows": [\n  {rows}\n]}}\n')
-    fresh.replace(path)
+    # The file is replaced atomically, because a run may be stopped at any time.
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(f'{{"runs": [\n  {runs}\n],\n"rows": [\n  {rows}\n]}}\n')
+    temporary.replace(path)
 
 
 def _rounded(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.{_DIGITS}g}")
     if isinstance(value, dict):
-        return {name: _rounded(each) for name, each in value.items()}
+        return {name: _rounded(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_rounded(each) for each in value]
+        return [_rounded(item) for item in value]
     return value

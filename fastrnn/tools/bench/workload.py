@@ -1,4 +1,4 @@
-"""What is timed, as plain data: shapes, modes, and the targets that are set for them."""
+"""The cases to time, as plain data: shapes, modes, and their targets."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ __all__ = [
 CELLS = ("lstm", "gru", "rnn")
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
 
-# inference: a whole sequence without gradients. training: forward and backward, gradients of input
-# and weights. step: one time step after the other, the state carried. cell: one call of a cell.
+# inference: a whole sequence without gradients. training: forward and backward pass, gradients of
+# input and weights. step: one time step per call, carrying the state. cell: one call of a cell.
 MODES = ("inference", "training", "step", "cell")
 
-# What a target may be set against, besides the name of an implementation of the same row.
+# A target compares with one of these, or with an implementation of the same row by its name.
 BEST_BASELINE = "best baseline"
 PEAK = "sgemm peak"
 MICROSECONDS = "microseconds"
@@ -35,11 +35,11 @@ MICROSECONDS = "microseconds"
 
 @dataclass(frozen=True)
 class Target:
-    """A bound on one figure of a row, for each cell; None sets none.
+    """A bound on one number of a row, for each cell; None means no bound.
 
-    Against `BEST_BASELINE` or an implementation: its time divided by ours is at least the bound.
-    Against `PEAK`: so is our GFLOP/s divided by the machine's. Against `MICROSECONDS`: our time is
-    at most the bound.
+    Against `BEST_BASELINE` or an implementation, its time divided by ours is at least the bound.
+    Against `PEAK`, our GFLOP/s divided by the machine's is at least the bound. Against
+    `MICROSECONDS`, our time is at most the bound.
     """
 
     mode: str
@@ -59,7 +59,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Variant:
-    """Our layer once more, timed beside itself with other values of some fields of `Workload`."""
+    """Our layer, timed once more with other values of some fields of `Workload`."""
 
     name: str
     changes: Mapping[str, Any] = field(default_factory=dict)
@@ -68,19 +68,19 @@ class Variant:
 
 @dataclass(frozen=True)
 class Workload:
-    """One shape, for every cell in turn.
+    """One shape, for every cell.
 
     Attributes:
         steps, batch, inputs, hidden: T, B, I, H.
-        lengths: steps of each row of a packed batch, longest first; empty where all have T.
-        input_scale: factor of the input; other than 1, biases are zero, so that small inputs make
-            small states.
-        modes: of `MODES`.
-        group: the part of the report it belongs to.
-        quick: part of the suite's short form.
+        lengths: steps of each sequence of a packed batch, longest first; empty if all have T.
+        input_scale: factor of the input. If it is not 1, biases are zero, so that small inputs
+            give small states.
+        modes: some of `MODES`.
+        group: the part of the report to which it belongs.
+        quick: whether the suite's short form includes it.
         baselines: names of the baselines to time; empty means all.
-        compiled_loop: the compiled Python loop is a baseline too; each shape of it takes the
-            compiler seconds, so that most workloads go without.
+        compiled_loop: whether the compiled Python loop is a baseline too. The compiler takes
+            seconds for each shape, so most workloads leave it out.
     """
 
     name: str
@@ -125,24 +125,24 @@ class Workload:
 
     @property
     def rows(self) -> int:
-        """Steps of all batch rows together, without padding."""
+        """R, the steps of all sequences together, without padding."""
         return sum(self.lengths) if self.lengths else self.steps * self.batch
 
     def changed(self, changes: Mapping[str, Any]) -> Workload:
         return replace(self, **changes)
 
     def flops(self, cell: str, mode: str) -> int:
-        """Floating-point operations of the matrix products; training does each three times."""
+        """Floating-point operations of the matrix products; training runs each three times."""
         width = GATES[cell] * self.hidden * self.directions
         inputs = [self.inputs] + [self.hidden * self.directions] * (self.layers - 1)
         forward = sum(2 * width * (size + self.hidden) * self.rows for size in inputs)
         return forward * (3 if mode == "training" else 1)
 
     def weight_reads(self, cell: str, mode: str) -> tuple[int, int]:
-        """How often weights must be read because the next step needs the last, and bytes each time.
+        """How often weights must be read because a step needs the previous one, and bytes per read.
 
-        One layer's recurrent weights of all directions, once per step and pass. Of a single step
-        the input's weights too, as no other step shares them.
+        Each step of each pass reads one layer's recurrent weights of all directions. A single step
+        also reads the input weights, because no other step shares them.
         """
         width = GATES[cell] * self.hidden * self.directions
         columns = self.hidden + (self.inputs if self.steps == 1 else 0)

@@ -1,7 +1,7 @@
 # mypy: ignore-errors
 # ruff: noqa: RUF005, SIM108
-# Triton has no unpacking of tuples, and what depends on a constant reads best as `if`.
-"""The sweep from the end in Triton, resident and streamed; see `common.py`."""
+# Triton cannot unpack tuples, and a choice that depends on a constant reads best as `if`.
+"""The backward sweep in Triton, resident and streamed; see `common.py`."""
 
 import triton
 import triton.language as tl
@@ -13,9 +13,9 @@ from fastrnn.kernels.gpu.triton.common import RUN_TIME, cuts, program, row_numbe
 def _before(
     first, resets, t, b, stop, steps, batch, backward, PACKED: tl.constexpr, RESETS: tl.constexpr
 ):
-    """Where the states before a step are: rows of the step before; [BB, 1] whether they are there,
-    or in the initial state, and whether an episode begins between."""
-    # Per row: the interpreter has no `|` of a number and a block.
+    """Where the states before a step are: the rows of the previous step, and [BB, 1] each, whether
+    they are in those rows, whether they are initial states, and whether an episode begins here."""
+    # `earlier` is a block [BB], because the interpreter has no `|` of a number and a block.
     earlier = tl.where(backward, t + 1, t - 1) + tl.zeros_like(stop)
     first_step = ((earlier < 0) | (earlier >= stop))[:, None]
     if RESETS:
@@ -32,7 +32,7 @@ def _before(
 def _state_0_before(
     y, start, rows, from_row, from_start, n, p, recurrences, dtype, Q: tl.constexpr
 ):
-    """[BB, N] of state 0 before a step."""
+    """State 0 before a step, [BB, N]."""
     inside = (n < Q)[None, :]
     at = y + (rows[:, None] * recurrences + p) * Q + n[None, :]
     value = tl.load(at, mask=from_row & inside, other=0.0).to(dtype)
@@ -45,9 +45,9 @@ def _reads(
     recurrences, H: tl.constexpr, S: tl.constexpr, K: tl.constexpr, DY: tl.constexpr,
     PROJECTED: tl.constexpr,
 ):  # fmt: skip
-    """What the derivative of a step reads: saved values, states before and after, and gradients of
-    the latter. Where state 0 is projected, it is the cell's own output here, and not read before
-    the step."""
+    """The arguments of a step's derivative: saved values, states before and after it, and gradients
+    of the states after it. A projected state 0 is here the cell's own output, without projection,
+    and is not read before the step."""
     dtype = start.dtype.element_ty
     units = (n < H)[None, :]
     here = alive & units
@@ -87,11 +87,11 @@ def backward_resident(
     dy,  # [rows, P, H]
     w_hh,
     s0,  # [S, P, B, H] in the type of computation
-    ds,  # [S, P, B, H] gradients of the states, after the chunk and then before it
+    ds,  # [S, P, B, H] gradients of the states, first after the chunk, then before it
     y,
     tape,
     du,  # [P, chunk_rows, G*H]
-    dv,  # the same, or du where all gates are summed
+    dv,  # shaped as du; the same tensor if all gates are summed
     h_prev,  # [P, chunk_rows, H] state 0 before each step
     first,
     length,
@@ -134,7 +134,7 @@ def backward_resident(
         w_at = w_hh + ((p * G + g) * H + n[:, None]) * H + k[None, :]
         w = w + (tl.load(w_at, mask=inside, other=0.0),)
     carried = ()
-    state = recurrences * batch * H  # from one state to the next
+    state = recurrences * batch * H  # stride of a state
     recurrence = (p * batch + b[:, None]) * H
     for j in tl.static_range(S):
         ds_at = ds + recurrence + j * state + n[None, :]
@@ -185,7 +185,7 @@ def backward_streamed(
     dy,  # [rows, P, Q]
     w_hh,  # [P, G*H, Q]
     s0,  # [S, P, B, W], W = max(H, Q)
-    ds,  # the same
+    ds,  # shaped as s0
     y,  # [rows, P, Q]
     tape,
     du,
@@ -221,7 +221,7 @@ def backward_streamed(
     PRECISION: tl.constexpr,
     DOT: tl.constexpr,
     BB: tl.constexpr,
-    BN: tl.constexpr,  # units whose derivative is computed, or numbers summed up, at a time
+    BN: tl.constexpr,  # units whose derivative is computed, or numbers summed, at a time
     BK: tl.constexpr,  # units, or numbers of state 0, multiplied at a time
 ):
     p, recurrences, backward, b, stop, low, high, into = program(
@@ -256,7 +256,7 @@ def backward_streamed(
                 )
                 tl.store(h_prev + at, h.to(h_prev.dtype.element_ty), mask=here)
                 tl.store(dh + at, d.to(dh.dtype.element_ty), mask=here)
-                tl.debug_barrier()  # between reading and writing a tile
+                tl.debug_barrier()  # all threads have read the tile before any writes it
                 tl.store(recurrence + q[None, :], d, mask=here)
             tl.debug_barrier()
         for n0 in tl.range(0, H, BN, num_stages=1):
@@ -292,7 +292,7 @@ def backward_streamed(
             if not PROJECTED:
                 h_at = (into + rows)[:, None] * H + n[None, :]
                 tl.store(h_prev + h_at, before[0].to(h_prev.dtype.element_ty), mask=here)
-            tl.debug_barrier()  # between reading and writing a tile of the gradients
+            tl.debug_barrier()  # all threads have read the gradients before any writes them
             for j in tl.static_range(S):
                 if j > 0 or not PROJECTED:
                     d = tl.where(cut, 0.0, tl.broadcast_to(out[2 * G + j], (BB, BN)))

@@ -1,6 +1,6 @@
 # mypy: ignore-errors
 # ruff: noqa: RUF005, SIM108
-# Triton has no unpacking of tuples, and what depends on a constant reads best as `if`.
+# Triton cannot unpack tuples, and a choice that depends on a constant reads best as `if`.
 """The forward sweep in Triton, resident and streamed; see `common.py`."""
 
 import triton
@@ -11,7 +11,7 @@ from fastrnn.kernels.gpu.triton.common import RUN_TIME, cuts, program, row_numbe
 
 @triton.jit
 def _gates(source, rows, n, alive, H: tl.constexpr, G: tl.constexpr):
-    """G blocks [BB, N] of rows [G * H]."""
+    """G blocks [BB, N] from rows of G * H numbers."""
     out = ()
     for g in tl.static_range(G):
         at = source + rows[:, None] * (G * H) + g * H + n[None, :]
@@ -21,7 +21,7 @@ def _gates(source, rows, n, alive, H: tl.constexpr, G: tl.constexpr):
 
 @triton.jit
 def _inputs(u, recurrent, bias, dtype, G: tl.constexpr, SUMMED: tl.constexpr, BIAS: tl.constexpr):
-    """`(u, v)` as the cell takes them: for a summed gate, `v` is their sum."""
+    """The arguments `(u, v)` of the cell: for a summed gate, `v` is their sum."""
     us = ()
     vs = ()
     for g in tl.static_range(G):
@@ -47,9 +47,9 @@ def _bias(b_hh, p, n, dtype, H: tl.constexpr, G: tl.constexpr, BIAS: tl.constexp
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def forward_resident(
-    u,  # [P, chunk_rows, G*H], bias in
+    u,  # [P, chunk_rows, G*H], with bias
     w_hh,  # [P, G*H, H]
-    b_hh,  # [P, G*H] where a gate keeps u and v apart
+    b_hh,  # [P, G*H], used for gates that are not summed
     carry,  # [S, P, B, H] in the type of computation: states before and after the chunk
     y,  # [rows, P, H]
     tape,  # [rows, P, S-1+K, H]
@@ -58,12 +58,12 @@ def forward_resident(
     resets,  # uint8 [rows]
     steps: tl.int32,  # T
     batch: tl.int64,  # B
-    begin: tl.int32,  # of the chunk, in steps
+    begin: tl.int32,  # first step of the chunk
     end: tl.int32,
-    base: tl.int64,  # row of the batch at which the chunk begins, for scans forward in time
+    base: tl.int64,  # first row of the chunk, for recurrences that run forward in time
     base_reverse: tl.int64,  # and for those that run backward
     chunk_rows: tl.int64,
-    reverse: tl.int64,  # a bit per scan
+    reverse: tl.int64,  # one bit per recurrence
     CELL: tl.constexpr,
     H: tl.constexpr,
     G: tl.constexpr,
@@ -78,7 +78,7 @@ def forward_resident(
     PRECISION: tl.constexpr,
     DOT: tl.constexpr,
     BB: tl.constexpr,  # rows of the batch in a tile
-    BN: tl.constexpr,  # units, H and up to the next power of two
+    BN: tl.constexpr,  # units: H rounded up to a power of two
     BK: tl.constexpr,
 ):
     p, recurrences, backward, b, stop, low, high, into = program(
@@ -101,7 +101,7 @@ def forward_resident(
     for j in tl.static_range(S):
         s = s + (tl.load(state + j * recurrences * batch * H, mask=in_batch, other=0.0),)
 
-    # u of the next step is under way while this one computes.
+    # u of the next step is loaded while this one computes.
     t0 = tl.where(backward, steps - 1 - low, low)
     rows0 = row_numbers(first, tl.minimum(tl.maximum(t0, 0), steps - 1), b, batch, PACKED)
     ahead = _gates(u, rows0, n, t0 < tl.where(low < high, stop, 0), H, G)
@@ -129,7 +129,7 @@ def forward_resident(
         after = ()
         for j in tl.static_range(S):
             new = tl.broadcast_to(out[j], (BB, BN))
-            # Past H there may be anything, which times a weight of zero need not be zero.
+            # Values past H may be NaN or infinite, whose product with a weight of zero is not zero.
             after = after + (tl.where(here, new, s[j]),)
         s = after
         y_at = y + (rows[:, None] * recurrences + p) * H + n[None, :]
@@ -151,12 +151,12 @@ def forward_streamed(
     u,
     w_hh,  # [P, G*H, Q]
     b_hh,
-    carry,  # [S+1, P, B, W], W = max(H, Q): the last is state 0 again, which the steps read and
-    # write in turn
+    carry,  # [S+1, P, B, W], W = max(H, Q); the last is a second buffer for state 0, and steps
+    # alternate between the two
     y,  # [rows, P, Q]
-    tape,  # [rows, P, S-1+K, H], and m as one more where it is projected
+    tape,  # [rows, P, S-1+K, H], and one more value, m, if state 0 is projected
     w_hr,  # [P, Q, H], or any pointer
-    unprojected,  # [P, B, H] room for m in the type of computation, or any pointer
+    unprojected,  # [P, B, H] buffer for m in the type of computation, or any pointer
     first,
     length,
     resets,
@@ -187,7 +187,7 @@ def forward_streamed(
     DOT: tl.constexpr,
     BB: tl.constexpr,
     BN: tl.constexpr,  # units computed at a time
-    BK: tl.constexpr,  # numbers of state 0 of the step before multiplied at a time
+    BK: tl.constexpr,  # numbers of the previous state 0 multiplied at a time
 ):
     p, recurrences, backward, b, stop, low, high, into = program(
         length, steps, batch, begin, end, base, base_reverse, chunk_rows, reverse, RAGGED, BB
@@ -196,7 +196,7 @@ def forward_streamed(
     u += into * (G * H)
     W: tl.constexpr = H if H > Q else Q
     tape_width: tl.constexpr = S - 1 + K + PROJECTED
-    state = recurrences * batch * W  # from one state to the next in `carry`
+    state = recurrences * batch * W  # stride of a state in `carry`
     recurrence = carry + (p * batch + b[:, None]) * W
     own_m = unprojected + (p * batch + b[:, None]) * H
 
@@ -233,7 +233,7 @@ def forward_streamed(
             s = ()
             before = ()
             for j in tl.static_range(S):
-                if PROJECTED and j == 0:  # which the cell does not read
+                if PROJECTED and j == 0:  # the cell does not read a projected state
                     s = s + (tl.zeros((BB, BN), dtype),)
                 else:
                     source = h_before if j == 0 else recurrence + j * state
@@ -246,7 +246,7 @@ def forward_streamed(
             out = CELL(us, vs, before)
             here = alive[:, None] & (n < H)[None, :]
             if S > 1:
-                tl.debug_barrier()  # between reading and writing a tile of the states
+                tl.debug_barrier()  # all threads have read the tile before any writes it
             for j in tl.static_range(S):
                 new = tl.broadcast_to(out[j], (BB, BN))
                 if PROJECTED and j == 0:
@@ -260,12 +260,12 @@ def forward_streamed(
                     tl.store(y_at, new.to(y.dtype.element_ty), mask=here)
             if TAPE:
                 for j in tl.static_range(tape_width):
-                    # States past the first, saved values, and m.
+                    # States after the first, saved values, and m.
                     value = out[1 + j] if j < S - 1 + K else out[0]
                     value = tl.broadcast_to(value, (BB, BN)).to(tape.dtype.element_ty)
                     place = (rows[:, None] * recurrences + p) * tape_width + j
                     tl.store(tape + place * H + n[None, :], value, mask=here)
-        # State 0 has two places, which keep this step's reads from its own writes.
+        # State 0 has two buffers, so that a step does not overwrite what it reads.
         tl.debug_barrier()
         if PROJECTED:
             for q0 in tl.range(0, Q, BN, num_stages=1):
@@ -287,7 +287,7 @@ def forward_streamed(
                 y_at = y + (rows[:, None] * recurrences + p) * Q + q[None, :]
                 tl.store(y_at, new.to(y.dtype.element_ty), mask=here)
             tl.debug_barrier()
-    if (high - low) % 2 == 1:  # the last step left state 0 in the second place
+    if (high - low) % 2 == 1:  # the last step left state 0 in the second buffer
         for n0 in tl.range(0, Q, BN, num_stages=1):
             n = n0 + tl.arange(0, BN)
             in_batch = (b < batch)[:, None] & (n < Q)[None, :]

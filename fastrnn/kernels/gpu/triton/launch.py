@@ -1,7 +1,7 @@
-"""The sweep in Triton: what its kernels are compiled for, and how they are launched.
+"""The sweeps in Triton: compiles their kernels for a cell and launches them.
 
-Imports Triton when a kernel first runs, and not before. Environment: under `TRITON_INTERPRET=1`,
-set before Triton is imported, the kernels run in Triton's interpreter on CPU tensors, slowly.
+Triton is imported only when a kernel first runs. If the environment variable `TRITON_INTERPRET=1`
+is set before that, the kernels run in Triton's interpreter on CPU tensors, slowly.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def interpreted() -> bool:
 
 
 def cell_module(derived: Derived) -> ModuleType:
-    """The module with the cell's functions in Triton, which reads their source from a file."""
+    """The module with the cell's functions. Triton reads their source from a file."""
     return _cell_module(emit_triton.module(derived), derived.name)
 
 
@@ -55,7 +55,7 @@ def _cell_module(source: str, name: str) -> ModuleType:
         cache.write(path, source)
     module = ModuleType(path.stem)
     module.__file__ = str(path)
-    # The text at hand, and not an import: that would take compiled code from a folder beside it.
+    # An import could take compiled code from a folder beside the file, so this runs the text.
     exec(compile(source, path, "exec"), module.__dict__)
     return module
 
@@ -81,8 +81,10 @@ def meta_arguments(
     resets: bool = False,
     projected: int | None = None,
 ) -> dict[str, Any]:
-    """What a kernel is compiled for: its arguments of type `constexpr`. `projected` is the width
-    of state 0 where it is projected."""
+    """The arguments of type `constexpr`, which a kernel is compiled for.
+
+    `projected` is the width of state 0, or None if it is not projected.
+    """
     cell = cell_module(derived)
     common = {
         "CELL": cell.backward if backward else cell.forward,
@@ -109,7 +111,7 @@ def meta_arguments(
 
 
 def compile_options(config: TritonConfig) -> dict[str, Any]:
-    """How a kernel is compiled, besides its arguments."""
+    """The options of Triton's compiler for a kernel."""
     options: dict[str, Any] = {
         "num_warps": config.warps,
         "num_stages": config.stages,
@@ -127,25 +129,25 @@ class _Sweeps:
 
     def forward(self, scan: Scan, begin: int, end: int, buffers: ForwardBuffers) -> None:
         u, b_hh, carry, y, tape = buffers
-        none = scan.w_hh  # any pointer, never followed
+        none = scan.w_hh  # a missing tensor may be any pointer; it is never dereferenced
         flags = {"bias": b_hh is not None, "tape": tape is not None}
-        rest = [none if b_hh is None else b_hh, carry, y, none if tape is None else tape]
+        tensors = [none if b_hh is None else b_hh, carry, y, none if tape is None else tape]
         if not scan.plan.triton.resident:
             size = scan.recurrences, scan.batch, scan.hidden
-            rest += [none] * 2 if scan.w_hr is None else [scan.w_hr, carry.new_empty(size)]
-        _launch(False, scan, flags, u, scan.w_hh, *rest, *_run_time(scan, begin, end))
+            tensors += [none] * 2 if scan.w_hr is None else [scan.w_hr, carry.new_empty(size)]
+        _launch(False, scan, flags, u, scan.w_hh, *tensors, *_run_time(scan, begin, end))
 
     def backward(
         self, scan: Scan, begin: int, end: int, buffers: BackwardBuffers, tape: Tape
     ) -> None:
         dy, s0, ds, y, du, dv, h_prev, dh = buffers
         none = scan.w_hh
-        rest = [s0, ds, y, tape.values, du, dv, h_prev]
+        tensors = [s0, ds, y, tape.values, du, dv, h_prev]
         if not scan.plan.triton.resident:
-            rest += [none if scan.w_hr is None else scan.w_hr, none if dh is None else dh]
+            tensors += [none if scan.w_hr is None else scan.w_hr, none if dh is None else dh]
         first = y if dy is None else dy
         flags = {"dy": dy is not None}
-        _launch(True, scan, flags, first, scan.w_hh, *rest, *_run_time(scan, begin, end))
+        _launch(True, scan, flags, first, scan.w_hh, *tensors, *_run_time(scan, begin, end))
 
 
 sweeps = _Sweeps()
@@ -166,7 +168,7 @@ def _meta(scan: Scan, config: TritonConfig, backward: bool, **flags: bool) -> di
 
 
 def _run_time(scan: Scan, begin: int, end: int) -> tuple[Any, ...]:
-    """Arguments of a launch from `first` on."""
+    """The arguments of a launch from `first` on."""
     none = scan.w_hh
     return (
         none if scan.first_on_device is None else scan.first_on_device,
@@ -203,7 +205,7 @@ def _launch(backward: bool, scan: Scan, flags: dict[str, bool], *arguments: Any)
     with _on(device):
         chosen = scan.plan.triton
         if tune.wanted() and device.type != "cpu":
-            # `carry` and `ds`, which a launch changes.
+            # Argument 3 is `carry` or `ds`, which a launch changes.
             chosen = _fastest(backward, scan, run, arguments[3])
         run(chosen)
 
@@ -214,27 +216,27 @@ _tuner = tune.Tuner()
 def _fastest(
     backward: bool, scan: Scan, run: Callable[[TritonConfig], None], changed: Tensor
 ) -> TritonConfig:
-    """The configuration that is known to run such a launch fastest, or is found to now."""
+    """The configuration that runs such a launch fastest, as measured earlier or now."""
     triton, errors = (importlib.import_module(name) for name in ("triton", "triton.errors"))
     x, library = scan.given.x, getattr(torch, scan.given.x.device.type)
     before = changed.clone()
 
     def seconds(config: TritonConfig) -> float:
-        took = []
+        times = []
         try:
-            for _ in range(5):  # the first compiles
+            for _ in range(5):  # the first one includes compilation
                 changed.copy_(before)
                 start, end = (library.Event(enable_timing=True) for _ in range(2))
                 start.record()
                 run(config)
                 end.record()
                 end.synchronize()
-                took.append(start.elapsed_time(end) / 1e3)
+                times.append(start.elapsed_time(end) / 1e3)
         except errors.TritonError as error:
             raise RuntimeError(str(error)) from error
         finally:
             changed.copy_(before)
-        return min(took)
+        return min(times)
 
     capturing = getattr(library, "is_current_stream_capturing", lambda: False)()
     key = (
@@ -246,7 +248,7 @@ def _fastest(
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device."""
+    """Make `device` the current one, on which Triton launches kernels."""
     if device.type == "cpu":
         return contextlib.nullcontext()
     context: contextlib.AbstractContextManager[Any] = getattr(torch, device.type).device(device)

@@ -2,13 +2,13 @@
 # Triton's functions have no types: they are compiled, not run.
 """The functions that generated cells call, for float32 and float64 blocks in Triton.
 
-Only operations that Triton's interpreter has too are used, so that a cell computes the same there
-as on a device, and libdevice is not needed. Several functions only hand on to one of `tl`: a
-generated cell finds all names in this module, and the interpreter replaces what `tl` has, which an
+They use only operations that Triton's interpreter has too, so that a cell computes the same there
+as on a device, and they do not need libdevice. Several functions only call one of `tl`: a generated
+cell finds all names in this module, and the interpreter replaces the functions of `tl`, which an
 alias made at import would miss.
 
-Near zero, where `tanh`, `expm1` and `log1p` lose their digits when they are written by way of `exp`
-and `log`, they keep them.
+`tanh`, `expm1` and `log1p` keep their digits near zero, where formulas with `exp` and `log` would
+lose them.
 """
 
 import triton
@@ -17,7 +17,7 @@ import triton.language as tl
 
 @triton.jit
 def _power_of_two(n):
-    """2^n by its bits, for whole n in the range of the type's normal numbers."""
+    """2^n from its bits, for integer n in the range of the type's normal numbers."""
     if n.dtype == tl.float64:
         return ((n.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
     else:
@@ -26,7 +26,7 @@ def _power_of_two(n):
 
 @triton.jit
 def _reduce(x):
-    """`x = n ln 2 + r` with whole n and |r| <= ln 2 / 2: `(n, r)`."""
+    """`(n, r)` with `x = n ln 2 + r`, integer n and |r| <= ln 2 / 2."""
     n = tl.floor(x * 1.4426950408889634 + 0.5)
     if x.dtype == tl.float64:  # n * the first part is exact
         return n, (x - n * 0.693145751953125) - n * 1.4286068203094173e-06
@@ -56,12 +56,12 @@ def exp(x):
 
 @triton.jit
 def expm1(x):
-    # Past these bounds the result is -1 or infinite; NaN stays.
+    # Beyond these bounds the result is -1 or infinite; NaN stays NaN.
     low: tl.constexpr = -40.0
     high: tl.constexpr = 709.0 if x.dtype == tl.float64 else 88.0
     y = tl.where(x < low, low, tl.where(x > high, high, x))
     n, r = _reduce(y)
-    half = _power_of_two(n - 1)  # finite where the result is
+    half = _power_of_two(n - 1)  # finite if the result is
     e = half * _expm1_reduced(r) + (half - 0.5)
     return tl.where(x > high, tl.exp(x), e + e)
 
@@ -90,7 +90,7 @@ def log(x):
 
 @triton.jit
 def log1p(x):
-    """2 artanh(x / (2 + x)) by its series near zero, and by `log` elsewhere."""
+    """2 artanh(x / (2 + x)) by its series near zero, else by `log`."""
     s = x / (2.0 + x)
     z = s * s
     if x.dtype == tl.float64:
@@ -199,5 +199,5 @@ def negate(x):
 
 @triton.jit
 def constant(value: tl.constexpr, dtype: tl.constexpr):
-    """A number that takes the shape of whatever it meets."""
+    """A number as a block [1, 1], which broadcasts to any shape."""
     return tl.full([1, 1], value, dtype)

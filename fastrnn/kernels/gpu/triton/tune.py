@@ -1,9 +1,9 @@
-"""Which of a few configurations runs fastest on a GPU: measured once for a kernel, kept on disk.
+"""Measures which of a few configurations of a kernel runs fastest on a GPU, and stores the result.
 
-`plan` chooses from numbers alone, and `plan.alternatives` names what else would do. On a GPU,
-where `FASTRNN_TUNE=1` asks for it, the first launch of a kernel times them all, and what is found
-holds for that kind of device, cell, H and dtype from then on, in later processes too: neither the
-number of steps nor the batch is looked at, so that a model runs on the same kernels throughout.
+`plan` chooses from numbers alone, and `plan.alternatives` lists other configurations. With
+`FASTRNN_TUNE=1`, the first launch of a kernel on a GPU times them all. The result holds for that
+kind of device, cell, H and dtype, in later processes too. It does not depend on the number of steps
+or the batch, so that a model always runs on the same kernels.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ _TILES = ("batch_tile", "unit_tile", "depth_tile", "warps", "stages", "registers
 
 
 def wanted() -> bool:
-    """Whether launches are to be timed."""
+    """Whether the user asks for launches to be timed."""
     return os.environ.get("FASTRNN_TUNE") == "1"
 
 
 class Tuner:
-    """Finds the fastest configurations, and remembers them.
+    """Finds the fastest configurations and stores them.
 
     Args:
-        folder: gives the folder where they are kept.
+        folder: returns the folder in which they are stored.
     """
 
     def __init__(self, folder: Callable[[], Path] = cache.folder) -> None:
@@ -46,29 +46,33 @@ class Tuner:
         configs: Sequence[TritonConfig],
         seconds: Callable[[TritonConfig], float] | None,
     ) -> TritonConfig:
-        """The fastest of `configs` by what is known under `key`; the first where nothing is known
-        and `seconds` is None. `key` says what a kernel is for, and on what it runs; `seconds` how
-        long a launch takes with one, and raises RuntimeError where it cannot run."""
+        """The fastest of `configs`, from the stored result or measured now.
+
+        Args:
+            key: identifies the kernel, its cell and sizes, and the device.
+            seconds: time of a launch with a configuration; it raises RuntimeError if that cannot
+                run. If None, an unknown key gives the first configuration.
+        """
         name = hashlib.sha256(repr((*key, *map(_tiles, configs))).encode()).hexdigest()[:24]
-        found = self._known.get(name) or self._read(name)
-        if found is None:
+        tiles = self._known.get(name) or self._read(name)
+        if tiles is None:
             if seconds is None:
                 return configs[0]
-            found = _tiles(_fastest(configs, seconds))
-            self._write(name, found)
-        self._known[name] = found
-        return replace(configs[0], **found)
+            tiles = _tiles(_fastest(configs, seconds))
+            self._write(name, tiles)
+        self._known[name] = tiles
+        return replace(configs[0], **tiles)
 
     def _path(self, name: str) -> Path:
         return self._folder() / f"tuned_{name}.json"
 
     def _read(self, name: str) -> dict[str, Any] | None:
         try:
-            found = json.loads(self._path(name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # not there, or damaged: it is measured again
+            tiles = json.loads(self._path(name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # missing or damaged; it is measured again
             return None
-        whole = isinstance(found, dict) and tuple(found) == _TILES
-        return found if whole and all(type(n) is int for n in found.values()) else None
+        complete = isinstance(tiles, dict) and tuple(tiles) == _TILES
+        return tiles if complete and all(type(n) is int for n in tiles.values()) else None
 
     def _write(self, name: str, tiles: dict[str, int]) -> None:
         cache.write(self._path(name), json.dumps(tiles))
@@ -81,13 +85,13 @@ def _tiles(config: TritonConfig) -> dict[str, int]:
 def _fastest(
     configs: Sequence[TritonConfig], seconds: Callable[[TritonConfig], float]
 ) -> TritonConfig:
-    """One that comes later must be faster by a twentieth, so that chance decides less."""
+    """The fastest configuration. A later one must be faster by 5 %, so that chance decides less."""
     best, least = configs[0], float("inf")
     for config in configs:
         try:
-            took = seconds(config)
+            duration = seconds(config)
         except RuntimeError:  # it needs more than this device has
             continue
-        if took < 0.95 * least:
-            best, least = config, took
+        if duration < 0.95 * least:
+            best, least = config, duration
     return best
