@@ -36,7 +36,7 @@ def no_switches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def objects(ninja: str) -> dict[str, str]:
-    """Object -> its own flags, in the order of linking."""
+    """Each object's own flags, in the order of linking."""
     lines = ninja.splitlines()
     return {
         line.split()[1].rstrip(":"): flags
@@ -95,7 +95,7 @@ def test_missing_compiler(build: ModuleType, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def toolkit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
-    """An nvcc, and no other."""
+    """The path of a fake nvcc, the only one to be found."""
     fake = tmp_path / "bin" / "nvcc"
     fake.parent.mkdir()
     fake.write_text("#!/bin/sh\n")
@@ -178,7 +178,7 @@ def test_gpus_to_build_for(
 
 
 def test_unchanged_cells_keep_their_time(tmp_path: Path) -> None:
-    # In a process of its own: generating puts a bare package in place of fastrnn.
+    # A process of its own, because the generator puts a bare package in place of fastrnn.
     script = f"""
 import importlib.util, os, pathlib
 spec = importlib.util.spec_from_file_location("fastrnn_setup", {str(ROOT / "setup.py")!r})
@@ -201,14 +201,14 @@ assert "fastrnn/cells/declare.py" in made_from and "fastrnn/compiler/derive.py" 
 
 
 def kernel_sources() -> set[str]:
-    """What a custom cell is compiled from: the CPU kernel, and all that it includes."""
+    """The sources of a custom cell's library: the CPU kernel and all that it includes."""
     csrc, found = ROOT / "csrc", {ROOT / "csrc" / "cpu" / "kernels.cpp"}
     left = set(found)
     while left:
         source = left.pop()
         for name in re.findall(r'^#include "(.+)"', source.read_text(), re.MULTILINE):
             here = [f / name for f in (source.parent, csrc) if (f / name).is_file()]
-            left |= set(here[:1]) - found  # none is there of what is generated
+            left |= set(here[:1]) - found  # a generated header has no file here
             found |= set(here[:1])
     return {path.relative_to(csrc).as_posix() for path in found}
 
