@@ -73,10 +73,163 @@ void check_prepacked(const CellFacts& cell, const ScanInputs& in, const Shape& n
                 ", do not fit weights that take ", bytes, " bytes of ", compute);
 }
 
-void out_of_memory(bool done) {
-  TORCH_CHECK_WITH(OutOfMemoryError, done,
+void check_memory(bool enough) {
+  TORCH_CHECK_WITH(OutOfMemoryError, enough,
                    "fastrnn: no memory for prepacked weights and one chunk");
 }
+
+void check_backward(const Call& call, const OutputGrads& grads, const Tensor& y,
+                    const Tensor& tape) {
+  const auto& [cell, in, n, tables] = call;
+  const at::ScalarType stored = in.x.scalar_type();
+  TORCH_CHECK(tape.sizes() == at::IntArrayRef({n.R, n.P, cell.tape_width(n.projected), n.H}) &&
+                  tape.scalar_type() == stored && y.numel() == n.R * n.P * n.Q &&
+                  y.scalar_type() == stored,
+              "scan_backward: y and tape should be those of scan with tape=True, got ", y.sizes(),
+              " and ", tape.sizes());
+  TORCH_CHECK(tape.is_cpu() && y.is_cpu(), "scan_backward: y and tape should be on the CPU");
+  TORCH_CHECK(!grads.dy.defined() || (grads.dy.sizes() == y.sizes() && grads.dy.is_cpu()),
+              "scan_backward: dy should be like y, ", y.sizes(), " on the CPU, got ",
+              grads.dy.sizes(), " on ", grads.dy.device());
+  TORCH_CHECK(static_cast<int32_t>(grads.dstates.size()) == cell.states,
+              "scan_backward: dstates should hold ", cell.states, " gradients or None, got ",
+              grads.dstates.size());
+  for (int32_t s = 0; s < cell.states; ++s) {
+    const Tensor& each = grads.dstates[s];
+    TORCH_CHECK(!each.defined() || (each.sizes() == n.state_size(s) && each.is_cpu()),
+                "scan_backward: the gradient of state ", s, " should be ",
+                at::IntArrayRef(n.state_size(s)), " on the CPU, got ", each.sizes(), " on ",
+                each.device());
+  }
+}
+
+using Pointers = std::vector<void*>;
+void* const* or_null(const Pointers& pointers) {
+  return pointers.empty() ? nullptr : pointers.data();
+}
+
+// Gradients of the states in the compute type, which the chunks carry to each other.
+struct StateGradients {
+  std::vector<Tensor> ds;  // S
+  Pointers at;             // [P][S]
+
+  StateGradients(const Call& call, const OutputGrads& grads, at::ScalarType compute)
+      : ds(call.cell.states), at(call.n.P * call.cell.states) {
+    const Shape& n = call.n;
+    const int64_t S = call.cell.states;
+    for (int64_t s = 0; s < S; ++s) {
+      const Tensor& last = grads.dstates[s];
+      ds[s] = last.defined() ? last.to(compute, false, true).contiguous()
+                             : fresh_zeros(n.state_size(s), compute);
+      for (int64_t p = 0; p < n.P; ++p)
+        at[p * S + s] = static_cast<char*>(ds[s].mutable_data_ptr()) +
+                        p * n.B * n.width(s) * static_cast<int64_t>(ds[s].itemsize());
+    }
+  }
+};
+
+// What the sweep of a chunk hands to the products for its gradients, and prepacked weights.
+class ChunkBuffers {
+ public:
+  // `rows` are the most of a chunk; `prepacked` the numbers of weights that the sweep packs.
+  ChunkBuffers(const Call& call, const Needs& needs, at::ScalarType compute, int64_t rows,
+               int64_t prepacked)
+      : P_(call.n.P),
+        rows_(rows),
+        depth_(call.cell.gates * call.n.H),
+        Q_(call.n.Q),
+        summed_(call.cell.all_summed()),
+        projected_(call.n.projected),
+        workspace_(compute, {P_ * rows * depth_, summed_ ? 0 : P_ * rows * depth_, P_ * rows * Q_,
+                             projected_ ? P_ * rows * Q_ : 0, prepacked,
+                             needs[kNeedX] ? P_ * prepacked_width(call.n.I) * depth_ : 0}),
+        dv_(pointers(kDv, depth_)),
+        du_(pointers(summed_ ? kDv : kDu, depth_)),
+        h_prev_(pointers(kHPrev, Q_)),
+        dh_(pointers(kDh, Q_)) {}
+
+  void fill(BackwardArgs& args, GradientArgs& products) {
+    products.du = args.du = du_.data();
+    products.dv = args.dv = dv_.data();
+    products.h_prev = args.h_prev = h_prev_.data();
+    args.dh = projected_ ? dh_.data() : nullptr;
+    products.dh = dh_.data();
+    args.prepacked = workspace_.at(kRecurrentWeights);
+    args.prepacked_for = &prepacked_for_;
+    products.prepacked = workspace_.at(kInputWeights);
+  }
+
+ private:
+  enum Part { kDv, kDu, kHPrev, kDh, kRecurrentWeights, kInputWeights };
+
+  Pointers pointers(Part part, int64_t width) const {
+    Pointers at(P_);
+    for (int64_t p = 0; p < P_; ++p) at[p] = workspace_.at(part, p * rows_ * width);
+    return at;
+  }
+
+  const int64_t P_, rows_, depth_, Q_;
+  const bool summed_, projected_;
+  const Workspace workspace_;
+  const Pointers dv_, du_, h_prev_, dh_;
+  int32_t prepacked_for_ = 0;
+};
+
+// Gradients of x, weights and biases in the compute type, to which every chunk adds.
+class WeightGradients {
+ public:
+  WeightGradients(const Call& call, const Needs& needs, at::ScalarType compute)
+      : call_(call), needs_(needs), bias_(needs[kNeedBias] && !call.in.b_ih.empty()) {
+    const Shape& n = call.n;
+    const int64_t depth = call.cell.gates * n.H;
+    const bool summed = call.cell.all_summed();
+    // Rows of dx that several recurrences add to, or that none reaches.
+    const bool from_zero = n.P > 1 || call.in.lengths;
+    if (needs[kNeedX])
+      tensors_.x = from_zero ? fresh_zeros({n.R, n.I}, compute) : fresh({n.R, n.I}, compute);
+    const auto zeros = [&](bool needed, std::vector<Tensor>& to, at::IntArrayRef size) {
+      Pointers pointers;
+      for (int64_t p = 0; needed && p < n.P; ++p)
+        pointers.push_back(to.emplace_back(fresh_zeros(size, compute)).mutable_data_ptr());
+      return pointers;
+    };
+    dw_ih_ = zeros(needs[kNeedWih], tensors_.w_ih, {depth, n.I});
+    dw_hh_ = zeros(needs[kNeedWhh], tensors_.w_hh, {depth, n.Q});
+    dw_hr_ = zeros(needs[kNeedWhr] && n.projected, tensors_.w_hr, {n.Q, n.H});
+    db_ih_ = zeros(bias_, tensors_.b_ih, {depth});
+    db_hh_ = zeros(bias_ && !summed, tensors_.b_hh, {depth});
+  }
+
+  void fill(GradientArgs& products) {
+    products.dw_ih = or_null(dw_ih_);
+    products.dw_hh = or_null(dw_hh_);
+    products.dw_hr = or_null(dw_hr_);
+    products.db_ih = or_null(db_ih_);
+    products.db_hh = or_null(db_hh_);
+    products.dx = needs_[kNeedX] ? tensors_.x.mutable_data_ptr() : nullptr;
+  }
+
+  // All gradients in the dtype of x, in the order of the operator.
+  std::vector<Tensor> in_dtype_of_x(const StateGradients& states) {
+    const at::ScalarType stored = call_.in.x.scalar_type();
+    if (bias_ && call_.cell.all_summed())
+      for (const Tensor& each : tensors_.b_ih) tensors_.b_hh.push_back(each.clone());
+    if (needs_[kNeedX]) tensors_.x = tensors_.x.view(call_.in.x.sizes()).to(stored);
+    for (auto* group :
+         {&tensors_.w_ih, &tensors_.w_hh, &tensors_.b_ih, &tensors_.b_hh, &tensors_.w_hr})
+      for (Tensor& each : *group) each = each.to(stored);
+    if (needs_[kNeedStates] && !call_.in.s0.empty())
+      for (const Tensor& each : states.ds) tensors_.s0.push_back(each.to(stored));
+    return tensors_.flat(needs_);
+  }
+
+ private:
+  const Call& call_;
+  const Needs& needs_;
+  const bool bias_;
+  Gradients tensors_;
+  Pointers dw_ih_, dw_hh_, dw_hr_, db_ih_, db_hh_;
+};
 
 }  // namespace
 
@@ -138,140 +291,48 @@ ScanOutputs forward_on_cpu(const Call& call, const CpuPlan& plan, bool tape) {
   args.tape = tape ? saved.mutable_data_ptr() : nullptr;
   args.final_states = finals.data();
   const bool in_double = compute == at::kDouble;
-  out_of_memory(cell.code(in_double).forward[in_double](args, plan));
+  check_memory(cell.code(in_double).forward[in_double](args, plan));
   return out;
 }
 
 std::vector<Tensor> backward_on_cpu(const Call& call, const CpuPlan& plan, const OutputGrads& grads,
                                     const Tensor& y, const Tensor& tape, const Needs& needs) {
   const auto& [cell, in, n, tables] = call;
+  check_backward(call, grads, y, tape);
   const at::ScalarType stored = in.x.scalar_type(), compute = compute_type(stored);
-  TORCH_CHECK(tape.sizes() == at::IntArrayRef({n.R, n.P, cell.tape_width(n.projected), n.H}) &&
-                  tape.scalar_type() == stored && y.numel() == n.R * n.P * n.Q &&
-                  y.scalar_type() == stored,
-              "scan_backward: y and tape should be those of scan with tape=True, got ", y.sizes(),
-              " and ", tape.sizes());
-  TORCH_CHECK(tape.is_cpu() && y.is_cpu(), "scan_backward: y and tape should be on the CPU");
-  TORCH_CHECK(!grads.dy.defined() || (grads.dy.sizes() == y.sizes() && grads.dy.is_cpu()),
-              "scan_backward: dy should be like y, ", y.sizes(), " on the CPU, got ",
-              grads.dy.sizes(), " on ", grads.dy.device());
-  TORCH_CHECK(static_cast<int32_t>(grads.dstates.size()) == cell.states,
-              "scan_backward: dstates should hold ", cell.states, " gradients or None, got ",
-              grads.dstates.size());
-  for (int32_t s = 0; s < cell.states; ++s) {
-    const Tensor& each = grads.dstates[s];
-    TORCH_CHECK(!each.defined() || (each.sizes() == n.state_size(s) && each.is_cpu()),
-                "scan_backward: the gradient of state ", s, " should be ",
-                at::IntArrayRef(n.state_size(s)), " on the CPU, got ", each.sizes(), " on ",
-                each.device());
-  }
   const Operands operands(in, n, compute);
-  const int64_t S = cell.states, depth = cell.gates * n.H;
-  const bool summed = cell.all_summed();
-  const Tensor y_rows = y.contiguous(), tape_rows = tape.contiguous();
+  const Tensor x = with_unit_stride(in.x), y_rows = y.contiguous(), tape_rows = tape.contiguous();
   const Tensor dy = grads.dy.defined() ? grads.dy.to(stored).contiguous() : Tensor();
+  StateGradients states(call, grads, compute);
+  WeightGradients weights(call, needs, compute);
 
-  // Gradients of the states, carried from chunk to chunk in the compute type.
-  std::vector<Tensor> ds(S);
-  std::vector<void*> carried(n.P * S);
-  for (int64_t s = 0; s < S; ++s) {
-    const Tensor& last = grads.dstates[s];
-    ds[s] = last.defined() ? last.to(compute, false, true).contiguous()
-                           : fresh_zeros(n.state_size(s), compute);
-    for (int64_t p = 0; p < n.P; ++p)
-      carried[p * S + s] = static_cast<char*>(ds[s].mutable_data_ptr()) +
-                           p * n.B * n.width(s) * static_cast<int64_t>(ds[s].itemsize());
-  }
-
-  const int64_t most = std::min(std::max(plan.chunk_rows, n.B), tables.live_rows());
   BackwardArgs args;
+  GradientArgs products;
   operands.fill(args, n, tables, storage_of(stored));
-  const Workspace workspace(
-      compute, {n.P * most * depth, summed ? 0 : n.P * most * depth, n.P * most * n.Q,
-                n.projected ? n.P * most * n.Q : 0, prepacked_for_backward(args, cell.gates),
-                needs[kNeedX] ? n.P * prepacked_width(n.I) * depth : 0});
-  const auto pointers_of = [&](int part, int64_t width) {
-    std::vector<void*> at(n.P);
-    for (int64_t p = 0; p < n.P; ++p) at[p] = workspace.at(part, p * most * width);
-    return at;
-  };
-  const auto dv_pointers = pointers_of(0, depth), du_pointers = pointers_of(summed ? 0 : 1, depth),
-             h_prev_pointers = pointers_of(2, n.Q), dh_pointers = pointers_of(3, n.Q);
-  const bool bias = needs[kNeedBias] && !in.b_ih.empty();
-  const bool several = n.P > 1 || in.lengths;  // rows of dx that are added to, or never reached
-  Gradients out;
-  if (needs[kNeedX])
-    out.x = several ? fresh_zeros({n.R, n.I}, compute) : fresh({n.R, n.I}, compute);
-  const auto zeros = [&](bool needed, std::vector<Tensor>& to, at::IntArrayRef size) {
-    std::vector<void*> pointers;
-    for (int64_t p = 0; needed && p < n.P; ++p)
-      pointers.push_back(to.emplace_back(fresh_zeros(size, compute)).mutable_data_ptr());
-    return pointers;
-  };
-  const auto dw_ih = zeros(needs[kNeedWih], out.w_ih, {depth, n.I});
-  const auto dw_hh = zeros(needs[kNeedWhh], out.w_hh, {depth, n.Q});
-  const auto dw_hr = zeros(needs[kNeedWhr] && n.projected, out.w_hr, {n.Q, n.H});
-  const auto db_ih = zeros(bias, out.b_ih, {depth});
-  const auto db_hh = zeros(bias && !summed, out.b_hh, {depth});
-  const auto or_null = [](const std::vector<void*>& v) { return v.empty() ? nullptr : v.data(); };
-
+  operands.fill(products, n, tables, storage_of(stored));
+  const int64_t most = std::min(std::max(plan.chunk_rows, n.B), tables.live_rows());
+  ChunkBuffers buffers(call, needs, compute, most, prepacked_for_backward(args, cell.gates));
+  buffers.fill(args, products);
+  weights.fill(products);
   args.dy = dy.defined() ? dy.const_data_ptr() : nullptr;
   args.y = y_rows.const_data_ptr();
-  args.tape = tape_rows.const_data_ptr();
-  args.ds = carried.data();
-  args.du = du_pointers.data();
-  args.dv = dv_pointers.data();
-  args.h_prev = h_prev_pointers.data();
-  args.dh = n.projected ? dh_pointers.data() : nullptr;
-
-  const Tensor x = with_unit_stride(in.x);
-  GradientArgs rest;
-  rest.rows = args.rows;
-  rest.inputs = n.I;
-  rest.hidden = n.H;
-  rest.recurrent = n.Q;
-  rest.depth = depth;
-  rest.recurrences = args.recurrences;
-  rest.storage = args.storage;
-  rest.recurrence = args.recurrence;
-  rest.x = x.const_data_ptr();
-  rest.x_row = x.stride(-2);
-  rest.x_step = x.dim() == 3 ? x.stride(0) : 0;
-  rest.du = du_pointers.data();
-  rest.dv = dv_pointers.data();
-  rest.h_prev = h_prev_pointers.data();
-  rest.dh = dh_pointers.data();
-  rest.tape = tape_rows.const_data_ptr();
-  rest.tape_width = tape_rows.size(2);
-  rest.dw_hr = or_null(dw_hr);
-  rest.dw_ih = or_null(dw_ih);
-  rest.dw_hh = or_null(dw_hh);
-  rest.db_ih = or_null(db_ih);
-  rest.db_hh = or_null(db_hh);
-  rest.dx = needs[kNeedX] ? out.x.mutable_data_ptr() : nullptr;
-
-  int32_t prepacked_for = 0;
-  args.prepacked = workspace.at(4);
-  args.prepacked_for = &prepacked_for;
-  rest.prepacked = workspace.at(5);
+  args.tape = products.tape = tape_rows.const_data_ptr();
+  args.ds = states.at.data();
+  products.depth = cell.gates * n.H;
+  products.x = x.const_data_ptr();
+  products.x_row = x.stride(-2);
+  products.x_step = x.dim() == 3 ? x.stride(0) : 0;
+  products.tape_width = tape_rows.size(2);
 
   const bool in_double = compute == at::kDouble;
   for (int64_t end = n.T, begin; end > 0; end = begin) {
     begin = tables.chunk_begin(end, most);
-    args.begin = rest.begin = begin;
-    args.end = rest.end = end;
-    out_of_memory(cell.code(in_double).backward[in_double](args, plan));
-    out_of_memory(run_gradients(in_double, rest, plan));
+    args.begin = products.begin = begin;
+    args.end = products.end = end;
+    check_memory(cell.code(in_double).backward[in_double](args, plan));
+    check_memory(run_gradients(in_double, products, plan));
   }
-
-  if (bias && summed)
-    for (const Tensor& each : out.b_ih) out.b_hh.push_back(each.clone());
-  if (needs[kNeedX]) out.x = out.x.view(in.x.sizes()).to(stored);
-  for (auto* group : {&out.w_ih, &out.w_hh, &out.b_ih, &out.b_hh, &out.w_hr})
-    for (Tensor& each : *group) each = each.to(stored);
-  if (needs[kNeedStates] && !in.s0.empty())
-    for (const Tensor& each : ds) out.s0.push_back(each.to(stored));
-  return out.flat(needs);
+  return weights.in_dtype_of_x(states);
 }
 
 }  // namespace fastrnn

@@ -132,15 +132,8 @@ struct BackwardArgs : Scan {
 
 // Gradients of weights, biases and x from du and dv of a chunk. Everything is in the compute type
 // but x; null where a gradient is not wanted. Weights and biases are added to.
-struct GradientArgs {
-  Rows rows;
-  int64_t inputs = 0;
-  int64_t hidden = 0;
-  int64_t recurrent = 0;
+struct GradientArgs : Scan {
   int64_t depth = 0;  // G*H
-  int32_t recurrences = 0;
-  Storage storage = Storage::kSame;
-  const Recurrence* recurrence = nullptr;
   int64_t begin = 0;
   int64_t end = 0;
   // Room for [P][prepacked_width(I)][G*H], where dx is wanted; the chunk that ends with the last

@@ -102,7 +102,7 @@ def test_the_support_matrix_is_shown() -> None:
 
 def test_switches_are_the_ones_read() -> None:
     sources = [ROOT / "setup.py"]
-    for folder, kinds in (("fastrnn", ("py",)), ("csrc", ("cpp", "h", "cu", "cuh"))):
+    for folder, kinds in (("fastrnn", ("py",)), ("csrc", ("py", "cpp", "h", "cu", "cuh"))):
         sources += [file for kind in kinds for file in (ROOT / folder).rglob(f"*.{kind}")]
     read = r"(?:environ(?:\.get\(|\[|\.setdefault\()\s*|getenv\()[\"'](\w+)"
     folders = {source.parent.relative_to(ROOT).as_posix() for source in sources}

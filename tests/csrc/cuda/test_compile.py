@@ -10,7 +10,6 @@ Objects are in build/cuda-compile and are compiled again only if their sources c
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import os
 import re
 import shutil
@@ -19,9 +18,10 @@ import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from building import cuda as building
+from building import ninja
 
 from fastrnn import cells
 from fastrnn.compiler import emit_cpp
@@ -51,19 +51,9 @@ rule link
 """
 
 
-@cache
-def build() -> ModuleType:
-    """The module setup.py."""
-    spec = importlib.util.spec_from_file_location("fastrnn_setup", ROOT / "setup.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 SOURCES = sorted((ROOT / "csrc").rglob("*.cu"))
 needs_nvcc = pytest.mark.skipif(
-    build().nvcc() is None and "CI" not in os.environ, reason="needs nvcc"
+    building.nvcc() is None and "CI" not in os.environ, reason="needs nvcc"
 )
 
 
@@ -78,7 +68,7 @@ class Selection:
         return FOLDER / "-".join(self.cells)
 
     def log(self, target: str, source: Path) -> Path:
-        return self.folder / target / f"{build().object_of(source)}.log"
+        return self.folder / target / f"{ninja.object_of(source)}.log"
 
 
 SOME = Selection(("rnn_tanh", "lstm", "gru"))
@@ -94,16 +84,16 @@ def make(selection: Selection, *outputs: str) -> subprocess.CompletedProcess[str
         virtual = target.replace("sm", "compute")
         for source in SOURCES:
             builds.append(
-                f"build {target}/{build().object_of(source)}: nvcc {build().escape(source)}\n"
+                f"build {target}/{ninja.object_of(source)}: nvcc {ninja.escape(source)}\n"
                 f"  target = {target}\n  virtual = {virtual}"
             )
-        objects = " ".join(f"{target}/{build().object_of(source)}" for source in SOURCES)
+        objects = " ".join(f"{target}/{ninja.object_of(source)}" for source in SOURCES)
         builds.append(f"build {target}/_cuda.so: link {objects}")
-    nvcc = build().nvcc()
+    nvcc = building.nvcc()
     assert nvcc is not None, "there is no nvcc"
     text = NINJA_FILE.format(
-        nvcc=build().quote(nvcc),
-        flags=" ".join(build().cuda_flags(folder)),
+        nvcc=ninja.quote(nvcc),
+        flags=" ".join(building.flags_of(folder)),
         builds="\n".join(builds),
     )
     (folder / "build.ninja").write_text(text)
@@ -168,7 +158,7 @@ def seconds(selection: Selection, target: str, source: Path) -> float:
     taken = 0.0
     for line in (selection.folder / ".ninja_log").read_text().splitlines()[1:]:
         begin, end, _, output, _ = line.split("\t")
-        if output == f"{target}/{build().object_of(source)}":
+        if output == f"{target}/{ninja.object_of(source)}":
             taken = (int(end) - int(begin)) / 1000
     return taken
 
@@ -200,7 +190,7 @@ def table(selection: Selection, targets: list[str]) -> str:
 @pytest.mark.timeout(SECONDS)
 @pytest.mark.parametrize("target", IN_CI)
 def test_kernels_compile_and_spill_nothing(target: str) -> None:
-    done = make(SOME, *(f"{target}/{build().object_of(source)}" for source in SOURCES))
+    done = make(SOME, *(f"{target}/{ninja.object_of(source)}" for source in SOURCES))
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     made = [kernel for source in SOURCES for kernel in kernels(SOME, target, source)]
     assert {kernel.name for kernel in made} >= {"persistent_forward", "persistent_backward"}
@@ -280,12 +270,12 @@ def main(arguments: list[str]) -> int:
         print(f"no target {', '.join(sorted(unknown))}; there are: {', '.join(TARGETS)}")
         return 2
     # One call per source, because each call has a time limit.
-    objects = [build().object_of(source) for source in SOURCES]
+    objects = [ninja.object_of(source) for source in SOURCES]
     done = [make(ALL, *(f"{target}/{each}" for each in objects)) for target in targets]
     text = table(ALL, targets)
     print(*(each.stdout[-5000:] for each in done if each.returncode), text, sep="\n")
     if "--save" in arguments:
-        nvcc = str(build().nvcc())
+        nvcc = str(building.nvcc())
         version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
         release = re.search(r"release ([\d.]+, V[\d.]+)", version)
         head = (

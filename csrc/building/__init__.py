@@ -1,0 +1,1 @@
+"""Writes the files for ninja from which setup.py builds the sources beside it."""
