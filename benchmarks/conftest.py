@@ -2,12 +2,12 @@
 
     python -m pytest benchmarks                    the short form, a few minutes
     python -m pytest benchmarks --full             every workload
-    python -m pytest benchmarks --full -k speech   some of them; other rows stay as they are
-    python -m pytest benchmarks --device cuda      those of a GPU, what matters most first
+    python -m pytest benchmarks --full -k speech   some workloads; other rows stay as they are
+    python -m pytest benchmarks --device cuda      the workloads of a GPU, the most important first
 
-Results go to benchmarks/results/<machine>/suite.json, of which `python benchmarks/report.py` makes
-tables and plots. What pytest-benchmark offers besides (--benchmark-save, --benchmark-compare) works
-on our own times.
+Results go to benchmarks/results/<machine>/suite.json. `python -m benchmarks.report` makes tables
+and plots from them. The other options of pytest-benchmark (--benchmark-save, --benchmark-compare)
+work on our own times.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     options = parser.getgroup("fastrnn")
     options.addoption("--full", action="store_true", help="every workload")
     options.addoption("--smoke", action="store_true", help="a few tiny workloads, for tests")
-    options.addoption("--seconds", type=float, default=0.1, help="of calls for each implementation")
+    options.addoption("--seconds", type=float, default=0.1, help="of calls of each implementation")
     options.addoption("--latency-calls", type=int, default=100_000, help="single steps timed")
     options.addoption("--threads", type=int, help="default: as many as torch would take")
     options.addoption("--device", choices=("cpu", "cuda"), default="cpu")
@@ -70,7 +70,7 @@ def here(pytestconfig: pytest.Config) -> machine.Machine:
 
 @pytest.fixture(scope="session")
 def keep(pytestconfig: pytest.Config, here: machine.Machine) -> Callable[[Row], None]:
-    """Writes a row into the results, at once, so that a run that is cut short loses none."""
+    """Writes a row into the results at once, so that a run that is cut short loses none."""
     device = pytestconfig.getoption("device")
     command = f"python -m pytest {shlex.join(map(str, pytestconfig.invocation_params.args))}"
     run = store.conditions(here, command, device)
@@ -88,7 +88,7 @@ def keep(pytestconfig: pytest.Config, here: machine.Machine) -> Callable[[Row], 
 
 
 class Progress:
-    """A line for each row as it is measured, with a bar and the time that is left."""
+    """Prints a line for each measured row, with a bar and the remaining time."""
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
@@ -99,7 +99,7 @@ class Progress:
         self._all = len(session.items)
 
     def pytest_report_teststatus(self, report: pytest.TestReport) -> object:
-        # The lines below tell more than pytest's dots.
+        # The lines of pytest_runtest_logreport take the place of pytest's dots.
         return ("passed", "", "") if report.passed and report.when == "call" else None
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -108,10 +108,10 @@ class Progress:
         self._done += 1
         full = BAR * self._done // self._all
         left = (time.monotonic() - self._begin) / self._done * (self._all - self._done)
-        told = dict(report.user_properties).get("told", report.outcome)
+        summary = dict(report.user_properties).get("summary", report.outcome)
         reporter = self._config.pluginmanager.getplugin("terminalreporter")
         reporter.ensure_newline()
         reporter.write_line(
             f"{'█' * full}{'·' * (BAR - full)} {self._done}/{self._all}, "
-            f"{left // 60:.0f}:{left % 60:02.0f} left  {told}"
+            f"{left // 60:.0f}:{left % 60:02.0f} left  {summary}"
         )

@@ -1,11 +1,11 @@
-"""Tables, plots and a page from what the suite measured on one machine.
+"""Tables, plots and a page from the suite's results on one machine.
 
     python -m benchmarks.report [benchmarks/results/MACHINE] [--readme README.md]
         [--docs docs/benchmarks.md]
 
-The default folder is the one of the machine measured last. The command writes speedup.svg beside
-the results and the page to build/benchmark/MACHINE.html. It also rewrites tables between their
-markers: --docs names the file with all rows and the losses, --readme the one with a few rows.
+The default folder is that of the machine measured last. The command writes speedup.svg beside the
+results and the page to build/benchmark/MACHINE.html. It also rewrites tables between their markers:
+--docs names the file with all rows and the losses, --readme the file with a few rows.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from fastrnn.tools.bench.workload import BEST_BASELINE, CELLS
 
 BEGIN, END = "<!-- benchmarks/report.py -->", "<!-- end -->"
 BEGIN_LOSSES = "<!-- benchmarks/report.py, losses -->"
-TABLED = ("streaming", "layers", "packed")  # groups of the tables in README and docs
-# The workloads in the README's table: each kind of use once, and one where a baseline is faster.
+TABLED = ("streaming", "layers", "packed")  # groups in the tables of README and docs
+# The workloads in the README's table: each kind of use once, and one in which a baseline is faster.
 SHORT = ("stream-64", "one-row-256", "language-model", "speech", "packed")
 SWEEPS = {"over H": "hidden", "over B": "batch", "over T": "steps"}
 TICKS = (0.5, 1, 2, 5, 10, 20, 50, 100)
@@ -35,12 +35,12 @@ TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
 
 def against(mode: str) -> str:
-    """Whom a mode's figure is set against in tables and plots: training runs in few baselines."""
+    """The baseline of a mode in tables and plots: torch.nn for training, which few others run."""
     return TORCH if mode == "training" else BEST_BASELINE
 
 
 def shape(row: Row) -> str:
-    """(T, B, I, H) and what else there is to a row's layers."""
+    """(T, B, I, H), the number of layers and their directions."""
     sizes = f"({row.steps}, {row.batch}, {row.inputs}, {row.hidden})"
     layers = f", {row.layers} layers" if row.layers > 1 else ""
     return sizes + layers + (", bidirectional" if row.bidirectional else "")
@@ -54,11 +54,11 @@ def micros(value: float) -> str:
 
 
 def table(results: store.Results, workloads: Sequence[str] | None = None) -> str:
-    """One line a workload: our time and how many times as fast it is, losses in italics.
+    """One line for each workload: our time and the speed-up, losses in italics.
 
     Args:
-        results: what was measured on one machine.
-        workloads: names of those to show; all of the groups `TABLED` by default.
+        results: of one machine.
+        workloads: names of the workloads to show; all of the groups `TABLED` by default.
     """
     rows = {
         row.key[:3]: row
@@ -78,7 +78,7 @@ def table(results: store.Results, workloads: Sequence[str] | None = None) -> str
                 found = [rows[name, cell, mode] for mode in modes if (name, cell, mode) in rows]
                 cells.append(_figure(found[0]) if found else "–")
         lines.append(f"| {name} {shape(first)} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *(f"*{told}*" for told in _conditions(results, rows.values()))])
+    return "\n".join([*lines, "", *(f"*{line}*" for line in _conditions(results, rows.values()))])
 
 
 def losses(results: store.Results) -> str:
@@ -116,7 +116,7 @@ def _figure(row: Row) -> str:
 
 
 def _conditions(results: store.Results, rows: Iterable[Row]) -> list[str]:
-    """A sentence for all runs under equal conditions that one of these rows is from."""
+    """A line for each group of runs under equal conditions from which one of these rows is."""
     wanted = {row.key for row in rows}
     numbers = sorted({number for row, number in results.rows if row.key in wanted})
     alike: dict[str, list[store.Conditions]] = {}
@@ -124,7 +124,7 @@ def _conditions(results: store.Results, rows: Iterable[Row]) -> list[str]:
         versions = ", ".join(f"{n} {v}" for n, v in run.versions.items() if v != "not installed")
         about = f"{run.device} ({run.instruction_set}), {run.machine.threads} threads, float32"
         alike.setdefault(f"{about}; {versions}", []).append(run)
-    told = []
+    sentences = []
     for about, runs in alike.items():
         commits, days, commands = (
             list(dict.fromkeys(values))
@@ -137,15 +137,15 @@ def _conditions(results: store.Results, rows: Iterable[Row]) -> list[str]:
         command = (
             f"`{commands[0]}`" if len(commands) == 1 else "`python -m pytest benchmarks`, in parts"
         )
-        told.append(f"{about}; commit {', '.join(commits)}, {', '.join(days)}; {command}")
-    return told
+        sentences.append(f"{about}; commit {', '.join(commits)}, {', '.join(days)}; {command}")
+    return sentences
 
 
 def rewrite(text: str, table: str, begin: str = BEGIN) -> str:
     """`text` with the table between its markers replaced.
 
     Raises:
-        ValueError: there is no such pair of markers.
+        ValueError: if the text has no such pair of markers.
     """
     pattern = re.compile(f"{re.escape(begin)}\n.*?{re.escape(END)}", re.DOTALL)
     if not pattern.search(text):
@@ -164,7 +164,7 @@ def docs(text: str, results: store.Results) -> str:
 
 
 def plot(results: store.Results, path: Path) -> bool:
-    """Speed-ups over H, B and T, and what a step costs over T; whether there was anything."""
+    """Plots speed-ups over H, B and T, and the time of a step over T. False if no row fits."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -228,7 +228,7 @@ def plot(results: store.Results, path: Path) -> bool:
 
 @dataclass(frozen=True)
 class Line:
-    """A row as the page shows it."""
+    """A row on the page: `status` is the worst of its verdicts, `run` the index of its run."""
 
     row: Row
     shape: str
@@ -264,7 +264,7 @@ def lines(results: store.Results) -> list[Line]:
 
 
 def page(results: store.Results, svg: str) -> str:
-    """The whole report as one HTML page that needs nothing else."""
+    """The whole report as one HTML page that needs no other file."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["micros"] = micros
     shown = lines(results)
@@ -277,7 +277,7 @@ def page(results: store.Results, svg: str) -> str:
             for status in ("reached", "within noise", "missed", "not measured")
         },
         losses=[line for line in shown if line.ratio is not None and line.ratio < 1],
-        # XML and document type do not belong inside a page.
+        # The XML declaration and the document type do not belong inside a page.
         svg=svg[svg.index("<svg") :] if svg else "",
     )
 

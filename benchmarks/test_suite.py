@@ -1,4 +1,5 @@
-"""Every row of the suite: gated, timed beside its baselines, and kept. No time makes it fail."""
+"""Every row of the suite: its results are checked, then it is timed beside its baselines and kept.
+No time makes a test fail."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from fastrnn.tools.bench import comparison
 from fastrnn.tools.bench.machine import Machine
 from fastrnn.tools.bench.workload import Workload
 
-ROUNDS = 5  # of pytest-benchmark's own timing
+ROUNDS = 5  # in pytest-benchmark's own timing
 
 
 def test_row(
@@ -35,15 +36,15 @@ def test_row(
         device=option("device"),
     )
     keep(row)
-    record_property("told", told(row))
-    # The interleaved times are what the report uses; these serve to compare runs of ours.
+    record_property("summary", summary(row))
+    # The report uses the interleaved times above. These compare runs of ours with each other.
     benchmark.group = f"{workload.name}, {mode}"
     benchmark.extra_info.update(row.as_json())
     with ours.around():
         benchmark.pedantic(ours.call, rounds=ROUNDS, iterations=row.ours.calls, warmup_rounds=1)
 
 
-def told(row: comparison.Row) -> str:
+def summary(row: comparison.Row) -> str:
     """A row in one line."""
     line = f"{row.workload} {row.cell} {row.mode}: {row.ours.name} {row.ours.median:.4g} us"
     if row.baselines:

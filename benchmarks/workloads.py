@@ -1,4 +1,4 @@
-"""The workloads of the suite, with the targets that are set for them: data and nothing else.
+"""The workloads of the suite and their targets: data and nothing else.
 
 To add one, append it to `WORKLOADS`; `quick=True` puts it into `make bench`.
 """
@@ -151,7 +151,7 @@ BATCHES = (
     ),
 )
 
-# Lengths as of sentences: many short, few long.
+# Lengths like those of sentences: many short, few long.
 LENGTHS: tuple[int, ...] = (120, 91, 83, 74, 66, 60, 55, 50, 46, 43, 40, 37, 34, 32, 30, 28)
 LENGTHS += (26, 24, 22, 21, 19, 18, 16, 15, 14, 12, 11, 10, 8, 7, 5, 3)
 MEAN_LENGTH = sum(LENGTHS) // len(LENGTHS)
@@ -171,7 +171,7 @@ PACKED = (
 
 
 def half(dtype: str) -> Workload:
-    """A 16-bit dtype beside float32: it must not be slower."""
+    """A 16-bit dtype, which must not be slower than float32."""
     return Workload(
         dtype,
         *(128, 32, 128, 128),
@@ -246,7 +246,7 @@ LINEAR = Workload(
     ),
 )
 
-# The baselines that are nearest to ours somewhere along each line.
+# Each of these baselines is the nearest to ours at some point of each line.
 PLOTTED = ("torch.nn", "ONNX Runtime")
 
 SWEEPS = (
@@ -284,14 +284,14 @@ SWEEPS = (
 
 WORKLOADS = (*STREAMING, *SEQUENCES, *BATCHES, *PACKED, *CHECKS, LINEAR, *SWEEPS)
 
-# Of a GPU. What matters most comes first, as a run may be cut off after some minutes.
+# (B, H) and the target's speed-up, for a GPU.
 GPU_SHAPES = {(16, 256): 6.0, (64, 512): 4.0, (1, 256): 8.0, (64, 1024): 2.3, (128, 2048): 1.4}
 GPU_DTYPES = ("bfloat16", "float32", "float16")
 GPU_STEPS = 512
 
 
 def on_gpu(batch: int, hidden: int, dtype: str, **rest: Any) -> Workload:
-    """One shape; TF32 is an implementation of the float32 row."""
+    """One shape; the float32 row has an implementation in TF32 too."""
     wide = ", both directions" if rest.get("bidirectional") else ""
     return Workload(
         f"gpu-{batch}x{hidden}-{dtype}" + ("-bidirectional" if wide else ""),
@@ -304,7 +304,7 @@ def on_gpu(batch: int, hidden: int, dtype: str, **rest: Any) -> Workload:
 
 
 def of_lengths(steps: int, batch: int, hidden: int, dtype: str) -> Workload:
-    """A packed batch whose lengths fall evenly from all steps to nearly none."""
+    """A packed batch whose lengths fall evenly from `steps` to nearly 0."""
     lengths = tuple(max(1, steps * (batch - row) // batch) for row in range(batch))
     return Workload(
         f"gpu-packed-{dtype}",
@@ -318,11 +318,13 @@ def of_lengths(steps: int, batch: int, hidden: int, dtype: str) -> Workload:
 
 
 def gpu_targets(ratio: float, dtype: str) -> tuple[Target, ...]:
-    """Where cuDNN keeps weights on the chip, LSTM in float16, less is left to win."""
+    """Targets over torch.nn. cuDNN keeps the weights of a float16 LSTM on the chip, so less is left
+    to win there."""
     ratio = max(1.1, ratio / 4) if dtype == "float16" else ratio
     return (Target("inference", "torch.nn", ratio, None, None),)
 
 
+# The most important workloads come first, because a run may be cut off after some minutes.
 GPU = (
     *(
         on_gpu(*shape, dtype, targets=gpu_targets(ratio, dtype))
@@ -348,7 +350,7 @@ GPU = (
     on_gpu(64, 128, "float32", cells=("lstm", "gru", "rnn")),
 )
 
-# Seconds in all, for tests of the suite itself; one of each kind of row and of target.
+# For tests of the suite itself: one of each kind of row and of target, a few seconds in all.
 SMOKE = (
     Workload(
         "smoke-layer",

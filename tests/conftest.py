@@ -1,5 +1,4 @@
-"""Settings of every test: reproducible random numbers, and memory that shows when it was not
-written."""
+"""Settings of every test: reproducible random numbers, and NaN in memory that was not written."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ import torch
 from tests.support.names import DEVICES, DTYPES
 from tests.support.properties import hypothesis
 
-# Those need packages of their own: `make clients` runs them.
+# The clients need packages of their own: `make clients` runs them.
 collect_ignore = ["clients"]
 
 if hypothesis is not None:
@@ -20,7 +19,7 @@ if hypothesis is not None:
         "default",
         deadline=None,
         database=None,
-        # In CI the same examples on every run: a failure there must be that of the change.
+        # In CI every run has the same examples, so that a failure comes from the change.
         derandomize="CI" in os.environ,
         suppress_health_check=[hypothesis.HealthCheck.too_slow],
     )
@@ -29,7 +28,7 @@ if hypothesis is not None:
 
 @pytest.fixture(autouse=True, scope="session")
 def poisoned_memory() -> Iterator[None]:
-    """Uninitialised memory is NaN everywhere, inside C++ too, and nothing may be random by run."""
+    """Fills uninitialised memory with NaN, in C++ too, and makes every test deterministic."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)  # noqa: B010

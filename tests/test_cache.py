@@ -1,4 +1,4 @@
-"""The folder of the cache: what may be taken from it, and who waits for whom."""
+"""The folder of the cache: which files may be used, and which process waits."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ import pytest
 
 from fastrnn import cache
 
-OTHER = 54321  # a user and a group that nobody here is
+OTHER = 54321  # a user and a group of no process here
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
 
 
 @pytest.fixture
 def named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder that FASTRNN_CACHE names, three below one that exists."""
+    """The folder that FASTRNN_CACHE names, three levels below an existing one."""
     named = tmp_path / "a" / "b" / "cache"
     monkeypatch.setenv("FASTRNN_CACHE", str(named))
     return named
@@ -38,7 +38,7 @@ def given_to_another(path: Path) -> None:
 def shared(mode: int) -> Callable[[Path], None]:
     def change(path: Path) -> None:
         if mode & stat.S_IWGRP and os.geteuid() == 0:
-            os.chown(path, -1, OTHER)  # the group of one's own name is for this user alone
+            os.chown(path, -1, OTHER)  # the group of a user's own name is for this user alone
         path.chmod(mode)
 
     return change
@@ -72,7 +72,7 @@ REFUSED = {
     "around, another's": (1, given_to_another, f"/b belongs to user number {OTHER}"),
     "far around, another's": (2, given_to_another, f"/a belongs to user number {OTHER}"),
 }
-# Group and owner can be changed to those of others by root alone.
+# Only root can change group and owner to those of others.
 NEEDS_ROOT = [name for name in REFUSED if "another's" in name]
 
 
@@ -90,7 +90,7 @@ def test_a_folder_that_others_can_change_is_refused(named: Path, how: str) -> No
     assert cache.is_private(private)
     assert stat.S_IMODE(private.stat().st_mode) == 0o700
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # it is said once
+        warnings.simplefilter("error")  # it warns once
         assert cache.folder() == private
 
 
@@ -98,7 +98,7 @@ def test_a_folder_that_others_can_change_is_refused(named: Path, how: str) -> No
 def test_a_group_that_others_are_in_is_refused_around_it_too(named: Path) -> None:
     assert cache.folder() == named
     named.parent.chmod(0o775)
-    assert cache.refusal(named) is None  # of root's own group, as with umask 002
+    assert cache.refusal(named) is None  # root's own group may write, as with umask 002
     shared(0o775)(named.parent)
     assert "others can write to" in str(cache.refusal(named))
 
@@ -129,7 +129,7 @@ def test_a_link_counts_as_what_it_leads_to(named: Path, tmp_path: Path) -> None:
 
 
 def test_a_link_to_a_folder_of_ones_own_is_followed_once(named: Path, tmp_path: Path) -> None:
-    """What is checked is what is used: the link may be changed afterwards."""
+    """The checked folder is the one used, even if the link is changed afterwards."""
     (tmp_path / "mine").mkdir(mode=0o700)
     named.parent.mkdir(parents=True)
     named.symlink_to(tmp_path / "mine")
@@ -175,7 +175,7 @@ def test_a_temporary_folder_that_others_can_change_is_no_way_out(
 
 @pytest.fixture
 def open_folder() -> Iterator[Path]:
-    """One that any user can reach."""
+    """A folder that any user can reach."""
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o755)
     yield folder
@@ -183,7 +183,7 @@ def open_folder() -> Iterator[Path]:
 
 
 def as_another_user(what: Callable[[], object]) -> str:
-    """What `what` returns in a process of that user."""
+    """The result of `what` in a process of that user."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -210,7 +210,7 @@ def test_another_user_takes_nothing_from_root(open_folder: Path) -> None:
     reason = as_another_user(lambda: cache.refusal(root))
     assert reason == f"{root} belongs to user 'root', not to you"
     assert "belongs to user 'root'" in as_another_user(lambda: cache.file_refusal(root / "a.so"))
-    # Folders of root around it are no objection.
+    # The folders around it may be root's.
     assert as_another_user(lambda: cache.refusal(theirs)) == "None"
 
 
@@ -298,7 +298,7 @@ def test_the_right_of_a_process_that_is_killed_is_free_again(tmp_path: Path) -> 
 
         with cache.locked(target, kill):
             assert waited
-            assert os.listdir(tmp_path) == ["a.so.lock"]  # nor is its half-made target there
+            assert os.listdir(tmp_path) == ["a.so.lock"]  # and its half-made target is gone
     assert os.listdir(tmp_path) == []
 
 
@@ -310,5 +310,5 @@ def test_without_locks_everyone_may(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     target = tmp_path / "a.so"
     first = cache.locked(target, lambda: None)
     with first, cache.work_folder(target), cache.locked(target, lambda: None):
-        assert len(os.listdir(tmp_path)) == 2  # what another one makes is left alone
+        assert len(os.listdir(tmp_path)) == 2  # files that another process makes are left alone
     assert os.listdir(tmp_path) == []

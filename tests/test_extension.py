@@ -1,4 +1,4 @@
-"""What is said where the extension was not built, or for another torch."""
+"""Messages if the extension was not built, or was built for another torch."""
 
 from __future__ import annotations
 

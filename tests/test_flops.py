@@ -1,4 +1,4 @@
-"""FlopCounterMode counts for our layers what it counts for torch.nn's."""
+"""FlopCounterMode counts the same for our layers as for torch.nn's."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def count(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[int, int]:
 
 
 def states(name: str, *shape: int, **options: Any) -> Any:
-    # Not one tensor twice, whose gradients torch would add up before their product.
+    # Two tensors: torch would add up the gradients of one tensor before their product.
     each = [torch.randn(shape, dtype=F64, **options) for _ in range(2)]
     return tuple(each) if "LSTM" in name else each[0]
 
 
-# In float64 throughout: torch counts nothing for an LSTM in float32, which is one call of oneDNN.
+# In float64, because torch counts nothing for a float32 LSTM, which is one call of oneDNN.
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -119,7 +119,7 @@ def test_custom_cells_and_heads() -> None:
     assert count(fastrnn.Recurrent(counted, I, H, dtype=F64), x) == gru
     heads = fastrnn.GRU(I, 2 * H, heads=2, dtype=F64)
     assert count(heads, x) == tuple(2 * n for n in gru)
-    # What is not saved is recomputed.
+    # Values that are not saved are recomputed.
     forward, backward = count(fastrnn.GRU(I, H, dtype=F64, recompute=True), x)
     assert (forward, backward) == (gru[0], gru[1] + gru[0])
 
@@ -134,7 +134,7 @@ def test_counts_by_module() -> None:
 
 @pytest.mark.parametrize("first", ["fastrnn", "torch.utils.flop_counter"])
 def test_registered_whichever_comes_first(first: str) -> None:
-    """And `import fastrnn` does not import the counter, which would import Triton."""
+    """`import fastrnn` does not import the counter, which would import Triton."""
     code = f"""
 import sys, torch
 import {first}

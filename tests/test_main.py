@@ -1,4 +1,4 @@
-"""The command line: its commands, and what they return."""
+"""The command line: its commands, and their exit codes."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ scan_backward = torch.ops.fastrnn.scan_backward.default
 
 
 def call(name: str, grad: bool, **extra: Any) -> tuple[Any, ...]:
-    """Arguments of the op, positional, of two recurrences; of one for a single step."""
+    """Positional arguments of the operator: two recurrences, or one for a single step."""
     one_step = "x" in extra and "batch_sizes" not in extra
     recurrences = 1 if one_step else 2
     given = {
@@ -176,7 +176,7 @@ def test_operands_on_two_devices_are_refused() -> None:
 
 
 def test_what_the_dispatcher_does_not_see() -> None:
-    """It looks into no optional list: a bias or a state of a special kind must not be misread."""
+    """It ignores optional lists: a special kind of bias or state must not be misread."""
     given = operands(cells.get("lstm"), 4, 3, 5, 6, dtype=torch.float32)
     negative = [torch._neg_view(t) for t in given["s0"]]
     assert negative[0].is_neg()
@@ -266,7 +266,7 @@ def test_autocast_computes_in_its_dtype(name: str) -> None:
     arguments = call(name, True)
     with torch.autocast("cpu", torch.bfloat16):
         y, *states, _ = scan(*arguments)
-    # torch.nn's GRU alone stays in the dtype of its state.
+    # Only torch.nn's GRU stays in the dtype of its state.
     assert y.dtype == (torch.float32 if name == "gru" else torch.bfloat16)
     assert {s.dtype for s in states} == {y.dtype}
     y.sum().backward()
@@ -276,7 +276,7 @@ def test_autocast_computes_in_its_dtype(name: str) -> None:
 
 
 def peak_bytes(function: Any) -> int:
-    """Largest sum of live CPU tensors allocated within `function`."""
+    """The peak of bytes in live CPU tensors that `function` allocates."""
     with torch.profiler.profile(profile_memory=True) as profile:
         function()
     live = peak = 0
@@ -289,7 +289,7 @@ def peak_bytes(function: Any) -> int:
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_memory(name: str) -> None:
-    """Inference allocates its outputs; training y and the tape, and one chunk going back."""
+    """Inference allocates its outputs; training allocates y, the tape, and one chunk backward."""
     steps, batch, hidden = 512, 8, 64
     cell = cells.get(name)
     given = operands(cell, steps, batch, 16, hidden, dtype=torch.float32)
@@ -311,7 +311,7 @@ def test_memory(name: str) -> None:
 
 
 def test_more_elements_than_32_bits_count() -> None:
-    """Offsets past 2^31: the tape is never touched where rows are not live."""
+    """Offsets exceed 2^31; the tape is never accessed for rows that are not live."""
     cell = cells.get("rnn_tanh")
     hidden, batch = 1, 1 << 17
     steps = (1 << 31) // batch + 2
@@ -394,7 +394,7 @@ def test_ragged_batches_share_plans(
 def test_the_log_shows_the_problem_that_runs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Not the rounded one, with which others share the plan."""
+    """The log has the call's own problem, not the rounded one that shares the plan."""
     monkeypatch.setenv("FASTRNN_LOG", "plan")
     layer = GRU(3, 27)
     for kernel in ("cpu", "reference"):
@@ -414,7 +414,7 @@ def test_a_kernel_in_python_runs_by_one_plan(monkeypatch: pytest.MonkeyPatch) ->
     given = operands(cells.get("lstm"), 3, 2, 4, 11)
     given["x"].requires_grad_()
     with kernels.use("reference"):
-        # After the first turn C++ knows that it has no plan.
+        # After the first turn C++ remembers that the CPU kernel has no plan for it.
         for expected in ([], ["reference", "reference"]):
             y, _ = ops.scan(cells.get("lstm"), **given)
             y.sum().backward()

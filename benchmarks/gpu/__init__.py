@@ -1,1 +1,1 @@
-"""Everything that wants a GPU, in one command: `python -m benchmarks.gpu`."""
+"""Everything that needs a GPU, in one command: `python -m benchmarks.gpu`."""

@@ -3,9 +3,9 @@
     python -m benchmarks.gpu [--out FOLDER] [--minutes 20] [--only tests-cuda-block,suite]
 
 The steps run in order, each in a process of its own that is stopped when its time is up, so none
-takes another down; but where the build does not pass, nothing follows. All that they find goes to
-one folder, FOLDER/<device>, as they find it: run.json says how each step ended, the others are what
-it measured, and *.log what it printed.
+takes another down. If the build fails, no step follows. Results go to one folder, FOLDER/<device>,
+at once: run.json says how each step ended, the other JSON files hold measurements, and NAME.log
+holds what the step NAME printed.
 """
 
 from __future__ import annotations
@@ -30,15 +30,17 @@ from benchmarks.gpu import results
 ROOT = Path(__file__).resolve().parents[2]
 NEEDED = ("ninja", "numpy", "pytest", "pytest_benchmark", "setuptools", "triton")
 TESTS = "tests/kernels/gpu/test_on_a_gpu.py"
-RESIDENCIES = ("step", "block", "cluster", "grid")  # of the kernels in CUDA
-PATIENCE = 20  # seconds for a process that was killed to be gone: the GPU may hold it
+RESIDENCIES = ("step", "block", "cluster", "grid")  # of the CUDA kernels
+PATIENCE = 20  # seconds to wait for a killed process to be gone: the GPU may hold it
 
 
 @dataclass(frozen=True)
 class Step:
-    """A command. `share`: of the time that is left, beside the shares of later steps.
+    """A command.
 
-    `needs`: a program without which the step is skipped.
+    Attributes:
+        share: the part of the remaining time that it may take, in proportion to later shares.
+        needs: a program; without it the step is skipped.
     """
 
     name: str
@@ -55,11 +57,11 @@ class Outcome:
     status: str
     seconds: float
     command: str
-    told: str  # its last line
+    last_line: str  # of its output
 
 
 def steps(folder: Path, out: Path) -> tuple[Step, ...]:
-    """All of them, in order."""
+    """All steps, in order."""
     python = sys.executable
 
     def tests(
@@ -70,8 +72,8 @@ def steps(folder: Path, out: Path) -> tuple[Step, ...]:
         return Step(name, share, (*before, *pytest), needs or None)
 
     def sanitizer(tool: str) -> tuple[str, ...]:
-        # Tensors by themselves: what lies past the end of one is not another's, unseen. Of calls
-        # of CUDA some fail in every process of torch, which asks what there is.
+        # Each tensor gets an allocation of its own, so that an access past its end hits no other
+        # tensor unnoticed. Some calls of CUDA's API fail in every process of torch, which probes.
         command = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--tool", tool)
         return (*command, "--report-api-errors", "no", "--error-exitcode", "9")
 
@@ -80,7 +82,7 @@ def steps(folder: Path, out: Path) -> tuple[Step, ...]:
 
     suite = [python, "-m", "pytest", "benchmarks", "--device", "cuda", "-q", "--benchmark-quiet"]
     return (
-        # One file of the kernels takes minutes, however many processors there are.
+        # One source of the kernels compiles for minutes, on any number of processors.
         Step("build", 30, (python, "setup.py", "--quiet", "build_ext", "--inplace")),
         tests("first", 4, ("-m", "first")),
         *(tests(f"tests-cuda-{each}", 2, ("-m", "cuda", "-k", each)) for each in RESIDENCIES),
@@ -97,7 +99,7 @@ def steps(folder: Path, out: Path) -> tuple[Step, ...]:
 def run(
     chosen: Sequence[Step], folder: Path, minutes: float, environment: dict[str, str]
 ) -> list[Outcome]:
-    """Run the steps one after the other, and keep what is known after each."""
+    """Run the steps one after the other, and save all outcomes after each."""
     folder.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * minutes
     outcomes: list[Outcome] = []
@@ -106,7 +108,7 @@ def run(
         allowed = max(1.0, (end - time.monotonic()) * step.share / later)
         print(f"{step.name}: {allowed:.0f} s at most ...", flush=True)
         outcomes.append(_run(step, folder, allowed, environment))
-        print(f"{step.name}: {outcomes[-1].status}; {outcomes[-1].told}", flush=True)
+        print(f"{step.name}: {outcomes[-1].status}; {outcomes[-1].last_line}", flush=True)
         results.save(folder / "run.json", [asdict(each) for each in outcomes])
         if step.name == "build" and outcomes[-1].status != "passed":
             print(f"nothing can run without it: see {folder / 'build.log'}", file=sys.stderr)
@@ -133,7 +135,7 @@ def _run(step: Step, folder: Path, allowed: float, environment: dict[str, str]) 
         except subprocess.TimeoutExpired:
             status = "out of time"
         finally:
-            # Whatever it started goes with it, a kernel that hangs too.
+            # This ends all processes of the step, also one whose kernel hangs.
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -154,14 +156,13 @@ def folder_of(device: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 where every step passed, 1 where one did not, 2 where there is no GPU or a package is
-    missing."""
+    """Returns 0 if no step failed, 1 if one did, 2 if there is no GPU or a package is missing."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu",
         description=(__doc__ or "").split("\n\n")[0],
     )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--minutes", type=float, default=20, help="of all steps together")
+    parser.add_argument("--minutes", type=float, default=20, help="for all steps together")
     parser.add_argument("--only", metavar="NAMES", help="these steps, with commas between")
     given = parser.parse_args(argv)
     known = [step.name for step in steps(Path(), Path())]
@@ -183,10 +184,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     environment = {
         **os.environ,
         "PATH": os.pathsep.join(paths),
-        "PYTHONUNBUFFERED": "1",  # what a step that is stopped has printed should be there
+        "PYTHONUNBUFFERED": "1",  # the log of a stopped step should be complete
         "FASTRNN_CUDA": "1",
         "TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST", f"{major}.{minor}"),
-        # What torch asks for where results must not differ from run to run.
+        # torch asks for this if results must not differ from run to run.
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     }
     out = given.out.resolve()

@@ -1,8 +1,8 @@
-"""How fast torch.nn is: which of cuDNN's kernels run, and what a step of them costs.
+"""The speed of torch.nn: which of cuDNN's kernels run, and the time of a step.
 
     python -m benchmarks.gpu.baseline FILE
 
-The cases that decide the most come first; FASTRNN_SECONDS cuts them off.
+The most important cases come first; FASTRNN_SECONDS limits the time of all.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from fastrnn.tools.bench.machine import Machine
 from fastrnn.tools.bench.workload import Workload
 
 STEPS = 512
-SECONDS = 0.03  # of calls
+SECONDS = 0.03  # of calls for each case
 TARGETS = ((16, 256), (64, 512), (1, 256), (64, 1024), (128, 2048))
 HIDDEN = (64, 128, 160, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 BATCHES = (16, 64, 1, 128, 8, 32, 256)
 NUMBERS = ("bfloat16", "float32", "float16", "tf32")
 NO_MACHINE = Machine(threads=1, gflops={}, bandwidth={}, cache_bytes={})
 
-# Cell, B, H, number, what else there is to the layer.
+# Cell, B, H, precision, other arguments of the workload.
 _Case = tuple[str, int, int, str, dict[str, Any]]
 
 
 def cases() -> Iterator[_Case]:
-    """What matters most first, each once."""
+    """Each case once, the most important first."""
     seen = []
     for case in _cases():
         if case not in seen:
@@ -56,7 +56,7 @@ def _cases() -> Iterator[_Case]:
         for rest in ({"bidirectional": True}, {"layers": 2}, {"packed": True}):
             yield "lstm", 16, 256, number, rest
             yield "lstm", 64, 512, number, rest
-    # Where cuDNN changes from one kernel to another.
+    # These show at which sizes cuDNN changes from one kernel to another.
     for batch in BATCHES:
         for hidden in HIDDEN:
             for number in ("float16", "bfloat16", "float32"):
@@ -77,7 +77,7 @@ def workload(batch: int, hidden: int, number: str, rest: dict[str, Any]) -> Work
 def measured(
     cell: str, batch: int, hidden: int, number: str, rest: dict[str, Any]
 ) -> dict[str, Any]:
-    """Microseconds a step, and the kernels, forward alone and with the backward pass."""
+    """Microseconds per step, and the kernels, of inference and of training."""
     row: dict[str, Any] = {"cell": cell, "batch": batch, "hidden": hidden, "number": number, **rest}
     chosen = workload(batch, hidden, number, rest)
     for mode in ("inference", "training"):

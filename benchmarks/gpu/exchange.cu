@@ -1,11 +1,11 @@
-// What it costs to hand a tile of the states from every block of a group to all others, once a
-// step, in every way there is; and small products with the weights in registers. Prints an object
-// of JSON a line, times in nanoseconds a step:
+// Measures each way in which the blocks of a group can exchange a tile of the states, once per
+// step, and small products with the weights in registers. Prints one JSON object per line, with
+// times in nanoseconds per step:
 //
 //     nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -I csrc -o exchange exchange.cu
 //
-// Every block counts up what it received and passes it on, so at the end each word of the tile must
-// be the number of steps; "right" says whether it was.
+// Every block adds 1 to the words that it received and passes them on. At the end each word of the
+// tile must be the number of steps; "right" says whether it was.
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
@@ -18,13 +18,14 @@
 using namespace fastrnn::platform;
 
 constexpr int kThreads = 256;
-constexpr int kFew = 1000, kMany = 3000;  // steps: the difference is free of the launch
+constexpr int kFew = 1000, kMany = 3000;  // steps; the difference excludes the launch
 
 // ---- The ways to exchange -----------------------------------------------------------------------
 
-// Pieces of 16 bytes are stored into the shared memory of every block of the cluster, and count
-// themselves in at its barrier. Two buffers suffice: a block stores into one again only after it
-// received the tile in the other, of which each warp sent its part after it had read the first.
+// Each block stores pieces of 16 bytes into the shared memory of every block of the cluster; each
+// store arrives at the receiver's barrier. Two buffers suffice: a block stores into one again only
+// after it received the tile in the other, and each warp sent its part of that after reading the
+// first.
 __global__ void __launch_bounds__(kThreads, 1)
     cluster_store_async(int bytes, int steps, uint32_t* out) {
   FASTRNN_SHARED(unsigned char, memory);
@@ -51,7 +52,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       uint4 value = {};
       if (i < pieces) value = *reinterpret_cast<const uint4*>(from + piece);
       value = {value.x + 1, value.y + 1, value.z + 1, value.w + 1};
-      __syncwarp();  // a piece is one warp's: nobody else reads it or stores to it here
+      __syncwarp();  // a piece belongs to one warp: no other reads it or stores to it here
       if (i < pieces)
         st_async16(peer_address(to + piece, peer), value, peer_address(barrier + now, peer));
     }
@@ -69,8 +70,8 @@ __global__ void __launch_bounds__(kThreads, 1) cluster_barrier(int, int steps, u
   if (blockIdx.x == 0 && threadIdx.x == 0) out[0] = steps;
 }
 
-// Through global memory, that is the L2 cache: each block writes its slice and then its flag, and
-// one warp of each waits for all flags before the tile is read.
+// The exchange through global memory, that is the L2 cache: each block writes its slice, then its
+// flag. One warp of each block waits for all flags before the block reads the tile.
 __global__ void __launch_bounds__(kThreads, 1)
     flags(int bytes, int steps, uint32_t* out, unsigned char* area, uint32_t* flag, int blocks) {
   FASTRNN_SHARED(unsigned char, tile);
@@ -104,8 +105,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       out[i] = reinterpret_cast<uint32_t*>(tile)[i];
 }
 
-// The same without flags: 4 of 16 bytes are the step, and whoever reads them reads until it is the
-// right one. Hardware stores and loads 16 bytes at once, which no document promises.
+// The same without flags: 4 of 16 bytes are the step, and a reader loads until they are the right
+// one. It relies on the hardware to store and load 16 bytes at once, which no document promises.
 __global__ void __launch_bounds__(kThreads, 1)
     poll_on_data(int bytes, int steps, uint32_t* out, uint4* area, uint32_t*, int blocks) {
   FASTRNN_SHARED(uint32_t, tile);
@@ -145,7 +146,7 @@ __global__ void __launch_bounds__(kThreads, 1) grid_barrier(int, int steps, uint
 
 // ---- Products -----------------------------------------------------------------------------------
 
-// A step of one warp: 32 rows of weights, in registers, times NT tiles of 8 columns, K = 256.
+// A step of one warp: 32 rows of weights in registers, times NT tiles of 8 columns, K = 256.
 template <int NT>
 __global__ void __launch_bounds__(512, 1) product(int, int steps, uint32_t* out) {
   constexpr int kChunks = 16, kRow = 256 + 8;
@@ -177,7 +178,7 @@ __global__ void __launch_bounds__(512, 1) product(int, int steps, uint32_t* out)
   for (int m = 0; m < 2; ++m)
     for (int n = 0; n < NT; ++n)
       for (int r = 0; r < 4; ++r) all += sum[m][n][r];
-  if (all == 12345.0f) out[0] = 1;  // the sums must be needed
+  if (all == 12345.0f) out[0] = 1;  // keeps the compiler from removing the sums
 }
 
 // ---- Measuring ----------------------------------------------------------------------------------
@@ -189,7 +190,7 @@ struct Memory {
 };
 constexpr size_t kArea = 64 << 20, kFlags = 1 << 20, kOut = 1 << 20;
 
-// Nanoseconds a step of the best of some launches, or a negative error.
+// Nanoseconds per step of the best of several launches, or the error of CUDA, negated.
 template <class Launch>
 double per_step(const Memory& memory, Launch launch_steps) {
   cudaEvent_t begin, end;
@@ -304,7 +305,7 @@ void count_resident_clusters() {
 }
 
 int main() {
-  std::setvbuf(stdout, nullptr, _IOLBF, 0);  // whoever reads gets each line at once
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);  // a reader gets each line at once
   cudaDeviceProp device;
   if (cudaGetDeviceProperties(&device, 0) != cudaSuccess) {
     std::fprintf(stderr, "there is no GPU\n");

@@ -1,4 +1,4 @@
-"""Compile exchange.cu for this GPU, run it, and keep each line that it prints at once.
+"""Compile exchange.cu for this GPU, run it, and save each line that it prints at once.
 
 python -m benchmarks.gpu.exchange FILE
 """
@@ -18,7 +18,7 @@ CSRC = SOURCE.parents[2] / "csrc"
 
 
 def compile_command(architecture: str, program: Path) -> list[str]:
-    """For an architecture as in "90a"."""
+    """The command of nvcc for an architecture such as "90a"."""
     code = f"arch=compute_{architecture},code=sm_{architecture}"
     return [
         *("nvcc", "-std=c++17", "-O3", f"-gencode={code}", "-I", str(CSRC)),

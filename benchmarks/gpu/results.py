@@ -1,4 +1,4 @@
-"""What a step writes: JSON, one row a line."""
+"""The JSON files that steps write, one row per line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 def save(
     path: Path, rows: Sequence[dict[str, Any]], conditions: dict[str, Any] | None = None
 ) -> None:
-    """At once and whole: a step that is stopped leaves what it had."""
+    """Replaces the file as a whole, so that a stopped step leaves the rows that it had."""
     lines = ",\n  ".join(json.dumps(row) for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}")

@@ -1,4 +1,4 @@
-"""The driver of everything that wants a GPU, as far as a machine without one can tell."""
+"""The driver of everything that needs a GPU, as far as a machine without one can test it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fastrnn.tools.bench.machine import slug
 from tests.support.paths import ROOT
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_says_so_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert driver.main(["--out", str(tmp_path)]) == 2
     assert "no GPU" in capsys.readouterr().err
@@ -52,8 +52,8 @@ def test_steps_survive_each_other(tmp_path: Path) -> None:
     )
     outcomes = driver.run(steps, tmp_path / "device", 0.2, dict(os.environ))
     assert [each.status for each in outcomes] == ["failed", "out of time", "skipped", "passed"]
-    assert outcomes[0].told == "a last word"
-    assert outcomes[3].told == "True"
+    assert outcomes[0].last_line == "a last word"
+    assert outcomes[3].last_line == "True"
     kept = json.loads((tmp_path / "device" / "run.json").read_text())["rows"]
     assert [row["name"] for row in kept] == ["dies", "hangs", "absent", "works"]
     assert (tmp_path / "device" / "dies.log").read_text() == "a last word\n"
@@ -99,7 +99,7 @@ def test_cases_of_the_baseline_are_possible_and_begin_with_the_targets() -> None
     assert len(cases) == len({str(case) for case in cases})
     assert cases[0] == ("lstm", 16, 256, "bfloat16", {})
     for _, batch, hidden, number, rest in cases:
-        baseline.workload(batch, hidden, number, rest)  # refuses what cannot be
+        baseline.workload(batch, hidden, number, rest)  # raises for an impossible one
 
 
 def test_workloads_of_the_gpu() -> None:

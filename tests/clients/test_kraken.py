@@ -2,8 +2,8 @@
 rows and columns of a page, its recognition network (its default, with random weights) packed LSTMs
 along text lines.
 
-Transforms of images are torchvision's, which this environment does without: pages are drawn here
-and given to the network, whose heatmaps go on into the client's own search for baselines.
+The client's transforms of images need torchvision, which this environment lacks: the tests draw
+pages and pass them to the network. The heatmaps go into the client's own search for baselines.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-# Before the stand-ins: they look for torchvision.
+# Imported before the stand-ins: these modules look for torchvision.
 import lightning
 import numpy as np
 import PIL.Image
@@ -94,7 +94,7 @@ def read(model: nn.Module, lines: tuple[Tensor, Tensor]) -> list[Tensor]:
 @torch.no_grad()
 def test_segmentation(segmentation: nn.Module, page: Tensor) -> None:
     ours = replaced(segmentation)
-    # Its norms compute in float32, so there is no float64 to compare with.
+    # Its norms compute in float32, so there is no float64 reference.
     assert_same_outputs(ours, segmentation, lambda model: heatmap(model, page), within=2e-6)
     baselines = []
     for model in (ours, segmentation):
@@ -108,7 +108,7 @@ def test_segmentation(segmentation: nn.Module, page: Tensor) -> None:
 def test_recognition(recognition: nn.Module, lines: tuple[Tensor, Tensor]) -> None:
     ours = replaced(recognition)
     assert_same_outputs(ours, recognition, lambda model: read(model, lines))
-    # One line alone, as the client reads a page, is not packed.
+    # The client reads a page line by line, and one line alone is not packed.
     one = lines[0][:1]
     assert_same_outputs(ours, recognition, lambda model: model(one.to(dtype_of(model)))[0])
 
@@ -157,7 +157,7 @@ def initialised(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def test_initialisation(recognition: nn.Module, lines: Any) -> None:
-    """The client initialises what is an `nn.LSTM`: before it is replaced, or while restored."""
+    """The client initialises each `nn.LSTM`: before it is replaced, or after `restore_`."""
     ours = replaced(recognition)
     before = copy.deepcopy(ours.state_dict())
     changed = {n for n, p in initialised(ours).state_dict().items() if not p.equal(before[n])}

@@ -50,7 +50,7 @@ def stored(request: pytest.FixtureRequest) -> types.SimpleNamespace:
     with medaka.models.open_model(medaka.models.resolve_model(request.param)) as store:
         encoder = store.get_meta("feature_encoder")
         model = store.load_model()
-        # The client renames its logger, and then neither copy nor pickle knows it.
+        # The client renames its logger, and then neither copy nor pickle finds it.
         model.logger = logging.getLogger(__name__)
         return types.SimpleNamespace(model=model, encoder=encoder)
 
@@ -67,7 +67,7 @@ def ours(torchs: nn.Module) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def bam(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Reads of a random draft, sorted: a base in fifty is wrong, missing or one too many."""
+    """Sorted reads of a random draft; one base in fifty is wrong, missing or inserted."""
     random = np.random.default_rng(0)
     draft = "".join(random.choice(list("ACGT"), DRAFT))
     header = {"HD": {"VN": "1.6", "SO": "coordinate"}, "SQ": [{"SN": "draft", "LN": DRAFT}]}
@@ -86,9 +86,9 @@ def bam(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 cigar.append(0)
                 if happened == 3:
                     letters.append(random.choice(list("ACGT")))
-                    cigar.append(1)  # one too many
+                    cigar.append(1)  # inserted
             if cigar[-1] != 0 or cigar[0] != 0:
-                continue  # an alignment begins and ends with a base that is there
+                continue  # an alignment begins and ends with a base that is not missing
             read.query_name, read.query_sequence = f"read{number}", "".join(letters)
             read.flag = 16 * int(random.integers(2))
             read.reference_id, read.reference_start, read.mapping_quality = 0, int(start), 60
@@ -137,7 +137,7 @@ def test_prediction(
     assert_same_outputs(ours, torchs, lambda model: predict(model, batch))
 
     def logits(model: nn.Module) -> Tensor:
-        # What the softmax is so sure of may hide differences.
+        # A softmax near 0 or 1 may hide differences.
         model = copy.deepcopy(model)
         model.normalise = False
         return predict(model, batch)
@@ -183,7 +183,7 @@ def test_checkpoints_and_restore(ours: nn.Module, torchs: nn.Module, batch: Any)
 
     assert_checkpoints_pass(ours, torchs, run)
     assert_restores(ours, torchs, run)
-    # The client makes a model anew from what this says.
+    # The client builds a new model from this dictionary.
     assert ours.to_dict() == torchs.to_dict()
     assert kinds(medaka.models.model_from_dict(ours.to_dict())) == kinds(torchs)
 

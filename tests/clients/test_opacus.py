@@ -45,7 +45,7 @@ class Model(nn.Module):
 
 
 def model(name: str, **options: Any) -> Model:
-    """Replaced, as models are: with the note that this makes."""
+    """A replaced model; the report of `replace_` must have its note on Opacus."""
     options = options if name in CELLS else {"batch_first": True, **options}
     made = Model(getattr(nn, name)(3, 5, **options))
     report = fastrnn.replace_(made)
@@ -83,7 +83,7 @@ def test_privacy_engine_refuses_in_one_sentence(name: str) -> None:
     assert not ModuleValidator.is_valid(model(name))
 
 
-# Opacus's hooks take no tuples for arguments, so an LSTMCell ends there by itself.
+# Opacus's hooks take no tuples as arguments, so an LSTMCell raises there without our help.
 @pytest.mark.parametrize("name", [*LAYERS, "RNNCell", "GRUCell"])
 def test_grad_sample_module_refuses_in_one_sentence(name: str) -> None:
     module = GradSampleModule(model(name))
@@ -165,4 +165,4 @@ print(model.cell.weight_hh.grad_sample.abs().max().item())
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) == 0  # as no state was seen
+    assert float(done.stdout) == 0  # because no state differed from zero

@@ -1,9 +1,9 @@
-"""pytorch-forecasting's RecurrentNetwork: an LSTM that encodes what was, and decodes what comes,
+"""pytorch-forecasting's RecurrentNetwork: an LSTM that encodes the past and decodes the forecast,
 over rows of different length.
 
-Its LSTM is a subclass of torch.nn's that packs and takes rows of length 0, so `replace_` leaves it
-alone unless it is told `subclasses=True`. Two ways are tested: that one, and our LSTM with
-`lengths=`, which does what the subclass is for.
+Its LSTM is a subclass of torch.nn's that packs its input and accepts rows of length 0. `replace_`
+skips it without `subclasses=True`. Two ways are tested: that option, and our LSTM with `lengths=`,
+which does the subclass's work.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CLIENT = Client("pytorch-forecasting", "LSTM 64, 2 layers, packed")
 
 
 class WithLengths(fastrnn.LSTM):
-    """The same without packing: rows of length 0 keep their state, as the client wants them."""
+    """The layer without packing: rows of length 0 keep their state, as in the client's class."""
 
     def forward(  # type: ignore[override]
         self, x: Any, hx: Any = None, lengths: Any = None, enforce_sorted: bool = True
@@ -54,7 +54,7 @@ class WithLengths(fastrnn.LSTM):
 
 @pytest.fixture(scope="module")
 def dataset() -> TimeSeriesDataSet:
-    """32 noisy waves of different length."""
+    """32 noisy waves of different lengths."""
     random = np.random.default_rng(0)
     waves = []
     for number in range(32):
@@ -76,12 +76,12 @@ def dataset() -> TimeSeriesDataSet:
 
 @pytest.fixture(scope="module")
 def batch(dataset: TimeSeriesDataSet) -> tuple[dict[str, Tensor], Any]:
-    """Rows of different length, some of which encode one step alone."""
+    """Rows of different lengths, some of which encode only one step."""
     torch.manual_seed(0)
     x, y = next(iter(dataset.to_dataloader(train=True, batch_size=64)))
     assert x["encoder_lengths"].unique().numel() > 10
     x["encoder_lengths"] = x["encoder_lengths"].clone()
-    x["encoder_lengths"][:3] = 1  # the client feeds one step less, and so none
+    x["encoder_lengths"][:3] = 1  # the client feeds one step less, that is none
     return x, y
 
 
@@ -100,7 +100,7 @@ def with_subclass(model: nn.Module) -> nn.Module:
 
 
 def with_lengths(model: nn.Module) -> nn.Module:
-    """A copy of the model whose LSTM takes lengths and packs nothing."""
+    """A copy of the model whose LSTM takes `lengths=` and packs nothing."""
     ours = copy.deepcopy(model)
     before = ours.rnn
     ours.rnn = WithLengths(
@@ -134,7 +134,7 @@ def test_the_subclass_is_left_alone(torchs: nn.Module) -> None:
 
 
 def test_the_subclass_is_replaced_when_asked(torchs: nn.Module) -> None:
-    """With the methods of the client's class, and not under it."""
+    """The new class has the methods of the client's class, but is no subclass of it."""
     rnn = with_subclass(torchs).rnn
     assert isinstance(rnn, fastrnn.LSTM)
     assert isinstance(rnn, theirs.RNN)
@@ -144,15 +144,15 @@ def test_the_subclass_is_replaced_when_asked(torchs: nn.Module) -> None:
 
 @torch.no_grad()
 def test_forecasts(ours: nn.Module, torchs: nn.Module, batch: Any) -> None:
-    """Step by step from its own forecasts, as the client does outside of training."""
+    """Outside of training, the client decodes step by step from its own forecasts."""
     x, _ = batch
     assert_same_outputs(ours, torchs, lambda model: forecast(model, x))
 
 
 def test_gradients(ours: nn.Module, torchs: nn.Module, batch: Any) -> None:
-    """With the client's loss, and dropout between its layers."""
+    """The client's loss, with dropout between the layers."""
     x, (target, weight) = batch
-    if isinstance(ours.rnn, WithLengths):  # numbers are drawn for rows in another order
+    if isinstance(ours.rnn, WithLengths):  # dropout would draw for rows in another order
         ours.rnn.dropout = torchs.rnn.dropout = 0
 
     def loss(model: nn.Module) -> Tensor:

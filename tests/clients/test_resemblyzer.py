@@ -1,5 +1,5 @@
-"""Resemblyzer embeds voices: three LSTMs over partial utterances of 1.6 s, of which the last state
-counts. Loudness, voice activity and spectrograms are the client's own."""
+"""Resemblyzer embeds voices: three LSTMs over partial utterances of 1.6 s, whose last state is
+used. Loudness, voice activity and spectrograms are the client's own."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def ours(torchs: nn.Module) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def voices() -> list[np.ndarray]:
-    """Two pieces of one voice and one of another, which is higher."""
+    """Two pieces of one voice and one of another, higher voice."""
     low = [resemblyzer.preprocess_wav(speech(6, 16000, seed)) for seed in (0, 1)]
     high = resemblyzer.preprocess_wav(speech(6, 10000, 2), source_sr=7000)
     return [*low, high]
@@ -72,7 +72,7 @@ def test_embeddings(ours: nn.Module, torchs: nn.Module, voices: list, mels: Tens
 
 def test_gradients(ours: nn.Module, torchs: nn.Module, mels: Tensor) -> None:
     def loss(model: nn.Module) -> Tensor:
-        """That pieces of two voices lie apart."""
+        """A loss that pushes the pieces of two voices apart."""
         embedded = embed(model, mels)
         return (embedded[:2] @ embedded[2:].T).sum()
 

@@ -1,6 +1,6 @@
-"""sb3-contrib's RecurrentPPO: an LSTM each for actor and critic. While episodes are played it runs
-a step at a time; while it learns, over a batch of episodes, padded, and as each of them begins with
-a reset, the client loops over the steps. With `resets=` the loop is one call."""
+"""sb3-contrib's RecurrentPPO: one LSTM for the actor and one for the critic. To play, it runs a
+step at a time. To learn, it runs over a padded batch of episodes; because each begins with a reset,
+the client loops over the steps. With `resets=` the loop is one call."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ STEPS, ENVIRONMENTS = 128, 2  # steps and batch size are the client's defaults
 
 
 class Recall(gymnasium.Env):
-    """The first observation is a sign; some steps later an action has to name it."""
+    """The first observation is a sign; some steps later an action must name it."""
 
     observation_space = gymnasium.spaces.Box(-1, 1, (3,))
     action_space = gymnasium.spaces.Discrete(2)
@@ -60,7 +60,7 @@ class Recall(gymnasium.Env):
 
 
 class WithResets(MlpLstmPolicy):
-    """The client's policy, of which the loop over steps is one call."""
+    """The client's policy, with one call in place of its loop over steps."""
 
     @staticmethod
     def _process_sequence(
@@ -87,7 +87,7 @@ def learnt() -> RecurrentPPO:
 
 @pytest.fixture
 def torchs(learnt: RecurrentPPO) -> nn.Module:
-    # Another than the agent's own, which keeps its last distribution and with it no copyable graph.
+    # The agent's own policy keeps its last distribution, whose graph cannot be copied.
     policy = agent().policy
     policy.load_state_dict(learnt.policy.state_dict())
     return policy
@@ -100,7 +100,7 @@ def ours(torchs: nn.Module) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def data(learnt: RecurrentPPO) -> Any:
-    """A batch of what was played: episodes, and what the batch cut off of some."""
+    """A batch of played steps: whole episodes and parts of others."""
     torch.manual_seed(0)
     np.random.seed(0)
     batch = next(learnt.rollout_buffer.get(128))
@@ -109,7 +109,7 @@ def data(learnt: RecurrentPPO) -> Any:
 
 
 def judge(policy: nn.Module, data: Any) -> tuple[Tensor, ...]:
-    """Values, probabilities and entropy, as each step of learning asks for."""
+    """Values, probabilities and entropy, which each step of learning computes."""
     dtype = next(policy.parameters()).dtype
     states = type(data.lstm_states)(
         *(tuple(s.to(dtype) for s in pair) for pair in data.lstm_states)
@@ -132,8 +132,8 @@ def test_evaluation(ours: nn.Module, torchs: nn.Module, data: Any) -> None:
 
 @pytest.mark.parametrize("policy", [MlpLstmPolicy, WithResets])
 def test_learning(policy: type) -> None:
-    """Three rounds of playing and learning end with the same weights; in each round what is played
-    depends on what was learnt."""
+    """Three rounds of playing and learning end with the same weights; each round plays with the
+    weights of the round before."""
     theirs, mine = agent(), agent(policy)
     assert len(fastrnn.replace_(mine.policy).replaced) == 2
     for each in (theirs, mine):
@@ -158,7 +158,7 @@ def test_checkpoints_and_restore(
     assert_checkpoints_pass(ours, torchs, run)
     assert_restores(ours, torchs, run)
 
-    # The client's own archive, both ways.
+    # The client's own archive, saved and loaded both ways.
     learnt.save(tmp_path / "theirs")
     mine = agent()
     fastrnn.replace_(mine.policy)
@@ -226,7 +226,7 @@ def test_times(ours: nn.Module, torchs: nn.Module, data: Any, ratio: Ratio) -> N
     start = copy.deepcopy(agents["torchs"].get_parameters())
 
     def play_and_learn(name: str) -> Any:
-        # From the same start each time, so that results agree and times are of equal work.
+        # Each call starts from the same state, so that results agree and the work is equal.
         agents[name].set_parameters(copy.deepcopy(start))
         agents[name].set_random_seed(0)
         agents[name].learn(STEPS * ENVIRONMENTS)

@@ -1,9 +1,9 @@
 """silero-vad finds speech, frame by frame: convolutions, then an LSTMCell whose state the model
 keeps between calls.
 
-The wheel ships a TorchScript file, in which `replace_` can change nothing (it says so). So the
-network is written down here as its code says, with the file's weights; the file itself is the
-reference. The client scripts, so the replaced network is scripted too.
+The wheel ships a TorchScript file, in which `replace_` changes nothing, as its report says. So this
+file defines the network of the script's code, with the file's weights; the file itself is the
+reference. The client scripts its network, so the replaced network is scripted too.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ RATE, FRAME, CONTEXT = 16000, 512, 64
 
 
 class Network(nn.Module):
-    """What the file's `_model` computes at 16 kHz."""
+    """The network of the file's `_model` at 16 kHz."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,8 +66,8 @@ class Network(nn.Module):
 
 
 class Detector(nn.Module):
-    """What the file itself computes: it cuts the context and keeps context and state, as
-    `get_speech_timestamps` and `VADIterator` expect of a model."""
+    """The model of the file: it cuts the context and keeps context and state, as
+    `get_speech_timestamps` and `VADIterator` expect."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ def torchs(scripted: torch.jit.ScriptModule) -> Network:
         )
         name = name.replace(".reparam_conv", "").replace("decoder.decoder.2", "out")
         first, number, *rest = name.split(".")
-        if first == "encoder":  # an activation stands behind each convolution
+        if first == "encoder":  # an activation follows each convolution
             name = ".".join([first, str(2 * int(number)), *rest])
         values[name] = tensor.detach().clone()
     network = Network().eval()
@@ -117,7 +117,7 @@ def audio() -> Tensor:
 
 
 def probabilities(network: nn.Module, audio: Tensor) -> Tensor:
-    """One call a frame, as the client goes over a file."""
+    """One call per frame, as the client reads a file."""
     detector = Detector(network)
     detector.context = detector.context.to(dtype_of(network))
     detector.state = detector.state.to(dtype_of(network))
@@ -196,7 +196,7 @@ def test_compile(ours: nn.Module, torchs: Network, audio: Tensor) -> None:
 def test_times(ours: nn.Module, torchs: Network, audio: Tensor, ratio: Ratio) -> None:
     network = copy.deepcopy(torchs)
     x, state = torch.randn(1, 128), (torch.randn(1, 128), torch.randn(1, 128))
-    # 1e-5: sums in another order, through the exponential functions of 250 frames.
+    # 1e-5: sums are taken in another order, and 250 frames of exponentials amplify it.
     ratio(
         CLIENT,
         "the cell, a frame",

@@ -1,7 +1,7 @@
 """stanza reads text: a character language model of 1024 units, whose states at the ends of words
-stand for them, highway LSTMs in its taggers and parsers, a tokenizer. All feed packed sequences.
+represent the words; highway LSTMs in its taggers and parsers; a tokenizer. All pack sequences.
 
-Its trained weights come from a hub, so these are random, in the sizes that the client trains.
+Its trained weights come from a hub, so these are random, in the sizes of the trained models.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ WORDS = ["quick", "brown", "foxes", "jump", "over", "a", "lazy", "dog", "until",
 
 @pytest.fixture(scope="module")
 def sentences() -> list[list[str]]:
-    """Of 3 to 12 words, in no order."""
+    """Sentences of 3 to 12 words, in random order."""
     draw = random.Random(0)
     return [draw.choices(WORDS, k=draw.randrange(3, 13)) for _ in range(12)]
 
@@ -52,13 +52,13 @@ def language_model() -> nn.Module:
     }
     letters = [*sorted(set("".join(WORDS))), "\n", " "]
     model = CharacterLanguageModel(args, {"char": CharVocab([letters])}, pad=True)
-    model.eval()  # which returns nothing here
+    model.eval()  # this eval returns None
     return model
 
 
 @pytest.fixture
 def highway() -> nn.Module:
-    """The tagger's."""
+    """The highway LSTM of the tagger."""
     return HighwayLSTM(
         125, 200, 2, batch_first=True, bidirectional=True, dropout=0.5, highway_func=torch.tanh
     ).eval()
@@ -133,7 +133,7 @@ def test_checkpoints_and_restore(
     assert_checkpoints_pass(ours, highway, highway_run)
     assert_restores(ours, highway, highway_run)
 
-    # The client's own file; it builds the model anew.
+    # The client's own file, from which it builds a new model.
     ours = replaced(language_model)
     ours.save(str(tmp_path / "ours.pt"))
     loaded = CharacterLanguageModel.load(str(tmp_path / "ours.pt"))

@@ -1,4 +1,4 @@
-"""TorchRL's recurrent modules around our layers: the keys and the numbers of its own."""
+"""TorchRL's recurrent modules around our layers: same keys and numbers as around its own."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def test_made_around_a_layer_of_ours(kind: str, whole: None) -> None:
     theirs = getattr(modules, f"{kind}Module")(**{kind.lower(): fastrnn.to_torch(layer)}, **keys)
     data = rollout(kind)
     assert_same(mine(data.clone()), theirs(data.clone()))
-    # TorchRL's own class takes the layer for its Python one, until replace_ has seen it.
+    # TorchRL's class takes our layer for its own Python layer until replace_ changes the class.
     plain = getattr(modules, f"{kind}Module")(**{kind.lower(): layer}, **keys)
     with pytest.raises(TypeError, match="mask"):
         plain(data.clone())
@@ -209,7 +209,7 @@ def test_changing_the_layer_later(kind: str, whole: None) -> None:
 
 
 def test_the_adapter_is_not_imported_without_torchrl() -> None:
-    assert "fastrnn.integrations.torchrl" in sys.modules  # by this test
+    assert "fastrnn.integrations.torchrl" in sys.modules  # imported by this test
     import subprocess
 
     program = (
@@ -222,7 +222,7 @@ def test_the_adapter_is_not_imported_without_torchrl() -> None:
 
 @pytest.mark.parametrize("kind", STATES)
 def test_times(kind: str, whole: None, ratio: Ratio) -> None:
-    """A rollout as a loss has it, and a step as a collector makes it."""
+    """A rollout as in a loss, and a step as in a collector."""
     sizes = {"inputs": 64, "hidden": 128}
     theirs = module(kind, **sizes)
     mine = replaced(theirs)

@@ -1,4 +1,4 @@
-"""transformers' EnCodec: two LSTMs amid the convolutions of an audio codec's encoder, two in its
+"""transformers' EnCodec: two LSTMs between the convolutions of an audio codec's encoder, two in its
 decoder. Trained weights come from a hub, so these are random, in the default sizes (24 kHz)."""
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def audio() -> Tensor:
 
 
 def code(model: nn.Module, audio: Tensor) -> tuple[Tensor, Tensor]:
-    """What the quantiser is given, and what the decoder makes of it."""
+    """The input of the quantiser, and the decoder's output for it."""
     embeddings = model.encoder(audio.to(dtype_of(model)))
     return embeddings, model.decoder(embeddings)
 
@@ -66,10 +66,10 @@ def test_codes_and_audio(ours: nn.Module, torchs: nn.Module, audio: Tensor) -> N
 
 
 def test_gradients(ours: nn.Module, torchs: nn.Module, audio: Tensor) -> None:
-    piece = audio[..., :6080]  # the frames that it makes of less are whole ones
+    piece = audio[..., :6080]  # for this length the decoder returns as many samples
 
     def loss(model: nn.Module) -> Tensor:
-        """That what comes out is what went in."""
+        """The squared difference of output and input."""
         return (code(model, piece)[1] - piece.to(dtype_of(model))).square().sum()
 
     assert_same_gradients(ours, torchs, loss)
@@ -82,11 +82,11 @@ def test_checkpoints_and_restore(
     def run(model: nn.Module) -> tuple[Tensor, Tensor]:
         return code(model, audio)
 
-    # Its convolutions are parametrized, and such modules are not pickled whole.
+    # Its convolutions are parametrized, and torch cannot pickle such modules whole.
     assert_checkpoints_pass(ours, torchs, run, whole=False)
     assert_restores(ours, torchs, run)
 
-    # The client's own folders, both ways.
+    # The client's own folders, saved and loaded both ways.
     ours.save_pretrained(tmp_path / "ours")
     loaded = EncodecModel.from_pretrained(tmp_path / "ours").eval()
     assert kinds(loaded) == kinds(torchs)

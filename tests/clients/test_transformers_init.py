@@ -1,4 +1,4 @@
-"""transformers initialises `nn.LSTM`, by class: which models are safe, what the others need."""
+"""transformers initialises `nn.LSTM`, by class: which models are safe, and what others need."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Body(transformers.PreTrainedModel):
 
 
 class Headed(transformers.PreTrainedModel):
-    """A recurrent head that no checkpoint of the body holds."""
+    """A recurrent head whose weights no checkpoint of the body holds."""
 
     config_class = Config
     base_model_prefix = "body"
@@ -53,7 +53,7 @@ class Headed(transformers.PreTrainedModel):
 
 
 class Served(Headed):
-    """With the recipe of the docs: transformers sees torch.nn's layer on the same Parameters."""
+    """The method of docs/drop-in.md: transformers sees torch.nn's layer on the same Parameters."""
 
     def _init_weights(self, module: nn.Module) -> None:
         ours = isinstance(module, fastrnn.LSTM)
@@ -61,7 +61,7 @@ class Served(Headed):
 
 
 class Reset(Headed):
-    """With the recipe for layers that transformers does not know, torch.nn.GRU included."""
+    """The method for layers that transformers does not know, torch.nn.GRU included."""
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -91,7 +91,7 @@ def test_a_model_replaced_after_loading(checkpoint: Path, tmp_path: Path) -> Non
     assert "not in its __init__" in dict(report.notes)["transformers"]
     x = torch.randn(4, 2, SIZE)
     torch.testing.assert_close(model(x), original(x))
-    model.init_weights()  # as resize_token_embeddings and others may call it
+    model.init_weights()  # resize_token_embeddings and others may call it so
     assert all(torch.equal(a, b) for a, b in zip(weights(model), weights(original), strict=True))
     model.save_pretrained(tmp_path / "saved")
     again = Headed.from_pretrained(tmp_path / "saved")
@@ -100,7 +100,7 @@ def test_a_model_replaced_after_loading(checkpoint: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("layer", ["fastrnn.LSTM", "torch.nn.GRU"])
 def test_layers_unknown_to_transformers_stay_uninitialised(layer: str, checkpoint: Path) -> None:
-    """Why the recipes are needed. Uninitialised memory is NaN in the tests."""
+    """Shows why the methods are needed. The tests fill uninitialised memory with NaN."""
     assert any(w.isnan().any() for w in weights(load(Headed, checkpoint, layer)))
 
 
@@ -116,7 +116,7 @@ def test_recipe_that_gives_what_torchs_layer_gets(checkpoint: Path) -> None:
 def test_recipe_for_every_layer(library: str, name: str, checkpoint: Path, tmp_path: Path) -> None:
     model = load(Reset, checkpoint, f"{library}.{name}")
     assert all((w != 0).any() and w.abs().max() <= SIZE**-0.5 for w in weights(model))
-    # What a checkpoint holds is not touched.
+    # Weights from the checkpoint stay as they are.
     model.save_pretrained(tmp_path / "saved")
     again = Reset.from_pretrained(tmp_path / "saved")
     assert all(torch.equal(a, b) for a, b in zip(weights(again), weights(model), strict=True))

@@ -1,5 +1,5 @@
-"""What is derived from cells: gradients against autograd and finite differences, and the rules of
-what is summed and saved."""
+"""The derivation of cells: gradients against autograd and finite differences, and which gates are
+summed and which values saved."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_special_values_go_the_way_autograd_sends_them(cell: Cell) -> None:
             torch.testing.assert_close(got, by_autograd(cell, *changed), equal_nan=True)
 
 
-# What is summed and saved.
+# Summed gates and saved values.
 
 
 @pytest.mark.parametrize(
@@ -117,13 +117,13 @@ def test_a_gate_is_summed_where_only_the_sum_matters(
 @pytest.mark.parametrize(
     ("function", "saved"),
     [
-        # Follows from the states: tanh(c) is computed again.
+        # tanh(c) is recomputed from the states.
         (lambda u, v, h, c: (torch.tanh(c) * h, c), ""),
         (lambda u, v, h, c: (torch.exp(u.a), c), ""),
-        # One product stands for both of its factors, where only it is used.
+        # One product is saved in place of its two factors if only the product is used.
         (lambda u, v, h, c: ((torch.exp(u.a) * torch.exp(u.b)).detach() * h, c), "k0"),
         (lambda u, v, h, c: (torch.exp(u.a) * torch.exp(u.b) * h, c), "a b"),
-        # A mask cannot be saved, so what it compares is.
+        # A mask cannot be saved, so the values that it compares are.
         (lambda u, v, h, c: (torch.where(u.a > v.a, h, c), c), "u.a v.a"),
         (lambda u, v, h, c: (torch.relu(u.a + v.a) * h, c), "a.a"),
         (lambda u, v, h, c: (F.silu(u.b + v.b) * u.a, h), "b u.a a.b"),

@@ -1,4 +1,4 @@
-"""The description of a cell that a person reads."""
+"""The description that `python -m fastrnn cell` prints."""
 
 from __future__ import annotations
 

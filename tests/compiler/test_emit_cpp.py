@@ -1,4 +1,4 @@
-"""The C++ of cells: names, the header, and the code against the expressions."""
+"""The C++ of cells: names, the header, and the compiled code against the expressions."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 
 def call(function: Callable[..., None], given: Sequence[list[Tensor]], sizes: Sequence[int]):
-    """Pass groups of tensors as arrays [k, units]; get groups of the given sizes back."""
+    """Passes groups of tensors as arrays [k, units]; returns groups of the given sizes."""
     units = given[-1][0].numel()
     like = given[-1][0]
     arrays = [torch.stack(group) if group else like.new_empty(0) for group in given]

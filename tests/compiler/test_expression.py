@@ -1,4 +1,4 @@
-"""Expressions as they are evaluated in torch."""
+"""The evaluation of expressions in torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compiling a custom cell at run time: the cache, its safety, and reasons when it fails."""
+"""Compiling a custom cell at run time: the cache, its safety, and the reasons of a failure."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ CXX = os.environ.get("CXX") or next(
     (c for c in ("g++", "clang++", "c++") if shutil.which(c)), "no compiler"
 )
 
-# In place of the kernels: a library that computes one step of its cell, and tells its name. It is
-# whole only where both parts are.
+# Takes the place of the kernels: a library that computes one step of its cell and returns its name.
+# It links only if both parts are there.
 SOURCE = """
 #include "cells.gen.h"
 FASTRNN_TYPE second_part(FASTRNN_TYPE v, FASTRNN_TYPE s);
@@ -164,14 +164,14 @@ def test_it_can_be_silenced(
     monkeypatch.delenv("FASTRNN_LOG")
     closed = io.StringIO()
     closed.close()
-    for name, stream in {"none": None, "closed": closed}.items():  # as a daemon has them
+    for name, stream in {"none": None, "closed": closed}.items():  # a daemon has such streams
         monkeypatch.setattr(sys, "stderr", stream)
         compile_cell(leaky(0.5), name)
     monkeypatch.undo()
     assert capfd.readouterr() == ("", "")
 
 
-# Tells when it is run: by whoever loads it, unless that is never done.
+# Writes a file when the library is loaded.
 POISON = """
 #include <cstdio>
 __attribute__((constructor)) static void loaded() { std::fclose(std::fopen("TRACE", "w")); }
@@ -181,7 +181,7 @@ extern "C" void fastrnn_cells_custom() {}
 
 @pytest.fixture
 def poison(tmp_path: Path) -> tuple[Path, Path]:
-    """A library, and the file that is there once it was loaded."""
+    """A library, and the file that it writes when it is loaded."""
     made, trace = tmp_path / "poison.so", tmp_path / "loaded"
     made.with_suffix(".cpp").write_text(POISON.replace("TRACE", str(trace)))
     command = [*shlex.split(CXX), "-shared", "-fPIC", str(made.with_suffix(".cpp")), "-o"]
@@ -192,11 +192,11 @@ def poison(tmp_path: Path) -> tuple[Path, Path]:
 def test_nothing_is_loaded_from_a_folder_that_others_can_write(
     runs: Path, tmp_path: Path, poison: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever knows the cell knows the name of its library."""
+    """An attacker who knows the cell knows the name of its library."""
     library, trace = poison
     name = compile_cell(leaky(0.5), "leaky").name
     ctypes.CDLL(str(library))
-    assert trace.exists()  # as it would be
+    assert trace.exists()  # so loading it would show
     trace.unlink()
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared").chmod(0o777)
@@ -303,7 +303,7 @@ jit.compile_cell(leaky(0.5), "leaky")
 
 
 def test_a_second_process_waits_for_the_first(runs: Path) -> None:
-    """Until it is done, or was killed."""
+    """It waits until the first is done or killed."""
     hold = runs.parent / "hold"
     hold.touch()
     script = Path(shlex.split(os.environ["CXX"])[0])
@@ -329,7 +329,7 @@ def test_a_second_process_waits_for_the_first(runs: Path) -> None:
                 hold.unlink()
                 assert third.wait(60) == second.wait(60) == 0
                 assert says(third) == ""
-    assert compilations(runs) <= 2  # what the first one had started may have come to an end, too
+    assert compilations(runs) <= 2  # the killed process's compiler may have finished too
     (library,) = os.listdir(runs.parent / "cache")
     assert load(runs.parent / "cache" / library).step(0.0, 2.0) == 1.0
 
@@ -374,7 +374,7 @@ def test_without_a_compiler_the_reason_says_what_to_do(
 
 
 class CompiledCell(ctypes.Structure):
-    """csrc/cpu/contract.h"""
+    """`CompiledCell` of csrc/cpu/contract.h."""
 
     _fields_ = (
         ("name", ctypes.c_char_p),
@@ -396,8 +396,8 @@ class CompiledCells(ctypes.Structure):
 def test_the_kernels_compile_with_a_users_cell(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scalar: str
 ) -> None:
-    """The real sources: all kernels of the cell in that type, and nothing that takes longer. What
-    they compute is tested with the layers that use them."""
+    """The real sources compile all kernels of the cell in that type, and nothing else. Tests of
+    layers check their results."""
     monkeypatch.setenv("FASTRNN_CACHE", str(tmp_path))
     cell = Cell("vec", ("a",), ("h",), lambda u, v, h: 0.5 * h + torch.tanh(u.a * v.a))
     cells = ctypes.CDLL(str(compile_cell(derive(cell), key(cell), scalar)))[jit.SYMBOL]

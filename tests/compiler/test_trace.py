@@ -1,4 +1,4 @@
-"""Which functions are traced, which are refused, and what tracing does not see."""
+"""Which functions can be traced, which are refused, and what tracing cannot see."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ MAY_INCLUDE = {
     "cuda": {"core", "cuda"},
     "binding": {"core", "cpu", "binding"},
 }
-GENERATED = {"cells.gen.h"}  # by the build, of fastrnn/cells
-SIMULATOR = {"cudasim.h"}  # of tests/cudasim, in place of a GPU
+GENERATED = {"cells.gen.h"}  # the build generates it from fastrnn/cells
+SIMULATOR = {"cudasim.h"}  # in tests/cudasim, in place of a GPU
 TORCH = re.compile(r"(torch|ATen|c10|pybind11)/")
 
 

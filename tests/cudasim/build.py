@@ -1,7 +1,7 @@
 """Compiles the CUDA kernels for the simulator: `build()`, or `python -m tests.cudasim.build`.
 
 The library has the C interface of csrc/cuda/contract.h, and FASTRNN_CUDA_LIBRARY names it to load
-it. Objects lie in build/cudasim under a hash of what they were made of.
+it. Objects are in build/cudasim under a hash of their sources.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CXX = os.environ.get("CXX") or next(
     (c for c in ("c++", "g++", "clang++") if shutil.which(c)), "c++"
 )
 FLAGS = "-std=c++17 -O2 -fPIC -fno-gnu-unique -fno-math-errno -fno-trapping-math -w"
-# The simulator itself must not be instrumented: it tells the sanitizers what they should know.
+# The simulator itself must not be instrumented: it reports to the sanitizers itself.
 SANITIZERS = {
     None: ("", ""),
     "address": ("-O1 -fsanitize=address -g1 -fno-omit-frame-pointer", "-DCUDASIM_ADDRESS"),
@@ -42,10 +42,10 @@ SANITIZERS = {
 
 
 class Fault(NamedTuple):
-    """A mistake to plant: `file` of the sources with `right`, which it has once, made `wrong`.
+    """A mistake to plant: in `file` of the sources, `wrong` replaces `right`, which occurs once.
 
-    In `wrong`, PLANTED is true after fastrnn_cudasim_plant(n), with n the place of this fault among
-    all, from 1 on: so one library has many mistakes and makes one at a time.
+    In `wrong`, PLANTED is true after fastrnn_cudasim_plant(n), where n is the number of this fault,
+    from 1 on. So one library has many mistakes and makes one at a time.
     """
 
     file: str
@@ -61,7 +61,7 @@ def missing() -> str | None:
         return "no C++ compiler (Debian, Ubuntu: apt install g++)"
     if cuda_headers() is None:
         return (
-            "no headers of CUDA: install its toolkit, or name it in CUDA_HOME (of pip's packages: "
+            "no headers of CUDA: install its toolkit, or name it in CUDA_HOME (or pip install "
             "nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl)"
         )
     return None
@@ -69,12 +69,12 @@ def missing() -> str | None:
 
 @functools.cache
 def cuda_headers() -> Path | None:
-    """The folder of cuda_bf16.h and its like: of the toolkit named, of nvcc, of pip's packages."""
+    """The folder of cuda_bf16.h: in the named toolkit, in nvcc's, or in pip's packages."""
     named = (os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH"))
     homes = [Path(path) for path in named if path]
     nvcc = os.environ.get("NVCC") or shutil.which("nvcc")
     if nvcc:
-        # nvcc on the path may be a script: it knows its toolkit itself.
+        # nvcc on the path may be a script, so nvcc itself is asked for its toolkit.
         command = [nvcc, "-dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull]
         try:
             said = subprocess.run(command, capture_output=True, text=True).stderr
@@ -97,8 +97,8 @@ def build(
     mutate: Iterable[Fault] = (),
     cells: str | None = None,
 ) -> Path:
-    """The library of `sources` (all kernels of csrc) and the simulator. `cells` is the text of
-    cells.gen.h, by default that of the built-in cells."""
+    """Builds the library of `sources` (default: all kernels of csrc) and the simulator. `cells` is
+    the text of cells.gen.h, by default that of the built-in cells."""
     reason = missing()
     if reason:
         raise RuntimeError(reason)
@@ -136,7 +136,7 @@ def build(
 
 
 def plant(faults: Sequence[Fault], sources: Sequence[Path], copies: Path) -> list[Path]:
-    """Copies of the sources and their headers, with the faults; the copies of `sources`."""
+    """Copies all sources and headers, and plants the faults. Returns the copies of `sources`."""
     shutil.copytree(KERNELS, copies, dirs_exist_ok=True)
     placed = []
     for path in sources:
@@ -156,14 +156,14 @@ def plant(faults: Sequence[Fault], sources: Sequence[Path], copies: Path) -> lis
 
 @contextlib.contextmanager
 def locked(name: str) -> Iterator[None]:
-    """Of several that build at the same time one does it, and the others find it done."""
+    """If several processes build at the same time, one does it and the others wait for it."""
     with open(CACHE / f"{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def generate_cells() -> None:
-    """cells.gen.h, unless it has been made of the same modules."""
+    """Writes cells.gen.h, unless it was made from the same modules."""
     sources = [ROOT / "setup.py", *sorted((ROOT / "fastrnn").rglob("*.py"))]
     made_of, header = CACHE / "cells.gen.h.made_of", CACHE / "cells.gen.h"
     with locked("cells"):
@@ -175,7 +175,7 @@ def generate_cells() -> None:
 
 
 def compiled(source: Path, flags: str, include: str) -> Path:
-    """The object of a source. What it depends on is known from when it was last compiled."""
+    """The object of a source. Its dependencies are known from its last compilation."""
     identity = digest([source.name, source.read_bytes(), flags, version()])
     listing = CACHE / f"{source.stem}-{identity}.d"
     with locked(f"{source.stem}-{identity}"):
@@ -198,7 +198,7 @@ def compiled(source: Path, flags: str, include: str) -> Path:
 def object_of(source: Path, identity: str, depends: Sequence[str]) -> Path | None:
     contents: list[str | bytes] = [identity]
     for path in depends:
-        # Sources with faults lie in another folder every time, with their headers beside them.
+        # Sources with faults are in a new folder every time, with their headers beside them.
         beside = source.parent / Path(path).name
         file = beside if beside.exists() else Path(path)
         if not file.exists():
@@ -227,7 +227,7 @@ def run(command: list[str]) -> None:
 
 
 def sanitized(sanitizer: str | None) -> tuple[list[str], dict[str, str]]:
-    """What to put before a command that loads such a library, and its environment."""
+    """The prefix and the environment for a command that loads a library with this sanitizer."""
     if sanitizer is None:
         return [], {}
 
@@ -244,7 +244,7 @@ def sanitized(sanitizer: str | None) -> tuple[list[str], dict[str, str]]:
             "LD_PRELOAD": preload("libasan.so", "libstdc++.so"),
             "ASAN_OPTIONS": "detect_leaks=0:exitcode=66",
         }
-    # Its shadow memory has no room for addresses that are random.
+    # The shadow memory of the thread sanitizer has no room for randomized addresses.
     prefix = ["setarch", "-R"] if shutil.which("setarch") else []
     return prefix, {
         "LD_PRELOAD": preload("libtsan.so"),

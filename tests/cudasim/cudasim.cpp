@@ -1,5 +1,5 @@
-// The scheduler and the state of the machine. See cudasim.h; compiled without -fsanitize, but with
-// -DCUDASIM_ADDRESS or -DCUDASIM_THREAD for kernels that were compiled with it.
+// The scheduler and the state of the simulated machine; see cudasim.h. It is compiled without
+// -fsanitize, but with -DCUDASIM_ADDRESS or -DCUDASIM_THREAD if the kernels are compiled with it.
 #include "cudasim.h"
 
 #include <sys/mman.h>
@@ -23,7 +23,7 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-// ---- What the sanitizers are told --------------------------------------------------------------
+// ---- Reports to the sanitizers -----------------------------------------------------------------
 
 #if defined(CUDASIM_THREAD)
 extern "C" {
@@ -46,13 +46,13 @@ namespace fastrnn {
 namespace sim {
 namespace {
 
-// A thread's clock goes into the token, and from the token into a thread's. Every token is an
-// address of its own.
+// `release` copies a thread's clock into a token, `acquire` copies the token's into a thread. Every
+// token is an address of its own.
 #if defined(CUDASIM_THREAD)
 void release(void* token) { __tsan_release(token); }
 void acquire(void* token) { __tsan_acquire(token); }
 
-// The simulator's own bookkeeping: malloc and memmove are seen by the sanitizer even so.
+// Hides the simulator's own accesses; the sanitizer still sees malloc and memmove.
 class Quiet {
  public:
   Quiet() {
@@ -66,8 +66,8 @@ class Quiet {
 };
 constexpr unsigned kNoOrder = 1;  // switching fibers orders nothing
 
-// What the sanitizer keeps of a thread takes a millisecond to make, so it serves again: in another
-// launch, or in another block of a launch that has very many.
+// The sanitizer needs a millisecond to create its state of a thread, so the state is used again: in
+// another launch, or in another block of a launch with very many.
 class Clocks {
  public:
   void begin_launch() {
@@ -83,7 +83,7 @@ class Clocks {
     if (used_ == clocks_.size()) clocks_.push_back(__tsan_create_fiber(0));
     return clocks_[used_++];
   }
-  // Whatever was before the launch is before what the current thread does.
+  // Everything before the launch happens before the current thread.
   void begin_thread() { acquire(&start_token_); }
 
  private:
@@ -111,16 +111,16 @@ constexpr unsigned kStoreBytes = 16;  // of a store into another block
 struct Fiber : Thread {
   void* stack_pointer = nullptr;
   char* stack = nullptr;
-  Fiber* next = nullptr;  // in a list of those that wait for the same
+  Fiber* next = nullptr;  // in a list of fibers that wait for the same
   const char* waits = nullptr;
   const void* waits_at = nullptr;
   bool done = false;
-  const uint32_t* flag = nullptr;  // polled last, and what was found
+  const uint32_t* flag = nullptr;  // the flag polled last, and the value found
   uint32_t flag_value = 0;
   uint64_t flag_releases = 0;
   bool arrived_in_cluster = false;
   unsigned cluster_phase = 0;
-  std::vector<Copy> copies;       // that have not landed, the oldest first
+  std::vector<Copy> copies;       // copies that have not landed, the oldest first
   std::vector<size_t> group_end;  // of committed groups: index into `copies`, plus `landed`
   size_t landed = 0;
 #if defined(CUDASIM_THREAD)
@@ -141,8 +141,8 @@ struct List {
   }
 };
 
-// A barrier that counts threads. Odd and even phases have tokens of their own: a thread that is
-// late to leave does not see those that have arrived for the next phase.
+// A barrier that counts threads. Odd and even phases have tokens of their own: a thread that leaves
+// late does not see the arrivals for the next phase.
 struct Counter {
   unsigned arrived = 0, needed = 0, phase = 0;
   List waiting;
@@ -162,7 +162,7 @@ struct Warp {
   Meeting meetings[8];
 };
 
-// The 64 bits in shared memory hold kBarrierTag and an index of these.
+// The 64 bits in shared memory hold kBarrierTag and an index into Block::mbarriers.
 constexpr uint64_t kBarrierTag = 0x6d62617272000000, kBarrierTagMask = ~uint64_t{0xffffff};
 struct MBarrier {
   MBarrier(uint64_t* b, unsigned arrivals) : place(b), count(arrivals), pending(arrivals) {}
@@ -173,7 +173,7 @@ struct MBarrier {
   List waiting;
   char token = 0;
 #if defined(CUDASIM_THREAD)
-  void* agent = nullptr;  // a fiber in name only: what lands is written by it
+  void* agent = nullptr;  // a fiber that never runs: the writer of the stores that land
 #endif
 };
 
@@ -229,19 +229,19 @@ struct Machine {
   std::vector<Fiber*> ready;  // a ring of a power of two
   size_t ready_first = 0, ready_count = 0;
   size_t live = 0;                             // threads that have not ended
-  List pollers;                                // have found the same in a flag twice
-  std::vector<std::unique_ptr<Store>> stores;  // on their way
+  List pollers;                                // they found the same value in a flag twice
+  std::vector<std::unique_ptr<Store>> stores;  // they have not landed
   Random random;
-  // How this launch is scheduled: seed 0 in turn, others at random, each in its own way.
+  // The schedule of this launch: in turn for seed 0, random for others, each in its own way.
   bool shuffled = false;
-  unsigned choices = 1;  // of so many threads that are ready, the one that is favoured runs
+  unsigned choices = 1;  // the favoured one of so many ready threads runs
   uint64_t favour = 0;
-  bool favours_warps = false;  // not blocks
-  unsigned land_one_in = 1;    // of the switches sees a store land
-  unsigned early_one_in = 2;   // of the copies lands at once
+  bool favours_warps = false;  // otherwise blocks
+  unsigned land_one_in = 1;    // one in so many switches lands a store
+  unsigned early_one_in = 2;   // one in so many copies lands at once
   uint64_t progress = 0, releases = 0;
   uint64_t progress_seen = 0;
-  size_t idle_polls = 0, idle_rounds = 0;  // since then
+  size_t idle_polls = 0, idle_rounds = 0;  // since the progress seen
   void* stack_pointer = nullptr;
   bool failed = false;
   char end_token = 0;
@@ -296,7 +296,7 @@ fastrnn_cudasim_switch:
 .size fastrnn_cudasim_switch, . - fastrnn_cudasim_switch
 )");
 
-// To the launch itself where `to` is null.
+// Switches to the launch itself if `to` is null.
 void switch_to(Fiber* to) {
   Fiber* from = current();
   if (from == to) return;
@@ -372,7 +372,7 @@ void notice_progress() {
   machine.idle_polls = machine.idle_rounds = 0;
 }
 
-// Gives the processor to a thread that is ready; returns when the current one is chosen again.
+// Switches to a ready thread; returns when the current thread is chosen again.
 void run_another() {
   if (!machine.stores.empty() && machine.random.below(machine.land_one_in) == 0) land_one();
   while (machine.ready_count == 0) {
@@ -380,8 +380,7 @@ void run_another() {
       land_one();
       continue;
     }
-    // Those who poll may have found what they wanted: another chance, unless nothing has come of
-    // it.
+    // The flags of polling threads may have changed: wake them, unless that brought no progress.
     notice_progress();
     if (!machine.pollers.first || ++machine.idle_rounds > 3) deadlock();
     wake(machine.pollers);
@@ -389,7 +388,7 @@ void run_another() {
   switch_to(take_ready());
 }
 
-// Until someone makes the current thread ready, after it was put on a list.
+// Waits until another thread makes the current one ready. The caller has put it on a list.
 void sleep(const char* what, const void* where = nullptr) {
   current()->waits = what;
   current()->waits_at = where;
@@ -402,7 +401,7 @@ void yield() {
   run_another();
 }
 
-// At random, where a thread of a GPU would go on.
+// Yields at random, at a point at which a thread of a GPU could go on.
 void maybe_yield() {
   if (machine.shuffled && machine.random.below(16) == 0) yield();
 }
@@ -432,9 +431,9 @@ void prepare_stack(Fiber& fiber) {
   fiber.stack_pointer = top;
 }
 
-// Stacks with a page between them that may not be touched. New ones for every batch of blocks under
-// the thread sanitizer, which otherwise would take one thread's variables for another's; made
-// quietly, or it would note down a write to every byte.
+// Stacks, each followed by a page that must not be accessed. Under the thread sanitizer every batch
+// of blocks gets new ones; otherwise it would confuse the variables of two threads. They are made
+// quietly, or it would record a write to every byte.
 class Stacks {
  public:
   char* at(size_t i) {
@@ -564,7 +563,7 @@ void finish_thread() {
     }
   }
   ++machine.progress;
-  // To __syncthreads and to the cluster's barrier a thread that has ended counts as arrived.
+  // A thread that has ended counts as arrived at __syncthreads and at the cluster's barrier.
   Counter& barrier = block.barriers[0];
   --block.live;
   if (barrier.arrived) {
@@ -707,7 +706,7 @@ void shuffle_bytes(const char* name, unsigned mask, void* value, size_t bytes, u
           if (!lanes[i]) continue;
           auto* to = static_cast<Shuffled*>(lanes[i]);
           const auto* from = static_cast<const Shuffled*>(lanes[to->source % 32]);
-          // What a lane gives that does not take part is undefined.
+          // The value of a lane that does not take part is undefined.
           for (int j = 0; j < 16; ++j) to->result[j] = from ? from->value[j] : 0xff;
         }
       },
@@ -827,7 +826,7 @@ void multiply16(void** lanes) {
 }
 
 void multiply_tf32(void** lanes) {
-  // The last 13 bits are not read.
+  // TF32 ignores the last 13 bits.
   multiply<8>(lanes, [](uint32_t bits, int) { return from_bits(bits & ~uint32_t{0x1fff}); });
 }
 
@@ -872,7 +871,7 @@ void exchange_rows(uint32_t* r, Vector16 row, bool transposed) {
       }
     }
   };
-  // The others' reads come before whatever this lane does with what they read.
+  // The other lanes' reads happen before this lane's later writes to these rows.
   if (transposed) {
     meet("ldmatrix4_transposed", ~0u, &rows, columns, true);
   } else {
@@ -1000,7 +999,7 @@ void barrier_arrive(uint64_t* place, uint64_t value, unsigned bytes) {
   ++machine.progress;
   release(&b.token);
   count_bytes(b, bytes);
-  --b.pending;  // at least 1 before: a phase ends where it would be 0, unless bytes are due
+  --b.pending;  // it was at least 1: a phase ends at 0, unless bytes are due
   if (b.pending > b.count) fail("more arrivals at an mbarrier than the %u it counts", b.count);
   end_phase_if_complete(b);
   maybe_yield();
@@ -1020,7 +1019,7 @@ bool barrier_passed(uint64_t* place, uint64_t value, unsigned parity) {
 
 namespace {
 
-// 4 bits that no plain offset has, the rank and an offset; what is added to it stays visible.
+// A tag of 4 bits that no plain offset has, then the rank, then an offset, to which code may add.
 constexpr uint32_t kPeerTag = 0xa0000000, kOffsetBits = 20;
 
 }  // namespace
@@ -1052,7 +1051,7 @@ void st_async16(uint32_t peer_data, const void* value, uint32_t peer_barrier) {
     fail("st_async16 into the shared memory of %s, which has ended", place(target).c_str());
   }
 #if defined(CUDASIM_THREAD)
-  // What it overwrites must not be in use from now on, and the barrier must be there.
+  // From now on no thread may use the target's bytes, and the barrier must be initialised.
   __tsan_write_range(target->shared + offset, kStoreBytes);
   __tsan_read_range(target->shared + barrier_offset, 8);
 #endif
@@ -1075,7 +1074,7 @@ void st_async16(uint32_t peer_data, const void* value, uint32_t peer_barrier) {
 
 namespace {
 
-// Blocks that are certain to run at the same time: a cluster, or the grid of a cooperative launch.
+// Blocks that run at the same time for certain: a cluster, or the grid of a cooperative launch.
 void run_together(unsigned first, unsigned count) {
   const unsigned threads = shape.block.x * shape.block.y * shape.block.z;
   std::vector<Block> blocks(count);
@@ -1226,11 +1225,11 @@ const char* error_text(int error) {
 }  // namespace sim
 }  // namespace fastrnn
 
-// Decides the order in which the threads of the following launches run: 0 is in turn.
+// Sets the order in which the threads of the following launches run: 0 is in turn.
 extern "C" void fastrnn_cudasim_seed(uint64_t seed) {
   fastrnn::sim::seed_given = seed;
   fastrnn::sim::launches = 0;
 }
 
-// Which of the mistakes planted in the sources the following launches make; 0 for none.
+// Sets the planted mistake that the following launches make; 0 for none.
 extern "C" void fastrnn_cudasim_plant(int fault) { fastrnn::sim::planted = fault; }

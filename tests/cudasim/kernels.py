@@ -1,7 +1,7 @@
-"""The kernels of primitives.cu by ctypes, and what they compute in plain Python.
+"""The kernels of primitives.cu by ctypes, and the same computations in plain Python.
 
-As a program, for a process that has a sanitizer loaded: `python kernels.py LIBRARY CASE...` runs
-each case, KERNEL:FAULT:SEED, and marks in stderr where it begins. It imports nothing heavy.
+It is also a program, for a process with a sanitizer: `python kernels.py LIBRARY CASE...` runs each
+case, KERNEL:FAULT:SEED, and prints a line on stderr before each. It imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FAULTS = {
 
 
 class Numbers:
-    """An array of C's, which lies alone in memory: a sanitizer sees where it ends."""
+    """An array of C in an allocation of its own, so that a sanitizer sees its end."""
 
     def __init__(self, kind: type[ctypes._SimpleCData[Any]], values: Sequence[float]) -> None:
         libc = ctypes.CDLL(None)
@@ -58,13 +58,13 @@ class Library:
         self._library.fastrnn_cudasim_seed(ctypes.c_uint64(seed))
 
     def call(self, name: str, *arguments: object) -> str | None:
-        """What went wrong, if anything."""
+        """Calls a kernel; returns the error, or None."""
         error = getattr(self._library, f"run_{name}")(*arguments)
         return self._library.run_error(error).decode() if error else None
 
 
 def scan(x: Sequence[int], steps: int) -> list[int]:
-    """The state that the kernels *_scan step."""
+    """The state of the kernels *_scan after `steps` steps."""
     n, now = len(x), list(x)
     for t in range(steps):
         now = [(3 * now[(i + 1) % n] + 5 * now[(i - 7) % n] + i + t) & 0xFFFFFFFF for i in range(n)]
@@ -76,7 +76,7 @@ def start(n: int) -> list[int]:
 
 
 def run(library: Library, kernel: str, fault: str = "None") -> str | None:
-    """What is wrong with a kernel, if anything: an error of the launch, or another result."""
+    """Runs a kernel; returns the error of the launch, a count of wrong results, or None."""
     code = FAULTS[fault]
     if kernel == "block":
         blocks, threads, steps = 2, 96, 5
@@ -123,7 +123,7 @@ def run(library: Library, kernel: str, fault: str = "None") -> str | None:
 
 
 def matrices(values: Sequence[int]) -> tuple[list[int], list[int]]:
-    """What every lane gets of 4 matrices; lane l named row 31 - l of all."""
+    """The words that ldmatrix4 gives each lane, plain and transposed; lane l names row 31 - l."""
     rows = [values[4 * (31 - i) : 4 * (31 - i) + 4] for i in range(32)]
     halves = [[word >> (16 * (j % 2)) & 0xFFFF for j in range(8) for word in [row[j // 2]]]
               for row in rows]  # fmt: skip

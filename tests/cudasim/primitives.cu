@@ -1,4 +1,4 @@
-// Small kernels that test the simulator itself, each with faults that it must find. Nothing here is
+// Small kernels that test the simulator itself, each with faults that it must find. They are not
 // installed.
 #include "cuda/platform.cuh"
 
@@ -9,26 +9,26 @@ using namespace platform;
 
 enum Fault {
   kNone = 0,
-  kNoBarrier,         // no barrier between a step and the next
+  kNoBarrier,         // no barrier between two steps
   kSingleBuffer,      // written while others read it
-  kNoWait,            // of an mbarrier, of a copy
-  kWrongParity,       // waits for the phase before
-  kShortExpect,       // of one piece less
-  kLongExpect,        // of one piece more
-  kNoClusterSync,     // barriers that the peers do not have yet
-  kNoLastWait,        // ends while peers still store
-  kTargetTooSmall,    // of a flag
-  kNotCooperative,    // blocks that wait for blocks which may not run
-  kNoBarrierPublish,  // a flag that does not speak for all threads
-  kNoCommit,          // copies that no wait waits for
-  kOutsideShared,     // one beyond
-  kOutsideGlobal,     // one beyond
-  kDiverged,          // a lane does not come to a product
+  kNoWait,            // for an mbarrier, for a copy
+  kWrongParity,       // waits for the previous phase
+  kShortExpect,       // one piece too few
+  kLongExpect,        // one piece too many
+  kNoClusterSync,     // peers have no barriers yet
+  kNoLastWait,        // a block ends while peers still store into it
+  kTargetTooSmall,    // the value that a flag must reach
+  kNotCooperative,    // blocks wait for blocks that may not run
+  kNoBarrierPublish,  // a flag that is set before all threads have stored
+  kNoCommit,          // copies for which no wait waits
+  kOutsideShared,     // one element past the end
+  kOutsideGlobal,     // one element past the end
+  kDiverged,          // a lane takes no part in a product
   kMisaligned,
-  kWrongThreads,   // a named barrier for as many as come never
+  kWrongThreads,   // a named barrier for more threads than arrive
   kTwiceArrived,   // at a cluster's barrier
   kBadPeer,        // a rank that the cluster lacks
-  kNoWarpSync,     // lanes that read what another lane may not have written
+  kNoWarpSync,     // lanes read values that another lane may not have written
   kUninitialised,  // shared memory that nobody wrote
 };
 
@@ -54,11 +54,12 @@ __global__ void block_scan(uint32_t* x, int steps, int fault) {
   mine[i + (fault == kOutsideGlobal ? n : 0)] = buffer[from * n + i];
 }
 
-// Blocks exchange by stores that count their bytes. The two buffers suffice: a block writes what
-// others read in step t only when it has the whole of step t + 1, sent when they had read it.
+// Blocks exchange their states by stores that count bytes. Two buffers suffice: a block overwrites
+// the states of step t only after it received all of step t + 1, and peers sent those after they
+// had read step t.
 __global__ void cluster_scan(uint32_t* x, int steps, int fault) {
   FASTRNN_SHARED(unsigned char, shared);
-  auto* arrived = reinterpret_cast<uint64_t*>(shared);      // [2], of a buffer each
+  auto* arrived = reinterpret_cast<uint64_t*>(shared);      // [2], one for each buffer
   auto* buffer = reinterpret_cast<uint32_t*>(shared + 16);  // [2][n]
   const unsigned blocks = cluster_blocks(), n = blocks * blockDim.x;
   const unsigned i = cluster_rank() * blockDim.x + threadIdx.x, lane = threadIdx.x % 32;
@@ -90,7 +91,7 @@ __global__ void cluster_scan(uint32_t* x, int steps, int fault) {
     piece.y = __shfl_down_sync(~0u, value, 1);
     piece.z = __shfl_down_sync(~0u, value, 2);
     piece.w = __shfl_down_sync(~0u, value, 3);
-    // A shuffle orders nothing: this says that all lanes have read what may now be overwritten.
+    // A shuffle orders no memory accesses. After this, all lanes have read the buffer.
     if (fault != kNoWarpSync) __syncwarp();
     if (lane % 4 == 0) {
       const uint32_t* place = buffer + (fault == kSingleBuffer ? 0 : (t + 1) % 2 * n) + i;
@@ -146,7 +147,7 @@ __global__ void product16(const T* a, const T* b, float* c, int fault) {
   __syncthreads();
   uint32_t x[4], y[4];
   ldmatrix4(x, shared + lane % 16 * 16 + lane / 16 * 8);
-  // The second half of the lanes names the same rows again: y[2] and y[3] are not used.
+  // The second half of the lanes names the same rows again; y[2] and y[3] are not used.
   ldmatrix4(y, shared + 256 + lane % 8 * 16 + lane / 8 % 2 * 8);
   const uint32_t operand[2] = {y[0], y[1]};
   float d[4] = {c[g * 8 + 2 * q], c[g * 8 + 2 * q + 1], c[(g + 8) * 8 + 2 * q],
@@ -158,7 +159,7 @@ __global__ void product16(const T* a, const T* b, float* c, int fault) {
   c[(g + 8) * 8 + 2 * q + 1] = d[3];
 }
 
-// c[16][8] += a[16][8] b[8][8]^T; the operands of TF32 by ldmatrix4 as well, 4 numbers to a row.
+// c[16][8] += a[16][8] b[8][8]^T; ldmatrix4 loads TF32 operands too, 4 numbers per row.
 __global__ void product8(const float* a, const float* b, float* c) {
   FASTRNN_SHARED(uint32_t, shared);
   const unsigned lane = threadIdx.x, g = lane / 4, q = lane % 4;
@@ -178,7 +179,7 @@ __global__ void product8(const float* a, const float* b, float* c) {
   c[(g + 8) * 8 + 2 * q + 1] = d[3];
 }
 
-// out[0], [1]: [32][4], what a lane gets of four matrices, as they lie and transposed.
+// out: [2][32][4], the words of each lane for four matrices, plain and transposed.
 __global__ void matrices(const uint32_t* in, uint32_t* out, int fault) {
   FASTRNN_SHARED(uint32_t, shared);
   const unsigned lane = threadIdx.x;
@@ -200,7 +201,7 @@ __global__ void shuffles(uint32_t* out) {
   out[2 * n + i] = __shfl_down_sync(~0u, value, 3, 16);
   out[3 * n + i] = __shfl_up_sync(~0u, value, 3, 16);
   out[4 * n + i] = __ballot_sync(~0u, lane % 3 == 0);
-  // Two halves of a warp that go separate ways.
+  // The two halves of a warp diverge.
   if (lane < 16) {
     out[5 * n + i] = __shfl_xor_sync(0xffffu, value, 1);
   } else {
@@ -212,7 +213,7 @@ __global__ void shuffles(uint32_t* out) {
 
 // ---- Copies and named barriers -----------------------------------------------------------------
 
-// Three groups, waited for one by one; of the last only the copies that are valid.
+// Three groups of copies, awaited one by one; in the last, every other copy is not valid.
 __global__ void copies(const uint32_t* in, uint32_t* out) {
   FASTRNN_SHARED(uint32_t, shared);
   const unsigned i = threadIdx.x, n = blockDim.x;
@@ -221,14 +222,14 @@ __global__ void copies(const uint32_t* in, uint32_t* out) {
     copy_async16(shared + at, in + at, group < 2 || i % 2 == 0);
     copy_async_commit();
   }
-  for (unsigned j = 0; j < 4; ++j) out[4 * i + j] = shared[4 * (2 * n + i) + j];  // too early
+  for (unsigned j = 0; j < 4; ++j) out[4 * i + j] = shared[4 * (2 * n + i) + j];  // before any wait
   copy_async_wait<2>();
   for (unsigned j = 0; j < 4; ++j) out[4 * (n + i) + j] = shared[4 * i + j];
   copy_async_wait<0>();
   for (unsigned j = 0; j < 8; ++j) out[4 * (2 * n + 2 * i) + j] = shared[4 * (n + 2 * i) + j];
 }
 
-// The first half of the warps writes, the second reads, by turns.
+// The first half of the warps writes, the second reads, in turns.
 __global__ void turns(uint32_t* out, int steps, int fault) {
   FASTRNN_SHARED(uint32_t, shared);
   const unsigned half = blockDim.x / 2, i = threadIdx.x % half;

@@ -1,7 +1,7 @@
 """All kernels under the sanitizers: every cell, residency and precision, a case for each tile.
 
-`python -m tests.cudasim.sanitize` takes some ten minutes on two cores; `--save` writes what came
-of it to benchmarks/results/cuda-sanitizers.md. No part of the tests, which have a few such cases.
+`python -m tests.cudasim.sanitize` takes about ten minutes on two cores; `--save` writes the results
+to benchmarks/results/cuda-sanitizers.md. The tests run only a few such cases.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fastrnn import cells
 from fastrnn.compiler import emit_cpp
 from fastrnn.compiler.derive import derive
 from tests.cudasim.build import build, version
-from tests.cudasim.sweeps import Case, said
+from tests.cudasim.sweeps import Case, run_cases
 from tests.support.names import BUILT_IN
 from tests.support.paths import ROOT
 from tests.support.simulated import PARTS, precisions
@@ -27,20 +27,20 @@ SANITIZERS = ["address", "thread"]
 BLOCKS = {"step": 1, "block": 1, "cluster": 3, "grid": 3}
 TILES = {"step": (16, 32, 64)}
 LAYOUTS = ["dense", "lengths", "packed"]
-# So many units that the warps of a lone block take more rows each, and tiles that allow it.
+# So many units that each warp of a lone block takes more rows, and batch tiles that allow it.
 MANY = {"rnn_tanh": (136, [8]), "rnn_relu": (136, [8]), "lstm": (72, [8, 16])}
 COMPLAINTS = ("WARNING: ThreadSanitizer", "ERROR: AddressSanitizer", "WRONG", "cudasim:")
 
 
 def cases(cell: str, residencies: Sequence[str] = PARTS) -> list[Case]:
-    """Two recurrences in opposite directions, three launches, and of each tile another layout."""
+    """Two recurrences in opposite directions, three launches, and another layout for each tile."""
     found = []
     for residency in residencies:
         for precision in precisions(residency):
             for seed, layout in enumerate(LAYOUTS):
                 tile = TILES.get(residency, (8, 16, 32))[seed]
                 if precision == "tf32x3" and residency != "step":
-                    tile = min(tile, 16)  # it has no wider ones
+                    tile = min(tile, 16)  # tf32x3 has no wider tiles
                 found.append(
                     Case(
                         *(0, cell, residency, BLOCKS[residency], precision, seed),
@@ -61,12 +61,12 @@ def cases(cell: str, residencies: Sequence[str] = PARTS) -> list[Case]:
     return found
 
 
-def complaints(heard: str, given: Sequence[Case]) -> list[str]:
-    """The parts of what was heard in which something is wrong; the last one if the rest lacks."""
-    parts = heard.split("=== ")[1:]
+def complaints(output: str, given: Sequence[Case]) -> list[str]:
+    """The parts of the output that complain; the last part if the output is incomplete."""
+    parts = output.split("=== ")[1:]
     found = [part for part in parts if any(words in part for words in COMPLAINTS)]
     if len(parts) != len(given) + 1 and not found:
-        found.append(parts[-1] if parts else heard)
+        found.append(parts[-1] if parts else output)
     return found
 
 
@@ -81,7 +81,7 @@ def main() -> int:
     residencies = [options.residency] if options.residency else PARTS
     whole = not (options.sanitizer or options.cell or options.residency)
     if options.save and not whole:
-        parser.error("only what ran whole is saved")
+        parser.error("--save needs a run of all cases: leave the other options out")
     header = emit_cpp.header(
         [derive(cells.get(name)) for name in BUILT_IN],
         [emit_cpp.key(cells.get(name)) for name in BUILT_IN],
@@ -95,8 +95,8 @@ def main() -> int:
             for residency in residencies
         ]
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or 2)) as pool:
-            heard = pool.map(lambda job: said(library, sanitizer, job[2], False), jobs)  # noqa: B023
-            for (name, residency, given), text in zip(jobs, heard, strict=True):
+            output = pool.map(lambda job: run_cases(library, sanitizer, job[2], False), jobs)  # noqa: B023
+            for (name, residency, given), text in zip(jobs, output, strict=True):
                 found = complaints(text, given)
                 failed |= bool(found)
                 rows.append(

@@ -1,9 +1,9 @@
-"""Sweeps of the real kernels in the simulator, for a process of their own: maybe one with a
-sanitizer, maybe with mistakes planted in the kernels.
+"""Sweeps of the real kernels in the simulator, in a process of their own, optionally with a
+sanitizer or with mistakes planted in the kernels.
 
-`python -m tests.cudasim.sweeps CASE...`, FASTRNN_CUDA_LIBRARY being set, runs each case, marks in
-stderr where it begins, and says there what was wrong; of a mistake that was found no case more.
-`said` starts such a process.
+`python -m tests.cudasim.sweeps CASE...` needs FASTRNN_CUDA_LIBRARY. It prints a line on stderr
+before each case, and another if a result is wrong. It skips the other cases of a fault that was
+found. `run_cases` starts such a process.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.support.simulated import PRECISIONS, agrees, decided, ragged, running
 
 
 class Case(NamedTuple):
-    """Of which kernels what is run; `fault` is one of those planted, or 0."""
+    """One run of the kernels; `fault` is the number of a planted mistake, or 0."""
 
     fault: int
     cell: str
@@ -51,8 +51,8 @@ class Case(NamedTuple):
 
 
 def wrong(case: Case) -> str | None:
-    """Values and gradients of five steps, with resets, of a batch that fills no tile; in several
-    chunks also from tapes that are recomputed."""
+    """The error, or None, in values and gradients of five steps with resets, for a batch that fills
+    no tile. With several chunks it also checks recomputed tapes."""
     cell = cells.get(case.cell)
     torch.manual_seed(0)
     given = operands(
@@ -73,11 +73,11 @@ def wrong(case: Case) -> str | None:
     return None
 
 
-def said(
+def run_cases(
     library: Path, sanitizer: str | None, cases: Sequence[Case], first_only: bool = True
 ) -> str:
-    """What a process says that runs the cases, of each fault up to a sanitizer's first complaint,
-    of cases without faults likewise if `first_only`."""
+    """Runs the cases in a process; returns its stderr. With `first_only`, a sanitizer stops it at
+    the first complaint."""
     prefix, environment = sanitized(sanitizer)
     for name in environment.keys() & {"TSAN_OPTIONS", "ASAN_OPTIONS"} if first_only else ():
         environment[name] += ":halt_on_error=1"
@@ -98,7 +98,7 @@ def said(
 
 
 def tried(case: Case) -> bool:
-    """Whether anything was wrong."""
+    """Runs a case; returns whether it found an error."""
     library = ctypes.CDLL(os.environ["FASTRNN_CUDA_LIBRARY"])
     print(f"=== {case}", file=sys.stderr, flush=True)
     library.fastrnn_cudasim_seed(ctypes.c_uint64(case.seed))
@@ -115,7 +115,7 @@ def main() -> None:
         if not case.fault:
             tried(case)
         elif case.fault not in found:
-            # A fault may take its process along.
+            # A fault may crash its process.
             child = os.fork()
             if child == 0:
                 os._exit(int(tried(case)))

@@ -1,5 +1,5 @@
 """The simulator that runs CUDA kernels on the CPU (tests/cudasim): each primitive against plain
-Python, and whether it finds the mistakes that it is there to find."""
+Python, and the mistakes that it must find."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PRIMITIVES = build.SIMULATOR / "primitives.cu"
 SEEDS = range(8)
 KERNELS = ["block", "cluster", "grid", "turns", "matrices"]
 
-# What the schedules of some seed find by themselves, and words of what is said then.
+# Kernel, fault, and a pattern of the error with which the schedule of some seed finds the fault.
 FOUND: list[tuple[str, str, str]] = [
     ("block", "NoBarrier", "results are wrong"),
     ("block", "SingleBuffer", "results are wrong"),
@@ -91,7 +91,7 @@ def test_fault_is_found(library: Library, kernel: str, fault: str, words: str) -
     found = [text for text in said if text is not None]
     assert found, f"no seed of {len(SEEDS)} finds it"
     assert any(re.search(words, text) for text in found), found
-    # What has failed leaves nothing behind.
+    # A failed launch leaves no state behind.
     assert kernels.run(library, kernel) is None
 
 
@@ -108,8 +108,8 @@ def test_same_seed_same_order(library: Library) -> None:
 
 
 def report(sanitizer: str, cases: Sequence[str]) -> str:
-    """What a sanitizer says about cases "kernel:fault:seed", in a process of its own, up to the
-    first complaint."""
+    """Runs cases "kernel:fault:seed" under a sanitizer, in a process of its own, up to the first
+    complaint; returns its stderr."""
     library = build.build([PRIMITIVES], sanitizer)
     prefix, environment = build.sanitized(sanitizer)
     for name in environment.keys() & {"TSAN_OPTIONS", "ASAN_OPTIONS"}:
@@ -175,7 +175,7 @@ def test_product(library: Library, number: torch.dtype, whole: bool) -> None:
 
 
 def tf32(x: Tensor) -> Tensor:
-    """To 10 bits after the point, ties away from zero."""
+    """Rounds to 10 bits of mantissa, ties away from zero."""
     return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
@@ -227,7 +227,7 @@ def test_copies_land_when_waited_for(library: Library) -> None:
             assert value in (group[2][j], 0xFFFFFFFF)
             early.add(value == group[2][j])
         assert found[4 * threads : 8 * threads] == group[0]
-    # Some had landed before the wait, others not.
+    # Some copies landed before the wait, others did not.
     assert early == {True, False}
 
 

@@ -1,4 +1,4 @@
-"""What setup.py does beside compiling, and what a wheel and an sdist hold."""
+"""setup.py apart from compiling, and the contents of wheel and source distribution."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_cuda_kernels_go_with_the_extension_into_the_sources(
 
 
 def test_unchanged_cells_keep_their_time(tmp_path: Path) -> None:
-    # In a process of its own: generating puts a bare package in place of fastrnn.
+    # A process of its own, because the generator puts a bare package in place of fastrnn.
     script = f"""
 import importlib.util, os, pathlib
 spec = importlib.util.spec_from_file_location("fastrnn_setup", {str(ROOT / "setup.py")!r})
@@ -65,14 +65,14 @@ assert "fastrnn/cells/declare.py" in made_from and "fastrnn/compiler/derive.py" 
 
 
 def kernel_sources() -> set[str]:
-    """What a custom cell is compiled from: the CPU kernel, and all that it includes."""
+    """The sources of a custom cell's library: the CPU kernel and all that it includes."""
     csrc, found = ROOT / "csrc", {ROOT / "csrc" / "cpu" / "kernels.cpp"}
     left = set(found)
     while left:
         source = left.pop()
         for name in re.findall(r'^#include "(.+)"', source.read_text(), re.MULTILINE):
             here = [f / name for f in (source.parent, csrc) if (f / name).is_file()]
-            left |= set(here[:1]) - found  # none is there of what is generated
+            left |= set(here[:1]) - found  # a generated header has no file here
             found |= set(here[:1])
     return {path.relative_to(csrc).as_posix() for path in found}
 

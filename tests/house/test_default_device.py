@@ -1,4 +1,4 @@
-"""Tensors that the package makes for itself lie where it says, whatever the default device is."""
+"""The package names the device of each tensor that it makes, whatever the default device is."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FACTORIES = {f.__name__ for f in _device_constructors()} | {"Generator"}
 
 
 def factory_calls(file: Path) -> Iterator[tuple[int, str]]:
-    """Calls of torch's factories that name no device; a generator may name it by position."""
+    """Calls of torch's factories that name no device; `Generator` may name it by position."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
             continue
@@ -35,7 +35,7 @@ def factory_calls(file: Path) -> Iterator[tuple[int, str]]:
         if not isinstance(owner, ast.Name) or owner.id != "torch":
             continue
         by_position = node.func.attr == "Generator" and node.args
-        # **options may hold it: the tests below run those.
+        # **options may name it: the tests below run such calls.
         named = any(k.arg in ("device", None) for k in node.keywords)
         if node.func.attr in FACTORIES and not named and not by_position:
             yield node.lineno, node.func.attr
@@ -59,8 +59,8 @@ def factory_calls_of(text: str) -> list[tuple[int, str]]:
 
 
 class MetaInside(TorchFunctionMode):
-    """The default device is `meta` to calls from inside the package, and untouched outside; a call
-    that names a device, even None, is left alone, as by torch's own default device."""
+    """Makes `meta` the default device for calls from inside the package alone. As with torch's own
+    default device, a call that names a device, even None, is left alone."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -151,12 +151,12 @@ def test_the_public_api_under_another_default_device(name: str, kernel: str | No
                 found = everything(name, stream=False)
     for ours, wanted in zip(found, expected, strict=True):
         assert ours.device.type == "cpu"
-        torch.testing.assert_close(ours, wanted)  # a frozen one reads its weights as they lie
+        torch.testing.assert_close(ours, wanted)  # a frozen layer rounds in the same way
 
 
 @pytest.mark.parametrize("name", [*LAYERS, "Recurrent", *CELLS])
 def test_frozen_under_meta(name: str) -> None:
-    """It once gave uninitialised memory."""
+    """The outputs were once uninitialised memory."""
     module = made(name)
     x = torch.randn(3, 4) if name in CELLS else torch.randn(5, 3, 4)
     expected = flatten(module(x))
@@ -171,7 +171,7 @@ def test_frozen_under_meta(name: str) -> None:
 
 
 def test_layers_are_made_on_the_default_device() -> None:
-    """As torch.nn's are."""
+    """torch.nn's layers are made there too."""
     with torch.device("meta"):
         assert fastrnn.LSTM(4, 6).weight_ih_l0.device.type == "meta"
         assert fastrnn.Recurrent(late, 4, 6).weight_ih_l0.device.type == "meta"

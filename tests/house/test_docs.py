@@ -1,7 +1,7 @@
 """The pages under docs/ are true: their code runs in the order of the page, their links lead
-somewhere, and what they show of a command is what it prints. Examples of docstrings run as well.
+somewhere, and shown outputs of commands are what they print. Examples of docstrings run as well.
 
-`python -m tests.house.test_docs` writes anew what pages show of commands.
+`python -m tests.house.test_docs` writes the shown outputs anew.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.support.paths import ROOT
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
-# Packages whose use a page or an integration may show without the tests having them.
+# Packages that a page or an integration may use although the tests do not install them.
 FOREIGN = {"transformers", "opacus", "torchrl", "tensordict", "jax", "onnx", "onnxruntime"}
 SHOWN = re.compile(
     r"(<!-- python -m fastrnn (?P<command>.*?) -->\n)(?P<text>.*?)(\n?<!-- end -->)", re.DOTALL
@@ -31,13 +31,13 @@ SHOWN = re.compile(
 
 
 def pages(pattern: re.Pattern[str] | None = None) -> pytest.MarkDecorator:
-    """A test for each page, or for those that the pattern is found in."""
+    """A test for each page, or for each page that contains the pattern."""
     chosen = [p for p in PAGES if pattern is None or pattern.search(p.read_text(encoding="utf-8"))]
     return pytest.mark.parametrize("page", chosen, ids=lambda p: str(p.relative_to(DOCS)))
 
 
 def printed(command: str) -> str:
-    """What `python -m fastrnn COMMAND` prints: a table as it is, anything else as a block."""
+    """The output of `python -m fastrnn COMMAND`: a table as it is, other text as a block."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         assert main(shlex.split(command)) in (0, None)
@@ -46,7 +46,7 @@ def printed(command: str) -> str:
 
 
 def refreshed(text: str) -> str:
-    """A page with what it shows of commands written anew."""
+    """A page with its outputs of commands written anew."""
     return SHOWN.sub(lambda found: found[1] + printed(found["command"]) + "\n<!-- end -->", text)
 
 
@@ -59,7 +59,7 @@ def test_snippets_run_in_order(page: Path, tmp_path: Path) -> None:
     text = page.read_text(encoding="utf-8")
     names: dict[str, object] = {"__name__": __name__}
     for number, block in enumerate(re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)):
-        # A file, as `replace_` and `fastrnn.cell` read the source of functions.
+        # A file, because `replace_` and `fastrnn.cell` read the source of functions.
         file = tmp_path / f"snippet_{number}.py"
         file.write_text(block)
         try:
@@ -112,7 +112,7 @@ def test_switches_are_the_ones_read() -> None:
     ours = {name for name in used if name.startswith("FASTRNN_")}
     assert len(ours) >= 10
     assert ours == set(re.findall(r"FASTRNN_[A-Z_]+", page))
-    # The benchmark tells JAX how many threads there are.
+    # The benchmark sets these for JAX.
     others = used - ours - {"PATH", "NPROC", "JAX_PLATFORMS"}
     assert others <= set(re.findall(r"`([A-Z_]+)`", page))
 

@@ -1,4 +1,4 @@
-"""Files for contributors and services: they parse, and what they name exists."""
+"""Files for contributors and services: they parse, and the things that they name exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `import fastrnn` costs beyond torch's own import."""
+"""The cost of `import fastrnn` beyond torch's own import."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ print(json.dumps([seconds, mib, sorted(set(sys.modules) - modules)]))
 
 
 def test_import_is_light() -> None:
-    """At most 0.15 s and 20 MiB, and none of the compilers, which take ten times as much."""
+    """At most 0.15 s and 20 MiB, and no compiler, which takes ten times as much."""
     runs = []
     for _ in range(3):
         done = subprocess.run(

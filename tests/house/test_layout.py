@@ -1,4 +1,4 @@
-"""The tests mirror the tree, so that the name of a module is enough to find its tests."""
+"""The tests mirror the tree, so that the name of a module leads to its tests."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MIRRORS = [
     for file in FILES
     if file.name.startswith("test_") and file.relative_to(TESTS).parts[0] not in UNMIRRORED
 ]
-# Tests that no module gives its name to.
+# Tests that are not named after one module, and their subject.
 OWN = {
     "csrc/binding/test_aoti.py": "the operator, compiled ahead of time by torch",
     "csrc/cuda/test_compile.py": "all sources of the folder, compiled for their GPUs",
@@ -38,7 +38,7 @@ def name_of(file: Path) -> str:
 
 
 def modules(folder: Path) -> set[str]:
-    """Names of the modules that a folder of tests stands for."""
+    """Names of the modules that a folder of tests mirrors."""
     places = [ROOT / "fastrnn" / folder, ROOT / folder] if folder.parts else [ROOT / "fastrnn"]
     files = [file for place in places for file in place.glob("*.*")]
     files += (TESTS / folder).glob("*.cpp")  # the simulator
@@ -49,7 +49,7 @@ def modules(folder: Path) -> set[str]:
 
 @pytest.mark.parametrize("file", MIRRORS, ids=name_of)
 def test_a_test_is_named_after_what_it_tests(file: Path) -> None:
-    """test_freeze.py, or test_layers_weights.py and others for layers.py."""
+    """Such as test_freeze.py for freeze.py, or test_layers_weights.py and others for layers.py."""
     if name_of(file) in OWN:
         return
     stem, known = file.stem.removeprefix("test_"), modules(file.parent.relative_to(TESTS))
@@ -75,6 +75,6 @@ def imported(file: Path) -> set[str]:
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_no_test_is_imported(file: Path) -> None:
-    """Tests share what is in tests/support, and nothing else."""
+    """Tests share the modules of tests/support, and no others."""
     tests = [name for name in imported(file) if re.match(r"tests\..*\btest_", name)]
     assert not tests, f"{name_of(file)} imports {tests}: move what is shared to tests/support"

@@ -1,4 +1,4 @@
-"""The README is one page, its code runs, and what it names exists."""
+"""The README is one page, its code runs, and the things that it names exist."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_snippets_run_in_order(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert len(blocks) >= 2
     names: dict[str, object] = {}
     for number, block in enumerate(blocks):
-        # In a file, because the source of a cell must be found as it is in a program.
+        # A file, because the source of a cell must be found, as in a program.
         file = tmp_path / f"snippet_{number}.py"
         file.write_text(block)
         exec(compile(block, str(file), "exec"), names)

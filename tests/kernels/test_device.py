@@ -1,4 +1,4 @@
-"""The facts about a device that plans are made from."""
+"""The facts about a device, on which plans depend."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cells of a user's own on their way to a kernel: compiled, exported, or left to the reference."""
+"""The preparation of custom cells: compiled, exported, or left to the reference."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_warning_names_the_reason_and_the_callers_line() -> None:
 
 @pytest.mark.filterwarnings("ignore:cell")
 def test_what_only_the_reference_runs_is_differentiated_as_it_ran() -> None:
-    """Randomness is drawn once, and what the cell captured gets its gradient."""
+    """Random numbers are drawn once, and tensors that the cell captured get their gradients."""
     scale = torch.nn.Parameter(torch.full((6,), 0.5, dtype=torch.float64))
 
     def zoneout(u, v, h):
@@ -190,7 +190,7 @@ NO_COMPILER = """
 
 
 def without_compiler(code: str, cache: Path, **environment: str) -> None:
-    """Run it where there is no C++ compiler."""
+    """Runs a program without a C++ compiler."""
     opening = textwrap.dedent(NO_COMPILER).replace("CACHE", str(cache))
     done = subprocess.run(
         [sys.executable, "-c", opening + textwrap.dedent(code)],
@@ -223,7 +223,7 @@ def test_without_a_compiler_a_cell_runs_as_operations_on_a_cpu(tmp_path: Path) -
 
 
 def test_elsewhere_no_compiler_is_asked_for(tmp_path: Path) -> None:
-    """As on a GPU: the operator knows the cell, and other kernels than the CPU's may run it."""
+    """On other devices the operator knows the cell without a compiler, as on a GPU."""
     without_compiler(
         """
         warnings.simplefilter("error")
@@ -258,7 +258,7 @@ def test_facts_first_and_code_later() -> None:
 
 
 def by_key(key: str, given: dict[str, Any]) -> list[Tensor]:
-    """As an exported program calls the op: nothing is prepared for it."""
+    """Calls the operator as an exported program does, without preparation."""
     order = ("x", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "s0")
     return torch.ops.fastrnn.scan(key, *(given[k] for k in order), None, None, None, 0)
 
@@ -300,7 +300,7 @@ def test_each_number_is_compiled_when_it_is_first_used(first: torch.dtype) -> No
 
 
 def test_the_op_compiles_what_nobody_prepared() -> None:
-    """An exported program that runs in another dtype than the cell did so far, or first of all."""
+    """An exported program runs in a dtype new to the cell, or is the first to run the cell."""
     cell = two_states("by_key")
     key, given = emit_cpp.key(cell), operands(cell, 4, 3, 5, 9)
     assert _C.cell_facts(key) is None
@@ -313,7 +313,7 @@ def test_the_op_compiles_what_nobody_prepared() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float", "double"])
 def test_frozen_streamed_and_compiled_in_each_number(dtype: torch.dtype) -> None:
-    """Each of them is the first to use the cell in that number."""
+    """Each module is the first to use its cell in that dtype."""
     given = [two_states(f"{name}_{str(dtype)[-2:]}") for name in ("frozen", "streamed", "traced")]
     torch.manual_seed(1)
     frozen, streamed, traced = (fastrnn.Recurrent(cell, 5, 9).to(dtype) for cell in given)
@@ -357,7 +357,7 @@ SAME_AS_BUILT_IN = """
 
 @pytest.mark.parametrize("isa", _C.isas())
 def test_a_custom_cell_gives_the_numbers_of_the_built_in_one(isa: str) -> None:
-    """Bit for bit: it is compiled in the same way for the same instruction set."""
+    """They are equal bit for bit: both are compiled alike, for the same instruction set."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(SAME_AS_BUILT_IN)],
         env={**os.environ, "FASTRNN_ISA": isa},

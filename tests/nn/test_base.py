@@ -1,4 +1,4 @@
-"""What all layers share: names in errors."""
+"""The base of all layers: names in errors."""
 
 import inspect
 

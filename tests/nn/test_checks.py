@@ -1,4 +1,4 @@
-"""Wrong calls: ours raise what torch.nn raises, in its words first, and say more behind them."""
+"""Wrong calls: ours raise the errors of torch.nn, whose message comes first, and then say more."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from tests.support.tensors import flatten, mapped
 
 F64 = torch.float64
 
-# What torch.nn says where it checks nothing itself: a product, a copy or the interpreter found
-# out, in words of their own that tell nothing about the call. Then what ours begins with.
+# Messages from torch.nn if it checks nothing itself: a product, a copy or the interpreter raises,
+# and the message says nothing about the call. Then the beginning of our message.
 NOT_TORCH_NNS_OWN = {
-    # Input or states on another device, of cells and packed; layers have a sentence for it.
+    # Input or states on another device, in cells and packed; layers have a message for it.
     r"Tensor on device cpu is not on the expected device meta!": (
         r"Input and (hidden|parameter) tensors are not at the same device, found input tensor at"
     ),
-    # Packed input of an LSTM, which torch.nn does not check: the sentence of its other layers.
+    # Packed input of an LSTM, which torch.nn does not check: the message of its other layers.
     r"mat1 and mat2 shapes cannot be multiplied \(6x2 and 3x20\)": (
         r"input\.size\(-1\) must be equal to input_size\. Expected 3, got 2"
     ),
     r"mat1 and mat2 shapes cannot be multiplied": r"Expected hidden\[0\] size \(",
     r"The size of tensor a": r"Expected hidden\[\d\] size \(",
     r"output with shape|shape '.*' is invalid": r"input must have 2 dimensions, got 3",
-    # States of a dtype that oneDNN has no LSTM for: what the products of other layers say.
+    # States of a dtype for which oneDNN has no LSTM: the message of other layers' products.
     r"could not create a primitive descriptor": r"mat1 and mat2 must have the same dtype, but got",
     # Layouts.
     r"reshape is not implemented for sparse": r"\w+: expected a dense tensor, got torch.sparse_coo",
@@ -47,7 +47,7 @@ NOT_TORCH_NNS_OWN = {
     r"lstm\(\) received an invalid combination of arguments - got": (
         r"lstm\(\) received an invalid combination of arguments: hx must be a tuple of 2 Tensors"
     ),
-    # Python's own words, about another attribute than the one that is looked up first here.
+    # Python's own message, about another attribute than the one that ours looks up first.
     r"'(\w+)' object has no attribute '\w+'": r"'(\w+)' object has no attribute '\w+'",
     r"'float' object cannot be interpreted as an integer": r"num_layers should be of type int",
     r"'<=' not supported between": r"num_layers should be of type int, got: str",
@@ -55,7 +55,7 @@ NOT_TORCH_NNS_OWN = {
 
 
 def assert_torchs_words(ours: Callable[[], object], theirs: Callable[[], object]) -> None:
-    """The same type of error, and a message that begins with torch.nn's."""
+    """Asserts the same type of error, and a message that begins with torch.nn's."""
     mine, wanted = same_error(ours, theirs)
     # Python names the class that has the method, which may be a base class.
     mine, wanted = (re.sub(r"^\w+\.(\w+\(\))", r"\1", text) for text in (mine, wanted))
@@ -129,7 +129,7 @@ def test_projection_is_for_lstm(name: str) -> None:
             lambda size=size: getattr(fastrnn, name)(3, 5, proj_size=size),
             lambda size=size: getattr(nn, name)(3, 5, proj_size=size),
         )
-    # By position torch takes it, and refuses the call only.
+    # torch accepts it by position, and refuses only the call.
     positional = (3, 5, 1, *(("tanh",) if name == "RNN" else ()), True, False, 0.0, False, 2)
     ours, theirs = getattr(fastrnn, name)(*positional), getattr(nn, name)(*positional)
     assert list(ours.state_dict()) == list(theirs.state_dict())
@@ -175,7 +175,7 @@ def states(name: str, *shape: int) -> Any:
 
 
 def bad_calls(name: str) -> dict[str, tuple[Any, ...]]:
-    """Arguments for a layer of `L` layers and directions, by what is wrong with them."""
+    """Wrong arguments for a layer of `L` layers and directions, by their mistake."""
     x, flat = torch.randn(4, 2, 3, dtype=F64), torch.randn(4, 3, dtype=F64)
     hx, h = states(name, 1, 2, 5), torch.randn(1, 2, 5, dtype=F64)
     packed = pack_padded_sequence(x, [4, 2])
@@ -271,7 +271,7 @@ PACKED = ["packed hx layers", "packed hx more layers", "packed hx batch", "unsor
     ],
 )
 def test_calls_of_several_layers(name: str, options: dict[str, Any], case: str) -> None:
-    """Two, in both directions: what is expected is named as torch.nn names it."""
+    """Two layers in both directions: the message names the expected size as torch.nn does."""
     arguments = bad_calls(name)[case]
     ours, theirs, _ = twins(name, 3, 5, num_layers=2, bidirectional=True, **options)
     assert_torchs_words(lambda: ours(*arguments), lambda: theirs(*arguments))
@@ -290,7 +290,7 @@ def test_calls_with_the_batch_first(name: str, case: str) -> None:
 
 
 def test_states_of_which_torch_takes_the_first_two() -> None:
-    """Where torch.nn converts each state, it looks at no others, nor at what holds them."""
+    """Where torch.nn converts each state, it checks neither other states nor their container."""
     ours, theirs, _ = twins("LSTM", 3, 5)
     flat = torch.randn(4, 3, dtype=F64)
     unsorted = pack_padded_sequence(torch.randn(4, 2, 3, dtype=F64), [2, 4], enforce_sorted=False)
@@ -311,7 +311,7 @@ def test_states_of_which_torch_takes_the_first_two() -> None:
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_check_methods(name: str) -> None:
-    """Called from outside, they raise what torch.nn's do."""
+    """Called by users, they raise the errors of torch.nn's methods."""
     ours, theirs, _ = twins(name, 3, 5, num_layers=2, bidirectional=True, batch_first=True)
     x, hx = torch.randn(2, 4, 3, dtype=F64), states(name, 4, 2, 5)
     for module in (ours, theirs):
@@ -431,7 +431,7 @@ def test_a_wrong_state_is_shown_with_what_it_should_be(name: str) -> None:
         with pytest.raises((RuntimeError, IndexError)) as raised:
             cell(torch.randn(2, 3), (t, t) if name == "LSTMCell" else t)
         assert str(raised.value).endswith(f": it is {list(shape)} and should be {instead}")
-    # torch.nn takes the rows of such a state for steps, and returns as many.
+    # torch.nn takes the rows of such a state for steps, and returns as many steps.
     t = torch.randn(5, 5)
     with pytest.raises(RuntimeError, match=r"hidden0 .*: it is \[5, 5\] and should be \[5\]"):
         cell(torch.randn(3), (t, t) if name == "LSTMCell" else t)
@@ -439,7 +439,7 @@ def test_a_wrong_state_is_shown_with_what_it_should_be(name: str) -> None:
 
 @pytest.mark.parametrize("name", LAYERS + CELLS)
 def test_weights_on_another_device(name: str) -> None:
-    """A model made without memory must not answer with memory that nobody wrote."""
+    """A model on the meta device must not return memory that nobody wrote."""
     x = torch.randn(4, 3)
     for device in ("cpu", "meta"):
         module = getattr(fastrnn, name)(3, 5, device=device)
@@ -455,7 +455,7 @@ def test_weights_on_another_device(name: str) -> None:
         getattr(fastrnn, name)(3, 5, device="meta")(x)
 
 
-# What torch tests its own modules with.
+# torch's own tests of its modules.
 
 TORCHS_OWN = """
 import re
@@ -484,7 +484,7 @@ print(seen)
 
 
 def test_error_inputs_of_torchs_own_tests() -> None:
-    """In a process of its own, because torch.testing._internal freezes the flags of back ends."""
+    """Runs in its own process, because torch.testing._internal freezes the flags of back ends."""
     pytest.importorskip("expecttest")
     done = subprocess.run(
         [sys.executable, "-c", TORCHS_OWN],

@@ -1,4 +1,4 @@
-"""From and to modules of torch.nn: what is shared, what is kept, and what is refused."""
+"""Conversion from and to modules of torch.nn: shared Parameters, kept attributes, refusals."""
 
 from __future__ import annotations
 

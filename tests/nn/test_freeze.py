@@ -1,4 +1,4 @@
-"""Frozen modules: the numbers of before, and never those of weights that were changed since."""
+"""Frozen modules: they give the numbers of before, and never those of weights changed since."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def assert_same(ours: Any, theirs: Any) -> None:
 
 
 def spoil(module: nn.Module) -> None:
-    """Changes what was packed, and nothing else: who does not read it notices nothing."""
+    """Changes only the prepacked weights, so that code that does not read them notices nothing."""
     for packed in module._frozen.layers:
         for each in packed.weights:
             each.mul_(2)
@@ -169,7 +169,7 @@ def test_a_change_is_found_out(change: Callable[[nn.Module], object], compiled: 
 @pytest.mark.parametrize("steps", [1, 7, 64])
 @pytest.mark.parametrize("where", [0, 11_111, -1])
 def test_one_number_of_a_large_weight_is_found_out(where: int, steps: int) -> None:
-    """Past torch's count of changes: while at most 64 rows are computed."""
+    """torch does not count such a change: it is noticed within 64 rows."""
     module = fastrnn.freeze(fastrnn.LSTM(16, 65))
     assert module.weight_hh_l0.nbytes > 16 << 10
     x = torch.randn(steps, 1, 16)
@@ -203,7 +203,7 @@ def test_a_cell_takes_the_short_way(name: str, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
 def test_a_cell_takes_special_tensors_for_what_they_are(name: str) -> None:
-    """A negated view's memory holds the opposite of its numbers, a zero tensor has none."""
+    """The memory of a negated view holds the negative of its numbers; a zero tensor has none."""
     cell = getattr(fastrnn, name)(5, 9).requires_grad_(False)
     frozen = fastrnn.freeze(copy.deepcopy(cell))
     x = torch.randn(3, 5)

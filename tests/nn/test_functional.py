@@ -1,4 +1,4 @@
-"""The stateless form: weights as an argument."""
+"""The functional form: weights are an argument."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def assert_same(a: Any, b: Any) -> None:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("bidirectional", [True, False])
 def test_all_weights_are_the_weights(name: str, bidirectional: bool, bias: bool) -> None:
-    """What `all_weights` of torch's layers holds is what `rnn` takes."""
+    """`rnn` takes the `all_weights` of torch's layers."""
     options = {"num_layers": 2, "bidirectional": bidirectional, "bias": bias}
     _, theirs, _ = twins(name, 3, 5, batch_first=True, **options)
     x = torch.randn(2, 4, 3, dtype=F64)
@@ -72,7 +72,7 @@ def test_dropout_needs_training() -> None:
 
 
 def test_one_scan_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both directions together, and the masks to every layer."""
+    """A layer that runs both directions together and applies the masks in every layer."""
     calls: list[tuple[Operands, Any, bool]] = []
 
     def run(cell: Cell, operands: Operands, packed: Any, *, recompute: bool) -> Any:

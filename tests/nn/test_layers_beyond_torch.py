@@ -1,4 +1,4 @@
-"""docs/beyond-torch-nn.md, row by row: it fails or goes wrong with torch.nn, and works here."""
+"""docs/beyond-torch-nn.md, row by row: torch.nn fails or is wrong, and ours works."""
 
 from __future__ import annotations
 

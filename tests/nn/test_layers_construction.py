@@ -1,4 +1,4 @@
-"""Arguments, parameters, initial values and everything else there is before the first call."""
+"""Arguments, parameters, initial values and everything else before the first call."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_parameters_equal(name: str, options: dict[str, object]) -> None:
     theirs = seeded(getattr(nn, name), 3, 5, **options)
     after_theirs = torch.rand(1)
     ours = seeded(getattr(fastrnn, name), 3, 5, **options)
-    assert torch.equal(torch.rand(1), after_theirs)  # as many random numbers used
+    assert torch.equal(torch.rand(1), after_theirs)  # both used as many random numbers
 
     assert list(ours.state_dict()) == list(theirs.state_dict())
     assert [n for n, _ in ours.named_parameters()] == [n for n, _ in theirs.named_parameters()]
@@ -144,7 +144,7 @@ def test_copies(name: str) -> None:
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_states_of_old_pickles(name: str) -> None:
-    """Before torch 1.4 all_weights held tensors, and before 1.8 there was no proj_size."""
+    """Modules from before torch 1.4 hold tensors in all_weights; before 1.8 they lack proj_size."""
     for options in ({}, {"bias": False, "bidirectional": True}):
         ours, _, _ = twins(name, 3, 5, num_layers=2, **options)
         state = ours.__getstate__()

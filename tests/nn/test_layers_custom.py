@@ -1,4 +1,4 @@
-"""Layers of cells that a user wrote, against loops of plain torch operations."""
+"""Layers of custom cells against loops of plain torch operations."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def own_slstm(u: Any, v: Any, h: Tensor, c: Tensor, n: Tensor, m: Tensor) -> Any
 
 @fastrnn.cell(gates="ab", states="ph")
 def own_pair(u: Any, v: Any, p: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    """Two states; the second sees the first's new value."""
+    """It has two states; the second depends on the first's new value."""
     p = torch.tanh(u.a + v.a + 0.5 * h)
     return p, torch.sigmoid(u.b + v.b) * h + p
 
@@ -54,7 +54,7 @@ cell_of = pytest.mark.parametrize("cell", CELLS, ids=lambda c: c.name)
 def by_hand(
     layer: fastrnn.Recurrent, x: Tensor, hx: list[Tensor] | None = None
 ) -> tuple[Tensor, list[Tensor]]:
-    """The layer [T, B, I] step by step, from its Parameters by name."""
+    """The layer on x [T, B, I], step by step, from its Parameters by name."""
     cell, size = layer.cell, layer.hidden_size
     weights = dict(layer.named_parameters())
     finals: list[list[Tensor]] = []

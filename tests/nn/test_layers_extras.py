@@ -67,7 +67,7 @@ OPTIONS = st.fixed_dictionaries(
 def test_lengths_are_separate_sequences(
     name: str, options: Any, lengths: list[int], extra: int, with_states: bool, form: Any
 ) -> None:
-    """Each row alone, cut to its length, by torch.nn; rows of length zero only hand hx on."""
+    """torch.nn on each row alone, cut to its length; rows of length zero only pass hx on."""
     ours, theirs, _ = twins(name, 3, 4, **options)
     batch, steps = len(lengths), max(lengths) + extra
     rows = options["num_layers"] * (1 + options["bidirectional"])
@@ -108,7 +108,7 @@ def test_lengths_are_separate_sequences(
 def test_resets_are_separate_episodes(
     name: str, options: Any, flags: list[list[bool]], with_states: bool
 ) -> None:
-    """Each episode alone, layer by layer, from zeros but for that which hx enters."""
+    """Each episode alone, layer by layer, from zeros, except the episode that hx enters."""
     ours, theirs, _ = twins(name, 3, 4, **options)
     batch, steps = len(flags), 6
     directions = 1 + options["bidirectional"]
@@ -140,9 +140,9 @@ def test_resets_are_separate_episodes(
 def episodes(
     module: nn.Module, x: Tensor, start: Any, flags: list[bool]
 ) -> tuple[Tensor, list[Tensor]]:
-    """One sequence [T, 1, I] through torch.nn's own layers, cut where `flags` says.
+    """One sequence [T, 1, I] through torch.nn's own layers, cut where `flags` is set.
 
-    A single layer of a single direction at a time, as each of them is cut anew.
+    It runs one layer in one direction at a time, because each is cut anew.
     """
     directions = 2 if module.bidirectional else 1
     kind = type(module)
@@ -161,7 +161,7 @@ def episodes(
             given = mapped(start, lambda t, n=layer * directions + direction: t[n : n + 1])
             parts = []
             for first, last in reversed(spans) if direction else spans:
-                # hx enters at the step that runs first, unless an episode begins right there.
+                # hx enters at the step that runs first, unless an episode begins at this step.
                 enters = last == len(flags) if direction else first == 0 and not flags[0]
                 s = given if enters else mapped(given, torch.zeros_like)
                 piece = x[first:last].flip(0) if direction else x[first:last]
@@ -184,7 +184,7 @@ def test_lengths_are_packing_without_the_sort(name: str) -> None:
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_both_together(name: str) -> None:
-    """Resets past the end of a row do nothing, and those before it do as in the cut row."""
+    """Resets past the end of a row have no effect; the others act as in the cut row."""
     ours, _, _ = twins(name, 3, 4, num_layers=2, bidirectional=True)
     x, lengths = torch.randn(6, 3, 3, dtype=F64), [6, 2, 4]
     resets = torch.rand(6, 3) < 0.4
@@ -198,7 +198,7 @@ def test_both_together(name: str) -> None:
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_resets_of_packed_input(name: str) -> None:
-    """As a PackedSequence of its own, as its data, and as the dense form with lengths."""
+    """Resets as a PackedSequence, as its data, and in dense form with lengths."""
     ours, _, _ = twins(name, 3, 4, num_layers=2, bidirectional=True)
     x, lengths = torch.randn(6, 3, 3, dtype=F64), [2, 6, 4]
     resets = torch.rand(6, 3) < 0.4
@@ -229,7 +229,7 @@ def test_unbatched(name: str, batch_first: bool) -> None:
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_nothing_but_empty_rows(name: str) -> None:
-    """With lengths even no steps at all are fine: the states are handed on."""
+    """With lengths, input of no steps at all is valid: the states are passed on."""
     ours, _, _ = twins(name, 3, 4, num_layers=2, bidirectional=True)
     hx = states(name, 4, 2, 4)
     for steps in (0, 3):
@@ -249,7 +249,7 @@ def test_nothing_but_empty_rows(name: str) -> None:
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_padding_does_not_matter(name: str) -> None:
-    """NaN in the padding reaches nothing."""
+    """NaN in the padding reaches no result."""
     ours, _, _ = twins(name, 3, 4, num_layers=2, bidirectional=True)
     x, lengths = torch.randn(5, 2, 3, dtype=F64), [5, 2]
     clean = gradients(ours(x, lengths=lengths), ours)
@@ -307,7 +307,7 @@ def test_bad_extras_in_other_layouts() -> None:
 
 
 def test_resets_packed_in_another_order() -> None:
-    """Of the same sizes, so that only the order tells that the flags are those of other rows."""
+    """The sizes are equal: only the order shows that the flags belong to other rows."""
     layer, lengths = fastrnn.GRU(3, 5), [2, 4]
     x = pack_padded_sequence(torch.randn(4, 2, 3), lengths, enforce_sorted=False)
     flags = torch.zeros(4, 2).bool()

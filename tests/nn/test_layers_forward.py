@@ -1,4 +1,4 @@
-"""Values, gradients and errors of a call, beside torch.nn's."""
+"""Values, gradients and errors of a call, compared with torch.nn's."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SIZE = st.sampled_from(SIZES)
 
 
 def states(name: str, layers: int, *batch: int, hidden: int, first: int | None = None) -> Any:
-    """Initial states in the form the class of that name takes."""
+    """Initial states in the form that the class of that name takes."""
     h = torch.randn(layers, *batch, first or hidden, dtype=F64)
     return (h, torch.randn(layers, *batch, hidden, dtype=F64)) if name == "LSTM" else h
 
@@ -29,7 +29,7 @@ def states(name: str, layers: int, *batch: int, hidden: int, first: int | None =
 @settings(max_examples=60)
 @given(data=st.data())
 def test_layers_match(data: st.DataObject) -> None:
-    """Cells, layers, directions, layouts, biases, states and dtypes in any combination."""
+    """Any combination of cells, layers, directions, layouts, biases, states and dtypes."""
     draw = data.draw
     name = draw(st.sampled_from(LAYERS), "layer")
     hidden, width = draw(SIZE, "hidden"), draw(SIZE, "width")
@@ -76,7 +76,7 @@ def test_dtypes_match(name: str, sizes: tuple[int, int], dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_long_sequence(name: str) -> None:
-    """Weights below 1/sqrt(H): errors must not grow over 4096 steps faster than torch.nn's."""
+    """With weights below 1/sqrt(H), errors must not grow faster than torch.nn's in 4096 steps."""
     modules = twins(name, 2, 3, dtype=torch.float32)
     x = torch.randn(LONG, 1, 2)
     with torch.no_grad():
@@ -84,7 +84,7 @@ def test_long_sequence(name: str) -> None:
     assert_matches(*({"output": y} for y in results))
 
 
-# What the result looks like.
+# The form of the result.
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -181,7 +181,7 @@ def test_empty_batch(name: str) -> None:
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_strided_operands(name: str) -> None:
-    """Views carved from larger tensors, expanded, with negative order of dimensions, offset."""
+    """Views: slices of larger tensors, expanded, with reversed dimensions, with an offset."""
     modules = twins(name, 3, 5)
     for module in modules:
         weight = torch.zeros(7, module.weight_hh_l0.size(0), dtype=F64)
@@ -216,7 +216,7 @@ def test_bad_numbers_spread_as_in_torch(name: str, value: float) -> None:
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("layout", ["dense", "batch_first", "packed"])
 def test_dropout_is_torchs(name: str, layout: str) -> None:
-    """The same elements are dropped: what the first layers give is rounded at most."""
+    """The same elements are dropped; results of the first layers differ by rounding at most."""
     batch_first = layout == "batch_first"
     modules = twins(
         name, 3, 5, num_layers=3, dropout=0.5, bidirectional=True, batch_first=batch_first
@@ -254,7 +254,7 @@ def test_bitwise_repeatable(name: str) -> None:
             assert torch.equal(value, second[what]), what
 
 
-# Attributes are read at the call.
+# Each call reads the attributes.
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -316,7 +316,7 @@ def test_complex(name: str) -> None:
 
 
 class Tagged(Tensor):
-    """A subclass that behaves as its base."""
+    """A subclass that behaves like its base."""
 
 
 @pytest.mark.parametrize("name", LAYERS + CELLS)

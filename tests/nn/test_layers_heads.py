@@ -1,4 +1,4 @@
-"""`heads=`: a layer in blocks computes what as many small layers do."""
+"""`heads=`: a layer with heads gives the results of as many small layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `isinstance` says of our modules, and why: docs/drop-in.md rests on the facts below."""
+"""The answers of `isinstance` for our modules: docs/drop-in.md rests on these facts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SIZES = (3, 5)
 
 
 class Asks(nn.Module):
-    """A forward that branches on the class of a layer it holds, as users write it."""
+    """A forward that branches on the class of its layer, as users write it."""
 
     def __init__(self, rnn: nn.Module) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Asks(nn.Module):
 
 
 def answers(rnn: nn.Module) -> tuple[float, float]:
-    """The sum of what is true, eagerly and compiled."""
+    """The answers, eager and compiled, as sums of powers of two."""
     model = Asks(rnn)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -51,12 +51,12 @@ def test_eager_and_compiled_code_get_the_same_answers(kind: str, expected: float
     assert answers(getattr(fastrnn, kind)(*SIZES)) == (expected, expected)
 
 
-# The two facts that decide against `isinstance(layer, nn.LSTM)` being True. Where torch changes one
-# of them, the test fails, and the decision can be taken anew.
+# The two facts that decide against `isinstance(layer, nn.LSTM)` being True. If torch changes one of
+# them, a test fails, and the decision can be taken anew.
 
 
 class Claims(fastrnn.LSTM):
-    """Says to `isinstance` that it is torch.nn's, and nothing else about it is."""
+    """Claims to `isinstance` to be torch.nn's class; nothing else of it is torch.nn's."""
 
     @property
     def __class__(self) -> Any:
@@ -67,7 +67,7 @@ class Claims(fastrnn.LSTM):
 
 
 class ClaimsToOthers(fastrnn.LSTM):
-    """Says so to all but Dynamo's check of what it refuses."""
+    """Claims it to all callers except Dynamo's check for refused classes."""
 
     @property
     def __class__(self) -> Any:
@@ -85,7 +85,7 @@ def test_dynamo_refuses_whatever_is_an_instance() -> None:
 
 
 def test_a_claim_that_dynamos_check_does_not_see_splits_eager_from_compiled() -> None:
-    """Dynamo asks the object for one class, but its type for a tuple or a union of them."""
+    """Dynamo asks the object about one class, but its type about a tuple or a union of classes."""
     assert answers(ClaimsToOthers(*SIZES)) == (1111, 1001)
 
 

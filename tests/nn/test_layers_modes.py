@@ -1,4 +1,4 @@
-"""Under a function mode, such as torch's default device is, everything works as without one."""
+"""Under a function mode, such as torch's default device, everything works as without one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAMES = LAYERS + CELLS
 
 
 class Subclass(Tensor):
-    """Overrides nothing, yet goes the way of those that do."""
+    """It overrides nothing, but is dispatched like a tensor subclass that does."""
 
 
 def jvp(module: nn.Module, x: Tensor) -> Tensor:

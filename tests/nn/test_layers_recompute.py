@@ -1,4 +1,4 @@
-"""`recompute=`: less is saved for the backward pass, and the gradients are the same."""
+"""`recompute=`: it saves less for the backward pass, and the gradients are the same."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def squashed(u, v, h, m):
 
 
 def saved(layer: nn.Module, *inputs: Any, **options: Any) -> tuple[int, list[Tensor]]:
-    """Bytes that wait for the backward pass besides operands and results, and all gradients."""
+    """Bytes kept for the backward pass besides operands and results; and all gradients."""
     leaves = [*layer.parameters(), *(t for t in inputs if isinstance(t, Tensor))]
     for leaf in leaves:
         leaf.requires_grad_()
@@ -79,7 +79,7 @@ def test_only_operands_and_outputs_are_kept() -> None:
         much, _ = saved(layer, x)
         layer.recompute = True
         little, _ = saved(layer, x)
-        # Of the layer in between, the output, which is the input of the next.
+        # The output of the layer in between, which is the input of the next.
         between = 50 * 3 * 10 * 4 if name in ("gru", "lstm") else 0
         assert little == between, name
         rows = 50 * 3 * 4

@@ -1,7 +1,7 @@
-"""TorchScript of subclasses of ours and of what was replaced.
+"""TorchScript of subclasses of our classes, and of replaced modules.
 
-torch.nn's are the yardstick: their subclasses may inherit a cell's forward, or have one of their
-own, but may not call super().
+TorchScript must take the same subclasses as of torch.nn: they may inherit a cell's forward or have
+their own, but may not call super().
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Holder(nn.Module):
 
 
 def scripted(module: nn.Module) -> Any:
-    """Saved and loaded, so that nothing of Python is left in it."""
+    """The scripted module after saving and loading, so that no Python is left in it."""
     file = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -89,7 +89,7 @@ def test_script_of_a_subclass_by_itself(name: str, heir: str) -> None:
 
 
 def test_scripting_leaves_torchs_modules_in_the_model() -> None:
-    """What docs/drop-in.md warns of; torch.jit.script writes them there itself."""
+    """docs/drop-in.md warns of this: torch.jit.script itself writes torch's modules back."""
     model = Holder(fastrnn.GRU(*SIZES))
     weight = model.inner.weight_hh_l0
     scripted(model)

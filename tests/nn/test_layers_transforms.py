@@ -1,4 +1,4 @@
-"""What torch offers around a module: torch.func, higher derivatives, hooks, tools."""
+"""torch's tools around a module: torch.func, higher derivatives, hooks, compilers, exporters."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NAMES = LAYERS + CELLS
 
 
 def case(name: str, **options: Any) -> tuple[nn.Module, nn.Module, Tensor, Any]:
-    """Ours, torch.nn's, an input (two steps of a batch of two, or one) and initial states."""
+    """Our module, torch.nn's, an input (two steps of a batch of two, or one), initial states."""
     if name in LAYERS:
         options = {"num_layers": 2, "bidirectional": True, **options}
     ours, theirs, _ = twins(name, 2, 3, **options)
@@ -46,7 +46,7 @@ def assert_same(a: Any, b: Any) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_of_gradients(name: str) -> None:
-    """gradgradcheck with respect to input, states and every weight."""
+    """Runs gradgradcheck with respect to input, states and every weight."""
     options = {"num_layers": 1} if name in LAYERS else {}
     ours, _, x, hx = case(name, **options)
     names = [n for n, _ in ours.named_parameters()]
@@ -65,7 +65,7 @@ def test_gradients_of_gradients(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient_penalty(name: str) -> None:
-    """Double backward as in WGAN-GP: the penalty's gradients reach the weights."""
+    """A gradient penalty as in WGAN-GP: its gradients reach the weights."""
     ours, theirs, x, hx = case(name)
     for module in (ours, theirs):
         leaf = x.clone().requires_grad_()
@@ -141,7 +141,7 @@ def test_gradients_of_every_sample(name: str) -> None:
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_transforms_of_the_extras(name: str) -> None:
-    """lengths and resets under vmap and forward mode, where their values cannot be read."""
+    """lengths and resets under vmap and forward mode, in which their values cannot be read."""
     ours, _, _, hx = case(name)
     inputs, lengths = torch.randn(3, 4, 2, 2, dtype=F64), torch.tensor([[4, 1], [0, 2], [3, 3]])
     resets = torch.rand(3, 4, 2) < 0.4
@@ -237,7 +237,7 @@ def test_saved_tensors_may_travel(name: str) -> None:
 
 
 def model(name: str, **options: Any) -> nn.Sequential:
-    """The module between others, that a graph break would show."""
+    """The module between others, so that a graph break shows."""
 
     class Take(nn.Module):
         def forward(self, result: Any) -> Tensor:
@@ -274,7 +274,7 @@ def test_compile_trains_without_graph_break(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_compile_sees_sizes_as_symbols(name: str) -> None:
-    """No second recompilation, whatever T and B are."""
+    """There is no second recompilation for other T and B."""
     net = model(name, **({"num_layers": 2} if name in LAYERS else {}))
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
@@ -307,7 +307,7 @@ def test_compile_states_and_extras(name: str) -> None:
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_compile_packed(name: str) -> None:
-    """With the states given, or a batch that was sorted, no size hides in data."""
+    """With given states or a sorted batch, no size depends on data."""
     layer = getattr(fastrnn, name)(3, 5, dtype=F64)
     x = torch.randn(5, 2, 3, dtype=F64)
     packed = nn.utils.rnn.pack_padded_sequence(x, [3, 5], enforce_sorted=False)
@@ -347,7 +347,7 @@ def test_export_with_any_length(name: str, strict: bool) -> None:
     sizes = dict.fromkeys(range(x.dim() - 1), torch.export.Dim.DYNAMIC)
     program = torch.export.export(net, (x,), dynamic_shapes=(sizes,), strict=strict)
     calls = [n for n in program.graph.nodes if "fastrnn" in str(n.target)]
-    assert len(calls) == (2 if name in LAYERS else 1)  # one node a layer, not one a step
+    assert len(calls) == (2 if name in LAYERS else 1)  # one node per layer, not one per step
     for steps, batch in ((7, 3), (3, 5)):
         x = torch.randn(shape(name, steps, batch), dtype=F64)
         torch.testing.assert_close(program.module()(x), net(x))
@@ -376,7 +376,7 @@ def test_symbolic_trace_keeps_the_module_whole(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_script(name: str) -> None:
-    """Saved, it is torch.nn's own layer: a reader needs no fastrnn."""
+    """A saved trace has torch.nn's own layer, so loading it needs no fastrnn."""
     net = model(name)[:2]
     x = torch.randn(shape(name, 5, 2), dtype=F64)
     with warnings.catch_warnings():
@@ -404,7 +404,7 @@ def test_trace(name: str) -> None:
 
 
 class Own(fastrnn.LSTM):
-    """A subclass, which no table of classes holds."""
+    """A subclass, which is in no table of classes."""
 
 
 def test_trace_of_a_subclass_and_of_parametrized_weights() -> None:
@@ -435,7 +435,7 @@ def test_script_of_a_cell_of_ones_own() -> None:
 def test_onnx_graph_holds_the_standard_node(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.onnx._internal.torchscript_exporter import onnx_proto_utils
 
-    # It would only look for functions written in onnxscript, with a package not needed here.
+    # It would only look for functions in onnxscript, with a package that is not needed here.
     monkeypatch.setattr(onnx_proto_utils, "_add_onnxscript_fn", lambda model, _: model)
     buffer = io.BytesIO()
     net = getattr(fastrnn, name)(3, 5)
@@ -449,7 +449,7 @@ def test_onnx_graph_holds_the_standard_node(name: str, monkeypatch: pytest.Monke
             input_names=["x"],
             dynamic_axes={"x": {0: "T"}},
         )
-    # The field op_type of a NodeProto as it is written: its tag, the size of the text, the text.
+    # The bytes of the field op_type of a NodeProto: its tag, the size of the text, the text.
     assert buffer.getvalue().count(bytes([0x22, len(name)]) + name.encode()) == 1
 
 

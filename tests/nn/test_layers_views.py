@@ -1,4 +1,4 @@
-"""Outputs are views to autograd exactly where torch.nn's are: `detach_` and changes in place, which
+"""Outputs are views to autograd exactly if torch.nn's are: `detach_` and changes in place, which
 autograd forbids for some views, work on the same outputs."""
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def check(name: str, kwargs: dict[str, Any], x: Any, states: Any, grad: bool) ->
             views.append([t._is_view() for t in outputs])
             shapes.append([(t.shape, t.stride()) for t in outputs])
             detachable.append([detached(t) for t in flatten(module(x, states))])
-            # In place, as masks are applied, to the last of the outputs first.
+            # A change in place, like that of a mask, to the last of the outputs first.
             outputs = flatten(module(x, states))
             for t in reversed(outputs):
                 try:
@@ -74,7 +74,7 @@ def check(name: str, kwargs: dict[str, Any], x: Any, states: Any, grad: bool) ->
             try:
                 sum(t.square().sum() for t in outputs).backward()
             except RuntimeError as error:
-                # Some of torch.nn's refuse it afterwards; ours compute again what was changed.
+                # Then torch.nn's backward raises for some; ours computes the changed outputs again.
                 assert "modified by an inplace operation" in str(error)
                 assert type(module).__module__ == "torch.nn.modules.rnn"
                 gradients.append(None)
@@ -115,7 +115,7 @@ def test_cells(name: str, with_states: bool, batch: int | None, grad: bool) -> N
 
 
 def test_a_change_of_a_transposed_output_is_noticed() -> None:
-    """It shares its memory with what backward reads, and the count of changes with that."""
+    """It shares memory, and the count of changes, with a tensor that backward reads."""
     gradients = []
     for module in twins("GRU", 4, 6, batch_first=True):
         y, _ = module(torch.ones(2, 5, 4))
@@ -129,7 +129,7 @@ def test_a_change_of_a_transposed_output_is_noticed() -> None:
 @pytest.mark.parametrize("change", ["clamp", "numpy", "double"])
 @pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
 def test_an_output_written_past_torchs_count(name: str, change: str) -> None:
-    """torch.nn's outputs share no memory with what backward reads."""
+    """torch.nn's outputs share no memory with tensors that backward reads."""
     gradients = []
     for module in twins(name, 4, 6, dtype=torch.float64):  # torch.nn's float32 LSTM is wrong here
         y, _ = module(torch.ones(5, 2, 4, dtype=torch.float64))

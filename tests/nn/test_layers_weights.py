@@ -1,4 +1,4 @@
-"""Weights reached through other hands than the module's own must be those of the next call."""
+"""The next call uses weights that other code than the module changed or replaced."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NAMES = LAYERS + CELLS
 
 
 def check(modules: Twins) -> None:
-    """Same numbers, and not those of the weights before."""
+    """Asserts the same numbers as torch.nn, and others than with the old weights."""
     compare(modules, torch.randn(4, 3, dtype=F64))
 
 
@@ -106,7 +106,7 @@ def test_change_is_seen(name: str, change: Callable[[nn.Module, str], None]) -> 
 
 
 class Counting(nn.Module):
-    """A parametrization with a side effect, as spectral_norm is one while training."""
+    """A parametrization with a side effect, as spectral_norm has in training."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ def test_parametrization_runs_once_a_call(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_weight_drop(name: str) -> None:
-    """The Parameter goes, a plain tensor computed anew for each call takes its name."""
+    """A plain tensor, computed anew for each call, takes the name of the Parameter."""
     modules = twins(name, 3, 5)
     for module in modules:
         weight = hidden_weight(module)
@@ -160,7 +160,7 @@ def test_tied_layers(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_deleted_weight_is_missed(name: str) -> None:
-    """torch.nn's layers would go on with the weight they remember."""
+    """torch.nn's layers would go on with the old weight, to which they hold a reference."""
     ours, _, _ = twins(name, 3, 5)
     delattr(ours, hidden_weight(ours))
     with pytest.raises(AttributeError, match=hidden_weight(ours)):
@@ -205,7 +205,7 @@ def future(setter: Callable[[bool], None]) -> Iterator[None]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_swapped_on_conversion(name: str) -> None:
-    """torch.nn's layers cannot: they hold weak references to their parameters."""
+    """torch.nn's layers cannot do this: they hold weak references to their parameters."""
     modules = twins(name, 3, 5)
     ours = modules.ours
     kept = list(ours.parameters())
@@ -275,7 +275,7 @@ def test_forked_process(name: str) -> None:
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_flat_weights(name: str) -> None:
-    """Never a list of its own: a view of the parameters."""
+    """It is never a list of its own, but a view of the parameters."""
     ours, _, _ = twins(name, 3, 5, num_layers=2)
     assert all(a is b for a, b in zip(ours._flat_weights, ours.parameters(), strict=True))
     replica = ours._replicate_for_data_parallel()
@@ -339,7 +339,7 @@ def _then_its_dtype_changes(module: nn.Module) -> None:
 def test_written_flat_weights_are_computed_with(
     write: Callable[[nn.Module], None], when: str, name: str
 ) -> None:
-    """torch.nn computes with what stands in the list, and leaves the parameters alone."""
+    """torch.nn computes with the entries of the list, and leaves the parameters alone."""
     theirs = getattr(nn, name)(3, 5, num_layers=2, bidirectional=True, dtype=F64)
     ours = copy.deepcopy(theirs)
     if when == "before replace_":
@@ -414,7 +414,7 @@ def test_written_flat_weights_travel() -> None:
 
 
 def test_a_deleted_weight_that_torch_still_computes_with() -> None:
-    """It stands in torch.nn's list; so it does after `replace_`."""
+    """The old weight stays in torch.nn's list, and so it does after `replace_`."""
     theirs = nn.GRU(3, 5)
     del theirs.weight_hh_l0
     x = torch.randn(4, 2, 3)

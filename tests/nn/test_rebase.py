@@ -64,7 +64,7 @@ def test_the_class_keeps_its_name_and_members(kind: type[nn.Module]) -> None:
     assert repr(module) == repr(original)
     assert (type(module).__name__, type(module).__module__) == (kind.__name__, kind.__module__)
     assert isinstance(module, nn.RNNCellBase if kind is OldStyle else nn.RNNBase)
-    # Cells stay what they are; a layer's class has torch's layer among its bases and cannot.
+    # A cell stays an instance of its class. A layer cannot: torch's layer is a base of that class.
     assert isinstance(module, kind) == (kind is OldStyle)
     assert vars(module).keys() - vars(original).keys() <= {"_frozen"}
     assert module.state_dict().keys() == original.state_dict().keys()
@@ -216,7 +216,7 @@ def test_reports() -> None:
     ]
 
 
-# What is refused, each with its reason.
+# Refused subclasses, each with its reason.
 
 
 class OwnForward(nn.LSTM):

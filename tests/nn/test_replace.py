@@ -1,4 +1,4 @@
-"""`replace_` and `restore_`: what they change, and what stays."""
+"""`replace_` and `restore_`: the things that they change, and those that stay."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_compiled_model_sees_the_replacement(first: str) -> None:
     x = torch.randn(4, 6, 5)
     expected = model(x)
     if first == "compile":
-        # Not fullgraph: Dynamo refuses the torch.nn layer that is there at the first call.
+        # Not fullgraph, because Dynamo refuses the torch.nn layer of the first call.
         compiled = torch.compile(model, backend="eager")
         assert_same([compiled(x)], [expected])
         fastrnn.replace_(model)
@@ -242,8 +242,8 @@ class Doubled(nn.Module):
         return weight / 2
 
 
-# The layers of torch.nn read a parametrized weight as it was when it was set (pytorch#65688), so
-# the yardstick is a fresh module that holds the parametrized weights as its own.
+# The layers of torch.nn use the value that a parametrized weight had when it was set
+# (pytorch#65688), so the reference is a new module with the parametrized weights as its own.
 def weights_as_plain(module: nn.Module) -> nn.Module:
     plain = nn.GRU(*SIZES)
     with torch.no_grad():
@@ -294,7 +294,7 @@ def test_parametrized_module_goes_back() -> None:
 def test_copies_of_a_parametrized_module_are_independent() -> None:
     module = nn.GRU(*SIZES)
     parametrize.register_parametrization(module, "weight_hh_l0", Doubled())
-    twin = copy.deepcopy(module)  # shares the class that carries the property
+    twin = copy.deepcopy(module)  # it shares the class that has the property
     fastrnn.replace_(module)
     parametrize.remove_parametrizations(module, "weight_hh_l0")
     assert parametrize.is_parametrized(twin, "weight_hh_l0")

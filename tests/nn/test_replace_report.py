@@ -1,4 +1,4 @@
-"""What `replace_` and `restore_` skip, and what they report."""
+"""The modules that `replace_` and `restore_` skip, and the reports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Steppers: step by step is the whole sequence, and a step disturbs nothing and nobody."""
+"""Steppers: the steps give the results of the whole sequence, and have no side effects."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ LAYERS: dict[str, Callable[..., Any]] = {
 
 def made(kind: str, *sizes: int, **kwargs: Any) -> Any:
     if kind == "projected" and sizes[1] == 1:
-        kind = "lstm"  # nothing is narrower than one
+        kind = "lstm"  # proj_size must be smaller than 1 unit
     return LAYERS[kind](*sizes, **kwargs).requires_grad_(False)
 
 
 def with_threads(layer: Any, batch: int, threads: int) -> stream.Stepper:
-    """A stepper of that many threads, whatever the plan thinks of it."""
+    """A stepper of that many threads, regardless of the plan."""
     key = prepare(layer._cell())
     lists = [[w for w in each if w is not None] for each in layer._weights()]
     return stream.Stepper(key, lists, batch, threads, True)
@@ -249,7 +249,7 @@ def test_what_a_step_refuses(x: Any, out: Any, error: type[Exception], message: 
     with pytest.raises(error, match=f"(?s){message}"):
         stepper.step(x, out)
     assert not stepper.state.any()
-    stepper.step(torch.zeros(1, 3))  # it is not stuck
+    stepper.step(torch.zeros(1, 3))  # the stepper still works
 
 
 def test_wrong_calls() -> None:
@@ -297,10 +297,10 @@ def test_what_cannot_be_streamed() -> None:
     ],
 )
 def test_weights_that_do_not_fit(which: str, shape: tuple[int, ...]) -> None:
-    """The kernel would read past their ends."""
+    """The kernel would read past the ends of such weights."""
     layer = fastrnn.LSTM(4, 5, proj_size=2)
     setattr(layer, which, torch.nn.Parameter(torch.zeros(shape)))
-    if which == "weight_ih_l0":  # another number of inputs is no fault
+    if which == "weight_ih_l0":  # another number of inputs is valid
         assert layer.stream().input_size == 3
     else:
         with pytest.raises(RuntimeError, match=r"should be|fit onto each other"):
@@ -341,7 +341,7 @@ def test_a_buffer_stays_in_place_during_a_step_only() -> None:
     layer.stream().step(memoryview(memory).cast("f"), out)
     with pytest.raises(ValueError, match="should"):
         layer.stream().step(memory, out)
-    memory.extend(b"more")  # no export is left over
+    memory.extend(b"more")  # no buffer is left exported
 
 
 def test_writing_counts_as_a_change_of_out() -> None:
@@ -441,7 +441,7 @@ def test_threads_are_for_weights_that_take_time_to_read() -> None:
 @pytest.mark.skipif("FASTRNN_ISA" in os.environ, reason="this is such a run")
 @pytest.mark.parametrize("isa", [isa for isa in _C.isas() if isa != _C.isa()])
 def test_other_instruction_sets(isa: str) -> None:
-    """The numbers again with the code for a lesser processor, frozen modules too."""
+    """Runs the tests of numbers again with the code for an older processor, frozen modules too."""
     result = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"),

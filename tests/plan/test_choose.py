@@ -1,4 +1,4 @@
-"""The kernel that is asked for by name."""
+"""The choice of a kernel by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decisions of the CPU kernel about any machine, made on this one."""
+"""Plans of the CPU kernel for other machines."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def split(plan: Plan) -> tuple[int, int, int]:
     ("problem", "device", "expected"),
     [
         (LSTM, with_threads(1), (1, 1, 1)),
-        (replace(LSTM, steps=1), TWO, (1, 1, 1)),  # not worth a thread
-        (LSTM, TWO, (1, 1, 2)),  # one row: units
-        (replace(LSTM, batch=32), TWO, (1, 2, 1)),  # sequences need no exchange
-        (replace(LSTM, recurrences=2), TWO, (2, 1, 1)),  # nor do directions
+        (replace(LSTM, steps=1), TWO, (1, 1, 1)),  # too small for two threads
+        (LSTM, TWO, (1, 1, 2)),  # one row: threads share units
+        (replace(LSTM, batch=32), TWO, (1, 2, 1)),  # threads that share sequences exchange nothing
+        (replace(LSTM, recurrences=2), TWO, (2, 1, 1)),  # nor do threads that share directions
         (replace(LSTM, recurrences=2, batch=32), with_threads(8), (2, 4, 1)),
         (replace(LSTM, hidden=256), with_threads(8), (1, 1, 8)),
         (replace(LSTM, batch=3, hidden=256), with_threads(4), (1, 1, 4)),

@@ -1,4 +1,4 @@
-"""Decisions of the CUDA kernels about any GPU."""
+"""Plans of the CUDA kernels for any GPU."""
 
 from __future__ import annotations
 
@@ -90,17 +90,17 @@ def test_cuda_comes_before_triton_and_on_cpus_only_by_name() -> None:
         (replace(LONG, hidden=64), "H200", "block"),
         (replace(LONG, hidden=64), "RTX 3090", "block"),
         (LONG, "H200", "cluster"),
-        (LONG, "A100", "grid"),  # which has no clusters
+        (LONG, "A100", "grid"),  # this GPU has no clusters
         (replace(LONG, hidden=768), "H200", "grid"),
         (replace(LONG, batch=64, hidden=512), "H200", "cluster"),
         (replace(LONG, batch=64, hidden=1024), "H200", "grid"),
         (replace(LONG, batch=128, hidden=2048), "H200", "step"),  # more than the chip holds
         (replace(LONG, hidden=1024), "tiny", "step"),
-        (replace(LONG, steps=2), "H200", "step"),  # over before weights are loaded
+        (replace(LONG, steps=2), "H200", "step"),  # done before the weights would be loaded
         (replace(LONG, dtype="float64"), "H200", "step"),
         (replace(LONG, batch=0), "H200", "step"),
-        (replace(LONG, batch=256), "H200", "cluster"),  # several one after another
-        (replace(LONG, batch=4096, hidden=1024), "H200", "step"),  # a product that fills the chip
+        (replace(LONG, batch=256), "H200", "cluster"),  # groups run one after another
+        (replace(LONG, batch=4096, hidden=1024), "H200", "step"),  # the product fills the GPU
     ],
     ids=str,
 )
@@ -117,7 +117,7 @@ def test_where_cuda_keeps_the_weights(problem: Problem, gpu: str, residency: str
         ("float32", 512, True, "tf32"),
         ("float32", 512, False, "tf32x3"),
         ("float32", 1, True, "tf32"),
-        ("float32", 1, False, "float32"),  # exact, without matrix units
+        ("float32", 1, False, "float32"),  # exact, because it needs no matrix units
     ],
 )
 def test_how_cuda_multiplies(dtype: str, steps: int, tf32: bool, precision: str) -> None:
@@ -163,7 +163,7 @@ def test_what_must_run_at_once_does(gpu: str, dtype: str, gates: int, recurrence
         (1, 4096, "float32", 16),
         (16, 64, "float64", 16),
         (17, 4096, "float32", 32),
-        (64, 256, "bfloat16", 16),  # larger tiles would leave most multiprocessors without a block
+        (64, 256, "bfloat16", 16),  # with larger tiles most multiprocessors would have no block
         (128, 2048, "bfloat16", 64),
         (4096, 1024, "float32", 64),
         (4096, 1024, "float64", 32),

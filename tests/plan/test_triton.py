@@ -1,4 +1,4 @@
-"""Decisions of the Triton kernels about any GPU."""
+"""Plans of the Triton kernels for any GPU."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_triton_on_gpus_and_in_its_interpreter_only_by_name() -> None:
     assert choose(LSTM, INTERPRETED).kernel == "cpu"
     complex_numbers = replace(LSTM, dtype="ComplexFloat")
     assert choose(complex_numbers, INTERPRETED).kernel == "reference"
-    for compiled in (False, True):  # for CPUs: Triton needs none of that
+    for compiled in (False, True):  # `compiled` is about CPUs
         cpu = CpuFacts(compiled=compiled)
         mine = replace(INTERPRETED, cpu=cpu, forced="triton")
         assert choose(LSTM, mine).kernel == "triton"
@@ -60,7 +60,7 @@ def test_triton_on_gpus_and_in_its_interpreter_only_by_name() -> None:
         (replace(BF16, hidden=256, gates=1, states=1), H200, True),  # 128 KB
         (replace(BF16, hidden=256), H200, False),
         (replace(LSTM, batch=64), replace(H200, tf32=True), True),
-        (replace(LSTM, batch=64), H200, False),  # its parts leave too few registers
+        (replace(LSTM, batch=64), H200, False),  # the parts of TF32 leave too few registers
         (replace(LSTM, batch=64, hidden=128), H200, False),
         (replace(LSTM, hidden=64), MI300, True),  # one row: in registers
         (replace(LSTM, hidden=32, dtype="float64"), H200, True),
@@ -99,4 +99,4 @@ def test_tiles_of_triton(device: Device, dtype: str, hidden: int, gates: int) ->
                     assert weights <= device.triton.shared_bytes
                 if chosen.resident:
                     assert tile[0] == tile[1] >= hidden
-        assert len(kinds) <= 2  # one row, or several: nothing is compiled for a length or a batch
+        assert len(kinds) <= 2  # one row, or several: no kernel is compiled for one length or batch

@@ -1,1 +1,1 @@
-"""What tests of several folders share. No test module imports another one."""
+"""Code that tests of several folders share. No test module imports another one."""

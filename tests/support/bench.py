@@ -26,7 +26,7 @@ SMALL = Workload("small", 5, 2, 3, 8, baselines=("torch.nn",))
 
 
 def here() -> Machine:
-    """`MACHINE` with the threads the tests run with, so that none are started."""
+    """`MACHINE` with the threads of the tests, so that no thread is started."""
     return replace(MACHINE, threads=torch.get_num_threads())
 
 
@@ -74,7 +74,7 @@ ROW = row(
 
 
 class Scaled(nn.Module):
-    """A layer whose output is off by a factor."""
+    """A layer whose output is wrong by a factor."""
 
     def __init__(self, layer: nn.Module, factor: float) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ SHAPES = {
 
 
 def agrees(baseline: Implementation, work: Workload, cell: str, mode: str) -> None:
-    """The gate takes it, and it looked at everything the baseline returns."""
+    """The comparison accepts the baseline, and checked all that it returns."""
     case = Case.build(work, cell, mode, torch.get_num_threads())
     assert baseline.supports(case) is None
     prepared = baseline.prepare(case)

@@ -1,4 +1,4 @@
-"""Cells that use everything that can be derived, and their steps by autograd."""
+"""Cells that use every derivable function, and their steps by autograd."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from torch import Tensor
 from fastrnn import cells
 from fastrnn.cells import Cell
 from fastrnn.compiler.derive import Derived
+from tests.support.names import BUILT_IN
 
 
 def make(gates: str, states: str, function: Callable[..., object], name: str = "") -> Cell:
-    """A cell outside of the registry, so that no other test meets it."""
+    """A cell outside the registry, so that no other test meets it."""
     return Cell(name or function.__name__, tuple(gates), tuple(states), function)  # type: ignore[arg-type]
 
 
@@ -61,7 +62,7 @@ def powers(u, v, h, c):
 
 
 def steps(u, v, h, c):
-    """Written step by step in place, with functions that have no gradient."""
+    """It computes in place, with functions that have no gradient."""
     y = u.a * 1
     y += v.a
     y *= torch.sign(h) + 0.5
@@ -71,7 +72,7 @@ def steps(u, v, h, c):
 
 
 def passing(u, v, h, c):
-    """States that are inputs, each other's or constants."""
+    """Its next states are inputs, other states or constants."""
     return c, h
 
 
@@ -87,7 +88,7 @@ USERS = [
 ]
 
 
-BUILT_IN_CELLS = [cells.get(name) for name in ("rnn_tanh", "rnn_relu", "lstm", "gru")]
+BUILT_IN_CELLS = [cells.get(name) for name in BUILT_IN]
 
 
 ALL = BUILT_IN_CELLS + USERS

@@ -1,4 +1,4 @@
-"""Triton's interpreter, which a process uses for all kernels or for none."""
+"""Triton's interpreter; a process uses it for all kernels or for none."""
 
 from __future__ import annotations
 

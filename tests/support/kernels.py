@@ -1,4 +1,4 @@
-"""A kernel held against the reference, under plans of the test's choice."""
+"""Compares a kernel with the reference, under plans of the test's choice."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def check(
     baseline: torch.dtype | None = None,
     recompute: bool = False,
 ) -> None:
-    """The tolerance rule, with the reference as the baseline: in the same dtype, or in one that has
-    as many digits as the kernel computes with."""
+    """The tolerance rule, with the reference as the baseline: in the same dtype, or in `baseline`,
+    which has as many digits as the kernel computes with."""
     with kernels.use(kernel):
         ours = run(partial(ops.scan, recompute=recompute), cell, given)
     dtype = given["x"].dtype
@@ -37,7 +37,7 @@ def check(
 def with_row_group(
     problem: plan.Problem, config: plan.CudaConfig, device: plan.Device
 ) -> plan.CudaConfig:
-    """The configuration with the row group that a plan takes for it."""
+    """The configuration with the row group that a plan chooses for it."""
     if config.residency == "step":
         return replace(config, row_group=0)
     assert isinstance(device.cuda, plan.CudaFacts)
@@ -47,8 +47,7 @@ def with_row_group(
 
 @contextmanager
 def planned(**changes: Any) -> Iterator[None]:
-    """Plans with these fields, or with these in their configuration, whatever `plan.choose`
-    says."""
+    """Changes these fields in every plan or in its configuration."""
     choose = plan.choose
     outer = {name: changes.pop(name) for name in ("chunk_rows",) if name in changes}
 

@@ -1,4 +1,4 @@
-"""A model with every class of torch.nn that is replaced."""
+"""A model with every class of torch.nn that `replace_` replaces."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SIZES = (5, 7)
 
 
 def model_with_all() -> nn.Module:
-    """Every class once, at different depths and in different containers."""
+    """It has every class once, at different depths and in different containers."""
     return nn.ModuleDict(
         {
             "list": nn.ModuleList([nn.LSTM(*SIZES), nn.Linear(7, 7), nn.GRUCell(*SIZES)]),

@@ -16,8 +16,8 @@ from tests.support.tolerance import assert_matches
 
 @dataclass(frozen=True)
 class Twins:
-    """The same module three times, with equal weights: ours, torch.nn's, and the latter in
-    float64 as the reference."""
+    """Three modules with equal weights: ours, torch.nn's, and torch.nn's in float64 as the
+    reference."""
 
     ours: nn.Module
     torchs: nn.Module
@@ -61,14 +61,14 @@ def run(
 
 
 def compare(modules: Twins, *args: Any, **kwargs: Any) -> None:
-    """`run` all three and hold ours to the tolerance rule, values and every gradient."""
+    """Runs all three and checks ours by the tolerance rule: values and every gradient."""
     values, gradients = zip(*(run(m, *args, **kwargs) for m in modules), strict=True)
     assert_matches(*values)
     assert_matches(*gradients, gradients=True)
 
 
 def same_error(ours: Callable[[], object], torchs: Callable[[], object]) -> tuple[str, str]:
-    """Both must raise, and the same type; gives the messages."""
+    """Asserts that both raise the same type; returns the messages."""
     raised: list[BaseException] = []
     for call in (ours, torchs):
         try:

@@ -1,4 +1,4 @@
-"""Devices, dtypes, classes, cells and sizes that tests go through."""
+"""Devices, dtypes, classes, cells and sizes that tests iterate over."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ LAYERS = ["RNN", "LSTM", "GRU"]
 CELLS = ["RNNCell", "LSTMCell", "GRUCell"]
 BUILT_IN = ["rnn_tanh", "rnn_relu", "lstm", "gru"]
 
-# 1, primes, and what lies around the widths of vectors and tiles; 4096 is for time steps.
+# 1, primes, and sizes near the widths of vectors and tiles; 4096 is for time steps.
 SIZES = [1, 2, 3, 5, 7, 8, 9, 13, 15, 16, 17, 31, 32, 33, 61, 64, 65]
 LONG = 4096

@@ -14,14 +14,14 @@ from tests.support.tensors import flatten
 
 @cells.cell(gates="ab", states="hc")
 def linear(u, v, h, c):
-    """Whole numbers in, whole numbers out: a wrong index cannot hide behind rounding."""
+    """It maps whole numbers to whole numbers, so rounding cannot hide a wrong index."""
     c = c + v.b - 2 * u.b
     return u.a - v.a + c, c - h
 
 
 @cells.cell(gates="ab", states="hc")
 def linear_projectable(u, v, h, c):
-    """The same, but the output of the step before comes in through `v` alone."""
+    """The same, but it reads the previous output through `v` alone."""
     c = c + v.b - 2 * u.b
     return u.a - v.a + c, c - v.a
 
@@ -68,7 +68,7 @@ def operands(
 
 
 def whole(value: Any) -> Any:
-    """`value` with small whole numbers, so sparse that they stay small."""
+    """`value` with small whole numbers, so sparse that sums stay small."""
     if isinstance(value, list):
         return [whole(v) for v in value]
     if not isinstance(value, Tensor):
@@ -82,7 +82,7 @@ def whole(value: Any) -> Any:
 
 
 def run(scan: Any, cell: cells.Cell, given: dict[str, Any]) -> dict[str, Tensor]:
-    """Results and the gradients of everything in `given` that has one."""
+    """Results, and gradients of every operand in `given` that has one."""
     leaves: dict[str, Any] = {}
     for name, value in given.items():
         if isinstance(value, list):

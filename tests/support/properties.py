@@ -1,4 +1,4 @@
-"""hypothesis where it is installed; elsewhere its tests are skipped and the others still run."""
+"""hypothesis, if it is installed; otherwise its tests are skipped and the others still run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ except ModuleNotFoundError:
     hypothesis = None  # type: ignore[assignment]
 
     class _Absent:
-        """Stands in for any strategy, so that modules that name some can be imported."""
+        """Stands in for any strategy, so that modules that use strategies can be imported."""
 
         def __getattr__(self, name: str) -> _Absent:
             return self

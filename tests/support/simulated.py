@@ -1,4 +1,4 @@
-"""The CUDA kernels in each of their ways, as the simulator runs them."""
+"""The CUDA kernels in each residency, in the simulator."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def precisions(part: str) -> list[str]:
 
 
 def ways(part: str, hidden: int) -> list[tuple[str, int]]:
-    """Residencies, and blocks that each have units."""
+    """Residencies and numbers of blocks, such that each block has units."""
     return [(residency, n) for residency, n in WAYS[part] if n <= -(-hidden // 8)] or WAYS[part][:1]
 
 
@@ -51,8 +51,8 @@ def running(
     chunk_rows: int = 99999,
     row_groups: tuple[int, int] | None = None,
 ) -> Iterator[None]:
-    """The CUDA kernels, in this way, whatever a plan would make of the problem; `row_groups` of the
-    forward and the backward pass, by default those of a plan."""
+    """Runs the CUDA kernels with these fields in every plan. `row_groups` are those of the forward
+    and the backward pass, by default those of the plan."""
     choose = plan.choose
 
     def chosen(problem: plan.Problem, device: plan.Device) -> plan.Plan:
@@ -89,8 +89,8 @@ def agrees(
     ours: dict[str, torch.Tensor],
     exact: dict[str, Any] | None = None,
 ) -> None:
-    """The tolerance rule, with the reference in a type of as many digits as the baseline: float16
-    for TF32. `exact` is what to give the references, where it differs."""
+    """The tolerance rule, with the reference in a dtype of as many digits as the baseline: float16
+    for TF32. The references get `exact` in place of `given`, if there is one."""
     exact = given if exact is None else exact
     baseline = exact if precision != "tf32" else converted(exact, torch.float16)
     theirs = run(reference.scan, cell, baseline)
@@ -99,8 +99,8 @@ def agrees(
 
 
 def decided(given: dict[str, Any]) -> None:
-    """Every unit of rnn_relu on for good or off, far from where an error of rounding would turn it,
-    and its gradient with it. The first two differ."""
+    """Turns every unit of rnn_relu on or off for good by its bias, so far from 0 that rounding
+    cannot turn it or its gradient. The first two units differ."""
     for bias in given["b_ih"]:
         on = torch.rand(bias.shape) < 0.5
         on[:2] = torch.tensor([True, False])[: len(on)]
@@ -110,8 +110,8 @@ def decided(given: dict[str, Any]) -> None:
 
 
 def ragged(given: dict[str, Any], layout: str) -> dict[str, Any]:
-    """Rows of the batch that end at different steps, if `layout` says so; what to give the
-    references instead."""
+    """Makes sequences end at different steps, unless `layout` is "dense". Returns the operands for
+    the references."""
     steps, batch, inputs = given["x"].shape
     lengths = torch.randint(0, steps + 1, (batch,))
     lengths[torch.randint(0, batch, ())] = steps

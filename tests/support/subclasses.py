@@ -68,7 +68,7 @@ class Deeper(Delegating):
 
 
 class AnyLength(ABC, nn.RNNBase):
-    """As in pytorch-forecasting: a class beside torch's, whose forward goes on to that."""
+    """As in pytorch-forecasting: a second base, whose forward calls torch's."""
 
     @abstractmethod
     def start(self, x: Tensor) -> Any: ...
@@ -99,7 +99,7 @@ KINDS = (Inheriting, Delegating, Deeper, Forecasting, OldStyle)
 
 
 def made(kind: type[nn.Module], **options: Any) -> tuple[nn.Module, nn.Module]:
-    """A module replaced as a subclass, and its copy that was not."""
+    """A module replaced as a subclass, and a copy that was not replaced."""
     module = kind(*SIZES, **options)
     original = copy.deepcopy(module)
     report = fastrnn.replace_(module, subclasses=True)

@@ -1,4 +1,4 @@
-"""What the CUDA kernels are compiled with, without compiling them."""
+"""The tables of the CUDA kernels, without compiling the kernels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.paths import CSRC
 
 @functools.cache
 def tables() -> Tables:
-    """The tables of the built-in cells; skips the test where they cannot be compiled."""
+    """The tables of the built-in cells; skips the test if they cannot be compiled."""
     if reason := missing():
         pytest.skip(reason, allow_module_level=True)
     return read_tables(ctypes.CDLL(str(build([CSRC / "cuda" / "tables.cu"]))))

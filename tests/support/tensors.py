@@ -1,4 +1,4 @@
-"""Nested results, and tensors to feed."""
+"""Nested results, and input tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 
 def flatten(value: Any) -> list[Tensor]:
-    """All tensors of a nested result, in order; of a packed sequence the data."""
+    """All tensors of a nested result, in order; a packed sequence gives its data."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, PackedSequence):
@@ -22,7 +22,7 @@ def flatten(value: Any) -> list[Tensor]:
 
 
 def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """`value` with `function` of every tensor in it; of a packed sequence, of its data."""
+    """`value` with `function` applied to every tensor, and to the data of packed sequences."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, PackedSequence):
@@ -33,7 +33,7 @@ def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 def weights_like(y: Tensor) -> Tensor:
-    """Random weights for a sum that every element of `y` matters in; the same for each call."""
+    """Random weights for a sum to which every element of `y` counts; equal in each call."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.device)
 

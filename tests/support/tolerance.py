@@ -9,12 +9,12 @@ from torch import Tensor
 
 from fastrnn.tools.tolerance import FLOORS, largest_error, limit, rms_error
 
-# The relative error of fewer numbers than this is luck: the rms is that of several tensors.
+# The relative error of fewer numbers than this is luck, so several tensors share one rms.
 ENOUGH = 64
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """As the floors, plans and ids of tests name it."""
+    """The name of a dtype in floors, plans and ids of tests."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -25,9 +25,9 @@ def assert_matches(
     *,
     gradients: bool = False,
 ) -> None:
-    """The tolerance rule: against the float64 reference `exact`, at most twice the error of
-    torch.nn in the same dtype plus a floor, by the largest error of every tensor and by the
-    relative root mean square of every tensor, small ones together."""
+    """The tolerance rule: the error against the float64 reference `exact` is at most twice that of
+    torch.nn in the same dtype plus a floor. It holds for the largest error and for the relative
+    root mean square of every tensor; small tensors share one."""
     assert list(ours) == list(torchs) == list(exact)
     for what in ours:
         assert ours[what].shape == torchs[what].shape == exact[what].shape, what
@@ -49,21 +49,21 @@ def assert_near(
     dtype: torch.dtype,
     precision: str,
 ) -> None:
-    """The tolerance rule for every result of a kernel that multiplies in this precision, values and
-    gradients alike: `theirs` are those of the reference in a dtype of as many digits."""
+    """The tolerance rule for values and gradients of a kernel that multiplies in this precision.
+    `theirs` are the results of the reference in a dtype of as many digits."""
     assert ours.keys() == exact.keys()
     for what, right in exact.items():
         assert ours[what].dtype == dtype
         assert ours[what].shape == right.shape, what
         for error in (largest_error, lambda a, b: rms_error([a], [b])):
             most = limit(error(theirs[what], right), precision, gradients=True)
-            assert error(ours[what], right) <= most, what  # NaN fails
+            assert error(ours[what], right) <= most, what  # also fails for NaN
 
 
 def _limit(what: str, error: float, reference: float, dtype: torch.dtype, gradients: bool) -> None:
     precision = name_of(dtype)
     most = limit(reference, precision, gradients=gradients)
-    # Written so that NaN fails.
+    # A NaN fails this comparison.
     assert error <= most, (
         f"{what}: {error:.3g} exceeds {most:.3g}, "
         f"twice torch.nn's {reference:.3g} plus {FLOORS[precision]}"

@@ -1,4 +1,4 @@
-"""Ways to hang something on a weight."""
+"""Ways to attach a parametrization or a hook to a weight."""
 
 from __future__ import annotations
 

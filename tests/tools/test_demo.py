@@ -1,4 +1,4 @@
-"""The demonstration: both models learn the same, and a wrong replacement is noticed."""
+"""The demo: both models learn the same, and a wrong replacement is noticed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m fastrnn info` and `plan`: what they tell, and that the self-check can fail."""
+"""`python -m fastrnn info` and `plan`: their output, and that the self-check can fail."""
 
 from __future__ import annotations
 

@@ -36,8 +36,8 @@ def light_gru(u, v, h):
 
 
 class Everything(nn.Module):
-    """All layers, with and without biases and states: one package takes as long to compile as one
-    layer does."""
+    """All layers, with and without biases and states, in one package: compiling it takes as long as
+    compiling one layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ def run_and_differentiate(
 
 
 def save_for_cpp(tensors: list[Tensor], file: Path) -> None:
-    """As `torch::load` of a vector reads them."""
+    """Writes tensors in the format that `torch::load` reads as a vector."""
 
     class Holder(nn.Module):
         def __init__(self) -> None:
@@ -208,5 +208,5 @@ def python(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def environment() -> dict[str, str]:
-    """That of this process, with its packages for an interpreter that is embedded."""
+    """The environment of this process, with its packages for an embedded interpreter."""
     return {**os.environ, "PYTHONPATH": ":".join(p for p in [str(ROOT), *sys.path] if p)}

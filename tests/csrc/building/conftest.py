@@ -1,4 +1,4 @@
-"""The switches of a build, all off."""
+"""Turns all switches of a build off."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from building import cpu, ninja
 
 
 def objects(ninja: str) -> dict[str, str]:
-    """Object -> its own flags, in the order of linking."""
+    """Each object's own flags, in the order of linking."""
     lines = ninja.splitlines()
     return {
         line.split()[1].rstrip(":"): flags

@@ -14,7 +14,7 @@ from tests.support.paths import ROOT
 
 @pytest.fixture
 def toolkit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
-    """An nvcc, and no other."""
+    """The path of a fake nvcc, the only one to be found."""
     fake = tmp_path / "bin" / "nvcc"
     fake.parent.mkdir()
     fake.write_text("#!/bin/sh\n")

@@ -1,6 +1,5 @@
 // csrc/core/math.h and csrc/core/vec.h behind plain C functions on arrays, for test_math.py.
-// What is checked is called as a kernel calls it: from within the namespace, where C's functions
-// are hidden.
+// It calls them as a kernel does: from within the namespace, which hides C's functions.
 #include "core/math.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -15,7 +14,7 @@
 namespace fastrnn {
 inline namespace FASTRNN_ISA {
 
-// One bit for each comparison and combination of masks that holds.
+// Sets one bit for each comparison and combination of masks that holds.
 template <class V>
 V masks(V a, V b) {
   const Mask<V> less = a<b, positive = a> V{};
@@ -123,7 +122,7 @@ EXPORTS(double, double, double)
 EXPORTS(floats, float, Vec<float>)
 EXPORTS(doubles, double, Vec<double>)
 
-// x / 2 before, within, within after an inner scope has ended, and after.
+// x / 2: before the scope, inside it, after an inner scope has ended, and after the scope.
 EXPORT void halve_around_flush(const volatile float* x, volatile float* out) {
   out[0] = *x * 0.5f;
   {

@@ -1,4 +1,4 @@
-"""The vectors and functions of csrc/core (vec.h, math.h) under each instruction set."""
+"""The vectors and functions of csrc/core (vec.h, math.h) with each instruction set."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ else:
 
 
 def instruction_sets() -> dict[str, str]:
-    """Those of the build that this processor runs, with their flags."""
+    """The build's instruction sets that this processor runs, with their compiler flags."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return {"baseline": ""}
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -96,13 +96,13 @@ class Compiled:
     def convert_at(
         self, kind: str, source: int, n: int, storage: int, target: int, to: int
     ) -> None:
-        """`n` elements from one address to another."""
+        """Converts `n` elements from one address to another."""
         self._function("convert", kind)(
             ctypes.c_void_p(source), storage, ctypes.c_void_p(target), to, ctypes.c_int64(n)
         )
 
     def load(self, kind: str, address: int, n: int, storage: int) -> Array:
-        """All lanes of a load of `n`."""
+        """All lanes of a vector after a load of `n` elements."""
         out = np.full(self.lanes(kind), np.nan, SCALAR[kind])
         self._function("load", kind)(ctypes.c_void_p(address), n, storage, out.ctypes)
         return out
@@ -151,7 +151,7 @@ each_half = pytest.mark.parametrize("storage", list(HALVES), ids=["bfloat16", "f
 
 @functools.cache
 def samples(scalar: type) -> Array:
-    """Every binade of both signs, subnormals included, and densely where functions bend."""
+    """Every binade of both signs, subnormals included, and dense samples where functions bend."""
     unsigned, mantissa, exponents, per_binade, limit = (
         (np.uint32, 23, 255, 500, 105) if scalar is np.float32 else (np.uint64, 52, 2047, 60, 750)
     )
@@ -179,7 +179,7 @@ def true_values(function: str, scalar: type) -> Array:
 
 
 def ulps(result: Array, true: Array) -> Array:
-    """Errors in units in the last place of the true values, of subnormal ones where they are."""
+    """Errors in units in the last place of the true values, also of subnormal ones."""
     info = np.finfo(result.dtype)
     wide = true.dtype.type
     with np.errstate(all="ignore"):
@@ -295,7 +295,7 @@ def test_splat_and_sum(built: Compiled, kind: str) -> None:
     assert np.signbit(built.splat(kind, -0.0)).all()
     assert np.isnan(built.splat(kind, np.nan)).all()
     assert np.array_equal(built.splat(kind, 0.1), np.full(lanes, SCALAR[kind](0.1)))
-    # Powers of two: a lane that is left out or counted twice shows.
+    # Powers of two reveal a lane that is left out or counted twice.
     assert built.hsum(kind, 2 ** np.arange(lanes, dtype=SCALAR[kind])) == 2**lanes - 1
 
 
@@ -339,7 +339,7 @@ def test_halves_round_to_nearest_even(built: Compiled, storage: int, kind: str) 
 
 
 class GuardedPage:
-    """A page of writable memory before one that may not be touched."""
+    """A page of writable memory before a page that must not be accessed."""
 
     def __init__(self) -> None:
         size = mmap.PAGESIZE
@@ -367,7 +367,7 @@ def test_tails_touch_nothing_beyond(
     built: Compiled, page: GuardedPage, kind: str, storage: int, dtype: Any
 ) -> None:
     lanes, width = built.lanes(kind), np.dtype(dtype).itemsize
-    # Both halves formats, and float itself, hold these exactly.
+    # Both 16-bit formats and float hold these exactly.
     values = np.arange(1, lanes + 1, dtype=SCALAR[kind])
     stored = values if storage == SAME else built.convert(kind, values, SAME, storage, dtype)
     stored = np.ascontiguousarray(stored, dtype)

@@ -1,4 +1,4 @@
-"""The CPU kernel against the reference: values, gradients of every input, tapes of one another."""
+"""The CPU kernel against the reference: values, gradients of every input, crossed tapes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.names import BUILT_IN, LONG
 from tests.support.operands import PLAIN, PROJECTED, Shape, operands, run, whole
 from tests.support.tensors import flatten
 
-SHAPES = [  # T, B, I, H, P: 1, primes, around vectors of 2 to 16 lanes and tiles of up to 6 rows
+SHAPES = [  # T, B, I, H, P: 1, primes, near vectors of 2 to 16 lanes and tiles of up to 6 rows
     (1, 1, 1, 1, 1),
     (1, 1, 3, 5, 2),
     (1, 4, 16, 16, 1),
@@ -252,7 +252,7 @@ def test_input_of_any_strides_is_not_copied_wrongly() -> None:
 @pytest.mark.skipif("FASTRNN_ISA" in os.environ, reason="this is such a run")
 @pytest.mark.parametrize("isa", [isa for isa in _C.isas() if isa != _C.isa()])
 def test_other_instruction_sets(isa: str) -> None:
-    """Everything above again with the code for a lesser processor."""
+    """Runs the tests above again with the code for an older processor."""
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
         env={**os.environ, "FASTRNN_ISA": isa},

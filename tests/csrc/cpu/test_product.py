@@ -1,4 +1,4 @@
-"""Products of the CPU kernel: how their sums round."""
+"""Products of the CPU kernel: the rounding of their sums."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The instruction set that is chosen, or asked for."""
+"""The choice of the instruction set."""
 
 from __future__ import annotations
 

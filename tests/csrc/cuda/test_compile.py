@@ -1,10 +1,10 @@
-"""The CUDA kernels are compiled for the GPUs they are meant for, without one: no register may be
-spilled, and nothing else may be worth a warning of ptxas.
+"""Compiles the CUDA kernels for their GPUs, without a GPU. No register may spill, and ptxas may
+give no warning.
 
-The tests take the oldest GPUs and Hopper, and a cell of each number of gates. Of all that is there
-`python -m tests.csrc.cuda.test_compile` prints what it needs; `sm_90a` and the like pick some;
-`--save` writes the table to benchmarks/results/cuda-compile.md. Objects lie in build/cuda-compile
-and are made anew only when their sources change.
+The tests compile for the oldest GPUs and Hopper, with a cell of each number of gates.
+`python -m tests.csrc.cuda.test_compile [sm_90a ...]` compiles all cells, for all targets or the
+named ones, and prints their needs. `--save` writes the table to benchmarks/results/cuda-compile.md.
+Objects are in build/cuda-compile and are compiled again only if their sources change.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.compiles
 
-FOLDER = ROOT / "build" / "cuda-compile"  # with a folder for each selection of cells
+FOLDER = ROOT / "build" / "cuda-compile"  # it has a folder for each selection of cells
 RESULTS = ROOT / "benchmarks" / "results" / "cuda-compile.md"
 TARGETS = ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100f", "sm_120"]
 IN_CI = ["sm_80", "sm_90a"]
@@ -59,7 +59,7 @@ needs_nvcc = pytest.mark.skipif(
 
 @dataclass(frozen=True)
 class Selection:
-    """Kernels of some cells."""
+    """The kernels of these cells."""
 
     cells: tuple[str, ...]
 
@@ -76,7 +76,7 @@ ALL = Selection(("rnn_tanh", "rnn_relu", "lstm", "gru"))
 
 
 def make(selection: Selection, *outputs: str) -> subprocess.CompletedProcess[str]:
-    """Compile or link what is not up to date, all of it even if some fails."""
+    """Compiles and links the files that are not up to date; goes on after a failure."""
     folder = selection.folder
     folder.mkdir(parents=True, exist_ok=True)
     builds = []
@@ -110,8 +110,7 @@ def make(selection: Selection, *outputs: str) -> subprocess.CompletedProcess[str
 
 @dataclass(frozen=True)
 class Kernel:
-    """What ptxas says of one: registers of a thread, bytes of shared memory that are not dynamic,
-    of stack and of spills."""
+    """Facts from ptxas: registers of a thread; bytes of static shared memory, stack and spills."""
 
     name: str
     registers: int
@@ -145,7 +144,7 @@ def kernels(selection: Selection, target: str, source: Path) -> list[Kernel]:
 
 @cache
 def _plain(mangled: str) -> str:
-    """`persistent_forward` of its mangled name: the last of the nested names."""
+    """The last of the nested names in a mangled name, such as `persistent_forward`."""
     names, rest = [], mangled.removeprefix("_Z").removeprefix("N")
     while length := re.match(r"\d+", rest):
         begin, size = length.end(), int(length[0])
@@ -155,7 +154,7 @@ def _plain(mangled: str) -> str:
 
 
 def seconds(selection: Selection, target: str, source: Path) -> float:
-    """How long it took to compile."""
+    """Seconds of its last compilation."""
     taken = 0.0
     for line in (selection.folder / ".ninja_log").read_text().splitlines()[1:]:
         begin, end, _, output, _ = line.split("\t")
@@ -165,7 +164,7 @@ def seconds(selection: Selection, target: str, source: Path) -> float:
 
 
 def table(selection: Selection, targets: list[str]) -> str:
-    """A row for every template of a kernel, with all that it was compiled for together."""
+    """One row for every template of a kernel, with the maxima over its instances."""
     lines = [
         "| kernel | GPU | compiled for | registers | shared memory | stack | spilled | file took |",
         "|---|---|---|---|---|---|---|---|",
@@ -203,7 +202,7 @@ def test_kernels_compile_and_spill_nothing(target: str) -> None:
 @needs_nvcc
 @pytest.mark.timeout(SECONDS)
 def test_the_library_loads_where_no_gpu_is() -> None:
-    """In a process of its own, which sees no GPU even where there is one."""
+    """Runs in a process of its own that sees no GPU."""
     done = make(SOME, "sm_90a/_cuda.so")
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     library = SOME.folder / "sm_90a" / "_cuda.so"
@@ -244,7 +243,7 @@ else:
 @needs_nvcc
 @pytest.mark.timeout(SECONDS)
 def test_the_library_keeps_to_itself() -> None:
-    """It exports its C interface alone, and needs neither torch nor a runtime of CUDA."""
+    """It exports only its C interface, and links neither torch nor the CUDA runtime."""
     done = make(SOME, "sm_90a/_cuda.so")
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     library = str(SOME.folder / "sm_90a" / "_cuda.so")
@@ -270,7 +269,7 @@ def main(arguments: list[str]) -> int:
     if unknown:
         print(f"no target {', '.join(sorted(unknown))}; there are: {', '.join(TARGETS)}")
         return 2
-    # Each by itself: a limit of time is on every call.
+    # One call per source, because each call has a time limit.
     objects = [ninja.object_of(source) for source in SOURCES]
     done = [make(ALL, *(f"{target}/{each}" for each in objects)) for target in targets]
     text = table(ALL, targets)

@@ -1,6 +1,6 @@
-"""The real CUDA kernels under the sanitizers, and mistakes planted in them, which must be found.
+"""The real CUDA kernels under the sanitizers, and planted mistakes, which must be found.
 
-`python -m tests.cudasim.sanitize` has far more cases for the sanitizers.
+`python -m tests.cudasim.sanitize` runs far more cases under the sanitizers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fastrnn import cells
 from fastrnn.compiler import emit_cpp
 from fastrnn.compiler.derive import derive
 from tests.cudasim.build import Fault, build, missing
-from tests.cudasim.sweeps import Case, said
+from tests.cudasim.sweeps import Case, run_cases
 from tests.support.names import BUILT_IN
 
 pytestmark = [
@@ -29,20 +29,20 @@ TILE, EXCHANGE = "cuda/persistent/product.cuh", "cuda/persistent/exchange.cuh"
 FORWARD, BACKWARD = "cuda/persistent/forward.cu", "cuda/persistent/backward.cu"
 LAUNCH, RECOMPUTE = "cuda/persistent/launch.cuh", "cuda/recompute.cu"
 STEP = "cuda/step/product.cuh"
-AGAIN = {"chunk": 2}  # then tapes are recomputed, too
-CELL = "lstm"  # two states, and values that it saves
+AGAIN = {"chunk": 2}  # chunks of 2 steps; then tapes are recomputed too
+CELL = "lstm"  # it has two states and saved values
 SEEDS = range(1, 7)
 BLOCKS = {"step": 1, "block": 1, "cluster": 3, "grid": 3}
 
 
 class Planted(NamedTuple):
-    """A mistake, and which kernels show it."""
+    """A mistake, and the kernels that show it."""
 
     name: str
     residency: str
     fault: Fault
-    race: bool = False  # to be found by the thread sanitizer as well; a few stand for all
-    outside: bool = False  # touches what lies outside: to be found by the address sanitizer
+    race: bool = False  # the thread sanitizer must find it too; a few stand for all
+    outside: bool = False  # an access out of bounds, which the address sanitizer must find
     given: Mapping[str, Any] = MappingProxyType({})  # fields of the case
 
 
@@ -430,7 +430,7 @@ def library(sanitizer: str | None) -> Path:
 
 
 def case(number: int, seed: int) -> Case:
-    """For the fault of this number."""
+    """A case for the fault of this number."""
     planted = FAULTS[number - 1]
     blocks = BLOCKS[planted.residency]
     return Case(number, CELL, planted.residency, blocks, "bfloat16", seed, **planted.given)
@@ -456,15 +456,15 @@ def test_right_kernels(sanitizer: str | None) -> None:
         )
     ]
     lines = [f"=== {one}" for one in given] + ["=== end"]
-    heard = said(library(sanitizer), sanitizer, given)
-    assert [line for line in heard.splitlines() if line] == lines, heard[:5000]
+    output = run_cases(library(sanitizer), sanitizer, given)
+    assert [line for line in output.splitlines() if line] == lines, output[:5000]
 
 
 def missed(sanitizer: str | None, numbers: list[int], words: str) -> list[str]:
-    """The faults of which nothing with these words is said, whatever the schedule."""
+    """Names of the faults for which no schedule prints these words."""
     given = [case(number, seed) for number in numbers for seed in SEEDS]
     found = set()
-    for part in said(library(sanitizer), sanitizer, given).split("=== ")[1:]:
+    for part in run_cases(library(sanitizer), sanitizer, given).split("=== ")[1:]:
         if words in part and not part.startswith("end"):
             found.add(Case.parse(part.splitlines()[0]).fault)
     return [FAULTS[number - 1].name for number in numbers if number not in found]
@@ -480,6 +480,6 @@ def test_races_are_found() -> None:
     assert not missed("thread", races, "WARNING: ThreadSanitizer: data race")
 
 
-def test_what_is_touched_outside_is_found() -> None:
+def test_accesses_out_of_bounds_are_found() -> None:
     outside = [n for n, planted in enumerate(FAULTS, 1) if planted.outside]
     assert not missed("address", outside, "ERROR: AddressSanitizer: heap-buffer-overflow")

@@ -1,7 +1,7 @@
 """The CUDA kernels against the reference, in the simulator: values, gradients, tapes.
 
-Which library of kernels is loaded is decided when they are first asked about, so these tests run in
-processes of their own, which the first test starts.
+A process loads one library of kernels, at their first use. So these tests run in processes of their
+own, which the first test starts.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ simulated = pytest.mark.skipif(not SIMULATED, reason="runs in a process of its o
 
 
 def library() -> Path:
-    """The simulated kernels, of the built-in cells and the linear one."""
+    """The simulated kernels of the built-in cells and the linear cell."""
     made = [cells.get(name) for name in BUILT_IN] + [linear]
     names = [emit_cpp.key(cell) for cell in made]
     return build(cells=emit_cpp.header([derive(cell) for cell in made], names))
@@ -63,7 +63,7 @@ def library() -> Path:
 @pytest.mark.skipif(SIMULATED, reason="this is such a run")
 @pytest.mark.parametrize("part", [*PARTS, "rest"])
 def test_in_the_simulator(part: str) -> None:
-    """Everything below."""
+    """Runs the tests below."""
     chosen = " and ".join(f"not {p}" for p in PARTS) if part == "rest" else part
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen]
     result = subprocess.run(
@@ -100,13 +100,13 @@ def test_shapes(name: str, shape: Shape, part: str) -> None:
             agrees(cell, given, precision, ours)
 
 
-LARGE = [  # T, B, I, H, P, rows of a tile
+LARGE = [  # T, B, I, H, P, rows of a batch tile
     (3, 17, 2, 64, 1, 16),
     (3, 2, 2, 100, 1, 8),
     (2, 31, 2, 40, 1, 32),
     (2, 15, 2, 65, 1, 16),
     (2, 1, 1, 130, 2, 8),
-    (2, 17, 1, 200, 1, 32),  # a slice of weights has more k-blocks than are under way at a time
+    (2, 17, 1, 200, 1, 32),  # a slice of weights has more k-blocks than are in flight at a time
 ]
 
 
@@ -123,7 +123,7 @@ def test_tiles(name: str, shape: tuple[int, int, int, int, int, int], part: str)
         given = operands(cell, *shape[:5], dtype=PRECISIONS[precision])
         if name == "rnn_relu":
             decided(given)
-        tile = min(shape[5], 16) if precision == "tf32x3" else shape[5]  # it has no wider ones
+        tile = min(shape[5], 16) if precision == "tf32x3" else shape[5]  # tf32x3 has no wider tiles
         with running(residency, blocks, precision, batch_tile=tile):
             ours = run(ops.scan, cell, given)
         agrees(cell, given, precision, ours)
@@ -136,8 +136,8 @@ def test_tiles(name: str, shape: tuple[int, int, int, int, int, int], part: str)
 @pytest.mark.parametrize("tile", [16, 32, 64])
 @pytest.mark.parametrize("name", ["rnn_tanh", "gru", "lstm", "linear"])
 def test_tiles_of_a_step(name: str, tile: int) -> None:
-    """The tiles of csrc/cuda/step/, with one more at each edge that is not whole; rows that can
-    be copied in vectors and rows that cannot."""
+    """The tiles of csrc/cuda/step/, with a partial tile at each edge; rows that can be copied in
+    vectors and rows that cannot."""
     cell = cells.get(name)
     for precision in PRECISIONS:
         for hidden in (44, 72):
@@ -150,7 +150,7 @@ def test_tiles_of_a_step(name: str, tile: int) -> None:
 @simulated
 @pytest.mark.parametrize("part", PARTS)
 def test_many_steps(part: str) -> None:
-    """Places and epochs come round again; chunks of many steps and of a few."""
+    """Buffers and epochs wrap around, in chunks of many steps and of few."""
     cell = cells.get("gru")
     precision = "float64" if part == "step" else "tf32x3"
     for (residency, blocks), chunk in itertools.product(WAYS[part][:2], (9999, 2 * 7)):
@@ -189,7 +189,7 @@ def test_ragged_batches_resets_and_chunks(name: str, layout: str, part: str) -> 
 def test_recomputed_tapes(
     name: str, layout: str, part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing was saved but the output: the tape of a chunk follows from it, without a sweep."""
+    """Only the output was saved: the tape of a chunk is recomputed from it, without a sweep."""
     launched: list[str] = []
     launch = cuda.Library.launch
 
@@ -202,7 +202,7 @@ def test_recomputed_tapes(
     for steps, batch, hidden, recurrences in RAGGED:
         for precision in precisions(part):
             if steps == 1 and "float16" in precision:
-                continue  # an error is no measure of another where there are so few numbers
+                continue  # so few numbers are no sample of the error
             given = operands(cell, steps, batch, 4, hidden, recurrences, PRECISIONS[precision])
             if name == "rnn_relu":
                 decided(given)
@@ -214,7 +214,7 @@ def test_recomputed_tapes(
                 with running(residency, blocks, precision, chunk_rows=chunk):
                     ours = run(partial(ops.scan, recompute=True), cell, given)
                 agrees(cell, given, precision, ours, exact)
-    # A second sweep would give the same, for more memory; rnn_* have nothing on their tapes.
+    # A second sweep would give the same tape, with more memory; rnn_* have empty tapes.
     assert launched.count("forward") == launched.count("backward")
     assert ("recompute" in launched) == (name not in ("rnn_tanh", "rnn_relu"))
 
@@ -227,15 +227,15 @@ def test_linear_cell_is_exact(part: str) -> None:
             given = operands(linear, 5, 18, 6, 37, 2, PRECISIONS[precision])
             given = {k: whole(v) for k, v in given.items()}
             given["resets"] = torch.rand(5, 18) < 0.2
-            # Of bfloat16 one chunk, as what the products of chunks add up to is not whole there.
+            # bfloat16 has one chunk, because sums over chunks are rounded there.
             rows = 90 if precision == "bfloat16" else 36
             exact = run(reference.scan, linear, doubled(given))
             for scan in (ops.scan, partial(ops.scan, recompute=True)):
                 with running(residency, blocks, precision, chunk_rows=rows, batch_tile=16):
                     ours = run(scan, linear, given)
                 for what, right in exact.items():
-                    # What steps hand on to each other is whole in bfloat16 as well; the gradients
-                    # of weights, sums of all steps, are rounded in the end.
+                    # States and their gradients are whole numbers in bfloat16 too. Gradients of
+                    # weights, which sum over all steps, are rounded at the end.
                     assert right.abs().max() < 256 or " w_" in what or " b_" in what, what
                     same = torch.equal(ours[what], right.to(ours[what].dtype))
                     assert same, (what, blocks, precision)
@@ -348,7 +348,7 @@ def test_strided_misaligned_empty_or_without_bias(part: str) -> None:
         "x": torch.randn(4, 2, 3, 2, dtype=dtype).permute(2, 1, 0, 3)[..., 1],
         "w_hh": [w.t().contiguous().t() for w in given["w_hh"]],
     }
-    flat = torch.empty(1 + given["w_hh"][0].numel(), dtype=dtype)  # as in a vector of parameters
+    flat = torch.empty(1 + given["w_hh"][0].numel(), dtype=dtype)  # one flat vector of weights
     flat[1:] = given["w_hh"][0].flatten()
     misaligned = {**given, "w_hh": [flat[1:].view_as(given["w_hh"][0])]}
     step = operands(cell, 1, 2, 4, 9, dtype=dtype)
@@ -368,7 +368,7 @@ def test_strided_misaligned_empty_or_without_bias(part: str) -> None:
 
 @simulated
 def test_modules_from_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By plans as they are, for a device like an H100."""
+    """Runs the plans for a device like an H100, unchanged."""
     x = torch.randn(4, 3, 5)
     packed = torch.nn.utils.rnn.pack_sequence([x[:, 0], x[:3, 1], x[:1, 2]])
     layers: list[tuple[torch.nn.Module, Any]] = [
@@ -442,7 +442,7 @@ def test_what_lies_around_outputs_is_not_written(part: str) -> None:
 
 @simulated
 def test_plans_know_what_a_block_holds() -> None:
-    """`plan.cuda.lay_out` against the library, for all that a plan may have to weigh."""
+    """`plan.cuda.lay_out` against the library, for all configurations that a plan may compare."""
     found = cuda.library()
     assert isinstance(found, cuda.Library)
     known = 0
@@ -477,7 +477,7 @@ def test_plans_know_what_a_block_holds() -> None:
 
 @simulated
 def test_row_groups_of_a_plan() -> None:
-    """A plan names a row group that there is."""
+    """The library takes exactly the row groups in its tables."""
     found = cuda.library()
     assert isinstance(found, cuda.Library)
     tables = found.tables
@@ -515,7 +515,7 @@ def test_row_groups_of_a_plan() -> None:
 @pytest.mark.parametrize("part", PARTS[1:])
 @pytest.mark.parametrize("name", ["rnn_tanh", "gru", "lstm", "linear"])
 def test_every_row_group(name: str, part: str) -> None:
-    """Whatever row groups a plan names, the results are right."""
+    """The results are right with every row group."""
     found = cuda.library()
     assert isinstance(found, cuda.Library)
     cell = cells.get(name)

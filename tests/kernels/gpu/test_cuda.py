@@ -1,4 +1,4 @@
-"""The library of CUDA kernels as Python sees it: its structures, and what cannot be loaded."""
+"""The library of CUDA kernels in Python: its structures, and libraries that cannot be loaded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STRUCTURES = (cuda.Sweep, cuda.CudaPlan, cuda.CudaRowGroup, cuda.CudaTables)
 
 
 def test_structures_are_laid_out_as_in_c(tmp_path: Path) -> None:
-    """csrc/cuda/contract.h against its mirror in Python, by the C++ compiler."""
+    """The C++ compiler compares csrc/cuda/contract.h with its mirror in Python."""
     lines = []
     for structure in STRUCTURES:
         name = structure.__name__

@@ -1,8 +1,8 @@
-"""Every kernel for GPUs on a GPU: values and gradients against float64, and what only a GPU can
-show: streams, captured graphs, clusters and grids that really run at the same time.
+"""Every kernel for GPUs on a GPU: values and gradients against float64, and things that only a GPU
+shows: streams, captured graphs, clusters and grids that really run at the same time.
 
-Nothing here runs without a GPU. `python -m benchmarks.gpu` runs it in parts, by the marks of the
-tests and by residency: a kernel that hangs takes only its part along.
+No test here runs without a GPU. `python -m benchmarks.gpu` runs this file in parts, by the marks of
+the tests and by residency, so that a kernel that hangs takes only its part along.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-# Before the first product: torch demands it where results must be the same in every run.
+# Set before the first product: torch demands it if results must be the same in every run.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
@@ -37,7 +37,7 @@ CAPABILITY = torch.cuda.get_device_capability() if GPU else (0, 0)
 
 KERNELS = ["cuda", "triton"]
 PRECISIONS = ["float64", "float32", "tf32", "bfloat16", "float16"]
-# T, B, I, H, P and the blocks that share H.
+# T, B, I, H, P, and the number of blocks that share H.
 SHAPES: dict[str, list[tuple[Shape, int]]] = {
     "step": [((1, 1, 1, 1, 1), 1), ((3, 9, 4, 17, 2), 1), ((2, 33, 8, 300, 1), 1)],
     "block": [((1, 1, 1, 1, 1), 1), ((5, 9, 4, 17, 2), 1), ((9, 3, 8, 64, 1), 1)],
@@ -51,14 +51,14 @@ TILES = {residency: (16, 32, 64) if residency == "step" else (8, 16, 32) for res
 
 @pytest.fixture(autouse=True)
 def float32_in_full() -> Iterator[None]:
-    """Not as TF32, which torch lets recurrent layers do unless it is told otherwise."""
+    """Turns TF32 off, which torch allows to recurrent layers by default."""
     with tf32(False):
         yield
 
 
 @pytest.fixture(autouse=True)
 def device_is_alive() -> Iterator[None]:
-    """After a failed launch nothing runs in this process any more: say so once."""
+    """After a failed launch nothing runs in this process any more: ends it with one message."""
     yield
     try:
         torch.cuda.synchronize()
@@ -94,20 +94,20 @@ def dtype_of(precision: str) -> torch.dtype:
 
 
 def baseline_of(precision: str) -> torch.dtype:
-    """In which the reference has as many digits: TF32 has those of float16, but whether cuBLAS
-    makes use of it is up to cuBLAS."""
+    """The dtype in which the reference has as many digits. TF32 has as many as float16, but cuBLAS
+    decides by itself whether it uses TF32."""
     return torch.float16 if precision == "tf32" else dtype_of(precision)
 
 
 def forced(residency: str, precision: str, blocks: int, batch_tile: int) -> dict[str, Any]:
-    """Fields of a plan, whatever the device would make of so small a problem."""
+    """Fields of a plan, regardless of the device's own plan for so small a problem."""
     if residency == "cluster" and CAPABILITY < (9, 0):
         pytest.skip("there are no clusters before compute capability 9.0")
     if precision == "float64" and residency != "step":
         pytest.skip("float64 stays in the cache")
     if precision == "float32" and residency != "step":
         precision = "tf32x3"
-        batch_tile = min(batch_tile, 16)  # it has no wider ones
+        batch_tile = min(batch_tile, 16)  # tf32x3 has no wider tiles
     return {
         "residency": residency,
         "precision": precision,
@@ -119,7 +119,7 @@ def forced(residency: str, precision: str, blocks: int, batch_tile: int) -> dict
 
 
 def fits(name: str, shape: Shape, fields: dict[str, Any]) -> bool:
-    """Whether a block has shared memory for such a plan, both ways."""
+    """Whether a block has enough shared memory for such a plan, forward and backward."""
     library = cuda.library()
     assert isinstance(library, cuda.Library), library
     steps, batch, _, hidden, recurrences = shape
@@ -141,12 +141,12 @@ def fits(name: str, shape: Shape, fields: dict[str, Any]) -> bool:
 
 
 def decided_by_rounding(name: str, precision: str, hidden: int) -> bool:
-    """Whether some unit is so near to 0 that rounding turns it on or off, and its gradient too."""
+    """Whether a unit may be so near to 0 that rounding turns it and its gradient on or off."""
     return name == "rnn_relu" and precision not in ("float64", "float32") and hidden > 60
 
 
 def few(residency: str, precision: str) -> dict[str, Any]:
-    """The least tile, and blocks."""
+    """The smallest batch tile, and the fewest blocks."""
     return forced(
         residency, precision, 1 if residency in ("step", "block") else 2, TILES[residency][0]
     )
@@ -259,7 +259,7 @@ def test_triton_is_exact_for_a_linear_cell() -> None:
         assert torch.equal(ours[what], right), what
 
 
-# Small enough for compute-sanitizer, which makes everything many times as slow
+# Small enough for compute-sanitizer, which slows everything down many times
 
 
 @pytest.mark.small
@@ -272,7 +272,7 @@ def test_small(way: str) -> None:
             check(cells.get(name), given, "triton" if way == "triton" else "cuda")
 
 
-# What the public interface gives, whatever the plan
+# The public interface, with any plan
 
 
 def layers(dtype: torch.dtype = torch.float32) -> list[fastrnn.LSTM | fastrnn.GRU]:
@@ -296,14 +296,14 @@ def close(ours: list[Tensor], right: list[Tensor]) -> None:
 
 @pytest.fixture(params=KERNELS)
 def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Within the test no other kernel runs."""
+    """The only kernel that may run within the test."""
     with kernels.use(request.param):
         yield request.param
 
 
 @pytest.mark.first
 def test_library() -> None:
-    """Beside torch's own copy of CUDA's runtime."""
+    """The library loads beside torch's own copy of the CUDA runtime."""
     library = cuda.library()
     assert isinstance(library, cuda.Library), library
     assert not library.simulated
@@ -320,7 +320,7 @@ def test_is_near_torch(kernel: str) -> None:
 
 @pytest.mark.first
 def test_current_stream(kernel: str) -> None:
-    """A stream of its own waits for what makes its input, and nobody else's."""
+    """A kernel runs on the current stream, and waits only for the work that makes its input."""
     noise = torch.randn(4096, 4096, device="cuda")
     for layer in layers():
         x = torch.randn(20, 5, 32, device="cuda")
@@ -351,7 +351,7 @@ def captured(layer: nn.Module, x: Tensor) -> tuple[torch.cuda.CUDAGraph, list[Te
 
 @pytest.mark.first
 def test_graph(kernel: str) -> None:
-    """Captured once, forward and backward, and replayed on other input."""
+    """A graph is captured once, forward and backward, and replayed on other input."""
     for layer in layers():
         x = torch.randn(20, 5, 32, device="cuda")
         graph, ours = captured(layer, x)
@@ -373,7 +373,7 @@ def test_compiled(kernel: str) -> None:
 @pytest.mark.whole
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16", "float16"])
 def test_bitwise(kernel: str, precision: str) -> None:
-    """Run after run, also while another stream keeps multiprocessors busy."""
+    """Results are equal in every run, also while another stream keeps multiprocessors busy."""
     noise = torch.randn(2048, 2048, device="cuda")
     other = torch.cuda.Stream()
     with tf32(precision == "tf32"):
@@ -391,7 +391,7 @@ def test_bitwise(kernel: str, precision: str) -> None:
 
 @pytest.mark.whole
 def test_two_streams(kernel: str) -> None:
-    """The same layer on two streams at a time."""
+    """The same layer runs on two streams at a time."""
     for layer in layers():
         inputs = [torch.randn(64, 40, 32, device="cuda") for _ in range(2)]
         right = [both_ways(layer, x) for x in inputs]
@@ -409,7 +409,7 @@ def test_two_streams(kernel: str) -> None:
 
 @pytest.mark.whole
 def test_recompute(kernel: str) -> None:
-    """What waits for the backward pass is a fraction, and gradients are as good."""
+    """Less than half the memory is kept for the backward pass, and the gradients are as good."""
     for layer in layers():
         x = torch.randn(100, 20, 32, device="cuda")
         saved = []
@@ -432,7 +432,7 @@ SIZES = [(1, 256), (16, 256), (64, 512), (64, 1024), (128, 2048)]  # B, H
 @pytest.mark.parametrize("precision", ["bfloat16", "float32", "tf32", "float16"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_sizes(kernel: str, size: tuple[int, int], precision: str) -> None:
-    """Those of the benchmark, as its plans have them, by the tolerance rule."""
+    """The sizes of the benchmark, with their own plans, by the tolerance rule."""
     batch, hidden = size
     dtype = dtype_of(precision)
     for make in (fastrnn.LSTM, fastrnn.GRU):

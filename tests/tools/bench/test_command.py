@@ -52,7 +52,7 @@ def test_impossible_arguments(
     assert message in capsys.readouterr().err
 
 
-def test_wrong_results_are_told(
+def test_wrong_results_are_reported(
     quick_machine: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wrong = TorchLayer("fastrnn", lambda layer: Scaled(fastrnn.from_torch(layer), 1.01))

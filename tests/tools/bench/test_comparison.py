@@ -1,4 +1,4 @@
-"""A comparison: that its gate can fail, its verdicts, and baselines that cannot be timed."""
+"""A comparison: wrong results, verdicts, and baselines that cannot be timed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Implementations: cases, what they support, and what the compiled loop computes."""
+"""Implementations: cases, supported workloads, and the results of the compiled loop."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.bench import SHAPES, SMALL, agrees
 def test_the_loop_agrees_compiled_or_not(
     monkeypatch: pytest.MonkeyPatch, shape: str, mode: str, cell: str
 ) -> None:
-    # The compiler is torch's own affair and takes long.
+    # torch's compiler takes long and is not ours to test.
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     agrees(CompiledLoop(), replace(SHAPES[shape], compiled_loop=True), cell, mode)
 

@@ -1,4 +1,4 @@
-"""JAX computes the same as torch.nn."""
+"""JAX gives the results of torch.nn."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def jax_agrees() -> None:
 def test_jax_agrees() -> None:
     if reason := Jax().available():
         pytest.skip(reason)
-    # Its threads outlive a test, and a process that has them must not fork, as other tests do.
+    # JAX's threads outlive the test, and other tests fork, which a process with them must not.
     script = "from tests.tools.bench.test_jax_baseline import jax_agrees; jax_agrees()"
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=240

@@ -1,4 +1,4 @@
-"""The floor that a machine sets, and its name."""
+"""The roofline of a machine, and its name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.bench import MACHINE
 def test_the_roofline_is_the_slower_of_arithmetic_and_reading() -> None:
     assert MACHINE.roofline(10**8, 1, 1000).microseconds == pytest.approx(1000)
     assert MACHINE.roofline(10**8, 1, 1000).by == "sgemm peak"
-    # 2^17 bytes, half of them a core: in L2 at 200 GB/s.
+    # 2^17 bytes, half of them on each core: they are in L2, at 200 GB/s.
     assert MACHINE.roofline(1, 100, 1 << 17).microseconds == pytest.approx(65.536)
     assert MACHINE.roofline(1, 100, 1 << 17).by == "L2 bandwidth"
 

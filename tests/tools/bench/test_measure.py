@@ -1,4 +1,4 @@
-"""How times, memory and errors are measured. No test asserts a time."""
+"""The measurement of times, memory and errors. No test asserts a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Baselines that run ONNX models compute the same as torch.nn."""
+"""Baselines that run ONNX models give the results of torch.nn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Results on disk."""
+"""The results on disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a workload counts, and which cannot be."""
+"""The counts of a workload, and invalid workloads."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Triton kernels are compiled for the GPUs they are meant for, without one: they must fit into
-shared memory and spill no registers.
+"""Compiles the Triton kernels for their GPUs, without a GPU. They must fit into shared memory and
+spill no registers.
 
-The tests take one kernel for every plan of every type in both directions; with `--full` it is every
-cell, with and without packed rows, and sizes that are no multiple of anything.
-`python -m tests.kernels.gpu.triton.test_compile [--full] [target...]` prints what each
-needs: registers, shared memory, the matrix instructions in it and the size of its code.
+The tests compile one kernel for every plan of every dtype, forward and backward. `--full` compiles
+every cell, with and without packed rows, and sizes that are no multiple of a tile.
+`python -m tests.kernels.gpu.triton.test_compile [--full] [target...]` prints the needs of each
+kernel: registers, shared memory, matrix instructions and size of the code.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ KIB = 1 << 10
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU: Triton's name for it, and what a block may have of shared memory there."""
+    """A GPU: Triton's name for it, and its limit of shared memory per block."""
 
     backend: str
     arch: int | str
@@ -80,7 +80,7 @@ POINTERS = {
 
 @cells.cell(gates="abcdef", states="hcn")
 def wide(u, v, h, c, n):
-    """A cell with more gates and states than others, not all of them summed."""
+    """A cell with more gates and states than others; not all gates are summed."""
     f, i = torch.sigmoid(u.a + v.a), torch.exp(-torch.relu(u.b + v.b))
     c = f * c + i * torch.tanh(u.c + v.c * torch.sigmoid(u.d + v.d))
     n = f * n + i
@@ -89,12 +89,12 @@ def wide(u, v, h, c, n):
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel: what it is for, and what it is compiled for besides."""
+    """A kernel to compile: its GPU, problem and precision."""
 
     target: Target
     problem: plan.Problem
     precision: str
-    packed: bool  # rows, of different lengths and with resets
+    packed: bool  # rows of different lengths, with resets
 
     @property
     def plan(self) -> plan.Plan:
@@ -107,8 +107,8 @@ class Report:
     case: Case
     shared: int
     registers: int
-    stack: int  # bytes of a thread
-    spilled: int  # instructions that move spilled registers in a step, or registers
+    stack: int  # bytes per thread
+    spilled: int  # instructions in a loop that move spilled registers, or registers
     mix: dict[str, int]
 
     @property
@@ -180,7 +180,7 @@ def compiled(case: Case) -> Report:
 
 
 def _nvidia(cubin: bytes) -> tuple[int, int, int, dict[str, int]]:
-    """Registers, bytes of stack, moves of spilled registers in a loop, and instructions."""
+    """Registers, bytes of stack, moves of spilled registers in loops, counts of instructions."""
     import triton.backends.nvidia
 
     tools = Path(triton.backends.nvidia.__file__).parent / "bin"
@@ -200,7 +200,7 @@ def _nvidia(cubin: bytes) -> tuple[int, int, int, dict[str, int]]:
 
 
 def _in_loops(code: str, instruction: str) -> int:
-    """How many lines between a label and a jump back to it have the instruction."""
+    """The number of lines with the instruction between a label and a jump back to it."""
     lines = code.splitlines()
     labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"\s*(\.L_x_\d+):", line))}
     inside: set[int] = set()
@@ -247,7 +247,7 @@ def problems() -> Iterator[plan.Problem]:
 
 
 def cases(target: Target, full: bool) -> Iterator[Case]:
-    """A kernel for every plan of a type in a direction, packed in turn; `full`: for every cell."""
+    """One kernel for each plan, dtype and pass, every other one packed; `full`: for every cell."""
     seen: set[Any] = set()
     for problem in problems():
         three = target.backend == "cuda" and problem.dtype == "float32"
@@ -265,7 +265,7 @@ def cases(target: Target, full: bool) -> Iterator[Case]:
 
 
 def main(names: list[str], full: bool) -> int:
-    """How many kernels do not fit, or spill."""
+    """The number of kernels that do not fit or that spill."""
     chosen = [t for t in TARGETS if not names or t.name in names]
     bad = 0
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as pool:
@@ -277,7 +277,7 @@ def main(names: list[str], full: bool) -> int:
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda t: t.name)
 def test_kernels_fit_and_spill_nothing(target: Target) -> None:
-    """In a process of its own, where Triton is not the interpreter that other tests need."""
+    """Runs in a process of its own, without the interpreter that other tests need."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-m", "tests.kernels.gpu.triton.test_compile", target.name],

@@ -1,7 +1,7 @@
 """The Triton kernels against the reference, in Triton's interpreter: values, gradients, tapes.
 
-The interpreter is chosen before Triton is imported, so these tests run in a process of their own,
-which the first test starts. bfloat16 is left out: the interpreter computes it wrongly.
+The import of Triton decides whether it interprets, so these tests run in a process of their own,
+which the first test starts. They leave bfloat16 out, because the interpreter computes it wrongly.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ ONE_ROW = {"batch_tile": 1, "matrix_units": False}
 
 
 FILES = [str(Path(__file__).with_name(f"test_{name}.py")) for name in ("kernels", "launch", "math")]
-PARTS = {  # which run side by side
+PARTS = {  # they run side by side
     "resident": "resident",
     "streamed": "streamed and not project",
     "projected": "project",
@@ -54,7 +54,7 @@ PARTS = {  # which run side by side
 @pytest.mark.skipif(INTERPRETED, reason="this is such a run")
 @pytest.mark.parametrize("part", PARTS)
 def test_in_the_interpreter(part: str) -> None:
-    """Everything below, and in the files beside it."""
+    """Runs the tests below, and those of the files beside this one."""
     chosen = PARTS[part]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen]
     result = subprocess.run(
@@ -77,7 +77,7 @@ SHAPES = [  # T, B, I, H, P
 
 
 def residency(name: str, hidden: int, batch: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Fields of a plan, whatever a device would make of so small a problem."""
+    """Fields of a plan, regardless of a device's own plan for so small a problem."""
     rows = TILES if batch > 1 and dtype != torch.float64 else ONE_ROW
     if name == "streamed":
         return {**rows, "resident": False, "unit_tile": 16, "depth_tile": 32}
@@ -105,7 +105,7 @@ def test_shapes_projected_and_streamed(name: str) -> None:
         hidden, batch = shape[3], shape[1]
         for projected, dtype in (
             ((hidden + 1) // 2, torch.float64),
-            ((hidden + 1) // 3, torch.float32),  # no number at all for one unit
+            ((hidden + 1) // 3, torch.float32),  # a single unit is projected to width 0
             (hidden + 18, torch.float16),
         ):
             given = operands(cell, *shape, dtype=dtype, projected=projected)
@@ -267,7 +267,7 @@ def test_modules_from_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Pointer:
-    """Stands for a tensor of any size: nothing is there."""
+    """Stands for a tensor of any size, without memory."""
 
     def __init__(self, base: int, dtype: torch.dtype, count: int) -> None:
         self.base, self.dtype, self.count = base, dtype, count
@@ -277,7 +277,7 @@ class Pointer:
 
 
 class NoMemory:
-    """In place of the interpreter's memory: tells which elements of what are touched."""
+    """Takes the place of the interpreter's memory; records which elements are accessed."""
 
     def __init__(self) -> None:
         self.pointers: dict[str, Pointer] = {}
@@ -290,7 +290,7 @@ class NoMemory:
         return self.pointers[name]
 
     def touch(self, addresses: Any, mask: Any) -> str:
-        """The tensor that the addresses lie in."""
+        """Records an access; returns the name of the tensor that has the addresses."""
         addresses, mask = numpy.broadcast_arrays(addresses, mask)
         inside = addresses[mask].astype(numpy.int64)
         number = int(addresses.flat[0]) >> 48
@@ -312,7 +312,7 @@ class NoMemory:
 
 
 def number(value: int, annotation: Any) -> Any:
-    """A number of the width that the kernel asks for, which the interpreter would take from it."""
+    """A number of the width in the kernel's annotation; the interpreter would drop the width."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -348,7 +348,7 @@ def run_last_program(
 def test_tensors_of_more_elements_than_32_bits_count(
     backward: bool, projected: int | None, packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last program of a grid touches the last element of every tensor, and none past it."""
+    """The last program of a grid accesses the last element of every tensor, and none past it."""
     from fastrnn.kernels.gpu.triton.common import RUN_TIME
 
     derived = derive(cells.get("lstm"))
@@ -403,11 +403,11 @@ def test_tensors_of_more_elements_than_32_bits_count(
             to_the_end |= {"s0"} if backward and not begin else set()
             to_the_end |= {"resets"} if packed and begin else set()
             if backward and projected:
-                to_the_end.discard("y")  # of the step before alone
+                to_the_end.discard("y")  # it reads only the previous step of y
             for name in to_the_end:
                 count = memory.pointers[name].count
                 if name == "carry" and way == "resident":
                     count = count // 3 * 2
-                if name in ("ds", "s0"):  # whose last state is H wide
+                if name in ("ds", "s0"):  # their last state has width H
                     count -= widest - hidden
                 assert memory.touched[name][1] == count - 1 > 1 << 31, (way, name)

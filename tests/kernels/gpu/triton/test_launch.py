@@ -1,4 +1,4 @@
-"""When Triton is imported, and which sources of kernels are kept."""
+"""When Triton is imported, and which generated sources are kept."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_what_is_kept_is_run_only_where_nobody_else_could_write_it(
     path = Path(str(make("taken = None\n", "kept").__file__))
     other = tmp_path / "other.py"
     other.write_text("taken = 'from beside it'\n")
-    # As an import would find it, with no look at the source.
+    # An import would take this byte code without a look at the source.
     beside = importlib.util.cache_from_source(str(path))
     checked = py_compile.PycInvalidationMode.UNCHECKED_HASH
     py_compile.compile(str(other), cfile=beside, invalidation_mode=checked)

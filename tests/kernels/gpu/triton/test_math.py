@@ -21,7 +21,7 @@ if importlib.util.find_spec("triton") is None:
 
 @cells.cell(gates="abcd", states="hcm")
 def every_function(u, v, h, c, m):
-    """Whatever a cell may call."""
+    """Calls every function that a cell may call."""
     a, b = u.a + v.a, u.b - v.b
     c = 0.5 * c + torch.sin(a) * torch.cos(b) - torch.erf(u.c * v.c)
     m = torch.maximum(0.9 * m, torch.minimum(torch.expm1(torch.tanh(a)), torch.log1p(b * b)))
@@ -40,7 +40,7 @@ def test_functions_a_cell_may_call() -> None:
 def test_functions_are_accurate_near_zero_and_far_away() -> None:
     import triton
 
-    source = launch._cell_module  # a module from a source file, as cells are
+    source = launch._cell_module  # a module with a source file, like those of cells
     scale = torch.logspace(-30, 2.5, 4096, dtype=torch.float64)
     points = torch.cat([-scale, scale, torch.tensor([0.0, -0.0], dtype=torch.float64)])
     for name in ("tanh", "expm1", "sigmoid", "log1p", "exp"):

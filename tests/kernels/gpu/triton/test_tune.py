@@ -1,4 +1,4 @@
-"""Which configuration is fastest: measured once, kept, used ever after; by a clock of the test."""
+"""The fastest configuration is measured once, kept and used again; the tests bring a clock."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CONFIGS = alternatives(FIRST)
 
 
 class Clock:
-    """Times by the number of warps; one that takes none cannot run."""
+    """Times by the number of warps. A configuration without a time cannot run."""
 
     def __init__(self, **by_warps: float) -> None:
         self.seconds = {int(name[1:]): value for name, value in by_warps.items()}
@@ -50,7 +50,7 @@ def test_the_fastest_that_runs_is_kept(folder: Callable[[], Path]) -> None:
 
 
 def test_steps_and_batches_share_what_was_found(folder: Callable[[], Path]) -> None:
-    """What is no tile is the caller's."""
+    """The fields of a configuration that are not tuned are the caller's."""
     tuner = Tuner(folder)
     tuner.best(("lstm",), CONFIGS, Clock(w8=2.0, w4=1.0))
     other = [replace(config, precision="tf32x3") for config in CONFIGS]
@@ -72,7 +72,7 @@ def test_a_little_faster_is_not_enough(folder: Callable[[], Path]) -> None:
 
 
 def test_unmeasured_it_is_the_first_and_nothing_is_kept(folder: Callable[[], Path]) -> None:
-    """As while a graph is captured, where nothing can be timed."""
+    """While a graph is captured, nothing can be timed."""
     tuner = Tuner(folder)
     assert tuner.best((), CONFIGS, None) == FIRST
     assert tuner.best((), CONFIGS, Clock(w8=2.0, w4=1.0)).warps == 4
@@ -120,7 +120,7 @@ def test_what_a_launch_changes_is_as_before_when_all_were_timed(
     ran: list[TritonConfig] = []
 
     class Event:
-        """Tells how many warps the last launch had."""
+        """A time that follows from the number of warps of the last launch."""
 
         def __init__(self, enable_timing: bool) -> None:
             assert enable_timing
