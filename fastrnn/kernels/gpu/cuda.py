@@ -273,7 +273,7 @@ def _launch(
         **{name: tensor.data_ptr() for name, tensor in held.items()},
     )
     plan = cuda_plan(scan.plan.cuda)
-    x = scan.given.x
+    x = scan.operands.x
     with _on(x.device):
         if kind in ("forward", "backward"):
             size = kernels.workspace_bytes(scan.cell, sweep, plan, kind == "backward")

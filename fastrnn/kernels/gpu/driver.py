@@ -30,7 +30,7 @@ __all__ = ["backward", "forward"]
 def forward(sweeps: Sweeps, scan: Scan, tape: bool) -> tuple[Tensor, list[Tensor], Tensor]:
     """Output, final states and the tape, as `torch.ops.fastrnn.scan`; the tape has no rows unless
     `tape` is set."""
-    operands, x, recurrences, hidden = scan.given, scan.given.x, scan.recurrences, scan.hidden
+    operands, x, recurrences, hidden = scan.operands, scan.operands.x, scan.recurrences, scan.hidden
     # Rows past the end of a sequence are zero.
     allocate = torch.empty if operands.lengths is None else torch.zeros
     y = allocate(*x.shape[:-1], recurrences * scan.recurrent, dtype=x.dtype, device=x.device)
@@ -54,7 +54,7 @@ def forward(sweeps: Sweeps, scan: Scan, tape: bool) -> tuple[Tensor, list[Tensor
 
 def _biases(scan: Scan) -> tuple[Tensor | None, Tensor | None]:
     """[P, G*H] to add to u, and [P, G*H] to add to v. u takes both biases of a summed gate."""
-    operands, summed = scan.given, scan.derived.summed
+    operands, summed = scan.operands, scan.derived.summed
     if not operands.b_ih:
         return None, None
     b_ih, b_hh = stacked(operands.b_ih).clone(), stacked(operands.b_hh)
@@ -94,7 +94,7 @@ def backward(
     """Those gradients of x, w_ih, w_hh, b_ih, b_hh, w_hr and s0 that `needs` selects, as
     `torch.ops.fastrnn.scan_backward`. `RecomputingSweeps` recompute a tape without rows, chunk by
     chunk."""
-    operands, x = scan.given, scan.given.x
+    operands, x = scan.operands, scan.operands.x
     recurrences, hidden, compute = scan.recurrences, scan.hidden, scan.compute
     widest = max(hidden, scan.recurrent)
     s0 = x.new_zeros(scan.states, recurrences, scan.batch, widest, dtype=compute)
@@ -208,8 +208,8 @@ class _Gradients:
 
     def __init__(self, scan: Scan, needs: Needs) -> None:
         self.scan = scan
-        recurrences, depth, x = scan.recurrences, scan.gates * scan.hidden, scan.given.x
-        biased = needs.biases and bool(scan.given.b_ih)
+        recurrences, depth, x = scan.recurrences, scan.gates * scan.hidden, scan.operands.x
+        biased = needs.biases and bool(scan.operands.b_ih)
 
         def zeros(wanted: bool, *shape: int) -> Tensor | None:
             return x.new_zeros(shape, dtype=scan.compute) if wanted else None
@@ -250,7 +250,7 @@ class _Gradients:
                     self.x[low:high] += torch.mm(gradient, scan.w_ih[recurrence])
 
     def all(self) -> list[Tensor]:
-        dtype, shape = self.scan.given.x.dtype, self.scan.given.x.shape
+        dtype, shape = self.scan.operands.x.dtype, self.scan.operands.x.shape
         out = [] if self.x is None else [self.x.view(shape).to(dtype)]
         for group in (self.w_ih, self.w_hh, self.b_ih, self.b_hh, self.w_hr):
             out += [] if group is None else list(group.to(dtype).unbind(0))

@@ -42,7 +42,7 @@ class Scan:
 
     Attributes:
         cell: the key by which the kernels know the cell.
-        derived, plan, given: the derived cell, the plan, and the operands.
+        derived, plan, operands: the derived cell, the plan, and the operands.
         gates, states, recurrences, hidden, inputs, steps, batch, rows: G, S, P, H, I, T, B and the
             number of rows, including padded ones.
         recurrent: Q, the width of state 0 and of the output: H unless it is projected.
@@ -56,7 +56,7 @@ class Scan:
     """
 
     def __init__(self, cell: str, derived: Derived, plan: Plan, operands: Operands) -> None:
-        self.cell, self.derived, self.plan, self.given = cell, derived, plan, operands
+        self.cell, self.derived, self.plan, self.operands = cell, derived, plan, operands
         x = operands.x
         self.gates, self.states = len(derived.gates), len(derived.states)
         self.recurrences = len(operands.w_hh)
@@ -112,7 +112,7 @@ class Scan:
 
     def x_rows(self, rows: tuple[int, int]) -> Tensor:
         """Rows [n, I] of the input, with zeros past the end of a sequence."""
-        x, (low, high) = self.given.x, rows
+        x, (low, high) = self.operands.x, rows
         if x.dim() == 2:
             return x[low:high]
         batch = max(1, self.batch)

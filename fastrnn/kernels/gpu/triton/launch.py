@@ -135,7 +135,7 @@ class _Sweeps:
         if not scan.plan.triton.resident:
             size = scan.recurrences, scan.batch, scan.hidden
             tensors += [none] * 2 if scan.w_hr is None else [scan.w_hr, carry.new_empty(size)]
-        _launch(False, scan, flags, u, scan.w_hh, *tensors, *_run_time(scan, begin, end))
+        _launch(False, scan, flags, carry, u, scan.w_hh, *tensors, *_run_time(scan, begin, end))
 
     def backward(
         self, scan: Scan, begin: int, end: int, buffers: BackwardBuffers, tape: Tape
@@ -147,7 +147,7 @@ class _Sweeps:
             tensors += [none if scan.w_hr is None else scan.w_hr, none if dh is None else dh]
         first = y if dy is None else dy
         flags = {"dy": dy is not None}
-        _launch(True, scan, flags, first, scan.w_hh, *tensors, *_run_time(scan, begin, end))
+        _launch(True, scan, flags, ds, first, scan.w_hh, *tensors, *_run_time(scan, begin, end))
 
 
 sweeps = _Sweeps()
@@ -193,8 +193,11 @@ def kernel(config: TritonConfig, backward: bool) -> Any:
     return getattr(module, f"{direction}_{'resident' if config.resident else 'streamed'}")
 
 
-def _launch(backward: bool, scan: Scan, flags: dict[str, bool], *arguments: Any) -> None:
-    device = scan.given.x.device
+def _launch(
+    backward: bool, scan: Scan, flags: dict[str, bool], changed: Tensor, *arguments: Any
+) -> None:
+    """Run a kernel; a launch changes `changed`, which is among the arguments."""
+    device = scan.operands.x.device
 
     def run(config: TritonConfig) -> None:
         grid = (-(-scan.batch // config.batch_tile), scan.recurrences)
@@ -205,8 +208,7 @@ def _launch(backward: bool, scan: Scan, flags: dict[str, bool], *arguments: Any)
     with _on(device):
         chosen = scan.plan.triton
         if tune.wanted() and device.type != "cpu":
-            # Argument 3 is `carry` or `ds`, which a launch changes.
-            chosen = _fastest(backward, scan, run, arguments[3])
+            chosen = _fastest(backward, scan, run, changed)
         run(chosen)
 
 
@@ -218,7 +220,7 @@ def _fastest(
 ) -> TritonConfig:
     """The configuration that runs such a launch fastest, as measured earlier or now."""
     triton, errors = (importlib.import_module(name) for name in ("triton", "triton.errors"))
-    x, library = scan.given.x, getattr(torch, scan.given.x.device.type)
+    x, library = scan.operands.x, getattr(torch, scan.operands.x.device.type)
     before = changed.clone()
 
     def seconds(config: TritonConfig) -> float:

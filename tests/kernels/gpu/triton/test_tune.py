@@ -140,8 +140,8 @@ def test_what_a_launch_changes_is_as_before_when_all_were_timed(
     monkeypatch.setattr(torch.cpu, "Event", Event, raising=False)
     monkeypatch.setattr(torch.cpu, "get_device_name", lambda _: "none", raising=False)
     monkeypatch.setattr(launch, "_tuner", Tuner(folder))
-    given, planned = SimpleNamespace(x=torch.zeros(1)), Plan("triton", FIRST)
-    scan = SimpleNamespace(given=given, cell="lstm", hidden=5, recurrent=5, plan=planned)
+    operands, planned = SimpleNamespace(x=torch.zeros(1)), Plan("triton", FIRST)
+    scan = SimpleNamespace(operands=operands, cell="lstm", hidden=5, recurrent=5, plan=planned)
     for _ in range(2):
         assert launch._fastest(False, scan, run, carry).warps == 4  # type: ignore[arg-type]
         assert torch.equal(carry, torch.ones(3))
