@@ -1,8 +1,8 @@
-// All cells on a CPU, forward and backward, for one instruction set. Compiled once for each
+// Instantiates the CPU kernel for all cells and one instruction set; compiled once for each
 // (FASTRNN_ISA names it).
 //
 // A custom cell is compiled at run time, in the one type that FASTRNN_TYPE names, and in two parts
-// (FASTRNN_PART), which two compilers work on at the same time: 1 has the way forward and the
+// (FASTRNN_PART), which two compilers work on at the same time: 1 has the forward pass and the
 // table, 2 has the backward pass and the stepper.
 #include <type_traits>
 
