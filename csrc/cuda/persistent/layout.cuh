@@ -33,7 +33,7 @@ constexpr int operand_bytes(Precision precision) {
 // share a row group and each takes a slice of the depth.
 struct Layout {
   int groups;     // row groups of a block
-  int active;     // blocks with row groups: those of rank 0 and up
+  int active;     // blocks with row groups: ranks 0 to active - 1
   int slices;     // of the depth
   int k_blocks;   // of a row of B
   int depth;      // k-blocks of a slice; the last slices may have fewer or none
