@@ -21,10 +21,10 @@ std::vector<Tensor> autocast(FASTRNN_SCAN_PARAMETERS, bool tape, bool recompute)
   c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
   const ScanInputs in = FASTRNN_SCAN_INPUTS;
   const at::ScalarType type = autocast_dtype(cell, x, in.s0);
-  auto cast = [&](const Tensor& each) { return at::autocast::cached_cast(type, each, device); };
+  auto cast = [&](const Tensor& tensor) { return at::autocast::cached_cast(type, tensor, device); };
   auto cast_all = [&](TensorList list) {
     std::vector<Tensor> out;
-    for (const Tensor& each : list) out.push_back(cast(each));
+    for (const Tensor& tensor : list) out.push_back(cast(tensor));
     return out;
   };
   const auto ih = cast_all(in.w_ih), hh = cast_all(in.w_hh), bi = cast_all(in.b_ih),

@@ -1,4 +1,4 @@
-// Autograd of `scan`: in C++ because a call costs a fifth of what it costs from Python.
+// Autograd of `scan`, in C++ because a call costs a fifth of what it costs in Python.
 #include <ATen/core/ivalue.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -15,7 +15,7 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// Lists are passed to autograd as one flat list; their sizes say where each ends.
+// Autograd takes all tensors as one flat list; these sizes say where each list in it ends.
 struct Sizes {
   int64_t recurrences, b, w_hr, s0;
 };
@@ -50,16 +50,16 @@ std::vector<Tensor> call_scan_backward(const ScanInputs& in, const OutputGrads& 
                        .findSchemaOrThrow("fastrnn::scan_backward", "")
                        .typed<std::vector<Tensor>(FASTRNN_BACKWARD_PARAMETERS)>();
   c10::List<std::optional<Tensor>> dstates;
-  for (const Tensor& each : grads.dstates)
-    dstates.push_back(each.defined() ? std::optional<Tensor>(each) : std::nullopt);
+  for (const Tensor& grad : grads.dstates)
+    dstates.push_back(grad.defined() ? std::optional<Tensor>(grad) : std::nullopt);
   return op.call(in.cell, grads.dy.defined() ? std::optional<Tensor>(grads.dy) : std::nullopt,
                  dstates, in.x, in.w_ih, in.w_hh, or_none(in.b_ih), or_none(in.b_hh),
                  or_none(in.w_hr), or_none(in.s0), in.batch_sizes, in.lengths, in.resets,
                  in.reverse, y, tape, needs);
 }
 
-// What backward must know besides tensors; one object, because each entry of a context costs as
-// much as a small layer.
+// The data that backward needs besides tensors. It is one object, because each entry of a context
+// costs as much as a small layer.
 struct Recorded : torch::CustomClassHolder {
   Recorded(std::string cell, int64_t reverse, const Sizes& sizes, const Tensor& y)
       : cell(std::move(cell)),
@@ -68,8 +68,8 @@ struct Recorded : torch::CustomClassHolder {
         y_counter(y.unsafeGetTensorImpl()->version_counter()),
         y_version(y_counter.current_version()),
         y_samples(samples(y)) {}
-  // Whether y was changed in place, by torch's count or, past it (`.data`, NumPy), by samples;
-  // `now` shares its memory but not its count.
+  // Whether y was changed in place: by its version counter or, for changes past that (`.data`,
+  // NumPy), by samples. `now` shares the memory of y but not its counter.
   bool y_changed(const Tensor& now) const {
     return y_counter.current_version() != y_version || samples(now) != y_samples;
   }
@@ -86,10 +86,10 @@ std::optional<Tensor> optional(const Tensor& tensor) {
   return tensor.defined() ? std::optional<Tensor>(tensor) : std::nullopt;
 }
 
-// Whether vmap runs over gradients, as with is_grads_batched: plain operations can be batched.
+// Whether vmap runs over gradients, as with is_grads_batched: only plain operations can be batched.
 bool batched(const variable_list& grads) {
-  for (const Tensor& each : grads)
-    if (each.defined() && each.key_set().has_any(c10::DispatchKeySet(
+  for (const Tensor& grad : grads)
+    if (grad.defined() && grad.key_set().has_any(c10::DispatchKeySet(
                               {c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Batched})))
       return true;
   return false;
@@ -106,10 +106,10 @@ class ScanFunction : public torch::autograd::Function<ScanFunction> {
     const ScanInputs in = unflattened(cell, flat, sizes, batch_sizes, lengths, resets, reverse);
     auto [y, states, tape] = call_scan(in, !recompute);
     variable_list saved = flat.vec();
-    for (const auto& each : {batch_sizes, lengths, resets})
-      saved.push_back(each ? *each : Tensor());
-    // y is the caller's, who may change it in place, as torch.nn allows for most of its layers:
-    // saved under a version of its own, and computed again if it was changed.
+    for (const auto& tensor : {batch_sizes, lengths, resets})
+      saved.push_back(tensor ? *tensor : Tensor());
+    // The caller may change y in place, as torch.nn allows for most of its layers: so y is saved
+    // with a version counter of its own, and computed again if it was changed.
     ctx->saved_data["call"] =
         c10::IValue::make_capsule(c10::make_intrusive<Recorded>(cell, reverse, sizes, y));
     saved.push_back(y.variable_data());
@@ -124,7 +124,7 @@ class ScanFunction : public torch::autograd::Function<ScanFunction> {
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    // Operands have their final dtypes, even where backward() is called within autocast.
+    // Operands have their final dtypes, even if backward() is called within autocast.
     c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const auto call =
         c10::static_intrusive_pointer_cast<Recorded>(ctx->saved_data["call"].toCapsule());
@@ -137,7 +137,7 @@ class ScanFunction : public torch::autograd::Function<ScanFunction> {
                                       batch_sizes, lengths, resets, call->reverse);
     OutputGrads output_grads{grads[0], {grads.begin() + 1, grads.end() - 1}};
 
-    auto wanted = [&](size_t first, int64_t count) {
+    auto needed = [&](size_t first, int64_t count) {
       for (size_t i = first; i < first + count; ++i)
         if (ctx->needs_input_grad(i)) return true;
       return false;
@@ -145,20 +145,20 @@ class ScanFunction : public torch::autograd::Function<ScanFunction> {
     const size_t w_ih = 1, w_hh = w_ih + sizes.recurrences, b = w_hh + sizes.recurrences,
                  w_hr = b + 2 * sizes.b, s0 = w_hr + sizes.w_hr;
     const Needs needs{
-        wanted(0, 1),           wanted(w_ih, sizes.recurrences), wanted(w_hh, sizes.recurrences),
-        wanted(b, 2 * sizes.b), wanted(w_hr, sizes.w_hr),        wanted(s0, sizes.s0)};
-    std::vector<Tensor> found;
+        needed(0, 1),           needed(w_ih, sizes.recurrences), needed(w_hh, sizes.recurrences),
+        needed(b, 2 * sizes.b), needed(w_hr, sizes.w_hr),        needed(s0, sizes.s0)};
+    std::vector<Tensor> gradients;
     if (at::GradMode::is_enabled() || batched(grads)) {
-      found = python_differentiable_backward(in, output_grads, needs);
+      gradients = python_differentiable_backward(in, output_grads, needs);
     } else {
       at::AutoDispatchBelowADInplaceOrView below;
       Tensor y = saved[flat_size + 3], tape = saved[flat_size + 4];
       if (call->y_changed(y)) std::tie(y, std::ignore, tape) = call_scan(in, true);
-      found = call_scan_backward(in, output_grads, y, tape, needs);
+      gradients = call_scan_backward(in, output_grads, y, tape, needs);
     }
 
     variable_list out(kFlatArgument + flat_size + 5);
-    auto next = found.begin();
+    auto next = gradients.begin();
     auto place = [&](bool present, size_t first, int64_t count) {
       for (size_t i = first; present && i < first + count; ++i) out[kFlatArgument + i] = *next++;
     };
@@ -172,7 +172,7 @@ class ScanFunction : public torch::autograd::Function<ScanFunction> {
   }
 
  private:
-  static constexpr size_t kFlatArgument = 2;  // `cell` and `sizes` come before
+  static constexpr size_t kFlatArgument = 2;  // after `cell` and `sizes`
 };
 
 std::vector<Tensor> scan_autograd(FASTRNN_SCAN_PARAMETERS, bool tape, bool recompute) {
@@ -181,7 +181,7 @@ std::vector<Tensor> scan_autograd(FASTRNN_SCAN_PARAMETERS, bool tape, bool recom
               in.b_ih.size(), " and ", in.b_hh.size());
   bool differentiable = x.requires_grad();
   for (TensorList list : {in.w_ih, in.w_hh, in.b_ih, in.b_hh, in.w_hr, in.s0})
-    for (const Tensor& each : list) differentiable |= each.requires_grad();
+    for (const Tensor& tensor : list) differentiable |= tensor.requires_grad();
   if (!differentiable || !at::GradMode::is_enabled()) {
     at::AutoDispatchBelowADInplaceOrView below;
     return as_list(call_scan(in, tape));
@@ -193,13 +193,13 @@ std::vector<Tensor> scan_autograd(FASTRNN_SCAN_PARAMETERS, bool tape, bool recom
                              resets, reverse, recompute);
 }
 
-// Shares memory and the count of changes with y, as a view does.
+// y.transpose(0, 1), which shares memory and version counter with y, as a view does.
 Tensor transposed_alias(const Tensor& y) {
   at::AutoDispatchBelowADInplaceOrView below;
-  Tensor turned = y.transpose(0, 1);
+  Tensor alias = y.transpose(0, 1);
   if (!y.is_inference())
-    turned.unsafeGetTensorImpl()->set_version_counter(y.unsafeGetTensorImpl()->version_counter());
-  return turned;
+    alias.unsafeGetTensorImpl()->set_version_counter(y.unsafeGetTensorImpl()->version_counter());
+  return alias;
 }
 
 class TransposeFunction : public torch::autograd::Function<TransposeFunction> {

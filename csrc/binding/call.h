@@ -1,4 +1,4 @@
-// One call of the operator as values: its inputs, its results, its gradients.
+// The values of one call of the operator: its inputs, outputs and gradients.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -31,7 +31,7 @@ struct ScanInputs {
   TensorList w_ih, w_hh, b_ih, b_hh, w_hr, s0;
   const std::optional<Tensor>&batch_sizes, &lengths, &resets;
   int64_t reverse;
-  TensorList packed = {};  // the weights of each scan by pack(), or none
+  TensorList packed = {};  // the weights of each recurrence by pack(), or none
 };
 
 inline void check_recurrences(const ScanInputs& in) {
@@ -41,36 +41,36 @@ inline void check_recurrences(const ScanInputs& in) {
 
 using ScanOutputs = std::tuple<Tensor, std::vector<Tensor>, Tensor>;  // y, states, tape
 
-// These as the one list that the schema returns, without a tape that is undefined: inductor's C++
-// wrapper takes no list beside other results.
+// The outputs as the one list that the schema returns, without an undefined tape: inductor's C++
+// wrapper supports no list beside other outputs.
 inline std::vector<Tensor> as_list(ScanOutputs out) {
   auto& [y, states, tape] = out;
   std::vector<Tensor> list;
   list.reserve(states.size() + 2);
   list.push_back(std::move(y));
-  for (Tensor& each : states) list.push_back(std::move(each));
+  for (Tensor& state : states) list.push_back(std::move(state));
   if (tape.defined()) list.push_back(std::move(tape));
   return list;
 }
 
-// Whether x is one step [B, I] of a cell: its states then have no dimension of scans.
+// Whether x is one step [B, I] of a cell: its states then have no dimension of recurrences.
 inline bool one_step(const ScanInputs& in) { return in.x.dim() == 2 && !in.batch_sizes; }
 
-// Lists as the schema has them: ahead-of-time compiled programs pass an empty list as none.
+// Optional lists of the schema: ahead-of-time compiled programs pass an empty list as none.
 using OptionalList = std::optional<TensorList>;
 inline TensorList or_empty(const OptionalList& list) { return list.value_or(TensorList()); }
 inline OptionalList or_none(TensorList list) {
   return list.empty() ? OptionalList() : OptionalList(list);
 }
 
-// Gradients that arrive; undefined stands for zeros.
+// Gradients of the outputs; undefined stands for zeros.
 struct OutputGrads {
   Tensor dy;
   std::vector<Tensor> dstates;  // S
 };
 
-// Gradients in the order of the op's inputs, present only where needed: x, w_ih.., w_hh.., b_ih..,
-// b_hh.., w_hr.., s0..
+// Gradients of the operator's inputs, in their order, only those that are needed: x, w_ih..,
+// w_hh.., b_ih.., b_hh.., w_hr.., s0..
 struct Gradients {
   Tensor x;
   std::vector<Tensor> w_ih, w_hh, b_ih, b_hh, w_hr, s0;

@@ -20,12 +20,12 @@ py::tuple inputs_to_python(const ScanInputs& in) {
 py::list output_grads_to_python(const OutputGrads& grads) {
   py::list list;
   list.append(grads.dy.defined() ? py::cast(grads.dy) : py::none());
-  for (const Tensor& each : grads.dstates)
-    list.append(each.defined() ? py::cast(each) : py::none());
+  for (const Tensor& grad : grads.dstates)
+    list.append(grad.defined() ? py::cast(grad) : py::none());
   return list;
 }
 
-// An op's implementation runs below autograd; a reference that is differentiated needs it back.
+// Enables autograd, below which an operator's kernels run: the reference differentiates by it.
 class WithAutograd {
  public:
   WithAutograd()
@@ -50,8 +50,8 @@ const CellFacts& known_cell(std::string_view name, at::DeviceType device, at::Sc
   const CellFacts* cell = find_cell(std::string(name));
   const bool in_double = dtype == at::kDouble;
   if (!cell || (device == at::kCPU && !cell->compiled[in_double])) {
-    // A program exported elsewhere knows cells that are declared but not yet used here, and may run
-    // in another dtype than the cell did so far.
+    // An exported program may use a cell that is declared but not yet used in this process, or a
+    // dtype that the cell is not compiled for yet.
     py::gil_scoped_acquire gil;
     python().find(std::string(name), c10::DeviceTypeName(device, /*lower_case=*/true), in_double);
     cell = find_cell(std::string(name));

@@ -1,4 +1,4 @@
-// What C++ asks of Python: plans, cells that are not yet compiled, kernels that are written there.
+// Calls from C++ to Python: for plans, for cells that are not compiled yet, for kernels in Python.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -10,21 +10,21 @@
 
 namespace fastrnn {
 
-// Functions of Python, set once on import. Leaked on purpose: no destructor may run after the
-// interpreter is gone.
+// Functions of Python, set once on import. They are leaked on purpose: no destructor may run after
+// the interpreter is gone.
 struct Callbacks {
   pybind11::object plan, find, forward, backward, differentiable_backward;
   int significant_bits;  // of numbers of steps and rows; problems that agree in them share a plan
 };
 void set_callbacks(Callbacks* functions);
-// Those that were set; raises before.
+// The functions that were set; raises if none were.
 const Callbacks& python();
 
 // The facts of a cell that is to run on tensors of that device and dtype; raises for an unknown
-// one. On a CPU its code is compiled first where there is none yet and it can be had.
+// cell. On a CPU the cell is compiled first, if it has no code for the dtype and can be compiled.
 const CellFacts& known_cell(std::string_view name, at::DeviceType device, at::ScalarType dtype);
 
-// Every kernel but the CPU's: Python plans the call and launches it.
+// All kernels but the CPU kernel: Python plans the call and launches it.
 ScanOutputs python_forward(const ScanInputs& in, bool tape);
 std::vector<Tensor> python_backward(const ScanInputs& in, const OutputGrads& grads, const Tensor& y,
                                     const Tensor& tape, const Needs& needs);

@@ -11,11 +11,11 @@ namespace {
 using at::Tensor;
 using at::TensorList;
 
-// A fingerprint is int64: [0] what every call checks (the tensors' addresses, torch's count of
-// their changes, samples, and all of the small ones), [1] the block at which the next call goes on
-// reading the large ones, [2..] a hash of each of their blocks.
+// A fingerprint is int64: [0] a hash of what every call checks (addresses and version counters of
+// all tensors, samples of the large ones, all numbers of the small ones), [1] the block at which
+// the next call goes on reading the large ones, [2..] a hash of each of their blocks.
 
-// Bytes of a matrix, and of a vector, that every call reads whole.
+// The largest matrix, and the largest vector, that every call reads as a whole, in bytes.
 constexpr int64_t kSmallMatrix = 4 << 10, kSmallVector = 16 << 10;
 constexpr int64_t kBlock = 4 << 10;
 constexpr int64_t kRowsToReadAll = 64;
@@ -27,7 +27,7 @@ uint64_t mixed(uint64_t hash, uint64_t value) {
   return hash ^ hash >> 32;
 }
 
-// Compiled for each of these, and the best that the processor has is taken.
+// Compiles a function for each of these; the best that the processor supports runs.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define FASTRNN_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
@@ -36,8 +36,8 @@ uint64_t mixed(uint64_t hash, uint64_t value) {
 
 constexpr int64_t kWords = 8, kStep = kWords * 8;
 
-// Adds `steps` times 64 bytes to eight sums side by side, which compilers make vectors of; a key
-// that counts the steps makes the order matter (after XXH3, https://github.com/Cyan4973/xxHash).
+// Adds `steps` times 64 bytes to eight sums side by side, which compilers vectorize; a key that
+// counts the steps makes the order matter (after XXH3, https://github.com/Cyan4973/xxHash).
 FASTRNN_CLONES void add_steps(const char* data, int64_t steps, uint64_t* sum, uint64_t* key) {
   uint64_t sums[kWords], keys[kWords], word[kWords];
   std::memcpy(sums, sum, kStep);
@@ -65,11 +65,11 @@ uint64_t hash_of(const char* data, int64_t bytes) {
     add_steps(tail, 1, sum, key);
   }
   uint64_t hash = static_cast<uint64_t>(bytes);
-  for (uint64_t each : sum) hash = mixed(hash, each);
+  for (uint64_t word : sum) hash = mixed(hash, word);
   return hash;
 }
 
-// The memory from the first to the last element of a tensor on a CPU; none of another one.
+// The memory from the first to the last element of a tensor on a CPU; empty for another tensor.
 struct Span {
   explicit Span(const Tensor& t) {
     if (!t.is_cpu() || t.layout() != at::kStrided || t.numel() == 0) return;
@@ -105,10 +105,10 @@ uint64_t samples_of(const Span& span) {
 
 uint64_t checked_always(TensorList tensors) {
   uint64_t hash = 0;
-  for (const Tensor& each : tensors) {
-    const auto* impl = each.unsafeGetTensorImpl();
-    hash = mixed(hash, each.is_inference() ? 0 : impl->version_counter().current_version());
-    const Span span(each);
+  for (const Tensor& tensor : tensors) {
+    const auto* impl = tensor.unsafeGetTensorImpl();
+    hash = mixed(hash, tensor.is_inference() ? 0 : impl->version_counter().current_version());
+    const Span span(tensor);
     hash = mixed(hash, reinterpret_cast<uintptr_t>(span.data));
     hash = mixed(hash, span.large() ? samples_of(span)
                        : span.data  ? hash_of(span.data, span.bytes)
@@ -119,14 +119,14 @@ uint64_t checked_always(TensorList tensors) {
 
 int64_t large_blocks(TensorList tensors) {
   int64_t count = 0;
-  for (const Tensor& each : tensors) count += Span(each).blocks();
+  for (const Tensor& tensor : tensors) count += Span(tensor).blocks();
   return count;
 }
 
-// The hash of a block, counted over all large tensors.
+// The hash of a block; the blocks of all large tensors are numbered one after the other.
 uint64_t block_hash(TensorList tensors, int64_t block) {
-  for (const Tensor& each : tensors) {
-    const Span span(each);
+  for (const Tensor& tensor : tensors) {
+    const Span span(tensor);
     if (block < span.blocks()) return span.hash(block);
     block -= span.blocks();
   }
@@ -159,9 +159,9 @@ bool unchanged(TensorList tensors, const Tensor& fingerprint, int64_t rows) {
   const int64_t blocks = large_blocks(tensors);
   TORCH_CHECK(fingerprint.is_cpu() && fingerprint.scalar_type() == at::kLong &&
                   fingerprint.dim() == 1 && fingerprint.is_contiguous(),
-              "scan_packed: expected should be what fingerprint() gives, int64 on the CPU, got ",
+              "scan_packed: expected should come from fingerprint(), int64 [N] on the CPU, got ",
               fingerprint.scalar_type(), " ", fingerprint.sizes(), " on ", fingerprint.device());
-  // Where to go on is written into the fingerprint; threads may do so at once.
+  // The block to go on with is written into the fingerprint; several threads may do so at once.
   auto* from = static_cast<int64_t*>(const_cast<void*>(fingerprint.const_data_ptr()));
   if (fingerprint.size(0) != 2 + blocks || from[0] != static_cast<int64_t>(checked_always(tensors)))
     return false;

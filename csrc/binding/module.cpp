@@ -1,4 +1,4 @@
-// What Python sees of this library.
+// The Python module `fastrnn._C`.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
@@ -21,7 +21,7 @@ void bind_stepper(py::module_& m);  // stepper.cpp
 
 namespace {
 
-// The op as torch.ops calls it, but for a third of the time that takes to convert the arguments.
+// torch.ops.fastrnn.scan, with arguments converted in a third of the time.
 std::pair<Tensor, std::vector<Tensor>> scan_from_python(
     const std::string& cell, const Tensor& x, const std::vector<Tensor>& w_ih,
     const std::vector<Tensor>& w_hh, const std::vector<Tensor>& b_ih,
@@ -34,7 +34,8 @@ std::pair<Tensor, std::vector<Tensor>> scan_from_python(
   return {y, states};
 }
 
-// A tensor that nothing looks into on its way: of torch's own class, dense, on a CPU.
+// The tensor in `object` if it has this size and dtype and is plain: of torch's own classes, dense,
+// on a CPU; else null.
 const Tensor* plain_tensor(py::handle object, at::IntArrayRef size, at::ScalarType dtype) {
   if (Py_TYPE(object.ptr()) != reinterpret_cast<PyTypeObject*>(THPVariableClass) &&
       Py_TYPE(object.ptr()) != reinterpret_cast<PyTypeObject*>(ParameterClass))
@@ -52,13 +53,13 @@ bool wants_gradients(const ScanInputs& in) {
   if (!at::GradMode::is_enabled()) return false;
   bool wanted = in.x.requires_grad();
   for (TensorList list : {in.w_ih, in.w_hh, in.b_ih, in.b_hh, in.s0})
-    for (const Tensor& each : list) wanted |= each.requires_grad();
+    for (const Tensor& tensor : list) wanted |= tensor.requires_grad();
   return wanted;
 }
 
-// One step of a cell on x [B, I] and states [B, H], with weights w_ih, w_hh, b_ih, b_hh and, of a
-// frozen cell, what pack() made of them: the tuple of next states; the views and checks of Python
-// take longer than a small cell. None where anything asks for a closer look.
+// One step of a cell on x [B, I] and states [B, H], with weights w_ih, w_hh, b_ih, b_hh and, for a
+// frozen cell, their pack(). Returns the tuple of next states, or None if an operand or torch's
+// state is special. It saves Python's views and checks, which take longer than a small cell.
 py::object step_from_python(const std::string& cell, py::handle input, py::tuple before,
                             py::tuple weights, const std::optional<std::vector<Tensor>>& packed,
                             const std::optional<Tensor>& expected) {
@@ -145,22 +146,22 @@ PYBIND11_MODULE(_C, m) {
         py::arg("cell"), py::arg("input"), py::arg("before"), py::arg("weights"),
         py::arg("packed") = std::nullopt, py::arg("expected") = std::nullopt);
   m.def("transposed", transposed, py::call_guard<py::gil_scoped_release>(),
-        "`y.transpose(0, 1)` that is no view to autograd.");
+        "`y.transpose(0, 1)` that autograd does not take for a view.");
   m.def("scan_packed", packed_from_python, py::call_guard<py::gil_scoped_release>());
   m.def("pack", pack_from_python, py::call_guard<py::gil_scoped_release>(), py::arg("cell"),
         py::arg("w_ih"), py::arg("w_hh"), py::arg("b_ih") = std::nullopt,
         py::arg("b_hh") = std::nullopt, py::arg("w_hr") = std::nullopt);
   m.def(
       "fingerprint", [](const std::vector<Tensor>& tensors) { return fingerprint(tensors); },
-      "What scan_packed expects of its weights.");
+      "The fingerprint of weights, which scan_packed takes as `expected`.");
   m.attr("built_for") = FASTRNN_TORCH_VERSION;
-  m.def("isas", compiled_isas, "Instruction sets compiled in that this machine has, best last.");
+  m.def("isas", compiled_isas, "The compiled instruction sets that this machine has, best last.");
   m.def("isa", isa_in_use);
   m.def("vector_bytes", vector_bytes);
   m.def("forget_plans", forget_plans);
   m.def("add_cell_facts", add_cell_facts, py::arg("name"), py::arg("gates"), py::arg("states"),
         py::arg("saved"), py::arg("summed"), py::arg("projectable"),
-        "Makes a cell known without code for CPUs, which load_cells may add.");
+        "Adds a cell without code for CPUs, which load_cells may add later.");
   m.def(
       "has_code",
       [](const std::string& name, bool in_double) {
@@ -173,7 +174,7 @@ PYBIND11_MODULE(_C, m) {
       "load_cells",
       [](const std::string& path, const std::string& symbol) {
         load_cells(path, symbol);
-        forget_plans();  // of cells that were known without code
+        forget_plans();  // drops those made before these cells had code
       },
       py::arg("path"), py::arg("symbol"));
   m.def(

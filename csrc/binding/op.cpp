@@ -1,4 +1,4 @@
-// The operator: its schemas, and the kernel that is chosen for a call.
+// The operator: its schemas, and the choice of the kernel for a call.
 #include "binding/op.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -30,7 +30,7 @@ Problem problem_of(const Call& call, bool tape, bool backward) {
           tape,    backward, n.projected, !in.packed.empty()};
 }
 
-// On tensors on a CPU, for which the plan may name another kernel, too.
+// For tensors on a CPU; the plan may name another kernel than the CPU kernel.
 ScanOutputs scan_on_cpu(const ScanInputs& in, bool tape) {
   const Call call(known_cell(in.cell, at::kCPU, in.x.scalar_type()), in);
   const auto plan = cpu_plan(call.cell, problem_of(call, tape, false));
@@ -57,7 +57,8 @@ std::vector<Tensor> call_packed(const ScanInputs& in, const Tensor& expected) {
                  in.reverse, in.packed, expected);
 }
 
-// A frozen layer: the weights are there for their sizes, and for kernels other than the CPU's.
+// For a frozen layer. `in` has the weights for their sizes, and for kernels other than the CPU
+// kernel.
 ScanOutputs scan_frozen(const ScanInputs& in, const Tensor& expected) {
   c10::SmallVector<Tensor, 4> weights;
   for (TensorList list : {in.w_ih, in.w_hh, in.b_ih, in.b_hh, in.w_hr})
@@ -65,7 +66,7 @@ ScanOutputs scan_frozen(const ScanInputs& in, const Tensor& expected) {
   TORCH_CHECK(
       unchanged(weights, expected, in.x.numel() / std::max<int64_t>(in.x.size(-1), 1)),
       "fastrnn: the weights of a frozen layer were changed or replaced after freezing. Call "
-      "fastrnn.freeze(module) again to take the new ones over, or fastrnn.unfreeze(module) "
+      "fastrnn.freeze(module) again to use the new ones, or fastrnn.unfreeze(module) "
       "before changing them");
   ScanOutputs out = scan_on_cpu(in, false);
   std::get<2>(out).reset();
@@ -74,16 +75,16 @@ ScanOutputs scan_frozen(const ScanInputs& in, const Tensor& expected) {
 
 namespace {
 
-// `recompute` is for autograd, which stands before these.
+// `recompute` is for autograd, which runs before these kernels.
 std::vector<Tensor> cpu(FASTRNN_SCAN_PARAMETERS, bool tape, bool) {
   const ScanInputs in = FASTRNN_SCAN_INPUTS;
-  // Of x and weights made in inference mode the dispatcher knows no autograd, and it does not look
-  // at the others.
+  // If x and the weights are inference tensors, the dispatcher skips autograd; it does not look at
+  // the other tensors.
   if (x.is_inference() && at::GradMode::is_enabled() &&
       !c10::impl::tls_is_dispatch_key_excluded(c10::DispatchKey::AutogradCPU))
     for (TensorList list : {in.b_ih, in.b_hh, in.w_hr, in.s0})
-      for (const Tensor& each : list)
-        TORCH_CHECK(!each.requires_grad(),
+      for (const Tensor& tensor : list)
+        TORCH_CHECK(!tensor.requires_grad(),
                     "scan: a bias or state requires gradients, but x and the weights are inference "
                     "tensors, which cannot be saved for backward; clone them outside "
                     "torch.inference_mode()");
@@ -96,7 +97,7 @@ std::vector<Tensor> cpu_packed(FASTRNN_PACKED_PARAMETERS) {
   return as_list(scan_frozen(in, expected));
 }
 
-// On other devices, which have no kernel in C++.
+// For other devices, which have no kernel in C++.
 std::vector<Tensor> python_kernel(FASTRNN_SCAN_PARAMETERS, bool tape, bool) {
   const ScanInputs in = FASTRNN_SCAN_INPUTS;
   check_recurrences(in);
@@ -108,7 +109,7 @@ OutputGrads output_grads(const std::optional<Tensor>& dy,
                          const c10::List<std::optional<Tensor>>& dstates) {
   OutputGrads grads;
   if (dy) grads.dy = *dy;
-  for (std::optional<Tensor> each : dstates) grads.dstates.push_back(each ? *each : Tensor());
+  for (std::optional<Tensor> grad : dstates) grads.dstates.push_back(grad ? *grad : Tensor());
   return grads;
 }
 
@@ -132,22 +133,22 @@ std::vector<Tensor> python_backward_kernel(FASTRNN_BACKWARD_PARAMETERS) {
 }  // namespace
 
 TORCH_LIBRARY(fastrnn, m) {
-  // kernels/reference.py documents the arguments. Gives y, the S states and the tape, which is
-  // what scan_backward needs and has no rows unless `tape` asks for it. With `recompute` autograd
-  // keeps no tape, and gives scan_backward one without rows. Lists that may be empty are optional,
-  // since ahead-of-time compiled programs pass an empty list as none.
+  // kernels/reference.py documents the arguments. Returns y, the S states and the tape, which
+  // scan_backward needs and which has no rows unless `tape` asks for it. With `recompute`, autograd
+  // keeps no tape and gives scan_backward one without rows. Lists that may be empty are optional,
+  // because ahead-of-time compiled programs pass an empty list as none.
   m.def(
       "scan(str cell, Tensor x, Tensor[] w_ih, Tensor[] w_hh, Tensor[]? b_ih, Tensor[]? b_hh, "
       "Tensor[]? w_hr, Tensor[]? s0, Tensor? batch_sizes, Tensor? lengths, Tensor? resets, "
       "int reverse, bool tape=False, bool recompute=False) -> Tensor[]");
-  // Gives y and the states, by weights that pack() packed; `expected` is what fingerprint() said of
-  // them then: a tensor, as a number would be a constant of a traced graph.
+  // Returns y and the states, from weights that pack() packed; `expected` is their fingerprint()
+  // of that time. It is a tensor, because a number would be a constant of a traced graph.
   m.def(
       "scan_packed(str cell, Tensor x, Tensor[] w_ih, Tensor[] w_hh, Tensor[]? b_ih, "
       "Tensor[]? b_hh, Tensor[]? w_hr, Tensor[]? s0, Tensor? batch_sizes, Tensor? lengths, "
       "Tensor? resets, int reverse, Tensor[] packed, Tensor expected) -> Tensor[]");
-  // Gradients of x, w_ih, w_hh, b_ih, b_hh, w_hr, s0; `needs` picks x, w_ih, w_hh, biases, w_hr,
-  // s0.
+  // Returns gradients of x, w_ih, w_hh, b_ih, b_hh, w_hr, s0; `needs` selects from x, w_ih, w_hh,
+  // biases, w_hr, s0.
   m.def(
       "scan_backward(str cell, Tensor? dy, Tensor?[] dstates, Tensor x, Tensor[] w_ih, "
       "Tensor[] w_hh, Tensor[]? b_ih, Tensor[]? b_hh, Tensor[]? w_hr, Tensor[]? s0, "
@@ -166,7 +167,7 @@ TORCH_LIBRARY_IMPL(fastrnn, CompositeExplicitAutograd, m) {
   m.impl("scan_backward", python_backward_kernel);
 }
 
-// Who asks for gradients has been refused; torch's own fallback would look again, slowly.
+// Gradients were refused in Python; this skips torch's slow autograd fallback.
 TORCH_LIBRARY_IMPL(fastrnn, Autograd, m) {
   m.impl("scan_packed", torch::CppFunction::makeFallthrough());
 }

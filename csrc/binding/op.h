@@ -5,7 +5,7 @@
 
 namespace fastrnn {
 
-// The op through the dispatcher.
+// `fastrnn::scan` through the dispatcher.
 ScanOutputs call_scan(const ScanInputs& in, bool tape, bool recompute = false);
 
 // `fastrnn::scan_packed`: y and the states.
@@ -13,11 +13,11 @@ std::vector<Tensor> call_packed(const ScanInputs& in, const Tensor& expected);
 // The same below the dispatcher, for tensors on a CPU; without a tape.
 ScanOutputs scan_frozen(const ScanInputs& in, const Tensor& expected);
 
-// The dtype that autocast gives all operands: its own, as in torch.nn, whose GRU on CPUs alone
-// computes in the dtype of its state.
+// The dtype that autocast gives all operands: autocast's own, as in torch.nn. As there, the GRU on
+// CPUs is the exception: it stays in float32 if its state is.
 at::ScalarType autocast_dtype(std::string_view cell, const Tensor& x, TensorList s0);
 
-// `y.transpose(0, 1)` that is no view to autograd: in place changes of it are those of y.
+// `y.transpose(0, 1)` that autograd does not take for a view; a change in place counts for y, too.
 Tensor transposed(const Tensor& y);
 
 }  // namespace fastrnn

@@ -1,4 +1,4 @@
-// The operands of a call as the CPU kernel takes them: checked, in its dtypes, with tables of rows.
+// The operands of a call for the CPU kernel: checked, in its dtypes, with tables of rows.
 #pragma once
 
 #include <ATen/Functions.h>
@@ -15,7 +15,7 @@ namespace fastrnn {
 struct Shape {
   int64_t T, B, R, I, H, Q, P;
   bool projected;
-  bool step;  // x is [B, I], one step of one scan, and its states are [B, *]
+  bool step;  // x is [B, I], one step of one recurrence, and its states are [B, *]
 
   int64_t width(int64_t state) const { return state ? H : Q; }
   c10::DimVector state_size(int64_t state) const {
@@ -25,19 +25,21 @@ struct Shape {
   }
 };
 
-// The dispatcher looks into x and the weights, but into no optional list: what it would have done
-// for a tensor in one is done or refused here.
-inline void check_plain(const Tensor& each, const char* name) {
+// The dispatcher handles special tensors among x and the weights, but not those in optional lists;
+// these functions refuse or resolve them.
+inline void check_plain(const Tensor& tensor, const char* name) {
   constexpr c10::DispatchKeySet unusual{c10::DispatchKey::Python, c10::DispatchKey::ZeroTensor,
                                         c10::DispatchKey::FuncTorchBatched,
                                         c10::DispatchKey::FuncTorchGradWrapper};
-  TORCH_CHECK(!each.key_set().has_any(unusual), "scan: ", name,
+  TORCH_CHECK(!tensor.key_set().has_any(unusual), "scan: ", name,
               " is a tensor subclass, transformed or a zero tensor, but x and the weights are "
               "not; convert it, or them");
 }
-inline Tensor resolved(const Tensor& each) { return each.is_neg() ? each.resolve_neg() : each; }
+inline Tensor resolved(const Tensor& tensor) {
+  return tensor.is_neg() ? tensor.resolve_neg() : tensor;
+}
 
-// Checks what memory safety needs; modules have said it in torch.nn's words before.
+// Checks all that memory safety needs. Modules check before, with torch.nn's messages.
 inline Shape checked_shape(const CellFacts& cell, const ScanInputs& in) {
   const Tensor& x = in.x;
   const int64_t G = cell.gates, P = in.w_hh.size();
@@ -50,7 +52,7 @@ inline Shape checked_shape(const CellFacts& cell, const ScanInputs& in) {
   TORCH_CHECK(!in.batch_sizes || x.dim() == 2, "scan: packed x should be [R, I], got ", x.sizes());
   Shape n;
   n.step = one_step(in);
-  TORCH_CHECK(!n.step || P == 1, "scan: one step [B, I] is that of one scan, got ", P,
+  TORCH_CHECK(!n.step || P == 1, "scan: x [B, I] is one step of one recurrence, got ", P,
               " sets of weights; pass x as [1, B, I]");
   n.I = x.size(-1);
   n.P = P;
@@ -62,13 +64,13 @@ inline Shape checked_shape(const CellFacts& cell, const ScanInputs& in) {
   auto all = [&](TensorList tensors, const char* name, at::IntArrayRef size, bool optional) {
     TORCH_CHECK((optional && tensors.empty()) || static_cast<int64_t>(tensors.size()) == P,
                 "scan: ", name, " should hold one tensor per scan, ", P, ", got ", tensors.size());
-    for (const Tensor& each : tensors) {
-      check_plain(each, name);
-      TORCH_CHECK(each.sizes() == size, "scan: ", name, " should be ", size, ", got ",
-                  each.sizes());
-      TORCH_CHECK(each.scalar_type() == x.scalar_type(), "scan: ", name, " is ", each.scalar_type(),
-                  " but x is ", x.scalar_type());
-      TORCH_CHECK(each.device() == x.device(), "scan: ", name, " is on ", each.device(),
+    for (const Tensor& tensor : tensors) {
+      check_plain(tensor, name);
+      TORCH_CHECK(tensor.sizes() == size, "scan: ", name, " should be ", size, ", got ",
+                  tensor.sizes());
+      TORCH_CHECK(tensor.scalar_type() == x.scalar_type(), "scan: ", name, " is ",
+                  tensor.scalar_type(), " but x is ", x.scalar_type());
+      TORCH_CHECK(tensor.device() == x.device(), "scan: ", name, " is on ", tensor.device(),
                   " but x is on ", x.device());
     }
   };
@@ -92,13 +94,13 @@ inline Shape checked_shape(const CellFacts& cell, const ScanInputs& in) {
   TORCH_CHECK(in.s0.empty() || static_cast<int64_t>(in.s0.size()) == cell.states,
               "scan: s0 should hold ", cell.states, " states, got ", in.s0.size());
   for (size_t s = 0; s < in.s0.size(); ++s) {
-    const Tensor& each = in.s0[s];
-    check_plain(each, "s0");
-    TORCH_CHECK(each.sizes() == n.state_size(s), "scan: state ", s, " should be ",
-                at::IntArrayRef(n.state_size(s)), ", got ", each.sizes());
-    TORCH_CHECK(each.scalar_type() == x.scalar_type() && each.device() == x.device(),
-                "scan: state ", s, " is ", each.scalar_type(), " on ", each.device(), " but x is ",
-                x.scalar_type(), " on ", x.device());
+    const Tensor& state = in.s0[s];
+    check_plain(state, "s0");
+    TORCH_CHECK(state.sizes() == n.state_size(s), "scan: state ", s, " should be ",
+                at::IntArrayRef(n.state_size(s)), ", got ", state.sizes());
+    TORCH_CHECK(state.scalar_type() == x.scalar_type() && state.device() == x.device(),
+                "scan: state ", s, " is ", state.scalar_type(), " on ", state.device(),
+                " but x is ", x.scalar_type(), " on ", x.device());
   }
   if (in.lengths)
     TORCH_CHECK(in.lengths->dim() == 1 && in.lengths->size(0) == n.B &&
@@ -164,8 +166,8 @@ struct RowTables {
 
   int64_t live_rows() const { return compact.empty() ? rows.steps * rows.batch : compact.back(); }
 
-  // The first of the steps up to `end` that have at most `most` live rows, in either direction;
-  // at least one step.
+  // The first step of the chunk that ends before `end`: it has at least one step, and at most
+  // `most` live rows, in either direction.
   int64_t chunk_begin(int64_t end, int64_t most) const {
     int64_t begin = end, forward = 0, reverse = 0;
     while (begin > 0) {
@@ -178,7 +180,7 @@ struct RowTables {
   }
 };
 
-// A call that was checked, of a cell on tensors on a CPU.
+// A checked call of a cell on tensors on a CPU.
 struct Call {
   const CellFacts& cell;
   const ScanInputs& in;
@@ -201,11 +203,11 @@ inline Storage storage_of(at::ScalarType type) {
                                : Storage::kSame;
 }
 
-// Tensors kept alive while kernels read them.
+// Contiguous tensors in the compute type; the caller keeps them alive while kernels read them.
 inline std::vector<Tensor> as_computed(TensorList tensors, at::ScalarType compute) {
   std::vector<Tensor> out;
   out.reserve(tensors.size());
-  for (const Tensor& each : tensors) out.push_back(resolved(each).to(compute).contiguous());
+  for (const Tensor& tensor : tensors) out.push_back(resolved(tensor).to(compute).contiguous());
   return out;
 }
 
@@ -216,7 +218,7 @@ inline Tensor with_unit_stride(const Tensor& x) {
 inline std::vector<Tensor> contiguous(TensorList tensors) {
   std::vector<Tensor> out;
   out.reserve(tensors.size());
-  for (const Tensor& each : tensors) out.push_back(resolved(each).contiguous());
+  for (const Tensor& tensor : tensors) out.push_back(resolved(tensor).contiguous());
   return out;
 }
 

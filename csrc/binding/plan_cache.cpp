@@ -20,14 +20,13 @@ std::atomic<int64_t> plans_epoch{0};
 using PlanKey = std::tuple<const CellFacts*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
                            at::ScalarType, bool, bool, bool, bool, int>;
 
-constexpr size_t kMostPlans = 4096;  // batches of ever new lengths must not fill the memory
+constexpr size_t kMostPlans = 4096;  // batches of ever new lengths must not fill memory
 
-// After a fork only the forking thread exists, and a thread pool that is waited for would never
-// answer.
+// After a fork only the forking thread exists, so a wait for torch's thread pool would never end.
 bool forked = false;
 const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
-// Problems whose numbers agree in their leading bits share a plan.
+// The leading bits of n, then zeros: problems whose numbers agree in them share a plan.
 int64_t leading(int64_t n, int bits) {
   int dropped = 0;
   while (n >> dropped >> bits) ++dropped;
@@ -39,11 +38,11 @@ int available_threads() { return forked || at::in_parallel_region() ? 1 : at::ge
 }  // namespace
 
 std::optional<CpuPlan> cpu_plan(const CellFacts& cell, const Problem& p) {
-  thread_local std::map<PlanKey, std::optional<CpuPlan>> known;
+  thread_local std::map<PlanKey, std::optional<CpuPlan>> plans;
   thread_local int64_t epoch = 0;
   const int threads = available_threads();
-  if (epoch != plans_epoch || known.size() >= kMostPlans) {
-    known.clear();
+  if (epoch != plans_epoch || plans.size() >= kMostPlans) {
+    plans.clear();
     epoch = plans_epoch;
   }
   const int bits = python().significant_bits;
@@ -54,8 +53,8 @@ std::optional<CpuPlan> cpu_plan(const CellFacts& cell, const Problem& p) {
                     p.tape,        p.backward,
                     p.projected,   p.frozen,
                     threads};
-  auto found = known.find(key);
-  if (found != known.end()) return found->second;
+  auto cached = plans.find(key);
+  if (cached != plans.end()) return cached->second;
   py::gil_scoped_acquire gil;
   const py::object answer = python().plan(
       py::arg("cell") = cell.name, py::arg("steps") = p.steps, py::arg("batch") = p.batch,
@@ -73,7 +72,7 @@ std::optional<CpuPlan> cpu_plan(const CellFacts& cell, const Problem& p) {
         answer.cast<std::tuple<bool, int32_t, int32_t, int32_t, int64_t>>();
     plan = CpuPlan{prepacked, recurrences, sequences, units, chunk_rows};
   }
-  return known.emplace(key, plan).first->second;
+  return plans.emplace(key, plan).first->second;
 }
 
 void forget_plans() { ++plans_epoch; }

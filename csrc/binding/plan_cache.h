@@ -1,4 +1,4 @@
-// Plans of the CPU kernel, asked of Python once for each problem and remembered.
+// The cache of the CPU kernel's plans: Python makes one for each problem.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,7 +11,7 @@
 
 namespace fastrnn {
 
-// A call on tensors on a CPU, as fastrnn/plan's Problem.
+// A call on tensors on a CPU, with the fields of fastrnn/plan's Problem.
 struct Problem {
   std::string_view cell;
   int64_t steps, batch, rows, inputs, hidden, recurrences;
@@ -19,8 +19,8 @@ struct Problem {
   bool tape, backward, projected, frozen;
 };
 
-// The CPU kernel's plan for a problem, or nothing where another kernel runs it. Remembered per
-// thread; asks fastrnn/plan the first time.
+// The CPU kernel's plan for a problem, or nothing if another kernel runs it. It comes from
+// fastrnn/plan the first time, then from a cache of the thread.
 std::optional<CpuPlan> cpu_plan(const CellFacts& cell, const Problem& problem);
 // Forgets all plans, in every thread.
 void forget_plans();

@@ -1,5 +1,5 @@
 // The stepper as a Python type. A step of a small layer takes less time than pybind11 needs to
-// call a function, so this one is bound by hand: no argument is converted, no memory is taken.
+// call a function, so this one is bound by hand: no argument is converted, no memory is allocated.
 #include "cpu/stepper.h"
 
 #include <ATen/Functions.h>
@@ -16,13 +16,14 @@
 #include <string>
 
 #include "binding/callbacks.h"
+#include "binding/operands.h"
 
 namespace py = pybind11;
 
 namespace fastrnn {
 namespace {
 
-// How the numbers of one dtype are recognised.
+// A dtype, and how its numbers are recognised.
 struct Kind {
   at::ScalarType type;
   const char* name;
@@ -41,7 +42,7 @@ struct StepperObject {
   std::atomic<bool> busy;
 };
 
-// x or out: rows of numbers, and the shape they were given in.
+// The rows of x or of out, and its number of dimensions.
 struct View {
   View() { buffer.obj = nullptr; }
   ~View() {
@@ -53,13 +54,13 @@ struct View {
   char* data = nullptr;
   int64_t row = 0;  // numbers from row to row
   int dims = 0;
-  Py_buffer buffer;  // if it is one: keeps its memory in place
+  Py_buffer buffer;  // keeps the memory of x or out in place, if that is a buffer
 };
 
 StepperObject* as_stepper(PyObject* self) { return reinterpret_cast<StepperObject*>(self); }
 
-// [B, width] or, for a batch of one, [width], of numbers side by side. `step` scales strides to
-// numbers. Raises and returns false otherwise.
+// Checks that x or out is [B, width] or, for a batch of one, [width], with the numbers of a row
+// side by side, that is `step` apart. Raises and returns false otherwise.
 template <class Int>
 bool check_rows(const StepperObject* self, const char* name, int64_t width, bool written, int dims,
                 const Int* sizes, const Int* strides, int64_t step, View& view) {
@@ -98,7 +99,7 @@ bool check_rows(const StepperObject* self, const char* name, int64_t width, bool
 
 bool wrong_dtype(const StepperObject* self, const char* name, const char* got) {
   PyErr_Format(PyExc_ValueError,
-               "%s should be %s, as the weights were, got %s; convert it, or the layer before "
+               "%s should be %s, the dtype of the weights, got %s; convert it, or the layer before "
                "layer.stream()",
                name, self->kind->name, got);
   return false;
@@ -107,8 +108,8 @@ bool wrong_dtype(const StepperObject* self, const char* name, const char* got) {
 bool view_of(const StepperObject* self, const at::Tensor& t, const char* name, int64_t width,
              bool written, View& view) {
   if (t.scalar_type() != self->kind->type) {
-    for (const Kind& each : kKinds)
-      if (each.type == t.scalar_type()) return wrong_dtype(self, name, each.name);
+    for (const Kind& kind : kKinds)
+      if (kind.type == t.scalar_type()) return wrong_dtype(self, name, kind.name);
     return wrong_dtype(self, name, c10::toString(t.scalar_type()));
   }
   const c10::DispatchKeySet unusual{
@@ -117,8 +118,8 @@ bool view_of(const StepperObject* self, const at::Tensor& t, const char* name, i
       c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper};
   if (!t.is_cpu() || t.layout() != at::kStrided || t.key_set().has_any(unusual)) {
     PyErr_Format(PyExc_ValueError,
-                 "%s should be a plain dense tensor on the CPU: a stepper is no operation that "
-                 "torch could trace, transform or move",
+                 "%s should be a plain dense tensor on the CPU: torch cannot trace, transform or "
+                 "move a stepper",
                  name);
     return false;
   }
@@ -138,7 +139,7 @@ bool view_of(const StepperObject* self, const at::Tensor& t, const char* name, i
                     t.strides().data(), 1, view);
 }
 
-// numpy.ndarray once NumPy is loaded; looked up, not imported: nothing here needs it.
+// numpy.ndarray, or null until NumPy is loaded. Nothing here needs NumPy, so it is not imported.
 PyTypeObject* ndarray() {
   static PyTypeObject* type = nullptr;
   if (!type) {
@@ -157,7 +158,7 @@ bool is_array(PyObject* object) {
   return type && PyObject_TypeCheck(object, type);
 }
 
-// NumPy's own fields: its buffer protocol takes memory, and three times as long.
+// Reads NumPy's own fields: its buffer protocol allocates memory and takes three times as long.
 bool view_of_array(const StepperObject* self, PyObject* object, const char* name, int64_t width,
                    bool written, View& view) {
   using py::detail::npy_api;
@@ -178,7 +179,7 @@ bool view_of_array(const StepperObject* self, PyObject* object, const char* name
                     self->itemsize, view);
 }
 
-// Anything else with a buffer.
+// For any other object with a buffer.
 bool view_of_buffer(const StepperObject* self, PyObject* object, const char* name, int64_t width,
                     bool written, View& view) {
   Py_buffer& buffer = view.buffer;
@@ -205,7 +206,7 @@ bool view_of_buffer(const StepperObject* self, PyObject* object, const char* nam
 
 bool view_of(const StepperObject* self, PyObject* object, const char* name, int64_t width,
              bool written, View& view) {
-  // Exact types first: whether anything is an instance of a tensor takes torch 50 ns to tell.
+  // Exact types first: torch takes 50 ns to tell whether an object is an instance of a tensor.
   if (!THPVariable_CheckExact(object) && is_array(object))
     return view_of_array(self, object, name, width, written, view);
   if (THPVariable_Check(object))
@@ -213,7 +214,7 @@ bool view_of(const StepperObject* self, PyObject* object, const char* name, int6
   return view_of_buffer(self, object, name, width, written, view);
 }
 
-// Memory for a result like x, which view describes; a new reference, or null with an error.
+// Allocates a result like x, which `view` describes; a new reference, or null with an error set.
 PyObject* result_like(const StepperObject* self, PyObject* x, const View& view) {
   const int64_t B = self->stepper->batch(), Q = self->stepper->outputs();
   const std::vector<int64_t> size = view.dims == 2 ? std::vector<int64_t>{B, Q} : std::vector{Q};
@@ -224,7 +225,7 @@ PyObject* result_like(const StepperObject* self, PyObject* x, const View& view) 
   if (is_array(x))
     return py::array(py::dtype(std::string(1, self->kind->code)), size).release().ptr();
   PyErr_Format(PyExc_TypeError,
-               "pass out=: only for tensors and arrays is a result made, and x is a %s",
+               "pass out=: a result is made only if x is a tensor or an array, and x is a %s",
                Py_TYPE(x)->tp_name);
   return nullptr;
 }
@@ -233,19 +234,19 @@ bool take_arguments(PyObject* const* args, Py_ssize_t count, PyObject* names, Py
                     PyObject*& out) {
   if (count > 0) x = args[0];
   if (count > 1) out = args[1];
-  bool good = count <= 2;
-  for (Py_ssize_t k = 0; good && names && k < PyTuple_GET_SIZE(names); ++k) {
+  bool valid = count <= 2;
+  for (Py_ssize_t k = 0; valid && names && k < PyTuple_GET_SIZE(names); ++k) {
     PyObject* name = PyTuple_GET_ITEM(names, k);
     PyObject*& to = PyUnicode_CompareWithASCIIString(name, "out") == 0 ? out : x;
-    good = !to && (&to == &out || PyUnicode_CompareWithASCIIString(name, "x") == 0);
+    valid = !to && (&to == &out || PyUnicode_CompareWithASCIIString(name, "x") == 0);
     to = args[count + k];
   }
-  if (good && x) return true;
-  PyErr_SetString(PyExc_TypeError, "step(x, out=None) takes x and, if you like, out");
+  if (valid && x) return true;
+  PyErr_SetString(PyExc_TypeError, "step(x, out=None) takes x and optionally out");
   return false;
 }
 
-// Held during a step: the states are one thread's at a time.
+// Held while a thread uses the states, which one thread can do at a time.
 class InUse {
  public:
   explicit InUse(StepperObject* self) : self_(self->busy.exchange(true) ? nullptr : self) {
@@ -321,10 +322,10 @@ PyObject* read(PyObject* object, PyObject*) {
   END_HANDLE_TH_ERRORS
 }
 
-PyObject* write(PyObject* object, PyObject* given) {
+PyObject* write(PyObject* object, PyObject* value) {
   HANDLE_TH_ERRORS
   StepperObject* self = as_stepper(object);
-  const auto states = py::cast<std::vector<at::Tensor>>(py::handle(given));
+  const auto states = py::cast<std::vector<at::Tensor>>(py::handle(value));
   at::AutoDispatchBelowADInplaceOrView below;
   const int32_t S = self->stepper->states();
   TORCH_CHECK_VALUE(static_cast<int32_t>(states.size()) == S, "state should hold ", S,
@@ -344,24 +345,24 @@ PyObject* write(PyObject* object, PyObject* given) {
   END_HANDLE_TH_ERRORS
 }
 
-// (cell, layers, batch_size, threads, release_gil); a layer is [w_ih, w_hh, b_ih, b_hh, w_hr],
-// without what there is not. fastrnn/nn/stream.py has checked them.
+// The arguments are (cell, layers, batch_size, threads, release_gil), as fastrnn/nn/stream.py
+// checks them; a layer is [w_ih, w_hh, b_ih, b_hh, w_hr] without the tensors that it does not have.
 PyObject* make(PyTypeObject* type, PyObject* args, PyObject*) {
   HANDLE_TH_ERRORS
   const char* name = nullptr;
-  PyObject* given = nullptr;
+  PyObject* layer_list = nullptr;
   long long batch = 0;
   int threads = 1, release_gil = 1;
-  if (!PyArg_ParseTuple(args, "sOLip", &name, &given, &batch, &threads, &release_gil))
+  if (!PyArg_ParseTuple(args, "sOLip", &name, &layer_list, &batch, &threads, &release_gil))
     return nullptr;
-  const auto layers = py::cast<std::vector<std::vector<at::Tensor>>>(py::handle(given));
+  const auto layers = py::cast<std::vector<std::vector<at::Tensor>>>(py::handle(layer_list));
   TORCH_CHECK(batch >= 1 && threads >= 1 && !layers.empty() && layers[0].size() >= 2,
               "a stepper needs a batch, a thread and a layer");
   const at::ScalarType stored = layers[0][0].scalar_type();
   const CellFacts& cell = known_cell(name, at::kCPU, stored);
   const Kind* kind = nullptr;
-  for (const Kind& each : kKinds)
-    if (each.type == stored) kind = &each;
+  for (const Kind& candidate : kKinds)
+    if (candidate.type == stored) kind = &candidate;
   TORCH_CHECK(kind, "a stepper computes float32, float64, bfloat16 and float16, not ", stored);
   at::AutoDispatchBelowADInplaceOrView below;
   const bool in_double = stored == at::kDouble;
@@ -401,11 +402,8 @@ PyObject* make(PyTypeObject* type, PyObject* args, PyObject*) {
     recurrence.w_hr = projected ? at(count - 1) : nullptr;
     recurrences.push_back(recurrence);
   }
-  const Storage storage = stored == at::kBFloat16 ? Storage::kBfloat16
-                          : stored == at::kHalf   ? Storage::kFloat16
-                                                  : Storage::kSame;
-  auto stepper =
-      std::make_unique<Stepper>(cell.code(in_double), in_double, storage, batch, sizes, threads);
+  auto stepper = std::make_unique<Stepper>(cell.code(in_double), in_double, storage_of(stored),
+                                           batch, sizes, threads);
   for (size_t l = 0; l < recurrences.size(); ++l)
     stepper->pack(static_cast<int64_t>(l), recurrences[l]);
 

@@ -2,9 +2,9 @@
 //   kName, kGates (G), kStates (S), kSaved (K), kSummed[G], kProjectable
 //   forward(u[G], v[G], s[S], next[S], saved[K])
 //   backward(saved[K], s[S], next[S], dnext[S], du[G], dv[G], ds[S])
-// on a lane type V. For a summed gate v[g] arrives as the sum of both projections, u[g] is not
-// read, and du[g] equals dv[g]. A projectable cell does not read s[0], and ds[0] is zero: state 0
-// comes in through v alone.
+// on a lane type V. For a summed gate, v[g] is the sum of both projections, u[g] is not read, and
+// du[g] equals dv[g]. A projectable cell does not read s[0] and sets ds[0] to zero: state 0 enters
+// through v alone.
 #pragma once
 
 #include "cells.gen.h"
@@ -13,8 +13,8 @@
 namespace fastrnn {
 inline namespace FASTRNN_ISA {
 
-// A bit for each gate that is summed. Device code cannot index kSummed at run time, but it can
-// this.
+// One bit for each gate, set if it is summed. Device code cannot index kSummed at run time, but it
+// can shift these bits.
 template <class Cell>
 constexpr uint64_t summed_gates() {
   static_assert(Cell::kGates <= 64, "a bit for each gate");

@@ -1,8 +1,8 @@
-// Every function a cell may call, written once for float, double and vectors of them: a template on
-// V, which is a scalar in CUDA and in tests, a Vec in the CPU kernels. Call them from within
-// namespace fastrnn, where C's functions of the same names are hidden.
+// All functions that a cell may call. Each is written once, as a template on V: a scalar in CUDA
+// and in tests, a Vec in the CPU kernels. Call them inside namespace fastrnn, where they hide C's
+// functions of the same names.
 //
-// Include this as "math.h" and never put its folder on the path of <...> includes, where it would
+// Include this as "core/math.h". Never put its folder on the path of <...> includes, where it would
 // hide the C library's header.
 //
 // Flags: -ffp-contract=fast (multiply-adds become FMA), -fno-math-errno, -fno-trapping-math; never
@@ -16,9 +16,9 @@
 namespace fastrnn {
 inline namespace FASTRNN_ISA {
 
-// Largest error in units in the last place (ULP) of the true result, wherever that is a normal
-// number, for every instruction set: found by trying all arguments of type float, and for double by
-// sampling every binade; the tests read these. The other functions are exact, correctly rounded, a
+// Largest error, in units in the last place (ULP) of the true result if that is a normal number, on
+// every instruction set. Measured over all arguments of type float and, for double, over samples of
+// every binade; the tests check these bounds. The other functions are exact, correctly rounded, a
 // few correctly rounded operations, or the C library's.
 template <class T>
 struct UlpBound;
@@ -50,8 +50,8 @@ FASTRNN_HD FASTRNN_INLINE V abs(V x) {
   return bit_cast<V>(bit_cast<Bits<V>>(x) & ~sign_bit(splat<V>(-0.0)));
 }
 
-// a > b ? a : b and a < b ? a : b, which give b when either is NaN or both are zero. That is what
-// the instructions of x86 do, but compilers do not find them for vectors.
+// a > b ? a : b and a < b ? a : b, which give b when either is NaN or both are zero. x86 has
+// instructions that do this, but compilers do not find them for vectors.
 template <class V>
 FASTRNN_HD FASTRNN_INLINE V greater(V a, V b) {
 #if defined(__AVX512F__) && !defined(__CUDACC__)
@@ -107,14 +107,14 @@ FASTRNN_HD FASTRNN_INLINE V relu(V x) {
   return at_least(x, 0);
 }
 
-// 0 for NaN, as torch.sign.
+// 0 for NaN, like torch.sign.
 template <class V>
 FASTRNN_HD FASTRNN_INLINE V sign(V x) {
   const V zero{}, one = splat<V>(1);
   return where(x > zero, one, zero) - where(x < zero, one, zero);
 }
 
-// Adding and taking away 2^23 (2^52) rounds to an integer; larger numbers are integers already.
+// Adding and subtracting 2^23 (double: 2^52) rounds to an integer; larger numbers are integers.
 template <class V>
 FASTRNN_HD FASTRNN_INLINE V floor(V x) {
   const V shift = splat<V>(sizeof(Scalar<V>) == 4 ? 0x1p23 : 0x1p52);
@@ -165,7 +165,7 @@ FASTRNN_HD FASTRNN_INLINE V rsqrt(V x) {
   return Scalar<V>(1) / sqrt(x);
 }
 
-// The exponent is a literal in a cell, so the chain of ifs is gone in the code it compiles to.
+// The exponent is a literal in a cell, so the compiler removes the chain of ifs.
 template <class V>
 FASTRNN_HD FASTRNN_INLINE V pow(V x, double exponent) {
   if (exponent == 1) return x;
@@ -185,9 +185,9 @@ FASTRNN_HD FASTRNN_INLINE V pow(V x, double exponent) {
 
 // ---- Exponentials ------------------------------------------------------------------------------
 //
-// e^x = 2^n e^r with n an integer and |r| <= ln 2 / 2. Adding `round` = 1.5 * 2^23 (2^52) to
-// x / ln 2 leaves n in the low bits of the sum, plus whatever small integer was added to `round`;
-// shifting those bits into the place of the exponent gives the power of two.
+// e^x = 2^n e^r with n an integer and |r| <= ln 2 / 2. Adding `round` = 1.5 * 2^23 (double: 2^52)
+// to x / ln 2 leaves n in the low bits of the sum, plus any small integer that was added to
+// `round`; shifting those bits into the exponent field gives the power of two.
 
 template <class S>
 struct ExpConstants;
@@ -200,8 +200,8 @@ struct ExpConstants<float> {
   // kLn2High has so few bits that n * kLn2High is exact, with FMA or without.
   static constexpr float kLn2High = 0x1.63p-1f, kLn2Low = -0x1.bd0106p-13f;
   static constexpr float kLn2 = 0x1.62e43p-1f;
-  static constexpr float kOverflow = 89, kUnderflow = -104;    // e^x is inf, is 0
-  static constexpr float kSmallest = -88;                      // n = -127: 2^n by bits is 0
+  static constexpr float kOverflow = 89, kUnderflow = -104;    // e^x is infinite, 0
+  static constexpr float kSmallest = -88;                      // n = -127: 2^n from its bits is 0
   static constexpr float kExpm1IsMinus1 = -18, kTanhIs1 = 19;  // tanh: for 2 |x|
 };
 
@@ -220,7 +220,7 @@ struct ExpConstants<double> {
 template <class V>
 struct Reduced {
   V r;
-  Bits<V> n;  // n plus the integer in `round`, in the low bits; rubbish above
+  Bits<V> n;  // n plus the integer in `round`, in the low bits; garbage above
 };
 
 template <class V>
@@ -264,7 +264,7 @@ FASTRNN_HD FASTRNN_INLINE V expm1_reduced(V r) {
   return (odd * r + even) * r2 + r;
 }
 
-// 2^n is applied in two factors, so that it may lie outside the range of the type.
+// 2^n is applied as two factors, because it may lie outside the range of the type.
 template <class V>
 FASTRNN_HD FASTRNN_INLINE V exp(V x) {
   using C = ExpConstants<Scalar<V>>;
@@ -274,7 +274,7 @@ FASTRNN_HD FASTRNN_INLINE V exp(V x) {
   return (expm1_reduced(r) + Scalar<V>(1)) * power_of_two<V>(half) * power_of_two<V>(n - half);
 }
 
-// 2^n e^r - 1 from e^r - 1. Half of 2^n is used, which stays finite where the result does.
+// 2^n e^r - 1 from e^r - 1, with half of 2^n, which is finite whenever the result is.
 template <class V>
 FASTRNN_HD FASTRNN_INLINE V expm1(V x) {
   using S = Scalar<V>;
@@ -286,7 +286,7 @@ FASTRNN_HD FASTRNN_INLINE V expm1(V x) {
   return bit_cast<V>(bit_cast<Bits<V>>(half + half) | sign_bit(x));  // -0 for -0
 }
 
-// 1 / (1 + e^-x). Where the result would be subnormal it may be 0.
+// 1 / (1 + e^-x). A result that would be subnormal may be 0.
 template <class V>
 FASTRNN_HD FASTRNN_INLINE V sigmoid(V x) {
   using S = Scalar<V>;
@@ -296,7 +296,7 @@ FASTRNN_HD FASTRNN_INLINE V sigmoid(V x) {
   return S(1) / ((expm1_reduced(r) + S(1)) * power_of_two<V>(n) + S(1));
 }
 
-// E / (E + 2) with E = e^(2|x|) - 1, which keeps all digits near 0; an odd function bit by bit.
+// E / (E + 2) with E = e^(2|x|) - 1, which keeps all digits near 0; odd to the last bit.
 template <class V>
 FASTRNN_HD FASTRNN_INLINE V tanh(V x) {
   using S = Scalar<V>;
@@ -314,8 +314,8 @@ FASTRNN_HD FASTRNN_INLINE V tanh(V x) {
 
 #ifndef __CUDACC__
 
-// While it lives, subnormal results and operands of this thread count as zero: otherwise an
-// operation on them may take a hundred cycles. Does nothing where the processor is not known.
+// While it lives, this thread takes subnormal operands and results for zero: an operation on them
+// may take a hundred cycles. Does nothing on processors other than x86-64 and AArch64.
 class FlushDenormals {
  public:
 #if defined(__x86_64__)
@@ -345,15 +345,6 @@ class FlushDenormals {
   uint64_t saved_;
 #endif
 };
-
-// For the body of a spinning wait.
-FASTRNN_INLINE void cpu_relax() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
 
 #endif  // __CUDACC__
 

@@ -1,4 +1,4 @@
-// How a number lies in memory, as opposed to the type it is computed in.
+// How a number is stored in memory, as opposed to the type it is computed in.
 #pragma once
 
 #include <cstdint>

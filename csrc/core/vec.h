@@ -1,9 +1,9 @@
 // The lane type Vec: registers of float or double, their masks, and how they are read and written.
 //
 // This header and math.h are compiled several times into one library, once per instruction set, so
-// everything lives in an inline namespace named by FASTRNN_ISA and is inlined: no symbol of one
-// build may be picked by the linker for another. For the same reason nothing in them calls inline
-// functions of the C++ library.
+// everything lives in an inline namespace named by FASTRNN_ISA and is inlined: the linker must not
+// pick a symbol of one build for another. For the same reason, nothing here calls inline functions
+// of the C++ library.
 #pragma once
 
 #include <cstdint>
@@ -91,11 +91,11 @@ struct LaneTraits<Vec<double>> {
 template <class V>
 using Scalar = typename LaneTraits<V>::Scalar;
 
-// Unsigned integers of the same width and number as V's lanes.
+// Unsigned integers, as many and as wide as V's lanes.
 template <class V>
 using Bits = typename LaneTraits<V>::Bits;
 
-// What comparing two V gives: bool, or integers 0 and -1 in each lane.
+// The result of a comparison of two V: bool, or an integer in each lane, 0 or -1.
 template <class V>
 using Mask = typename LaneTraits<V>::Mask;
 
@@ -142,7 +142,7 @@ FASTRNN_HD FASTRNN_INLINE M negate(M a) {
 
 #ifndef __CUDACC__
 
-// ---- Memory: the first n lanes, 0 <= n <= lanes<V>(), and not a byte beyond ---------------------
+// ---- Memory: touches only the first n lanes, 0 <= n <= lanes<V>() ------------------------------
 
 template <class V>
 FASTRNN_INLINE V load(const Scalar<V>* from) {
@@ -230,7 +230,7 @@ FASTRNN_INLINE T sum_halves(typename VectorOf<T, bytes>::Type x) {
   }
 }
 
-// The sum of the lanes, halves added to each other until one is left.
+// The sum of the lanes: halves are added to each other until one lane is left.
 template <class V>
 FASTRNN_INLINE Scalar<V> hsum(V x) {
   if constexpr (lanes<V>() == 1) {
@@ -280,7 +280,7 @@ FASTRNN_INLINE V from_bfloat16(Half<V> x) {
   return bit_cast<V>(widen<V>(x) << 16);
 }
 
-// To the nearest, ties to even.
+// Rounds to nearest, ties to even.
 template <class V>
 FASTRNN_INLINE Half<V> to_bfloat16(V x) {
   const Bits<V> bits = bit_cast<Bits<V>>(x);
@@ -300,8 +300,8 @@ FASTRNN_INLINE V from_float16(Half<V> x) {
   constexpr uint32_t rebias = 112u << 23;
   const Bits<V> bits = widen<V>(x), magnitude = (bits & 0x7fffu) << 13;
   const Bits<V> normal = magnitude + rebias;
-  // A subnormal number as the tail of 2^-14: no float here is subnormal, which FlushDenormals
-  // would flush.
+  // A subnormal number becomes the tail of 2^-14: no float here is subnormal, so FlushDenormals
+  // does not flush it.
   const V tail = bit_cast<V>(normal + (1u << 23)) - 0x1p-14f;
   const Bits<V> special = normal + rebias;
   const Bits<V> unsigned_bits = magnitude < (1u << 23)       ? bit_cast<Bits<V>>(tail)
@@ -310,7 +310,7 @@ FASTRNN_INLINE V from_float16(Half<V> x) {
   return bit_cast<V>(unsigned_bits | (bits & 0x8000u) << 16);
 }
 
-// To the nearest, ties to even; infinite from 65520 up.
+// Rounds to nearest, ties to even; magnitudes of 65520 and above become infinite.
 template <class V>
 FASTRNN_INLINE Half<V> to_float16(V x) {
 #if defined(__AVX512F__)
@@ -324,7 +324,7 @@ FASTRNN_INLINE Half<V> to_float16(V x) {
   const Bits<V> bits = bit_cast<Bits<V>>(x), magnitude = bits & 0x7fffffffu;
   const V size = bit_cast<V>(magnitude);
   const Bits<V> normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  // The sum's last place is that of a subnormal result.
+  // The last place of this sum is the last place of a subnormal result.
   const Bits<V> subnormal = bit_cast<Bits<V>>(size + 0.5f) - (126u << 23);
   const Bits<V> infinite = Bits<V>{} + 0x7c00u, not_a_number = Bits<V>{} + 0x7e00u;
   const Bits<V> finite = size < 0x1p-14f ? subnormal : normal;
@@ -356,8 +356,8 @@ FASTRNN_INLINE void store_half(uint16_t* to, Half<V> x, int n) {
   }
 }
 
-// Elements index, ..., index + n - 1 of an array of the given storage. A V of double knows only
-// kSame and does not look.
+// Elements index, ..., index + n - 1 of an array of the given storage. A V of double is always
+// stored as computed and ignores `storage`.
 template <class V>
 FASTRNN_INLINE V load_as(const void* base, int64_t index, int n, Storage storage) {
   if constexpr (sizeof(Scalar<V>) == 4) {

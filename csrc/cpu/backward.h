@@ -1,10 +1,10 @@
 // The backward sweep on a CPU: one chunk of steps, from its end.
 //
 // Per step: the cell's derivative for every unit gives du and dv, then dh = dv * w_hh. Every thread
-// owns a recurrence, a range of sequences, a range of units and one of the columns of h; threads
-// that share sequences need each other's dv once per step. A projected output comes before that: dm
-// = dh * w_hr needs the others' dh. Sums run over the gates in one order whatever the split, so the
-// result does not depend on it.
+// owns a recurrence, a range of sequences, a range of units and a range of the columns of h;
+// threads that share sequences need each other's dv once per step. If the output is projected, the
+// product dm = dh * w_hr comes first and needs the others' dh. Sums run over the gates in the same
+// order for every split, so the result does not depend on the split.
 #pragma once
 
 #include <cstdint>
@@ -24,9 +24,9 @@ class Backward {
   static constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kSaved;
   static constexpr int kLanes = lanes<V>();
 
-  // One row at one step of a recurrence, and where the state before it is.
+  // The location of one row at one step of a recurrence, and of the state before it.
   struct Place {
-    int64_t b, row, earlier;  // batch index, row of y and tape, and the row a step earlier
+    int64_t b, row, earlier;  // batch index, row of y and tape, and that of the previous step
     int64_t out;              // row of the outputs
     bool cut, continues;
   };
@@ -43,7 +43,7 @@ class Backward {
         vectors_((args.hidden + kLanes - 1) / kLanes),
         columns_((args.recurrent + kLanes - 1) / kLanes),
         depth_(G * args.hidden),
-        tape_(S - 1 + K + args.projected) {
+        tape_width_(S - 1 + K + args.projected) {
     const int64_t first = args.begin, last = args.end - 1;
     const Rows& rows = args.rows;
     for (int32_t p = 0; p < args.recurrences; ++p) {
@@ -89,7 +89,8 @@ class Backward {
         const int64_t t = rows.time(step, reverse);
         const int64_t last = sequences.end < rows.live(t) ? sequences.end : rows.live(t);
         if (projected()) {
-          for (int64_t i = sequences.begin; i < last; ++i) arrive(p, step, t, i, columns);
+          for (int64_t i = sequences.begin; i < last; ++i)
+            add_output_gradient(p, step, t, i, columns);
           meet();
           if (last > sequences.begin) unproject(p, t, {sequences.begin, last}, units);
         }
@@ -106,7 +107,7 @@ class Backward {
   T* w_hr(int64_t p) const { return w_hr_ + p * vectors_ * kLanes * args_.recurrent; }
   T* dm(int64_t p, int64_t i) const { return dm_ + (p * args_.rows.batch + i) * vectors_ * kLanes; }
 
-  // Own bands of the columns of w [depth, width]; threads that own the same take turns.
+  // Packs the bands `own` of the columns of w [depth, width]; threads that own the same take turns.
   void pack(const void* w, int64_t width, int64_t depth, Range own, int32_t turn, T* out) const {
     int64_t band = 0;
     for_each_band(own.begin, own.end, [&](int64_t v, auto count) {
@@ -138,11 +139,11 @@ class Backward {
                  ? load_as<V>(recurrence.s0[s], at.b * (s ? H : Q) + unit, n, args_.storage)
                  : splat<V>(0);
     if (s == 0) return load_as<V>(args_.y, at.earlier * Q + unit, n, args_.storage);
-    return load_as<V>(args_.tape, (at.earlier * tape_ + s - 1) * H + unit, n, args_.storage);
+    return load_as<V>(args_.tape, (at.earlier * tape_width_ + s - 1) * H + unit, n, args_.storage);
   }
 
-  // The whole gradient of a projected state 0, all of which goes on to dm; and the state before.
-  void arrive(int64_t p, int64_t step, int64_t t, int64_t i, Range columns) const {
+  // Writes the whole gradient dh of a projected state 0, all of which goes on to dm, and h_prev.
+  void add_output_gradient(int64_t p, int64_t step, int64_t t, int64_t i, Range columns) const {
     const int64_t Q = args_.recurrent;
     const Place at = locate(p, step, t, i);
     T* dh = static_cast<T*>(args_.dh[p]) + at.out * Q;
@@ -170,7 +171,7 @@ class Backward {
                    });
   }
 
-  // du, dv and the gradients that reach the previous states without passing w_hh.
+  // Writes du, dv and the gradients that reach the previous states without passing w_hh.
   void differentiate(int64_t p, int64_t step, int64_t t, int64_t i, Range units) const {
     const Recurrence& recurrence = args_.recurrence[p];
     const int64_t H = args_.hidden;
@@ -182,7 +183,7 @@ class Backward {
       const int n = within<V>(unit, H);
       V saved[K + 1], before[S], next[S], dnext[S], gates_u[G], gates_v[G], dbefore[S];
       const auto taped = [&](int value) {
-        return load_as<V>(args_.tape, (at.row * tape_ + value) * H + unit, n, args_.storage);
+        return load_as<V>(args_.tape, (at.row * tape_width_ + value) * H + unit, n, args_.storage);
       };
       const auto carried = [&](int s) {
         return static_cast<T*>(args_.ds[p * S + s]) + at.b * H + unit;
@@ -216,7 +217,7 @@ class Backward {
     }
   }
 
-  // ds0 += dv * w_hh, but nothing into a step before a cut.
+  // ds0 += dv * w_hh, but no gradient crosses a cut.
   void propagate(int64_t p, int64_t step, int64_t t, Range sequences, Range columns) const {
     const Rows& rows = args_.rows;
     const bool reverse = args_.recurrence[p].reverse;
@@ -237,7 +238,7 @@ class Backward {
   const BackwardArgs& args_;
   const CpuPlan& plan_;
   const int64_t vectors_, columns_;      // vectors of units, and of the columns of h
-  const int64_t depth_, tape_;           // gates, and values on the tape, of a row
+  const int64_t depth_, tape_width_;     // gates of a row, and values of a unit on the tape
   int64_t origin_[2] = {};               // first compact row of the chunk, forward and reverse
   T *w_hh_ = nullptr, *w_hr_ = nullptr;  // [P], bands of columns
   T* dm_ = nullptr;                      // [P][B][padded H]

@@ -17,8 +17,8 @@ namespace fastrnn {
 constexpr int kMaxGates = 16;
 constexpr int kMaxStates = 8;
 
-// Which rows exist at which time. Sequence i is the i-th longest sequence, so the live sequences of
-// a step are always 0 .. live(t)-1. Three layouts:
+// The rows that exist at each time. Sequence i is the i-th longest sequence, so the live sequences
+// of a step are always 0 .. live(t)-1. Three layouts:
 //   dense    all null; row = t*B + b
 //   packed   live_sequences, compact; row = compact[t] + sequence (torch's PackedSequence)
 //   lengths  live_sequences, compact, order; row = t*B + order[sequence]
@@ -28,7 +28,7 @@ struct Rows {
   const int64_t* live_sequences = nullptr;  // [T], non-increasing
   const int64_t* compact = nullptr;         // [T+1], running sum of live_sequences
   const int64_t* order = nullptr;           // [B], sequence -> batch index
-  const uint8_t* resets = nullptr;          // [rows], an episode begins at this row
+  const uint8_t* resets = nullptr;          // [rows], whether an episode begins here
 
   FASTRNN_INLINE int64_t live(int64_t t) const {
     return live_sequences ? live_sequences[t] : batch;
@@ -53,7 +53,7 @@ struct Rows {
     int64_t later = steps - step;
     return later < steps && i < live(later) && resets[row(later, i)];
   }
-  // Whether one begins between `step` and the recurrence's next step.
+  // Whether an episode begins between `step` and the recurrence's next step.
   FASTRNN_INLINE bool cut_after(int64_t step, int64_t i, bool reverse) const {
     return resets && step + 1 < steps && i < live(time(step + 1, reverse)) &&
            cut_before(step + 1, i, reverse);
@@ -64,7 +64,7 @@ struct Rows {
   }
 };
 
-// What sizes a recurrence's weights.
+// The sizes of a recurrence's weights.
 struct RecurrenceSizes {
   int64_t inputs = 0;
   int64_t hidden = 0;
@@ -79,14 +79,14 @@ struct Recurrence {
   const void* w_hh = nullptr;       // [G*H, Q]
   const void* b_ih = nullptr;       // [G*H] or null
   const void* b_hh = nullptr;       // [G*H] or null
-  const void* w_hr = nullptr;       // [Q, H] where state 0 is projected
-  const void* prepacked = nullptr;  // all of these by CompiledCell::pack, or null: pack in the call
+  const void* w_hr = nullptr;       // [Q, H] if state 0 is projected
+  const void* prepacked = nullptr;  // output of CompiledCell::pack; null: the call packs
   const void* s0[kMaxStates] = {};  // [B, Q] for state 0, [B, H] for others, or null for zeros
 };
 
-// What both sweeps share. Row r of recurrence p of `y` begins at (r*P + p)*Q, of `tape` at
-// (r*P + p)*W*H. The tape's W values of [H] each are states 1..S-1 after the step, the saved
-// values, and m where state 0 is projected.
+// Arguments of both sweeps. Row r of recurrence p begins at (r*P + p)*Q in `y` and at (r*P + p)*W*H
+// in `tape`. The tape's W values of [H] each are states 1..S-1 after the step, the saved values,
+// and m if state 0 is projected.
 struct Scan {
   Rows rows;
   int64_t inputs = 0;
@@ -104,40 +104,41 @@ struct ForwardArgs : Scan {
   int64_t x_row = 0;
   void* y = nullptr;                    // [rows, P, Q]
   void* tape = nullptr;                 // [rows, P, W, H] or null for inference
-  void* const* final_states = nullptr;  // [P][S], each as s0
+  void* const* final_states = nullptr;  // [P][S], each shaped like s0
 };
 
-// Numbers in a row of prepacked weights, for every lane type.
+// Numbers in a row of prepacked weights, enough for every vector width.
 constexpr int64_t prepacked_width(int64_t width) { return (width + 15) / 16 * 16; }
 
-// One chunk of steps [begin, end) of every recurrence, walked from its end. Compute type throughout
-// but for dy, y and tape. Outputs hold the live rows of the chunk in time order.
+// One chunk of steps [begin, end) of every recurrence, walked from its end. dy, y and tape are in
+// the storage type, all else in the compute type. Outputs hold the chunk's live rows in time order.
 struct BackwardArgs : Scan {
   int64_t begin = 0;
   int64_t end = 0;
-  // Room for w_hh, and w_hr where state 0 is projected, in the order of the kernel, which depends
-  // on the split of units: the one they were packed for, or 0.
+  // Room for w_hh, and w_hr if state 0 is projected, in the kernel's layout. The layout depends on
+  // split_units; *prepacked_for is the split that they were packed for, or 0.
   void* prepacked = nullptr;
   int32_t* prepacked_for = nullptr;
   const void* dy = nullptr;    // [rows, P, Q] or null for zeros
   const void* y = nullptr;     // [rows, P, Q]
   const void* tape = nullptr;  // [rows, P, W, H]
-  void* const* ds = nullptr;   // [P][S], each as s0: gradient carried in and out
-  // [P] each; a row for every live row:
-  void* const* du = nullptr;      // [G*H]; equals dv where all gates are summed
+  void* const* ds = nullptr;   // [P][S], each shaped like s0: gradient carried in and out
+  // [P] arrays each, with one row per live row:
+  void* const* du = nullptr;      // [G*H]; equals dv if all gates are summed
   void* const* dv = nullptr;      // [G*H]
   void* const* h_prev = nullptr;  // [Q], state 0 before the step
   void* const* dh = nullptr;      // [Q], gradient of state 0 after it; null unless projected
 };
 
-// Gradients of weights, biases and x from du and dv of a chunk. Everything is in the compute type
-// but x; null where a gradient is not wanted. Weights and biases are added to.
+// Gradients of weights, biases and x from du and dv of a chunk. x and tape are in the storage type,
+// all else in the compute type. A null pointer means that its gradient is not wanted. Gradients of
+// weights and biases are added to what is there.
 struct GradientArgs : Scan {
   int64_t depth = 0;  // G*H
   int64_t begin = 0;
   int64_t end = 0;
-  // Room for [P][prepacked_width(I)][G*H], where dx is wanted; the chunk that ends with the last
-  // step fills it.
+  // Room for [P][prepacked_width(I)][G*H] if dx is wanted; the chunk that ends with the last step
+  // fills it.
   void* prepacked = nullptr;
   const void* x = nullptr;  // as in ForwardArgs
   int64_t x_step = 0;
@@ -146,26 +147,27 @@ struct GradientArgs : Scan {
   const void* const* dv = nullptr;
   const void* const* h_prev = nullptr;
   const void* const* dh = nullptr;
-  const void* tape = nullptr;  // [rows, P, tape_width, H], the last value the cell's own output
+  const void* tape = nullptr;  // [rows, P, tape_width, H], the last value being m
   int64_t tape_width = 0;
   void* const* dw_ih = nullptr;  // [P], each [G*H, I]
   void* const* dw_hr = nullptr;  // [P], each [recurrent, H]
   void* const* dw_hh = nullptr;  // [P], each [G*H, recurrent]
   void* const* db_ih = nullptr;  // [P], each [G*H]
   void* const* db_hh = nullptr;  // [P], each [G*H]
-  void* dx = nullptr;            // [rows, I]; added to where there are several recurrences
+  void* dx = nullptr;            // [rows, I]; added to if there are several recurrences
 };
 
-// Numbers that `prepacked` of BackwardArgs has room for.
+// Size of BackwardArgs::prepacked, in numbers.
 inline int64_t prepacked_for_backward(const BackwardArgs& a, int64_t gates) {
   const int64_t hidden = prepacked_width(a.hidden), recurrent = prepacked_width(a.recurrent);
   return a.recurrences * recurrent * hidden * (gates + a.projected);
 }
 
-// One layer of a stepper at one step: its cells, or, after all of these, the projection of their
-// output. States are in the compute type, their rows `stride` apart, a multiple of kPadding.
+// Rows of a stepper's states are padded to a multiple of this.
 constexpr int64_t kPadding = 64;
 
+// One layer of a stepper at one step: its cells or, after all of these, the projection of their
+// output. States are in the compute type, their rows `stride` apart.
 struct StepArgs {
   RecurrenceSizes sizes;
   int64_t batch = 0;
@@ -173,38 +175,37 @@ struct StepArgs {
   const void* x = nullptr;          // [B, I], rows x_row apart
   int64_t x_row = 0;
   Storage x_storage = Storage::kSame;
-  void* converted = nullptr;  // room for [B, I] where x is stored in 16 bits
+  void* converted = nullptr;  // room for [B, I] if x is stored in 16 bits
   int64_t stride = 0;
   const void* h = nullptr;   // [B, Q]
-  void* next_h = nullptr;    // [B, Q], elsewhere
+  void* next_h = nullptr;    // [B, Q], other memory than h
   void* s[kMaxStates] = {};  // [B, H] from state 1 on, changed in place
-  void* m = nullptr;         // [B, H] where state 0 is projected
+  void* m = nullptr;         // [B, H] if state 0 is projected
   void* y = nullptr;         // a copy of next_h, rows y_row apart, or null
   int64_t y_row = 0;
   Storage y_storage = Storage::kSame;
-  int32_t part = 0;  // which part of the units, or columns, of how many
-  int32_t parts = 1;
-  bool descending = false;  // over the weights, whose tail the step before left in the cache
-  bool project = false;
+  int32_t part = 0;         // this part of the units, or of the columns of a projection
+  int32_t parts = 1;        // number of parts
+  bool descending = false;  // from the last panel, which the step before left in the cache
+  bool project = false;     // run the projection instead of the cells
 };
 
-// How the CPU kernel works; chosen by fastrnn/plan.
+// How the CPU kernel runs a problem; fastrnn/plan chooses it.
 struct CpuPlan {
-  int32_t prepacked_weights = 1;  // 0: few rows, weights are read once, as they lie
-  int32_t split_recurrences = 1;  // threads over recurrences x sequences x units
+  int32_t prepacked_weights = 1;  // 0: reads torch's layout, for few rows
+  int32_t split_recurrences = 1;  // threads = recurrences x sequences x units
   int32_t split_sequences = 1;
   int32_t split_units = 1;
-  int64_t chunk_rows = 1;  // rows a thread projects, or all differentiate, at a time
+  int64_t chunk_rows = 1;  // of each thread in the forward pass, of all in the backward pass
 
   FASTRNN_INLINE int32_t threads() const {
     return split_recurrences * split_sequences * split_units;
   }
 };
 
-// A cell compiled for one instruction set; index 0 computes in float, 1 in double. A type that was
-// not compiled has null in every place.
-// A kernel returns false when it ran out of memory. What `pack` writes is for the kernels of the
-// same cell, type and instruction set.
+// A cell compiled for one instruction set. Index 0 computes in float, 1 in double; all pointers of
+// a type that was not compiled are null. Kernels return false when memory runs out. Only kernels of
+// the same cell, type and instruction set can read the output of `pack`.
 struct CompiledCell {
   const char* name;
   int32_t gates;

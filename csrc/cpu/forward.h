@@ -1,10 +1,10 @@
 // The forward sweep on a CPU.
 //
-// Every thread owns a recurrence, a range of sequences and a range of panels of units. Per chunk of
-// steps it projects its rows onto its panels (u stays in cache and never exists whole), then walks
-// the steps. Threads that share sequences exchange h once per step: two buffers of h, one counter
-// each. A projected output takes two exchanges: the cell's m, then h = m * w_hr^T, of which a
-// thread owns a range of columns.
+// Every thread owns a recurrence, a range of sequences and a range of panels of units. For each
+// chunk of steps it projects its rows onto its panels (so u stays in its cache), then walks the
+// steps. Threads that share sequences exchange h once per step, by two buffers of h and a counter
+// for each thread. A projected output takes two exchanges: the cell's m, then h = m * w_hr^T, of
+// which a thread owns a range of columns.
 #pragma once
 
 #include <cstdint>
@@ -29,22 +29,22 @@ class Forward {
   static constexpr int kVectors = Weights::kVectors, kWidth = Weights::kWidth;
   static constexpr int kRows = tile_rows(kVectors);
 
-  // What the threads of one recurrence share.
+  // Memory that the threads of one recurrence share.
   struct Shared : Weights {
     T* h[2];  // [B][padded H], read at even and odd steps
     T* s[S];  // states past the first, [B][padded H]
-    T* m;     // what is projected, [B][padded H]
+    T* m;     // the input of the projection, [B][padded H]
   };
-  // What a thread has for itself, for one chunk.
+  // Memory of one thread, for one chunk.
   struct Scratch {
     T* u;          // [rows][own panels][kWidth]
     const T** x;   // [rows]
-    T* converted;  // [rows][I], where x is stored in 16 bits
+    T* converted;  // [rows][I] if x is stored in 16 bits
   };
-  // A thread's part of every step; numbers past the width of a state are padding.
+  // A thread's part of every step. The ranges may reach past a state's width, into its padding.
   struct Share {
     Range panels, units;  // panels * kUnits
-    Range columns;        // of h: the units, unless it is projected
+    Range columns;        // of h; equal to `units` unless it is projected
     Range sequences;
   };
 
@@ -62,7 +62,7 @@ class Forward {
         padded_(panels_ * kUnits),
         columns_(Weights::columns(sizes_)),
         padded_h_(projected() ? columns_ * kLanes : padded_),
-        tape_(S - 1 + K + args.projected) {}
+        tape_width_(S - 1 + K + args.projected) {}
 
   void place(Arena& arena) {
     const int64_t B = args_.rows.batch, I = args_.inputs;
@@ -109,7 +109,7 @@ class Forward {
  private:
   bool projected() const { return Cell::kProjectable && __builtin_expect(args_.projected, false); }
 
-  // At least one step of all sequences; never more than there is.
+  // At least one step of all sequences, at most all rows.
   int64_t chunk_rows() const {
     const int64_t B = args_.rows.batch, all = B * args_.rows.steps;
     const int64_t rows = plan_.chunk_rows > B ? plan_.chunk_rows : B;
@@ -128,7 +128,7 @@ class Forward {
     return share;
   }
 
-  // Threads of a recurrence that own the same panels pack every other one of them each.
+  // Threads that own the same panels of a recurrence take turns in packing them.
   void pack(const Recurrence& recurrence, const Weights& out, const Share& share,
             int32_t turn) const {
     out.pack(sizes_, recurrence, plan_.prepacked_weights, share.panels, turn,
@@ -139,7 +139,7 @@ class Forward {
                           plan_.split_sequences);
   }
 
-  // The states before the first step.
+  // Sets the states before the first step.
   void start(const Recurrence& recurrence, const Shared& out, const Share& share) const {
     const Rows& rows = args_.rows;
     for (int64_t i = share.sequences.begin; i < share.sequences.end; ++i) {
@@ -227,7 +227,7 @@ class Forward {
     const Range panels = share.panels;
     const int64_t stride = panels.size() * kWidth;
     bool fresh = !me.alone() && step > 0;  // peers may still be writing their part of h
-    // Every other step goes backward over the panels, whose tail is still in the cache.
+    // Every other step walks the panels backward: their tail is still in the cache.
     for (int64_t q = 0; q < panels.size(); ++q) {
       const int64_t at = step & 1 ? panels.size() - 1 - q : q;
       for_each_tile<kRows>(sequences.size(), [&](int64_t first, auto n) {
@@ -260,17 +260,17 @@ class Forward {
                                          : load<V>(recurrence.bias_v + panel * kWidth + v * kLanes);
     }
     const int64_t Q = args_.recurrent;
-    const void* whole = args_.recurrence[p].w_hh;
+    const void* w_hh = args_.recurrence[p].w_hh;
     if (fresh) {
-      // Own part of h first, while the other parts arrive.
-      const int64_t mine = share.columns.begin < Q ? share.columns.begin : Q;
-      const int64_t theirs = share.columns.end < Q ? share.columns.end : Q;
-      product<kTile>(acc, recurrence.w_hh, whole, panel, rows, mine, theirs, Q);
+      // The thread's own part of h comes first, while the other parts arrive.
+      const int64_t begin = share.columns.begin < Q ? share.columns.begin : Q;
+      const int64_t end = share.columns.end < Q ? share.columns.end : Q;
+      product<kTile>(acc, recurrence.w_hh, w_hh, panel, rows, begin, end, Q);
       me.wait_for_peers(done);
-      product<kTile>(acc, recurrence.w_hh, whole, panel, rows, 0, mine, Q);
-      product<kTile>(acc, recurrence.w_hh, whole, panel, rows, theirs, Q, Q);
+      product<kTile>(acc, recurrence.w_hh, w_hh, panel, rows, 0, begin, Q);
+      product<kTile>(acc, recurrence.w_hh, w_hh, panel, rows, end, Q, Q);
     } else {
-      product<kTile>(acc, recurrence.w_hh, whole, panel, rows, 0, Q, Q);
+      product<kTile>(acc, recurrence.w_hh, w_hh, panel, rows, 0, Q, Q);
     }
     const bool reverse = args_.recurrence[p].reverse;
     const int64_t t = args_.rows.time(step, reverse);
@@ -287,9 +287,9 @@ class Forward {
       apply(Constant<false>{});
   }
 
-  // acc += rows[:, k0:k1] * weights of one panel, from the prepacked or from the whole matrix.
+  // acc += rows[:, k0:k1] * one panel of `prepacked`, or of `weights` in torch's layout.
   template <int kTile>
-  FASTRNN_INLINE void product(V (&acc)[kTile][kVectors], const T* prepacked, const void* whole,
+  FASTRNN_INLINE void product(V (&acc)[kTile][kVectors], const T* prepacked, const void* weights,
                               int64_t panel, const T* const* rows, int64_t k0, int64_t k1,
                               int64_t depth) const {
     if (plan_.prepacked_weights) {
@@ -298,14 +298,14 @@ class Forward {
     }
     for (int v = 0; v < kVectors; ++v) {
       const int64_t unit = panel * kUnits + v / G * kLanes;
-      const T* w = static_cast<const T*>(whole) + ((v % G) * args_.hidden + unit) * depth;
+      const T* w = static_cast<const T*>(weights) + ((v % G) * args_.hidden + unit) * depth;
       for (int r = 0; r < kTile; ++r)
         acc[r][v] =
             acc[r][v] + dot_products<T>(w, depth, within<V>(unit, args_.hidden), rows[r], k0, k1);
     }
   }
 
-  // The cell on one vector of units of one row.
+  // Applies the cell to one vector of units of one row.
   template <bool kProjected>
   FASTRNN_INLINE void units(const Shared& recurrence, int64_t p, int64_t step, int64_t t,
                             bool reverse, int64_t i, int64_t unit, const T* h, const T* u,
@@ -322,7 +322,7 @@ class Forward {
 
     const int64_t row = args_.rows.row(t, i) * args_.recurrences + p;
     const auto save = [&](int value, V x) {
-      store_as(args_.tape, (row * tape_ + value) * H + unit, x, live, args_.storage);
+      store_as(args_.tape, (row * tape_width_ + value) * H + unit, x, live, args_.storage);
     };
     if (args_.tape) {
       for (int s = 1; s < S; ++s) save(s - 1, next[s]);
@@ -333,14 +333,14 @@ class Forward {
       store(recurrence.m + at, next[0]);
     else
       store_as(args_.y, row * H + unit, next[0], live, args_.storage);
-    // No state crosses into a new episode: the next step finds zeros.
+    // No state crosses into a new episode: the next step reads zeros.
     if (args_.rows.cut_after(step, i, reverse))
       for (int s = 0; s < S; ++s) next[s] = splat<V>(0);
     if constexpr (!kProjected) store(recurrence.h[(step + 1) & 1] + at, next[0]);
     for (int s = 1; s < S; ++s) store(recurrence.s[s] + at, next[s]);
   }
 
-  // Own columns of h = m * w_hr^T.
+  // Computes the thread's columns of h = m * w_hr^T.
   void project_output(int64_t p, int64_t step, Range sequences, Range columns) const {
     const Shared& recurrence = shared_[p];
     const int64_t H = args_.hidden, Q = args_.recurrent;
@@ -391,7 +391,7 @@ class Forward {
   const RecurrenceSizes sizes_;
   const int64_t panels_, padded_;     // of units
   const int64_t columns_, padded_h_;  // vectors and numbers of h
-  const int64_t tape_;                // values of a unit
+  const int64_t tape_width_;          // values of a unit
   Shared* shared_ = nullptr;
   Scratch* scratch_ = nullptr;
 };

@@ -1,8 +1,8 @@
 // Gradients of weights, biases and input from du and dv of one chunk, while those are in cache.
 //
-// Every thread owns a range of gate rows of all weights, then a range of rows of x. Here rather
-// than in a library because x may be strided, scattered or 16 bits wide, and because libraries
-// reach half the speed of these tiles on some processors.
+// Every thread owns a range of gate rows of all weights, then a range of rows of x. No BLAS library
+// is used, because x may be strided, scattered or 16 bits wide, and because libraries reach half
+// the speed of these tiles on some processors.
 #pragma once
 
 #include <cstdint>
@@ -14,14 +14,6 @@
 
 namespace fastrnn {
 inline namespace FASTRNN_ISA {
-
-// Lanes of the vector at `column` that are columns.
-template <class T>
-FASTRNN_INLINE int live_lanes(int64_t column, int64_t columns) {
-  constexpr int n = lanes<Vec<T>>();
-  const int64_t left = columns - column;
-  return static_cast<int>(left < n ? left : n);
-}
 
 // acc[r][v] += sum over k < depth of a[k][r] * band[k][v].
 template <int kRows, int kVectors, class T>
@@ -52,9 +44,9 @@ FASTRNN_INLINE void multiply_transposed(Vec<T> (&out)[kRows][kVectors], const T*
 
 constexpr int kGateRows = tile_rows(kBandVectors);
 
-// Gates [begin, end) of `depth` rows, tile by tile: [tile][k][gates of the tile]. Rows lie a power
-// of two apart more often than not, where a walk down a column would find no place in a cache; a
-// few rows at a time stay there.
+// Packs the gates of `depth` rows tile by tile: [tile][k][gates of the tile]. The distance of rows
+// is often a power of two, so a walk down a column would use few sets of the cache; a few rows at a
+// time stay in it.
 template <class T>
 void pack_gates(const T* dgates, int64_t stride, Range gates, int64_t depth, T* tiles) {
   constexpr int64_t kBlock = 16;
@@ -70,9 +62,9 @@ void pack_gates(const T* dgates, int64_t stride, Range gates, int64_t depth, T* 
   }
 }
 
-// dw[g, c] += sum over k < depth of the gates' gradients [k, g] * column band c of the rows, for g
-// in `gates`, which were packed into `tiles`.
-// pack(column, width, band) writes band[k][width vectors]; `band` has room for depth of them.
+// dw[g, c] += sum over k < depth of dgates[k, g] * rows[k, c], for g in `gates`. dgates was packed
+// into `tiles`; pack(column, width, band) writes band[k][width vectors] of the rows from `column`
+// on, and `band` has room for `depth` of them.
 template <class T, class Pack>
 void add_weight_gradient(T* dw, int64_t columns, const T* tiles, Range gates, int64_t depth,
                          T* band, const Pack& pack) {
@@ -88,11 +80,11 @@ void add_weight_gradient(T* dw, int64_t columns, const T* tiles, Range gates, in
       V acc[kTile][kWide];
       for (int r = 0; r < kTile; ++r)
         for (int v = 0; v < kWide; ++v)
-          acc[r][v] = load<V>(to + r * columns + v * n, live_lanes<T>(column + v * n, columns));
+          acc[r][v] = load<V>(to + r * columns + v * n, within<Vec<T>>(column + v * n, columns));
       multiply_transposed<kTile, kWide, T>(acc, tiles + first * depth, band, depth);
       for (int r = 0; r < kTile; ++r)
         for (int v = 0; v < kWide; ++v)
-          store(to + r * columns + v * n, acc[r][v], live_lanes<T>(column + v * n, columns));
+          store(to + r * columns + v * n, acc[r][v], within<Vec<T>>(column + v * n, columns));
     });
   });
 }
@@ -107,18 +99,18 @@ void add_bias_gradient(T* db, const T* dgates, int64_t stride, Range gates, int6
     const int64_t first = gates.begin + vector * n;
     V sum[kWide];
     for (int v = 0; v < kWide; ++v)
-      sum[v] = load<V>(db + first + v * n, live_lanes<T>(first + v * n, gates.end));
+      sum[v] = load<V>(db + first + v * n, within<Vec<T>>(first + v * n, gates.end));
     for (int64_t k = 0; k < depth; ++k)
       for (int v = 0; v < kWide; ++v)
         sum[v] = sum[v] + load<V>(dgates + k * stride + first + v * n,
-                                  live_lanes<T>(first + v * n, gates.end));
+                                  within<Vec<T>>(first + v * n, gates.end));
     for (int v = 0; v < kWide; ++v)
-      store(db + first + v * n, sum[v], live_lanes<T>(first + v * n, gates.end));
+      store(db + first + v * n, sum[v], within<Vec<T>>(first + v * n, gates.end));
   });
 }
 
-// Packs the column bands of a row-major matrix [depth, columns] one behind the other; those whose
-// number is `turn` modulo `turns`.
+// Packs every `turns`-th column band of a row-major matrix [depth, columns], beginning with number
+// `turn`; the bands lie one behind the other.
 template <class T>
 void pack_column_bands(const T* matrix, int64_t columns, int64_t depth, T* bands, int32_t turn,
                        int32_t turns) {
@@ -144,11 +136,11 @@ class GradientSweep {
   GradientSweep(const GradientArgs& args, const CpuPlan& plan)
       : args_(args), plan_(plan), width_((args.inputs + kLanes - 1) / kLanes * kLanes) {
     for (int32_t p = 0; p < args.recurrences; ++p)
-      if (live_rows(p) > most_) most_ = live_rows(p);
+      if (live_rows(p) > most_rows_) most_rows_ = live_rows(p);
   }
 
   void place(Arena& arena) {
-    places_ = arena.take<Place>(args_.recurrences * most_);
+    places_ = arena.take<Place>(args_.recurrences * most_rows_);
     scratch_ = arena.take<T>(plan_.threads() * scratch_of_one());
   }
 
@@ -169,13 +161,13 @@ class GradientSweep {
         me.publish(1 + p);
         me.wait_for_all(1 + p);
       }
-      const Place* places = places_ + p * most_;
+      const Place* places = places_ + p * most_rows_;
       const Range own = part_of(live_rows(p), threads, me.index);
       const T* du = static_cast<const T*>(args_.du[p]) + own.begin * args_.depth;
       multiply_bands<T>(du, args_.depth, own.size(), bands(p), args_.depth, 0, width_ / kLanes,
                         [&](int64_t row, int64_t vector, V sum) {
                           const int64_t column = vector * kLanes;
-                          const int live = live_lanes<T>(column, args_.inputs);
+                          const int live = within<Vec<T>>(column, args_.inputs);
                           T* to = static_cast<T*>(args_.dx) +
                                   places[own.begin + row].row * args_.inputs + column;
                           store(to, args_.recurrences > 1 ? load<V>(to, live) + sum : sum, live);
@@ -184,7 +176,7 @@ class GradientSweep {
   }
 
  private:
-  // Where the live rows of a recurrence's chunk lie: elements of x, and rows.
+  // The location of a live row: its first element in x, and its row.
   struct Place {
     int64_t x, row;
   };
@@ -201,7 +193,7 @@ class GradientSweep {
 
   void find_rows(int32_t p) const {
     const Rows& rows = args_.rows;
-    Place* to = places_ + p * most_;
+    Place* to = places_ + p * most_rows_;
     const Range time = times(p);
     for (int64_t t = time.begin; t < time.end; ++t)
       for (int64_t i = 0; i < rows.live(t); ++i) {
@@ -212,24 +204,24 @@ class GradientSweep {
       }
   }
 
-  // band[k][width vectors] from rows in storage, row k beginning at element at(k) of `base`.
+  // Packs band[k][width vectors] from rows in storage; row k begins at element at(k) of `base`.
   template <class At>
   void pack_rows(const void* base, int64_t column, int64_t columns, int width, int64_t depth,
                  T* band, const At& at) const {
     for (int64_t k = 0; k < depth; ++k)
       for (int v = 0; v < width; ++v, band += kLanes) {
         const int64_t c = column + v * kLanes;
-        store(band, load_as<V>(base, at(k) + c, live_lanes<T>(c, columns), args_.storage));
+        store(band, load_as<V>(base, at(k) + c, within<Vec<T>>(c, columns), args_.storage));
       }
   }
 
   void weights(int32_t p, int32_t index, T* tiles) const {
     const Range gates = part_of(args_.depth, plan_.threads(), index);
     const int64_t depth = live_rows(p), stride = args_.depth;
-    T* band = tiles + most_ * most_gates();
+    T* band = tiles + most_rows_ * most_gates();
     const T* du = static_cast<const T*>(args_.du[p]);
     const T* dv = static_cast<const T*>(args_.dv[p]);
-    const Place* places = places_ + p * most_;
+    const Place* places = places_ + p * most_rows_;
     if (args_.dw_ih || (args_.dw_hh && du == dv)) pack_gates(du, stride, gates, depth, tiles);
     if (args_.dw_ih)
       add_weight_gradient(static_cast<T*>(args_.dw_ih[p]), args_.inputs, tiles, gates, depth, band,
@@ -264,20 +256,20 @@ class GradientSweep {
   }
 
   T* bands(int32_t p) const { return static_cast<T*>(args_.prepacked) + p * width_ * args_.depth; }
-  // Gates, or columns of a projected state, that one thread owns at most.
+  // The most gates, or columns of a projected state, that one thread owns.
   int64_t most_gates() const {
     const int64_t all = args_.depth > args_.recurrent ? args_.depth : args_.recurrent;
     return (all + plan_.threads() - 1) / plan_.threads();
   }
-  int64_t scratch_of_one() const { return most_ * (most_gates() + kBandVectors * kLanes); }
+  int64_t scratch_of_one() const { return most_rows_ * (most_gates() + kBandVectors * kLanes); }
 
   static constexpr int kLanes = lanes<V>();
   const GradientArgs& args_;
   const CpuPlan& plan_;
-  const int64_t width_;  // inputs, rounded up to whole vectors
-  int64_t most_ = 0;     // live rows of any recurrence
+  const int64_t width_;    // inputs, rounded up to whole vectors
+  int64_t most_rows_ = 0;  // live rows of any recurrence, at most
   Place* places_ = nullptr;
-  T* scratch_ = nullptr;  // of every thread, packed gates and one band
+  T* scratch_ = nullptr;  // for each thread, packed gates and one band
 };
 
 }  // namespace FASTRNN_ISA

@@ -1,8 +1,8 @@
-// All cells on a CPU, forward and backward, for one instruction set. Compiled once for each
+// Instantiates the CPU kernel for all cells and one instruction set; compiled once for each
 // (FASTRNN_ISA names it).
 //
 // A custom cell is compiled at run time, in the one type that FASTRNN_TYPE names, and in two parts
-// (FASTRNN_PART), which two compilers work on at the same time: 1 has the way forward and the
+// (FASTRNN_PART), which two compilers work on at the same time: 1 has the forward pass and the
 // table, 2 has the backward pass and the stepper.
 #include <type_traits>
 
@@ -38,13 +38,6 @@ FASTRNN_CELLS(FASTRNN_REST)
 
 namespace {
 
-template <class Cell>
-constexpr uint32_t summed_bits() {
-  uint32_t bits = 0;
-  for (int g = 0; g < Cell::kGates; ++g) bits |= uint32_t(Cell::kSummed[g]) << g;
-  return bits;
-}
-
 template <class Cell, class T>
 constexpr void add_code(CompiledCell& to) {
   constexpr int type = std::is_same_v<T, double>;
@@ -69,7 +62,7 @@ constexpr CompiledCell compiled() {
   cell.gates = Cell::kGates;
   cell.states = Cell::kStates;
   cell.saved = Cell::kSaved;
-  cell.summed = summed_bits<Cell>();
+  cell.summed = static_cast<uint32_t>(kSummedGates<Cell>);
   cell.projectable = Cell::kProjectable;
 #ifdef FASTRNN_PART
   add_code<Cell, FASTRNN_TYPE>(cell);

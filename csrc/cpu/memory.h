@@ -1,5 +1,5 @@
-// Where working memory comes from. The first touch of a page costs about a microsecond, several
-// times what the kernel then does to it: large blocks ask for huge pages, and a thread keeps its
+// Allocates working memory. The first touch of a page costs about a microsecond, several times as
+// much as the kernel's work on it: so large blocks ask for huge pages, and a thread keeps its
 // working memory from call to call.
 #pragma once
 
@@ -15,8 +15,8 @@ namespace fastrnn {
 
 constexpr size_t kHugePage = size_t{2} << 20;
 
-// Asks for huge pages where they fit whole into memory that was not touched yet. Where the system
-// has none, nothing happens.
+// Asks for huge pages for the part of the memory that whole ones fit into; it must be untouched.
+// Does nothing on systems without them.
 inline void prefer_huge_pages(void* memory, size_t bytes) {
 #if defined(__linux__)
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kHugePage - 1) & -kHugePage;
@@ -27,8 +27,8 @@ inline void prefer_huge_pages(void* memory, size_t bytes) {
 #endif
 }
 
-// For std::free; null when there is no memory. Huge pages lie in one piece, so that a block as
-// large as a cache finds a place for all of it there.
+// Memory for std::free to free; null when memory runs out. A huge page is contiguous in physical
+// memory, so all of a block as large as a cache finds a place there.
 inline char* allocate(size_t bytes) {
   const size_t unit = bytes < kHugePage ? 128 : kHugePage;
   bytes = (bytes + unit - 1) / unit * unit;
@@ -37,8 +37,8 @@ inline char* allocate(size_t bytes) {
   return block;
 }
 
-// Working memory that a thread keeps from call to call, up to a limit; one user at a time, others
-// get memory of their own.
+// Working memory that a thread keeps from call to call, up to kMost bytes. It has one user at a
+// time; others get memory of their own.
 class CachedMemory {
  public:
   CachedMemory() = default;
@@ -46,7 +46,7 @@ class CachedMemory {
   CachedMemory(const CachedMemory&) = delete;
   CachedMemory& operator=(const CachedMemory&) = delete;
 
-  // Null when there is no memory.
+  // Null when memory runs out.
   char* borrow(size_t bytes) {
     if (lent_ || bytes > kMost) return allocate(bytes);
     if (bytes > size_) {

@@ -24,8 +24,8 @@ struct Prepacked {
   static constexpr int kWidth = kVectors * kLanes;         // numbers in a panel's row
   static_assert(kPadding % kUnits == 0, "padded states hold whole panels");
 
-  T *w_ih, *w_hh;      // [panel][I or Q][kWidth]; not there where weights are read as they lie
-  T *bias_u, *bias_v;  // [panel][kWidth]; v's for gates that are not summed
+  T *w_ih, *w_hh;      // [panel][I or Q][kWidth]; absent if the kernel reads torch's layout
+  T *bias_u, *bias_v;  // [panel][kWidth]; bias_v serves gates that are not summed
   T* w_hr;             // bands of w_hr^T, [padded Q][H]
 
   static int64_t panels(const RecurrenceSizes& n) { return (n.hidden + kUnits - 1) / kUnits; }
@@ -42,7 +42,7 @@ struct Prepacked {
     w_hr = take(matrices && n.projected ? columns(n) * kLanes * n.hidden : 0);
   }
 
-  // Over memory that pack_all() wrote or will write, all of it in one piece.
+  // A view of memory, in one piece, that pack_all() wrote or will write.
   static Prepacked at(const RecurrenceSizes& n, const void* base) {
     Prepacked out;
     T* next = static_cast<T*>(const_cast<void*>(base));
@@ -71,11 +71,11 @@ struct Prepacked {
       if (n.projected) out.pack_projection(n, recurrence, {0, columns(n)}, 0, 1);
   }
 
-  // Every `turns`th of the panels.
-  void pack(const RecurrenceSizes& n, const Recurrence& recurrence, bool matrices, Range which,
+  // Packs every `turns`-th of these panels, beginning with number `turn`.
+  void pack(const RecurrenceSizes& n, const Recurrence& recurrence, bool matrices, Range range,
             int32_t turn, int32_t turns) const {
     const int64_t H = n.hidden, I = n.inputs, Q = n.recurrent;
-    for (int64_t panel = which.begin + turn; panel < which.end; panel += turns) {
+    for (int64_t panel = range.begin + turn; panel < range.end; panel += turns) {
       for (int u = 0; u < kUnitVectors; ++u) {
         const int64_t unit = panel * kUnits + u * kLanes;
         const int live = within<V>(unit, H);
@@ -97,12 +97,12 @@ struct Prepacked {
     }
   }
 
-  // Every `turns`th of the bands that begin at vector which.begin.
-  void pack_projection(const RecurrenceSizes& n, const Recurrence& recurrence, Range which,
+  // Packs every `turns`-th band of these vectors, beginning with number `turn`.
+  void pack_projection(const RecurrenceSizes& n, const Recurrence& recurrence, Range range,
                        int32_t turn, int32_t turns) const {
     const int64_t H = n.hidden;
     int64_t band = 0;
-    for_each_band(which.begin, which.end, [&](int64_t vector, auto count) {
+    for_each_band(range.begin, range.end, [&](int64_t vector, auto count) {
       if (band++ % turns != turn) return;
       for (int v = 0; v < decltype(count)::value; ++v) {
         const int64_t column = (vector + v) * kLanes;
@@ -119,8 +119,8 @@ struct Prepacked {
   }
 };
 
-// Part `index` of `parts` of the columns of a projection, in vectors. Where they were packed for
-// any number of threads at once, no part begins within a band.
+// Part `index` of `parts` of the columns of a projection, in vectors. With `whole_bands`, for
+// weights that were packed for any number of threads, no part begins within a band.
 FASTRNN_INLINE Range columns_of(int64_t vectors, bool whole_bands, int64_t parts, int64_t index) {
   if (!whole_bands) return part_of(vectors, parts, index);
   const Range bands = part_of((vectors + kBandVectors - 1) / kBandVectors, parts, index);

@@ -25,7 +25,7 @@ constexpr int tile_rows(int vectors) {
   return rows < 1 ? 1 : rows > kMaxTileRows ? kMaxTileRows : rows;
 }
 
-// How many numbers of the vector that begins at `at` are within `width`.
+// The number of lanes of the vector at `at` that lie within `width`.
 template <class V>
 FASTRNN_INLINE int within(int64_t at, int64_t width) {
   const int64_t left = width - at;
@@ -39,8 +39,8 @@ FASTRNN_INLINE V broadcast(Scalar<V> value) {
 
 // acc[r][v] += sum over k in [k0, k1) of rows[r][k] * panel[k][v].
 //
-// Two units, each busy for four cycles with a multiply-add, want eight accumulators or more at a
-// time: a tile of few gets more sets of them, over k.
+// Two FMA units with a latency of four cycles need at least eight independent accumulators: a tile
+// with fewer gets several sets of them, over k.
 template <int kRows, int kVectors, class T>
 FASTRNN_INLINE void multiply_block(Vec<T> (&out)[kRows][kVectors], const T* panel,
                                    const T* const* rows, int64_t k0, int64_t k1) {
@@ -86,7 +86,7 @@ FASTRNN_INLINE void multiply_block(Vec<T> (&out)[kRows][kVectors], const T* pane
     }
 }
 
-// The same for a sum of any length: a long one is taken in blocks, which keeps its rounding errors
+// The same for a sum of any length: a long sum is split into blocks, which keeps its rounding error
 // small.
 constexpr int64_t kSumBlock = 256;
 
@@ -113,7 +113,7 @@ FASTRNN_INLINE void multiply(Vec<T> (&out)[kRows][kVectors], const T* panel, con
     multiply_blocks<kRows, kVectors, T>(out, panel, rows, k0, k1);
 }
 
-// Lane l: the dot product of row l of `w` with `x` over [k0, k1); zero for l >= live.
+// Lane l is the dot product of row l of `w` with `x` over [k0, k1); zero for l >= live.
 template <class T>
 Vec<T> dot_products(const T* w, int64_t stride, int live, const T* x, int64_t k0, int64_t k1) {
   using V = Vec<T>;
@@ -143,7 +143,7 @@ Vec<T> dot_products(const T* w, int64_t stride, int live, const T* x, int64_t k0
   return load<V>(sums);
 }
 
-// Calls f with n, 1 <= n <= kMax, as a constant of its type.
+// Calls f(Constant<n>), which makes n, 1 <= n <= kMax, a compile-time constant.
 template <int n>
 struct Constant {
   static constexpr int value = n;
@@ -156,7 +156,8 @@ FASTRNN_INLINE void with_constant(int64_t n, const F& f) {
   f(Constant<kMax>{});
 }
 
-// Cuts `n` rows into the fewest tiles of at most kMax rows, all nearly equal; f(first, rows).
+// Cuts `n` rows into the fewest tiles of at most kMax rows, all nearly equal; calls f(first, rows)
+// for each.
 template <int kMax, class F>
 FASTRNN_INLINE void for_each_tile(int64_t n, const F& f) {
   const int64_t tiles = (n + kMax - 1) / kMax;
@@ -183,7 +184,7 @@ FASTRNN_INLINE void for_each_band(int64_t begin, int64_t end, const F& f) {
 }
 
 // Calls f(row, vector, sum over k < depth of rows[row * stride + k] * matrix[k][vector]) for
-// `count` rows and vectors [begin, end), of which the bands were packed.
+// `count` rows and the vectors [begin, end), whose bands were packed.
 template <class T, class F>
 FASTRNN_INLINE void multiply_bands(const T* rows, int64_t stride, int64_t count, const T* bands,
                                    int64_t depth, int64_t begin, int64_t end, const F& f) {
@@ -205,8 +206,8 @@ FASTRNN_INLINE void multiply_bands(const T* rows, int64_t stride, int64_t count,
   });
 }
 
-// One round of a transposition in registers: vectors i and i + kStride, of which bit kStride of i
-// is clear, exchange the lanes whose bit kStride differs from their own.
+// One round of a transposition in registers: for each i whose bit kStride is clear, vectors i and
+// i + kStride exchange the lanes whose bit kStride differs from their own.
 template <int kStride, class V, int... l>
 FASTRNN_INLINE void exchange_pair(V& low, V& high, std::integer_sequence<int, l...>) {
   constexpr int n = lanes<V>();
@@ -228,8 +229,8 @@ FASTRNN_INLINE void transpose(V* block) {
   }
 }
 
-// panel[k][vector] of `width` vectors, this one being number `at`:
-// lane l of row k = source[(row0 + l) * stride + k], zero for l >= live.
+// Packs vector `at` of panel[k][width vectors]: its lane l in row k is source[l * stride + k], zero
+// for l >= live.
 template <class T>
 void pack_transposed(const T* source, int64_t stride, int live, int64_t depth, T* panel, int width,
                      int at) {
@@ -239,7 +240,7 @@ void pack_transposed(const T* source, int64_t stride, int live, int64_t depth, T
     const int columns = static_cast<int>(depth - k < n ? depth - k : n);
     V block[n];
     for (int l = 0; l < n; ++l) {
-      // Many streams at a time are more than the processor looks ahead for by itself.
+      // The processor's own prefetcher does not follow so many streams at a time.
       if (l < live) __builtin_prefetch(source + l * stride + k + 8 * n);
       block[l] = l < live ? load<V>(source + l * stride + k, columns) : splat<V>(0);
     }
@@ -248,7 +249,7 @@ void pack_transposed(const T* source, int64_t stride, int live, int64_t depth, T
   }
 }
 
-// panel[k][vector] of `width` vectors from columns [0, live) of `depth` rows, zero past them.
+// Packs columns [0, live) of `depth` rows into panel[k][width vectors], with zeros past them.
 template <class T>
 void pack_columns(const T* source, int64_t stride, int64_t live, int64_t depth, T* panel,
                   int width) {

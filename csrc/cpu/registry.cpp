@@ -45,17 +45,17 @@ const std::vector<Isa>& isas() {
 
 const Isa& chosen() {
   static const Isa& isa = []() -> const Isa& {
-    if (const char* asked = std::getenv("FASTRNN_ISA")) {
-      for (const Isa& each : isas())
-        if (each.supported && std::string(asked) == each.name) return each;
+    if (const char* name = std::getenv("FASTRNN_ISA")) {
+      for (const Isa& candidate : isas())
+        if (candidate.supported && std::string(name) == candidate.name) return candidate;
       throw std::runtime_error(
-          std::string("FASTRNN_ISA=") + asked +
+          std::string("FASTRNN_ISA=") + name +
           " is not one of the instruction sets compiled in and supported by this machine; "
           "`python -m fastrnn info` lists them");
     }
     const Isa* best = nullptr;
-    for (const Isa& each : isas())
-      if (each.supported) best = &each;
+    for (const Isa& candidate : isas())
+      if (candidate.supported) best = &candidate;
     return *best;
   }();
   return isa;
@@ -65,7 +65,7 @@ struct Registry {
   std::shared_mutex mutex;
   std::map<std::string, CellFacts, std::less<>> cells;
 
-  // A cell that is known stays in its place: others read it meanwhile.
+  // A known cell is never replaced: other threads may be reading it.
   CellFacts& add(const std::string& name, int32_t gates, int32_t states, int32_t saved,
                  uint32_t summed, bool projectable) {
     auto [place, added] = cells.try_emplace(name);
@@ -93,12 +93,12 @@ struct Registry {
 };
 
 Registry& registry() {
-  static Registry* all = [] {
-    auto* made = new Registry;
-    made->add(chosen().cells());
-    return made;
+  static Registry* instance = [] {
+    auto* registry = new Registry;
+    registry->add(chosen().cells());
+    return registry;
   }();
-  return *all;
+  return *instance;
 }
 
 }  // namespace
@@ -106,16 +106,16 @@ Registry& registry() {
 const CellFacts* find_cell(const std::string& name) {
   Registry& all = registry();
   std::shared_lock lock(all.mutex);
-  auto found = all.cells.find(name);
-  return found == all.cells.end() ? nullptr : &found->second;
+  auto entry = all.cells.find(name);
+  return entry == all.cells.end() ? nullptr : &entry->second;
 }
 
 const CompiledCell& CellFacts::code(bool in_double) const {
-  const CompiledCell* found = compiled[in_double];
-  if (!found)
+  const CompiledCell* cell = compiled[in_double];
+  if (!cell)
     throw std::runtime_error("there is no compiled code for cell '" + name + "' in " +
                              (in_double ? "double" : "float"));
-  return *found;
+  return *cell;
 }
 
 void add_cell_facts(const std::string& name, int32_t gates, int32_t states, int32_t saved,
@@ -149,8 +149,8 @@ bool run_gradients(bool in_double, const GradientArgs& args, const CpuPlan& plan
 
 std::vector<std::string> compiled_isas() {
   std::vector<std::string> names;
-  for (const Isa& each : isas())
-    if (each.supported) names.push_back(each.name);
+  for (const Isa& isa : isas())
+    if (isa.supported) names.push_back(isa.name);
   return names;
 }
 

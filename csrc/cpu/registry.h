@@ -1,4 +1,4 @@
-// Which cells there are, and their compiled code for this machine.
+// The known cells, and their compiled code for this machine.
 #pragma once
 
 #include <atomic>
@@ -9,7 +9,7 @@
 
 namespace fastrnn {
 
-// What the op must know about a cell. Code for CPUs may come later, or never.
+// The facts of a cell that the operator needs. Code for CPUs may be added later, or never.
 struct CellFacts {
   std::string name;
   int32_t gates = 0;
@@ -20,16 +20,16 @@ struct CellFacts {
   std::atomic<const CompiledCell*> compiled[2] = {};  // to compute in float, and in double
 
   bool all_summed() const { return summed == (gates >= 32 ? ~0u : (1u << gates) - 1); }
-  // Values a row keeps per unit: states past the first, what the derivative needs, and state 0
+  // Values on the tape for each row and unit: states past the first, saved values, and state 0
   // before its projection.
   int64_t tape_width(bool projected) const { return states - 1 + saved + projected; }
-  // Its code for CPUs in that type; throws std::runtime_error where there is none.
+  // Its code for CPUs in that type; throws std::runtime_error if there is none.
   const CompiledCell& code(bool in_double) const;
 };
 
-// The facts of a cell, or null. The pointer stays valid for good.
+// The facts of a cell, or null. The pointer stays valid until the process ends.
 const CellFacts* find_cell(const std::string& name);
-// Makes a cell known by its facts alone, unless it is known.
+// Adds a cell by its facts alone, unless it is known.
 void add_cell_facts(const std::string& name, int32_t gates, int32_t states, int32_t saved,
                     uint32_t summed, bool projectable);
 // Adds the cells of a shared library; throws std::runtime_error when it cannot be loaded.
@@ -38,8 +38,8 @@ void load_cells(const std::string& path, const std::string& symbol);
 // The cell-independent part of the backward pass; index 0 computes in float, 1 in double.
 bool run_gradients(bool in_double, const GradientArgs& args, const CpuPlan& plan);
 
-// Instruction sets compiled in, best last, and the one in use: the best this machine has, or the
-// one named by the environment variable FASTRNN_ISA.
+// Instruction sets that are compiled in and that this machine has, best last; and the one in use:
+// the best of them, or the one that the environment variable FASTRNN_ISA names.
 std::vector<std::string> compiled_isas();
 std::string isa_in_use();
 // Widest vector of the instruction set in use.

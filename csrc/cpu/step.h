@@ -1,6 +1,7 @@
 // One layer of a stepper at one time step: no loop over time, no memory of its own, no waiting.
 //
-// A panel is read once: its accumulators begin at the biases, take in x, then h, and end as gates.
+// A panel is read once: its accumulators start at the biases, add the products with x and then h,
+// and end as gates.
 #pragma once
 
 #include <cstdint>
@@ -16,11 +17,11 @@ inline namespace FASTRNN_ISA {
 
 template <class Cell, class T>
 class Step {
-  using P = Prepacked<Cell, T>;
+  using Weights = Prepacked<Cell, T>;
   using V = Vec<T>;
   static constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kSaved;
-  static constexpr int kLanes = P::kLanes, kUnits = P::kUnits, kWidth = P::kWidth;
-  static constexpr int kVectors = P::kVectors;
+  static constexpr int kLanes = Weights::kLanes, kUnits = Weights::kUnits, kWidth = Weights::kWidth;
+  static constexpr int kVectors = Weights::kVectors;
   static constexpr int kRows = tile_rows(kVectors);
 
  public:
@@ -35,10 +36,10 @@ class Step {
   }
 
  private:
-  explicit Step(const StepArgs& args) : args_(args), w_(P::at(args.sizes, args.prepacked)) {}
+  explicit Step(const StepArgs& args) : args_(args), w_(Weights::at(args.sizes, args.prepacked)) {}
 
   void cells() const {
-    const Range panels = part_of(P::panels(args_.sizes), args_.parts, args_.part);
+    const Range panels = part_of(Weights::panels(args_.sizes), args_.parts, args_.part);
     const T* x = static_cast<const T*>(args_.x);
     int64_t x_row = args_.x_row;
     if (args_.x_storage != Storage::kSame) {
@@ -81,11 +82,11 @@ class Step {
         v[r][j] = Cell::kSummed[j % G] ? u[r][j] : load<V>(w_.bias_v + panel * kWidth + j * kLanes);
     multiply<kTile, kVectors, T>(v, w_.w_hh + panel * Q * kWidth, states, 0, Q);
     for (int r = 0; r < kTile; ++r)
-      for (int q = 0; q < P::kUnitVectors; ++q)
+      for (int q = 0; q < Weights::kUnitVectors; ++q)
         units(first + r, panel * kUnits + q * kLanes, &u[r][q * G], &v[r][q * G]);
   }
 
-  // The cell on one vector of units of one row.
+  // Applies the cell to one vector of units of one row.
   FASTRNN_INLINE void units(int64_t i, int64_t unit, const V* u, const V* v) const {
     const int live = within<V>(unit, args_.sizes.hidden);
     if (live == 0) return;
@@ -104,7 +105,7 @@ class Step {
   }
 
   void project() const {
-    const Range columns = columns_of(P::columns(args_.sizes), true, args_.parts, args_.part);
+    const Range columns = columns_of(Weights::columns(args_.sizes), true, args_.parts, args_.part);
     multiply_bands(static_cast<const T*>(args_.m), args_.stride, args_.batch, w_.w_hr,
                    args_.sizes.hidden, columns.begin, columns.end,
                    [&](int64_t i, int64_t vector, V sum) {
@@ -119,7 +120,7 @@ class Step {
   }
 
   const StepArgs& args_;
-  const P w_;
+  const Weights w_;
 };
 
 }  // namespace FASTRNN_ISA

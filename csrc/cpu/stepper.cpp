@@ -10,6 +10,7 @@
 #include <new>
 
 #include "cpu/memory.h"
+#include "cpu/spin.h"
 
 #ifdef __linux__
 #include <linux/futex.h>
@@ -20,22 +21,14 @@
 namespace fastrnn {
 namespace {
 
-// A forked process has none of the threads.
+// A forked process has none of the helpers.
 std::atomic<int64_t> forks{0};
 const int fork_handler = pthread_atfork(nullptr, nullptr, [] { ++forks; });
 
 constexpr int64_t kLine = 128;  // bytes; pairs of cache lines are fetched together
-// About 200 us, some steps of audio at 48 kHz: helpers of a stream that pauses let the core go.
+// About 200 us, a few steps of audio at 48 kHz: helpers of a stream that pauses free their cores.
 constexpr int32_t kSpinsBeforeSleep = 5000;
 constexpr int32_t kSpinsBeforeYield = 1000;
-
-void relax() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
 
 #ifdef __linux__
 void sleep_while(std::atomic<uint32_t>& word, uint32_t value) {
@@ -67,8 +60,8 @@ Stepper::Stepper(const CompiledCell& cell, bool in_double, Storage storage, int6
       stride_(rounded(layers.front().hidden, kPadding)),
       sizes_(layers),
       threads_(threads),
-      number_(in_double ? 8 : 4),
-      stored_(storage == Storage::kSame ? number_ : 2),
+      computed_bytes_(in_double ? 8 : 4),
+      stored_bytes_(storage == Storage::kSame ? computed_bytes_ : 2),
       parts_(new Part[threads]),
       forks_(forks) {
   const int64_t L = this->layers(), buffers = 1 + cell.states;
@@ -76,7 +69,7 @@ Stepper::Stepper(const CompiledCell& cell, bool in_double, Storage storage, int6
   states_.resize(L * buffers);
   args_.resize(threads * L);
   std::vector<char*> projected(L), converted(threads);
-  // Twice: once to count, once to hand out.
+  // The first pass counts the bytes, the second hands them out.
   for (int pass = 0; pass < 2; ++pass) {
     int64_t used = 0;
     char* const base = memory_.get();
@@ -88,16 +81,16 @@ Stepper::Stepper(const CompiledCell& cell, bool in_double, Storage storage, int6
     for (int64_t l = 0; l < L; ++l) {
       weights_[l] = take(cell.prepacked_bytes[in_double](sizes_[l]));
       for (int64_t k = 0; k < buffers; ++k)
-        states_[l * buffers + k] = take(batch * stride_ * number_);
-      projected[l] = take(sizes_[l].projected ? batch * stride_ * number_ : 0);
+        states_[l * buffers + k] = take(batch * stride_ * computed_bytes_);
+      projected[l] = take(sizes_[l].projected ? batch * stride_ * computed_bytes_ : 0);
     }
-    for (char*& each : converted)
-      each = take(storage == Storage::kSame ? 0 : batch * inputs() * number_);
-    x_copy_ = take(batch * inputs() * stored_);
+    for (char*& buffer : converted)
+      buffer = take(storage == Storage::kSame ? 0 : batch * inputs() * computed_bytes_);
+    x_copy_ = take(batch * inputs() * stored_bytes_);
     if (base) continue;
     memory_.reset(allocate(used));
     if (!memory_) throw std::bad_alloc();
-    std::memset(memory_.get(), 0, used);  // padding, states, and pages that are there
+    std::memset(memory_.get(), 0, used);  // zeroes padding and states, and touches every page
   }
   for (int32_t part = 0; part < threads; ++part)
     for (int64_t l = 0; l < L; ++l) {
@@ -125,7 +118,7 @@ Stepper::~Stepper() {
   stop_ = true;
   ++phase_;
   wake_all(phase_);
-  for (std::thread& each : *helpers_) each.join();
+  for (std::thread& helper : *helpers_) helper.join();
   delete helpers_;
 }
 
@@ -136,14 +129,15 @@ void Stepper::pack(int64_t layer, const Recurrence& weights) {
 void Stepper::step(const void* x, int64_t x_row, void* y, int64_t y_row) {
   const auto extent = [&](const void* base, int64_t row, int64_t width) {
     const char* first = static_cast<const char*>(base);
-    const char* last = first + (batch_ - 1) * row * stored_;
-    return std::make_pair(std::min(first, last), std::max(first, last) + width * stored_);
+    const char* last = first + (batch_ - 1) * row * stored_bytes_;
+    return std::make_pair(std::min(first, last), std::max(first, last) + width * stored_bytes_);
   };
   const auto read = extent(x, x_row, inputs()), written = extent(y, y_row, outputs());
   if (read.first < written.second && written.first < read.second) {
     for (int64_t i = 0; i < batch_; ++i)
-      std::memcpy(x_copy_ + i * inputs() * stored_,
-                  static_cast<const char*>(x) + i * x_row * stored_, inputs() * stored_);
+      std::memcpy(x_copy_ + i * inputs() * stored_bytes_,
+                  static_cast<const char*>(x) + i * x_row * stored_bytes_,
+                  inputs() * stored_bytes_);
     x = x_copy_;
     x_row = inputs();
   }
@@ -161,7 +155,7 @@ void Stepper::step(const void* x, int64_t x_row, void* y, int64_t y_row) {
   odd_ = !odd_;
 }
 
-// One part of the phase.
+// Runs one part of the phase.
 void Stepper::run(int32_t part) {
   const int64_t L = layers(), buffers = 1 + cell_.states;
   StepArgs& args = args_[part * L + layer_];
@@ -192,15 +186,15 @@ bool Stepper::run_if_free(int32_t part, uint32_t phase) {
 
 void Stepper::run_phase() {
   if (threads_ == 1) return run(0);
-  // Sequentially consistent, as is the helpers' side: either they see the phase, or this sees them
-  // asleep.
+  // Sequentially consistent, like the helpers' side: either they see the phase, or this thread sees
+  // them asleep.
   const uint32_t phase = ++phase_;
   if (layer_ == 0 && !project_ && asleep_ > 0) wake_all(phase_);
   run(0);
   for (int32_t part = 1; part < threads_; ++part) run_if_free(part, phase);
   for (int32_t part = 1; part < threads_; ++part)
     for (int32_t spins = 0; parts_[part].done.load(std::memory_order_acquire) != phase;) {
-      relax();
+      cpu_relax();
       if (++spins == kSpinsBeforeYield) {
         sched_yield();
         spins = 0;
@@ -212,7 +206,7 @@ void Stepper::help(int32_t part) {
   for (uint32_t seen = 0;;) {
     for (int32_t spins = 0; phase_.load(std::memory_order_acquire) == seen; ++spins) {
       if (spins < kSpinsBeforeSleep) {
-        relax();
+        cpu_relax();
         continue;
       }
       ++asleep_;
@@ -232,23 +226,23 @@ char* Stepper::state(int64_t layer, int32_t s) const {
 void Stepper::reset() {
   for (int64_t l = 0; l < layers(); ++l)
     for (int32_t s = 0; s < cell_.states; ++s)
-      std::memset(state(l, s), 0, batch_ * stride_ * number_);
+      std::memset(state(l, s), 0, batch_ * stride_ * computed_bytes_);
 }
 
 void Stepper::read(int32_t s, void* to) const {
-  const int64_t row = width(s) * number_;
+  const int64_t row = width(s) * computed_bytes_;
   char* at = static_cast<char*>(to);
   for (int64_t l = 0; l < layers(); ++l)
     for (int64_t i = 0; i < batch_; ++i, at += row)
-      std::memcpy(at, state(l, s) + i * stride_ * number_, row);
+      std::memcpy(at, state(l, s) + i * stride_ * computed_bytes_, row);
 }
 
 void Stepper::write(int32_t s, const void* from) {
-  const int64_t row = width(s) * number_;
+  const int64_t row = width(s) * computed_bytes_;
   const char* at = static_cast<const char*>(from);
   for (int64_t l = 0; l < layers(); ++l)
     for (int64_t i = 0; i < batch_; ++i, at += row)
-      std::memcpy(state(l, s) + i * stride_ * number_, at, row);
+      std::memcpy(state(l, s) + i * stride_ * computed_bytes_, at, row);
 }
 
 }  // namespace fastrnn

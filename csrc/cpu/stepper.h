@@ -1,8 +1,8 @@
 // Streaming inference: a stack of layers with its prepacked weights and its states, one step at a
 // time. step() allocates nothing, takes no lock and throws nothing.
 //
-// With several threads each has a part of every layer's units. The caller takes over what a helper
-// has not begun by the time it is needed, so a helper without a core costs speed and not a
+// With several threads, each has a part of every layer's units. The caller takes over the parts
+// that no helper has begun when its own is done, so a helper without a core costs speed, not a
 // deadline. Helpers spin between steps for a while, then sleep; the step that wakes them makes a
 // system call.
 #pragma once
@@ -19,20 +19,21 @@ namespace fastrnn {
 
 class Stepper {
  public:
-  // Layers from the input on; throws std::bad_alloc.
+  // `layers` begins at the input; throws std::bad_alloc.
   Stepper(const CompiledCell& cell, bool in_double, Storage storage, int64_t batch,
           const std::vector<RecurrenceSizes>& layers, int32_t threads);
   ~Stepper();
   Stepper(const Stepper&) = delete;
   Stepper& operator=(const Stepper&) = delete;
 
-  // Takes a copy of the weights of a layer, which are in the compute type.
+  // Copies the weights of a layer, which are in the compute type.
   void pack(int64_t layer, const Recurrence& weights);
-  // x [B, I] to y [B, Q], both as stored, rows that far apart. They may overlap.
+  // x [B, I] to y [B, Q], both in the storage type, with rows x_row and y_row numbers apart. They
+  // may overlap.
   void step(const void* x, int64_t x_row, void* y, int64_t y_row);
-  // All states to zero.
+  // Sets all states to zero.
   void reset();
-  // States number `s` of all layers, [L, B, width] in the compute type.
+  // State `s` of all layers, [L, B, width] in the compute type.
   void read(int32_t s, void* to) const;
   void write(int32_t s, const void* from);
 
@@ -45,7 +46,7 @@ class Stepper {
   int32_t threads() const { return threads_; }
 
  private:
-  // A helper's part, one cache line each: the last phase that somebody began and that is done.
+  // A thread's part, on its own cache line: the last phase in which it was begun, and was done.
   struct alignas(64) Part {
     std::atomic<uint32_t> begun{0};
     std::atomic<uint32_t> done{0};
@@ -64,8 +65,8 @@ class Stepper {
   const int64_t batch_, stride_;
   const std::vector<RecurrenceSizes> sizes_;
   const int32_t threads_;
-  const int64_t number_;  // bytes of one, as computed
-  const int64_t stored_;  // bytes of one, as stored
+  const int64_t computed_bytes_;  // of a number in the compute type
+  const int64_t stored_bytes_;    // of a number in the storage type
 
   struct Free {
     void operator()(char* memory) const;
@@ -73,21 +74,21 @@ class Stepper {
   std::unique_ptr<char, Free> memory_;
   std::vector<char*> weights_;  // [L]
   std::vector<char*> states_;   // [L][2 + states past the first]: h twice, [B][stride] each
-  char* x_copy_ = nullptr;      // where x and y overlap
+  char* x_copy_ = nullptr;      // used if x and y overlap
   std::vector<StepArgs> args_;  // [threads][L]
 
   const void* x_ = nullptr;
   void* y_ = nullptr;
   int64_t x_row_ = 0, y_row_ = 0;
-  bool odd_ = false;  // which of its two places h is in, and which way weights are walked
+  bool odd_ = false;  // whether h is in its second buffer; weights are then read from their end
 
-  // A phase is the cells of a layer, or its projection. What it is may be read by whoever began a
-  // part of it, as it lasts until all parts are done.
+  // A phase is the cells of a layer, or its projection. These two change only when all parts are
+  // done, so a thread that began a part may read them.
   int64_t layer_ = 0;
   bool project_ = false;
   std::unique_ptr<Part[]> parts_;
   std::vector<std::thread>* helpers_ = nullptr;
-  std::atomic<uint32_t> phase_{0};  // counts; helpers wait for the next
+  std::atomic<uint32_t> phase_{0};  // number of the phase; helpers wait for the next
   std::atomic<int32_t> asleep_{0};
   std::atomic<bool> stop_{false};
   int64_t forks_ = 0;

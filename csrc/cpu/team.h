@@ -10,6 +10,7 @@
 #include "core/math.h"
 #include "cpu/contract.h"
 #include "cpu/memory.h"
+#include "cpu/spin.h"
 
 namespace fastrnn {
 inline namespace FASTRNN_ISA {
@@ -25,8 +26,8 @@ FASTRNN_INLINE Range part_of(int64_t n, int64_t parts, int64_t index) {
   return {n * index / parts, n * (index + 1) / parts};
 }
 
-// Part `index` of the sequences such that all parts have about the same number of live rows in
-// steps [begin, end) of time.
+// Part `index` of the sequences, such that all parts have about the same number of live rows at
+// times [begin, end).
 inline Range sequences_of(const Rows& rows, int64_t begin, int64_t end, int64_t parts,
                           int64_t index) {
   if (parts == 1) return {0, rows.batch};
@@ -50,7 +51,7 @@ inline Range sequences_of(const Rows& rows, int64_t begin, int64_t end, int64_t 
   return out;
 }
 
-// One cache line per thread: how far it has come.
+// How far a thread has come, on a cache line of its own.
 struct alignas(64) Progress {
   int64_t value = 0;
 };
@@ -79,8 +80,8 @@ class Member {
   void wait_for_all(int64_t value) const { wait(0, threads_, value); }
 
  private:
-  // A pause takes up to 140 cycles, as long as the news itself: the first looks go without. All of
-  // them take 15 to 50 us: longer than most steps, far less than a time slice.
+  // A pause takes up to 140 cycles, as long as a peer's store takes to arrive: the first spins do
+  // not pause. kSpins take 15 to 50 us: longer than most steps, far less than a time slice.
   static constexpr int32_t kEagerSpins = 64, kSpins = 1000;
 
   void wait(int32_t first, int32_t count, int64_t value) const {
@@ -102,8 +103,8 @@ class Member {
   int32_t peers_;
 };
 
-// Runs body(index) on `threads` threads at once; false, with nothing run, where so many cannot be
-// had (nested parallelism, limits), since members that wait for each other must all exist.
+// Runs body(index) on `threads` threads at once. Returns false and runs nothing if fewer are
+// available (nested parallelism, limits), because members that wait for each other must all exist.
 template <class Body>
 bool run_team(int32_t threads, const Body& body) {
   if (threads == 1) {
@@ -124,7 +125,7 @@ bool run_team(int32_t threads, const Body& body) {
   return complete;
 }
 
-// Memory for one sweep, laid out in two passes: first counted, then handed out.
+// Memory for one sweep, laid out in two passes: the first counts, the second hands out.
 class Arena {
  public:
   Arena() = default;
@@ -139,7 +140,7 @@ class Arena {
     return reinterpret_cast<T*>(at);
   }
   bool ready() const { return base_ != nullptr; }
-  // Ends the counting pass; false when there is no such memory.
+  // Ends the counting pass; false when memory runs out.
   bool allocate() {
     base_ = cached().borrow(used_ + kAlign);
     used_ = 0;
@@ -157,9 +158,9 @@ class Arena {
   size_t used_ = 0;
 };
 
-// Runs a sweep: made from its arguments and a plan, it takes its memory in place(arena), twice, and
-// every thread runs thread(member). On one thread where the plan's number cannot be had; false when
-// there is no memory.
+// Runs a sweep: place(arena), called in both passes, takes its memory; then every thread runs
+// thread(member). Uses one thread if the plan's number is not available; false when memory runs
+// out.
 template <class Sweep, class Args>
 bool run_sweep(const Args& args, const CpuPlan& plan) {
   Sweep sweep(args, plan);

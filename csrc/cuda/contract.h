@@ -14,8 +14,8 @@
 
 namespace fastrnn {
 
-// How numbers are stored, and multiplied by the recurrent weights. Sums, states and their gradients
-// are in float, but for kFloat64; so is the cell's arithmetic.
+// How numbers are stored and multiplied by the recurrent weights. Sums, states, their gradients and
+// the cell's arithmetic are in float, except for kFloat64.
 enum class Precision : int32_t {
   kFloat64 = 0,
   kFloat32 = 1,  // stored and multiplied in float
@@ -26,7 +26,8 @@ enum class Precision : int32_t {
 };
 
 // One launch: every recurrence through the steps [begin, end) of its own direction. All pointers
-// are to memory of the device, contiguous, aligned to 16 bytes.
+// are to memory of the device, contiguous, aligned to 16 bytes. Arrays are in the storage type
+// (`stored`) or in the type of sums (`of sums`: float, or double for kFloat64).
 struct Sweep {
   int64_t steps = 0;  // T
   int64_t batch = 0;  // B, not 0
@@ -34,9 +35,8 @@ struct Sweep {
   int64_t recurrences = 0;
   int64_t begin = 0;
   int64_t end = 0;
-  // Row of the batch's rows at which the chunk begins, for recurrences forward in time and
-  // backward. Row r is row r - base of `u`, `du`, `dv` and `h_prev`, and row r of `y`, `dy`, `tape`
-  // and `resets`.
+  // The row at which the chunk begins, for recurrences forward and backward in time. Row r is row
+  // r - base of `u`, `du`, `dv` and `h_prev`, and row r of `y`, `dy`, `tape` and `resets`.
   int64_t base = 0;
   int64_t base_reverse = 0;
   int64_t chunk_rows = 0;  // rows of `u`, `du`, `dv`, `h_prev` per recurrence
@@ -46,51 +46,50 @@ struct Sweep {
   uint64_t reverse = 0;             // a bit per recurrence
   const int64_t* first = nullptr;   // [T+1] row at which a step begins, packed; null: t*B
   const int64_t* length = nullptr;  // [B] steps of each row of the batch; null: T
-  const uint8_t* resets = nullptr;  // [rows], an episode begins at this row; or null
+  const uint8_t* resets = nullptr;  // [rows], whether an episode begins here; or null
   const void* w_hh = nullptr;       // [P, G*H, H], stored
   // Forward.
-  const void* u = nullptr;     // [P, chunk_rows, G*H], stored; biases are in
+  const void* u = nullptr;     // [P, chunk_rows, G*H], stored; biases included
   const void* b_hh = nullptr;  // [P, G*H], stored, for gates that are not summed; or null
-  void* carry = nullptr;       // [S+1, P, B, H], of sums: states before and then after the chunk;
-                               // the last is room for another state 0
+  void* carry = nullptr;       // [S+1, P, B, H], of sums: states before the chunk, then after it;
+                               // the last is a second buffer for state 0
   void* y = nullptr;           // [rows, P, H], stored; only read in the backward pass
   void* tape = nullptr;        // [rows, P, W, H], stored, or null; only read in the backward pass
-  // Recomputation of a tape that was not saved; u, b_hh, carry, y and tape are as forward has them.
+  // Recomputation of a tape that was not saved; u, b_hh, carry, y and tape are as in forward.
   const void* v = nullptr;  // [P, chunk_rows, G*H], stored: `h_prev` times the recurrent weights
   // Backward, from step end-1 to begin.
   const void* dy = nullptr;  // [rows, P, H], stored, or null for zeros
   const void* s0 = nullptr;  // [S, P, B, H], of sums
-  void* ds = nullptr;        // [S, P, B, H], of sums: gradients of states after and then before
-  void* du = nullptr;        // [P, chunk_rows, G*H], stored; is `dv` where all gates are summed
+  void* ds = nullptr;        // [S, P, B, H], of sums: gradients of states after, then before
+  void* du = nullptr;        // [P, chunk_rows, G*H], stored; is `dv` if all gates are summed
   void* dv = nullptr;        // [P, chunk_rows, G*H], stored
   void* h_prev = nullptr;    // [P, chunk_rows, H], stored: state 0 before each step
-  // Working memory, `workspace_bytes` of it; the launch clears what it needs cleared.
+  // Working memory, see fastrnn_cuda_workspace_bytes; the launch clears what must be zero.
   void* workspace = nullptr;
 };
 
-// How it runs; chosen by fastrnn/plan.
+// How a sweep runs; fastrnn/plan chooses it.
 struct CudaPlan {
   Precision precision = Precision::kFloat32;
   int32_t residency = 0;   // Residency
-  int32_t batch_tile = 8;  // rows of the batch that a group of blocks works on: 8, 16 or 32; of
+  int32_t batch_tile = 8;  // rows of the batch that a group of blocks works on: 8, 16 or 32; for
                            // kStep 16, 32 or 64
-  int32_t blocks = 1;      // of a group, which shares the hidden units of a tile
-  int32_t warps = 4;       // of a block
-  int32_t groups = 1;      // of kGrid, that run at the same time; the others follow
-  // Units of a row group, the share of a warp or of several that split the depth: one of
-  // `CudaTables::row_groups` for the cell's gates, the direction and the batch tile. kStep does not
-  // look at it.
+  int32_t blocks = 1;      // per group; they share the hidden units of a tile
+  int32_t warps = 4;       // per block
+  int32_t groups = 1;      // for kGrid: groups that run at the same time; the others follow
+  // Units of a row group, the part of one warp or of several that split the depth: one of
+  // `CudaTables::row_groups` for the cell's gates, the direction and the batch tile; not for kStep.
   int32_t row_group = 0;
 };
 
 enum Residency : int32_t {
-  kStep = 0,     // a launch a step, weights from the cache: any H, any precision
+  kStep = 0,     // one launch per step, weights from the cache: any H, any precision
   kBlock = 1,    // one block holds all weights of a recurrence
   kCluster = 2,  // a cluster of blocks holds them, and exchanges h through distributed memory
   kGrid = 3,     // a group of blocks anywhere on the device, which exchanges h through the L2 cache
 };
 
-// A row group for which there are persistent kernels, of every precision that has registers for it.
+// A row group that persistent kernels are compiled for, in every precision with enough registers.
 struct CudaRowGroup {
   int32_t backward;    // 0, 1
   int32_t gates;       // G of the cell
@@ -98,26 +97,26 @@ struct CudaRowGroup {
   int32_t units;       // `row_group` of the plan: whole rows of tiles of 16
 };
 
-// What the kernels were compiled with and a plan goes by, so that it knows what a block can hold.
+// Constants that the kernels were compiled with; a plan computes from them what a block can hold.
 // Indices: `backward` 0 or 1; `split` 1 for kTf32x3, else 0; batch tiles in the order given.
 struct CudaTables {
-  int32_t recurrences;  // most of a sweep
+  int32_t recurrences;  // the most of a sweep
   // Persistent kernels. A row group has `tiles` tiles of 16 rows of weights: units * G / 16
   // forward, units / 16 backward.
-  int32_t warps;           // most of a block, and most row groups
-  int32_t k_block_bytes;   // of a row of an operand, which is whole k-blocks
-  int32_t piece_bytes;     // of an operand that travel as one
+  int32_t warps;           // the most of a block; also the most row groups
+  int32_t k_block_bytes;   // of a k-block; a row of an operand is whole k-blocks
+  int32_t piece_bytes;     // of a piece of an operand, which is sent as one
   int32_t row_pad_bytes;   // after a row of an operand in shared memory
-  int32_t fragment_bytes;  // of a tile of weights by half a k-block, and of its sums by 8 columns
-  int32_t gradient_bytes;  // backward, of a state's gradients for 16 units in 8 columns
-  int32_t stop_bytes;      // backward, of a column of a row group: how many steps it has
+  int32_t fragment_bytes;  // of half a k-block of a tile of weights, and of its sums in 8 columns
+  int32_t gradient_bytes;  // backward: of the gradients of a state, 16 units by 8 columns
+  int32_t stop_bytes;      // backward: of the number of steps of a column of a row group
   int32_t barrier_bytes;   // at the end of a block's shared memory
   int32_t k_block_registers;      // of a thread, for a k-block of a tile of weights
-  int32_t staged_gap_bytes[4];    // after n pieces of 8 columns that a warp collects, by n % 4
+  int32_t staged_gap_bytes[4];    // in n pieces of 8 columns that a warp collects, by n % 4
   int32_t batch_tiles[3];         // rows of the batch
-  int32_t registers[2][2][3][4];  // [backward][split][batch tile][tiles - 1, at most 3], of a
-                                  // thread for weights; 0: there is no such kernel
-  // Kernels of a launch a step.
+  int32_t registers[2][2][3][4];  // [backward][split][batch tile][tiles - 1, at most 3]: of a
+                                  // thread, for weights; 0: there is no such kernel
+  // Kernels with one launch per step.
   int32_t step_tiles[3];     // rows of the batch
   int32_t step_units[2][3];  // [backward][step tile] of a block
   // [row_group_count], sorted by the first three fields, the least units first.
@@ -127,15 +126,15 @@ struct CudaTables {
 
 }  // namespace fastrnn
 
-// 0, or a cudaError_t. A cell is known by its name, as in fastrnn/cells.
+// Unless they say otherwise, these return 0 or a cudaError_t. `cell` is a name of fastrnn/cells.
 extern "C" {
 int fastrnn_cuda_forward(const char* cell, const fastrnn::Sweep*, const fastrnn::CudaPlan*,
                          void* stream);
 int fastrnn_cuda_backward(const char* cell, const fastrnn::Sweep*, const fastrnn::CudaPlan*,
                           void* stream);
-// Recomputation: `h_prev`, state 0 before each step, from y and state 0 of s0; then, when `v` is
-// there, the tape (where there is one) and the states past the first in `carry`, before the chunk
-// and then after it.
+// Recomputation. The first call writes `h_prev`, state 0 before each step, from y and state 0 of
+// s0. The second needs `v`: it writes the tape, unless that is null, and carries the states past
+// the first in `carry` from before the chunk to after it.
 int fastrnn_cuda_h_prev(const char* cell, const fastrnn::Sweep*, const fastrnn::CudaPlan*,
                         void* stream);
 int fastrnn_cuda_recompute(const char* cell, const fastrnn::Sweep*, const fastrnn::CudaPlan*,
@@ -143,18 +142,17 @@ int fastrnn_cuda_recompute(const char* cell, const fastrnn::Sweep*, const fastrn
 // Bytes of `workspace` that a launch needs.
 int64_t fastrnn_cuda_workspace_bytes(const char* cell, const fastrnn::Sweep*,
                                      const fastrnn::CudaPlan*, int backward);
-// Bytes of shared memory of a block of a persistent kernel; negative where no block can do its part
-// of such a plan.
+// Shared memory per block of a persistent kernel, in bytes; negative if the plan fits no block.
 int64_t fastrnn_cuda_shared_bytes(const char* cell, const fastrnn::Sweep*, const fastrnn::CudaPlan*,
                                   int backward);
-// How many clusters of `blocks` blocks, each with `shared_bytes` of shared memory, run at the same
-// time on the current device; 0 where there are no clusters, negative for an error.
+// The number of clusters of `blocks` blocks, each with `shared_bytes` of shared memory, that run at
+// the same time on the current device; 0 if it has no clusters, negative for an error.
 int fastrnn_cuda_resident_clusters(int blocks, int threads, int64_t shared_bytes);
-// What a plan goes by; constant, and there as long as the library.
+// The constants that a plan uses; valid while the library is loaded.
 const fastrnn::CudaTables* fastrnn_cuda_tables();
 // The text of an error.
 const char* fastrnn_cuda_error(int error);
-// Names of the cells that it has kernels for, with a space after each.
+// Names of the cells that this library has kernels for, with a space after each.
 const char* fastrnn_cuda_cells();
 // Whether this library runs the kernels in the simulator of the tests, on memory of the CPU.
 int fastrnn_cuda_simulated();

@@ -1,4 +1,4 @@
-// The C interface of csrc/cuda/contract.h: what a call must hold, and which launcher takes it.
+// The C interface of csrc/cuda/contract.h: checks a call and hands it to its launcher.
 
 #include <cstring>
 #include <limits>
@@ -10,7 +10,7 @@
 namespace fastrnn {
 namespace {
 
-// Index in FASTRNN_CELLS; -1 where there is no such cell.
+// Index in FASTRNN_CELLS; -1 if there is no such cell.
 int cell_index(const char* name) {
   int index = 0;
 #define FASTRNN_NAME(Cell)                               \
@@ -25,7 +25,7 @@ bool valid(int cell, const Sweep& s, const CudaPlan& plan) {
   const bool sizes = s.steps > 0 && s.batch > 0 && s.hidden > 0 && s.recurrences > 0 &&
                      s.recurrences <= kMostRecurrences;
   const bool chunk = 0 <= s.begin && s.begin <= s.end && s.end <= s.steps;
-  // Times are 32 bits wide in kernels, and so is the number of a block.
+  // Kernels count times and blocks in 32 bits.
   constexpr int64_t most = std::numeric_limits<int32_t>::max();
   const bool narrow = s.steps < most && s.batch < most && s.hidden < most / 64;
   const bool known = plan.precision >= Precision::kFloat64 &&
@@ -43,8 +43,8 @@ int run(const char* cell, const Sweep& sweep, const CudaPlan& plan, void* stream
   return sweep.begin == sweep.end ? 0 : launch(index, sweep, plan, stream);
 }
 
-// A number of bytes that the persistent kernels of a direction need, by one of their functions;
-// `without` where the plan is for no such kernel.
+// The number of bytes that `function` of the persistent kernels of a direction gives; `without` if
+// the plan is for another kernel.
 using Bytes = int64_t (*)(int cell, const Sweep& sweep, const CudaPlan& plan);
 int64_t bytes(const char* cell, const Sweep& sweep, const CudaPlan& plan, int backward,
               Bytes PersistentKernels::* function, int64_t without) {

@@ -1,5 +1,5 @@
-// What stands between the C interface, csrc/cuda/entry.cu, and the kernels: a launcher per
-// residency and direction. Each returns 0 or a cudaError_t, and launches on `stream` without
+// The launchers of the kernels, one per residency and direction, which the C interface,
+// csrc/cuda/entry.cu, calls. Each returns 0 or a cudaError_t, and launches on `stream` without
 // waiting for it.
 #pragma once
 
@@ -8,12 +8,12 @@
 
 namespace fastrnn {
 
-// The errors that launchers return on their own account, which are CUDA's.
+// Errors of CUDA that launchers return for calls that they refuse themselves.
 constexpr int kInvalidValue = 1;          // cudaErrorInvalidValue
 constexpr int kInvalidConfiguration = 9;  // cudaErrorInvalidConfiguration: the plan does not fit
 
-// Whatever a launcher compiles once per cell: `with_cell(cell, [&](auto c) { ... decltype(c) ...
-// })` calls it with an object of the cell of that index, which is one of FASTRNN_CELLS.
+// Calls f with an object of the cell of that index in FASTRNN_CELLS, so that f is compiled once per
+// cell: `with_cell(cell, [&](auto c) { ... decltype(c) ... })`.
 template <class F>
 int with_cell(int cell, F f) {
   int index = 0;

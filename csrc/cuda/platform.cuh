@@ -1,9 +1,9 @@
-// What differs between a GPU and the simulator of the tests, spelled twice: inline PTX, builtins,
-// launches. A kernel uses these and plain C++, no more: the same file is compiled by nvcc, and by a
-// C++ compiler with -DFASTRNN_CUDASIM, to run on the CPU (tests/cudasim).
+// Everything that differs between a GPU and the simulator of the tests, written for both: inline
+// PTX, builtins, launches. Kernels use only these and plain C++: the same file is compiled by nvcc
+// and, with -DFASTRNN_CUDASIM, by a C++ compiler, to run on the CPU (tests/cudasim).
 //
-// Functions of one shape stay apart even so: each is its instruction, what the simulator has in its
-// place, and a trap where the GPU lacks it, and is to be read beside the manual by itself.
+// Functions of the same shape stay apart, so that each can be checked against the manual by itself:
+// it is one instruction, its simulation, and a trap for GPUs that lack it.
 //
 // Clusters, mbarriers and asynchronous stores need compute capability 9.0. Below that these
 // functions trap, so that every kernel compiles for every GPU.

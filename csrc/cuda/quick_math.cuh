@@ -1,11 +1,11 @@
-// The numbers that a cell computes with in the persistent kernels: floats whose exponentials and
-// quotients are the GPU's own, which take one or two instructions where csrc/core/math.h takes
-// twenty. A step of a persistent kernel is short enough for that to count.
+// The number types of cells in the persistent kernels: floats whose exponentials and quotients are
+// the GPU's own functions. They take one or two instructions, those of csrc/core/math.h twenty, and
+// a step of a persistent kernel is short enough for that to count.
 //
 // `Quick` differs from math.h by some 1e-7 of the result, or of 1 for the sigmoid of large numbers;
-// TF32 and 16-bit products, whose sums are its arguments, are off by far more. In `Rough` the
-// hyperbolic tangent has 11 good bits, three more than bfloat16; a sigmoid has all of Quick's,
-// since an error of a forget gate near 1 would grow with every step.
+// its arguments, sums of TF32 or 16-bit products, have far larger errors. `Rough` has a tanh with
+// 11 correct bits, three more than bfloat16, and Quick's sigmoid, because an error of a forget gate
+// near 1 would grow with every step.
 #pragma once
 
 #include "core/math.h"
@@ -23,7 +23,7 @@ struct QuickFloat {
 
   __device__ __forceinline__ QuickFloat operator-() const { return -x; }
 
-  // Functions that mixed arguments convert to.
+  // Friends, so that mixed arguments convert to QuickFloat.
   friend __device__ __forceinline__ QuickFloat operator+(QuickFloat a, QuickFloat b) {
     return a.x + b.x;
   }
@@ -51,7 +51,7 @@ struct QuickFloat {
     return a.x != b.x;
   }
 
-  // Instead of the templates of math.h.
+  // These replace the templates of math.h.
   friend __device__ __forceinline__ QuickFloat sigmoid(QuickFloat a) {
     constexpr float kLog2e = 1.44269504f;
     return platform::reciprocal(1 + platform::exp2(-kLog2e * a.x));

@@ -1,6 +1,6 @@
-// The tape of steps whose output is known, for a backward pass that saved nothing else. No unit
-// waits for another here: the products with the recurrent weights are one for all steps, and the
-// host's.
+// Recomputes the tape of steps whose output is known, after a forward pass that saved nothing else.
+// No unit waits for another: the host computes the products with the recurrent weights, one product
+// for all steps.
 
 #include "core/cell.h"
 #include "cuda/launch.h"
@@ -10,12 +10,13 @@ namespace fastrnn {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kMostBlocks = 1024;  // along the steps, where these do not depend on each other
+constexpr int kMostBlocks = 1024;  // along the steps, if these are independent
 
 // ---- Kernels -----------------------------------------------------------------------------------
 
-// State 0 before each step, from the output: where the step begins an episode zero, at the first
-// step of a row the initial state. A thread has a unit of a row of the batch, in some of the steps.
+// Writes state 0 before each step: the output before it, zero if the step begins an episode, or the
+// initial state at the first step of a row. A thread has a unit of a row of the batch, in some of
+// the steps. Per step: B*H numbers in and out.
 template <class Stored, class Sum>
 __global__ void __launch_bounds__(kThreads) h_prev_rows(const Sweep sweep) {
   const Recurrence at(sweep, blockIdx.z);
@@ -39,10 +40,10 @@ __global__ void __launch_bounds__(kThreads) h_prev_rows(const Sweep sweep) {
   }
 }
 
-// The cell at every step, from both projections. Units are independent, and so are steps of a cell
-// that has no state but the output; the others walk through them, and load several ahead. Before
-// the first step of a chunk stand the states that the backward pass wants to see there.
-// Per step: 2*G*B*H numbers in, (S - 1 + K)*B*H out.
+// Applies the cell to both projections of every step. Units are independent, and so are the steps
+// of a cell with one state; for other cells a thread walks through the steps and loads several
+// ahead. The states before the chunk go into the tape's row before it, where the backward pass
+// reads them. Per step: (2*G + 1)*B*H numbers in, (S - 1 + K)*B*H out.
 template <class Cell, class Stored, class Sum>
 __global__ void __launch_bounds__(kThreads) recompute(const Sweep sweep) {
   constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kSaved, kWidth = S - 1 + K;
@@ -75,7 +76,7 @@ __global__ void __launch_bounds__(kThreads) recompute(const Sweep sweep) {
   struct Given {
     Stored u[G], v[G], before;
   };
-  const int stride = gridDim.y;  // 1, where steps depend on each other
+  const int stride = gridDim.y;  // 1 if steps depend on each other
   for (int first = low + blockIdx.y; first < high; first += kAhead * stride) {
     Given ahead[kAhead];
 #pragma unroll
@@ -125,7 +126,7 @@ __global__ void __launch_bounds__(kThreads) recompute(const Sweep sweep) {
 
 // ---- Launches ----------------------------------------------------------------------------------
 
-// f(a stored number, a number of sums)
+// Calls f with a number of the storage type and one of the type of sums.
 template <class F>
 int with_types(Precision precision, F f) {
   switch (precision) {

@@ -1,9 +1,8 @@
-// Where the rows of a sweep lie and which of them live at a step, on the device. All kernels share
-// this; kernels/gpu/triton/common.py has the same functions for Triton.
+// The location of a sweep's rows and which of them live at a step, for device code. All kernels
+// share this; kernels/gpu/triton/common.py has the same functions for Triton.
 //
-// Row b of the batch lives while t < stop(b). A recurrence's step before another is the one before
-// in its own direction. Steps and times are 32 bits wide (fastrnn_cuda_forward refuses more),
-// offsets 64.
+// Row b of the batch lives while t < stop(b). `Before` means before in the recurrence's own
+// direction. Steps and times are 32 bits wide (fastrnn_cuda_forward refuses more), offsets 64.
 #pragma once
 
 #include "cuda/contract.h"
@@ -27,14 +26,14 @@ struct Recurrence {
     return reverse ? static_cast<int>(sweep.steps) - 1 - step : step;
   }
 
-  // Steps of a row of the batch; none past the batch.
+  // The number of steps of a row of the batch; 0 past the batch.
   __device__ __forceinline__ int stop(int64_t b) const {
     if (b >= sweep.batch) return 0;
     return static_cast<int>(sweep.length ? sweep.length[b] : sweep.steps);
   }
 
-  // The steps [low, high) of the chunk at which any of some rows lives, `longest` being the most
-  // steps of one of them. May be empty, with high < low.
+  // The steps [low, high) of the chunk at which any of some rows lives; `longest` is the most steps
+  // of one of them. May be empty, with high < low.
   __device__ __forceinline__ int low(int longest) const {
     const int begin = static_cast<int>(sweep.begin);
     const int starts = static_cast<int>(sweep.steps) - longest;
@@ -45,7 +44,7 @@ struct Recurrence {
     return !reverse && longest < end ? longest : end;
   }
 
-  // Whether an episode begins between the step before and this one, at a row that lives at t: then
+  // Whether an episode begins between the step before and this one, in a row that lives at t. Then
   // the step begins from zeros, and no gradient passes to the step before.
   __device__ __forceinline__ bool cut(int t, int64_t b, int stop) const {
     if (sweep.resets == nullptr) return false;
@@ -58,17 +57,17 @@ struct Recurrence {
     return reverse ? t + 1 >= stop : t == 0;
   }
 
-  // The time of the step before, where there is one.
+  // The time of the step before, if there is one.
   __device__ __forceinline__ int time_before(int t) const { return reverse ? t + 1 : t - 1; }
 
   // ---- Places -----------------------------------------------------------------------------------
 
-  // The row of the batch's rows, for t < stop(b).
+  // The row of `y` for row b of the batch, for t < stop(b).
   __device__ __forceinline__ int64_t row(int t, int64_t b) const {
     return (sweep.first ? sweep.first[t] : t * sweep.batch) + b;
   }
 
-  // The row of this recurrence in `u`, `du`, `dv` and `h_prev`, to be multiplied by its width.
+  // The row of this recurrence in `u`, `du`, `dv` and `h_prev`, to be multiplied by their width.
   __device__ __forceinline__ int64_t chunk_row(int64_t row) const {
     return p * sweep.chunk_rows + row - (reverse ? sweep.base_reverse : sweep.base);
   }
@@ -94,7 +93,7 @@ struct Recurrence {
     return ((j * sweep.recurrences + p) * sweep.batch + b) * sweep.hidden;
   }
 
-  // The offsets of a gate: of its weights [H, H] in `w_hh` and its biases [H] in `b_hh`.
+  // The offsets of a gate's weights [H, H] in `w_hh` and of its biases [H] in `b_hh`.
   __device__ __forceinline__ int64_t weights(int gates, int g) const {
     return (p * gates + g) * sweep.hidden * sweep.hidden;
   }

@@ -1,5 +1,5 @@
-// What a plan has to know of the kernels, as plain data: `CudaTables` of csrc/cuda/contract.h.
-// Every number comes from the header that the kernels themselves are compiled with.
+// The constants of the kernels that a plan needs, as plain data: `CudaTables` of
+// csrc/cuda/contract.h. Every number comes from a header that the kernels are compiled with.
 
 #include <vector>
 
@@ -13,7 +13,7 @@ namespace {
 
 constexpr int kBatchTiles[] = {8, 16, 32};
 
-// Whether some cell has so many gates.
+// Whether any cell has this number of gates.
 bool has_cell_of(int gates) {
   bool found = false;
 #define FASTRNN_HAS(Cell) found = found || Cell::kGates == gates;
@@ -39,7 +39,7 @@ std::vector<CudaRowGroup> row_groups() {
   return all;
 }
 
-// The bytes of all gaps after so many pieces.
+// The bytes of all gaps in kPieces pieces of 8 columns.
 template <int kPieces>
 constexpr int staged_gap() {
   return tile::staged_bytes<kPieces>() - 8 * kPieces * tile::kPiece;

@@ -1,4 +1,4 @@
-// The sweep from the end in one launch: the recurrent weights stay on chip, the steps are a loop.
+// The backward sweep in one launch: the recurrent weights stay on chip, the steps are a loop.
 
 #include "cuda/persistent/launch.cuh"
 #include "cuda/quick_math.cuh"
@@ -13,10 +13,10 @@ using tile::Layout;
 
 // ---- Traits ------------------------------------------------------------------------------------
 
-// A row group has kTiles times 16 units; its product adds up, over the gates of all units, what of
-// their gradients reaches state 0 of these. Of the result an *item* is 8 units in 8 columns, two
-// numbers to a thread. The warps of a row group, each with a slice of the product, share out the
-// items, because the cell's arithmetic takes as long as the product.
+// A row group has kTiles times 16 units; its product adds up, over the gates of all units, the part
+// of their gradients that reaches state 0 of these. An *item* is 8 units of the result in 8
+// columns, two numbers per thread. The warps of a row group, each with a slice of the product,
+// share the items, because the cell's arithmetic takes as long as the product.
 template <class Cell_, Precision precision_, int kTiles_, int kColumnTiles_>
 struct Traits {
   using Cell = Cell_;
@@ -32,7 +32,7 @@ struct Traits {
   static constexpr int kGatePieces = 8 * kSize / tile::kPiece;  // of an item's column, per gate
   static constexpr int kPieces = kGates * kGatePieces;
   static constexpr int kTaped = kStates - 1 + kSaved;
-  // Of a row group in shared memory: gradients of states, and steps of the rows of the batch.
+  // Shared memory of a row group: gradients of states, and steps of the rows of the batch.
   static constexpr int kGradients = kTiles * kColumnTiles * kStates * tile::kGradient;
   static constexpr int kOwn = kGradients + kColumns * tile::kStop;
   using Format = tile::Format<precision>;
@@ -53,7 +53,7 @@ struct Traits {
   }
 };
 
-// What the cell's derivative reads at a step, as it is stored, for both numbers of an item.
+// The inputs of the cell's derivative at a step, as stored, for both numbers of an item.
 template <class X>
 struct Values {
   typename X::Stored saved[2][X::kSaved + 1], before[2][X::kStates], after[2][X::kStates], dy[2];
@@ -65,13 +65,12 @@ struct Values {
 
 // A group of blocks takes one recurrence and one tile of kColumns rows of the batch through all
 // steps, from the last. A block owns the columns of the weights for some units, in registers and
-// then in shared memory, where the gradients of these units' states lie too, in float. dv is what
-// the blocks exchange, as tile::Exchange has it; operand i is the dv of the step before in this
-// loop:
+// then in shared memory, which also holds the gradients of these units' states, in float. A block
+// waits only in the exchange of dv (see tile::Exchange), for the blocks of its group; operand i is
+// the dv of the previous iteration:
 //   wait for dv of all units -> R^T * dv -> add up the slices -> cell -> send dv -> store it.
-// What the cell reads of an item is loaded two items ahead: for most plans that is a whole step.
-// Per step and group, C being kColumns: 2*G*H*H*C FLOP; (S + K + 2)*H*C numbers in, (G + 1)*H*C
-// out.
+// The cell's inputs are loaded two items ahead: for most plans that is a whole step. Per step and
+// group, with C = kColumns: 2*G*H*H*C FLOP; (S + K + 2)*H*C numbers in, (G + 1)*H*C out.
 template <class X>
 __global__ void __launch_bounds__(tile::kThreads, 1)
     persistent_backward(const Sweep sweep, const Launched launched) {
@@ -112,7 +111,7 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
   exchange.begin();
 
   const int first_unit = (rank * layout.groups + group) * X::kUnits;
-  const bool computes = first_unit < hidden;  // this warp
+  const bool computes = first_unit < hidden;  // whether this warp has units
   typename X::Product product;
   if (computes) {
     const Stored* w_hh = static_cast<const Stored*>(sweep.w_hh) + at.weights(G, 0);
@@ -125,20 +124,20 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
     });
   }
 
-  // This warp's items are slice, slice + slices, ...: octets of units, and of each octet the column
-  // tiles.
+  // This warp's items are slice, slice + slices, ..., counted over octets of units and, within an
+  // octet, column tiles.
   const auto item = [&](int i) { return slice + i * layout.slices; };
   const auto unit = [&](int i) { return first_unit + item(i) / kColumnTiles * 8; };
   const auto column = [&](int i) { return item(i) % kColumnTiles * 8; };
   int items = 0;
   while (item(items) < X::kItems && unit(items) < hidden) ++items;
-  const int pair = lane % 4 * 2;  // of an item's columns, this one and the next
+  const int pair = lane % 4 * 2;  // this thread's columns of an item: this one and the next
   const auto gradient = [&](int i, int k) -> float2& {
     return reinterpret_cast<float2*>(own)[(item(i) * S + k) * kWarp + lane];
   };
   float* states = static_cast<float*>(sweep.ds);
-  // visit(i, k, n, b): every state of each item, its unit, and the row of the batch that is the
-  // first of the item's two.
+  // Calls visit(i, k, n, b) for every state k of each item i, with this thread's unit n and the
+  // first, b, of its two rows of the batch.
   const auto each_state = [&](const auto& visit) {
 #pragma unroll 1
     for (int i = 0; i < items; ++i) {
@@ -153,7 +152,7 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
     gradient(i, k) = x;
   });
 
-  // Of a step of the loop its time, and where the rows of the tile begin then.
+  // The time of a loop step, and the tile's first row at that time.
   const auto time = [&](int step) { return at.time(high - 1 - step > 0 ? high - 1 - step : 0); };
   const auto row = [&](int step) { return at.row(time(step), b0); };
   const auto fetch = [&](Values<X>& to, int i, int t, int64_t row0, int64_t row0_before) {
@@ -173,7 +172,7 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
       for (int k = 1; k < S; ++k) to.after[e][k] = tape[taped + (k - 1) * hidden];
       if (sweep.dy != nullptr) to.dy[e] = static_cast<const Stored*>(sweep.dy)[here + n];
       if (at.initial(t, stop)) {
-        // They came in as stored numbers, so that nothing is lost.
+        // s0 was converted from stored numbers, so nothing is lost.
         const float* s0 = static_cast<const float*>(sweep.s0) + n;
 #pragma unroll
         for (int k = 0; k < S; ++k)
@@ -196,8 +195,8 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
   if (items > 0) fetch(even, 0, time(0), row0, row0_before);
   if (items > 1) fetch(odd, 1, time(0), row0, row0_before);
   char* staging = shared + layout.staging + warp * layout.staged;
-  const int gate_stride = launched.residency == kBlock ? padded : 8;  // where `place` says
-  uint32_t passes = 0;  // a bit per number: the product of the next operand is part of it
+  const int gate_stride = launched.residency == kBlock ? padded : 8;  // in a row at `place`
+  uint32_t passes = 0;  // a bit per number: whether the next product is added to it
   const auto add_product = [&](int i, float2 x) {
     const float2 sum = tile::sum_of<X::kItems>(layout, shared, group, item(i));
     if (passes >> 2 * i & 1) x.x += sum.x;
@@ -264,13 +263,13 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
       });
 #pragma unroll
       for (int k = 0; k < S; ++k) gradient(i, k) = ds[k];
-      // The next item in this place: of this step still, or of the next.
+      // Loads the item that is processed next from these values: of this step, or of the next.
       const bool still = i + 2 < items;
       if (still || step + 1 < steps) {
         fetch(given, still ? i + 2 : i % 2, still ? t : time(step + 1), still ? row0 : row0_before,
               still ? row0_before : row0_later);
       }
-      // Nobody waits for these.
+      // No other thread waits for these stores.
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         if (!alive[e]) continue;

@@ -1,5 +1,5 @@
-// How the operand of the next step gets from the warps that compute it to all blocks of a group: in
-// shared memory, through a cluster's, or through the L2 cache.
+// The exchange of a step's operand: from the warps that compute it to all blocks of their group,
+// through shared memory, through that of a cluster, or through the L2 cache.
 #pragma once
 
 #include "cuda/persistent/product.cuh"
@@ -9,8 +9,8 @@ namespace tile {
 
 constexpr int kFlag = 128;  // bytes from a flag to the next, a line of the L2 cache
 
-// Bytes of working memory that a group of a grid needs: flags, which must be zero before the launch
-// and lie side by side for all groups, and B twice.
+// Bytes of workspace for a group of a grid: flags, which must be zero before the launch and lie
+// side by side for all groups, and an area for B twice.
 __host__ __device__ constexpr int64_t flag_bytes(const Layout& at) {
   return int64_t{at.active} * kFlag;
 }
@@ -18,9 +18,9 @@ __host__ __device__ constexpr int64_t area_bytes(const Layout& at, int columns) 
   return int64_t{2} * columns * at.exchanged;
 }
 
-// A warp collects what it sends in eight rows of kPieces. At one time it writes eight numbers side
-// by side into rows 0, 2, 4 and 6, or 1, 3, 5 and 7, and it reads eight pieces in the order of
-// rows. Gaps before some rows, bytes before row n all told, keep either from meeting in a bank.
+// A warp collects the pieces that it sends in eight rows of kPieces. At a time it writes eight
+// adjacent numbers into rows 0, 2, 4 and 6, or 1, 3, 5 and 7, or reads eight pieces in the order of
+// rows. Gaps before some rows, in all these bytes before row n, avoid bank conflicts of both.
 template <int kPieces>
 __host__ __device__ constexpr int staged_gaps(int n) {
   constexpr int kTogether = kPieces % 2 != 0 ? 8 : kPieces % 4 != 0 ? 4 : 2;
@@ -31,32 +31,31 @@ constexpr int staged_bytes() {
   return 8 * kPieces * kPiece + staged_gaps<kPieces>(7);
 }
 
-// How the operand of the next step gets from the warps that compute it to all blocks of the group.
 // Operand 0 lies in `first()` when the loop begins, `wait(i)` gives operand i, `send` takes pieces
 // of operand i + 1, and every thread calls `sent` after the last of them. All threads of a block
 // call `wait` and `sent` for the same operands.
 //
-// Of a grid operand i lies in global memory, and is copied from there into shared memory unless it
-// is read in place; operand 0 is not there then.
+// In a grid, operand i lies in global memory and is copied into shared memory, unless it is read in
+// place; then there is no operand 0.
 //
-// Two places for B are enough. A block writes into operand i + 1's place, or a peer's, after it has
-// received all of operand i. Each warp that read operand i - 1, from the same place, had a part in
-// some piece of operand i, which was sent only after that warp had finished reading.
+// Two buffers for B are enough. A block writes operand i + 1 into a buffer, its own or a peer's,
+// after it has received all of operand i. Each warp that read operand i - 1, from the same buffer,
+// had a part in some piece of operand i, which was sent only after that warp had finished reading.
 struct Exchange {
   const Layout& at;
   int residency;
   int rank;            // of this block in its group
   int columns;         // of B: rows of the batch
-  int operands;        // how many there will be: the loop's steps, operand 0 included
+  int operands;        // their number, operand 0 included
   char* tiles;         // B in shared memory
-  uint64_t* barriers;  // of a cluster: one for each place, counting bytes
+  uint64_t* barriers;  // of a cluster: one for each buffer, counting bytes
   char* area;          // of a grid: B twice in global memory, rows `exchanged` bytes apart
-  char* flags;         // of a grid: the operand that a block has sent, one per block
+  char* flags;         // of a grid: the last operand that each block has sent
 
   __device__ __forceinline__ char* first() const { return tiles; }
 
-  // Before operand 0 is written. `begin` makes shared memory ready, a place that no piece reaches
-  // included; after `ready` no block is behind.
+  // Call `begin` before operand 0 is written: it clears the buffers, padding included, and sets up
+  // barriers. After `ready`, the block, or all of the cluster, has done so.
   __device__ __forceinline__ void begin() const {
     const int bytes = at.tile * (residency == kGrid ? 1 : 2);
     for (int i = threadIdx.x * 16; i < bytes; i += blockDim.x * 16)
@@ -77,21 +76,21 @@ struct Exchange {
       __syncthreads();
   }
 
-  // Before a block changes what all blocks made operand 0 of. Where there is another operand, or
-  // a cluster or a block that was `ready`, all have; else the blocks of a grid wait for each other.
+  // Call before overwriting the states that every block read to build operand 0. A later operand,
+  // or `ready` in a cluster or a lone block, proves that all read them; else the grid waits here.
   __device__ __forceinline__ void settle() const {
     if (residency != kGrid || operands > 1) return;
     sent(1);
     await(1);
   }
 
-  // Before a block leaves: its peers may still write into its shared memory.
+  // Call before a block returns: its peers may still write into its shared memory.
   __device__ __forceinline__ void end() const {
     if (residency == kCluster) platform::cluster_sync();
   }
 
-  // A warp without units does not wait for a cluster's operands: nothing that it sends would keep
-  // the others from coming two phases further, which looks as if none had passed.
+  // A warp without units must not wait on the cluster barrier: nothing that it sends holds its
+  // peers back, so they could run two phases ahead, which parity cannot tell from none.
   __device__ __forceinline__ const char* wait(int i, bool computes) const {
     if (residency == kGrid) {
       if (i > 0) await(i);
@@ -104,16 +103,16 @@ struct Exchange {
       if (i > 0) __syncthreads();
     } else {
       if (i > 0 && computes) platform::barrier_wait(&barriers[place], (i - 1) >> 1 & 1);
-      // Its next phase: no byte for it is on the way before this warp has sent its part.
+      // Announces the next phase: no byte of it can arrive before this warp has sent its part.
       if (threadIdx.x == 0 && i + 2 < operands)
         platform::barrier_expect(&barriers[place], columns * at.exchanged);
     }
     return tiles + place * at.tile;
   }
 
-  // Where a thread writes what its warp is going to send of operand i, eight columns from `column`
-  // on: it has two of them, 2 (lane % 4) and the next, whose rows are `pitch` bytes apart. A lone
-  // block writes into the operand itself, from `offset` on.
+  // The address at which a thread writes its part of operand i, for its warp to send: of the eight
+  // columns from `column` on it has two, 2 (lane % 4) and the next, whose rows are `pitch` bytes
+  // apart. A lone block writes into the operand itself, from `offset` on.
   struct Place {
     char* to;
     int pitch;
@@ -122,7 +121,7 @@ struct Exchange {
   __device__ __forceinline__ Place place(int i, const char* staging, int column, int offset) const {
     const bool alone = residency == kBlock;
     const int pair = threadIdx.x % 4 * 2;
-    // A choice of numbers, not of pointers, lets the compiler see that this is shared memory.
+    // A choice of offsets, not of pointers, lets the compiler see that this is shared memory.
     const int own = static_cast<int>(staging - tiles);
     const int first = alone ? (i & 1) * at.tile + column * at.pitch + offset : own;
     const int pitch = alone ? at.pitch : kPieces * kPiece;
@@ -130,14 +129,14 @@ struct Exchange {
     return {tiles + first + pair * pitch + gaps, pitch};
   }
 
-  // Sends, of eight columns from `column` on, kPieces pieces each, which lie in `staging`. Piece q
-  // goes to `offset(q)` in the row of B; one past the row's end does not go.
+  // Sends kPieces pieces, which lie in `staging`, of each of eight columns from `column` on. Piece
+  // q goes to `offset(q)` in the row of B; a piece past the row's end is not sent.
   template <int kPieces, class Offset>
   __device__ __forceinline__ void send(int i, const char* staging, int column,
                                        Offset offset) const {
     if (residency == kBlock) return;
     constexpr int kAll = 8 * kPieces;
-    constexpr int kAtOnce = kAll % kWarp == 0 ? kWarp : kAll % 16 == 0 ? 16 : 8;  // lanes, a peer
+    constexpr int kAtOnce = kAll % kWarp == 0 ? kWarp : kAll % 16 == 0 ? 16 : 8;  // lanes per peer
     const int lane = threadIdx.x % kWarp, place = i & 1;
     __syncwarp();
 #pragma unroll
@@ -158,7 +157,7 @@ struct Exchange {
             value;
       }
     }
-    __syncwarp();  // before the next pieces are written over these
+    __syncwarp();  // before the next pieces overwrite these
   }
 
   __device__ __forceinline__ void sent(int i) const {
@@ -169,7 +168,7 @@ struct Exchange {
   }
 
  private:
-  // Until all blocks of a grid's group have sent operand i.
+  // Waits until all blocks of a grid's group have sent operand i.
   __device__ __forceinline__ void await(int i) const {
     if (threadIdx.x < kWarp) {
       const int lane = threadIdx.x;

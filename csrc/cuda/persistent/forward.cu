@@ -15,9 +15,9 @@ using tile::Layout;
 
 // ---- Traits ------------------------------------------------------------------------------------
 
-// A row group has the rows of all gates for kOctets times 8 units. In the order octet, gate, unit
-// they are halves of tiles of 16 rows, so that a thread gets the sums of all gates of unit lane / 4
-// of each octet, and the cell's arithmetic needs nothing from other threads.
+// A row group has the rows of all gates for kOctets times 8 units, in the order octet, gate, unit:
+// the units of a gate are half a tile of 16 rows. So a thread gets the sums of all gates of unit
+// lane / 4 of each octet, and the cell's arithmetic needs nothing from other threads.
 template <class Cell_, Precision precision_, int kOctets_, int kColumnTiles_>
 struct Traits {
   using Cell = Cell_;
@@ -51,12 +51,11 @@ struct Traits {
 
 // A group of blocks takes one recurrence and one tile of kColumns rows of the batch through all
 // steps. A block owns the weights of some units, in registers and then in shared memory; a warp of
-// slice 0 owns their states, in float, and computes them anew at each step:
+// slice 0 owns their states, in float, and updates them at each step:
 //   wait for h of all units -> R*h -> add up the slices -> cell -> send h -> store y and tape.
-// u of the next step is loaded before the wait, so that it is there when it is needed. Only the
-// exchange (see tile::Exchange) makes blocks wait, for those of their group.
-// Per step and group, C being kColumns: 2*G*H*H*C FLOP; G*H*C numbers of u in, (S + K)*H*C of y and
-// tape out.
+// u of the next step is loaded before the wait, so that it is there when it is needed. A block
+// waits only in the exchange (see tile::Exchange), for the blocks of its group. Per step and group,
+// with C = kColumns: 2*G*H*H*C FLOP; G*H*C numbers of u in, (S + K)*H*C of y and tape out.
 template <class X>
 __global__ void __launch_bounds__(tile::kThreads, 1)
     persistent_forward(const Sweep sweep, const Launched launched) {
@@ -79,7 +78,7 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
   // The columns and the units of this thread: 8j + 2 (lane % 4) + e, and 8o + lane / 4.
   const int column = lane % 4 * 2;
   const int unit = (rank * layout.groups + group) * kOctets * 8 + lane / 4;
-  const bool computes = unit - lane / 4 < hidden;  // this warp
+  const bool computes = unit - lane / 4 < hidden;  // whether this warp has units
   int stop[kColumnTiles][2];
 #pragma unroll
   for (int j = 0; j < kColumnTiles; ++j) {
@@ -104,7 +103,7 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
   }
   exchange.begin();
 
-  // Operand 0 is state 0 as it comes in, of all units; every block reads it for itself.
+  // Operand 0 is state 0 of all units before the chunk; every block reads all of it.
   float* carry = static_cast<float*>(sweep.carry);
   for (int n = warp; n < X::kColumns && b0 + n < sweep.batch; n += blockDim.x / kWarp) {
     const float* from = carry + at.state(0, b0 + n);
@@ -132,7 +131,7 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
   float s[S][kOctets][kColumnTiles][2] = {};
   float bias[kOctets][G] = {};
   Stored u[kOctets][G][kColumnTiles][2] = {};
-  // visit(k, o, j, e, b): every state of this thread, and its row of the batch.
+  // Calls visit(k, o, j, e, b) for every state of this thread, with its row b of the batch.
   const auto each_state = [&](const auto& visit) {
 #pragma unroll
     for (int o = 0; o < kOctets; ++o) {
@@ -163,7 +162,7 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
       }
     }
   }
-  // u of eight columns at one time.
+  // Loads u of eight columns at one time.
   const auto fetch = [&](int t, int j) {
     const Stored* from = static_cast<const Stored*>(sweep.u) +
                          at.chunk_row(at.row(t, b0)) * (G * sweep.hidden) + unit;
@@ -242,13 +241,13 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
                                       [&](int piece) { return offset + piece * tile::kPiece; });
             fetch(at.time(low + i + 1), j);
           }
-          // Nobody waits for these.
+          // No other thread waits for these stores.
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             if (t >= stop[j][e]) continue;
             const int n = 8 * j + column + e;
             Stored* y = static_cast<Stored*>(sweep.y) + at.output(row0) + unit;
-            // All rows are there, on the way forward: no `tape_base`.
+            // The forward pass has the tape of all rows: no `tape_base`.
             Stored* tape = static_cast<Stored*>(sweep.tape) + at.output(row0) * X::kTaped + unit;
             const int y_row = n * static_cast<int>(sweep.recurrences) * hidden;
 #pragma unroll
@@ -296,7 +295,7 @@ struct Direction : tile::Forward {
 
 const PersistentKernels kPersistentForward = persistent::entry<Direction>();
 
-// All persistent kernels allow the same: a block on a multiprocessor.
+// The same for all persistent kernels: each runs one block per multiprocessor.
 int resident_clusters(int blocks, int threads, int64_t shared_bytes) {
   return with_cell(0, [&](auto cell) {
     using Cell = decltype(cell);

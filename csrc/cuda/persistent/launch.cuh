@@ -1,9 +1,8 @@
-// What the persistent kernels of both directions have in common: how a plan becomes a launch.
+// How a plan becomes a launch, for the persistent kernels of both directions.
 //
-// Each of them has a `Direction`, which says
-//   Traits<Cell, precision, units, kColumnTiles>: those of the kernel for row groups of so many
-//   units
-//     and tiles of 8 * kColumnTiles columns; X::need(hidden) is what it needs of a block
+// Each direction has a struct `Direction` with
+//   Traits<Cell, precision, units, kColumnTiles>: the traits X of the kernel for row groups of that
+//     many units and tiles of 8 * kColumnTiles columns; X::need(hidden) gives its needs
 //   kernel<X>(): the kernel
 //   registers, row_groups: as in `tile::Forward` and `tile::Backward`
 #pragma once
@@ -17,20 +16,19 @@
 namespace fastrnn {
 namespace persistent {
 
-// What a launch knows that kernels need, besides the sweep. Both kernels begin by saying where a
-// thread is in it, in names of their own: their lambdas capture those, and could not capture the
-// names of a value that is taken apart.
+// The argument of the kernels besides the sweep. Both kernels derive a thread's position from it in
+// local variables, because their lambdas could not capture structured bindings.
 struct Launched {
   tile::Layout at;
   int residency;
-  int first;    // group of this launch
+  int first;    // first group of this launch
   int tiles;    // of the batch
   int blocks;   // of a group, those without units included
   char* flags;  // of a grid
   char* areas;
 };
 
-// The exchange of a group of blocks, `task`, in its block of this rank.
+// The exchange of the group of blocks `task`, for its block of this rank.
 template <class X>
 __device__ __forceinline__ tile::Exchange exchange_of(const Launched& launched, int task, int rank,
                                                       int operands, char* shared) {
@@ -46,7 +44,7 @@ __device__ __forceinline__ tile::Exchange exchange_of(const Launched& launched, 
           launched.flags + task * tile::flag_bytes(at)};
 }
 
-// The most of what kLanes recurrences side by side have, in each of them.
+// The largest value of kLanes adjacent lanes, in each of them.
 template <int kLanes>
 __device__ __forceinline__ int most_of_lanes(int most) {
 #pragma unroll
@@ -62,7 +60,7 @@ tile::Layout lay_out(const Sweep& sweep, const CudaPlan& plan) {
   return tile::lay_out(X::need(sweep.hidden), plan);
 }
 
-// Groups of blocks: one for each recurrence and tile of the batch.
+// The number of groups of blocks: one for each recurrence and tile of the batch.
 inline int64_t batch_tiles(const Sweep& sweep, const CudaPlan& plan) {
   return (sweep.batch + plan.batch_tile - 1) / plan.batch_tile;
 }
@@ -70,7 +68,7 @@ inline int64_t groups(const Sweep& sweep, const CudaPlan& plan) {
   return sweep.recurrences * batch_tiles(sweep, plan);
 }
 
-// f(X{}) with the traits for a row group of `units`.
+// Calls f(X{}) with the traits for a row group of `units`.
 template <class Direction, class Cell, Precision precision, int kColumnTiles, int kIndex = 0,
           class F>
 int with_units(int units, F f) {
@@ -110,7 +108,7 @@ int with_columns(const CudaPlan& plan, F f) {
   }
 }
 
-// f(X{}) with the traits of the kernel for a cell and a plan.
+// Calls f(X{}) with the traits of the kernel for a cell and a plan.
 template <class Direction, class F>
 int with_traits(int cell, const CudaPlan& plan, F f) {
   const bool one = plan.residency == kBlock && plan.blocks == 1;
@@ -187,7 +185,7 @@ int64_t workspace_bytes(int cell, const Sweep& sweep, const CudaPlan& plan) {
   return bytes;
 }
 
-// Negative where no block can do its part.
+// Negative if the plan fits no block.
 template <class Direction>
 int64_t shared_bytes(int cell, const Sweep& sweep, const CudaPlan& plan) {
   int64_t bytes = -1;

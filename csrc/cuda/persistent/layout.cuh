@@ -1,8 +1,7 @@
 // How a group of blocks shares the product of a persistent kernel, and what a block holds. A plan
-// decides by the same rules: `CudaTables` of csrc/cuda/contract.h says what they go by.
+// decides by the same rules, with the constants in `CudaTables` of csrc/cuda/contract.h.
 //
-// This header has no device code of its own. The letters and the units of the depth are those of
-// csrc/cuda/persistent/product.cuh.
+// This header has no device code. csrc/cuda/persistent/product.cuh explains A, B and the depth.
 #pragma once
 
 #include "cuda/contract.h"
@@ -12,10 +11,10 @@ namespace fastrnn {
 namespace tile {
 
 constexpr int kWarp = 32;
-constexpr int kMaxWarps = 8;  // of a block: a thread of 8 warps may have 255 registers
+constexpr int kMaxWarps = 8;  // of a block: a thread of 8 warps can have 255 registers
 constexpr int kThreads = kWarp * kMaxWarps;
 constexpr int kKBlock = 64;            // bytes of the depth
-constexpr int kPiece = 16;             // bytes of the depth that travel as one
+constexpr int kPiece = 16;             // bytes of the depth that are sent as one
 constexpr int kRowPad = 16;            // bytes: rows of ldmatrix are an odd number of pieces apart
 constexpr int kFragment = kWarp * 16;  // bytes of a tile of A, 16 rows by half a k-block
 constexpr int kKBlockRegisters = 8;    // of a thread, for a k-block of a tile of A
@@ -27,30 +26,30 @@ constexpr int operand_bytes(Precision precision) {
   return precision == Precision::kBfloat16 || precision == Precision::kFloat16 ? 2 : 4;
 }
 
-// ---- What goes where ---------------------------------------------------------------------------
+// ---- Layout of a launch ------------------------------------------------------------------------
 
 // How a group of blocks shares a product, and a block's shared memory. A *row group* is the rows
-// that one warp sums up, `tiles` times 16. Where a block has more warps than row groups, several
-// warps share a row group and each takes a slice of the depth.
+// that one warp sums up, `tiles` times 16. If a block has more warps than row groups, several warps
+// share a row group and each takes a slice of the depth.
 struct Layout {
   int groups;     // row groups of a block
-  int active;     // blocks that have any: those of rank 0 and up
+  int active;     // blocks with row groups: ranks 0 to active - 1
   int slices;     // of the depth
   int k_blocks;   // of a row of B
   int depth;      // k-blocks of a slice; the last slices may have fewer or none
-  int resident;   // of these, how many stay in registers; the others lie in shared memory
+  int resident;   // those of a slice that stay in registers; the others lie in shared memory
   int exchanged;  // bytes of a row of B that blocks compute and exchange, the rest is zero
   int pitch;      // bytes from a row of B to the next
-  int tile;       // bytes of B in shared memory, all columns; 0 where it stays in global memory
-  // Places in shared memory: B (once or twice), weights, partial sums, a place for each warp to
-  // collect what it sends, what row groups keep, and mbarriers.
+  int tile;       // bytes of B in shared memory, all columns; 0 if it stays in global memory
+  // Offsets in shared memory, after B (once or twice): weights, partial sums, `staged` bytes for
+  // each warp to collect the pieces that it sends, memory of row groups, and mbarriers.
   int weights, partial, staging, staged, own, barriers;
   int64_t bytes;  // of shared memory
 
   constexpr int warps() const { return groups * slices; }
 };
 
-// What a launch needs to know of a kernel to lay it out.
+// The needs of a kernel, from which its layout follows.
 struct Need {
   int64_t row_groups;  // of all blocks together
   int64_t exchanged;   // bytes of a row of B
@@ -58,13 +57,12 @@ struct Need {
   int columns;         // of B: rows of the batch
   int resident;        // k-blocks of a slice for which there are registers
   int staged;          // bytes that a warp collects at a time
-  int own = 0;         // bytes that a row group keeps; then all its warps take part: `share_sums`
-  bool in_place = false;  // of a grid's B, warps read their slices where it lies, in global memory
+  int own = 0;  // bytes that a row group keeps; if any, its warps share the sums: `share_sums`
+  bool in_place = false;  // in a grid, warps read their slices of B in global memory
 };
 
-// The layout for `plan.blocks` blocks of at most `plan.warps` warps. A block holds at most
-// kMaxWarps row groups: `groups` is 0 where there are more. Whether `bytes` are there is for the
-// device to say.
+// The layout for `plan.blocks` blocks of at most `plan.warps` warps. `groups` is 0 if a block would
+// have more than kMaxWarps row groups. Whether the device has `bytes` is not checked.
 constexpr Layout lay_out(const Need& need, const CudaPlan& plan) {
   Layout at{};
   const int64_t groups = (need.row_groups + plan.blocks - 1) / plan.blocks;
@@ -102,15 +100,15 @@ constexpr Layout lay_out(const Need& need, const CudaPlan& plan) {
 
 // ---- Registers and row groups of a direction ---------------------------------------------------
 
-// The units of a row group for which there are kernels, for a cell of so many gates and tiles of so
-// many times 8 columns; 0 stands for none.
+// The units of row groups that kernels are compiled for, given a cell's number of gates and the
+// number of column tiles, of 8 columns each; 0 stands for none.
 struct RowGroups {
   int units[3];
 };
 
-// Registers of a thread that hold weights: of 255, less the sums, the operand under way, states and
-// input of the cell, which grow with the number of columns and of tiles. That no kernel spills is
-// the measure; tests compile them all. 0 where there is no kernel.
+// Registers of a thread that hold weights: 255 less the sums, the operand in flight, and states and
+// inputs of the cell, which grow with the number of columns and of tiles. The criterion is that no
+// kernel spills; tests compile them all. 0 if there is no kernel.
 struct Forward {
   static constexpr int registers(bool split, int tiles, int column_tiles) {
     constexpr int kWhole[3][4] = {{128, 128, 96, 96}, {96, 96, 72, 64}, {48, 48, 24, 32}};
@@ -118,8 +116,8 @@ struct Forward {
     return (split ? kSplit : kWhole)[column_tiles / 2][tiles < 4 ? tiles - 1 : 3];
   }
 
-  // It has the rows of all gates of its units: as few units as make whole tiles, or as many as make
-  // up to four.
+  // A row group has the rows of all gates of its units: the fewest units that make whole tiles, or
+  // the most that make up to four.
   static constexpr RowGroups row_groups(int gates, int column_tiles) {
     const int few = gates % 2 == 0 ? 8 : 16;
     const int many = 64 / gates / few * few;
@@ -128,13 +126,13 @@ struct Forward {
 };
 
 struct Backward {
-  // Whole k-blocks, counted for one tile; splitting numbers in parts takes some.
+  // Whole k-blocks of one tile; the parts of split numbers take some.
   static constexpr int registers(bool split, int tiles, int column_tiles) {
     const int parts = !split ? 0 : tiles * column_tiles >= 8 ? 6 : 4;
     return kKBlockRegisters * ((column_tiles == 4 ? 8 : 10) - parts);
   }
 
-  // It has one row for each of its units.
+  // A row group has one row for each of its units.
   static constexpr RowGroups row_groups(int gates, int column_tiles) {
     return {{16, 32, gates == 1 && column_tiles == 1 ? 64 : 0}};
   }

@@ -1,14 +1,14 @@
 // The product that every persistent kernel repeats at each step.
 //
-// A group of blocks computes A * B again and again: A [rows, depth] are recurrent weights, which
-// stay on chip for the whole launch, B [depth, columns] changes with every step; its columns are
-// rows of the batch. A block owns some rows of A, and what it computes from its sums is its part of
-// the next B, which all blocks of the group need: see csrc/cuda/persistent/exchange.cuh.
+// A group of blocks computes A * B at every step. A [rows, depth] are recurrent weights, which stay
+// on chip for the whole launch. B [depth, columns] changes with every step; its columns are rows of
+// the batch. A block owns some rows of A and computes its part of the next B from its sums; all
+// blocks of the group need all of B: see csrc/cuda/persistent/exchange.cuh.
 //
 // The depth is counted in bytes: a row of an mma's operands is 32 bytes for 16-bit numbers and for
 // TF32 alike, a fragment of A is 16 bytes per thread, and only the mma itself knows the type. A
-// k-block is 64 bytes of the depth: two mma, and what one ldmatrix of B brings for 8 columns. In
-// memory a row of B is a column of the product, with its depth side by side.
+// k-block is 64 bytes of the depth: two mma, and one ldmatrix of B for 8 columns. In memory a row
+// of B is a column of the product, with its depth side by side.
 #pragma once
 
 #include "cuda/persistent/layout.cuh"
@@ -18,8 +18,7 @@ namespace tile {
 
 // ---- Numbers -----------------------------------------------------------------------------------
 
-// How a number is stored (Stored), how it is multiplied (Operand, of which `rounded` makes one),
-// and the mma for it.
+// How a number is stored (Stored) and multiplied (Operand, which `store` writes), with its mma.
 template <Precision precision>
 struct Format;
 
@@ -71,8 +70,8 @@ struct Format<Precision::kTf32> {
   }
 };
 
-// x = big + small, both TF32: the product of the small parts is below what a float holds. Weights
-// are kept whole and split at each use, which takes half the memory.
+// x = big + small, both TF32; the product of the small parts is below float precision. Weights are
+// kept as floats and split at each use, which takes half the memory of two parts.
 template <>
 struct Format<Precision::kTf32x3> {
   using Stored = float;
@@ -102,7 +101,7 @@ struct Format<Precision::kTf32x3> {
   }
 };
 
-// Two 16-bit numbers as a word, k and k + 1 of some that lie `stride` apart; zero from `depth` on.
+// The 16-bit numbers k and k + 1, of some that lie `stride` apart, as a word; zero from `depth` on.
 template <class T>
 __device__ __forceinline__ uint32_t pair_bits(const T* from, int64_t stride, int k, int depth) {
   uint16_t low = 0, high = 0;
@@ -111,8 +110,8 @@ __device__ __forceinline__ uint32_t pair_bits(const T* from, int64_t stride, int
   return low | static_cast<uint32_t>(high) << 16;
 }
 
-// Word w, of 32 bits, of a row of weights [depth]: one number or two, zero past its end. Of
-// 16-bit numbers `aligned` says that the row begins at a whole word, which is so for even depths.
+// Word w, of 32 bits, of a row of weights [depth]: one number or two, zero past its end. `aligned`
+// says that a row of 16-bit numbers begins at a whole word, as it does for even depths.
 template <class F, bool aligned>
 __device__ __forceinline__ uint32_t row_word(const typename F::Stored* row, int w, int depth) {
   if constexpr (sizeof(typename F::Stored) == 4) {
@@ -124,7 +123,7 @@ __device__ __forceinline__ uint32_t row_word(const typename F::Stored* row, int 
   }
 }
 
-// The same of a column [depth], whose numbers lie `stride` apart, from number k on.
+// The same for a column [depth], whose numbers lie `stride` apart, from number k on.
 template <class F>
 __device__ __forceinline__ uint32_t column_word(const typename F::Stored* column, int64_t stride,
                                                 int k, int depth) {
@@ -140,21 +139,21 @@ __device__ __forceinline__ uint32_t column_word(const typename F::Stored* column
 // One warp's part of A * B: kTiles times 16 rows of A, a slice of the depth, and kColumnTiles times
 // 8 columns.
 //
-// Thread l of the warp holds, of tile m, the rows l/4 and l/4 + 8, and gets their sums in columns
+// Thread l of the warp holds the rows l/4 and l/4 + 8 of tile m, and gets their sums in columns
 // 8j + 2(l%4) + {0, 1}: sum[m][j][0..1] for the first row and [2..3] for the second.
 //
-// An mma adds up its terms in any order of the depth, as long as A and B agree. What ldmatrix
-// brings of B from shared memory is in the order that the mma is defined with. Where B is read in
-// place, a thread's words of two mma lie side by side instead, so that it reads 16 bytes, and four
-// threads the 64 of a k-block.
+// An mma adds up its terms in any order of the depth, as long as A and B agree. ldmatrix loads B
+// from shared memory in the order that the mma is defined with. If B is read in place, a thread's
+// words of two mma lie side by side instead, so that it reads 16 bytes, and four threads the 64 of
+// a k-block.
 template <Precision precision, int kTiles, int kColumnTiles, int kResident>
 class Product {
  public:
   using Sums = float[kTiles][kColumnTiles][4];
 
-  // Loads the weights. `word(row, w)` gives 32 bits of the depth, the w-th, of a row of this warp's
-  // row group: one number or two, and zero past the edges. Other threads do not see what lies in
-  // shared memory, so no barrier is needed.
+  // Loads the weights. `word(row, w)` gives the w-th 32 bits of the depth of a row of this warp's
+  // row group: one number or two, and zero past the edges. No other thread reads those that this
+  // one puts into shared memory, so no barrier is needed.
   template <class Word>
   __device__ __forceinline__ void load(const Layout& at, char* shared, int warp, int slice,
                                        Word word) {
@@ -212,7 +211,7 @@ class Product {
 #pragma unroll
     for (int c = 0; c < kResident; ++c) {
       if (c > last) break;
-      // The operand of the next k-block is under way while this one is multiplied.
+      // The operand of the next k-block is being loaded while this one is multiplied.
       const int next = c + kBuffers - 1;
       if (next < kResident && next <= last) fetch(from, next, b[next % kBuffers]);
 #pragma unroll
@@ -233,8 +232,8 @@ class Product {
     add_chains(d, sum);
   }
 
-  // The same with B at `operand` in global memory, where `Need` said so: rows `exchanged` bytes
-  // apart. It takes hundreds of cycles to come, so several k-blocks are under way.
+  // The same with B at `operand` in global memory (`Need::in_place`), rows `exchanged` bytes apart.
+  // A load takes hundreds of cycles, so several k-blocks are in flight.
   __device__ __forceinline__ void run_in_place(const char* operand, Sums& sum) const {
     float d[kChains][kTiles][kColumnTiles][4] = {};
     uint32_t b[kAhead][kColumnTiles][4];
@@ -270,17 +269,17 @@ class Product {
   }
 
  private:
-  // Many mma in a k-block leave the time, and no registers, to fetch its operand.
+  // Many mma in a k-block leave no registers for a second buffer, and hide the load without one.
   static constexpr int kBuffers =
       kTiles * kColumnTiles >= 8 || precision == Precision::kTf32x3 ? 1 : 2;
-  // Sums that do not wait for one another: an mma takes about four times as long as the next one
-  // has to wait to begin.
+  // Independent sums: the latency of an mma is about four times the interval at which independent
+  // ones are issued.
   static constexpr int kChains = kTiles * kColumnTiles >= 4   ? 1
                                  : kTiles * kColumnTiles >= 2 ? 2
                                                               : 4;
 
-  // K-blocks of an operand that are read in place before they are needed: 32 registers, or half of
-  // that where numbers are split and sums are many.
+  // K-blocks that are loaded ahead if the operand is read in place: 32 registers, or half of that
+  // if numbers are split and sums are many.
   static constexpr bool kFull = precision == Precision::kTf32x3 && kTiles * kColumnTiles >= 8;
   static constexpr int kAhead = (kFull ? 4 : 8) / kColumnTiles;
 
@@ -291,7 +290,7 @@ class Product {
       platform::ldmatrix4(b[j], from + k_block * kKBlock + j * columns_);
   }
 
-  // Zeros past the end of the slice, or of the rows.
+  // Gives zeros past the end of the slice, or of the rows.
   __device__ __forceinline__ void fetch_in_place(const char* from, int k_block,
                                                  uint32_t (&b)[kColumnTiles][4]) const {
 #pragma unroll
@@ -303,7 +302,7 @@ class Product {
     }
   }
 
-  // The next weights of those in shared memory.
+  // Takes the next weights from shared memory.
   __device__ __forceinline__ static void take(const uint4*& from, uint32_t (&a)[kTiles][4]) {
 #pragma unroll
     for (int m = 0; m < kTiles; ++m, from += kWarp) {
@@ -343,16 +342,16 @@ class Product {
   }
 
   uint32_t held_[kResident][2][kTiles][4];
-  uint4* spilled_;  // this thread's first, a fragment after another
+  uint4* spilled_;  // weights in shared memory, one fragment after another; this thread's first
   int k_blocks_;    // of this slice
-  int whole_;       // of these, how many have a piece of this thread
-  int operand_;     // where in B this thread begins to read
+  int whole_;       // those of them that have a piece for this thread
+  int operand_;     // offset in B at which this thread begins to read
   int columns_;     // bytes from 8 columns of B to the next
 };
 
 // Adds up the sums of the slices of a row group, always in the same order; slice 0 gets the result.
-// The partial sums are written again only after the next operand has arrived, which slice 0 has
-// helped to compute from these.
+// The partial sums are overwritten only after the next operand has arrived, which slice 0 helps to
+// compute from these.
 template <int kTiles, int kColumnTiles>
 __device__ __forceinline__ void add_slices(const Layout& at, char* shared, int group, int slice,
                                            float (&sum)[kTiles][kColumnTiles][4]) {
@@ -386,9 +385,9 @@ __device__ __forceinline__ void add_slices(const Layout& at, char* shared, int g
   }
 }
 
-// Another way to add up slices, for results that are shared out over the warps of a row group. An
-// *item* is 8 rows of the result in 8 columns; this thread has two columns of row lane / 4, as in
-// the sums. `sum_of` gives an item to one warp, after `share_sums` by all of the row group.
+// Another way to add up slices, for results that the warps of a row group share. An *item* is 8
+// rows of the result in 8 columns; a thread has two columns of row lane / 4, as in the sums. All
+// warps of the row group call `share_sums`; then `sum_of` gives an item to one warp.
 template <int kTiles, int kColumnTiles>
 __device__ __forceinline__ void share_sums(const Layout& at, char* shared, int group, int slice,
                                            const float (&sum)[kTiles][kColumnTiles][4]) {

@@ -1,4 +1,4 @@
-// Which compiler this is, and what both have: headers, the shared memory of a block, 16-bit types.
+// The compilers, nvcc and the simulator's: headers, the shared memory of a block, 16-bit types.
 #pragma once
 
 #include <cstddef>

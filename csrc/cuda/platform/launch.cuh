@@ -1,4 +1,4 @@
-// Launches and memory of the device, as the host sees them.
+// Launches and their overlap; memory and clusters of the device, as the host sees them.
 #pragma once
 
 #include <tuple>
@@ -11,14 +11,14 @@ namespace platform {
 
 // ---- Launches that overlap ---------------------------------------------------------------------
 
-// In a launch with `Launch::overlaps`: what follows needs the results of the launch before.
+// Waits for the results of the previous launch, in a launch with `Launch::overlaps`.
 __device__ __forceinline__ void wait_for_previous_launch() {
 #if defined(FASTRNN_CLUSTERS)
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
-// The next launch may begin; its blocks wait for this one where they say so.
+// Lets the next launch begin; its blocks wait for this one in wait_for_previous_launch().
 __device__ __forceinline__ void allow_next_launch() {
 #if defined(FASTRNN_CLUSTERS)
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -32,7 +32,7 @@ struct Launch {
   size_t shared_bytes = 0;
   unsigned cluster = 1;      // blocks of a cluster, along x
   bool cooperative = false;  // all blocks run at the same time, or the launch fails
-  bool overlaps = false;     // may begin before the launch before has ended, if that allows it
+  bool overlaps = false;     // may begin before the previous launch ends, if that allows it
 };
 
 // Returns 0 or a cudaError_t. In the simulator the kernel has run when this returns.
@@ -88,7 +88,7 @@ int launch(void (*kernel)(Parameters...), const Launch& how, void* stream, Argum
         values);
     error = cudaLaunchKernelExC(&config, function, pointers);
   }
-  // Otherwise the error of this launch would also be that of the next call, whoever makes it.
+  // Clears the error of this launch, which the next call of any library would report otherwise.
   const cudaError_t last = cudaGetLastError();
   return error != cudaSuccess ? error : last;
 #endif
@@ -122,8 +122,8 @@ inline int copy(void* to, const void* from, size_t bytes, void* stream) {
 #endif
 }
 
-// How many clusters of `blocks` blocks of a kernel run at the same time on the current device; 0
-// where there are no clusters, a negative cudaError_t if that cannot be told.
+// The number of clusters of `blocks` blocks of a kernel that run at the same time on the current
+// device; 0 if it has no clusters, a negative cudaError_t for an error.
 template <class... Parameters>
 int resident_clusters(void (*kernel)(Parameters...), int blocks, int threads, size_t shared_bytes) {
 #if defined(FASTRNN_CUDASIM)

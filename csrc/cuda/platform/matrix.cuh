@@ -1,4 +1,4 @@
-// Matrix products of a warp, and how their operands get into registers.
+// Matrix products of a warp, and loads of their operands from shared memory.
 #pragma once
 
 #include "cuda/platform/compiler.cuh"
@@ -56,8 +56,8 @@ __device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4],
                : "memory")
 #endif
 
-// Four matrices of [8 rows][16 bytes] from shared memory: lane l gives the address of row l % 8 of
-// matrix l / 8 and gets, of each, bytes 4 (l % 4) .. + 3 of row l / 4.
+// Loads four matrices of [8 rows][16 bytes] from shared memory: lane l gives the address of row
+// l % 8 of matrix l / 8, and gets bytes 4 (l % 4) .. + 3 of row l / 4 of each.
 __device__ __forceinline__ void ldmatrix4(uint32_t (&r)[4], const void* row) {
 #if defined(FASTRNN_CUDASIM)
   sim::ldmatrix4(r, row);
@@ -66,8 +66,8 @@ __device__ __forceinline__ void ldmatrix4(uint32_t (&r)[4], const void* row) {
 #endif
 }
 
-// The same of each matrix transposed: of 16-bit numbers [8][8], lane l gets those of rows 2 (l % 4)
-// and the one below in column l / 4.
+// The same with each matrix, of 16-bit numbers [8][8], transposed: lane l gets those of rows
+// 2 (l % 4) and 2 (l % 4) + 1 in column l / 4.
 __device__ __forceinline__ void ldmatrix4_transposed(uint32_t (&r)[4], const void* row) {
 #if defined(FASTRNN_CUDASIM)
   sim::ldmatrix4_transposed(r, row);

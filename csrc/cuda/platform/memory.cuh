@@ -1,4 +1,4 @@
-// Copies that run on their own, flags, barriers of a block, and clusters.
+// Asynchronous copies, flags in global memory, barriers of a block, and clusters.
 #pragma once
 
 #include "cuda/platform/compiler.cuh"
@@ -6,9 +6,9 @@
 namespace fastrnn {
 namespace platform {
 
-// ---- Copies from global to shared memory that run on their own ---------------------------------
+// ---- Asynchronous copies from global to shared memory ------------------------------------------
 
-// 16 bytes, both addresses aligned to 16; zeros, and no read, where not `valid`.
+// Copies 16 bytes, both addresses aligned to 16; if not `valid`, reads nothing and writes zeros.
 __device__ __forceinline__ void copy_async16(void* shared, const void* global, bool valid) {
 #if defined(FASTRNN_CUDASIM)
   sim::copy_async16(shared, global, valid);
@@ -29,8 +29,8 @@ __device__ __forceinline__ void copy_async_commit() {
 #endif
 }
 
-// Until all but the last kGroups groups of this thread have landed; for other threads to see them
-// takes a barrier after that.
+// Waits until all but the last kGroups groups of this thread have arrived; other threads see them
+// only after a barrier.
 template <int kGroups>
 __device__ __forceinline__ void copy_async_wait() {
 #if defined(FASTRNN_CUDASIM)
@@ -57,12 +57,12 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* p) {
 #endif
 }
 
-// 16 bytes as they are in the L2 cache: what other multiprocessors write does not reach the first.
+// Loads 16 bytes from the L2 cache: writes of other multiprocessors do not reach the L1 cache.
 __device__ __forceinline__ uint4 load_shared_by_all(const void* p) {
 #if defined(FASTRNN_CUDASIM)
   return *static_cast<const uint4*>(p);
 #else
-  // Not __ldcg, of which not every toolkit says that it reads anew each time.
+  // Not __ldcg: not every toolkit says that it reads anew each time.
   uint4 value;
   asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
@@ -83,7 +83,7 @@ __device__ __forceinline__ void store_release(uint32_t* p, uint32_t value) {
 
 // ---- Barriers of a block -----------------------------------------------------------------------
 
-// For `threads` threads of the block, whole warps. Barrier 0 is that of __syncthreads.
+// A barrier of `threads` threads of the block, whole warps. Barrier 0 is that of __syncthreads.
 __device__ __forceinline__ void named_barrier(unsigned id, unsigned threads) {
 #if defined(FASTRNN_CUDASIM)
   sim::named_barrier(id, threads);
@@ -92,8 +92,8 @@ __device__ __forceinline__ void named_barrier(unsigned id, unsigned threads) {
 #endif
 }
 
-// An mbarrier's phase ends when `count` threads have arrived and all bytes that they said to expect
-// have come. Phases are counted from 0: `barrier_wait(b, n % 2)` waits for the end of phase n.
+// An mbarrier's phase ends when `count` threads have arrived and all bytes that they announced have
+// come. Phases are counted from 0: `barrier_wait(b, n % 2)` waits for the end of phase n.
 __device__ __forceinline__ void barrier_init(uint64_t* b, unsigned count) {
 #if defined(FASTRNN_CUDASIM)
   sim::barrier_init(b, count);
@@ -103,7 +103,7 @@ __device__ __forceinline__ void barrier_init(uint64_t* b, unsigned count) {
 #endif
 }
 
-// Makes barriers known to the cluster's other blocks, together with a cluster_sync.
+// Makes barriers visible to the cluster's other blocks, together with a cluster_sync.
 __device__ __forceinline__ void barrier_fence_init() {
 #if !defined(FASTRNN_CUDASIM)
 #if defined(FASTRNN_CLUSTERS)
@@ -176,7 +176,7 @@ __device__ __forceinline__ unsigned cluster_blocks() {
 #endif
 }
 
-// The barrier of all threads of a cluster in two halves. Between them a thread may do anything but
+// The barrier of all threads of a cluster, in two halves. Between them a thread may do anything but
 // arrive again.
 __device__ __forceinline__ void cluster_arrive() {
 #if defined(FASTRNN_CUDASIM)
@@ -217,7 +217,7 @@ __device__ __forceinline__ uint32_t peer_address(const void* shared, unsigned ra
 #endif
 }
 
-// Stores into a block of the cluster, at some time; then counts the bytes on the barrier, which
+// Stores into a block of the cluster, asynchronously, then counts the bytes on the barrier, which
 // must lie in the same block. `peer_data` is aligned to 16 bytes.
 __device__ __forceinline__ void st_async16(uint32_t peer_data, uint4 value, uint32_t peer_barrier) {
 #if defined(FASTRNN_CUDASIM)

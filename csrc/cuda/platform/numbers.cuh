@@ -1,4 +1,4 @@
-// Stored numbers and the GPU's own functions.
+// Conversions of stored numbers, and the GPU's own functions.
 #pragma once
 
 #include <cmath>
@@ -8,7 +8,7 @@
 namespace fastrnn {
 namespace platform {
 
-// A stored number as the type that sums are in.
+// Converts a stored number to the type of sums.
 __device__ __forceinline__ double to_float(double x) { return x; }
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bfloat16 x) { return __bfloat162float(x); }
@@ -34,7 +34,7 @@ struct Rounded<float16> {
 };
 }  // namespace detail
 
-// Rounded to nearest.
+// Rounds to nearest.
 template <class T, class V>
 __device__ __forceinline__ T from_float(V v) {
   return detail::Rounded<T>::of(v);
@@ -51,7 +51,7 @@ __device__ __forceinline__ void store(T* p, V v) {
 #endif
 }
 
-// Rounded to TF32, ties away from zero: the bits of a float of which the last 13 are zero.
+// Rounds to TF32, ties away from zero: the bits of a float whose last 13 are zero.
 __device__ __forceinline__ uint32_t to_tf32(float x) {
 #if defined(FASTRNN_CUDASIM)
   return sim::to_tf32(x);
@@ -86,8 +86,8 @@ FASTRNN_APPROXIMATE(rough_tanh, "tanh.approx")
 #endif
 __device__ __forceinline__ float tanh(float x) { return ::tanhf(x); }
 
-// The same bits, of which the compiler does not know that they are: what follows from them is
-// computed here, not before a loop, where it would take registers throughout.
+// Hides a value from the optimizer: what is derived from it is computed where it is used, not
+// before the loop, from where it would hold registers.
 __device__ __forceinline__ uint32_t opaque(uint32_t bits) {
 #if !defined(FASTRNN_CUDASIM)
   asm volatile("" : "+r"(bits));

@@ -1,18 +1,18 @@
-// The residency kStep, backward: a launch a step, and one more that completes the gradients of the
-// states before the chunk.
+// The backward pass of residency kStep: one launch per step, and one more that completes the
+// gradients of the states before the chunk.
 
 #include "cuda/step/product.cuh"
 
 namespace fastrnn {
 namespace step {
 
-// A block has some units of some rows: d of state 0 is what the step processed before, one later in
-// the recurrence, passes on through its gates, dv * R over all G*H of them, and what its cell
-// passed on directly, which lies in `ds`; then the derivative of the cell, a unit of a row per
-// thread. Where a row does not live here but did at the step processed before, only the sum is left
-// to do; step begin - 1 does that for all rows. What the forward left does not depend on the step
-// processed before, so it and the weights are on their way before this launch waits for that one.
-// Per block and step: G*H*kUnits weights and kRows*G*H of dv in, 2*kRows*G*H*kUnits FLOPs.
+// A block has some units of some rows. The gradient of state 0 is dv * R of the next step of the
+// recurrence, which the previous launch processed, over all G*H gates, plus the part that the cell
+// passed on directly, in `ds`. Then comes the cell's derivative, a unit of a row per thread. If a
+// row does not live at this step but did at the next one, only the sum is left to do, as it is for
+// all rows at step begin - 1. Loads of weights and of the forward pass's values begin before this
+// launch waits for the previous one, because they do not depend on it. Per block and step:
+// G*H*kUnits weights and kRows*G*H of dv in, 2*kRows*G*H*kUnits FLOP.
 template <class Cell, Precision precision, class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     backward_step(const Sweep sweep, const int step) {
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   __syncthreads();
   product.start();
 
-  // What the forward knew of a unit of a row, and gradients of its states, without the product.
+  // Inputs of a unit of a row: the forward pass's values, and gradients without the product.
   struct Element {
     Sum saved[kSavedRoom], before[S], after[S], dy, d[S];
   };

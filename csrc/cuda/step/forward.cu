@@ -1,5 +1,5 @@
-// The residency kStep, forward: a launch a step, for any H, precision and cell. Weights come from
-// the L2 cache or from memory at every step.
+// The forward pass of residency kStep: one launch per step, for any H, precision and cell. Weights
+// come from the L2 cache or from memory at every step.
 
 #include "cuda/step/product.cuh"
 
@@ -7,11 +7,11 @@ namespace fastrnn {
 namespace step {
 
 // A block computes all gates of its units for its rows: the product in parts of the depth, which
-// pass through shared memory in a ring of stages, then the cell, a unit of a row per thread. In
-// 16 bits the operand is `y` as stored, otherwise state 0 of `carry`, which steps keep in two
-// places in turn. Weights and inputs do not depend on the step before, so they are on their way
-// before this launch waits for that one. Per block and step: G*kUnits*H weights and kRows*H of h
-// in, 2*kRows*G*kUnits*H FLOPs.
+// pass through shared memory in a ring of stages, then the cell, a unit of a row per thread. The
+// operand is `y` in 16 bits, otherwise state 0 of `carry`, for which steps use two buffers in turn.
+// Loads of weights and inputs begin before this launch waits for the previous one, because they do
+// not depend on it. Per block and step: G*kUnits*H weights and kRows*H of h in,
+// 2*kRows*G*kUnits*H FLOP.
 template <class Cell, Precision precision, class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     forward_step(const Sweep sweep, const int step, const bool odd) {
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   __syncthreads();
   product.start();
 
-  // What a unit of a row begins with: u, the part of v that is not the product, the states before.
+  // The inputs of a unit of a row: u, v without the product, the states before.
   struct Element {
     Sum u[G], v[G], s[S];
   };
@@ -127,7 +127,7 @@ int forward(const Sweep& sweep, void* stream) {
     if (error != 0) return error;
   }
   if (!odd) return 0;
-  // State 0 is in the second place.
+  // State 0 is in the second buffer.
   auto* const carry = static_cast<typename Multiply::Sum*>(sweep.carry);
   const int64_t size = sweep.recurrences * sweep.batch * sweep.hidden;
   return platform::copy(carry, carry + Cell::kStates * size, size * sizeof *carry, stream);

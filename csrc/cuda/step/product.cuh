@@ -1,11 +1,11 @@
-// The matrix product of one step, as both directions of csrc/cuda/step use it: a block's tile
-// of the batch times some columns of the recurrent weights, which stream through shared memory.
+// The matrix product of one step, for both directions of csrc/cuda/step: a block's tile of the
+// batch times some columns of the recurrent weights, which stream through shared memory.
 //
 //   forward:  v[b, g, n] = sum of h[b, k] * R[g, n, k] over k < H, for every gate g
 //   backward: d[b, n] = sum of dv[b, k] * R[k, n] over k < G*H, the rows of R
 //
-// A block has its kRows rows of the batch and kUnits units n. Sums end in shared memory, parts of
-// the depth side by side, from where any thread takes any of them.
+// A block has kRows rows of the batch and kUnits units n. Its sums end in shared memory, those of
+// each part of the depth apart, where any thread can read them.
 #pragma once
 
 #include "core/cell.h"
@@ -19,8 +19,8 @@ namespace step {
 
 // ---- Numbers -----------------------------------------------------------------------------------
 
-// kInstructionDepth: what an instruction of matrix units multiplies at a time, or a vector of 16
-// bytes holds.
+// kInstructionDepth: the terms that an instruction of the matrix units adds up, or the numbers in a
+// vector of 16 bytes.
 template <Precision precision>
 struct PrecisionTraits {
   using Stored = float;
@@ -54,13 +54,13 @@ constexpr bool kSame<A, A> = true;
 
 // ---- Tiles -------------------------------------------------------------------------------------
 
-// A row of the batch at a step: where the product's operand lies, if it has one, and the rest.
+// A row of the batch at a step: its operand of the product, if it has one, and its location.
 template <class Stored, class Sum>
 struct Row {
   const Stored* operand;  // null: zeros
   const Sum* start;       // the operand in the type of sums, to be rounded; or null
-  int64_t at;             // row of the batch's rows, if it lives
-  int64_t before;         // that of the step before; -1: this is the first step
+  int64_t at;             // its row of `y`, if it lives
+  int64_t before;         // that of the step before; -1 at the first step
   bool alive;
   bool cut;
 };
@@ -77,8 +77,7 @@ class Product {
   static constexpr int kItem = sizeof(Stored);
   static constexpr int kPiece = 16 / kItem;                       // numbers copied at a time
   static constexpr int kStageDepth = Shape::kDepthBytes / kItem;  // numbers of a stage
-  static constexpr int kTerms =
-      PrecisionTraits<precision>::kInstructionDepth;  // that an instruction adds up
+  static constexpr int kTerms = PrecisionTraits<precision>::kInstructionDepth;  // of an instruction
   static constexpr int kTiles = gates * Shape::kTilesN;
   // Rows of shared memory are padded so that the loads of a warp meet different banks.
   static constexpr int kPitch = kStageDepth + kPiece;
@@ -101,7 +100,7 @@ class Product {
       (Shape::kStages * kStageBytes > kSumBytes ? Shape::kStages * kStageBytes : kSumBytes);
   static_assert(kSharedBytes <= 99 << 10, "every device has as much");
 
-  // `weights` are [rows][hidden] of one recurrence; the depth is that of the sum.
+  // `weights` are [rows][hidden] of one recurrence; `depth` is the number of terms of a sum.
   __device__ __forceinline__ Product(unsigned char* shared, const Stored* weights, int hidden,
                                      int depth, int first_unit, int rows)
       : rows_(reinterpret_cast<TileRow*>(shared)),
@@ -115,8 +114,8 @@ class Product {
 
   __device__ __forceinline__ TileRow& row(int r) { return rows_[r]; }
 
-  // Looks whether any row has an operand; after a barrier since rows were written. If none has,
-  // nothing below does anything, and sums are zero.
+  // Begins to copy weights if any row has an operand; else run() does nothing, and sums are zero.
+  // Call it after a barrier that follows the writes of the rows.
   __device__ __forceinline__ void start() {
     const int lane = threadIdx.x % 32;
     bool any = false;
@@ -126,7 +125,7 @@ class Product {
     for (int i = 0; i < Shape::kStages - 1 && i < count_; ++i) copy_weights(i);
   }
 
-  // The whole product. start() has begun to copy weights; operands are first read here.
+  // Computes the product. start() has begun to copy weights; operands are first read here.
   __device__ __forceinline__ void run() {
     if (count_ == 0) return;
     Sum sums[kTiles][Shape::kTilesM][4] = {};
@@ -134,8 +133,7 @@ class Product {
     for (int i = 1 - Shape::kStages; i < count_; ++i) {
       if (i >= 0) {
         platform::copy_async_wait<Shape::kStages - 2>();
-        // Stage i is complete for all threads, and all are through with the one that is next
-        // written.
+        // Stage i has arrived for all threads, and all have read the one that is overwritten next.
         __syncthreads();
       }
       const int ahead = i + Shape::kStages - 1;
@@ -174,7 +172,7 @@ class Product {
     return threadIdx.x / 32 / Shape::kWarpsK % Shape::kWarpsN * 8 * Shape::kTilesN;
   }
 
-  // The first `count` of kPiece numbers, and zeros.
+  // Copies the first `count` of kPiece numbers, and zeros past them.
   __device__ __forceinline__ void copy_piece(Stored* to, const Stored* from, int count) const {
     if (aligned_) {
       platform::copy_async16(to, count > 0 ? from : weights_, count > 0);
@@ -229,7 +227,7 @@ class Product {
     }
   }
 
-  // Adds a stage of which `depth` numbers are not zeros.
+  // Adds the products of a stage, which is zero from `depth` on.
   __device__ __forceinline__ void multiply(Sum (&sums)[kTiles][Shape::kTilesM][4],
                                            const Stored* stage, int depth) const {
     const Stored* const w = stage + Shape::kRows * kPitch;
@@ -245,7 +243,7 @@ class Product {
     }
   }
 
-  // A fragment as the matrix units take it, in one part or two.
+  // A fragment for the matrix units, in one part or two.
   static constexpr int kParts = precision == Precision::kTf32x3 ? 2 : 1;
   template <int n>
   struct Fragment {
@@ -317,8 +315,8 @@ class Product {
     }
   }
 
-  // Without matrix units: of each 16 rows a thread has every fourth, of each 8 units one. Rows past
-  // the batch cost nothing, which makes this fit for a few rows as well.
+  // Without matrix units: a thread has every fourth of 16 rows, and one of 8 units. Rows past the
+  // batch cost nothing, so this suits a few rows as well.
   struct alignas(16) Vector {
     Sum x[kTerms];
   };
@@ -382,10 +380,10 @@ class Product {
   const Stored* const weights_;
   const int hidden_, depth_, first_unit_, live_rows_;
   const bool aligned_;
-  int count_ = 0;  // stages' worth of the depth
+  int count_ = 0;  // stages that the depth takes
 };
 
-// How many elements a thread has under way, so that their values fit in registers.
+// The number of elements that a thread loads at a time: their values must fit in registers.
 template <class Shape>
 FASTRNN_HD constexpr int elements_at_a_time(int bytes_each) {
   int count = Shape::kPerThread;
@@ -393,9 +391,9 @@ FASTRNN_HD constexpr int elements_at_a_time(int bytes_each) {
   return count;
 }
 
-// A step of a block's elements around the product. What an element reads is loaded in two parts:
-// `load_early` does not depend on the launch before, and runs before this one waits for that;
-// `load_late` does. While a group of elements is finished the next one is being loaded.
+// Runs the product, then finishes the elements of a block's step. An element is loaded in two
+// parts: `load_early` does not depend on the previous launch and runs before the wait for it;
+// `load_late` does. While a group of elements is finished, the next one is being loaded.
 template <class Element, class Shape, class Product, class Early, class Late, class Finish>
 __device__ __forceinline__ void pipelined(Product& product, const Early& load_early,
                                           const Late& load_late, const Finish& finish) {
@@ -433,7 +431,7 @@ dim3 grid(const Sweep& sweep) {
   return dim3(static_cast<unsigned>(units * rows), static_cast<unsigned>(sweep.recurrences));
 }
 
-// A block's part of the sweep, of which a thread has kPerThread elements: units of rows.
+// A block's part of the sweep. A thread has kPerThread elements of it, each a unit of a row.
 template <class Shape>
 struct Part {
   int first_unit;
@@ -458,7 +456,7 @@ struct Part {
   }
 };
 
-// f(precision) for the plan's precision, as a constant.
+// Calls f with the plan's precision as a constant.
 template <Precision precision>
 struct PrecisionConstant {
   static constexpr Precision kValue = precision;
@@ -482,8 +480,8 @@ int with_precision(Precision precision, F f) {
   return kInvalidValue;
 }
 
-// f(cell, precision, shape) for a cell, the plan's precision and the shape among Tiles that fits
-// the plan's batch tile: an object of the cell, a constant, an object of the shape.
+// Calls f(cell, precision, shape) with an object of the cell, the plan's precision as a constant,
+// and an object of the shape among Tiles that fits the plan's batch tile.
 template <class Tiles, class F>
 int with_kernel(int cell, const CudaPlan& plan, F f) {
   return with_cell(cell, [&](auto c) {

@@ -1,11 +1,11 @@
-// The tiles of the kernels of a launch a step: what a block computes, and how its warps share it.
+// The tiles of the step kernels: the part that a block computes, and how its warps share it.
 #pragma once
 
 namespace fastrnn {
 namespace step {
 
 // A warp multiplies 16 * kTilesM rows by 8 * kTilesN units. Warps lie side by side along rows,
-// units and the depth; the last is for small tiles, which need many loads under way at once.
+// units and the depth; small tiles split the depth, because they need many loads in flight.
 template <int tiles_m, int tiles_n, int warps_m, int warps_n, int warps_k, int depth_bytes,
           int stages>
 struct Shape {
