@@ -1,4 +1,4 @@
-"""What the tests of all clients share: a replaced copy, and equality of numbers, gradients and
+"""Helpers of the tests of all clients: a replaced copy, and equality of numbers, gradients and
 checkpoints.
 
 `run(model)` always calls the client's own code. If a test states no limit, the tolerance rule of

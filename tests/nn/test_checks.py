@@ -290,7 +290,7 @@ def test_calls_with_the_batch_first(name: str, case: str) -> None:
 
 
 def test_states_of_which_torch_takes_the_first_two() -> None:
-    """Where torch.nn converts each state, it checks neither other states nor their container."""
+    """If torch.nn converts each state, it checks neither other states nor their container."""
     ours, theirs, _ = twins("LSTM", 3, 5)
     flat = torch.randn(4, 3, dtype=F64)
     unsorted = pack_padded_sequence(torch.randn(4, 2, 3, dtype=F64), [2, 4], enforce_sorted=False)
