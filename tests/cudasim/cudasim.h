@@ -1,10 +1,11 @@
-// Runs CUDA kernels on the CPU, for tests: every CUDA thread is a fiber, all on one thread of the
-// system, switched where a GPU's threads wait for each other, in an order that a seed decides.
-// Shared memory starts as NaN; copies and stores that a GPU makes asynchronously land at some later
-// time. csrc/cuda/platform.cuh is the way in; what follows is its other half.
+// Runs CUDA kernels on the CPU, for tests. Every CUDA thread is a fiber, and all fibers share one
+// thread of the system. They switch where a GPU's threads wait for each other, in an order that a
+// seed decides. Shared memory starts as NaN; copies and stores that a GPU makes asynchronously land
+// at some later time. Kernels call csrc/cuda/platform.cuh, which calls the functions of this file.
 //
-// Kernels may be compiled with -fsanitize=address or thread, cudasim.cpp must not be: it says
-// itself what the sanitizers should know. So whatever touches the kernels' memory is here, inline.
+// Kernels may be compiled with -fsanitize=address or thread. The sources of this folder must not
+// be, because they tell the sanitizers themselves what those should know. So this file has all code
+// that touches the kernels' memory, inline.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -58,7 +59,7 @@ struct Shape {
 
 extern Thread* self;  // the thread that runs now
 extern Shape shape;   // of the kernel that runs now
-extern int planted;   // which mistake is made, of those planted in the sources; 0 for none
+extern int planted;   // the number of the planted fault that is on; 0 for none
 const BlockFacts& facts();
 
 inline unsigned char* shared() { return facts().shared; }
@@ -88,8 +89,8 @@ void cluster_wait();
 void polled(const uint32_t* flag, uint32_t value);
 void released();
 
-// All lanes of `mask` meet; the last to come combines what they brought, which lies at lanes[lane],
-// for all of them. `orders` if a lane afterwards sees what the others wrote before.
+// All lanes of `mask` meet. The last to come calls `combine`, with the `mine` of each lane at
+// lanes[lane]. If `orders`, a lane afterwards sees what the others wrote before.
 void meet(const char* name, unsigned mask, void* mine, void (*combine)(void** lanes), bool orders);
 
 // ---- Matrix products ---------------------------------------------------------------------------
@@ -116,7 +117,7 @@ void store_bits(T* p, T value) {
   }
 }
 
-// ---- Memory: these read and write where a sanitizer sees it ------------------------------------
+// ---- Memory: these functions read and write where a sanitizer sees it --------------------------
 
 typedef uint32_t Vector16 __attribute__((vector_size(16), may_alias));
 typedef uint64_t __attribute__((may_alias)) AliasedBarrier;
@@ -135,7 +136,7 @@ inline void ldmatrix4_transposed(uint32_t (&r)[4], const void* row) {
   exchange_rows(r, *static_cast<const volatile Vector16*>(row), true);
 }
 
-// Whether a copy lands at once; otherwise it waits to be taken by next_copy.
+// Whether a copy lands at once. Otherwise it waits until next_copy takes it.
 bool copy_begins(void* shared, const void* global, bool valid);
 struct Copy {
   void* shared;
@@ -163,7 +164,7 @@ inline void copy_async_wait(int groups_left) {
 
 uint64_t new_barrier(uint64_t* b, unsigned count);
 void barrier_arrive(uint64_t* b, uint64_t value, unsigned bytes);
-bool barrier_passed(uint64_t* b, uint64_t value, unsigned parity);  // waits a while if not
+bool barrier_passed(uint64_t* b, uint64_t value, unsigned parity);  // waits if not
 
 inline void barrier_init(uint64_t* b, unsigned count) {
   check_shared("barrier_init", b, 8, 8);
@@ -186,7 +187,7 @@ void st_async16(uint32_t peer_data, const void* value, uint32_t peer_barrier);
 
 // ---- Builtins of CUDA --------------------------------------------------------------------------
 
-// The value, of up to 16 bytes, becomes that of lane `source`.
+// Replaces the value, of up to 16 bytes, by that of lane `source`.
 void shuffle_bytes(const char* name, unsigned mask, void* value, size_t bytes, unsigned source);
 unsigned ballot(unsigned mask, bool predicate);
 
