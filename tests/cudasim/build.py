@@ -112,20 +112,21 @@ def build(
         header.mkdir(exist_ok=True)
         (header / "cells.gen.h").write_text(cells, encoding="utf-8")
     with tempfile.TemporaryDirectory() as scratch:
-        folders = [KERNELS, SIMULATOR]
+        kernels = KERNELS
         if faults:
-            copies = Path(scratch)
-            sources = plant(faults, sources, copies)
-            folders[0] = copies
-        quoted = " ".join(f"-iquote {shlex.quote(str(path))}" for path in (header, *folders))
+            kernels = Path(scratch)
+            sources = plant(faults, sources, kernels)
+        folders = (header, kernels, SIMULATOR)
+        quoted = " ".join(f"-iquote {shlex.quote(str(path))}" for path in folders)
         include = f"{quoted} -isystem {shlex.quote(str(cuda_headers()))}"
         kernel_flags, simulator_flags = SANITIZERS[sanitizer]
         kernel = f"{FLAGS} {kernel_flags} -DFASTRNN_CUDASIM -DFASTRNN_ISA=cudasim -x c++"
         kernel += "" if cells is None else f" -DFASTRNN_CELLS_OF={header.name.replace('-', '_')}"
         simulator = f"{FLAGS} {simulator_flags} -fno-tree-loop-distribute-patterns"
-        jobs = [(SIMULATOR / "cudasim.cpp", simulator), *((source, kernel) for source in sources)]
+        jobs = [(source, simulator) for source in sorted(SIMULATOR.glob("*.cpp"))]
+        jobs += [(source, kernel) for source in sources]
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or 2)) as pool:
-            objects = list(pool.map(lambda job: compiled(job[0], job[1], include), jobs))
+            objects = list(pool.map(lambda job: compiled(job[0], job[1], include, kernels), jobs))
     library = CACHE / f"{digest(path.name for path in objects)}.so"
     if not library.exists():
         fresh = library.with_suffix(f".{os.getpid()}")
@@ -174,33 +175,36 @@ def generate_cells() -> None:
         made_of.write_text(wanted)
 
 
-def compiled(source: Path, flags: str, include: str) -> Path:
-    """The object of a source. Its dependencies are known from its last compilation."""
+def compiled(source: Path, flags: str, include: str, kernels: Path) -> Path:
+    """The object of a source; `kernels` is csrc or the copy of it that has faults. The last
+    compilation of the source tells which headers it depends on."""
     identity = digest([source.name, source.read_bytes(), flags, version()])
-    listing = CACHE / f"{source.stem}-{identity}.d"
+    listing = CACHE / f"{source.stem}-{identity}.headers"
     with locked(f"{source.stem}-{identity}"):
         if listing.exists():
-            out = object_of(source, identity, listing.read_text(encoding="utf-8").split("\n"))
+            depends = listing.read_text(encoding="utf-8").splitlines()
+            out = object_of(source, identity, depends, kernels)
             if out is not None and out.exists():
                 return out
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
             fresh, rule = Path(folder) / "fresh.o", Path(folder) / "rule"
             run([*shlex.split(f"{CXX} {flags} {include}"), "-MMD", "-MF", str(rule),
                  "-c", str(source), "-o", str(fresh)])  # fmt: skip
-            depends = shlex.split(rule.read_text(encoding="utf-8").replace("\\\n", " "))[1:]
-            out = object_of(source, identity, depends)
+            headers = shlex.split(rule.read_text(encoding="utf-8").replace("\\\n", " "))[2:]
+            # Sources with faults lie in another folder every time, and so do their headers.
+            depends = [path.removeprefix(f"{kernels}/") for path in headers]
+            out = object_of(source, identity, depends, kernels)
             assert out is not None
             listing.write_text("\n".join(depends), encoding="utf-8")
             fresh.replace(out)
             return out
 
 
-def object_of(source: Path, identity: str, depends: Sequence[str]) -> Path | None:
+def object_of(source: Path, identity: str, depends: Sequence[str], kernels: Path) -> Path | None:
+    """The place of the object that is made of the source and of these headers, whose paths are
+    absolute or start in `kernels`; None if a header is gone."""
     contents: list[str | bytes] = [identity]
-    for path in depends:
-        # Sources with faults are in a new folder every time, with their headers beside them.
-        beside = source.parent / Path(path).name
-        file = beside if beside.exists() else Path(path)
+    for file in (kernels / path for path in depends):
         if not file.exists():
             return None
         contents += [file.name, file.read_bytes()]

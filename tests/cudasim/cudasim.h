@@ -1,10 +1,11 @@
-// Runs CUDA kernels on the CPU, for tests. Every CUDA thread is a fiber, all on one thread of the
-// system. Fibers switch where threads of a GPU wait for each other, in an order that a seed
-// decides. Shared memory starts as NaN. Asynchronous copies and stores land at some later time.
-// Kernels use this header through csrc/cuda/platform.cuh.
+// Runs CUDA kernels on the CPU, for tests. Every CUDA thread is a fiber, and all fibers share one
+// thread of the system. They switch where a GPU's threads wait for each other, in an order that a
+// seed decides. Shared memory starts as NaN; copies and stores that a GPU makes asynchronously land
+// at some later time. Kernels call csrc/cuda/platform.cuh, which calls the functions of this file.
 //
-// Kernels may be compiled with -fsanitize=address or thread. cudasim.cpp must not be: it reports to
-// the sanitizers itself. So all code that accesses the kernels' memory is here, inline.
+// Kernels may be compiled with -fsanitize=address or thread. The sources of this folder must not
+// be, because they tell the sanitizers themselves what those should know. So this file has all code
+// that touches the kernels' memory, inline.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -56,9 +57,9 @@ struct Shape {
   bool cooperative;
 };
 
-extern Thread* self;  // the running thread
-extern Shape shape;   // of the running kernel
-extern int planted;   // number of the planted mistake that is active; 0 for none
+extern Thread* self;  // the thread that runs now
+extern Shape shape;   // of the kernel that runs now
+extern int planted;   // the number of the planted fault that is on; 0 for none
 const BlockFacts& facts();
 
 inline unsigned char* shared() { return facts().shared; }
@@ -88,8 +89,8 @@ void cluster_wait();
 void polled(const uint32_t* flag, uint32_t value);
 void released();
 
-// All lanes of `mask` meet. The last to arrive calls `combine` with the values of all, `mine` of
-// each at lanes[lane]. `orders`: whether a lane afterwards sees what the others wrote before.
+// All lanes of `mask` meet. The last to come calls `combine`, with the `mine` of each lane at
+// lanes[lane]. If `orders`, a lane afterwards sees what the others wrote before.
 void meet(const char* name, unsigned mask, void* mine, void (*combine)(void** lanes), bool orders);
 
 // ---- Matrix products ---------------------------------------------------------------------------
@@ -116,7 +117,7 @@ void store_bits(T* p, T value) {
   }
 }
 
-// ---- Memory accesses that a sanitizer sees -----------------------------------------------------
+// ---- Memory: these functions read and write where a sanitizer sees it --------------------------
 
 typedef uint32_t Vector16 __attribute__((vector_size(16), may_alias));
 typedef uint64_t __attribute__((may_alias)) AliasedBarrier;
@@ -135,7 +136,7 @@ inline void ldmatrix4_transposed(uint32_t (&r)[4], const void* row) {
   exchange_rows(r, *static_cast<const volatile Vector16*>(row), true);
 }
 
-// Whether a copy lands at once; otherwise it waits for next_copy to take it.
+// Whether a copy lands at once. Otherwise it waits until next_copy takes it.
 bool copy_begins(void* shared, const void* global, bool valid);
 struct Copy {
   void* shared;
@@ -163,7 +164,7 @@ inline void copy_async_wait(int groups_left) {
 
 uint64_t new_barrier(uint64_t* b, unsigned count);
 void barrier_arrive(uint64_t* b, uint64_t value, unsigned bytes);
-bool barrier_passed(uint64_t* b, uint64_t value, unsigned parity);  // if not, it waits first
+bool barrier_passed(uint64_t* b, uint64_t value, unsigned parity);  // waits if not
 
 inline void barrier_init(uint64_t* b, unsigned count) {
   check_shared("barrier_init", b, 8, 8);
@@ -186,7 +187,7 @@ void st_async16(uint32_t peer_data, const void* value, uint32_t peer_barrier);
 
 // ---- Builtins of CUDA --------------------------------------------------------------------------
 
-// The value, of up to 16 bytes, becomes the value of lane `source`.
+// Replaces the value, of up to 16 bytes, by that of lane `source`.
 void shuffle_bytes(const char* name, unsigned mask, void* value, size_t bytes, unsigned source);
 unsigned ballot(unsigned mask, bool predicate);
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 import torch
@@ -290,6 +291,21 @@ def test_fault_is_planted_once() -> None:
     for wrong, times in (("__syncthreads();", "[0-9]+"), ("no such text", "0")):
         with pytest.raises(ValueError, match=f"{times} times"):
             build.build([PRIMITIVES], mutate=[build.Fault("primitives.cu", wrong, "")])
+
+
+def test_nothing_is_compiled_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even with a fault in a header, although such a header is copied to a new folder."""
+    header, right = "cuda/platform/launch.cuh", "size_t shared_bytes = 0;"
+    fault = build.Fault(header, right, f"{right}  // the same")
+    library = build.build([PRIMITIVES], mutate=[fault])
+
+    def refuse(command: list[str]) -> None:
+        raise RuntimeError(f"compiles: {command}")
+
+    monkeypatch.setattr(build, "run", refuse)
+    assert build.build([PRIMITIVES], mutate=[fault]) == library
+    with pytest.raises(RuntimeError, match="compiles"):
+        build.build([PRIMITIVES], mutate=[build.Fault(header, right, f"{right}  // {uuid4()}")])
 
 
 def test_without_headers(monkeypatch: pytest.MonkeyPatch) -> None:

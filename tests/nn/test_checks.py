@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -126,8 +127,8 @@ def test_bad_projection(proj_size: int) -> None:
 def test_projection_is_for_lstm(name: str) -> None:
     for size in (0, 2):
         assert_torchs_words(
-            lambda size=size: getattr(fastrnn, name)(3, 5, proj_size=size),
-            lambda size=size: getattr(nn, name)(3, 5, proj_size=size),
+            partial(getattr(fastrnn, name), 3, 5, proj_size=size),
+            partial(getattr(nn, name), 3, 5, proj_size=size),
         )
     # torch accepts it by position, and refuses only the call.
     positional = (3, 5, 1, *(("tanh",) if name == "RNN" else ()), True, False, 0.0, False, 2)
@@ -135,7 +136,7 @@ def test_projection_is_for_lstm(name: str) -> None:
     assert list(ours.state_dict()) == list(theirs.state_dict())
     dense = torch.randn(4, 2, 3)
     for x in (dense, dense[:, 0], pack_padded_sequence(dense, [4, 2])):
-        assert_torchs_words(lambda x=x: ours(x), lambda x=x: theirs(x))
+        assert_torchs_words(partial(ours, x), partial(theirs, x))
 
 
 def test_unknown_nonlinearity() -> None:
@@ -244,7 +245,7 @@ def bad_calls(name: str) -> dict[str, tuple[Any, ...]]:
         "device": (x.to("meta"),),
         "device with hx": (x.to("meta"), hx),
         "device unbatched": (flat.to("meta"),),
-        "device packed": (packed.to("meta"),),
+        "device packed": (packed.to("meta"),),  # type: ignore[arg-type]
         "a third argument": (x, None, None),
         "lengths by position": (x, hx, torch.tensor([4, 2])),
         "resets by position": (x, hx, None, torch.zeros(4, 2).bool()),
@@ -303,8 +304,8 @@ def test_states_of_which_torch_takes_the_first_two() -> None:
         for a, b in zip(flatten(ours(x, hx)), flatten(theirs(x, hx)), strict=True):
             torch.testing.assert_close(a, b)
     cells = twins("LSTMCell", 3, 5)
-    for hx in (torch.randn(2, 5, dtype=F64), list(torch.randn(3, 5, dtype=F64))):
-        results = [flatten(cell(flat[0], hx)) for cell in (cells.ours, cells.torchs)]
+    for state in (torch.randn(2, 5, dtype=F64), list(torch.randn(3, 5, dtype=F64))):
+        results = [flatten(cell(flat[0], state)) for cell in (cells.ours, cells.torchs)]
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b)
 
@@ -328,8 +329,8 @@ def test_check_methods(name: str) -> None:
         ("check_hidden_size", (flatten(hx)[0], (1, 2, 3), "wanted {}, got {}")),
     ):
         message, theirs_message = same_error(
-            lambda m=method, a=arguments: getattr(ours, m)(*a),
-            lambda m=method, a=arguments: getattr(theirs, m)(*a),
+            partial(getattr(ours, method), *arguments),
+            partial(getattr(theirs, method), *arguments),
         )
         assert message == theirs_message
     methods = ["get_expected_hidden_size", *(["get_expected_cell_size"] if name == "LSTM" else [])]
@@ -343,7 +344,9 @@ def test_check_methods(name: str) -> None:
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_overridden_checks_are_called(name: str) -> None:
-    class Strict(getattr(fastrnn, name)):
+    base: Any = getattr(fastrnn, name)
+
+    class Strict(base):
         def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
             raise LookupError("asked")
 

@@ -29,9 +29,10 @@ def minimal(u: Any, v: Any, h: Tensor) -> Tensor:
 
 
 def layer(name: str, *sizes: int, **kwargs: Any) -> nn.Module:
+    kind: Any = getattr(fastrnn, name)
     if name == "Recurrent":
-        return fastrnn.Recurrent(minimal, *sizes, **kwargs)
-    return getattr(fastrnn, name)(*sizes, **kwargs)
+        return kind(minimal, *sizes, **kwargs)
+    return kind(*sizes, **kwargs)
 
 
 def assert_same(ours: Any, theirs: Any) -> None:
@@ -39,8 +40,8 @@ def assert_same(ours: Any, theirs: Any) -> None:
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
 
 
-def spoil(module: nn.Module) -> None:
-    """Changes only the prepacked weights, so that code that does not read them notices nothing."""
+def spoil(module: Any) -> None:
+    """Changes what was packed, and nothing else: who does not read it notices nothing."""
     for packed in module._frozen.layers:
         for each in packed.weights:
             each.mul_(2)
@@ -120,12 +121,12 @@ def test_cells(name: str, bias: bool) -> None:
     assert not torch.equal(flatten(cell(x))[0], flatten(before[0])[0])
 
 
-def replaced(module: nn.Module) -> None:
+def replaced(module: Any) -> None:
     weight = module.weight_hh_l0
     module.weight_hh_l0 = nn.Parameter(weight * 2, requires_grad=False)
 
 
-def optimised(module: nn.Module) -> None:
+def optimised(module: Any) -> None:
     module.bias_ih_l0.grad = torch.ones_like(module.bias_ih_l0)
     torch.optim.SGD(module.parameters(), lr=0.1).step()
 
@@ -169,8 +170,8 @@ def test_a_change_is_found_out(change: Callable[[nn.Module], object], compiled: 
 @pytest.mark.parametrize("steps", [1, 7, 64])
 @pytest.mark.parametrize("where", [0, 11_111, -1])
 def test_one_number_of_a_large_weight_is_found_out(where: int, steps: int) -> None:
-    """torch does not count such a change: it is noticed within 64 rows."""
-    module = fastrnn.freeze(fastrnn.LSTM(16, 65))
+    """Past torch's count of changes: while at most 64 rows are computed."""
+    module: Any = fastrnn.freeze(fastrnn.LSTM(16, 65))
     assert module.weight_hh_l0.nbytes > 16 << 10
     x = torch.randn(steps, 1, 16)
     for _ in range(3):
@@ -254,7 +255,7 @@ def saved(module: nn.Module) -> nn.Module:
     ],
 )
 def test_what_goes_through_the_module_packs_anew(
-    renew: Callable[[nn.Module], nn.Module],
+    renew: Callable[[nn.Module], Any],
 ) -> None:
     module = fastrnn.freeze(fastrnn.LSTM(5, 9, num_layers=2, dtype=torch.float64))
     again = renew(module)
@@ -268,7 +269,7 @@ def test_what_goes_through_the_module_packs_anew(
 
 
 def test_copies_have_weights_of_their_own() -> None:
-    module = fastrnn.freeze(fastrnn.GRU(5, 9))
+    module: Any = fastrnn.freeze(fastrnn.GRU(5, 9))
     other, x = copy.deepcopy(module), torch.randn(4, 3, 5)
     before = other(x)
     module.weight_hh_l0.add_(1)
@@ -366,7 +367,7 @@ def test_a_cell_without_compiled_code() -> None:
 
 def test_compiled() -> None:
     torch._dynamo.reset()
-    module = fastrnn.freeze(fastrnn.LSTM(5, 9, num_layers=2, bidirectional=True))
+    module: Any = fastrnn.freeze(fastrnn.LSTM(5, 9, num_layers=2, bidirectional=True))
     x = torch.randn(4, 3, 5)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     assert_same(compiled(x), module(x))
@@ -389,6 +390,7 @@ def test_the_way_back_to_torch() -> None:
 def test_the_operator_checks_what_it_is_given() -> None:
     module = fastrnn.freeze(fastrnn.GRU(5, 9))
     packed: Any
+    assert module._frozen is not None
     (packed,) = module._frozen.layers
     w_ih, w_hh, b_ih, b_hh = ([w] for w in module._weights()[0][:4])
 

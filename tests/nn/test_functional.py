@@ -32,8 +32,8 @@ def assert_same(a: Any, b: Any) -> None:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("bidirectional", [True, False])
 def test_all_weights_are_the_weights(name: str, bidirectional: bool, bias: bool) -> None:
-    """`rnn` takes the `all_weights` of torch's layers."""
-    options = {"num_layers": 2, "bidirectional": bidirectional, "bias": bias}
+    """What `all_weights` of torch's layers holds is what `rnn` takes."""
+    options: dict[str, Any] = {"num_layers": 2, "bidirectional": bidirectional, "bias": bias}
     _, theirs, _ = twins(name, 3, 5, batch_first=True, **options)
     x = torch.randn(2, 4, 3, dtype=F64)
     h = torch.randn(2 * (1 + bidirectional), 2, 5, dtype=F64)
@@ -49,9 +49,9 @@ def test_all_weights_are_the_weights(name: str, bidirectional: bool, bias: bool)
         )
         assert_same(result, theirs(x, given))
     packed = pack_padded_sequence(x, [4, 2], batch_first=True)
-    result, _ = F.rnn(CELL[name], packed, theirs.all_weights, bidirectional=bidirectional)
-    assert isinstance(result, PackedSequence)
-    assert_same(result, theirs(packed)[0])
+    output, _ = F.rnn(CELL[name], packed, theirs.all_weights, bidirectional=bidirectional)
+    assert isinstance(output, PackedSequence)
+    assert_same(output, theirs(packed)[0])
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -122,7 +122,7 @@ def test_a_copy_keeps_what_was_written(name: str) -> None:
     x = torch.randn(5, 3, 4)
     same = []
     for library in (nn, fastrnn):
-        layer = made(library, name)
+        layer: Any = made(library, name)
         layer._flat_weights[1] = nn.Parameter(torch.randn_like(layer.weight_hh_l0))
         same.append(torch.equal(layer(x)[0], copy.deepcopy(layer)(x)[0]))
     assert same == [False, True]

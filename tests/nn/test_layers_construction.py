@@ -7,6 +7,7 @@ import inspect
 import io
 import pickle
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ CASES = [
 ]
 
 
-def seeded(cls: type[nn.Module], *args: object, **kwargs: object) -> nn.Module:
+def seeded(cls: type[nn.Module], *args: object, **kwargs: object) -> Any:
     torch.manual_seed(7)
     return cls(*args, **kwargs)
 
@@ -144,8 +145,9 @@ def test_copies(name: str) -> None:
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_states_of_old_pickles(name: str) -> None:
-    """Modules from before torch 1.4 hold tensors in all_weights; before 1.8 they lack proj_size."""
-    for options in ({}, {"bias": False, "bidirectional": True}):
+    """Before torch 1.4 all_weights held tensors, and before 1.8 there was no proj_size."""
+    choices: list[dict[str, Any]] = [{}, {"bias": False, "bidirectional": True}]
+    for options in choices:
         ours, _, _ = twins(name, 3, 5, num_layers=2, **options)
         state = ours.__getstate__()
         state["all_weights"] = [list(group) for group in ours.all_weights]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from fastrnn import cells, to_torch
 from fastrnn.cells import Cell
 from tests.support.modules import same_error
 from tests.support.names import LAYERS
-from tests.support.tensors import flatten
+from tests.support.tensors import flatten, sum_of
 
 F64 = torch.float64
 
@@ -61,8 +62,8 @@ def by_hand(
     for k in range(layer.num_layers):
         outputs = []
         for d, suffix in enumerate(["", "_reverse"] if layer.bidirectional else [""]):
-            w = {n: weights.get(f"{n}_l{k}{suffix}") for n in ("weight_ih", "bias_ih")}
-            r = {n: weights.get(f"{n}_l{k}{suffix}") for n in ("weight_hh", "bias_hh")}
+            w: Any = {n: weights.get(f"{n}_l{k}{suffix}") for n in ("weight_ih", "bias_ih")}
+            r: Any = {n: weights.get(f"{n}_l{k}{suffix}") for n in ("weight_hh", "bias_hh")}
             row = len(finals)
             if hx is None:
                 s = [torch.zeros(x.size(1), size, dtype=x.dtype) for _ in cell.states]
@@ -86,7 +87,7 @@ def start(cell: Cell, *shape: int) -> Any:
 
 
 def gradients(outputs: Any, *leaves: Any) -> list[Tensor]:
-    total = sum((y * (k + 1)).square().sum() for k, y in enumerate(flatten(outputs)))
+    total = sum_of((y * (k + 1)).square().sum() for k, y in enumerate(flatten(outputs)))
     return list(torch.autograd.grad(total, flatten(leaves)))
 
 
@@ -214,13 +215,13 @@ def test_bad_arguments() -> None:
         return u.h + v.h + h
 
     with pytest.raises(TypeError, match=r"should be a fastrnn\.Cell, got: function; make one"):
-        fastrnn.Recurrent(plain, 3, 5)
+        fastrnn.Recurrent(plain, 3, 5)  # type: ignore[arg-type]
     calls: list[dict[str, Any]] = [{"hidden_size": 0}, {"bias": 1}, {"dropout": 2.0}]
     for arguments in calls:
         given = {"input_size": 3, "hidden_size": 5, **arguments}
         same_error(
-            lambda given=given: fastrnn.Recurrent(own_mgu, **given),
-            lambda given=given: nn.GRU(**given),
+            partial(fastrnn.Recurrent, own_mgu, **given),
+            partial(nn.GRU, **given),
         )
     with pytest.raises(TypeError, match="it is none of"):
         to_torch(fastrnn.Recurrent(own_mgu, 3, 5))

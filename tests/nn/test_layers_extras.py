@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import fastrnn
 from tests.support.modules import twins
 from tests.support.names import LAYERS
 from tests.support.properties import given, settings, st
-from tests.support.tensors import flatten, mapped
+from tests.support.tensors import flatten, mapped, sum_of
 
 F64 = torch.float64
 
@@ -35,7 +36,7 @@ def gradients(outputs: Any, module: nn.Module, *leaves: Any) -> list[Tensor]:
         torch.randn(y.shape, generator=torch.Generator().manual_seed(y.dim()), dtype=F64)
         for y in tensors
     ]
-    total = sum((y * w).sum() for y, w in zip(tensors, weights, strict=True))
+    total = sum_of((y * w).sum() for y, w in zip(tensors, weights, strict=True))
     inputs = [*module.parameters(), *flatten(leaves)]
     return list(torch.autograd.grad(total, inputs, materialize_grads=True))
 
@@ -137,10 +138,8 @@ def test_resets_are_separate_episodes(
     )
 
 
-def episodes(
-    module: nn.Module, x: Tensor, start: Any, flags: list[bool]
-) -> tuple[Tensor, list[Tensor]]:
-    """One sequence [T, 1, I] through torch.nn's own layers, cut where `flags` is set.
+def episodes(module: Any, x: Tensor, start: Any, flags: list[bool]) -> tuple[Tensor, list[Tensor]]:
+    """One sequence [T, 1, I] through torch.nn's own layers, cut where `flags` says.
 
     It runs one layer in one direction at a time, because each is cut anew.
     """
@@ -158,7 +157,8 @@ def episodes(
                 own: getattr(module, n)
                 for own, n in zip(single._flat_weights_names, names, strict=True)
             }
-            given = mapped(start, lambda t, n=layer * directions + direction: t[n : n + 1])
+            row = layer * directions + direction
+            given = mapped(start, partial(Tensor.narrow, dim=0, start=row, length=1))
             parts = []
             for first, last in reversed(spans) if direction else spans:
                 # hx enters at the step that runs first, unless an episode begins at this step.
@@ -238,7 +238,7 @@ def test_nothing_but_empty_rows(name: str) -> None:
         assert output.shape == (steps, 2, 8) and not output.any()
         assert_same(final, hx)
         assert all(a is not b for a, b in zip(flatten(final), flatten(hx), strict=True))
-        found = torch.autograd.grad(sum(s.sum() for s in flatten(final)), [x, *flatten(hx)])
+        found = torch.autograd.grad(sum_of(s.sum() for s in flatten(final)), [x, *flatten(hx)])
         assert not found[0].any()
         assert all((g == 1).all() for g in found[1:])
         _, final = ours(x, lengths=[0, 0])

@@ -13,7 +13,7 @@ import fastrnn
 from tests.support.modules import compare, run, same_error, twins
 from tests.support.names import CELLS, LAYERS, LONG, SIZES
 from tests.support.properties import given, settings, st
-from tests.support.tensors import batches, flatten
+from tests.support.tensors import batches, flatten, sum_of
 from tests.support.tolerance import assert_matches
 
 F64 = torch.float64
@@ -145,7 +145,7 @@ def test_outputs_may_change_in_place(name: str) -> None:
 def test_changing_what_backward_needs_raises(name: str, victim: str) -> None:
     ours, theirs, _ = twins(name, 3, 5)
 
-    def call(module: nn.Module) -> None:
+    def call(module: Any) -> None:
         x, hx = torch.randn(4, 2, 3, dtype=F64), states(name, 1, 2, hidden=5)
         output, _ = module(x, hx)
         with torch.no_grad():
@@ -310,7 +310,7 @@ def test_complex(name: str) -> None:
     for a, b in zip(flatten(ours(x)), flatten(theirs(x)), strict=True):
         torch.testing.assert_close(a, b)
     for module in (ours, theirs):
-        sum(y.abs().sum() for y in flatten(module(x))).backward()
+        sum_of(y.abs().sum() for y in flatten(module(x))).backward()
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
 

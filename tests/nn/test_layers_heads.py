@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ LAYERS = {
 }
 
 
-def small_layers(layer: nn.Module, bidirectional: bool) -> list[nn.Module]:
+def small_layers(layer: Any, bidirectional: bool) -> list[nn.Module]:
     """The heads of a layer as layers of torch.nn, with its weights."""
     kind = getattr(nn, {"Recurrent": "LSTM"}.get(type(layer).__name__, type(layer).__name__))
     made = []
@@ -108,7 +109,7 @@ def test_one_head_is_a_plain_layer() -> None:
         ({"heads": 2, "proj_size": 2}, "heads are not projected"),
     ],
 )
-def test_what_heads_cannot_be(arguments: dict[str, object], reason: str) -> None:
+def test_what_heads_cannot_be(arguments: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         fastrnn.LSTM(4, 8, **arguments)
     with pytest.raises(ValueError, match="at most 64 recurrences side by side"):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import fastrnn
 from fastrnn import kernels
-from tests.support.tensors import flatten
+from tests.support.tensors import flatten, sum_of
 
 
 def layers(**options: Any) -> dict[str, nn.Module]:
@@ -48,7 +48,7 @@ def saved(layer: nn.Module, *inputs: Any, **options: Any) -> tuple[int, list[Ten
         results = flatten(layer(*inputs, **options))
     known = {t.untyped_storage().data_ptr() for t in (*leaves, *results)}
     total = sum(bytes_ for pointer, bytes_ in sizes.items() if pointer not in known)
-    sum((r * r).sum() for r in results).backward()
+    sum_of((r * r).sum() for r in results).backward()
     return total, [leaf.grad for leaf in leaves if leaf.grad is not None]
 
 
@@ -75,6 +75,7 @@ def test_gradients_are_the_same(name: str, form: str, kernel: str) -> None:
 
 def test_only_operands_and_outputs_are_kept() -> None:
     x = torch.randn(50, 3, 3)
+    layer: Any
     for name, layer in layers().items():
         much, _ = saved(layer, x)
         layer.recompute = True
@@ -102,7 +103,7 @@ def test_what_else_uses_the_gradient() -> None:
     def twice(layer: nn.Module) -> list[Tensor]:
         own = list(layer.parameters())
         first = torch.autograd.grad(layer(x)[0].sin().sum(), own, create_graph=True)
-        return list(torch.autograd.grad(sum(g.square().sum() for g in first), own))
+        return list(torch.autograd.grad(sum_of(g.square().sum() for g in first), own))
 
     def cast(layer: nn.Module) -> list[Tensor]:
         with torch.autocast("cpu", torch.bfloat16):
@@ -116,8 +117,8 @@ def test_what_else_uses_the_gradient() -> None:
 
 def test_compiled() -> None:
     x = torch.randn(4, 2, 3)
-    layer = layers(recompute=True)["lstm"]
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    layer: Any = layers(recompute=True)["lstm"]
+    compiled: Any = torch.compile(layer, fullgraph=True, backend="aot_eager")
     much, right = saved(layers()["lstm"], x)
     little, ours = saved(compiled, x)
     assert little < much

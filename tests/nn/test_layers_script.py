@@ -21,10 +21,10 @@ from tests.support.subclasses import Delegating, flat, made, sample
 
 
 def heirs(base: type[nn.Module]) -> dict[str, type[nn.Module]]:
-    class Inherits(base):  # type: ignore[valid-type]
+    class Inherits(base):  # type: ignore[valid-type, misc]
         pass
 
-    class Adds(base):  # type: ignore[valid-type]
+    class Adds(base):  # type: ignore[valid-type, misc]
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             self.scale = 2.0
@@ -34,7 +34,7 @@ def heirs(base: type[nn.Module]) -> dict[str, type[nn.Module]]:
         def twice(self, x: Tensor) -> Tensor:
             return self.scale * x
 
-    class Replaces(base):  # type: ignore[valid-type]
+    class Replaces(base):  # type: ignore[valid-type, misc]
         def forward(self, input: Tensor) -> Tensor:
             return self.helper(input) + self.hidden_size
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch.utils import checkpoint
 import fastrnn
 from tests.support.modules import twins
 from tests.support.names import CELLS, LAYERS
-from tests.support.tensors import flatten, mapped
+from tests.support.tensors import flatten, mapped, sum_of
 
 F64 = torch.float64
 NAMES = LAYERS + CELLS
@@ -122,7 +123,7 @@ def test_vmap_over_inputs_and_states(name: str, over: str) -> None:
     arguments = (x if over == "states" else inputs, hx if over == "inputs" else states)
     together = vmap(lambda x, s: tuple(flatten(ours(x, s))), in_dims=in_dims)(*arguments)
     for k in range(3):
-        wanted = theirs(inputs[k], mapped([states], lambda t, k=k: t[k])[0])
+        wanted = theirs(inputs[k], mapped([states], partial(Tensor.select, dim=0, index=k))[0])
         assert_same([y[k] for y in together], wanted)
 
 
@@ -152,9 +153,9 @@ def test_transforms_of_the_extras(name: str) -> None:
         wanted = ours(inputs[k], hx, lengths=lengths[k], resets=resets[k])
         assert_same([y[k] for y in together], wanted)
     tangent = torch.randn_like(inputs[0])
-    _, slope = jvp(
+    slope = jvp(
         lambda x: ours(x, hx, lengths=lengths[0], resets=resets[0])[0], (inputs[0],), (tangent,)
-    )
+    )[1]
     step = 1e-6
     ahead, behind = (
         ours(inputs[0] + s * tangent, hx, lengths=lengths[0], resets=resets[0])[0]
@@ -181,7 +182,7 @@ def test_autocast(name: str, low: torch.dtype) -> None:
     assert {y.dtype for y in [*results, *from_low]} == {wanted}
     for y, z in zip([*results, *from_low], exact * 2, strict=True):
         torch.testing.assert_close(y.float(), z, rtol=0, atol=0.03)
-    sum(y.float().sum() for y in results).backward()
+    sum_of(y.float().sum() for y in results).backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in ours.parameters())
 
 
@@ -190,6 +191,12 @@ def test_autocast(name: str, low: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_hooks(name: str) -> None:
+    def backward_pre(log: list[str], *_: object) -> None:
+        log.append("backward pre")
+
+    def backward(log: list[str], _: object, inputs: Any, outputs: Any) -> None:
+        log.append(f"backward {len(inputs)} {len(outputs)}")
+
     seen: dict[nn.Module, list[str]] = {}
     ours, theirs, x, hx = case(name)
     for module in (ours, theirs):
@@ -199,10 +206,8 @@ def test_hooks(name: str) -> None:
             lambda m, a, k, out, log=log: log.append(f"forward {sorted(k)} {len(flatten(out))}"),
             with_kwargs=True,
         )
-        module.register_full_backward_pre_hook(lambda m, g, log=log: log.append("backward pre"))
-        module.register_full_backward_hook(
-            lambda m, gi, go, log=log: log.append(f"backward {len(gi)} {len(go)}")
-        )
+        module.register_full_backward_pre_hook(partial(backward_pre, log))
+        module.register_full_backward_hook(partial(backward, log))
         total(module, x.clone().requires_grad_(), hx).backward()
     assert seen[ours] == seen[theirs]
     assert len(seen[ours]) == 4
@@ -355,7 +360,7 @@ def test_export_with_any_length(name: str, strict: bool) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
-def test_make_fx(name: str, mode: str) -> None:
+def test_make_fx(name: str, mode: Any) -> None:
     from torch.fx.experimental.proxy_tensor import make_fx
 
     ours, _, x, hx = case(name)
@@ -444,7 +449,7 @@ def test_onnx_graph_holds_the_standard_node(name: str, monkeypatch: pytest.Monke
         torch.onnx.export(
             net,
             (torch.randn(4, 2, 3),),
-            buffer,
+            buffer,  # type: ignore[arg-type]
             dynamo=False,
             input_names=["x"],
             dynamic_axes={"x": {0: "T"}},

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pack_sequence
 
 import fastrnn
 from tests.support.names import CELLS
-from tests.support.tensors import flatten
+from tests.support.tensors import flatten, sum_of
 
 CONFIGURATIONS: list[tuple[str, dict[str, Any]]] = [
     *(
@@ -72,14 +72,14 @@ def check(name: str, kwargs: dict[str, Any], x: Any, states: Any, grad: bool) ->
         if grad:
             module.zero_grad()
             try:
-                sum(t.square().sum() for t in outputs).backward()
+                sum_of(t.square().sum() for t in outputs).backward()
             except RuntimeError as error:
                 # Then torch.nn's backward raises for some; ours computes the changed outputs again.
                 assert "modified by an inplace operation" in str(error)
                 assert type(module).__module__ == "torch.nn.modules.rnn"
                 gradients.append(None)
             else:
-                gradients.append([p.grad.clone() for p in module.parameters()])
+                gradients.append([cast(Tensor, p.grad).clone() for p in module.parameters()])
     assert views[0] == views[1]
     assert detachable[0] == detachable[1]
     assert shapes[0] == shapes[1]

@@ -34,6 +34,7 @@ from tests.support.subclasses import (
     made,
     sample,
 )
+from tests.support.tensors import sum_of
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -41,7 +42,7 @@ def test_numbers_and_gradients_stay(kind: type[nn.Module]) -> None:
     module, original = made(kind)
     assert_same(module, original)
     for m in (module, original):
-        sum(y.square().sum() for y in flat(m(sample(m)))).backward()
+        sum_of(y.square().sum() for y in flat(m(sample(m)))).backward()
     torch.testing.assert_close(
         [p.grad for p in module.parameters()], [p.grad for p in original.parameters()]
     )
@@ -71,6 +72,9 @@ def test_the_class_keeps_its_name_and_members(kind: type[nn.Module]) -> None:
 
 
 def test_members_of_every_kind_find_their_class() -> None:
+    module: Any
+    ours: Any
+    theirs: Any
     module, original = made(Deeper)
     assert module.extra_repr() == original.extra_repr()
     assert module.calls == original.calls
@@ -158,7 +162,7 @@ def test_restore_gives_the_class_back(kind: type[nn.Module]) -> None:
 
 
 def test_optimizer_and_hooks_stay() -> None:
-    module = Delegating(*SIZES)
+    module: Any = Delegating(*SIZES)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     seen: list[str] = []
     module.register_forward_hook(lambda *_: seen.append("forward"))
@@ -279,7 +283,7 @@ class Reducing(nn.GRU):
         return Reducing, SIZES
 
 
-class Meta(type(nn.Module)):
+class Meta(type(nn.Module)):  # type: ignore[misc]
     pass
 
 
@@ -339,7 +343,7 @@ def test_refusal_of_what_hangs_on_the_module() -> None:
     (skipped,) = fastrnn.replace_(module, subclasses=True).skipped
     assert "its own attribute stream" in skipped.reason
     module = Inheriting(*SIZES)
-    module.forward = lambda *_: None
+    module.forward = lambda *_: None  # type: ignore[method-assign, assignment]
     (skipped,) = fastrnn.replace_(module, subclasses=True).skipped
     assert "forward was set on the instance" in skipped.reason
 

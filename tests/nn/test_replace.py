@@ -17,6 +17,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import fastrnn
 from tests.support.models import PLACES, SIZES, model_with_all
+from tests.support.tensors import sum_of
 
 NAMES = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
 
@@ -62,7 +63,7 @@ def test_numbers_and_gradients_stay(name: str) -> None:
     fastrnn.replace_(module)
     assert_same(run(module), run(original))
     for m in (module, original):
-        sum(out.square().sum() for out in run(m)).backward()
+        sum_of(out.square().sum() for out in run(m)).backward()
     assert_same([p.grad for p in module.parameters()], [p.grad for p in original.parameters()])
 
 
@@ -137,7 +138,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> N
 def test_optimizer_goes_on_through_replace_and_restore() -> None:
     torch.manual_seed(0)
     plain = Net()
-    swapped = copy.deepcopy(plain)
+    swapped: Any = copy.deepcopy(plain)
     optimizers = [torch.optim.Adam(m.parameters(), lr=1e-2) for m in (plain, swapped)]
     train(plain, optimizers[0], range(9))
     train(swapped, optimizers[1], range(3))
@@ -156,7 +157,7 @@ def test_optimizer_goes_on_through_replace_and_restore() -> None:
 @pytest.mark.parametrize("first", ["compile", "replace"])
 def test_compiled_model_sees_the_replacement(first: str) -> None:
     torch._dynamo.reset()
-    model = Net()
+    model: Any = Net()
     x = torch.randn(4, 6, 5)
     expected = model(x)
     if first == "compile":
@@ -177,7 +178,7 @@ def test_compiled_model_sees_the_replacement(first: str) -> None:
 def test_shared_modules_stay_shared() -> None:
     rnn = nn.GRU(5, 5)
     outside = [rnn]
-    model = nn.ModuleDict({"a": rnn, "b": nn.ModuleList([rnn])})
+    model: Any = nn.ModuleDict({"a": rnn, "b": nn.ModuleList([rnn])})
     report = fastrnn.replace_(model)
     assert model["a"] is model["b"][0] is outside[0]
     assert type(outside[0]) is fastrnn.GRU
@@ -193,7 +194,7 @@ def test_tied_parameters_stay_tied() -> None:
 
 
 def test_mode_requires_grad_and_attributes_stay() -> None:
-    model = nn.ModuleList([nn.LSTM(*SIZES).eval(), nn.GRU(*SIZES), nn.LSTMCell(*SIZES).eval()])
+    model: Any = nn.ModuleList([nn.LSTM(*SIZES).eval(), nn.GRU(*SIZES), nn.LSTMCell(*SIZES).eval()])
     model[0].weight_hh_l0.requires_grad_(False)
     model[0].note = "mine"
     model[1].register_buffer("extra", torch.ones(2))
@@ -304,7 +305,7 @@ def test_copies_of_a_parametrized_module_are_independent() -> None:
 
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
 def test_weight_norm_by_hook_lives_on() -> None:
-    module = torch.nn.utils.weight_norm(nn.GRU(*SIZES), "weight_hh_l0")
+    module: Any = torch.nn.utils.weight_norm(nn.GRU(*SIZES), "weight_hh_l0")
     fastrnn.replace_(module)
     with torch.no_grad():
         module.weight_hh_l0_g.mul_(3)
@@ -317,7 +318,7 @@ def test_weight_norm_by_hook_lives_on() -> None:
 
 
 def test_pruning_lives_on() -> None:
-    module = nn.LSTM(*SIZES)
+    module: Any = nn.LSTM(*SIZES)
     prune.random_unstructured(module, "weight_hh_l0", amount=0.5)
     fastrnn.replace_(module)
     expected = run(module)
@@ -432,4 +433,4 @@ def test_twice_is_once() -> None:
 
 def test_no_module_is_refused() -> None:
     with pytest.raises(TypeError, match=r"should be a torch\.nn\.Module, got: dict"):
-        fastrnn.replace_({"rnn": nn.LSTM(*SIZES)})
+        fastrnn.replace_({"rnn": nn.LSTM(*SIZES)})  # type: ignore[arg-type]

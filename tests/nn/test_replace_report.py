@@ -42,7 +42,7 @@ def test_reasons_for_skipping() -> None:
     recurrent = fastrnn.Recurrent(fastrnn.cells.gru, 5, 7)
     assert "torch.nn does not have" in reason(recurrent, fastrnn.restore_)
     wrapped = nn.LSTM(*SIZES)
-    wrapped.forward = lambda *_: None
+    wrapped.forward = lambda *_: None  # type: ignore[method-assign, assignment]
     assert "forward was set on the instance" in reason(wrapped)
 
 

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ def coupled(u: Any, v: Any, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
 
 LAYERS: dict[str, Callable[..., Any]] = {
     "tanh": fastrnn.RNN,
-    "relu": lambda *a, **k: fastrnn.RNN(*a, nonlinearity="relu", bias=False, **k),
+    "relu": partial(fastrnn.RNN, nonlinearity="relu", bias=False),
     "lstm": fastrnn.LSTM,
     "projected": lambda i, h, **k: fastrnn.LSTM(i, h, proj_size=max(1, h // 2), **k),
     "gru": fastrnn.GRU,
@@ -57,6 +58,7 @@ def made(kind: str, *sizes: int, **kwargs: Any) -> Any:
 def with_threads(layer: Any, batch: int, threads: int) -> stream.Stepper:
     """A stepper of that many threads, regardless of the plan."""
     key = prepare(layer._cell())
+    assert key is not None
     lists = [[w for w in each if w is not None] for each in layer._weights()]
     return stream.Stepper(key, lists, batch, threads, True)
 
@@ -139,6 +141,7 @@ def test_wrong_states_change_nothing() -> None:
     stepper = fastrnn.LSTM(3, 5).stream()
     good = torch.ones(1, 1, 5)
     stepper.state = good, good
+    wrong: Any
     for wrong, message in [
         ((good,), r"2 tensors, got 1"),
         (good, r"2 tensors, got 1"),
@@ -165,7 +168,8 @@ def test_every_kind_of_buffer() -> None:
     outs: list[Any] = [torch.empty(1, 5), torch.empty(5), np.empty((1, 5), "f")]
     outs += [array.array("f", [0] * 5), memoryview(bytearray(20)).cast("f")]
     outs += [np.empty((1, 5), "f").view(np.memmap), torch.nn.Parameter(torch.empty(1, 5), False)]
-    inputs: list[Any] = [x, x[0], x.numpy(), array.array("f", x[0].tolist()), memoryview(x.numpy())]
+    buffer: Any = x.numpy()
+    inputs: list[Any] = [x, x[0], buffer, array.array("f", x[0].tolist()), memoryview(buffer)]
     for given in inputs:
         for out in outs:
             assert layer.stream().step(given, out) is out
@@ -248,6 +252,7 @@ def test_what_a_step_refuses(x: Any, out: Any, error: type[Exception], message: 
     stepper = fastrnn.GRU(3, 5).stream()
     with pytest.raises(error, match=f"(?s){message}"):
         stepper.step(x, out)
+    assert isinstance(stepper.state, Tensor)
     assert not stepper.state.any()
     stepper.step(torch.zeros(1, 3))  # the stepper still works
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -30,6 +30,11 @@ def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if value is None:
         return None
     return tuple(mapped(v, function) for v in value)
+
+
+def sum_of(values: Iterable[Tensor]) -> Tensor:
+    """The sum of at least one tensor; the builtin's type would allow the number 0."""
+    return cast(Tensor, sum(values))
 
 
 def weights_like(y: Tensor) -> Tensor:
