@@ -32,4 +32,4 @@ def test_the_forward_of_a_class_shows_its_arguments(name: str) -> None:
     forward = getattr(fastrnn, name).forward
     parameters = ["self", "input", "hx", "lengths", "resets"]
     assert list(inspect.signature(forward).parameters) == parameters
-    assert "see the class for shapes" in forward.__doc__
+    assert "class documents the shapes" in forward.__doc__
