@@ -79,7 +79,7 @@ $(CLIENTS)/.installed: tests/clients/requirements.txt pyproject.toml
 	$(CLIENTS)/bin/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	@touch $@
 
-$(CLIENTS)/.built: $(CLIENTS)/.installed setup.py $(GENERATOR) $(wildcard csrc/*)
+$(CLIENTS)/.built: $(CLIENTS)/.installed setup.py $(GENERATOR) $(shell find csrc -type f)
 	$(CLIENTS)/bin/python setup.py --quiet build_ext --inplace
 	@touch $@
 

@@ -13,7 +13,7 @@ class Stepper:
     def __new__(
         cls,
         cell: str,
-        layers: Sequence[Sequence[Tensor]],
+        layers: Sequence[Sequence[Tensor | None]],
         batch_size: int,
         threads: int,
         release_gil: bool,

@@ -69,7 +69,8 @@ def scan(
     """Run `P` independent scans of one cell over the same input, with the kernel that the plan
     chooses.
 
-    Arguments and results are those of `kernels.reference.scan`, and:
+    The arguments are those of `kernels.operands.Operands`, the results those of
+    `kernels.reference.scan`, and:
 
     Args:
         packed: the same weights from `pack`; the CPU kernel then need not pack them. Such a call
@@ -203,15 +204,15 @@ def _as_operations(cell: Cell, operands: Operands) -> tuple[Tensor, list[Tensor]
     """Run the reference, under autocast with operands in autocast's dtype."""
     kind = operands.x.device.type
     if not torch.is_autocast_enabled(kind):
-        return reference.scan(cell, **operands._asdict())
+        return reference.scan(cell, operands)
     dtype = _C.autocast_dtype(cell.name, operands.x, operands.s0)
 
     def cast(operand: Any) -> Any:
         return [t.to(dtype) for t in operand] if isinstance(operand, list | tuple) else operand
 
-    in_dtype = {name: cast(operand) for name, operand in operands._asdict().items()}
+    in_dtype = Operands(*map(cast, operands))._replace(x=operands.x.to(dtype))
     with torch.autocast(kind, enabled=False):
-        return reference.scan(cell, **in_dtype | {"x": operands.x.to(dtype)})
+        return reference.scan(cell, in_dtype)
 
 
 @torch.library.register_fake("fastrnn::scan")

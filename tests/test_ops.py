@@ -151,7 +151,7 @@ def test_operands_that_do_not_fit_are_refused() -> None:
     refused(r"w_ih should be \[24, 7\], got \[24, 5\]", x=torch.randn(4, 3, 7))
     refused(r"x should be", x=torch.randn(5))
     refused(r"w_hh should be \[24, 6\], got \[24, 7\]", w_hh=[torch.randn(24, 7)])
-    refused(r"w_ih should hold one tensor per scan, 1, got 2", w_ih=[torch.randn(24, 5)] * 2)
+    refused(r"w_ih should hold one tensor per recurrence, 1, got 2", w_ih=[torch.randn(24, 5)] * 2)
     refused(r"b_ih and b_hh come together", b_ih=[])
     refused(r"b_hh should be \[24\], got \[23\]", b_hh=[torch.randn(23)])
     refused(r"w_hh is Double but x is Float", w_hh=[torch.randn(24, 6).double()])

@@ -24,7 +24,7 @@ constexpr int kMostRecurrences = 64;
 enum Need { kNeedX, kNeedWih, kNeedWhh, kNeedBias, kNeedWhr, kNeedStates, kNeeds };
 using Needs = std::array<bool, kNeeds>;
 
-// The inputs of `scan` as its schema orders them; kernels/reference.py documents the shapes.
+// The inputs of `scan` as its schema orders them; kernels/operands.py documents the shapes.
 struct ScanInputs {
   std::string_view cell;
   const Tensor& x;

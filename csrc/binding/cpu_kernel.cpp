@@ -62,7 +62,8 @@ void check_prepacked(const CellFacts& cell, const ScanInputs& in, const Shape& n
                      at::ScalarType compute) {
   if (in.packed.empty()) return;
   TORCH_CHECK(static_cast<int64_t>(in.packed.size()) == n.P,
-              "scan: packed should hold one tensor per scan, ", n.P, ", got ", in.packed.size());
+              "scan: packed should hold one tensor per recurrence, ", n.P, ", got ",
+              in.packed.size());
   const bool in_double = compute == at::kDouble;
   const int64_t bytes =
       cell.code(in_double).prepacked_bytes[in_double]({n.I, n.H, n.Q, n.projected});

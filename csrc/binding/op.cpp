@@ -133,7 +133,7 @@ std::vector<Tensor> python_backward_kernel(FASTRNN_BACKWARD_PARAMETERS) {
 }  // namespace
 
 TORCH_LIBRARY(fastrnn, m) {
-  // kernels/reference.py documents the arguments. Returns y, the S states and the tape, which
+  // kernels/operands.py documents the arguments. Returns y, the S states and the tape, which
   // scan_backward needs and which has no rows unless `tape` asks for it. With `recompute`, autograd
   // keeps no tape and gives scan_backward one without rows. Lists that may be empty are optional,
   // because ahead-of-time compiled programs pass an empty list as none.

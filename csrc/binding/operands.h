@@ -63,7 +63,8 @@ inline Shape checked_shape(const CellFacts& cell, const ScanInputs& in) {
   n.Q = n.projected ? in.w_hr[0].size(0) : n.H;
   auto all = [&](TensorList tensors, const char* name, at::IntArrayRef size, bool optional) {
     TORCH_CHECK((optional && tensors.empty()) || static_cast<int64_t>(tensors.size()) == P,
-                "scan: ", name, " should hold one tensor per scan, ", P, ", got ", tensors.size());
+                "scan: ", name, " should hold one tensor per recurrence, ", P, ", got ",
+                tensors.size());
     for (const Tensor& tensor : tensors) {
       check_plain(tensor, name);
       TORCH_CHECK(tensor.sizes() == size, "scan: ", name, " should be ", size, ", got ",

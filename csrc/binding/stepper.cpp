@@ -11,8 +11,10 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <array>
 #include <atomic>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "binding/callbacks.h"
@@ -345,8 +347,44 @@ PyObject* write(PyObject* object, PyObject* value) {
   END_HANDLE_TH_ERRORS
 }
 
+// A layer as fastrnn's Weights: w_ih, w_hh, b_ih, b_hh, w_hr, without those that it does not have.
+using LayerWeights = std::array<std::optional<at::Tensor>, 5>;
+
+// The layers of a stepper: their weights in the type of computation, checked.
+struct Layers {
+  std::vector<RecurrenceSizes> sizes;
+  std::vector<Recurrence> recurrences;
+  std::vector<at::Tensor> alive;  // what the recurrences point to
+
+  void add(const CellFacts& cell, const LayerWeights& layer, at::ScalarType compute) {
+    const auto& [w_ih, w_hh, b_ih, b_hh, w_hr] = layer;
+    TORCH_CHECK(w_ih && w_hh && w_ih->dim() == 2 && w_hh->dim() == 2 &&
+                    b_ih.has_value() == b_hh.has_value(),
+                "a stepper's layer should be (w_ih, w_hh, b_ih, b_hh, w_hr), with matrices and "
+                "with both biases or none");
+    const int64_t rows = w_ih->size(0), H = rows / cell.gates, Q = w_hr ? w_hh->size(1) : H;
+    sizes.push_back({w_ih->size(1), H, Q, w_hr.has_value()});
+    TORCH_CHECK(H == sizes[0].hidden && (!w_hr || cell.projectable) &&
+                    (sizes.size() < 2 || sizes.back().inputs == sizes.end()[-2].recurrent),
+                "a stepper needs layers that fit onto each other");
+    const auto data = [&](const std::optional<at::Tensor>& weight, const char* name,
+                          at::IntArrayRef size) -> const void* {
+      if (!weight) return nullptr;
+      TORCH_CHECK(weight->sizes() == size, "a stepper's ", name, " should be ", size, ", got ",
+                  weight->sizes());
+      return alive.emplace_back(weight->detach().to(compute).contiguous()).const_data_ptr();
+    };
+    Recurrence& recurrence = recurrences.emplace_back();
+    recurrence.w_ih = data(w_ih, "w_ih", {cell.gates * H, w_ih->size(1)});
+    recurrence.w_hh = data(w_hh, "w_hh", {rows, Q});
+    recurrence.b_ih = data(b_ih, "b_ih", {rows});
+    recurrence.b_hh = data(b_hh, "b_hh", {rows});
+    recurrence.w_hr = data(w_hr, "w_hr", {Q, H});
+  }
+};
+
 // The arguments are (cell, layers, batch_size, threads, release_gil), as fastrnn/nn/stream.py
-// checks them; a layer is [w_ih, w_hh, b_ih, b_hh, w_hr] without the tensors that it does not have.
+// checks them.
 PyObject* make(PyTypeObject* type, PyObject* args, PyObject*) {
   HANDLE_TH_ERRORS
   const char* name = nullptr;
@@ -355,10 +393,10 @@ PyObject* make(PyTypeObject* type, PyObject* args, PyObject*) {
   int threads = 1, release_gil = 1;
   if (!PyArg_ParseTuple(args, "sOLip", &name, &layer_list, &batch, &threads, &release_gil))
     return nullptr;
-  const auto layers = py::cast<std::vector<std::vector<at::Tensor>>>(py::handle(layer_list));
-  TORCH_CHECK(batch >= 1 && threads >= 1 && !layers.empty() && layers[0].size() >= 2,
+  const auto weights = py::cast<std::vector<LayerWeights>>(py::handle(layer_list));
+  TORCH_CHECK(batch >= 1 && threads >= 1 && !weights.empty() && weights[0][0],
               "a stepper needs a batch, a thread and a layer");
-  const at::ScalarType stored = layers[0][0].scalar_type();
+  const at::ScalarType stored = weights[0][0]->scalar_type();
   const CellFacts& cell = known_cell(name, at::kCPU, stored);
   const Kind* kind = nullptr;
   for (const Kind& candidate : kKinds)
@@ -366,46 +404,12 @@ PyObject* make(PyTypeObject* type, PyObject* args, PyObject*) {
   TORCH_CHECK(kind, "a stepper computes float32, float64, bfloat16 and float16, not ", stored);
   at::AutoDispatchBelowADInplaceOrView below;
   const bool in_double = stored == at::kDouble;
-
-  std::vector<RecurrenceSizes> sizes;
-  std::vector<Recurrence> recurrences;
-  std::vector<at::Tensor> alive;
-  for (const auto& layer : layers) {
-    const size_t count = layer.size();
-    const auto at = [&](size_t k) {
-      alive.push_back(layer[k].detach().to(in_double ? at::kDouble : at::kFloat).contiguous());
-      return alive.back().const_data_ptr();
-    };
-    const bool bias = count > 3, projected = count & 1;
-    TORCH_CHECK(count >= 2 && count <= 5 && layer[0].dim() == 2 && layer[1].dim() == 2,
-                "a stepper's layer should be [w_ih, w_hh, b_ih, b_hh, w_hr], got ", count,
-                " tensors");
-    const int64_t rows = layer[0].size(0), H = rows / cell.gates,
-                  Q = projected ? layer[1].size(1) : H;
-    sizes.push_back({layer[0].size(1), H, Q, projected});
-    TORCH_CHECK(H == sizes[0].hidden && (!projected || cell.projectable) &&
-                    (sizes.size() < 2 || sizes.back().inputs == sizes.end()[-2].recurrent),
-                "a stepper needs layers that fit onto each other");
-    const auto check = [&](size_t k, const char* name, at::IntArrayRef size) {
-      TORCH_CHECK(layer[k].sizes() == size, "a stepper's ", name, " should be ", size, ", got ",
-                  layer[k].sizes());
-    };
-    check(0, "w_ih", {cell.gates * H, layer[0].size(1)});
-    check(1, "w_hh", {rows, Q});
-    for (size_t k = 2; bias && k < 4; ++k) check(k, k == 2 ? "b_ih" : "b_hh", {rows});
-    if (projected) check(count - 1, "w_hr", {Q, H});
-    Recurrence recurrence;
-    recurrence.w_ih = at(0);
-    recurrence.w_hh = at(1);
-    recurrence.b_ih = bias ? at(2) : nullptr;
-    recurrence.b_hh = bias ? at(3) : nullptr;
-    recurrence.w_hr = projected ? at(count - 1) : nullptr;
-    recurrences.push_back(recurrence);
-  }
+  Layers layers;
+  for (const LayerWeights& layer : weights) layers.add(cell, layer, compute_type(stored));
   auto stepper = std::make_unique<Stepper>(cell.code(in_double), in_double, storage_of(stored),
-                                           batch, sizes, threads);
-  for (size_t l = 0; l < recurrences.size(); ++l)
-    stepper->pack(static_cast<int64_t>(l), recurrences[l]);
+                                           batch, layers.sizes, threads);
+  for (size_t l = 0; l < layers.recurrences.size(); ++l)
+    stepper->pack(static_cast<int64_t>(l), layers.recurrences[l]);
 
   PyObject* object = type->tp_alloc(type, 0);
   if (!object) return nullptr;

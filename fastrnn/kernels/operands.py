@@ -12,8 +12,25 @@ __all__ = ["Needs", "Operands", "Weights", "heads_of", "named", "side_by_side"]
 
 
 class Operands(NamedTuple):
-    """The arguments of a scan besides its cell, in the order of the operator. `reference.scan`
-    documents each."""
+    """The arguments of a scan besides its cell, in the order of the operator.
+
+    Attributes:
+        x: input, [T, B, I] dense, [R, I] packed (with `batch_sizes`), or [B, I] for one step of
+            one recurrence, whose states then are [B, *].
+        w_ih, w_hh: `P` weights each, [G*H, I] and [G*H, Q]; `Q` is the projection size if there
+            is one, else `H`.
+        b_ih, b_hh: `P` biases each, [G*H], or none.
+        w_hr: `P` projections of state 0, [Q, H], or none.
+        s0: `S` initial states, [P, B, Q] for state 0 and [P, B, H] for the others; none for zeros
+            (not with `batch_sizes`).
+        batch_sizes: int64 [T] on the CPU, non-increasing: sequences alive at each step of packed
+            input.
+        lengths: int64 [B], for dense input: steps of each sequence, in any order, zero allowed.
+            Output past the end is zero, and the final state is that of the last valid step.
+        resets: bool, in `x`'s shape without the last dimension: whether an episode begins at this
+            row. No state crosses from the previous step to it, in either direction.
+        reverse: if bit `p` is set, recurrence `p` runs backward in time.
+    """
 
     x: Tensor
     w_ih: Sequence[Tensor]

@@ -6,7 +6,7 @@ or dtype that no other kernel supports run through it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -21,45 +21,21 @@ __all__ = ["forward", "gradients", "scan"]
 
 def scan(
     cell: Cell,
-    x: Tensor,
-    w_ih: Sequence[Tensor],
-    w_hh: Sequence[Tensor],
-    *,
-    b_ih: Sequence[Tensor] = (),
-    b_hh: Sequence[Tensor] = (),
-    w_hr: Sequence[Tensor] = (),
-    s0: Sequence[Tensor] = (),
-    batch_sizes: Tensor | None = None,
-    lengths: Tensor | None = None,
-    resets: Tensor | None = None,
-    reverse: int = 0,
+    operands: Operands,
     record: Callable[[int, int, Tensor, Tensor, list[Tensor], list[Tensor]], None] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Run `P` independent scans of one cell over the same input.
 
     Args:
         cell: the cell, with `G` gates and `S` states.
-        x: input, [T, B, I] dense, [R, I] packed (with `batch_sizes`), or [B, I] for one step of
-            one recurrence, whose states then are [B, *].
-        w_ih, w_hh: `P` weights each, [G*H, I] and [G*H, Q]; `Q` is the projection size if there
-            is one, else `H`.
-        b_ih, b_hh: `P` biases each, [G*H], or none.
-        w_hr: `P` projections of state 0, [Q, H], or none.
-        s0: `S` initial states, [P, B, Q] for state 0 and [P, B, H] for the others; none for zeros
-            (not with `batch_sizes`).
-        batch_sizes: int64 [T] on the CPU, non-increasing: sequences alive at each step of packed
-            input.
-        lengths: int64 [B], for dense input: steps of each sequence, in any order, zero allowed.
-            Output past the end is zero, and the final state is that of the last valid step.
-        resets: bool, in `x`'s shape without the last dimension: whether an episode begins at this
-            row. No state crosses from the previous step to it, in either direction.
-        reverse: if bit `p` is set, recurrence `p` runs backward in time.
+        operands: its arguments.
         record: called as `record(p, t, u, v, before, after)` after every step of every recurrence,
             before the projection.
 
     Returns:
         `y`, in `x`'s shape with `P*Q` in place of `I`, and the `S` final states, shaped as `s0`.
     """
+    x, w_ih, w_hh, b_ih, b_hh, w_hr, s0, batch_sizes, lengths, resets, reverse = operands
     packed = batch_sizes is not None
     one_step = x.dim() == 2 and not packed
     if one_step:
@@ -148,7 +124,7 @@ def forward(cell: Cell, operands: Operands, tape: bool) -> tuple[Tensor, list[Te
                 value = torch.where((operands.lengths > t).unsqueeze(-1), value, 0)
             saved[first[t] : first[t] + value.size(0), p, k] = value
 
-    y, last = scan(cell, **operands._asdict(), record=record if tape else None)
+    y, last = scan(cell, operands, record if tape else None)
     return y, last, saved
 
 
@@ -181,8 +157,11 @@ def gradients(
             [alias(t) if need else t for t in tensors]
             for tensors, need in zip(operands[1:7], need_lists, strict=True)
         ]
-        aliases = {"x": x} | dict(zip(Operands._fields[1:7], lists, strict=True))
-        y, states = scan(cell, **operands._asdict() | aliases)
+        w_ih, w_hh, b_ih, b_hh, w_hr, s0 = lists
+        aliases = operands._replace(
+            x=x, w_ih=w_ih, w_hh=w_hh, b_ih=b_ih, b_hh=b_hh, w_hr=w_hr, s0=s0
+        )
+        y, states = scan(cell, aliases)
         wanted = [x] if need_x else []
         for tensors, need in zip(lists, need_lists, strict=True):
             wanted += tensors if need else []

@@ -100,13 +100,11 @@ def stepper(
         raise plan.KernelRefused(f"a stepper needs compiled code: {reason}")
     if reason is not None:
         raise ValueError(f"a stepper cannot run this layer: {reason}")
-    # The compiled part infers the kinds of weights from their number, so missing ones are left out.
-    lists = [[w for w in layer if w is not None] for layer in weights]
-    numbers = sum(w.numel() for layer in lists for w in layer)
+    numbers = sum(w.numel() for layer in weights for w in layer if w is not None)
     with torch.no_grad():
         return Stepper(
             key,
-            lists,
+            weights,
             batch_size,
             plan.step_threads(numbers * problem.itemsize, offered),
             release_gil,

@@ -20,10 +20,9 @@ from fastrnn import cells, kernels, ops, plan
 from fastrnn.compiler import emit_cpp, jit
 from fastrnn.compiler.derive import derive
 from fastrnn.extension import _C
-from fastrnn.kernels import reference
 from fastrnn.kernels.prepare import prepare
 from fastrnn.tools.tolerance import largest_error
-from tests.support.operands import operands, run
+from tests.support.operands import by_reference, operands, run
 from tests.support.paths import ROOT
 
 
@@ -54,7 +53,7 @@ def test_what_only_the_reference_runs_is_differentiated_as_it_ran() -> None:
     given = operands(cell, 5, 3, 4, 6)
     found: list[dict[str, Tensor]] = []
     gradients: list[Tensor] = []
-    for scan in (ops.scan, reference.scan):
+    for scan in (ops.scan, by_reference):
         torch.manual_seed(0)
         scale.grad = None
         found.append(run(scan, cell, given))
@@ -109,7 +108,7 @@ def test_a_damaged_library_in_the_cache_is_built_again(
     library = jit.compile_cell(derive(cell), emit_cpp.key(cell), "double")
     library.write_bytes(b"not a library")
     ours = run(ops.scan, cell, given)
-    for what, right in run(reference.scan, cell, given).items():
+    for what, right in run(by_reference, cell, given).items():
         assert largest_error(ours[what], right) < 1e-12
 
 
@@ -253,7 +252,7 @@ def test_facts_first_and_code_later() -> None:
     assert not _C.has_code(key, True)
     with kernels.use("cpu"):
         y, *_ = by_key(key, given)
-    torch.testing.assert_close(y, reference.scan(cell, **given)[0])
+    torch.testing.assert_close(y, by_reference(cell, **given)[0])
     assert _C.has_code(key, True)
 
 
@@ -292,7 +291,7 @@ def test_each_number_is_compiled_when_it_is_first_used(first: torch.dtype) -> No
         assert not _C.has_code(key, second == torch.float64)
         ours[second] = run(ops.scan, cell, given[second])
     assert _C.has_code(key, second == torch.float64)
-    exact_results = run(reference.scan, cell, exact)
+    exact_results = run(by_reference, cell, exact)
     for dtype, bound in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
         for what, right in exact_results.items():
             assert ours[dtype][what].dtype == dtype
@@ -304,7 +303,7 @@ def test_the_op_compiles_what_nobody_prepared() -> None:
     cell = two_states("by_key")
     key, given = emit_cpp.key(cell), operands(cell, 4, 3, 5, 9)
     assert _C.cell_facts(key) is None
-    wanted, _ = reference.scan(cell, **given)
+    wanted, _ = by_reference(cell, **given)
     with kernels.use("cpu"):
         assert largest_error(by_key(key, in_float(given))[0], wanted) < 1e-5
         assert not _C.has_code(key, True)

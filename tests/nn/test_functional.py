@@ -77,7 +77,7 @@ def test_one_scan_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def run(cell: Cell, operands: Operands, packed: Any, *, recompute: bool) -> Any:
         calls.append((operands, packed, recompute))
-        return reference.scan(cell, **operands._asdict())
+        return reference.scan(cell, operands)
 
     monkeypatch.setattr(ops, "run", run)
     _, theirs, _ = twins("GRU", 3, 5, num_layers=3, bidirectional=True)

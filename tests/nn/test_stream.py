@@ -59,8 +59,7 @@ def with_threads(layer: Any, batch: int, threads: int) -> stream.Stepper:
     """A stepper of that many threads, regardless of the plan."""
     key = prepare(layer._cell())
     assert key is not None
-    lists = [[w for w in each if w is not None] for each in layer._weights()]
-    return stream.Stepper(key, lists, batch, threads, True)
+    return stream.Stepper(key, layer._weights(), batch, threads, True)
 
 
 def stepped(stepper: stream.Stepper, x: Tensor) -> Tensor:

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from fastrnn import _C, cells, kernels, ops, plan
-from fastrnn.kernels import reference
-from tests.support.operands import converted, doubled, run
+from tests.support.operands import by_reference, converted, doubled, run
 from tests.support.tolerance import assert_near, name_of
 
 
@@ -29,8 +28,8 @@ def check(
         ours = run(partial(ops.scan, recompute=recompute), cell, given)
     dtype = given["x"].dtype
     baseline = baseline or dtype
-    theirs = run(reference.scan, cell, converted(given, baseline))
-    exact = run(reference.scan, cell, doubled(given))
+    theirs = run(by_reference, cell, converted(given, baseline))
+    exact = run(by_reference, cell, doubled(given))
     assert_near(ours, theirs, exact, dtype, name_of(baseline))
 
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from fastrnn import cells
+from fastrnn.kernels import reference
+from fastrnn.kernels.operands import Operands
 from tests.support.names import BUILT_IN
 from tests.support.tensors import flatten
 
@@ -105,6 +107,11 @@ def run(scan: Any, cell: cells.Cell, given: dict[str, Any]) -> dict[str, Tensor]
             if leaf.requires_grad:
                 found[f"gradient of {name} {k}"] = leaf.grad
     return found
+
+
+def by_reference(cell: cells.Cell, **given: Any) -> tuple[Tensor, list[Tensor]]:
+    """The reference, called as `ops.scan` is."""
+    return reference.scan(cell, Operands(**given))
 
 
 def converted(given: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 
 from fastrnn import _C, cells, kernels, plan
-from fastrnn.kernels import reference
 from tests.support.kernels import with_row_group
-from tests.support.operands import converted, doubled, run
+from tests.support.operands import by_reference, converted, doubled, run
 from tests.support.tolerance import assert_near
 
 PARTS = ["step", "block", "cluster", "grid"]
@@ -93,8 +92,8 @@ def agrees(
     for TF32. The references get `exact` in place of `given`, if there is one."""
     exact = given if exact is None else exact
     baseline = exact if precision != "tf32" else converted(exact, torch.float16)
-    theirs = run(reference.scan, cell, baseline)
-    wanted = run(reference.scan, cell, doubled(exact))
+    theirs = run(by_reference, cell, baseline)
+    wanted = run(by_reference, cell, doubled(exact))
     assert_near(ours, theirs, wanted, PRECISIONS[precision], precision)
 
 

@@ -280,6 +280,7 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
 
 // ---- Launch ------------------------------------------------------------------------------------
 
+// This struct names the kernel of this file, so each file has one of the same shape.
 struct Direction : tile::Forward {
   template <class Cell, Precision precision, int units, int kColumnTiles>
   using Traits = fastrnn::Traits<Cell, precision, units / 8, kColumnTiles>;

@@ -10,12 +10,11 @@ import pytest
 import torch
 
 from fastrnn import _C, cells, kernels, ops, plan
-from fastrnn.kernels import reference
 from fastrnn.kernels.prepare import prepare
 from fastrnn.tools.tolerance import largest_error
 from tests.support.kernels import check, planned
 from tests.support.names import BUILT_IN, LONG
-from tests.support.operands import PLAIN, PROJECTED, Shape, operands, run, whole
+from tests.support.operands import PLAIN, PROJECTED, Shape, by_reference, operands, run, whole
 from tests.support.tensors import flatten
 
 SHAPES = [  # T, B, I, H, P: 1, primes, near vectors of 2 to 16 lanes and tiles of up to 6 rows
@@ -76,7 +75,7 @@ def test_a_cell_that_reads_its_output_is_not_projected() -> None:
     with kernels.use("cpu"), pytest.raises(plan.KernelRefused, match="'gru' reads state 0"):
         ops.scan(gru, **given)
     for ours, right in zip(
-        flatten(ops.scan(gru, **given)), flatten(reference.scan(gru, **given)), strict=True
+        flatten(ops.scan(gru, **given)), flatten(by_reference(gru, **given)), strict=True
     ):
         assert torch.equal(ours, right)
 
@@ -113,7 +112,7 @@ def test_ragged_batches_and_resets(name: str, projected: int | None, layout: str
                 operand["resets"] = resets
             with kernels.use("cpu"):
                 ours = run(ops.scan, cell, given)
-            for what, right in run(reference.scan, cell, exact).items():
+            for what, right in run(by_reference, cell, exact).items():
                 assert largest_error(ours[what], right) < 1e-12, (what, resets)
 
 
@@ -149,7 +148,7 @@ def test_every_split_is_exact(split: dict[str, int], name: str, projected: int |
             given["resets"] = torch.rand(7, 5) < 0.1
             with planned(**split, prepacked_weights=prepacked_weights), kernels.use("cpu"):
                 ours = run(ops.scan, cell, given)
-            for what, right in run(reference.scan, cell, given).items():
+            for what, right in run(by_reference, cell, given).items():
                 assert torch.equal(ours[what], right), what
 
 
@@ -159,7 +158,7 @@ def test_linear_cell_is_exact(shape: Shape) -> None:
     given = {k: whole(v) for k, v in operands(cell, *shape, dtype=torch.float32).items()}
     with kernels.use("cpu"):
         ours = run(ops.scan, cell, given)
-    for what, right in run(reference.scan, cell, given).items():
+    for what, right in run(by_reference, cell, given).items():
         assert torch.equal(ours[what], right), what
 
 
@@ -219,7 +218,7 @@ def test_what_is_not_a_number_spreads_as_in_torch(name: str, bad: float) -> None
         (given[place] if place == "x" else given[place][0])[0, 1, 2] = bad
         with torch.no_grad(), kernels.use("cpu"):
             ours = flatten(ops.scan(cell, **given))
-        for a, b in zip(ours, flatten(reference.scan(cell, **given)), strict=True):
+        for a, b in zip(ours, flatten(by_reference(cell, **given)), strict=True):
             torch.testing.assert_close(a, b, equal_nan=True)
 
 

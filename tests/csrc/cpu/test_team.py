@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from fastrnn import cells, ops
-from fastrnn.kernels import reference
 from fastrnn.tools.tolerance import largest_error
-from tests.support.operands import operands, run
+from tests.support.operands import by_reference, operands, run
 from tests.support.paths import ROOT
 
 
@@ -40,7 +39,7 @@ def test_calls_from_several_threads_at_once() -> None:
 def test_any_number_of_threads(threads: int) -> None:
     cell = cells.get("lstm")
     given = operands(cell, 20, 3, 40, 70)
-    exact = run(reference.scan, cell, given)
+    exact = run(by_reference, cell, given)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

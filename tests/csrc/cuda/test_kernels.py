@@ -23,13 +23,12 @@ import fastrnn
 from fastrnn import _C, cells, kernels, ops, plan
 from fastrnn.compiler import emit_cpp
 from fastrnn.compiler.derive import derive
-from fastrnn.kernels import reference
 from fastrnn.kernels.gpu import cuda
 from fastrnn.kernels.prepare import prepare
 from fastrnn.tools.tolerance import largest_error
 from tests.cudasim.build import build, missing
 from tests.support.names import BUILT_IN
-from tests.support.operands import Shape, doubled, linear, operands, run, whole
+from tests.support.operands import Shape, by_reference, doubled, linear, operands, run, whole
 from tests.support.simulated import (
     PARTS,
     PRECISIONS,
@@ -229,7 +228,7 @@ def test_linear_cell_is_exact(part: str) -> None:
             given["resets"] = torch.rand(5, 18) < 0.2
             # bfloat16 has one chunk, because sums over chunks are rounded there.
             rows = 90 if precision == "bfloat16" else 36
-            exact = run(reference.scan, linear, doubled(given))
+            exact = run(by_reference, linear, doubled(given))
             for scan in (ops.scan, partial(ops.scan, recompute=True)):
                 with running(residency, blocks, precision, chunk_rows=rows, batch_tile=16):
                     ours = run(scan, linear, given)

@@ -23,12 +23,11 @@ from torch import Tensor, nn
 import fastrnn
 from fastrnn import cells, kernels, ops, plan
 from fastrnn.compiler.derive import derive
-from fastrnn.kernels import reference
 from fastrnn.kernels.gpu import cuda
 from fastrnn.tools.tolerance import largest_error, limit
 from tests.support.kernels import check, planned
 from tests.support.names import BUILT_IN
-from tests.support.operands import Shape, linear, operands, run, whole
+from tests.support.operands import Shape, by_reference, linear, operands, run, whole
 from tests.support.tensors import flatten
 
 GPU = torch.cuda.is_available()
@@ -255,7 +254,7 @@ def test_triton_is_exact_for_a_linear_cell() -> None:
     given = moved({**given, "resets": torch.rand(5, 18) < 0.1})
     with kernels.use("triton"):
         ours = run(ops.scan, linear, given)
-    for what, right in run(reference.scan, linear, given).items():
+    for what, right in run(by_reference, linear, given).items():
         assert torch.equal(ours[what], right), what
 
 

@@ -23,14 +23,22 @@ import fastrnn
 from fastrnn import cells, kernels, ops, plan
 from fastrnn.compiler.derive import derive
 from fastrnn.extension import _C
-from fastrnn.kernels import reference
 from fastrnn.kernels.gpu.triton import launch
 from fastrnn.kernels.prepare import prepare
 from fastrnn.tools.tolerance import largest_error
 from tests.support.interpreter import INTERPRETED, interpreted
 from tests.support.kernels import check, planned
 from tests.support.names import BUILT_IN
-from tests.support.operands import PLAIN, Shape, linear, linear_projectable, operands, run, whole
+from tests.support.operands import (
+    PLAIN,
+    Shape,
+    by_reference,
+    linear,
+    linear_projectable,
+    operands,
+    run,
+    whole,
+)
 from tests.support.tensors import batches, flatten
 
 pytestmark = pytest.mark.interpreter
@@ -149,7 +157,7 @@ def test_ragged_batches_resets_and_chunks(
             fields = residency(way, hidden, 1, torch.float64) | {"chunk_rows": chunk}
             with planned(**fields | {"batch_tile": 4}), kernels.use("triton"):
                 ours = run(ops.scan, cell, given)
-            for what, right in run(reference.scan, cell, exact).items():
+            for what, right in run(by_reference, cell, exact).items():
                 assert largest_error(ours[what], right) < 1e-12, (what, resets, chunk)
 
 
@@ -164,7 +172,7 @@ def test_linear_cell_is_exact(way: str, projected: int | None) -> None:
     given["resets"] = torch.rand(5, 18) < 0.1
     with planned(**residency(way, 37, 18, torch.float32), chunk_rows=36), kernels.use("triton"):
         ours = run(ops.scan, cell, given)
-    for what, right in run(reference.scan, cell, given).items():
+    for what, right in run(by_reference, cell, given).items():
         assert torch.equal(ours[what], right), what
 
 
