@@ -9,8 +9,13 @@ from fastrnn.plan.problem import CpuConfig, Device, Plan, Problem
 
 __all__ = ["configure", "refuse", "step_threads"]
 
-# Prepacking the weights takes as long as about three rows take with weights in torch's layout.
+# A weight read as it lies costs one pass; packing costs about three more before any row is done.
+# Larger layers gain from reading weights so up to more rows, in a few steps, each of which reads
+# them again.
 _UNPACKED_ROWS = 3
+_LARGER_HIDDEN = 64
+_LARGER_UNPACKED_ROWS = 16
+_LARGER_UNPACKED_STEPS = 8
 # With fewer multiply-adds, waking up and synchronizing threads costs more than it saves.
 _WORK_FOR_THREADS = 1 << 17
 _STEP_WORK_FOR_UNIT_SPLIT = 1 << 13
@@ -34,11 +39,18 @@ def refuse(problem: Problem, device: Device) -> str | None:
 
 def configure(problem: Problem, device: Device) -> Plan:
     recurrences, sequences, units = _split(problem, device)
-    prepacked = problem.frozen or problem.backward or problem.live_rows > _UNPACKED_ROWS
+    prepacked = problem.frozen or problem.backward or not _few_rows(problem)
     config = CpuConfig(
         prepacked, split_recurrences=recurrences, split_sequences=sequences, split_units=units
     )
     return Plan("cpu", config, chunk_rows=_chunk_rows(problem, device))
+
+
+def _few_rows(problem: Problem) -> bool:
+    """Whether packing the weights costs more than it saves."""
+    if problem.hidden >= _LARGER_HIDDEN and problem.steps <= _LARGER_UNPACKED_STEPS:
+        return problem.live_rows <= _LARGER_UNPACKED_ROWS
+    return problem.live_rows <= _UNPACKED_ROWS
 
 
 def _split(problem: Problem, device: Device) -> tuple[int, int, int]:

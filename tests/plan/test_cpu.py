@@ -52,10 +52,25 @@ def test_never_more_parts_than_there_are(
     assert plan.cpu.split_units <= -(-hidden // 16)
 
 
-def test_few_rows_are_not_worth_packing() -> None:
-    assert not choose(replace(LSTM, steps=1), TWO).cpu.prepacked_weights
-    assert choose(LSTM, TWO).cpu.prepacked_weights
-    assert choose(replace(LSTM, steps=1, frozen=True), TWO).cpu.prepacked_weights
+@pytest.mark.parametrize(
+    ("steps", "batch", "hidden", "prepacked"),
+    [
+        (1, 3, 16, False),
+        (1, 4, 16, True),
+        (1, 16, 64, False),
+        (1, 17, 64, True),
+        (4, 4, 512, False),
+        (8, 2, 64, False),
+        (9, 1, 64, True),  # each step reads the weights again
+    ],
+)
+def test_few_rows_are_not_worth_packing(
+    steps: int, batch: int, hidden: int, prepacked: bool
+) -> None:
+    problem = replace(LSTM, steps=steps, batch=batch, hidden=hidden)
+    assert choose(problem, TWO).cpu.prepacked_weights is prepacked
+    assert choose(replace(problem, frozen=True), TWO).cpu.prepacked_weights
+    assert choose(replace(problem, backward=True), TWO).cpu.prepacked_weights
 
 
 @pytest.mark.parametrize("hidden", [1, 64, 512])
