@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from fastrnn.plan import CudaFacts, Device, KernelRefused, Problem, TritonFacts, choose
+from fastrnn.plan import CudaConfig, CudaFacts, Device, KernelRefused, Problem, TritonFacts, choose
+from fastrnn.plan.cuda import row_group
 from tests.support.tables import tables
 
 FACTS = {
@@ -181,3 +182,26 @@ def test_a_chunk_on_a_gpu_is_of_a_bounded_size() -> None:
         problem = replace(LONG, hidden=hidden, recurrences=recurrences)
         row = 4 * hidden * recurrences * 2
         assert (32 << 20) < choose(problem, HOPPER).chunk_rows * row <= (64 << 20)
+
+
+@pytest.mark.parametrize(
+    ("cell", "backward", "residency", "blocks", "hidden", "units"),
+    [
+        ("lstm", False, "block", 1, 64, 8),
+        ("lstm", False, "block", 1, 65, 16),  # nine groups of 8 are more than there are warps
+        ("gru", False, "grid", 5, 1000, 16),
+        ("rnn_tanh", False, "block", 1, 200, 64),
+        ("lstm", True, "cluster", 4, 256, 16),
+        ("lstm", True, "grid", 4, 64, 16),
+        ("lstm", True, "grid", 4, 65, 32),  # two groups of 16 would read the operand twice
+        ("lstm", True, "grid", 2, 1000, 16),  # groups of 32 do not fit either
+        ("rnn_tanh", True, "block", 1, 200, 64),
+    ],
+)
+def test_units_of_a_row_group(
+    cell: str, backward: bool, residency: str, blocks: int, hidden: int, units: int
+) -> None:
+    gates, states = {"lstm": (4, 2), "gru": (3, 1), "rnn_tanh": (1, 1)}[cell]
+    problem = Problem(cell, 512, 8, 64, hidden, gates, states, backward=backward)
+    config = CudaConfig(precision="bfloat16", residency=residency, batch_tile=8, blocks=blocks)
+    assert row_group(problem, config, tables()) == units
