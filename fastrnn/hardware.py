@@ -1,4 +1,4 @@
-"""The name and the caches of the processor, as the system reports them."""
+"""The name, the model and the caches of the processor, as the system reports them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["Cache", "cache_bytes", "caches", "processor"]
+__all__ = ["Cache", "cache_bytes", "caches", "processor", "processor_and_model"]
 
 
 class Cache(NamedTuple):
@@ -19,14 +19,33 @@ class Cache(NamedTuple):
 
 
 @cache
-def processor() -> str:
-    """The processor's name, or else its architecture."""
+def _cpuinfo() -> dict[str, str]:
+    """The lines about the first core in /proc/cpuinfo, by their names; none if there is no such
+    file."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.processor() or platform.machine()
+        return {}
+    pairs = [line.partition(":") for line in reversed(lines)]
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+@cache
+def processor() -> str:
+    """The processor's name, or else its architecture."""
+    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
+
+
+def processor_and_model() -> str:
+    """The processor's name with its family and model, as in "AMD EPYC, family 25, model 17".
+
+    Several generations of processors share one name, above all in virtual machines. Where the
+    system reports no numbers, as on Arm and macOS, this is the name alone.
+    """
+    numbers = {"family": _cpuinfo().get("cpu family", ""), "model": _cpuinfo().get("model", "")}
+    if not all(number.isdigit() for number in numbers.values()):
+        return processor()
+    return ", ".join([processor(), *(f"{name} {number}" for name, number in numbers.items())])
 
 
 @cache

@@ -83,8 +83,12 @@ def measure(device: str = "cpu") -> Machine:
 
 
 def slug(device: str, threads: int | None = None) -> str:
-    """A folder name for results: the device and, for a processor, the number of threads."""
-    name = re.sub(r"\W+", "-", device.lower()).strip("-")
+    """A folder name for results: the device and, for a processor, the number of threads.
+
+    "AMD EPYC, family 25, model 17" with 2 threads is `amd-epyc-family25-model17-2-threads`.
+    """
+    numbered = re.sub(r", (family|model) (?=\d)", r" \1", device.lower())
+    name = re.sub(r"\W+", "-", numbered).strip("-")
     return name if threads is None else f"{name}-{threads}-thread{'s' if threads > 1 else ''}"
 
 

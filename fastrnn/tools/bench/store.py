@@ -16,7 +16,7 @@ import torch
 
 from fastrnn._version import __version__
 from fastrnn.extension import _C
-from fastrnn.hardware import processor
+from fastrnn.hardware import processor_and_model
 from fastrnn.tools.bench.comparison import Row
 from fastrnn.tools.bench.machine import Machine
 
@@ -61,7 +61,7 @@ def conditions(machine: Machine, command: str, device: str = "cpu") -> Condition
     if device == "cuda":
         versions |= _gpu_versions()
     return Conditions(
-        device=torch.cuda.get_device_name() if device == "cuda" else processor(),
+        device=torch.cuda.get_device_name() if device == "cuda" else processor_and_model(),
         instruction_set=_C.isa(),
         versions=versions,
         commit=_commit(),

@@ -34,5 +34,6 @@ def test_a_shared_cache_is_not() -> None:
 
 def test_folder_names() -> None:
     assert slug("AMD EPYC (TM) 9654", 2) == "amd-epyc-tm-9654-2-threads"
+    assert slug("AMD EPYC, family 25, model 17", 2) == "amd-epyc-family25-model17-2-threads"
     assert slug("X", 1) == "x-1-thread"
     assert slug("NVIDIA H100") == "nvidia-h100"
