@@ -53,7 +53,7 @@ def micros(value: float) -> str:
     return f"{value / 1e3:.3g} ms" if value < 1e6 else f"{value / 1e6:.3g} s"
 
 
-def table(results: store.Results, workloads: Sequence[str] | None = None) -> str:
+def table(results: store.Results[Row], workloads: Sequence[str] | None = None) -> str:
     """One line for each workload: our time and the speed-up, losses in italics.
 
     Args:
@@ -78,10 +78,10 @@ def table(results: store.Results, workloads: Sequence[str] | None = None) -> str
                 found = [rows[name, cell, mode] for mode in modes if (name, cell, mode) in rows]
                 cells.append(_figure(found[0]) if found else "–")
         lines.append(f"| {name} {shape(first)} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *(f"*{line}*" for line in _conditions(results, rows.values()))])
+    return "\n".join([*lines, "", *(f"*{line}*" for line in conditions(results, rows.values()))])
 
 
-def losses(results: store.Results) -> str:
+def losses(results: store.Results[Row]) -> str:
     """One line for each row in which a baseline is faster, the worst first."""
     ratios = [(row.speedup(against(row.mode)), row) for row, _ in results.rows]
     lost = [(ratio, row) for ratio, row in ratios if ratio is not None and ratio < 1]
@@ -115,8 +115,16 @@ def _figure(row: Row) -> str:
     )
 
 
-def _conditions(results: store.Results, rows: Iterable[Row]) -> list[str]:
-    """A line for each group of runs under equal conditions from which one of these rows is."""
+def conditions(
+    results: store.Results,
+    rows: Iterable[store.Stored],
+    command: str = "python -m pytest benchmarks",
+) -> list[str]:
+    """A line for each group of runs under equal conditions from which one of these rows is.
+
+    Args:
+        command: what repeats all rows, for a line about several runs.
+    """
     wanted = {row.key for row in rows}
     numbers = sorted({number for row, number in results.rows if row.key in wanted})
     alike: dict[str, list[store.Conditions]] = {}
@@ -134,10 +142,8 @@ def _conditions(results: store.Results, rows: Iterable[Row]) -> list[str]:
                 [run.command for run in runs],
             )
         )
-        command = (
-            f"`{commands[0]}`" if len(commands) == 1 else "`python -m pytest benchmarks`, in parts"
-        )
-        sentences.append(f"{about}; commit {', '.join(commits)}, {', '.join(days)}; {command}")
+        ran = f"`{commands[0]}`" if len(commands) == 1 else f"`{command}`, in parts"
+        sentences.append(f"{about}; commit {', '.join(commits)}, {', '.join(days)}; {ran}")
     return sentences
 
 
@@ -153,17 +159,17 @@ def rewrite(text: str, table: str, begin: str = BEGIN) -> str:
     return pattern.sub(lambda _: f"{begin}\n{table}\n{END}", text, count=1)
 
 
-def readme(text: str, results: store.Results) -> str:
+def readme(text: str, results: store.Results[Row]) -> str:
     """The README with its short table written anew."""
     return rewrite(text, table(results, SHORT))
 
 
-def docs(text: str, results: store.Results) -> str:
+def docs(text: str, results: store.Results[Row]) -> str:
     """The page on benchmarks with its tables written anew."""
     return rewrite(rewrite(text, table(results)), losses(results), BEGIN_LOSSES)
 
 
-def plot(results: store.Results, path: Path) -> bool:
+def plot(results: store.Results[Row], path: Path) -> bool:
     """Plots speed-ups over H, B and T, and the time of a step over T. False if no row fits."""
     import matplotlib
 
@@ -239,7 +245,7 @@ class Line:
     run: int
 
 
-def lines(results: store.Results) -> list[Line]:
+def lines(results: store.Results[Row]) -> list[Line]:
     """All rows, with the worst of their verdicts."""
     found = []
     for row, number in results.rows:
@@ -263,7 +269,7 @@ def lines(results: store.Results) -> list[Line]:
     return found
 
 
-def page(results: store.Results, svg: str) -> str:
+def page(results: store.Results[Row], svg: str) -> str:
     """The whole report as one HTML page that needs no other file."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["micros"] = micros

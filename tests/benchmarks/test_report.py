@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import report
 from fastrnn.tools.bench import store
+from fastrnn.tools.bench.comparison import Row
 from tests.support.bench import ROW, entry, results_of, row
 from tests.support.paths import ROOT
 
@@ -76,7 +77,7 @@ def test_plots_of_the_sweeps(tmp_path: Path) -> None:
     ("page", "rewritten"), [("README.md", report.readme), ("docs/benchmarks.md", report.docs)]
 )
 def test_pages_have_the_tables_of_the_results(
-    page: str, rewritten: Callable[[str, store.Results], str]
+    page: str, rewritten: Callable[[str, store.Results[Row]], str]
 ) -> None:
     text = (ROOT / page).read_text()
     results = store.load(report.RESULTS / "amd-epyc-2-threads" / "suite.json")

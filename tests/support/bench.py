@@ -97,7 +97,7 @@ def agrees(baseline: Implementation, work: Workload, cell: str, mode: str) -> No
     case = Case.build(work, cell, mode, torch.get_num_threads())
     assert baseline.supports(case) is None
     prepared = baseline.prepare(case)
-    error, _ = comparison._Gate(case).check(baseline.name, prepared)
+    error, _ = comparison.Gate(case).check(baseline.name, prepared)
     assert error < 1e-5
     with prepared.around():
         results = prepared.read(prepared.call())
@@ -112,5 +112,5 @@ def agrees(baseline: Implementation, work: Workload, cell: str, mode: str) -> No
 STREAMED = Workload("w", 1, 2, 5, 8, modes=("step",))
 
 
-def results_of(*rows: Row) -> store.Results:
+def results_of(*rows: Row) -> store.Results[Row]:
     return store.Results((store.conditions(MACHINE, "the command"),), tuple((r, 0) for r in rows))

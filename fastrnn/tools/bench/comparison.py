@@ -38,6 +38,7 @@ __all__ = [
     "ONE_THREAD",
     "TORCH",
     "Entry",
+    "Gate",
     "GateFailed",
     "Row",
     "Verdict",
@@ -206,7 +207,7 @@ def run(
         GateFailed: if our results are wrong; nothing was timed.
     """
     case = Case.build(workload, cell, mode, machine.threads, device)
-    gate = _Gate(case)
+    gate = Gate(case)
     ready: dict[str, _Ready] = {}
     refused: dict[str, str] = {}
     for implementation in OURS if device == "cpu" else OURS_ON_GPU:
@@ -224,7 +225,7 @@ def run(
             refused[implementation.name] = reason
     for name, other in _variants(case):
         prepared = _DROP_IN.prepare(other)
-        other_gate = gate if other.workload == workload else _Gate(other)
+        other_gate = gate if other.workload == workload else Gate(other)
         ready[name] = _Ready("variant", prepared, *other_gate.check(name, prepared, ours=True))
     for implementation in BASELINES[device] if baselines is None else baselines:
         reason = implementation.available() or implementation.supports(case)
@@ -298,7 +299,7 @@ def _variants(case: Case) -> Iterator[tuple[str, Case]]:
         yield variant.name, Case.build(changed, case.cell, case.mode, threads, case.device)
 
 
-class _Gate:
+class Gate:
     """Checks results against those in float64, by the error of torch.nn in the case's dtype."""
 
     def __init__(self, case: Case) -> None:

@@ -150,6 +150,7 @@ class TorchLayer:
     Args:
         tf32: whether this implementation multiplies float32 as TF32 on a GPU.
         kernel: the only kernel of ours that may run.
+        inference: the context of calls without gradients.
     """
 
     def __init__(
@@ -162,9 +163,10 @@ class TorchLayer:
         tf32: bool = False,
         kernel: str | None = None,
         missing: str | None = None,
+        inference: Callable[[], AbstractContextManager[object]] = torch.inference_mode,
     ) -> None:
         self.name, self.tf32 = name, tf32
-        self._convert, self._modes = convert, modes
+        self._convert, self._modes, self._inference = convert, modes, inference
         self._onednn, self._kernel, self._missing = onednn, kernel, missing
 
     def available(self) -> str | None:
@@ -211,7 +213,7 @@ class TorchLayer:
             if case.mode == "training":
                 stack.enter_context(torch.enable_grad())
             else:
-                stack.enter_context(torch.inference_mode())
+                stack.enter_context(self._inference())
             if not self._onednn:
                 # `mkldnn.flags` would warn about TF32 on GPUs, which nobody asked for.
                 torch.backends.mkldnn.set_flags(False)

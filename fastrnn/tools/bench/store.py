@@ -7,10 +7,10 @@ import json
 import platform
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
@@ -20,9 +20,24 @@ from fastrnn.hardware import processor_and_model
 from fastrnn.tools.bench.comparison import Row
 from fastrnn.tools.bench.machine import Machine
 
-__all__ = ["Conditions", "Results", "conditions", "load", "merge", "save"]
+__all__ = ["Conditions", "Results", "Stored", "conditions", "load", "load_as", "merge", "save"]
 
 _DIGITS = 4  # digits of every number, more than any time is exact to
+
+
+class Stored(Protocol):
+    """A row, as far as storing needs it. Rows of the same key are of the same case."""
+
+    @property
+    def key(self) -> Hashable: ...
+
+    @property
+    def workload(self) -> str: ...
+
+    def as_json(self) -> dict[str, Any]: ...
+
+
+_Row = TypeVar("_Row", bound=Stored)
 
 
 @dataclass(frozen=True)
@@ -39,11 +54,11 @@ class Conditions:
 
 
 @dataclass(frozen=True)
-class Results:
+class Results(Generic[_Row]):
     """Rows, each with the index in `runs` of the run that timed it."""
 
     runs: tuple[Conditions, ...]
-    rows: tuple[tuple[Row, int], ...]
+    rows: tuple[tuple[_Row, int], ...]
 
 
 def conditions(machine: Machine, command: str, device: str = "cpu") -> Conditions:
@@ -97,17 +112,24 @@ def _output(*command: str) -> str:
     return next(iter(output.splitlines()), "unknown")
 
 
-def load(path: Path) -> Results:
-    """The results in a file; no rows if there is no file."""
+def load(path: Path) -> Results[Row]:
+    """The results of the suite in a file; no rows if there is no file."""
+    return load_as(Row.from_json, path)
+
+
+def load_as(from_json: Callable[[dict[str, Any]], _Row], path: Path) -> Results[_Row]:
+    """The results in a file, whose rows `from_json` makes; no rows if there is no file."""
     if not path.exists():
         return Results((), ())
     values = json.loads(path.read_text())
     runs = [Conditions(**{**run, "machine": Machine(**run["machine"])}) for run in values["runs"]]
-    rows = [(Row.from_json(row), number) for number, row in values["rows"]]
+    rows = [(from_json(row), number) for number, row in values["rows"]]
     return Results(tuple(runs), tuple(rows))
 
 
-def merge(before: Results, run: Conditions, rows: Iterable[Row], order: Sequence[str]) -> Results:
+def merge(
+    before: Results[_Row], run: Conditions, rows: Iterable[_Row], order: Sequence[str]
+) -> Results[_Row]:
     """`before` with the rows of a new run, which replace rows of the same key.
 
     Rows are sorted by the place of their workload in `order`. Runs that own no row any more are
@@ -123,7 +145,7 @@ def merge(before: Results, run: Conditions, rows: Iterable[Row], order: Sequence
     return Results(tuple(runs[n] for n in used), tuple((row, used.index(n)) for row, n in merged))
 
 
-def save(results: Results, path: Path) -> None:
+def save(results: Results[_Row], path: Path) -> None:
     """Write one row per line, so that a diff between two runs is readable."""
     runs = ",\n  ".join(json.dumps(_rounded(asdict(run))) for run in results.runs)
     rows = ",\n  ".join(json.dumps([n, _rounded(row.as_json())]) for row, n in results.rows)

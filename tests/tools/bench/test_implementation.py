@@ -52,3 +52,11 @@ def test_switches_of_a_gpu_leave_cudnn_on() -> None:
         with TorchLayer("torch.nn", tf32=tf32).prepare(case).around():
             assert torch.backends.cudnn.enabled
             assert torch.backends.cudnn.allow_tf32 == tf32
+
+
+def test_the_context_of_inference_can_be_chosen() -> None:
+    case = Case.build(SMALL, "lstm", "inference", 1)
+    for context, inference in ((torch.inference_mode, True), (torch.no_grad, False)):
+        with TorchLayer("torch.nn", inference=context).prepare(case).around():
+            assert not torch.is_grad_enabled()
+            assert torch.is_inference_mode_enabled() == inference
