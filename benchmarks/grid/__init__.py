@@ -1,0 +1,1 @@
+"""fastrnn beside torch.nn on a grid of sizes: `python -m benchmarks.grid`."""
