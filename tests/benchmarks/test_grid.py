@@ -32,6 +32,7 @@ from benchmarks.grid.timing import LONGER, Pair, Row
 from fastrnn.tools.bench import machine
 from fastrnn.tools.bench.implementation import TorchLayer
 from tests.support.bench import Scaled, here
+from tests.support.paths import ROOT
 
 SVG = "{http://www.w3.org/2000/svg}"
 POINT = Point("lstm", "inference", 4, 2, 16)
@@ -192,6 +193,13 @@ def test_left_out_points_are_named_with_the_reason() -> None:
     assert text.endswith(
         "LSTM training (64, 32, 1024), (64, 128, 1024); GRUCell training (4, 128, 1024)."
     )
+
+
+def test_the_page_has_the_grid_of_the_results() -> None:
+    folder = (ROOT / "docs" / "img" / command.IMAGE).resolve().parent
+    without = [point for point in points() if is_left_out(point)]
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    assert summary.docs(text, command.load(folder), without) == text
 
 
 # Heat map
