@@ -132,9 +132,10 @@ struct StateGradients {
 // What the sweep of a chunk hands to the products for its gradients, and prepacked weights.
 class ChunkBuffers {
  public:
-  // `rows` are the most of a chunk; `prepacked` the numbers of weights that the sweep packs.
-  ChunkBuffers(const Call& call, const Needs& needs, at::ScalarType compute, int64_t rows,
-               int64_t prepacked)
+  // `rows` are the most of a chunk; `recurrent` and `inputs` the numbers of weights that are
+  // packed.
+  ChunkBuffers(const Call& call, at::ScalarType compute, int64_t rows, int64_t recurrent,
+               int64_t inputs)
       : P_(call.n.P),
         rows_(rows),
         depth_(call.cell.gates * call.n.H),
@@ -142,8 +143,7 @@ class ChunkBuffers {
         summed_(call.cell.all_summed()),
         projected_(call.n.projected),
         workspace_(compute, {P_ * rows * depth_, summed_ ? 0 : P_ * rows * depth_, P_ * rows * Q_,
-                             projected_ ? P_ * rows * Q_ : 0, prepacked,
-                             needs[kNeedX] ? P_ * prepacked_width(call.n.I) * depth_ : 0}),
+                             projected_ ? P_ * rows * Q_ : 0, recurrent, inputs}),
         dv_(pointers(kDv, depth_)),
         du_(pointers(summed_ ? kDv : kDu, depth_)),
         h_prev_(pointers(kHPrev, Q_)),
@@ -176,7 +176,8 @@ class ChunkBuffers {
   int32_t prepacked_for_ = 0;
 };
 
-// Gradients of x, weights and biases in the compute type, to which every chunk adds.
+// Gradients of x, weights and biases in the compute type, which the first chunk begins and the
+// others add to.
 class WeightGradients {
  public:
   WeightGradients(const Call& call, const Needs& needs, at::ScalarType compute)
@@ -188,17 +189,19 @@ class WeightGradients {
     const bool from_zero = n.P > 1 || call.in.lengths;
     if (needs[kNeedX])
       tensors_.x = from_zero ? fresh_zeros({n.R, n.I}, compute) : fresh({n.R, n.I}, compute);
-    const auto zeros = [&](bool needed, std::vector<Tensor>& to, at::IntArrayRef size) {
+    const auto make = [&](bool needed, std::vector<Tensor>& to, at::IntArrayRef size) {
       Pointers pointers;
-      for (int64_t p = 0; needed && p < n.P; ++p)
-        pointers.push_back(to.emplace_back(fresh_zeros(size, compute)).mutable_data_ptr());
+      for (int64_t p = 0; needed && p < n.P; ++p) {
+        to.push_back(n.T > 0 && n.B > 0 ? fresh(size, compute) : fresh_zeros(size, compute));
+        pointers.push_back(to.back().mutable_data_ptr());
+      }
       return pointers;
     };
-    dw_ih_ = zeros(needs[kNeedWih], tensors_.w_ih, {depth, n.I});
-    dw_hh_ = zeros(needs[kNeedWhh], tensors_.w_hh, {depth, n.Q});
-    dw_hr_ = zeros(needs[kNeedWhr] && n.projected, tensors_.w_hr, {n.Q, n.H});
-    db_ih_ = zeros(bias_, tensors_.b_ih, {depth});
-    db_hh_ = zeros(bias_ && !summed, tensors_.b_hh, {depth});
+    dw_ih_ = make(needs[kNeedWih], tensors_.w_ih, {depth, n.I});
+    dw_hh_ = make(needs[kNeedWhh], tensors_.w_hh, {depth, n.Q});
+    dw_hr_ = make(needs[kNeedWhr] && n.projected, tensors_.w_hr, {n.Q, n.H});
+    db_ih_ = make(bias_, tensors_.b_ih, {depth});
+    db_hh_ = make(bias_ && !summed, tensors_.b_hh, {depth});
   }
 
   void fill(GradientArgs& products) {
@@ -312,7 +315,10 @@ std::vector<Tensor> backward_on_cpu(const Call& call, const CpuPlan& plan, const
   operands.fill(args, n, tables, storage_of(stored));
   operands.fill(products, n, tables, storage_of(stored));
   const int64_t most = std::min(std::max(plan.chunk_rows, n.B), tables.live_rows());
-  ChunkBuffers buffers(call, needs, compute, most, prepacked_for_backward(args, cell.gates));
+  const bool prepacks = plan.weights == WeightLayout::kPrepacked;
+  ChunkBuffers buffers(
+      call, compute, most, prepacks ? prepacked_for_backward(args, cell.gates) : 0,
+      prepacks && needs[kNeedX] ? n.P * prepacked_width(n.I) * cell.gates * n.H : 0);
   buffers.fill(args, products);
   weights.fill(products);
   args.dy = dy.defined() ? dy.const_data_ptr() : nullptr;

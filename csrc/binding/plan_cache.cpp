@@ -68,9 +68,9 @@ std::optional<CpuPlan> cpu_plan(const CellFacts& cell, const Problem& p) {
       py::arg("threads") = threads);
   std::optional<CpuPlan> plan;
   if (!answer.is_none()) {
-    const auto [prepacked, recurrences, sequences, units, chunk_rows] =
-        answer.cast<std::tuple<bool, int32_t, int32_t, int32_t, int64_t>>();
-    plan = CpuPlan{prepacked, recurrences, sequences, units, chunk_rows};
+    const auto [weights, recurrences, sequences, units, chunk_rows] =
+        answer.cast<std::tuple<int32_t, int32_t, int32_t, int32_t, int64_t>>();
+    plan = CpuPlan{static_cast<WeightLayout>(weights), recurrences, sequences, units, chunk_rows};
   }
   return plans.emplace(key, plan).first->second;
 }

@@ -5,8 +5,8 @@
 // Include this as "core/math.h". Never put its folder on the path of <...> includes, where it would
 // hide the C library's header.
 //
-// Flags: -ffp-contract=fast (multiply-adds become FMA), -fno-math-errno, -fno-trapping-math; never
-// -ffast-math, which would break the rounding constants and NaN below.
+// Flags: -ffp-contract=off (multiply_add says where to fuse), -fno-math-errno, -fno-trapping-math;
+// never -ffast-math, which would break the rounding constants and NaN below.
 #pragma once
 
 #include <cmath>
@@ -226,9 +226,10 @@ struct Reduced {
 template <class V>
 FASTRNN_HD FASTRNN_INLINE Reduced<V> reduce(V x, Scalar<V> round) {
   using C = ExpConstants<Scalar<V>>;
-  const V shifted = x * C::kLog2e + round;
+  const V shifted = multiply_add(x, splat<V>(C::kLog2e), splat<V>(round));
   const V n = shifted - round;
-  return {x - n * C::kLn2High - n * C::kLn2Low, bit_cast<Bits<V>>(shifted)};
+  const V high = subtract_product(n, splat<V>(C::kLn2High), x);
+  return {subtract_product(n, splat<V>(C::kLn2Low), high), bit_cast<Bits<V>>(shifted)};
 }
 
 template <class V>
@@ -242,7 +243,7 @@ FASTRNN_HD FASTRNN_INLINE V polynomial(V x, Scalar<V> c0, C... more) {
   if constexpr (sizeof...(more) == 0) {
     return c0 - V{};
   } else {
-    return polynomial(x, more...) * x + c0;
+    return multiply_add(polynomial(x, more...), x, splat<V>(c0));
   }
 }
 
@@ -261,7 +262,7 @@ FASTRNN_HD FASTRNN_INLINE V expm1_reduced(V r) {
     odd = polynomial(r2, 0x1.5555555555539p-3, 0x1.111111111908bp-7, 0x1.a01a0174dc2a0p-13,
                      0x1.71de88496789dp-19, 0x1.ae6bb0750daa2p-26);
   }
-  return (odd * r + even) * r2 + r;
+  return multiply_add(multiply_add(odd, r, even), r2, r);
 }
 
 // 2^n is applied as two factors, because it may lie outside the range of the type.
@@ -282,7 +283,7 @@ FASTRNN_HD FASTRNN_INLINE V expm1(V x) {
   const auto [r, n] =
       reduce(at_most(at_least(x, C::kExpm1IsMinus1), C::kOverflow), C::kRound + (C::kBias - 1));
   const V scale = power_of_two<V>(n);
-  const V half = scale * expm1_reduced(r) + (scale - S(0.5));
+  const V half = multiply_add(scale, expm1_reduced(r), scale - S(0.5));
   return bit_cast<V>(bit_cast<Bits<V>>(half + half) | sign_bit(x));  // -0 for -0
 }
 
@@ -293,7 +294,7 @@ FASTRNN_HD FASTRNN_INLINE V sigmoid(V x) {
   using C = ExpConstants<S>;
   const auto [r, n] =
       reduce(-at_most(at_least(x, -C::kOverflow), -C::kSmallest), C::kRound + C::kBias);
-  return S(1) / ((expm1_reduced(r) + S(1)) * power_of_two<V>(n) + S(1));
+  return S(1) / multiply_add(expm1_reduced(r) + S(1), power_of_two<V>(n), splat<V>(1));
 }
 
 // E / (E + 2) with E = e^(2|x|) - 1, which keeps all digits near 0; odd to the last bit.
@@ -302,11 +303,11 @@ FASTRNN_HD FASTRNN_INLINE V tanh(V x) {
   using S = Scalar<V>;
   using C = ExpConstants<S>;
   const V y = at_most(abs(x) * S(2), C::kTanhIs1);
-  const V shifted = y * C::kLog2e + (C::kRound + C::kBias);
+  const V shifted = multiply_add(y, splat<V>(C::kLog2e), splat<V>(C::kRound + C::kBias));
   // ln 2 in one constant is enough: its error counts only where tanh is flat.
-  const V r = y - (shifted - (C::kRound + C::kBias)) * C::kLn2;
+  const V r = subtract_product(shifted - (C::kRound + C::kBias), splat<V>(C::kLn2), y);
   const V scale = power_of_two<V>(bit_cast<Bits<V>>(shifted));
-  const V e = scale * expm1_reduced(r) + (scale - S(1));
+  const V e = multiply_add(scale, expm1_reduced(r), scale - S(1));
   return with_sign_of(e / (e + S(2)), x);
 }
 

@@ -64,8 +64,8 @@ class Backward {
     const Range own = part_of(args_.recurrences, plan_.split_recurrences, me.recurrence);
     const Range units = part_of(vectors_, plan_.split_units, me.unit);
     const Range columns = part_of(columns_, plan_.split_units, me.unit);
-    const bool prepacked = *args_.prepacked_for == plan_.split_units;
-    for (int64_t p = own.begin; p < own.end && !prepacked; ++p) {
+    const bool pack_now = prepacks() && *args_.prepacked_for != plan_.split_units;
+    for (int64_t p = own.begin; p < own.end && pack_now; ++p) {
       pack(args_.recurrence[p].w_hh, args_.recurrent, depth_, columns, me.sequence, w_hh(p));
       if (projected())
         pack(args_.recurrence[p].w_hr, args_.hidden, args_.recurrent, units, me.sequence, w_hr(p));
@@ -73,7 +73,7 @@ class Backward {
     int64_t done = 1;
     me.publish(done);
     me.wait_for_all(done);
-    if (me.index == 0) *args_.prepacked_for = plan_.split_units;
+    if (me.index == 0 && pack_now) *args_.prepacked_for = plan_.split_units;
     const auto meet = [&] {
       ++done;
       if (me.alone()) return;
@@ -103,6 +103,11 @@ class Backward {
 
  private:
   bool projected() const { return Cell::kProjectable && __builtin_expect(args_.projected, false); }
+  bool prepacks() const { return plan_.weights == WeightLayout::kPrepacked; }
+  // The weights that a product reads: `packed`, if they were packed.
+  Matrix<T> matrix(const T* packed, const void* unpacked, int64_t depth, int64_t width) const {
+    return {prepacks() ? packed : static_cast<const T*>(unpacked), depth, width, prepacks()};
+  }
   T* w_hh(int64_t p) const { return w_hh_ + p * columns_ * kLanes * depth_; }
   T* w_hr(int64_t p) const { return w_hr_ + p * vectors_ * kLanes * args_.recurrent; }
   T* dm(int64_t p, int64_t i) const { return dm_ + (p * args_.rows.batch + i) * vectors_ * kLanes; }
@@ -165,10 +170,12 @@ class Backward {
     const int64_t Q = args_.recurrent, first = args_.rows.compact_row(t, sequences.begin);
     const T* dh =
         static_cast<const T*>(args_.dh[p]) + (first - origin_[args_.recurrence[p].reverse]) * Q;
-    multiply_bands(dh, Q, sequences.size(), w_hr(p), Q, units.begin, units.end,
-                   [&](int64_t r, int64_t vector, V sum) __attribute__((always_inline)) {
-                     store(dm(p, sequences.begin + r) + vector * kLanes, sum);
-                   });
+    multiply_columns(dh, Q, sequences.size(),
+                     matrix(w_hr(p), args_.recurrence[p].w_hr, Q, args_.hidden), units.begin,
+                     units.end,
+                     [&](int64_t r, int64_t vector, V sum) __attribute__((always_inline)) {
+                       store(dm(p, sequences.begin + r) + vector * kLanes, sum);
+                     });
   }
 
   // Writes du, dv and the gradients that reach the previous states without passing w_hh.
@@ -225,14 +232,16 @@ class Backward {
     const T* dv = static_cast<const T*>(args_.dv[p]) +
                   (rows.compact_row(t, sequences.begin) - origin_[reverse]) * depth_;
     T* ds = static_cast<T*>(args_.ds[p * S]);
-    multiply_bands(dv, depth_, sequences.size(), w_hh(p), depth_, columns.begin, columns.end,
-                   [&](int64_t r, int64_t vector, V sum) __attribute__((always_inline)) {
-                     const int64_t i = sequences.begin + r, column = vector * kLanes;
-                     if (rows.cut_before(step, i, reverse)) return;
-                     const int n = within<V>(column, Q);
-                     T* to = ds + rows.batch_index(i) * Q + column;
-                     store(to, load<V>(to, n) + sum, n);
-                   });
+    multiply_columns(dv, depth_, sequences.size(),
+                     matrix(w_hh(p), args_.recurrence[p].w_hh, depth_, Q), columns.begin,
+                     columns.end,
+                     [&](int64_t r, int64_t vector, V sum) __attribute__((always_inline)) {
+                       const int64_t i = sequences.begin + r, column = vector * kLanes;
+                       if (rows.cut_before(step, i, reverse)) return;
+                       const int n = within<V>(column, Q);
+                       T* to = ds + rows.batch_index(i) * Q + column;
+                       store(to, load<V>(to, n) + sum, n);
+                     });
   }
 
   const BackwardArgs& args_;

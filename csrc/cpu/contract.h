@@ -115,8 +115,8 @@ constexpr int64_t prepacked_width(int64_t width) { return (width + 15) / 16 * 16
 struct BackwardArgs : Scan {
   int64_t begin = 0;
   int64_t end = 0;
-  // Room for w_hh, and w_hr if state 0 is projected, in the kernel's layout. The layout depends on
-  // split_units; *prepacked_for is the split that they were packed for, or 0.
+  // Room for w_hh, and w_hr if state 0 is projected, in the kernel's layout, if the plan prepacks.
+  // The layout depends on split_units; *prepacked_for is the split that they were packed for, or 0.
   void* prepacked = nullptr;
   int32_t* prepacked_for = nullptr;
   const void* dy = nullptr;    // [rows, P, Q] or null for zeros
@@ -131,14 +131,14 @@ struct BackwardArgs : Scan {
 };
 
 // Gradients of weights, biases and x from du and dv of a chunk. x and tape are in the storage type,
-// all else in the compute type. A null pointer means that its gradient is not wanted. Gradients of
-// weights and biases are added to what is there.
+// all else in the compute type. A null pointer means that its gradient is not wanted. The chunk
+// that ends with the last step begins the gradients of weights and biases, the others add to them.
 struct GradientArgs : Scan {
   int64_t depth = 0;  // G*H
   int64_t begin = 0;
   int64_t end = 0;
-  // Room for [P][prepacked_width(I)][G*H] if dx is wanted; the chunk that ends with the last step
-  // fills it.
+  // Room for [P][prepacked_width(I)][G*H] if dx is wanted and the plan prepacks; the chunk that
+  // ends with the last step fills it.
   void* prepacked = nullptr;
   const void* x = nullptr;  // as in ForwardArgs
   int64_t x_step = 0;
@@ -190,9 +190,16 @@ struct StepArgs {
   bool project = false;     // run the projection instead of the cells
 };
 
+// How a call reads the weights.
+enum class WeightLayout : int32_t {
+  kUnpacked,   // in torch's layout, for few rows
+  kPanels,     // packed panel by panel at each step, into memory that stays in the cache
+  kPrepacked,  // packed before the first step
+};
+
 // How the CPU kernel runs a problem; fastrnn/plan chooses it.
 struct CpuPlan {
-  int32_t prepacked_weights = 1;  // 0: reads torch's layout, for few rows
+  WeightLayout weights = WeightLayout::kPrepacked;
   int32_t split_recurrences = 1;  // threads = recurrences x sequences x units
   int32_t split_sequences = 1;
   int32_t split_units = 1;

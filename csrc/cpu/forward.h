@@ -40,11 +40,14 @@ class Forward {
     T* u;          // [rows][own panels][kWidth]
     const T** x;   // [rows]
     T* converted;  // [rows][I] if x is stored in 16 bits
+    T* panel;      // [I or Q][kWidth] if weights are packed panel by panel
   };
   // A thread's part of every step. The ranges may reach past a state's width, into its padding.
   struct Share {
     Range panels, units;  // panels * kUnits
     Range columns;        // of h; equal to `units` unless it is projected
+    // Blocks of the sum over h that lie within `columns`: those from the first on, or at most two.
+    Range own_blocks;
     Range sequences;
   };
 
@@ -74,8 +77,7 @@ class Forward {
       if (const void* prepacked = args_.recurrence[p].prepacked)
         static_cast<Weights&>(recurrence) = Weights::at(sizes_, prepacked);
       else
-        recurrence.place(sizes_, plan_.prepacked_weights,
-                         [&](int64_t n) { return arena.take<T>(n); });
+        recurrence.place(sizes_, prepacks(), [&](int64_t n) { return arena.take<T>(n); });
       for (T*& h : recurrence.h) h = arena.take<T>(B * padded_h_);
       for (int s = 1; s < S; ++s) recurrence.s[s] = arena.take<T>(B * padded_);
       recurrence.m = arena.take<T>(projected() ? B * padded_ : 0);
@@ -86,6 +88,8 @@ class Forward {
       own.u = arena.take<T>(chunk_rows() * own_panels * kWidth);
       own.x = arena.take<const T*>(chunk_rows());
       own.converted = arena.take<T>(args_.storage == Storage::kSame ? 0 : chunk_rows() * I);
+      const int64_t depth = I > args_.recurrent ? I : args_.recurrent;
+      own.panel = arena.take<T>(plan_.weights == WeightLayout::kPanels ? depth * kWidth : 0);
       if (arena.ready()) scratch_[i] = own;
     }
   }
@@ -108,6 +112,7 @@ class Forward {
 
  private:
   bool projected() const { return Cell::kProjectable && __builtin_expect(args_.projected, false); }
+  bool prepacks() const { return plan_.weights == WeightLayout::kPrepacked; }
 
   // At least one step of all sequences, at most all rows.
   int64_t chunk_rows() const {
@@ -123,17 +128,25 @@ class Forward {
     const bool whole_bands = args_.recurrence[0].prepacked != nullptr;
     const Range vectors = columns_of(columns_, whole_bands, plan_.split_units, me.unit);
     share.columns = projected() ? Range{vectors.begin * kLanes, vectors.end * kLanes} : share.units;
+    share.own_blocks = blocks_within(share.columns, args_.recurrent);
     share.sequences =
         sequences_of(args_.rows, 0, args_.rows.steps, plan_.split_sequences, me.sequence);
     return share;
   }
 
+  static Range blocks_within(Range columns, int64_t depth) {
+    const int64_t block = sum_block(depth);
+    const int64_t last = columns.end < depth ? columns.end / block * block : depth;
+    int64_t begin = (columns.begin + block - 1) / block * block;
+    if (begin > last) begin = last;
+    return {begin, begin > 0 && last - begin > 2 * block ? begin + 2 * block : last};
+  }
+
   // Threads that own the same panels of a recurrence take turns in packing them.
   void pack(const Recurrence& recurrence, const Weights& out, const Share& share,
             int32_t turn) const {
-    out.pack(sizes_, recurrence, plan_.prepacked_weights, share.panels, turn,
-             plan_.split_sequences);
-    if (projected() && plan_.prepacked_weights)
+    out.pack(sizes_, recurrence, prepacks(), share.panels, turn, plan_.split_sequences);
+    if (projected() && prepacks())
       out.pack_projection(sizes_, recurrence,
                           {share.columns.begin / kLanes, share.columns.end / kLanes}, turn,
                           plan_.split_sequences);
@@ -202,19 +215,45 @@ class Forward {
     return to;
   }
 
+  // One panel of the weights [G*H, depth]; `packed` has no data if they lie in torch's layout.
+  struct PanelWeights {
+    Packed<T> packed;
+    Unpacked<T, kVectors> unpacked;
+    int64_t depth;
+  };
+  FASTRNN_INLINE PanelWeights weights_of(int64_t panel, const T* prepacked, const void* weights,
+                                         int64_t depth, T* scratch) const {
+    PanelWeights w{{nullptr, kWidth}, {}, depth};
+    if (prepacks()) {
+      w.packed.first = prepacked + panel * depth * kWidth;
+    } else if (plan_.weights == WeightLayout::kPanels) {
+      Weights::pack_panel(weights, args_.hidden, depth, panel, scratch);
+      w.packed.first = scratch;
+    } else {
+      w.unpacked.stride = depth;
+      for (int v = 0; v < kVectors; ++v) {
+        w.unpacked.first[v] =
+            static_cast<const T*>(weights) + Weights::first_row(args_.hidden, panel, v) * depth;
+        w.unpacked.live[v] = Weights::live_units(args_.hidden, panel, v);
+      }
+    }
+    return w;
+  }
+
   void project(int64_t p, Range panels, const Scratch& own, int64_t count) const {
     const Shared& recurrence = shared_[p];
     const int64_t stride = panels.size() * kWidth;
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
       const T* bias = recurrence.bias_u + panel * kWidth;
       T* u = own.u + (panel - panels.begin) * kWidth;
+      const PanelWeights w =
+          weights_of(panel, recurrence.w_ih, args_.recurrence[p].w_ih, args_.inputs, own.panel);
       for_each_tile<kRows>(count, [&](int64_t first, auto n) {
         constexpr int kTile = decltype(n)::value;
         V acc[kTile][kVectors];
         for (int r = 0; r < kTile; ++r)
           for (int v = 0; v < kVectors; ++v) acc[r][v] = load<V>(bias + v * kLanes);
-        product<kTile>(acc, recurrence.w_ih, args_.recurrence[p].w_ih, panel, own.x + first, 0,
-                       args_.inputs, args_.inputs);
+        add_product(acc, w, own.x + first, 0, args_.inputs);
         for (int r = 0; r < kTile; ++r)
           for (int v = 0; v < kVectors; ++v)
             store(u + (first + r) * stride + v * kLanes, acc[r][v]);
@@ -230,8 +269,11 @@ class Forward {
     // Every other step walks the panels backward: their tail is still in the cache.
     for (int64_t q = 0; q < panels.size(); ++q) {
       const int64_t at = step & 1 ? panels.size() - 1 - q : q;
+      const PanelWeights w =
+          weights_of(panels.begin + at, shared_[p].w_hh, args_.recurrence[p].w_hh, args_.recurrent,
+                     scratch_[me.index].panel);
       for_each_tile<kRows>(sequences.size(), [&](int64_t first, auto n) {
-        tile<decltype(n)::value>(me, p, step, share, panels.begin + at, sequences.begin + first,
+        tile<decltype(n)::value>(me, p, step, share, w, panels.begin + at, sequences.begin + first,
                                  u + first * stride + at * kWidth, done, fresh);
         fresh = false;
       });
@@ -246,8 +288,8 @@ class Forward {
   }
 
   template <int kTile>
-  void tile(const Member& me, int64_t p, int64_t step, const Share& share, int64_t panel,
-            int64_t first, const T* u, int64_t done, bool fresh) const {
+  void tile(const Member& me, int64_t p, int64_t step, const Share& share, const PanelWeights& w,
+            int64_t panel, int64_t first, const T* u, int64_t done, bool fresh) const {
     const int64_t stride = share.panels.size() * kWidth;
     const Shared& recurrence = shared_[p];
     const T* h = recurrence.h[step & 1];
@@ -259,19 +301,8 @@ class Forward {
         acc[r][v] = Cell::kSummed[v % G] ? load<V>(u + r * stride + v * kLanes)
                                          : load<V>(recurrence.bias_v + panel * kWidth + v * kLanes);
     }
-    const int64_t Q = args_.recurrent;
-    const void* w_hh = args_.recurrence[p].w_hh;
-    if (fresh) {
-      // The thread's own part of h comes first, while the other parts arrive.
-      const int64_t begin = share.columns.begin < Q ? share.columns.begin : Q;
-      const int64_t end = share.columns.end < Q ? share.columns.end : Q;
-      product<kTile>(acc, recurrence.w_hh, w_hh, panel, rows, begin, end, Q);
-      me.wait_for_peers(done);
-      product<kTile>(acc, recurrence.w_hh, w_hh, panel, rows, 0, begin, Q);
-      product<kTile>(acc, recurrence.w_hh, w_hh, panel, rows, end, Q, Q);
-    } else {
-      product<kTile>(acc, recurrence.w_hh, w_hh, panel, rows, 0, Q, Q);
-    }
+    if (fresh) add_own_blocks(acc, w, rows, me, share.own_blocks, done);
+    add_product(acc, w, rows, fresh ? share.own_blocks.end : 0, w.depth);
     const bool reverse = args_.recurrence[p].reverse;
     const int64_t t = args_.rows.time(step, reverse);
     const auto apply = [&](auto projected) {
@@ -287,22 +318,41 @@ class Forward {
       apply(Constant<false>{});
   }
 
-  // acc += rows[:, k0:k1] * one panel of `prepacked`, or of `weights` in torch's layout.
+  // acc += rows[:, k0:k1] * weights, where blocks of the sum begin and end.
   template <int kTile>
-  FASTRNN_INLINE void product(V (&acc)[kTile][kVectors], const T* prepacked, const void* weights,
-                              int64_t panel, const T* const* rows, int64_t k0, int64_t k1,
-                              int64_t depth) const {
-    if (plan_.prepacked_weights) {
-      multiply<kTile, kVectors, T>(acc, prepacked + panel * depth * kWidth, rows, k0, k1);
+  FASTRNN_INLINE static void add_product(V (&acc)[kTile][kVectors], const PanelWeights& w,
+                                         const T* const* rows, int64_t k0, int64_t k1) {
+    if (w.packed.first)
+      multiply<kTile, kVectors, T>(acc, w.packed, rows, k0, k1, sum_block(w.depth));
+    else
+      multiply_unpacked<kTile, kVectors, T>(acc, w.unpacked, rows, k0, k1, sum_block(w.depth));
+  }
+
+  // acc += rows[:, :own.end] * weights. The thread's own part of h comes first, while the other
+  // parts arrive.
+  template <int kTile>
+  __attribute__((noinline)) static void add_own_blocks(V (&acc)[kTile][kVectors],
+                                                       const PanelWeights& w, const T* const* rows,
+                                                       const Member& me, Range own, int64_t done) {
+    if (own.begin == 0) {
+      add_product(acc, w, rows, 0, own.end);
+      me.wait_for_peers(done);
       return;
     }
-    for (int v = 0; v < kVectors; ++v) {
-      const int64_t unit = panel * kUnits + v / G * kLanes;
-      const T* w = static_cast<const T*>(weights) + ((v % G) * args_.hidden + unit) * depth;
-      for (int r = 0; r < kTile; ++r)
-        acc[r][v] =
-            acc[r][v] + dot_products<T>(w, depth, within<V>(unit, args_.hidden), rows[r], k0, k1);
+    const int64_t block = sum_block(w.depth);
+    V apart[2][kTile][kVectors];
+    if (w.packed.first) {
+      multiply_apart<kTile, kVectors, T>(apart, w.packed, rows, own.begin, own.end, block);
+    } else {
+      for (int64_t k = own.begin, n = 0; k < own.end; k += block, ++n) {
+        clear_tile(apart[n]);
+        add_product(apart[n], w, rows, k, own.end - k < block ? own.end : k + block);
+      }
     }
+    me.wait_for_peers(done);
+    add_product(acc, w, rows, 0, own.begin);
+    if (own.size() > 0) add_tile(acc, apart[0]);
+    if (own.size() > block) add_tile(acc, apart[1]);
   }
 
   // Applies the cell to one vector of units of one row.
@@ -353,18 +403,26 @@ class Forward {
             args_.rows.cut_after(step, i, reverse) ? splat<V>(0) : value);
     };
     const T* m = recurrence.m + sequences.begin * padded_;
-    if (plan_.prepacked_weights) {
-      multiply_bands(m, padded_, sequences.size(), recurrence.w_hr, H, columns.begin / kLanes,
-                     columns.end / kLanes, [&](int64_t r, int64_t vector, V sum) {
-                       emit(sequences.begin + r, vector * kLanes, sum);
-                     });
+    if (prepacks()) {
+      multiply_columns(m, padded_, sequences.size(), Matrix<T>{recurrence.w_hr, H, Q, true},
+                       columns.begin / kLanes, columns.end / kLanes,
+                       [&](int64_t r, int64_t vector, V sum) {
+                         emit(sequences.begin + r, vector * kLanes, sum);
+                       });
       return;
     }
+    const T* w_hr = static_cast<const T*>(args_.recurrence[p].w_hr);
     for (int64_t column = columns.begin; column < columns.end; column += kLanes) {
-      const T* w = static_cast<const T*>(args_.recurrence[p].w_hr) + column * H;
-      for (int64_t r = 0; r < sequences.size(); ++r)
-        emit(sequences.begin + r, column,
-             dot_products<T>(w, H, within<V>(column, Q), m + r * padded_, 0, H));
+      const Unpacked<T, 1> w{{w_hr + (column < Q ? column : 0) * H}, {within<V>(column, Q)}, H};
+      for_each_tile<kMaxTileRows>(sequences.size(), [&](int64_t first, auto n) {
+        constexpr int kTile = decltype(n)::value;
+        V sum[kTile][1];
+        clear_tile(sum);
+        const T* rows[kTile];
+        for (int r = 0; r < kTile; ++r) rows[r] = m + (first + r) * padded_;
+        multiply_unpacked<kTile, 1, T>(sum, w, rows, 0, H, sum_block(H));
+        for (int r = 0; r < kTile; ++r) emit(sequences.begin + first + r, column, sum[r][0]);
+      });
     }
   }
 

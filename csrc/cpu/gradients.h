@@ -33,7 +33,7 @@ FASTRNN_INLINE void multiply_transposed(Vec<T> (&out)[kRows][kVectors], const T*
     for (int r = 0; r < kRows; ++r) {
       const V scale = broadcast<V>(a[r]);
 #pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) acc[r][v] = acc[r][v] + scale * row[v];
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = multiply_add(scale, row[v], acc[r][v]);
     }
   }
 #pragma GCC unroll 16
@@ -62,12 +62,12 @@ void pack_gates(const T* dgates, int64_t stride, Range gates, int64_t depth, T* 
   }
 }
 
-// dw[g, c] += sum over k < depth of dgates[k, g] * rows[k, c], for g in `gates`. dgates was packed
-// into `tiles`; pack(column, width, band) writes band[k][width vectors] of the rows from `column`
-// on, and `band` has room for `depth` of them.
+// dw[g, c] += sum over k < depth of dgates[k, g] * rows[k, c], for g in `gates`; with `begin`, the
+// sum begins at zero. dgates was packed into `tiles`; pack(column, width, band) writes
+// band[k][width vectors] of the rows from `column` on, and `band` has room for `depth` of them.
 template <class T, class Pack>
 void add_weight_gradient(T* dw, int64_t columns, const T* tiles, Range gates, int64_t depth,
-                         T* band, const Pack& pack) {
+                         bool begin, T* band, const Pack& pack) {
   using V = Vec<T>;
   constexpr int n = lanes<V>();
   for_each_band(0, (columns + n - 1) / n, [&](int64_t vector, auto width) {
@@ -80,7 +80,9 @@ void add_weight_gradient(T* dw, int64_t columns, const T* tiles, Range gates, in
       V acc[kTile][kWide];
       for (int r = 0; r < kTile; ++r)
         for (int v = 0; v < kWide; ++v)
-          acc[r][v] = load<V>(to + r * columns + v * n, within<Vec<T>>(column + v * n, columns));
+          acc[r][v] =
+              begin ? splat<V>(0)
+                    : load<V>(to + r * columns + v * n, within<Vec<T>>(column + v * n, columns));
       multiply_transposed<kTile, kWide, T>(acc, tiles + first * depth, band, depth);
       for (int r = 0; r < kTile; ++r)
         for (int v = 0; v < kWide; ++v)
@@ -89,9 +91,11 @@ void add_weight_gradient(T* dw, int64_t columns, const T* tiles, Range gates, in
   });
 }
 
-// db[g] += sum over k < depth of dgates[k, g], for g in `gates`.
+// db[g] += sum over k < depth of dgates[k, g], for g in `gates`; with `begin`, the sum begins at
+// zero.
 template <class T>
-void add_bias_gradient(T* db, const T* dgates, int64_t stride, Range gates, int64_t depth) {
+void add_bias_gradient(T* db, const T* dgates, int64_t stride, Range gates, int64_t depth,
+                       bool begin) {
   using V = Vec<T>;
   constexpr int n = lanes<V>();
   for_each_band(0, (gates.size() + n - 1) / n, [&](int64_t vector, auto width) {
@@ -99,7 +103,8 @@ void add_bias_gradient(T* db, const T* dgates, int64_t stride, Range gates, int6
     const int64_t first = gates.begin + vector * n;
     V sum[kWide];
     for (int v = 0; v < kWide; ++v)
-      sum[v] = load<V>(db + first + v * n, within<Vec<T>>(first + v * n, gates.end));
+      sum[v] = begin ? splat<V>(0)
+                     : load<V>(db + first + v * n, within<Vec<T>>(first + v * n, gates.end));
     for (int64_t k = 0; k < depth; ++k)
       for (int v = 0; v < kWide; ++v)
         sum[v] = sum[v] + load<V>(dgates + k * stride + first + v * n,
@@ -148,7 +153,7 @@ class GradientSweep {
     const int32_t threads = plan_.threads();
     for (int32_t p = 0; p < args_.recurrences; ++p) {
       if (p % threads == me.index) find_rows(p);
-      if (args_.dx && args_.end == args_.rows.steps)
+      if (args_.dx && prepacks() && begins())
         pack_column_bands(static_cast<const T*>(args_.recurrence[p].w_ih), args_.inputs,
                           args_.depth, bands(p), me.index, threads);
     }
@@ -164,14 +169,17 @@ class GradientSweep {
       const Place* places = places_ + p * most_rows_;
       const Range own = part_of(live_rows(p), threads, me.index);
       const T* du = static_cast<const T*>(args_.du[p]) + own.begin * args_.depth;
-      multiply_bands<T>(du, args_.depth, own.size(), bands(p), args_.depth, 0, width_ / kLanes,
-                        [&](int64_t row, int64_t vector, V sum) {
-                          const int64_t column = vector * kLanes;
-                          const int live = within<Vec<T>>(column, args_.inputs);
-                          T* to = static_cast<T*>(args_.dx) +
-                                  places[own.begin + row].row * args_.inputs + column;
-                          store(to, args_.recurrences > 1 ? load<V>(to, live) + sum : sum, live);
-                        });
+      const void* unpacked = args_.recurrence[p].w_ih;
+      const Matrix<T> w_ih{prepacks() ? bands(p) : static_cast<const T*>(unpacked), args_.depth,
+                           args_.inputs, prepacks()};
+      multiply_columns<T>(du, args_.depth, own.size(), w_ih, 0, width_ / kLanes,
+                          [&](int64_t row, int64_t vector, V sum) {
+                            const int64_t column = vector * kLanes;
+                            const int live = within<Vec<T>>(column, args_.inputs);
+                            T* to = static_cast<T*>(args_.dx) +
+                                    places[own.begin + row].row * args_.inputs + column;
+                            store(to, args_.recurrences > 1 ? load<V>(to, live) + sum : sum, live);
+                          });
     }
   }
 
@@ -180,6 +188,10 @@ class GradientSweep {
   struct Place {
     int64_t x, row;
   };
+
+  bool prepacks() const { return plan_.weights == WeightLayout::kPrepacked; }
+  // Whether this chunk is the first of the backward pass.
+  bool begins() const { return args_.end == args_.rows.steps; }
 
   Range times(int32_t p) const {
     const int64_t steps = args_.rows.steps;
@@ -215,44 +227,63 @@ class GradientSweep {
       }
   }
 
+  // The order in which a sum takes the live rows of a chunk: from `first` on, each time `direction`
+  // further. It follows the backward pass from the last step to the first, so that the sum does not
+  // depend on how the steps are cut into chunks.
+  struct Order {
+    int64_t first, direction;
+    int64_t row(int64_t k) const { return first + k * direction; }
+  };
+  Order order(int32_t p) const {
+    return args_.recurrence[p].reverse ? Order{0, 1} : Order{live_rows(p) - 1, -1};
+  }
+
   void weights(int32_t p, int32_t index, T* tiles) const {
     const Range gates = part_of(args_.depth, plan_.threads(), index);
-    const int64_t depth = live_rows(p), stride = args_.depth;
+    const int64_t depth = live_rows(p);
+    if (depth == 0 && !begins()) return;
+    const Order rows = order(p);
     T* band = tiles + most_rows_ * most_gates();
-    const T* du = static_cast<const T*>(args_.du[p]);
-    const T* dv = static_cast<const T*>(args_.dv[p]);
+    const auto first = [&](const void* const* of, int64_t width) {
+      return depth ? static_cast<const T*>(of[p]) + rows.first * width : nullptr;
+    };
+    const T* du = first(args_.du, args_.depth);
+    const T* dv = first(args_.dv, args_.depth);
+    const int64_t stride = rows.direction * args_.depth;
     const Place* places = places_ + p * most_rows_;
     if (args_.dw_ih || (args_.dw_hh && du == dv)) pack_gates(du, stride, gates, depth, tiles);
     if (args_.dw_ih)
-      add_weight_gradient(static_cast<T*>(args_.dw_ih[p]), args_.inputs, tiles, gates, depth, band,
-                          [&](int64_t column, auto width, T* to) {
+      add_weight_gradient(static_cast<T*>(args_.dw_ih[p]), args_.inputs, tiles, gates, depth,
+                          begins(), band, [&](int64_t column, auto width, T* to) {
                             pack_rows(args_.x, column, args_.inputs, decltype(width)::value, depth,
-                                      to, [&](int64_t k) { return places[k].x; });
+                                      to, [&](int64_t k) { return places[rows.row(k)].x; });
                           });
     if (args_.dw_hh) {
-      const T* h_prev = static_cast<const T*>(args_.h_prev[p]);
       const int64_t Q = args_.recurrent;
+      const T* h_prev = first(args_.h_prev, Q);
       if (du != dv) pack_gates(dv, stride, gates, depth, tiles);
-      add_weight_gradient(static_cast<T*>(args_.dw_hh[p]), Q, tiles, gates, depth, band,
+      add_weight_gradient(static_cast<T*>(args_.dw_hh[p]), Q, tiles, gates, depth, begins(), band,
                           [&](int64_t column, auto width, T* to) {
-                            pack_columns(h_prev + column, Q, Q - column, depth, to,
+                            pack_columns(h_prev + column, rows.direction * Q, Q - column, depth, to,
                                          decltype(width)::value);
                           });
     }
     if (args_.dw_hr) {
       const int64_t Q = args_.recurrent, H = args_.hidden, W = args_.tape_width;
       const Range columns = part_of(Q, plan_.threads(), index);
-      pack_gates(static_cast<const T*>(args_.dh[p]), Q, columns, depth, tiles);
+      pack_gates(first(args_.dh, Q), rows.direction * Q, columns, depth, tiles);
       add_weight_gradient(
-          static_cast<T*>(args_.dw_hr[p]), H, tiles, columns, depth, band,
+          static_cast<T*>(args_.dw_hr[p]), H, tiles, columns, depth, begins(), band,
           [&](int64_t column, auto width, T* to) {
             pack_rows(args_.tape, column, H, decltype(width)::value, depth, to, [&](int64_t k) {
-              return ((places[k].row * args_.recurrences + p) * W + W - 1) * H;
+              return ((places[rows.row(k)].row * args_.recurrences + p) * W + W - 1) * H;
             });
           });
     }
-    if (args_.db_ih) add_bias_gradient(static_cast<T*>(args_.db_ih[p]), du, stride, gates, depth);
-    if (args_.db_hh) add_bias_gradient(static_cast<T*>(args_.db_hh[p]), dv, stride, gates, depth);
+    if (args_.db_ih)
+      add_bias_gradient(static_cast<T*>(args_.db_ih[p]), du, stride, gates, depth, begins());
+    if (args_.db_hh)
+      add_bias_gradient(static_cast<T*>(args_.db_hh[p]), dv, stride, gates, depth, begins());
   }
 
   T* bands(int32_t p) const { return static_cast<T*>(args_.prepacked) + p * width_ * args_.depth; }

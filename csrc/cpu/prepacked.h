@@ -7,7 +7,7 @@
 #include "core/cell.h"
 #include "core/math.h"
 #include "cpu/contract.h"
-#include "cpu/product.h"
+#include "cpu/pack.h"
 #include "cpu/team.h"
 
 namespace fastrnn {
@@ -74,27 +74,39 @@ struct Prepacked {
   // Packs every `turns`-th of these panels, beginning with number `turn`.
   void pack(const RecurrenceSizes& n, const Recurrence& recurrence, bool matrices, Range range,
             int32_t turn, int32_t turns) const {
-    const int64_t H = n.hidden, I = n.inputs, Q = n.recurrent;
     for (int64_t panel = range.begin + turn; panel < range.end; panel += turns) {
-      for (int u = 0; u < kUnitVectors; ++u) {
-        const int64_t unit = panel * kUnits + u * kLanes;
-        const int live = within<V>(unit, H);
-        for (int g = 0; g < G; ++g) {
-          const int64_t row = g * H + (live ? unit : 0);
-          const int at = u * G + g;
-          if (matrices) {
-            pack_transposed(static_cast<const T*>(recurrence.w_ih) + row * I, I, live, I,
-                            w_ih + panel * I * kWidth, kVectors, at);
-            pack_transposed(static_cast<const T*>(recurrence.w_hh) + row * Q, Q, live, Q,
-                            w_hh + panel * Q * kWidth, kVectors, at);
-          }
-          const V b_ih = bias(recurrence.b_ih, row, live), b_hh = bias(recurrence.b_hh, row, live);
-          const int64_t to = panel * kWidth + at * kLanes;
-          store(bias_u + to, Cell::kSummed[g] ? b_ih + b_hh : b_ih);
-          store(bias_v + to, b_hh);
-        }
+      if (matrices) {
+        pack_panel(recurrence.w_ih, n.hidden, n.inputs, panel, w_ih + panel * n.inputs * kWidth);
+        pack_panel(recurrence.w_hh, n.hidden, n.recurrent, panel,
+                   w_hh + panel * n.recurrent * kWidth);
+      }
+      for (int v = 0; v < kVectors; ++v) {
+        const int g = v % G, live = live_units(n.hidden, panel, v);
+        const int64_t row = first_row(n.hidden, panel, v);
+        const V b_ih = bias(recurrence.b_ih, row, live), b_hh = bias(recurrence.b_hh, row, live);
+        const int64_t to = panel * kWidth + v * kLanes;
+        store(bias_u + to, Cell::kSummed[g] ? b_ih + b_hh : b_ih);
+        store(bias_v + to, b_hh);
       }
     }
+  }
+
+  // Packs one panel of a matrix [G*H, depth].
+  static void pack_panel(const void* weights, int64_t hidden, int64_t depth, int64_t panel,
+                         T* out) {
+    for (int v = 0; v < kVectors; ++v)
+      pack_transposed(static_cast<const T*>(weights) + first_row(hidden, panel, v) * depth, depth,
+                      live_units(hidden, panel, v), depth, out, kVectors, v);
+  }
+
+  // The number of units in vector v of a panel, and the row of a matrix [G*H, depth] at which they
+  // begin.
+  static int live_units(int64_t hidden, int64_t panel, int v) {
+    return within<V>(panel * kUnits + v / G * kLanes, hidden);
+  }
+  static int64_t first_row(int64_t hidden, int64_t panel, int v) {
+    const int64_t unit = panel * kUnits + v / G * kLanes;
+    return v % G * hidden + (unit < hidden ? unit : 0);
   }
 
   // Packs every `turns`-th band of these vectors, beginning with number `turn`.

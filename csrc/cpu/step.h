@@ -76,11 +76,13 @@ class Step {
       states[r] = h + r * args_.stride;
       for (int j = 0; j < kVectors; ++j) u[r][j] = load<V>(w_.bias_u + panel * kWidth + j * kLanes);
     }
-    multiply<kTile, kVectors, T>(u, w_.w_ih + panel * I * kWidth, inputs, 0, I);
+    const Packed<T> w_ih{w_.w_ih + panel * I * kWidth, kWidth};
+    multiply<kTile, kVectors, T>(u, w_ih, inputs, 0, I, sum_block(I));
     for (int r = 0; r < kTile; ++r)
       for (int j = 0; j < kVectors; ++j)
         v[r][j] = Cell::kSummed[j % G] ? u[r][j] : load<V>(w_.bias_v + panel * kWidth + j * kLanes);
-    multiply<kTile, kVectors, T>(v, w_.w_hh + panel * Q * kWidth, states, 0, Q);
+    const Packed<T> w_hh{w_.w_hh + panel * Q * kWidth, kWidth};
+    multiply<kTile, kVectors, T>(v, w_hh, states, 0, Q, sum_block(Q));
     for (int r = 0; r < kTile; ++r)
       for (int q = 0; q < Weights::kUnitVectors; ++q)
         units(first + r, panel * kUnits + q * kLanes, &u[r][q * G], &v[r][q * G]);
@@ -106,12 +108,12 @@ class Step {
 
   void project() const {
     const Range columns = columns_of(Weights::columns(args_.sizes), true, args_.parts, args_.part);
-    multiply_bands(static_cast<const T*>(args_.m), args_.stride, args_.batch, w_.w_hr,
-                   args_.sizes.hidden, columns.begin, columns.end,
-                   [&](int64_t i, int64_t vector, V sum) {
-                     const int64_t column = vector * kLanes;
-                     emit(i, column, sum, within<V>(column, args_.sizes.recurrent));
-                   });
+    const Matrix<T> w_hr{w_.w_hr, args_.sizes.hidden, args_.sizes.recurrent, true};
+    multiply_columns(static_cast<const T*>(args_.m), args_.stride, args_.batch, w_hr, columns.begin,
+                     columns.end, [&](int64_t i, int64_t vector, V sum) {
+                       const int64_t column = vector * kLanes;
+                       emit(i, column, sum, within<V>(column, args_.sizes.recurrent));
+                     });
   }
 
   FASTRNN_INLINE void emit(int64_t i, int64_t at, V h, int live) const {

@@ -6,12 +6,13 @@ import functools
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from fastrnn.cells import Cell, get, names
 from fastrnn.compiler.derive import Derived, derive
-from fastrnn.compiler.expression import MASKS, Expr, uses, write
+from fastrnn.compiler.expression import MASKS, Expr, ordered, uses, write
 
 __all__ = ["header", "key", "struct", "struct_name", "write_header"]
 
@@ -71,7 +72,7 @@ def _function(
     def leaf(node: Expr) -> str:
         return places[node.label] if node.op == "input" else f"splat<V>({_number(node.label)})"
 
-    roots = [root for group in outputs.values() for root in group]
+    roots = _fused([root for group in outputs.values() for root in group])
     passed = dict.fromkeys(root for root in roots if root.op == "input")
     copies = {root: f"r{k}" for k, root in enumerate(passed)}
     lines, names = write(roots, leaf)
@@ -92,6 +93,34 @@ def _function(
         parts = (", ".join(parameters[:half]), ", ".join(parameters[half:]))
         signature = f"{opening}\n      {parts[0]},\n      {parts[1]}) {{"
     return "\n".join(["  template <class V>", signature, *(f"    {line}" for line in body), "  }"])
+
+
+def _fused(roots: Sequence[Expr]) -> list[Expr]:
+    """The roots with every sum of a product that nothing else uses as one multiply-add.
+
+    Compilers may fuse no other (`-ffp-contract=off`), so a cell gives the same bits in every kernel
+    that it is inlined into.
+    """
+    count = Counter(roots)
+    order = ordered(roots)
+    count.update(arg for node in order for arg in node.args)
+    new: dict[Expr, Expr] = {}
+    for node in order:
+        args = tuple(new[arg] for arg in node.args)
+        products = [k for k, arg in enumerate(node.args) if arg.op == "mul" and count[arg] == 1]
+        if node.op in _FUSED and products:
+            k = products[-1]
+            new[node] = Expr(_FUSED[node.op][k], (*args[k].args, args[1 - k]))
+        else:
+            new[node] = Expr(node.op, args, node.label) if args else node
+    return [new[root] for root in roots]
+
+
+# The function of csrc/core/vec.h for a sum whose first or second term is a product.
+_FUSED = {
+    "add": ("multiply_add", "multiply_add"),
+    "sub": ("multiply_subtract", "subtract_product"),
+}
 
 
 def _number(label: str) -> str:

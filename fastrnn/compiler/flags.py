@@ -9,7 +9,7 @@ from __future__ import annotations
 __all__ = ["CXX", "ISA", "OPTIMISED"]
 
 OPTIMISED = "-O3 -g0 -DNDEBUG"
-CXX = "-fPIC -fvisibility=hidden -fopenmp -ffp-contract=fast -fno-math-errno -fno-trapping-math"
+CXX = "-fPIC -fvisibility=hidden -fopenmp -ffp-contract=off -fno-math-errno -fno-trapping-math"
 # Flags by instruction set. All but "baseline" belong to x86-64.
 ISA = {
     "baseline": "",

@@ -46,7 +46,7 @@ def _cpu_plan(
     _log(asked, offered, chosen)
     config = chosen.cpu
     split = config.split_recurrences, config.split_sequences, config.split_units
-    return config.prepacked_weights, *split, chosen.chunk_rows
+    return plan.WEIGHT_LAYOUTS.index(config.weights), *split, chosen.chunk_rows
 
 
 def _log(problem: plan.Problem, device: plan.Device, chosen: plan.Plan) -> None:

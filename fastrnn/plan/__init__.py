@@ -15,6 +15,7 @@ from fastrnn.plan import cpu, cuda, triton
 from fastrnn.plan.cpu import step_threads
 from fastrnn.plan.problem import (
     SIGNIFICANT_BITS,
+    WEIGHT_LAYOUTS,
     CpuConfig,
     CpuFacts,
     CudaConfig,
@@ -30,6 +31,7 @@ from fastrnn.plan.triton import alternatives
 __all__ = [
     "KERNELS",
     "SIGNIFICANT_BITS",
+    "WEIGHT_LAYOUTS",
     "CpuConfig",
     "CpuFacts",
     "CudaConfig",

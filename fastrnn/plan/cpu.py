@@ -39,18 +39,21 @@ def refuse(problem: Problem, device: Device) -> str | None:
 
 def configure(problem: Problem, device: Device) -> Plan:
     recurrences, sequences, units = _split(problem, device)
-    prepacked = problem.frozen or problem.backward or not _few_rows(problem)
     config = CpuConfig(
-        prepacked, split_recurrences=recurrences, split_sequences=sequences, split_units=units
+        "prepacked" if problem.frozen or problem.backward else _weights(problem),
+        split_recurrences=recurrences,
+        split_sequences=sequences,
+        split_units=units,
     )
     return Plan("cpu", config, chunk_rows=_chunk_rows(problem, device))
 
 
-def _few_rows(problem: Problem) -> bool:
-    """Whether packing the weights costs more than it saves."""
+def _weights(problem: Problem) -> str:
     if problem.hidden >= _LARGER_HIDDEN and problem.steps <= _LARGER_UNPACKED_STEPS:
-        return problem.live_rows <= _LARGER_UNPACKED_ROWS
-    return problem.live_rows <= _UNPACKED_ROWS
+        few = problem.live_rows <= _LARGER_UNPACKED_ROWS
+    else:
+        few = problem.live_rows <= _UNPACKED_ROWS
+    return "unpacked" if few else "prepacked"
 
 
 def _split(problem: Problem, device: Device) -> tuple[int, int, int]:

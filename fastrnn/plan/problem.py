@@ -145,16 +145,22 @@ class Device:
     triton: TritonFacts | str = "Triton is not installed"
 
 
+# In the order of `WeightLayout` in csrc/cpu/contract.h.
+WEIGHT_LAYOUTS = ("unpacked", "panels", "prepacked")
+
+
 @dataclass(frozen=True)
 class CpuConfig:
     """How the CPU kernel runs: `CpuPlan` of csrc/cpu/contract.h.
 
     Attributes:
-        prepacked_weights: whether weights are prepacked; few rows read them in torch's layout.
+        weights: how weights are read, one of `WEIGHT_LAYOUTS`: "unpacked" in torch's layout, for
+            few rows; "panels" packed panel by panel at each step, into memory that stays in the
+            cache; "prepacked" packed before the first step.
         split_recurrences, split_sequences, split_units: factors of the number of threads.
     """
 
-    prepacked_weights: bool = True
+    weights: str = "prepacked"
     split_recurrences: int = 1
     split_sequences: int = 1
     split_units: int = 1

@@ -248,6 +248,13 @@ def plan_text(problem: Problem, device: Device, chosen: Plan) -> str:
     return _columns(rows)
 
 
+_WEIGHTS = {
+    "unpacked": "read in torch's layout",
+    "panels": "packed panel by panel at each step",
+    "prepacked": "packed before the first step",
+}
+
+
 def _cpu_rows(chosen: Plan) -> list[tuple[str, str]]:
     config = chosen.cpu
     return [
@@ -256,7 +263,7 @@ def _cpu_rows(chosen: Plan) -> list[tuple[str, str]]:
             f"{config.threads} = {config.split_recurrences} over directions x "
             f"{config.split_sequences} over the batch x {config.split_units} over hidden units",
         ),
-        ("weights", "prepacked for the sweep" if config.prepacked_weights else "in torch's layout"),
+        ("weights", _WEIGHTS[config.weights]),
     ]
 
 

@@ -64,6 +64,7 @@ MATH = """
 namespace fastrnn {
 inline namespace FASTRNN_ISA {
 template <class V> V splat(double value) { return V(value); }
+template <class V> V multiply_add(V a, V b, V c) { return a * b + c; }
 inline double tanh(double x) { return std::tanh(x); }
 }
 }

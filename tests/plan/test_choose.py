@@ -20,7 +20,7 @@ def test_a_kernel_asked_for_by_name_is_used_or_named_wrong() -> None:
 
 def test_lengths_that_agree_in_their_leading_bits_share_a_plan() -> None:
     few = replace(LSTM, steps=1, batch=18, rows=16)
-    assert not choose(few, TWO).cpu.prepacked_weights
+    assert choose(few, TWO).cpu.weights == "unpacked"
     assert choose(replace(few, rows=17), TWO) == choose(few, TWO)
-    assert choose(replace(few, rows=18), TWO).cpu.prepacked_weights
+    assert choose(replace(few, rows=18), TWO).cpu.weights == "prepacked"
     assert replace(few, steps=1000, rows=15).rounded() == replace(few, steps=960, rows=15)

@@ -53,24 +53,22 @@ def test_never_more_parts_than_there_are(
 
 
 @pytest.mark.parametrize(
-    ("steps", "batch", "hidden", "prepacked"),
+    ("steps", "batch", "hidden", "weights"),
     [
-        (1, 3, 16, False),
-        (1, 4, 16, True),
-        (1, 16, 64, False),
-        (1, 17, 64, True),
-        (4, 4, 512, False),
-        (8, 2, 64, False),
-        (9, 1, 64, True),  # each step reads the weights again
+        (1, 3, 16, "unpacked"),
+        (1, 4, 16, "prepacked"),
+        (1, 16, 64, "unpacked"),
+        (1, 17, 64, "prepacked"),
+        (4, 4, 512, "unpacked"),
+        (8, 2, 64, "unpacked"),
+        (9, 1, 64, "prepacked"),  # each step reads the weights again
     ],
 )
-def test_few_rows_are_not_worth_packing(
-    steps: int, batch: int, hidden: int, prepacked: bool
-) -> None:
+def test_few_rows_are_not_worth_packing(steps: int, batch: int, hidden: int, weights: str) -> None:
     problem = replace(LSTM, steps=steps, batch=batch, hidden=hidden)
-    assert choose(problem, TWO).cpu.prepacked_weights is prepacked
-    assert choose(replace(problem, frozen=True), TWO).cpu.prepacked_weights
-    assert choose(replace(problem, backward=True), TWO).cpu.prepacked_weights
+    assert choose(problem, TWO).cpu.weights == weights
+    assert choose(replace(problem, frozen=True), TWO).cpu.weights == "prepacked"
+    assert choose(replace(problem, backward=True), TWO).cpu.weights == "prepacked"
 
 
 @pytest.mark.parametrize("hidden", [1, 64, 512])

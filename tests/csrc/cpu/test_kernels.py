@@ -141,12 +141,12 @@ SPLITS = [
 )
 def test_every_split_is_exact(split: dict[str, int], name: str, projected: int | None) -> None:
     cell = cells.get(name)
-    for prepacked_weights in (False, True):
+    for weights in plan.WEIGHT_LAYOUTS:
         for dtype in (torch.float32, torch.float64):
             given = operands(cell, 7, 5, 6, 67, 2, dtype, projected=projected)
             given = {k: whole(v) for k, v in given.items()}
             given["resets"] = torch.rand(7, 5) < 0.1
-            with planned(**split, prepacked_weights=prepacked_weights), kernels.use("cpu"):
+            with planned(**split, weights=weights), kernels.use("cpu"):
                 ours = run(ops.scan, cell, given)
             for what, right in run(by_reference, cell, given).items():
                 assert torch.equal(ours[what], right), what

@@ -1,0 +1,128 @@
+// Transposes weights in registers, and packs them into panels and bands.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+
+#include "core/math.h"
+#include "cpu/tiles.h"
+
+namespace fastrnn {
+inline namespace FASTRNN_ISA {
+
+// Numbers in a block of 16 bytes, and blocks in a vector.
+template <class T>
+constexpr int kBlockNumbers = 16 / static_cast<int>(sizeof(T));
+constexpr int kVectorBlocks = kVectorBytes / 16;
+
+// The blocks of 16 bytes at from, from + stride, ... in one vector. Loads put them in their places,
+// which costs less than shuffles do.
+template <class T>
+FASTRNN_INLINE Vec<T> load_blocks(const T* from, int64_t stride) {
+  Vec<T> x;
+#if defined(__AVX512F__)
+  const auto at = [&](int b) { return reinterpret_cast<const float*>(from + b * stride); };
+  __m512 y = _mm512_castps128_ps512(_mm_loadu_ps(at(0)));
+  y = _mm512_insertf32x4(y, _mm_loadu_ps(at(1)), 1);
+  y = _mm512_insertf32x4(y, _mm_loadu_ps(at(2)), 2);
+  y = _mm512_insertf32x4(y, _mm_loadu_ps(at(3)), 3);
+  memcpy(&x, &y, sizeof x);
+#elif defined(__AVX__)
+  const auto at = [&](int b) { return reinterpret_cast<const float*>(from + b * stride); };
+  __m256 y = _mm256_castps128_ps256(_mm_loadu_ps(at(0)));
+  y = _mm256_insertf128_ps(y, _mm_loadu_ps(at(1)), 1);
+  memcpy(&x, &y, sizeof x);
+#else
+  (void)stride;
+  memcpy(&x, from, sizeof x);
+#endif
+  return x;
+}
+
+// The numbers of a and b in turn, from the lower or the upper half of every block.
+template <int kUpper, class V, int... l>
+FASTRNN_INLINE V interleave(V a, V b, std::integer_sequence<int, l...>) {
+  constexpr int n = lanes<V>(), q = kBlockNumbers<Scalar<V>>;
+  return __builtin_shufflevector(a, b,
+                                 (l / q * q + kUpper * (q / 2) + l % q / 2 + (l % 2 ? n : 0))...);
+}
+// The same of pairs of numbers.
+template <int kUpper, class V, int... l>
+FASTRNN_INLINE V interleave_pairs(V a, V b, std::integer_sequence<int, l...>) {
+  constexpr int n = lanes<V>(), q = kBlockNumbers<Scalar<V>>;
+  return __builtin_shufflevector(a, b, (l / q * q + kUpper * 2 + l % 2 + (l % 4 >= 2 ? n : 0))...);
+}
+
+// Transposes the squares of numbers that lie in the blocks of as many vectors.
+template <class V>
+FASTRNN_INLINE void transpose_blocks(V* x) {
+  using Lanes = std::make_integer_sequence<int, lanes<V>()>;
+  if constexpr (kBlockNumbers<Scalar<V>> == 2) {
+    const V a = x[0], b = x[1];
+    x[0] = interleave<0>(a, b, Lanes());
+    x[1] = interleave<1>(a, b, Lanes());
+  } else {
+    const V low01 = interleave<0>(x[0], x[1], Lanes()), high01 = interleave<1>(x[0], x[1], Lanes());
+    const V low23 = interleave<0>(x[2], x[3], Lanes()), high23 = interleave<1>(x[2], x[3], Lanes());
+    x[0] = interleave_pairs<0>(low01, low23, Lanes());
+    x[1] = interleave_pairs<1>(low01, low23, Lanes());
+    x[2] = interleave_pairs<0>(high01, high23, Lanes());
+    x[3] = interleave_pairs<1>(high01, high23, Lanes());
+  }
+}
+
+// to[c], c < columns, holds column c of `live` rows, a row in each lane, and zeros in other lanes.
+template <class T>
+FASTRNN_INLINE void load_transposed(const T* from, int64_t stride, int live, int columns,
+                                    Vec<T>* to) {
+  using V = Vec<T>;
+  constexpr int n = lanes<V>(), q = kBlockNumbers<T>;
+  if (live == n && columns == n) {
+    // The processor's own prefetcher does not follow so many streams at a time.
+#pragma GCC unroll 16
+    for (int l = 0; l < n; ++l) __builtin_prefetch(from + l * stride + 8 * n);
+#pragma GCC unroll 16
+    for (int p = 0; p < kVectorBlocks; ++p)
+#pragma GCC unroll 4
+      for (int j = 0; j < q; ++j)
+        to[p * q + j] = load_blocks<T>(from + j * stride + p * q, q * stride);
+  } else {
+    T rows[n * n] = {};
+    for (int l = 0; l < live; ++l) store(rows + l * n, load<V>(from + l * stride, columns));
+    for (int p = 0; p < kVectorBlocks; ++p)
+      for (int j = 0; j < q; ++j) to[p * q + j] = load_blocks<T>(rows + j * n + p * q, q * n);
+  }
+#pragma GCC unroll 16
+  for (int p = 0; p < kVectorBlocks; ++p) transpose_blocks(to + p * q);
+}
+
+// Packs vector `at` of panel[k][width vectors]: its lane l in row k is source[l * stride + k], zero
+// for l >= live.
+template <class T>
+void pack_transposed(const T* source, int64_t stride, int live, int64_t depth, T* panel, int width,
+                     int at) {
+  using V = Vec<T>;
+  constexpr int n = lanes<V>();
+  for (int64_t k = 0; k < depth; k += n) {
+    const int columns = static_cast<int>(depth - k < n ? depth - k : n);
+    V square[n];
+    load_transposed<T>(source + k, stride, live, columns, square);
+    for (int c = 0; c < columns; ++c) store(panel + ((k + c) * width + at) * n, square[c]);
+  }
+}
+
+// Packs columns [0, live) of `depth` rows into panel[k][width vectors], with zeros past them.
+template <class T>
+void pack_columns(const T* source, int64_t stride, int64_t live, int64_t depth, T* panel,
+                  int width) {
+  using V = Vec<T>;
+  constexpr int n = lanes<V>();
+  for (int64_t k = 0; k < depth; ++k)
+    for (int v = 0; v < width; ++v) {
+      store(panel + (k * width + v) * n,
+            load<V>(source + k * stride + v * n, within<V>(v * n, live)));
+    }
+}
+
+}  // namespace FASTRNN_ISA
+}  // namespace fastrnn

@@ -1,0 +1,75 @@
+// How rows and columns are cut into tiles that fit the vector registers.
+#pragma once
+
+#include <cstdint>
+
+#include "core/math.h"
+
+namespace fastrnn {
+inline namespace FASTRNN_ISA {
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kAccumulators = 24;  // of 32 vector registers
+#else
+constexpr int kAccumulators = 12;  // of 16
+#endif
+constexpr int kMaxTileRows = 6;
+constexpr int kBandVectors = 4;
+
+constexpr int tile_rows(int vectors) {
+  int rows = kAccumulators / vectors;
+  return rows < 1 ? 1 : rows > kMaxTileRows ? kMaxTileRows : rows;
+}
+
+// The number of lanes of the vector at `at` that lie within `width`.
+template <class V>
+FASTRNN_INLINE int within(int64_t at, int64_t width) {
+  const int64_t left = width - at;
+  return static_cast<int>(left <= 0 ? 0 : left < lanes<V>() ? left : lanes<V>());
+}
+
+template <class V>
+FASTRNN_INLINE V broadcast(Scalar<V> value) {
+  return value - V{};  // x - 0 is x, so this is a broadcast and nothing else
+}
+
+// Calls f(Constant<n>), which makes n, 1 <= n <= kMax, a compile-time constant.
+template <int n>
+struct Constant {
+  static constexpr int value = n;
+};
+template <int kMax, class F>
+FASTRNN_INLINE void with_constant(int64_t n, const F& f) {
+  if constexpr (kMax > 1) {
+    if (n < kMax) return with_constant<kMax - 1>(n, f);
+  }
+  f(Constant<kMax>{});
+}
+
+// Cuts `n` rows into the fewest tiles of at most kMax rows, all nearly equal; calls f(first, rows)
+// for each.
+template <int kMax, class F>
+FASTRNN_INLINE void for_each_tile(int64_t n, const F& f) {
+  const int64_t tiles = (n + kMax - 1) / kMax;
+  int64_t first = 0;
+  for (int64_t left = tiles; left > 0; --left) {
+    const int64_t rows = (n - first + left - 1) / left;
+    with_constant<kMax>(rows, [&](auto count) { f(first, count); });
+    first += rows;
+  }
+}
+
+// Calls f(vector, constant number of vectors) over the bands of vectors [begin, end).
+template <class F>
+FASTRNN_INLINE void for_each_band(int64_t begin, int64_t end, const F& f) {
+  int64_t v = begin;
+  for (; v + kBandVectors <= end; v += kBandVectors) f(v, Constant<kBandVectors>{});
+  if (v + 2 <= end) {
+    f(v, Constant<2>{});
+    v += 2;
+  }
+  if (v < end) f(v, Constant<1>{});
+}
+
+}  // namespace FASTRNN_ISA
+}  // namespace fastrnn
