@@ -36,7 +36,7 @@ _logged: set[tuple[plan.Problem, plan.Device]] = set()
 
 def _cpu_plan(
     *, dtype: str, threads: int, compiled: bool, **problem: Any
-) -> tuple[bool, int, int, int, int] | None:
+) -> tuple[int, int, int, int, int] | None:
     """The fields of C++'s `CpuPlan` for a call on a CPU, or None if another kernel runs it."""
     offered = machine.current("cpu", threads, compiled)
     asked = plan.Problem(dtype=NAMES.get(dtype, dtype), **problem)

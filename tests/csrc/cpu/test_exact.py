@@ -221,7 +221,7 @@ def test_gradients_of_weights_do_not_depend_on_chunks(bidirectional: bool) -> No
 
     def gradients() -> list[Tensor]:
         y, _ = layer(x, lengths=lengths)
-        return list(torch.autograd.grad(y.square().sum(), layer.parameters()))
+        return list(torch.autograd.grad(y.square().sum(), list(layer.parameters())))
 
     whole = gradients()
     for rows in (1, 12, 40):
