@@ -62,33 +62,61 @@ void pack_gates(const T* dgates, int64_t stride, Range gates, int64_t depth, T* 
   }
 }
 
-// dw[g, c] += sum over k < depth of dgates[k, g] * rows[k, c], for g in `gates`; with `begin`, the
-// sum begins at zero. dgates was packed into `tiles`; pack(column, width, band) writes
-// band[k][width vectors] of the rows from `column` on, and `band` has room for `depth` of them.
-template <class T, class Pack>
-void add_weight_gradient(T* dw, int64_t columns, const T* tiles, Range gates, int64_t depth,
-                         bool begin, T* band, const Pack& pack) {
+// A tile of add_weight_gradient(): kRows rows of dw, `stride` apart, and a band of its columns, of
+// which the last vector has `live`.
+template <int kRows, int kVectors, class T>
+__attribute__((noinline)) void add_gradient_tile(T* dw, int64_t stride, int live, const T* gates,
+                                                 const T* band, int64_t depth, bool begin) {
   using V = Vec<T>;
   constexpr int n = lanes<V>();
-  for_each_band(0, (columns + n - 1) / n, [&](int64_t vector, auto width) {
+  const auto lanes_of = [&](int v) { return v + 1 < kVectors ? n : live; };
+  V acc[kRows][kVectors];
+  for (int r = 0; r < kRows; ++r)
+    for (int v = 0; v < kVectors; ++v)
+      acc[r][v] = begin ? splat<V>(0) : load<V>(dw + r * stride + v * n, lanes_of(v));
+  multiply_transposed<kRows, kVectors, T>(acc, gates, band, depth);
+  for (int r = 0; r < kRows; ++r)
+    for (int v = 0; v < kVectors; ++v) store(dw + r * stride + v * n, acc[r][v], lanes_of(v));
+}
+
+// Numbers of packed rows that stay in the cache while all of dw is computed from them.
+template <class T>
+constexpr int64_t kResidentNumbers = (int64_t{1} << 17) / sizeof(T);
+
+// dw[g, c] += sum over k < depth of dgates[k, g] * rows[k, c], for g in `gates`; with `begin`, the
+// sum begins at zero. dgates was packed into `tiles`; pack(column, width, band) writes
+// band[k][width vectors] of the rows from `column` on. `bands` has room for kResidentNumbers or for
+// one band, whichever is more.
+template <class T, class Pack>
+void add_weight_gradient(T* dw, int64_t columns, const T* tiles, Range gates, int64_t depth,
+                         bool begin, T* bands, const Pack& pack) {
+  constexpr int n = lanes<Vec<T>>();
+  const int64_t vectors = (columns + n - 1) / n;
+  const auto add = [&](int64_t first, auto count, int64_t vector, auto width, const T* band) {
+    constexpr int kTile = decltype(count)::value, kWide = decltype(width)::value;
     const int64_t column = vector * n;
-    constexpr int kWide = decltype(width)::value;
-    pack(column, width, band);
-    for_each_tile<kGateRows>(gates.size(), [&](int64_t first, auto count) {
-      constexpr int kTile = decltype(count)::value;
-      T* to = dw + (gates.begin + first) * columns + column;
-      V acc[kTile][kWide];
-      for (int r = 0; r < kTile; ++r)
-        for (int v = 0; v < kWide; ++v)
-          acc[r][v] =
-              begin ? splat<V>(0)
-                    : load<V>(to + r * columns + v * n, within<Vec<T>>(column + v * n, columns));
-      multiply_transposed<kTile, kWide, T>(acc, tiles + first * depth, band, depth);
-      for (int r = 0; r < kTile; ++r)
-        for (int v = 0; v < kWide; ++v)
-          store(to + r * columns + v * n, acc[r][v], within<Vec<T>>(column + v * n, columns));
+    const int live = within<Vec<T>>(column + (kWide - 1) * n, columns);
+    add_gradient_tile<kTile, kWide, T>(dw + (gates.begin + first) * columns + column, columns, live,
+                                       tiles + first * depth, band, depth, begin);
+  };
+  if (depth * vectors * n <= kResidentNumbers<T>) {
+    // dw is far larger than what it is computed from: its rows are written one after the other.
+    for_each_band(0, vectors, [&](int64_t vector, auto width) {
+      pack(vector * n, width, bands + vector * n * depth);
     });
-  });
+    for_each_tile<kGateRows>(gates.size(), [&](int64_t first, auto count) {
+      for_each_band(0, vectors, [&](int64_t vector, auto width) {
+        add(first, count, vector, width, bands + vector * n * depth);
+      });
+    });
+  } else {
+    for_each_band(0, vectors, [&](int64_t vector, auto width) {
+      pack(vector * n, width, bands);
+      for_each_tile<kGateRows>(gates.size(), [&](int64_t first, auto count) {
+        add(first, count, vector, width, bands);
+      });
+    });
+  }
 }
 
 // db[g] += sum over k < depth of dgates[k, g], for g in `gates`; with `begin`, the sum begins at
@@ -292,7 +320,11 @@ class GradientSweep {
     const int64_t all = args_.depth > args_.recurrent ? args_.depth : args_.recurrent;
     return (all + plan_.threads() - 1) / plan_.threads();
   }
-  int64_t scratch_of_one() const { return most_rows_ * (most_gates() + kBandVectors * kLanes); }
+  int64_t scratch_of_one() const {
+    const int64_t one = most_rows_ * kBandVectors * kLanes;
+    const int64_t bands = one > kResidentNumbers<T> ? one : kResidentNumbers<T>;
+    return most_rows_ * most_gates() + bands;
+  }
 
   static constexpr int kLanes = lanes<V>();
   const GradientArgs& args_;
@@ -300,7 +332,7 @@ class GradientSweep {
   const int64_t width_;    // inputs, rounded up to whole vectors
   int64_t most_rows_ = 0;  // live rows of any recurrence, at most
   Place* places_ = nullptr;
-  T* scratch_ = nullptr;  // for each thread, packed gates and one band
+  T* scratch_ = nullptr;  // for each thread, packed gates and bands
 };
 
 }  // namespace FASTRNN_ISA

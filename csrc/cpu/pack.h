@@ -15,28 +15,29 @@ template <class T>
 constexpr int kBlockNumbers = 16 / static_cast<int>(sizeof(T));
 constexpr int kVectorBlocks = kVectorBytes / 16;
 
-// The blocks of 16 bytes at from, from + stride, ... in one vector. Loads put them in their places,
-// which costs less than shuffles do.
+// x with block `b`, a constant once loops are unrolled, read from memory; block 0 begins a vector.
+// Loads put blocks in their places, which costs less than shuffles do.
 template <class T>
-FASTRNN_INLINE Vec<T> load_blocks(const T* from, int64_t stride) {
-  Vec<T> x;
+FASTRNN_INLINE void load_block(Vec<T>& x, int b, const T* from) {
 #if defined(__AVX512F__)
-  const auto at = [&](int b) { return reinterpret_cast<const float*>(from + b * stride); };
-  __m512 y = _mm512_castps128_ps512(_mm_loadu_ps(at(0)));
-  y = _mm512_insertf32x4(y, _mm_loadu_ps(at(1)), 1);
-  y = _mm512_insertf32x4(y, _mm_loadu_ps(at(2)), 2);
-  y = _mm512_insertf32x4(y, _mm_loadu_ps(at(3)), 3);
+  const __m128 block = _mm_loadu_ps(reinterpret_cast<const float*>(from));
+  __m512 y;
+  memcpy(&y, &x, sizeof y);
+  y = b == 0   ? _mm512_castps128_ps512(block)
+      : b == 1 ? _mm512_insertf32x4(y, block, 1)
+      : b == 2 ? _mm512_insertf32x4(y, block, 2)
+               : _mm512_insertf32x4(y, block, 3);
   memcpy(&x, &y, sizeof x);
 #elif defined(__AVX__)
-  const auto at = [&](int b) { return reinterpret_cast<const float*>(from + b * stride); };
-  __m256 y = _mm256_castps128_ps256(_mm_loadu_ps(at(0)));
-  y = _mm256_insertf128_ps(y, _mm_loadu_ps(at(1)), 1);
+  const __m128 block = _mm_loadu_ps(reinterpret_cast<const float*>(from));
+  __m256 y;
+  memcpy(&y, &x, sizeof y);
+  y = b == 0 ? _mm256_castps128_ps256(block) : _mm256_insertf128_ps(y, block, 1);
   memcpy(&x, &y, sizeof x);
 #else
-  (void)stride;
+  (void)b;
   memcpy(&x, from, sizeof x);
 #endif
-  return x;
 }
 
 // The numbers of a and b in turn, from the lower or the upper half of every block.
@@ -71,29 +72,52 @@ FASTRNN_INLINE void transpose_blocks(V* x) {
   }
 }
 
-// to[c], c < columns, holds column c of `live` rows, a row in each lane, and zeros in other lanes.
+// Asks for what follows in the rows: the processor's own prefetcher does not follow so many streams
+// at a time.
+template <class T>
+FASTRNN_INLINE void prefetch_rows(const T* from, int64_t stride) {
+  constexpr int n = lanes<Vec<T>>();
+#pragma GCC unroll 16
+  for (int l = 0; l < n; ++l) __builtin_prefetch(from + l * stride + 8 * n, 0, 2);
+}
+
+// to[c] holds column c of as many rows as a vector has lanes, a row in each lane.
+template <class T>
+FASTRNN_INLINE void load_transposed(const T* from, int64_t stride, Vec<T>* to) {
+  constexpr int n = lanes<Vec<T>>(), q = kBlockNumbers<T>;
+  if (stride * sizeof(T) % 4096 == 0) {
+    // All rows fall into one set of the cache, which cannot hold them: each is read in one go.
+#pragma GCC unroll 16
+    for (int l = 0; l < n; ++l) {
+#pragma GCC unroll 4
+      for (int p = 0; p < kVectorBlocks; ++p)
+        load_block<T>(to[p * q + l % q], l / q, from + l * stride + p * q);
+      asm volatile("");  // compilers would order the loads by p
+    }
+  } else {
+#pragma GCC unroll 4
+    for (int p = 0; p < kVectorBlocks; ++p)
+#pragma GCC unroll 16
+      for (int l = 0; l < n; ++l)
+        load_block<T>(to[p * q + l % q], l / q, from + l * stride + p * q);
+  }
+#pragma GCC unroll 4
+  for (int p = 0; p < kVectorBlocks; ++p) transpose_blocks(to + p * q);
+}
+
+// The same of `live` rows and `columns` columns, and zeros past them.
 template <class T>
 FASTRNN_INLINE void load_transposed(const T* from, int64_t stride, int live, int columns,
                                     Vec<T>* to) {
-  using V = Vec<T>;
-  constexpr int n = lanes<V>(), q = kBlockNumbers<T>;
+  constexpr int n = lanes<Vec<T>>();
   if (live == n && columns == n) {
-    // The processor's own prefetcher does not follow so many streams at a time.
-#pragma GCC unroll 16
-    for (int l = 0; l < n; ++l) __builtin_prefetch(from + l * stride + 8 * n);
-#pragma GCC unroll 16
-    for (int p = 0; p < kVectorBlocks; ++p)
-#pragma GCC unroll 4
-      for (int j = 0; j < q; ++j)
-        to[p * q + j] = load_blocks<T>(from + j * stride + p * q, q * stride);
+    prefetch_rows(from, stride);
+    load_transposed<T>(from, stride, to);
   } else {
-    T rows[n * n] = {};
-    for (int l = 0; l < live; ++l) store(rows + l * n, load<V>(from + l * stride, columns));
-    for (int p = 0; p < kVectorBlocks; ++p)
-      for (int j = 0; j < q; ++j) to[p * q + j] = load_blocks<T>(rows + j * n + p * q, q * n);
+    T square[n * n] = {};
+    for (int l = 0; l < live; ++l) store(square + l * n, load<Vec<T>>(from + l * stride, columns));
+    load_transposed<T>(square, n, to);
   }
-#pragma GCC unroll 16
-  for (int p = 0; p < kVectorBlocks; ++p) transpose_blocks(to + p * q);
 }
 
 // Packs vector `at` of panel[k][width vectors]: its lane l in row k is source[l * stride + k], zero

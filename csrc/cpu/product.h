@@ -195,8 +195,25 @@ struct Unpacked {
   int64_t stride;
 };
 
+// sum[r] += products [begin, end) of rows[r] and `live` rows of weights.
+template <int kRows, class T>
+__attribute__((noinline)) void add_partial_squares(Vec<T> (&sum)[kRows], const T* weights,
+                                                   int64_t stride, int live, const T* const* rows,
+                                                   int64_t begin, int64_t end) {
+  using V = Vec<T>;
+  constexpr int n = lanes<V>();
+  for (int64_t k = begin; k < end; k += n) {
+    const int columns = end - k < n ? static_cast<int>(end - k) : n;
+    V square[n];
+    load_transposed<T>(weights + k, stride, live, columns, square);
+    for (int c = 0; c < columns; ++c)
+      for (int r = 0; r < kRows; ++r)
+        sum[r] = multiply_add(broadcast<V>(rows[r][k + c]), square[c], sum[r]);
+  }
+}
+
 // multiply() of weights in torch's layout. A square of them is transposed in registers and serves
-// all rows. Squares of different gates follow each other: their chains of additions overlap.
+// all rows.
 template <int kRows, int kVectors, class T>
 __attribute__((noinline)) void multiply_unpacked(Vec<T> (&out)[kRows][kVectors],
                                                  const Unpacked<T, kVectors>& weights,
@@ -206,41 +223,27 @@ __attribute__((noinline)) void multiply_unpacked(Vec<T> (&out)[kRows][kVectors],
   constexpr int n = lanes<V>();
   for (int64_t begin = k0; begin < k1; begin += block) {
     const int64_t end = k1 - begin < block ? k1 : begin + block;
-    V part[kRows][kVectors];
-    if (begin)
-      clear_tile(part);
-    else
-      set_tile(part, out);
-    for (int64_t k = begin; k < end; k += n) {
-      const int columns = end - k < n ? static_cast<int>(end - k) : n;
-      for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t whole = weights.live[v] == n ? begin + (end - begin) / n * n : begin;
+      V sum[kRows];
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) sum[r] = begin ? splat<V>(0) : out[r][v];
+      for (int64_t k = begin; k < whole; k += n) {
         V square[n];
-        load_transposed<T>(weights.first[v] + k, weights.stride, weights.live[v], columns, square);
-        V sum[kRows];
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) sum[r] = part[r][v];
-        if (columns == n) {
+        prefetch_rows(weights.first[v] + k, weights.stride);
+        load_transposed<T>(weights.first[v] + k, weights.stride, square);
 #pragma GCC unroll 16
-          for (int c = 0; c < n; ++c)
+        for (int c = 0; c < n; ++c)
 #pragma GCC unroll 8
-            for (int r = 0; r < kRows; ++r)
-              sum[r] = multiply_add(broadcast<V>(rows[r][k + c]), square[c], sum[r]);
-        } else {
-          T lane[n * n];
-          for (int c = 0; c < n; ++c) store(lane + c * n, square[c]);
-          for (int c = 0; c < columns; ++c)
-#pragma GCC unroll 8
-            for (int r = 0; r < kRows; ++r)
-              sum[r] = multiply_add(broadcast<V>(rows[r][k + c]), load<V>(lane + c * n), sum[r]);
-        }
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) part[r][v] = sum[r];
+          for (int r = 0; r < kRows; ++r)
+            sum[r] = multiply_add(broadcast<V>(rows[r][k + c]), square[c], sum[r]);
       }
+      if (whole < end)
+        add_partial_squares<kRows, T>(sum, weights.first[v], weights.stride, weights.live[v], rows,
+                                      whole, end);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) out[r][v] = begin ? out[r][v] + sum[r] : sum[r];
     }
-    if (begin)
-      add_tile(out, part);
-    else
-      set_tile(out, part);
   }
 }
 
@@ -280,6 +283,14 @@ __attribute__((noinline)) void product(Vec<T> (&out)[kRows][kVectors], const Wei
   set_tile(out, acc);
 }
 
+// The widest band of a matrix as it lies for a tile of rows: its rows are far apart in memory, so
+// it costs less to read much of each.
+constexpr int widest_band(int rows) {
+  int width = 1;
+  while (2 * width * rows <= kAccumulators) width *= 2;
+  return width;
+}
+
 // Calls f(row, vector, sum over k < depth of rows[row * stride + k] * matrix[k][vector]) for
 // `count` rows and the vectors [begin, end) of columns.
 template <class T, class F>
@@ -289,26 +300,32 @@ FASTRNN_INLINE void multiply_columns(const T* rows, int64_t stride, int64_t coun
   using V = Vec<T>;
   constexpr int n = lanes<V>();
   const int64_t depth = matrix.depth;
-  for_each_band(begin, end, [&](int64_t vector, auto width) {
-    constexpr int kWide = decltype(width)::value;
-    for_each_tile<tile_rows(kBandVectors)>(count, [&](int64_t first, auto tile) {
-      constexpr int kTile = decltype(tile)::value;
-      V acc[kTile][kWide];
-      const T* from[kTile];
-      for (int r = 0; r < kTile; ++r) from[r] = rows + (first + r) * stride;
-      const int64_t column = vector * n;
-      if (matrix.packed) {
-        const Packed<T> band{matrix.data + column * depth, kWide * n};
-        product<kTile, kWide, T>(acc, band, from, depth);
-      } else {
-        const Columns<T> band{matrix.data + column, matrix.width,
-                              within<V>(column + (kWide - 1) * n, matrix.width)};
-        product<kTile, kWide, T>(acc, band, from, depth);
-      }
-      for (int r = 0; r < kTile; ++r)
-        for (int v = 0; v < kWide; ++v) f(first + r, vector + v, acc[r][v]);
+  const auto sum = [&](int64_t first, auto tile, int64_t vector, auto width, const auto& band) {
+    constexpr int kTile = decltype(tile)::value, kWide = decltype(width)::value;
+    V acc[kTile][kWide];
+    const T* from[kTile];
+    for (int r = 0; r < kTile; ++r) from[r] = rows + (first + r) * stride;
+    product<kTile, kWide, T>(acc, band, from, depth);
+    for (int r = 0; r < kTile; ++r)
+      for (int v = 0; v < kWide; ++v) f(first + r, vector + v, acc[r][v]);
+  };
+  if (matrix.packed) {
+    for_each_band(begin, end, [&](int64_t vector, auto width) {
+      const Packed<T> band{matrix.data + vector * n * depth, decltype(width)::value * n};
+      for_each_tile<tile_rows(kBandVectors)>(
+          count, [&](int64_t first, auto tile) { sum(first, tile, vector, width, band); });
     });
-  });
+  } else {
+    for_each_tile<kMaxTileRows>(count, [&](int64_t first, auto tile) {
+      for_each_band<widest_band(decltype(tile)::value)>(
+          begin, end, [&](int64_t vector, auto width) {
+            const int64_t column = vector * n, last = column + (decltype(width)::value - 1) * n;
+            const Columns<T> band{matrix.data + column, matrix.width,
+                                  within<V>(last, matrix.width)};
+            sum(first, tile, vector, width, band);
+          });
+    });
+  }
 }
 
 }  // namespace FASTRNN_ISA

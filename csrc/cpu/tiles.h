@@ -59,16 +59,13 @@ FASTRNN_INLINE void for_each_tile(int64_t n, const F& f) {
   }
 }
 
-// Calls f(vector, constant number of vectors) over the bands of vectors [begin, end).
-template <class F>
+// Calls f(vector, constant number of vectors) over the bands of vectors [begin, end): as many as
+// possible of kWidest vectors, a power of two, then narrower ones.
+template <int kWidest = kBandVectors, class F>
 FASTRNN_INLINE void for_each_band(int64_t begin, int64_t end, const F& f) {
   int64_t v = begin;
-  for (; v + kBandVectors <= end; v += kBandVectors) f(v, Constant<kBandVectors>{});
-  if (v + 2 <= end) {
-    f(v, Constant<2>{});
-    v += 2;
-  }
-  if (v < end) f(v, Constant<1>{});
+  for (; v + kWidest <= end; v += kWidest) f(v, Constant<kWidest>{});
+  if constexpr (kWidest > 1) for_each_band<kWidest / 2>(v, end, f);
 }
 
 }  // namespace FASTRNN_ISA

@@ -9,13 +9,13 @@ from fastrnn.plan.problem import CpuConfig, Device, Plan, Problem
 
 __all__ = ["configure", "refuse", "step_threads"]
 
-# A weight read as it lies costs one pass; packing costs about three more before any row is done.
-# Larger layers gain from reading weights so up to more rows, in a few steps, each of which reads
-# them again.
-_UNPACKED_ROWS = 3
-_LARGER_HIDDEN = 64
-_LARGER_UNPACKED_ROWS = 16
-_LARGER_UNPACKED_STEPS = 8
+# Where the time of packing weights and that of reading them unpacked at each step break even,
+# measured on a Zen 4: 8 rows whether H is 64 or 512, more if the weights exceed the cache.
+_FEW_STEPS = 4
+_FEW_ROWS = 8
+_FEW_ROWS_LARGE = 32
+_FEW_ROWS_BACKWARD = 128
+_LARGE_WEIGHTS = 8 << 20
 # With fewer multiply-adds, waking up and synchronizing threads costs more than it saves.
 _WORK_FOR_THREADS = 1 << 17
 _STEP_WORK_FOR_UNIT_SPLIT = 1 << 13
@@ -38,9 +38,10 @@ def refuse(problem: Problem, device: Device) -> str | None:
 
 
 def configure(problem: Problem, device: Device) -> Plan:
-    recurrences, sequences, units = _split(problem, device)
+    weights = "prepacked" if problem.frozen else _weights(problem)
+    recurrences, sequences, units = _split(problem, device, shared=weights == "prepacked")
     config = CpuConfig(
-        "prepacked" if problem.frozen or problem.backward else _weights(problem),
+        weights,
         split_recurrences=recurrences,
         split_sequences=sequences,
         split_units=units,
@@ -49,17 +50,27 @@ def configure(problem: Problem, device: Device) -> Plan:
 
 
 def _weights(problem: Problem) -> str:
-    if problem.hidden >= _LARGER_HIDDEN and problem.steps <= _LARGER_UNPACKED_STEPS:
-        few = problem.live_rows <= _LARGER_UNPACKED_ROWS
-    else:
-        few = problem.live_rows <= _UNPACKED_ROWS
-    return "unpacked" if few else "prepacked"
+    """The layout in which a call reads weights that were not packed before it.
+
+    Packing costs about three passes over the weights. In torch's layout the forward pass
+    transposes them for every tile of rows, the backward pass does not.
+    """
+    few_steps, rows = problem.steps <= _FEW_STEPS, problem.live_rows
+    recurrent = problem.gates * problem.hidden * problem.hidden * problem.itemsize
+    large = recurrent >= _LARGE_WEIGHTS
+    if problem.backward:
+        few = _FEW_ROWS if large else _FEW_ROWS_BACKWARD
+        return "unpacked" if few_steps and rows <= few else "prepacked"
+    if few_steps and rows <= (_FEW_ROWS_LARGE if large else _FEW_ROWS):
+        return "unpacked"
+    return "panels" if problem.steps <= (2 if large else 1) else "prepacked"
 
 
-def _split(problem: Problem, device: Device) -> tuple[int, int, int]:
+def _split(problem: Problem, device: Device, shared: bool) -> tuple[int, int, int]:
     """Threads over recurrences, sequences and units.
 
-    Recurrences and sequences need no exchange, so they are split first. Units are split only if a
+    Recurrences and sequences need no exchange, so they are split first; but if threads do not
+    share packed weights, each would read all of them for its sequences. Units are split only if a
     step has enough work to pay for the synchronization.
     """
     threads = device.cpu.threads
@@ -69,7 +80,7 @@ def _split(problem: Problem, device: Device) -> tuple[int, int, int]:
         return 1, 1, 1
     recurrences = math.gcd(problem.recurrences, threads)
     remaining = threads // recurrences
-    sequences = min(remaining, problem.batch)
+    sequences = min(remaining, problem.batch) if shared else 1
     if sequences < remaining and problem.steps > 1:
         sequences = 1 if problem.batch < 2 * remaining else sequences
     remaining //= sequences

@@ -53,22 +53,32 @@ def test_never_more_parts_than_there_are(
 
 
 @pytest.mark.parametrize(
-    ("steps", "batch", "hidden", "weights"),
+    ("steps", "batch", "hidden", "forward", "backward"),
     [
-        (1, 3, 16, "unpacked"),
-        (1, 4, 16, "prepacked"),
-        (1, 16, 64, "unpacked"),
-        (1, 17, 64, "prepacked"),
-        (4, 4, 512, "unpacked"),
-        (8, 2, 64, "unpacked"),
-        (9, 1, 64, "prepacked"),  # each step reads the weights again
+        (1, 8, 16, "unpacked", "unpacked"),
+        (1, 9, 16, "panels", "unpacked"),
+        (1, 128, 256, "panels", "unpacked"),
+        (1, 144, 256, "panels", "prepacked"),
+        (4, 2, 512, "unpacked", "unpacked"),
+        (2, 5, 512, "prepacked", "unpacked"),
+        (5, 1, 512, "prepacked", "prepacked"),  # each step reads the weights again
+        (4, 8, 1024, "unpacked", "prepacked"),
+        (2, 32, 1024, "panels", "prepacked"),
     ],
 )
-def test_few_rows_are_not_worth_packing(steps: int, batch: int, hidden: int, weights: str) -> None:
+def test_few_rows_are_not_worth_packing(
+    steps: int, batch: int, hidden: int, forward: str, backward: str
+) -> None:
     problem = replace(LSTM, steps=steps, batch=batch, hidden=hidden)
-    assert choose(problem, TWO).cpu.weights == weights
+    assert choose(problem, TWO).cpu.weights == forward
+    assert choose(replace(problem, backward=True), TWO).cpu.weights == backward
     assert choose(replace(problem, frozen=True), TWO).cpu.weights == "prepacked"
-    assert choose(replace(problem, backward=True), TWO).cpu.weights == "prepacked"
+
+
+def test_threads_share_units_where_each_would_read_all_weights() -> None:
+    problem = replace(LSTM, steps=1, batch=64, hidden=256)
+    assert choose(problem, TWO).cpu.split_units == 2
+    assert choose(replace(problem, steps=100), TWO).cpu.split_sequences == 2
 
 
 @pytest.mark.parametrize("hidden", [1, 64, 512])
