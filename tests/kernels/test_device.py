@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from fastrnn import hardware
 from fastrnn.kernels import device
 
 
@@ -18,3 +19,10 @@ def test_tf32_where_torch_lets_its_rnn_use_it(monkeypatch: pytest.MonkeyPatch) -
     for allowed in (False, True):
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
         assert device.current().tf32 is allowed
+
+
+def test_a_call_has_no_more_threads_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "cores", lambda: 3)
+    assert [device.current("cpu", n).cpu.threads for n in (1, 3, 32)] == [1, 3, 3]
+    assert not device.current().cpu.contended
+    assert device.current("cpu", 2, contended=True).cpu.contended
