@@ -7,6 +7,8 @@
 #               docs/clients.md; ARGS="-k medaka" runs less and writes nothing
 # make bench    time fastrnn beside its baselines on this machine, a few minutes; make bench-full:
 #               every workload, also with one thread; ARGS="-k speech" passes options to pytest
+# make bench-load  time layers of one row beside busy processes, 20 minutes on an idle machine; part
+#               of bench-full
 # make gpu      build, test and measure on this machine's NVIDIA GPU, 20 minutes;
 #               ARGS="--minutes 5 --only build,first" does less
 # make docs     build the documentation into site/, in an environment of its own: it needs no
@@ -31,7 +33,7 @@ CPP = $(foreach kind,h cpp cu cuh,$(shell find csrc tests benchmarks -name '*.$(
 
 GENERATOR = $(wildcard fastrnn/cells/*.py fastrnn/compiler/*.py)
 
-.PHONY: demo test test-long test-all clients bench bench-full gpu docs lint format clean in-place
+.PHONY: demo test test-long test-all clients bench bench-full bench-load gpu docs lint format clean in-place
 
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
@@ -93,6 +95,10 @@ bench-full: $(BASELINES)
 	$(PY) -m benchmarks.report
 	$(PY) -m pytest benchmarks -q --benchmark-quiet --full --threads 1 $(ARGS)
 	$(PY) -m benchmarks.report
+	$(PY) -m benchmarks.load --save
+
+bench-load: $(BASELINES)
+	$(PY) -m benchmarks.load --save $(ARGS)
 
 # It builds by itself, for this GPU alone, as one of its steps.
 gpu: $(INSTALLED)
