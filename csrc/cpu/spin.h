@@ -25,8 +25,8 @@ inline int64_t nanoseconds() {
   return int64_t{now.tv_sec} * 1'000'000'000 + now.tv_nsec;
 }
 
-// A thread that is waited for longer is without a core: far more than it takes to wake one up, far
-// less than a time slice.
-constexpr int64_t kLate = 200'000;  // nanoseconds
+// Nanoseconds. A thread that is waited for longer has lost its core: this is far less than a time
+// slice. At the start it may still have to wake up.
+constexpr int64_t kLate = 200'000, kLateAtStart = 1'000'000;
 
 }  // namespace fastrnn

@@ -136,7 +136,8 @@ class Member {
     if (since == 0) since = now;
     // Where the work between two exchanges takes long, so do the differences between threads.
     const int64_t between_exchanges = (since - begin_) / value;
-    if (now - since < kLate + between_exchanges) return;
+    const int64_t patience = value == 1 ? kLateAtStart : kLate;
+    if (now - since < patience + between_exchanges) return;
     __atomic_store_n(&team_.late, true, __ATOMIC_RELAXED);
     if (breakable_) {
       __atomic_store_n(&team_.broken, true, __ATOMIC_RELAXED);
