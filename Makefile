@@ -7,7 +7,7 @@
 #               docs/clients.md; ARGS="-k medaka" runs less and writes nothing
 # make bench    time fastrnn beside its baselines on this machine, a few minutes; make bench-full:
 #               every workload, also with one thread; ARGS="-k speech" passes options to pytest
-# make bench-load  time layers of one row beside busy processes, 20 minutes on an idle machine; part
+# make bench-load  time layers of one row beside busy processes, 30 minutes on an idle machine; part
 #               of bench-full
 # make gpu      build, test and measure on this machine's NVIDIA GPU, 20 minutes;
 #               ARGS="--minutes 5 --only build,first" does less

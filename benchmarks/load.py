@@ -1,7 +1,7 @@
 """Times layers of one row while other processes use the cores, and while torch has more threads
 than there are cores.
 
-    python -m benchmarks.load                          every row, about 20 minutes
+    python -m benchmarks.load                          every row, about 30 minutes
     python -m benchmarks.load --busy 0,1 --threads 2   some of them
     python -m benchmarks.load -k gru-100x1x64x64       the rows whose name contains this
     python -m benchmarks.load --save                   writes results/<machine>/load.md too
@@ -38,8 +38,7 @@ BUSY = (0, 1, 2, 4)  # busy processes
 THREADS = (2, 8, 32)  # of torch
 MOST_OVER_ONE_THREAD = 1.5
 LEAST_OVER_TORCH = 1.0
-TURNS = 5
-FEWEST = 3  # calls of a turn, however slow they are
+TURNS, FEWEST_TURNS = 5, 3
 
 # Modes and (T, B, I, H).
 SHAPES = (
@@ -116,10 +115,13 @@ def measure(
 ) -> Row:
     """Time single calls, in turns that take `seconds` together for each implementation."""
     taken: list[list[float]] = [[] for _ in prepared]
-    for _ in range(TURNS):
+    for number in range(TURNS):
         for implementation, times in zip(prepared, taken, strict=True):
+            if number >= FEWEST_TURNS and sum(times) > seconds:
+                continue  # its calls are slow
             with implementation.around():
-                implementation.call()
+                if number == 0:
+                    implementation.call()
                 turn(implementation, times, seconds / TURNS)
     micros = [[1e6 * each for each in times] for times in taken]
     ours, one, theirs = map(statistics.median, micros)
@@ -128,14 +130,12 @@ def measure(
 
 
 def turn(implementation: Prepared, times: list[float], seconds: float) -> None:
-    begin = time.perf_counter()
-    for calls in itertools.count(1):
+    begin = end = time.perf_counter()
+    while end - begin < seconds:
         start = time.perf_counter()
         implementation.call()
         end = time.perf_counter()
         times.append(end - start)
-        if calls >= FEWEST and end - begin > seconds:
-            return
 
 
 def line(row: Row) -> str:
