@@ -20,7 +20,7 @@ namespace fastrnn {
 // exchanged numbers undisturbed for as long as it lasted, or after kForgotten without a try.
 class Contention {
  public:
-  static constexpr int64_t kShortest = 20'000'000, kLongest = 2'000'000'000, kGrowth = 4;
+  static constexpr int64_t kShortest = 5'000'000, kLongest = 2'000'000'000, kGrowth = 4;
   static constexpr int64_t kForgotten = 60'000'000'000;
 
   // Whether a peer came late a short time ago. Reads no clock if that is forgotten.
