@@ -1,13 +1,23 @@
-"""The name, the model and the caches of the processor, as the system reports them."""
+"""The name, the model, the caches and the usable cores of the processor, as the system reports."""
 
 from __future__ import annotations
 
+import os
 import platform
+from collections.abc import Callable
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-__all__ = ["Cache", "cache_bytes", "caches", "processor", "processor_and_model"]
+__all__ = [
+    "Cache",
+    "cache_bytes",
+    "caches",
+    "cores",
+    "processor",
+    "processor_and_model",
+    "quota",
+]
 
 
 class Cache(NamedTuple):
@@ -66,3 +76,60 @@ def caches() -> tuple[Cache, ...]:
 def cache_bytes() -> dict[str, int]:
     """Bytes of each cache by its name: {"L1": 49152, ...}."""
     return {f"L{cache.level}": cache.size for cache in caches()}
+
+
+def cores() -> int:
+    """How many cores this process may use: those that its affinity allows, or fewer if a quota of
+    its control group is less."""
+    try:
+        allowed = len(os.sched_getaffinity(0))
+    except (AttributeError, OSError):  # not on Linux
+        allowed = os.cpu_count() or 1
+    return max(1, min(allowed, _quota() or allowed))
+
+
+@cache
+def _quota() -> int | None:
+    membership = _read(Path("/proc/self/cgroup"))
+    return quota(membership or "", lambda file: _read(Path("/sys/fs/cgroup", file)))
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text()
+    except OSError:
+        return None
+
+
+def quota(membership: str, read: Callable[[str], str | None]) -> int | None:
+    """The cores of the smallest CPU quota, rounded up, or None if there is no quota.
+
+    Args:
+        membership: the text of /proc/self/cgroup.
+        read: the text of a file in /sys/fs/cgroup, or None if there is no such file.
+    """
+    found = []
+    for line in membership.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        # A container may see its own group at the root, and the path as its host sees it.
+        group = PurePosixPath(path.lstrip("/"))
+        for folder in (group, *group.parents):
+            if not controllers:
+                found.append(_limit(read(f"{folder}/cpu.max")))
+                continue
+            for root in dict.fromkeys((controllers, "cpu")):
+                limit, period = (
+                    read(f"{root}/{folder}/cpu.cfs_{name}_us") for name in ("quota", "period")
+                )
+                found.append(_limit(f"{limit} {period}"))
+    return min((cores for cores in found if cores is not None), default=None)
+
+
+def _limit(text: str | None) -> int | None:
+    """Cores of "microseconds period", or None: "max" or a negative number is no limit."""
+    words = (text or "").split()
+    if len(words) != 2 or not all(word.isdecimal() for word in words) or words[1] == "0":
+        return None
+    return max(1, -(-int(words[0]) // int(words[1])))

@@ -7,7 +7,9 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cpu/contention.h"
 #include "cpu/memory.h"
+#include "cpu/spin.h"
 
 namespace fastrnn {
 namespace {
@@ -73,6 +75,27 @@ void check_prepacked(const CellFacts& cell, const ScanInputs& in, const Shape& n
                 "scan: prepacked weights of ", each.nbytes(), " bytes, ", each.scalar_type(),
                 ", do not fit weights that take ", bytes, " bytes of ", compute);
 }
+
+// Tells `contention` whether the threads of a call were late.
+class Punctuality {
+ public:
+  explicit Punctuality(const CpuPlan& plan)
+      : begin_(plan.split_units > 1 && contention().remembered() ? nanoseconds() : 0) {}
+  ~Punctuality() {
+    if (late_)
+      contention().late(nanoseconds());
+    else if (begin_)
+      contention().undisturbed(nanoseconds() - begin_);
+  }
+  Punctuality(const Punctuality&) = delete;
+  Punctuality& operator=(const Punctuality&) = delete;
+
+  bool* late() { return &late_; }
+
+ private:
+  bool late_ = false;
+  int64_t begin_;
+};
 
 void check_memory(bool enough) {
   TORCH_CHECK_WITH(OutOfMemoryError, enough,
@@ -294,6 +317,8 @@ ScanOutputs forward_on_cpu(const Call& call, const CpuPlan& plan, bool tape) {
   args.y = y.mutable_data_ptr();
   args.tape = tape ? saved.mutable_data_ptr() : nullptr;
   args.final_states = finals.data();
+  Punctuality punctuality(plan);
+  args.late = punctuality.late();
   const bool in_double = compute == at::kDouble;
   check_memory(cell.code(in_double).forward[in_double](args, plan));
   return out;
@@ -331,13 +356,18 @@ std::vector<Tensor> backward_on_cpu(const Call& call, const CpuPlan& plan, const
   products.x_step = x.dim() == 3 ? x.stride(0) : 0;
   products.tape_width = tape_rows.size(2);
 
+  Punctuality punctuality(plan);
+  bool& late = *punctuality.late();
+  args.late = products.late = &late;
   const bool in_double = compute == at::kDouble;
   for (int64_t end = n.T, begin; end > 0; end = begin) {
     begin = tables.chunk_begin(end, most);
     args.begin = products.begin = begin;
     args.end = products.end = end;
-    check_memory(cell.code(in_double).backward[in_double](args, plan));
-    check_memory(run_gradients(in_double, products, plan));
+    // A team that broke up would do so again in the next chunk.
+    const CpuPlan now = late && plan.split_units > 1 ? plan.on_one_thread() : plan;
+    check_memory(cell.code(in_double).backward[in_double](args, now));
+    check_memory(run_gradients(in_double, products, now));
   }
   return weights.in_dtype_of_x(states);
 }

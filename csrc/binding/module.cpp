@@ -12,6 +12,8 @@
 #include "binding/fingerprint.h"
 #include "binding/op.h"
 #include "binding/plan_cache.h"
+#include "cpu/contention.h"
+#include "cpu/spin.h"
 
 namespace py = pybind11;
 
@@ -159,6 +161,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", isa_in_use);
   m.def("vector_bytes", vector_bytes);
   m.def("forget_plans", forget_plans);
+  m.def(
+      "contended", [] { return contention().lasts(); },
+      "Whether a thread came late a short time ago, because other work has its core.");
+  m.def(
+      "late_peer", [] { contention().late(nanoseconds()); },
+      "Behaves as if a thread came late now; for tests.");
+  m.def("end_contention", [] { contention().end(); }, "Forgets all late threads; for tests.");
   m.def("add_cell_facts", add_cell_facts, py::arg("name"), py::arg("gates"), py::arg("states"),
         py::arg("saved"), py::arg("summed"), py::arg("projectable"),
         "Adds a cell without code for CPUs, which load_cells may add later.");

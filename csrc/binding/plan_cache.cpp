@@ -9,6 +9,7 @@
 #include <map>
 
 #include "binding/callbacks.h"
+#include "cpu/contention.h"
 
 namespace py = pybind11;
 
@@ -18,7 +19,7 @@ namespace {
 std::atomic<int64_t> plans_epoch{0};
 
 using PlanKey = std::tuple<const CellFacts*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
-                           at::ScalarType, bool, bool, bool, bool, int>;
+                           at::ScalarType, bool, bool, bool, bool, int, bool>;
 
 constexpr size_t kMostPlans = 4096;  // batches of ever new lengths must not fill memory
 
@@ -41,6 +42,7 @@ std::optional<CpuPlan> cpu_plan(const CellFacts& cell, const Problem& p) {
   thread_local std::map<PlanKey, std::optional<CpuPlan>> plans;
   thread_local int64_t epoch = 0;
   const int threads = available_threads();
+  const bool contended = threads > 1 && contention().lasts();
   if (epoch != plans_epoch || plans.size() >= kMostPlans) {
     plans.clear();
     epoch = plans_epoch;
@@ -52,7 +54,7 @@ std::optional<CpuPlan> cpu_plan(const CellFacts& cell, const Problem& p) {
                     p.recurrences, p.dtype,
                     p.tape,        p.backward,
                     p.projected,   p.frozen,
-                    threads};
+                    threads,       contended};
   auto cached = plans.find(key);
   if (cached != plans.end()) return cached->second;
   py::gil_scoped_acquire gil;
@@ -65,7 +67,7 @@ std::optional<CpuPlan> cpu_plan(const CellFacts& cell, const Problem& p) {
       py::arg("projected") = p.projected, py::arg("frozen") = p.frozen,
       py::arg("projectable") = cell.projectable,
       py::arg("compiled") = cell.compiled[p.dtype == at::kDouble] != nullptr,
-      py::arg("threads") = threads);
+      py::arg("threads") = threads, py::arg("contended") = contended);
   std::optional<CpuPlan> plan;
   if (!answer.is_none()) {
     const auto [weights, recurrences, sequences, units, chunk_rows] =

@@ -59,6 +59,16 @@ class Backward {
     dm_ = arena.take<T>(projected() ? args_.recurrences * args_.rows.batch * vectors_ * kLanes : 0);
   }
 
+  // Each step adds to the gradients of the states.
+  static constexpr bool kRepeatable = true;
+  template <class Visit>
+  void each_changed(const Visit& visit) const {
+    for (int64_t p = 0; p < args_.recurrences; ++p)
+      for (int s = 0; s < S; ++s)
+        visit(args_.ds[p * S + s],
+              args_.rows.batch * (s ? args_.hidden : args_.recurrent) * sizeof(T));
+  }
+
   void thread(Member& me) const {
     const Rows& rows = args_.rows;
     const Range own = part_of(args_.recurrences, plan_.split_recurrences, me.recurrence);

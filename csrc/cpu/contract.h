@@ -96,6 +96,7 @@ struct Scan {
   int32_t recurrences = 0;
   Storage storage = Storage::kSame;
   const Recurrence* recurrence = nullptr;  // [P]
+  bool* late = nullptr;                    // set if a thread waited long for another, or null
 };
 
 struct ForwardArgs : Scan {
@@ -207,6 +208,11 @@ struct CpuPlan {
 
   FASTRNN_INLINE int32_t threads() const {
     return split_recurrences * split_sequences * split_units;
+  }
+  CpuPlan on_one_thread() const {
+    CpuPlan plan = *this;
+    plan.split_recurrences = plan.split_sequences = plan.split_units = 1;
+    return plan;
   }
 };
 

@@ -94,6 +94,11 @@ class Forward {
     }
   }
 
+  // It reads nothing that it wrote in an earlier run.
+  static constexpr bool kRepeatable = true;
+  template <class Visit>
+  void each_changed(const Visit&) const {}
+
   void thread(Member& me) const {
     const Range own = part_of(args_.recurrences, plan_.split_recurrences, me.recurrence);
     const Share share = share_of(me);

@@ -177,6 +177,10 @@ class GradientSweep {
     scratch_ = arena.take<T>(plan_.threads() * scratch_of_one());
   }
 
+  static constexpr bool kRepeatable = false;  // it adds to gradients, and waits a few times in all
+  template <class Visit>
+  void each_changed(const Visit&) const {}
+
   void thread(Member& me) const {
     const int32_t threads = plan_.threads();
     for (int32_t p = 0; p < args_.recurrences; ++p) {

@@ -1,6 +1,10 @@
 // Waiting without sleep.
 #pragma once
 
+#include <time.h>
+
+#include <cstdint>
+
 #include "core/storage.h"
 
 namespace fastrnn {
@@ -13,5 +17,16 @@ FASTRNN_INLINE void cpu_relax() {
   asm volatile("yield");
 #endif
 }
+
+// By a clock that never goes back. Takes about 25 ns.
+inline int64_t nanoseconds() {
+  timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return int64_t{now.tv_sec} * 1'000'000'000 + now.tv_nsec;
+}
+
+// Nanoseconds. A thread that is waited for longer has lost its core: this is far less than a time
+// slice. At the start it may still have to wake up.
+constexpr int64_t kLate = 200'000, kLateAtStart = 1'000'000;
 
 }  // namespace fastrnn

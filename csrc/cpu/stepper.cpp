@@ -9,6 +9,7 @@
 #include <cstring>
 #include <new>
 
+#include "cpu/contention.h"
 #include "cpu/memory.h"
 #include "cpu/spin.h"
 
@@ -28,7 +29,7 @@ const int fork_handler = pthread_atfork(nullptr, nullptr, [] { ++forks; });
 constexpr int64_t kLine = 128;  // bytes; pairs of cache lines are fetched together
 // About 200 us, a few steps of audio at 48 kHz: helpers of a stream that pauses free their cores.
 constexpr int32_t kSpinsBeforeSleep = 5000;
-constexpr int32_t kSpinsBeforeYield = 1000;
+constexpr int32_t kSpinsBeforeClock = 1000;
 
 #ifdef __linux__
 void sleep_while(std::atomic<uint32_t>& word, uint32_t value) {
@@ -145,6 +146,8 @@ void Stepper::step(const void* x, int64_t x_row, void* y, int64_t y_row) {
   y_ = y;
   x_row_ = x_row;
   y_row_ = y_row;
+  const int64_t begin = threads_ > 1 && contention().remembered() ? nanoseconds() : 0;
+  alone_ = threads_ == 1 || (begin && contention().lasts(begin));
   for (layer_ = 0; layer_ < layers(); ++layer_) {
     project_ = false;
     run_phase();
@@ -153,6 +156,7 @@ void Stepper::step(const void* x, int64_t x_row, void* y, int64_t y_row) {
     run_phase();
   }
   odd_ = !odd_;
+  if (begin && !alone_) contention().undisturbed(nanoseconds() - begin);
 }
 
 // Runs one part of the phase.
@@ -185,21 +189,32 @@ bool Stepper::run_if_free(int32_t part, uint32_t phase) {
 }
 
 void Stepper::run_phase() {
-  if (threads_ == 1) return run(0);
+  if (alone_) {
+    for (int32_t part = 0; part < threads_; ++part) run(part);
+    return;
+  }
   // Sequentially consistent, like the helpers' side: either they see the phase, or this thread sees
   // them asleep.
   const uint32_t phase = ++phase_;
   if (layer_ == 0 && !project_ && asleep_ > 0) wake_all(phase_);
   run(0);
   for (int32_t part = 1; part < threads_; ++part) run_if_free(part, phase);
-  for (int32_t part = 1; part < threads_; ++part)
-    for (int32_t spins = 0; parts_[part].done.load(std::memory_order_acquire) != phase;) {
-      cpu_relax();
-      if (++spins == kSpinsBeforeYield) {
-        sched_yield();
-        spins = 0;
-      }
-    }
+  for (int32_t part = 1; part < threads_; ++part) wait_for(part, phase);
+}
+
+// Waits for a part that a helper has begun.
+void Stepper::wait_for(int32_t part, uint32_t phase) {
+  int64_t since = 0;
+  for (int32_t spins = 0; parts_[part].done.load(std::memory_order_acquire) != phase;) {
+    cpu_relax();
+    if (++spins < kSpinsBeforeClock) continue;
+    spins = 0;
+    const int64_t now = nanoseconds();
+    if (since == 0) since = now;
+    if (now - since < kLate) continue;
+    contention().late(now);
+    sched_yield();
+  }
 }
 
 void Stepper::help(int32_t part) {

@@ -3,8 +3,9 @@
 //
 // With several threads, each has a part of every layer's units. The caller takes over the parts
 // that no helper has begun when its own is done, so a helper without a core costs speed, not a
-// deadline. Helpers spin between steps for a while, then sleep; the step that wakes them makes a
-// system call.
+// deadline. A helper that loses its core in the middle of a part does cost one; then the caller
+// runs all parts itself for a while (contention.h). Helpers spin between steps for a while, then
+// sleep; the step that wakes them makes a system call.
 #pragma once
 
 #include <atomic>
@@ -56,6 +57,7 @@ class Stepper {
   void run(int32_t part);
   bool run_if_free(int32_t part, uint32_t phase);
   void run_phase();
+  void wait_for(int32_t part, uint32_t phase);
   void help(int32_t part);
 
   const CompiledCell& cell_;
@@ -80,7 +82,8 @@ class Stepper {
   const void* x_ = nullptr;
   void* y_ = nullptr;
   int64_t x_row_ = 0, y_row_ = 0;
-  bool odd_ = false;  // whether h is in its second buffer; weights are then read from their end
+  bool alone_ = true;  // whether the caller runs all parts of this step
+  bool odd_ = false;   // whether h is in its second buffer; weights are then read from their end
 
   // A phase is the cells of a layer, or its projection. These two change only when all parts are
   // done, so a thread that began a part may read them.

@@ -35,10 +35,10 @@ _logged: set[tuple[plan.Problem, plan.Device]] = set()
 
 
 def _cpu_plan(
-    *, dtype: str, threads: int, compiled: bool, **problem: Any
+    *, dtype: str, threads: int, contended: bool, compiled: bool, **problem: Any
 ) -> tuple[int, int, int, int, int] | None:
     """The fields of C++'s `CpuPlan` for a call on a CPU, or None if another kernel runs it."""
-    offered = machine.current("cpu", threads, compiled)
+    offered = machine.current("cpu", threads, compiled, contended=contended)
     asked = plan.Problem(dtype=NAMES.get(dtype, dtype), **problem)
     chosen = plan.choose(asked, offered)
     if chosen.kernel != "cpu":
@@ -52,7 +52,8 @@ def _cpu_plan(
 def _log(problem: plan.Problem, device: plan.Device, chosen: plan.Plan) -> None:
     if "plan" in os.environ.get("FASTRNN_LOG", "") and (problem, device) not in _logged:
         _logged.add((problem, device))
-        print(f"fastrnn: {problem}\n      -> {chosen}", file=sys.stderr)
+        busy = f"\n      on {device.cpu} because threads came late" * device.cpu.contended
+        print(f"fastrnn: {problem}{busy}\n      -> {chosen}", file=sys.stderr)
 
 
 def _forward(inputs: tuple[Any, ...], tape: bool) -> tuple[Tensor, list[Tensor], Tensor]:

@@ -53,17 +53,25 @@ def asked_for() -> str | None:
 
 
 def current(
-    kind: str = "cpu", threads: int | None = None, compiled: bool = True, index: int | None = None
+    kind: str = "cpu",
+    threads: int | None = None,
+    compiled: bool = True,
+    index: int | None = None,
+    *,
+    contended: bool = False,
 ) -> plan.Device:
     """The facts about this machine for a call with `threads` CPU threads, by default torch's
     number, on the device `kind:index`, by default the current one. `compiled` tells whether the
-    cell has code for CPUs."""
+    cell has code for CPUs, `contended` whether threads came late a short time ago."""
+    if threads is None:
+        threads = torch.get_num_threads()
     return plan.Device(
         kind=kind,
         forced=asked_for(),
         tf32=tf32_allowed(),
         cpu=plan.CpuFacts(
-            threads=torch.get_num_threads() if threads is None else threads,
+            threads=min(threads, hardware.cores()),
+            contended=contended,
             vector_bytes=_C.vector_bytes(),
             l2_bytes=hardware.cache_bytes().get("L2", 1 << 20),
             compiled=compiled,

@@ -19,6 +19,9 @@ _LARGE_WEIGHTS = 8 << 20
 # With fewer multiply-adds, waking up and synchronizing threads costs more than it saves.
 _WORK_FOR_THREADS = 1 << 17
 _STEP_WORK_FOR_UNIT_SPLIT = 1 << 13
+# A thread whose core serves other work waits for some time slices, about 10 ms. With fewer
+# multiply-adds than one thread does in that time, a second thread is worth less than the wait.
+_WORK_FOR_CONTENDED_THREADS = 1 << 29
 _FORWARD_SHARE = 4  # u gets a quarter of the cache; weights and h get the rest
 # A core reads these from its cache in about 0.9 us; handing work to another thread takes 0.2 us.
 _STEP_BYTES_PER_THREAD = 1 << 17
@@ -71,12 +74,15 @@ def _split(problem: Problem, device: Device, shared: bool) -> tuple[int, int, in
 
     Recurrences and sequences need no exchange, so they are split first; but if threads do not
     share packed weights, each would read all of them for its sequences. Units are split only if a
-    step has enough work to pay for the synchronization.
+    step has enough work to pay for the synchronization, and only if all threads have cores: each
+    exchange waits for the latest.
     """
     threads = device.cpu.threads
+    contended = device.cpu.contended
     depth = problem.hidden if problem.backward else problem.hidden + problem.inputs
     per_row = problem.gates * problem.hidden * depth
-    if threads <= 1 or per_row * problem.live_rows * problem.recurrences < _WORK_FOR_THREADS:
+    least = _WORK_FOR_CONTENDED_THREADS if contended else _WORK_FOR_THREADS
+    if threads <= 1 or per_row * problem.live_rows * problem.recurrences < least:
         return 1, 1, 1
     recurrences = math.gcd(problem.recurrences, threads)
     remaining = threads // recurrences
@@ -84,6 +90,8 @@ def _split(problem: Problem, device: Device, shared: bool) -> tuple[int, int, in
     if sequences < remaining and problem.steps > 1:
         sequences = 1 if problem.batch < 2 * remaining else sequences
     remaining //= sequences
+    if contended:
+        return recurrences, sequences, 1
     vectors = -(-problem.hidden * problem.itemsize // device.cpu.vector_bytes)
     unit_vectors = max(1, 4 // problem.gates) if not problem.backward else 1
     panels = -(-vectors // unit_vectors)

@@ -72,13 +72,15 @@ class CpuFacts:
     """A CPU, and whether the cell is compiled for it.
 
     Attributes:
-        threads: threads that a call may use.
+        threads: threads that a call may use, at most one for each core that the process may use.
+        contended: whether threads came late a short time ago, because other work has their cores.
         vector_bytes: bytes of a vector in the instruction set in use.
         l2_bytes: bytes of a core's second-level cache.
         compiled: whether the cell has compiled code.
     """
 
     threads: int = 1
+    contended: bool = False
     vector_bytes: int = 16
     l2_bytes: int = 1 << 20
     compiled: bool = True

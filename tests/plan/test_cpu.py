@@ -122,3 +122,30 @@ def test_what_the_cpu_kernel_refuses(problem: Problem, device: Device, reason: s
     assert reason in why
     with pytest.raises(KernelRefused, match=reason):
         choose(problem, replace(device, forced="cpu"))
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("batch", [1, 2, 3, 32])
+@pytest.mark.parametrize("recurrences", [1, 2])
+@pytest.mark.parametrize("hidden", [64, 256, 1024])
+def test_without_cores_for_all_no_threads_share_units(
+    backward: bool, batch: int, recurrences: int, hidden: int
+) -> None:
+    problem = replace(
+        LSTM, steps=500, batch=batch, hidden=hidden, recurrences=recurrences, backward=backward
+    )
+    device = with_threads(8)
+    contended = replace(device, cpu=replace(device.cpu, contended=True))
+    plan = choose(problem, contended)
+    assert plan.cpu.split_units == 1
+    assert plan.cpu.threads <= choose(problem, device).cpu.threads
+
+
+def test_without_cores_for_all_long_calls_have_threads() -> None:
+    contended = Device(cpu=CpuFacts(threads=2, vector_bytes=64, contended=True))
+    short, long = (replace(LSTM, batch=32, hidden=hidden) for hidden in (64, 512))
+    assert split(choose(short, contended)) == (1, 1, 1)
+    assert split(choose(long, contended)) == (1, 2, 1)
+    both_ways = replace(LSTM, recurrences=2)
+    assert split(choose(both_ways, contended)) == (1, 1, 1)
+    assert split(choose(replace(both_ways, steps=1000, hidden=512), contended)) == (2, 1, 1)

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastrnn.extension import _C
 from fastrnn.tools import tolerance
 from fastrnn.tools.bench.implementation import Prepared
 
@@ -128,6 +129,7 @@ def interleaved(
 
 def _turn(call: Callable[[], object], taken: _Taken, clock: Clock) -> None:
     _wait_for_idle_pools()
+    _C.end_contention()  # the pools may have made our threads late
     if not taken.seconds or taken.seconds[-1] < _LONG:
         begin = time.perf_counter()
         while True:
@@ -164,6 +166,7 @@ def latencies(prepared: Mapping[str, Prepared], calls: int, turn: int = 5000) ->
         for name, implementation in prepared.items():
             with implementation.around():
                 _wait_for_idle_pools()
+                _C.end_contention()
                 for _ in range(20):
                     implementation.call()
                 for _ in range(turn):

@@ -20,7 +20,17 @@ from fastrnn.hardware import processor_and_model
 from fastrnn.tools.bench.comparison import Row
 from fastrnn.tools.bench.machine import Machine
 
-__all__ = ["Conditions", "Results", "Stored", "conditions", "load", "load_as", "merge", "save"]
+__all__ = [
+    "Conditions",
+    "Results",
+    "Stored",
+    "commit",
+    "conditions",
+    "load",
+    "load_as",
+    "merge",
+    "save",
+]
 
 _DIGITS = 4  # digits of every number, more than any time is exact to
 
@@ -79,7 +89,7 @@ def conditions(machine: Machine, command: str, device: str = "cpu") -> Condition
         device=torch.cuda.get_device_name() if device == "cuda" else processor_and_model(),
         instruction_set=_C.isa(),
         versions=versions,
-        commit=_commit(),
+        commit=commit(),
         command=command,
         date=time.strftime("%Y-%m-%d %H:%M"),
         machine=machine,
@@ -99,7 +109,8 @@ def _gpu_versions() -> dict[str, str]:
     }
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The commit of the working tree, or "unknown"."""
     return _output("git", "describe", "--always", "--dirty")
 
 

@@ -1,4 +1,4 @@
-"""A step of a stepper allocates nothing."""
+"""A step of a stepper allocates nothing, and its threads meet without races."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import programs
 from tests.support.paths import ROOT
 
 COUNTER = """
@@ -79,3 +80,11 @@ def test_a_step_allocates_nothing(tmp_path: Path) -> None:
         text=True,
     )
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("sanitizer", [None, "thread"])
+def test_contention_changes_no_number(tmp_path: Path, sanitizer: str | None) -> None:
+    source = Path(__file__).with_name("stepper.cpp")
+    others = ("cpu/stepper.cpp", "cpu/contention.cpp")
+    program = programs.compiled(source, tmp_path, *others, sanitizer=sanitizer)
+    assert programs.run(*program).split() == ["1", "1"]

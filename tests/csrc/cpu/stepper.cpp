@@ -1,0 +1,67 @@
+// Steps of a small cell of whole numbers, by one thread and by three, one of which sometimes sleeps
+// in the middle of its part. Prints whether the results are equal, without and with contention.
+#include "cpu/stepper.h"
+
+#include <atomic>
+#include <chrono>
+#include <cstdio>
+#include <cstring>
+#include <vector>
+
+#include "cpu/contention.h"
+
+namespace {
+
+using namespace fastrnn;
+
+constexpr int64_t kUnits = 30, kSteps = 3000;
+constexpr int kModulus = 9973;
+thread_local bool caller = false;
+std::atomic<bool> sleepy{false};
+
+void toy_step(const StepArgs& args) {
+  if (!caller && sleepy.exchange(false)) std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  const float *x = static_cast<const float*>(args.x), *h = static_cast<const float*>(args.h);
+  int sum = static_cast<int>(x[0]);
+  for (int64_t u = 0; u < kUnits; ++u) sum += static_cast<int>(h[u]);
+  for (int64_t u = kUnits * args.part / args.parts; u < kUnits * (args.part + 1) / args.parts;
+       ++u) {
+    const auto next = static_cast<float>((sum + u) % kModulus);
+    static_cast<float*>(args.next_h)[u] = next;
+    if (args.y) static_cast<float*>(args.y)[u] = next;
+  }
+}
+
+CompiledCell toy() {
+  CompiledCell cell{};
+  cell.states = 1;
+  cell.prepacked_bytes[0] = [](const RecurrenceSizes&) { return int64_t{64}; };
+  cell.step[0] = toy_step;
+  return cell;
+}
+
+std::vector<float> run(int32_t threads, bool disturbed) {
+  const CompiledCell cell = toy();
+  const RecurrenceSizes layer{kUnits, kUnits, kUnits, false};
+  Stepper stepper(cell, false, Storage::kSame, 1, {layer, layer}, threads);
+  std::vector<float> x(kUnits, 3), y(kUnits);
+  for (int64_t t = 0; t < kSteps; ++t) {
+    if (disturbed && t % 100 == 0) contention().end();
+    if (disturbed && t % 200 == 100) contention().late(nanoseconds());
+    if (disturbed && t % 500 == 50) sleepy = true;
+    stepper.step(x.data(), kUnits, y.data(), kUnits);
+    x[0] = y[kUnits - 1];
+  }
+  return y;
+}
+
+}  // namespace
+
+int main() {
+  caller = true;
+  const std::vector<float> right = run(1, false);
+  const bool together = run(3, false) == right;
+  contention().end();
+  const bool disturbed = run(3, true) == right;
+  std::printf("%d %d\n", together, disturbed);
+}
