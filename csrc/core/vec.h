@@ -120,48 +120,48 @@ FASTRNN_HD FASTRNN_INLINE To bit_cast(From from) {
 
 // ---- Products and sums that are rounded once ---------------------------------------------------
 //
-// Twice where the instruction set has no multiply-add. Compilers contract nothing by themselves
+// multiply_add is a * b + c, multiply_subtract a * b - c, subtract_product c - a * b; they round
+// twice where the instruction set has none of this. Compilers contract nothing by themselves
 // (-ffp-contract=off), so an expression has the same bits wherever it is inlined.
 
-#if !defined(__CUDACC__) && (defined(__FMA__) || defined(__aarch64__))
-FASTRNN_INLINE float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
-FASTRNN_INLINE double fused(double a, double b, double c) { return __builtin_fma(a, b, c); }
-#if defined(__AVX512F__)
-FASTRNN_INLINE __m512 fused(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
-FASTRNN_INLINE __m512d fused(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, b, c); }
-#elif defined(__FMA__)
-FASTRNN_INLINE __m256 fused(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
-FASTRNN_INLINE __m256d fused(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
+#if defined(__AVX512F__) && !defined(__CUDACC__)
+#define FASTRNN_FUSED_VECTORS(avx)                                   \
+  if constexpr (lanes<V>() == 16) return _mm512_##avx##_ps(a, b, c); \
+  if constexpr (lanes<V>() == 8) return _mm512_##avx##_pd(a, b, c);
+#elif defined(__FMA__) && !defined(__CUDACC__)
+#define FASTRNN_FUSED_VECTORS(avx)                                  \
+  if constexpr (lanes<V>() == 8) return _mm256_##avx##_ps(a, b, c); \
+  if constexpr (lanes<V>() == 4) return _mm256_##avx##_pd(a, b, c);
 #else
-FASTRNN_INLINE float32x4_t fused(float32x4_t a, float32x4_t b, float32x4_t c) {
-  return vfmaq_f32(c, a, b);
-}
-FASTRNN_INLINE float64x2_t fused(float64x2_t a, float64x2_t b, float64x2_t c) {
-  return vfmaq_f64(c, a, b);
-}
-#endif
-#else
-template <class V>
-FASTRNN_HD FASTRNN_INLINE V fused(V a, V b, V c) {
-  return a * b + c;
-}
+#define FASTRNN_FUSED_VECTORS(avx)
 #endif
 
-// a * b + c
 template <class V>
 FASTRNN_HD FASTRNN_INLINE V multiply_add(V a, V b, V c) {
-  return fused(a, b, c);
+  FASTRNN_FUSED_VECTORS(fmadd)
+#if defined(__aarch64__) && !defined(__CUDACC__)
+  if constexpr (lanes<V>() == 4) return vfmaq_f32(c, a, b);
+  if constexpr (lanes<V>() == 2) return vfmaq_f64(c, a, b);
+#endif
+#if (defined(__FMA__) || defined(__aarch64__)) && !defined(__CUDACC__)
+  if constexpr (sizeof(V) == 4) return __builtin_fmaf(a, b, c);
+  if constexpr (sizeof(V) == 8) return __builtin_fma(a, b, c);
+#endif
+  return a * b + c;
 }
-// a * b - c
+
 template <class V>
 FASTRNN_HD FASTRNN_INLINE V multiply_subtract(V a, V b, V c) {
-  return fused(a, b, -c);
+  FASTRNN_FUSED_VECTORS(fmsub)
+  return multiply_add(a, b, -c);
 }
-// c - a * b
+
 template <class V>
 FASTRNN_HD FASTRNN_INLINE V subtract_product(V a, V b, V c) {
-  return fused(-a, b, c);
+  FASTRNN_FUSED_VECTORS(fnmadd)
+  return multiply_add(-a, b, c);
 }
+#undef FASTRNN_FUSED_VECTORS
 
 // ---- Masks: comparisons make them --------------------------------------------------------------
 

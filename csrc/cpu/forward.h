@@ -220,27 +220,20 @@ class Forward {
     return to;
   }
 
-  // One panel of the weights [G*H, depth]; `packed` has no data if they lie in torch's layout.
+  // One panel of the weights [G*H, depth], packed or, if `packed` is null, in torch's layout.
   struct PanelWeights {
-    Packed<T> packed;
-    Unpacked<T, kVectors> unpacked;
-    int64_t depth;
+    const T* packed;
+    const T* unpacked;
+    int64_t panel, depth;
   };
   FASTRNN_INLINE PanelWeights weights_of(int64_t panel, const T* prepacked, const void* weights,
                                          int64_t depth, T* scratch) const {
-    PanelWeights w{{nullptr, kWidth}, {}, depth};
+    PanelWeights w{nullptr, static_cast<const T*>(weights), panel, depth};
     if (prepacks()) {
-      w.packed.first = prepacked + panel * depth * kWidth;
+      w.packed = prepacked + panel * depth * kWidth;
     } else if (plan_.weights == WeightLayout::kPanels) {
       Weights::pack_panel(weights, args_.hidden, depth, panel, scratch);
-      w.packed.first = scratch;
-    } else {
-      w.unpacked.stride = depth;
-      for (int v = 0; v < kVectors; ++v) {
-        w.unpacked.first[v] =
-            static_cast<const T*>(weights) + Weights::first_row(args_.hidden, panel, v) * depth;
-        w.unpacked.live[v] = Weights::live_units(args_.hidden, panel, v);
-      }
+      w.packed = scratch;
     }
     return w;
   }
@@ -306,8 +299,13 @@ class Forward {
         acc[r][v] = Cell::kSummed[v % G] ? load<V>(u + r * stride + v * kLanes)
                                          : load<V>(recurrence.bias_v + panel * kWidth + v * kLanes);
     }
-    if (fresh) add_own_blocks(acc, w, rows, me, share.own_blocks, done);
-    add_product(acc, w, rows, fresh ? share.own_blocks.end : 0, w.depth);
+    int64_t next = 0;
+    if (fresh) {
+      out_of_line(acc,
+                  [&](auto& sum) { add_own_blocks(sum, w, rows, me, share.own_blocks, done); });
+      next = share.own_blocks.end;
+    }
+    add_product(acc, w, rows, next, w.depth);
     const bool reverse = args_.recurrence[p].reverse;
     const int64_t t = args_.rows.time(step, reverse);
     const auto apply = [&](auto projected) {
@@ -323,22 +321,42 @@ class Forward {
       apply(Constant<false>{});
   }
 
+  // Calls f on a copy of a tile in memory: so the tile itself stays in registers elsewhere.
+  template <int kTile, class F>
+  FASTRNN_INLINE static void out_of_line(V (&acc)[kTile][kVectors], const F& f) {
+    V sum[kTile][kVectors];
+    set_tile(sum, acc);
+    f(sum);
+    set_tile(acc, sum);
+  }
+
   // acc += rows[:, k0:k1] * weights, where blocks of the sum begin and end.
   template <int kTile>
-  FASTRNN_INLINE static void add_product(V (&acc)[kTile][kVectors], const PanelWeights& w,
-                                         const T* const* rows, int64_t k0, int64_t k1) {
-    if (w.packed.first)
-      multiply<kTile, kVectors, T>(acc, w.packed, rows, k0, k1, sum_block(w.depth));
+  FASTRNN_INLINE void add_product(V (&acc)[kTile][kVectors], const PanelWeights& w,
+                                  const T* const* rows, int64_t k0, int64_t k1) const {
+    if (w.packed)
+      multiply<kTile, kVectors, T>(acc, Packed<T>{w.packed}, rows, k0, k1, sum_block(w.depth));
     else
-      multiply_unpacked<kTile, kVectors, T>(acc, w.unpacked, rows, k0, k1, sum_block(w.depth));
+      out_of_line(acc, [&](auto& sum) { add_unpacked(sum, w, rows, k0, k1); });
+  }
+  template <int kTile>
+  __attribute__((noinline)) void add_unpacked(V (&acc)[kTile][kVectors], const PanelWeights& w,
+                                              const T* const* rows, int64_t k0, int64_t k1) const {
+    Unpacked<T, kVectors> unpacked;
+    unpacked.stride = w.depth;
+    for (int v = 0; v < kVectors; ++v) {
+      unpacked.first[v] = w.unpacked + Weights::first_row(args_.hidden, w.panel, v) * w.depth;
+      unpacked.live[v] = Weights::live_units(args_.hidden, w.panel, v);
+    }
+    multiply_unpacked<kTile, kVectors, T>(acc, unpacked, rows, k0, k1, sum_block(w.depth));
   }
 
   // acc += rows[:, :own.end] * weights. The thread's own part of h comes first, while the other
   // parts arrive.
   template <int kTile>
-  __attribute__((noinline)) static void add_own_blocks(V (&acc)[kTile][kVectors],
-                                                       const PanelWeights& w, const T* const* rows,
-                                                       const Member& me, Range own, int64_t done) {
+  __attribute__((noinline)) void add_own_blocks(V (&acc)[kTile][kVectors], const PanelWeights& w,
+                                                const T* const* rows, const Member& me, Range own,
+                                                int64_t done) const {
     if (own.begin == 0) {
       add_product(acc, w, rows, 0, own.end);
       me.wait_for_peers(done);
@@ -346,8 +364,9 @@ class Forward {
     }
     const int64_t block = sum_block(w.depth);
     V apart[2][kTile][kVectors];
-    if (w.packed.first) {
-      multiply_apart<kTile, kVectors, T>(apart, w.packed, rows, own.begin, own.end, block);
+    if (w.packed) {
+      multiply_apart<kTile, kVectors, T>(apart, Packed<T>{w.packed}, rows, own.begin, own.end,
+                                         block);
     } else {
       for (int64_t k = own.begin, n = 0; k < own.end; k += block, ++n) {
         clear_tile(apart[n]);

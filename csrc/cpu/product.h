@@ -55,16 +55,16 @@ FASTRNN_INLINE void add_tile(V (&to)[kRows][kVectors], const V (&from)[kRows][kV
     for (int v = 0; v < kVectors; ++v) to[r][v] = to[r][v] + from[r][v];
 }
 
-// Weights that a tile multiplies: vector v of row k begins at `first` + k * stride + v * lanes.
+// Packed weights: all vectors of row k of a panel or band follow each other.
 template <class T>
 struct Packed {
   const T* first;
-  int64_t stride;
   template <int kVectors>
   FASTRNN_INLINE void read(int64_t k, Vec<T> (&to)[kVectors]) const {
-    const T* row = first + k * stride;
+    constexpr int n = lanes<Vec<T>>();
+    const T* row = first + k * (kVectors * n);
 #pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) to[v] = load<Vec<T>>(row + v * lanes<Vec<T>>());
+    for (int v = 0; v < kVectors; ++v) to[v] = load<Vec<T>>(row + v * n);
   }
 };
 
@@ -84,13 +84,18 @@ FASTRNN_INLINE void add_blocks(Vec<T> (&acc)[kSets][kRows][kVectors], const Weig
       for (int v = 0; v < kVectors; ++v) to[r][v] = multiply_add(a, w[v], to[r][v]);
     }
   };
-  for (int64_t j = 0; j < last; ++j)
+  if constexpr (kSets == 1) {
+    for (int64_t j = 0; j < last; ++j) add(k + j, acc[0]);
+  } else {
+    // The instructions around the few multiply-adds of one product would take as long as those.
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < last; ++j)
 #pragma GCC unroll 8
-    for (int set = 0; set < kSets; ++set) add(k + set * block + j, acc[set]);
-  if constexpr (kSets > 1)
+      for (int set = 0; set < kSets; ++set) add(k + set * block + j, acc[set]);
     for (int64_t j = last; j < block; ++j)
 #pragma GCC unroll 8
       for (int set = 0; set < kSets - 1; ++set) add(k + set * block + j, acc[set]);
+  }
 }
 
 // The number of blocks that a tile computes at a time. Two FMA units with a latency of four cycles
@@ -311,7 +316,7 @@ FASTRNN_INLINE void multiply_columns(const T* rows, int64_t stride, int64_t coun
   };
   if (matrix.packed) {
     for_each_band(begin, end, [&](int64_t vector, auto width) {
-      const Packed<T> band{matrix.data + vector * n * depth, decltype(width)::value * n};
+      const Packed<T> band{matrix.data + vector * n * depth};
       for_each_tile<tile_rows(kBandVectors)>(
           count, [&](int64_t first, auto tile) { sum(first, tile, vector, width, band); });
     });

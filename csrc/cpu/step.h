@@ -76,12 +76,12 @@ class Step {
       states[r] = h + r * args_.stride;
       for (int j = 0; j < kVectors; ++j) u[r][j] = load<V>(w_.bias_u + panel * kWidth + j * kLanes);
     }
-    const Packed<T> w_ih{w_.w_ih + panel * I * kWidth, kWidth};
+    const Packed<T> w_ih{w_.w_ih + panel * I * kWidth};
     multiply<kTile, kVectors, T>(u, w_ih, inputs, 0, I, sum_block(I));
     for (int r = 0; r < kTile; ++r)
       for (int j = 0; j < kVectors; ++j)
         v[r][j] = Cell::kSummed[j % G] ? u[r][j] : load<V>(w_.bias_v + panel * kWidth + j * kLanes);
-    const Packed<T> w_hh{w_.w_hh + panel * Q * kWidth, kWidth};
+    const Packed<T> w_hh{w_.w_hh + panel * Q * kWidth};
     multiply<kTile, kVectors, T>(v, w_hh, states, 0, Q, sum_block(Q));
     for (int r = 0; r < kTile; ++r)
       for (int q = 0; q < Weights::kUnitVectors; ++q)
