@@ -22,6 +22,8 @@ _STEP_WORK_FOR_UNIT_SPLIT = 1 << 13
 # A thread whose core serves other work waits for some time slices, about 10 ms. With fewer
 # multiply-adds than one thread does in that time, a second thread is worth less than the wait.
 _WORK_FOR_CONTENDED_THREADS = 1 << 29
+# Fewer rows of a thread do not pay for reading weights that exceed its cache.
+_ROWS_FOR_SEQUENCE_SPLIT = 4
 _FORWARD_SHARE = 4  # u gets a quarter of the cache; weights and h get the rest
 # A core reads these from its cache in about 0.9 us; handing work to another thread takes 0.2 us.
 _STEP_BYTES_PER_THREAD = 1 << 17
@@ -59,8 +61,7 @@ def _weights(problem: Problem) -> str:
     transposes them for every tile of rows, the backward pass does not.
     """
     few_steps, rows = problem.steps <= _FEW_STEPS, problem.live_rows
-    recurrent = problem.gates * problem.hidden * problem.hidden * problem.itemsize
-    large = recurrent >= _LARGE_WEIGHTS
+    large = _recurrent_bytes(problem) >= _LARGE_WEIGHTS
     if problem.backward:
         few = _FEW_ROWS if large else _FEW_ROWS_BACKWARD
         return "unpacked" if few_steps and rows <= few else "prepacked"
@@ -69,11 +70,16 @@ def _weights(problem: Problem) -> str:
     return "panels" if problem.steps <= (2 if large else 1) else "prepacked"
 
 
+def _recurrent_bytes(problem: Problem) -> int:
+    return problem.gates * problem.hidden * problem.hidden * problem.itemsize
+
+
 def _split(problem: Problem, device: Device, shared: bool) -> tuple[int, int, int]:
     """Threads over recurrences, sequences and units.
 
     Recurrences and sequences need no exchange, so they are split first; but if threads do not
-    share packed weights, each would read all of them for its sequences. Units are split only if a
+    share packed weights, each would read all of them for its sequences, and likewise if they have
+    few sequences and larger weights than their cache holds. Units are split only if a
     step has enough work to pay for the synchronization, and only if all threads have cores: each
     exchange waits for the latest.
     """
@@ -87,6 +93,8 @@ def _split(problem: Problem, device: Device, shared: bool) -> tuple[int, int, in
     recurrences = math.gcd(problem.recurrences, threads)
     remaining = threads // recurrences
     sequences = min(remaining, problem.batch) if shared else 1
+    if _recurrent_bytes(problem) >= device.cpu.l2_bytes:
+        sequences = max(1, min(sequences, problem.batch // _ROWS_FOR_SEQUENCE_SPLIT))
     if sequences < remaining and problem.steps > 1:
         sequences = 1 if problem.batch < 2 * remaining else sequences
     remaining //= sequences

@@ -79,6 +79,10 @@ def test_threads_share_units_where_each_would_read_all_weights() -> None:
     problem = replace(LSTM, steps=1, batch=64, hidden=256)
     assert choose(problem, TWO).cpu.split_units == 2
     assert choose(replace(problem, steps=100), TWO).cpu.split_sequences == 2
+    few = replace(LSTM, steps=100, batch=4, hidden=1024)
+    assert choose(few, TWO).cpu.split_units == 2
+    assert choose(replace(few, batch=8), TWO).cpu.split_sequences == 2
+    assert choose(replace(few, hidden=64), TWO).cpu.split_sequences == 2
 
 
 @pytest.mark.parametrize("hidden", [1, 64, 512])
