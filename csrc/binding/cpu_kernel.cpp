@@ -212,6 +212,9 @@ class WeightGradients {
     const bool from_zero = n.P > 1 || call.in.lengths;
     if (needs[kNeedX])
       tensors_.x = from_zero ? fresh_zeros({n.R, n.I}, compute) : fresh({n.R, n.I}, compute);
+    const uint64_t reverse = call.in.reverse, all = ~uint64_t{0} >> (64 - n.P);
+    if (needs[kNeedX] && n.P > 2 && reverse != 0 && reverse != all)
+      dx_reverse_ = fresh_zeros({n.R, n.I}, compute);
     const auto make = [&](bool needed, std::vector<Tensor>& to, at::IntArrayRef size) {
       Pointers pointers;
       for (int64_t p = 0; needed && p < n.P; ++p) {
@@ -234,6 +237,7 @@ class WeightGradients {
     products.db_ih = or_null(db_ih_);
     products.db_hh = or_null(db_hh_);
     products.dx = needs_[kNeedX] ? tensors_.x.mutable_data_ptr() : nullptr;
+    products.dx_reverse = dx_reverse_.defined() ? dx_reverse_.mutable_data_ptr() : nullptr;
   }
 
   // All gradients in the dtype of x, in the order of the operator.
@@ -241,6 +245,7 @@ class WeightGradients {
     const at::ScalarType stored = call_.in.x.scalar_type();
     if (bias_ && call_.cell.all_summed())
       for (const Tensor& each : tensors_.b_ih) tensors_.b_hh.push_back(each.clone());
+    if (dx_reverse_.defined()) tensors_.x.add_(dx_reverse_);
     if (needs_[kNeedX]) tensors_.x = tensors_.x.view(call_.in.x.sizes()).to(stored);
     for (auto* group :
          {&tensors_.w_ih, &tensors_.w_hh, &tensors_.b_ih, &tensors_.b_hh, &tensors_.w_hr})
@@ -255,6 +260,7 @@ class WeightGradients {
   const Needs& needs_;
   const bool bias_;
   Gradients tensors_;
+  Tensor dx_reverse_;
   Pointers dw_ih_, dw_hh_, dw_hr_, db_ih_, db_hh_;
 };
 

@@ -156,6 +156,9 @@ struct GradientArgs : Scan {
   void* const* db_ih = nullptr;  // [P], each [G*H]
   void* const* db_hh = nullptr;  // [P], each [G*H]
   void* dx = nullptr;            // [rows, I]; added to if there are several recurrences
+  // The same for the reverse recurrences, or null if they add to dx. A chunk has other times of
+  // these, so in one array the order of more than two terms would depend on the chunks.
+  void* dx_reverse = nullptr;
 };
 
 // Size of BackwardArgs::prepacked, in numbers.

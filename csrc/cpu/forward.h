@@ -77,7 +77,7 @@ class Forward {
       if (const void* prepacked = args_.recurrence[p].prepacked)
         static_cast<Weights&>(recurrence) = Weights::at(sizes_, prepacked);
       else
-        recurrence.place(sizes_, prepacks(), [&](int64_t n) { return arena.take<T>(n); });
+        recurrence.place(sizes_, packed(), [&](int64_t n) { return arena.take<T>(n); });
       for (T*& h : recurrence.h) h = arena.take<T>(B * padded_h_);
       for (int s = 1; s < S; ++s) recurrence.s[s] = arena.take<T>(B * padded_);
       recurrence.m = arena.take<T>(projected() ? B * padded_ : 0);
@@ -117,7 +117,9 @@ class Forward {
 
  private:
   bool projected() const { return Cell::kProjectable && __builtin_expect(args_.projected, false); }
-  bool prepacks() const { return plan_.weights == WeightLayout::kPrepacked; }
+  bool packed() const {
+    return plan_.weights == WeightLayout::kPrepacked || args_.recurrence[0].prepacked;
+  }
 
   // At least one step of all sequences, at most all rows.
   int64_t chunk_rows() const {
@@ -150,8 +152,8 @@ class Forward {
   // Threads that own the same panels of a recurrence take turns in packing them.
   void pack(const Recurrence& recurrence, const Weights& out, const Share& share,
             int32_t turn) const {
-    out.pack(sizes_, recurrence, prepacks(), share.panels, turn, plan_.split_sequences);
-    if (projected() && prepacks())
+    out.pack(sizes_, recurrence, packed(), share.panels, turn, plan_.split_sequences);
+    if (projected() && packed())
       out.pack_projection(sizes_, recurrence,
                           {share.columns.begin / kLanes, share.columns.end / kLanes}, turn,
                           plan_.split_sequences);
@@ -229,7 +231,7 @@ class Forward {
   FASTRNN_INLINE PanelWeights weights_of(int64_t panel, const T* prepacked, const void* weights,
                                          int64_t depth, T* scratch) const {
     PanelWeights w{nullptr, static_cast<const T*>(weights), panel, depth};
-    if (prepacks()) {
+    if (packed()) {
       w.packed = prepacked + panel * depth * kWidth;
     } else if (plan_.weights == WeightLayout::kPanels) {
       Weights::pack_panel(weights, args_.hidden, depth, panel, scratch);
@@ -369,7 +371,8 @@ class Forward {
                                          block);
     } else {
       for (int64_t k = own.begin, n = 0; k < own.end; k += block, ++n) {
-        clear_tile(apart[n]);
+        for (auto& row : apart[n])
+          for (V& sum : row) sum = splat<V>(-0.0);  // which adds nothing, not even a sign
         add_product(apart[n], w, rows, k, own.end - k < block ? own.end : k + block);
       }
     }
@@ -427,7 +430,7 @@ class Forward {
             args_.rows.cut_after(step, i, reverse) ? splat<V>(0) : value);
     };
     const T* m = recurrence.m + sequences.begin * padded_;
-    if (prepacks()) {
+    if (packed()) {
       multiply_columns(m, padded_, sequences.size(), Matrix<T>{recurrence.w_hr, H, Q, true},
                        columns.begin / kLanes, columns.end / kLanes,
                        [&](int64_t r, int64_t vector, V sum) {

@@ -201,6 +201,8 @@ class GradientSweep {
       const Place* places = places_ + p * most_rows_;
       const Range own = part_of(live_rows(p), threads, me.index);
       const T* du = static_cast<const T*>(args_.du[p]) + own.begin * args_.depth;
+      const bool apart = args_.recurrence[p].reverse && args_.dx_reverse;
+      T* const dx = static_cast<T*>(apart ? args_.dx_reverse : args_.dx);
       const void* unpacked = args_.recurrence[p].w_ih;
       const Matrix<T> w_ih{prepacks() ? bands(p) : static_cast<const T*>(unpacked), args_.depth,
                            args_.inputs, prepacks()};
@@ -208,8 +210,7 @@ class GradientSweep {
                           [&](int64_t row, int64_t vector, V sum) {
                             const int64_t column = vector * kLanes;
                             const int live = within<Vec<T>>(column, args_.inputs);
-                            T* to = static_cast<T*>(args_.dx) +
-                                    places[own.begin + row].row * args_.inputs + column;
+                            T* to = dx + places[own.begin + row].row * args_.inputs + column;
                             store(to, args_.recurrences > 1 ? load<V>(to, live) + sum : sum, live);
                           });
     }

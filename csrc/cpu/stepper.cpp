@@ -148,6 +148,7 @@ void Stepper::step(const void* x, int64_t x_row, void* y, int64_t y_row) {
   y_row_ = y_row;
   const int64_t begin = threads_ > 1 && contention().remembered() ? nanoseconds() : 0;
   alone_ = threads_ == 1 || (begin && contention().lasts(begin));
+  late_ = false;
   for (layer_ = 0; layer_ < layers(); ++layer_) {
     project_ = false;
     run_phase();
@@ -156,7 +157,7 @@ void Stepper::step(const void* x, int64_t x_row, void* y, int64_t y_row) {
     run_phase();
   }
   odd_ = !odd_;
-  if (begin && !alone_) contention().undisturbed(nanoseconds() - begin);
+  if (begin && !alone_ && !late_) contention().undisturbed(nanoseconds() - begin);
 }
 
 // Runs one part of the phase.
@@ -212,7 +213,8 @@ void Stepper::wait_for(int32_t part, uint32_t phase) {
     const int64_t now = nanoseconds();
     if (since == 0) since = now;
     if (now - since < kLate) continue;
-    contention().late(now);
+    if (!late_) contention().late(now);
+    late_ = true;
     sched_yield();
   }
 }

@@ -83,6 +83,7 @@ class Stepper {
   void* y_ = nullptr;
   int64_t x_row_ = 0, y_row_ = 0;
   bool alone_ = true;  // whether the caller runs all parts of this step
+  bool late_ = false;  // whether a helper came late in this step
   bool odd_ = false;   // whether h is in its second buffer; weights are then read from their end
 
   // A phase is the cells of a layer, or its projection. These two change only when all parts are

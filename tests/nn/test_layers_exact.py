@@ -212,21 +212,36 @@ def test_gradients_do_not_depend_on_batch_plan_or_cuts(data: Any) -> None:
     same(case.gradients(dy, dlast), whole, "with recompute")
 
 
+def heads(inputs: int, hidden: int, **options: Any) -> Any:
+    return fastrnn.GRU(inputs, hidden, heads=4, **options)
+
+
+@pytest.mark.parametrize("make", [LAYERS["projected"], heads])
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_gradients_of_weights_do_not_depend_on_chunks(bidirectional: bool) -> None:
+def test_gradients_do_not_depend_on_chunks(make: Callable[..., Any], bidirectional: bool) -> None:
     torch.manual_seed(0)
-    layer = fastrnn.LSTM(20, 40, bidirectional=bidirectional, proj_size=9)
-    x = torch.randn(23, 5, 20)
+    layer = make(20, 40, bidirectional=bidirectional)
+    x = torch.randn(23, 5, 20, requires_grad=True)
     lengths = torch.tensor([23, 3, 11, 22, 7])
 
     def gradients() -> list[Tensor]:
         y, _ = layer(x, lengths=lengths)
-        return list(torch.autograd.grad(y.square().sum(), list(layer.parameters())))
+        return list(torch.autograd.grad(y.square().sum(), [x, *layer.parameters()]))
 
     whole = gradients()
     for rows in (1, 12, 40):
         with planned(chunk_rows=rows):
             same(gradients(), whole, f"chunks of {rows} rows")
+
+
+def test_frozen_weights_are_read_as_they_were_packed() -> None:
+    layer, x = fastrnn.GRU(20, 40).eval(), torch.randn(3, 2, 20)
+    with torch.no_grad():
+        whole = layer(x)[0]
+        fastrnn.freeze(layer)
+        for weights in plan.WEIGHT_LAYOUTS:
+            with planned(weights=weights):
+                assert torch.equal(layer(x)[0], whole)
 
 
 def test_log_probabilities_of_a_rollout_are_those_of_training() -> None:
