@@ -28,12 +28,12 @@ from pathlib import Path
 import torch
 
 import fastrnn
+from benchmarks.report import RESULTS
 from fastrnn import hardware
 from fastrnn.tools.bench import machine, store
 from fastrnn.tools.bench.implementation import OURS, Case, Prepared, TorchLayer
 from fastrnn.tools.bench.workload import CELLS, Workload
 
-RESULTS = Path(__file__).parent / "results"
 BUSY = (0, 1, 2, 4)  # busy processes
 THREADS = (2, 8, 32)  # of torch
 MOST_OVER_ONE_THREAD = 1.5
@@ -157,7 +157,7 @@ def page(rows: Sequence[Row], command: str) -> str:
     held = sum(row.holds for row in rows)
     return (
         "# One row under load\n\n"
-        f"`{command}` on {hardware.processor()}, {hardware.cores()} cores; fastrnn "
+        f"`{command}` on {hardware.processor_and_model()}, {hardware.cores()} cores; fastrnn "
         f"{fastrnn.__version__}, torch {torch.__version__}; commit {store.commit()}, "
         f"{time.strftime('%Y-%m-%d')}. Medians of single calls in microseconds, then the ratios of "
         "medians and of means. *busy* is the number of busy processes, *threads* the number of "
@@ -191,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 rows.append(measure(workload.name, prepared, busy, threads, options.seconds))
                 print(line(rows[-1]), flush=True)
     if options.save:
-        folder = machine.slug(hardware.processor(), hardware.cores())
+        folder = machine.slug(hardware.processor_and_model(), hardware.cores())
         file = options.results / folder / "load.md"
         file.parent.mkdir(parents=True, exist_ok=True)
         given = " ".join(sys.argv[1:] if arguments is None else arguments)

@@ -62,17 +62,17 @@ def run(chosen: Sequence[Point], seconds: float, keep: Callable[[Row], None]) ->
     Args:
         keep: takes each row as soon as it is there.
     """
-    todo = [point for point in chosen if not is_left_out(point)]
+    to_time = [point for point in chosen if not is_left_out(point)]
     rows: list[Row] = []
     begin = time.monotonic()
-    for number, point in enumerate(todo, 1):
+    for number, point in enumerate(to_time, 1):
         rows.append(timing.measured(point, torch.get_num_threads(), seconds))
         keep(rows[-1])
-        if number == len(todo) or _panel(todo[number]) != _panel(point):
-            left = (time.monotonic() - begin) / number * (len(todo) - number)
+        if number == len(to_time) or _panel(to_time[number]) != _panel(point):
+            left = (time.monotonic() - begin) / number * (len(to_time) - number)
             done = [row for row in rows if _panel(row.point) == _panel(point)]
             print(
-                f"{number}/{len(todo)}, {left // 60:.0f}:{left % 60:02.0f} left  {_line(done)}",
+                f"{number}/{len(to_time)}, {left // 60:.0f}:{left % 60:02.0f} left  {_line(done)}",
                 flush=True,
             )
     return rows

@@ -29,10 +29,7 @@ FASTRNN_INLINE int64_t sum_block(int64_t depth) {
   return length < kLeast ? kLeast : length > kMost ? kMost : length;
 }
 
-// A tile of sums: kRows rows of kVectors vectors.
-template <class T, int kRows, int kVectors>
-using Tile = Vec<T>[kRows][kVectors];
-
+// A tile of sums has kRows rows of kVectors vectors.
 template <class V, int kRows, int kVectors>
 FASTRNN_INLINE void set_tile(V (&to)[kRows][kVectors], const V (&from)[kRows][kVectors]) {
 #pragma GCC unroll 8

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import load
+from fastrnn import hardware
+from fastrnn.tools.bench import machine, store
 
 
 def test_the_table_is_printed_and_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -19,6 +21,9 @@ def test_the_table_is_printed_and_saved(tmp_path: Path, capsys: pytest.CaptureFi
     assert len(rows) == 2 * 4  # two modes of the smallest layer, two steppers
     assert all(row in printed for row in rows)
     assert "--busy 0,1" in file.read_text()
+    # The folder of the other results: family and model tell machines of one name apart.
+    model = store.conditions(machine.measure(), "").device
+    assert file.parent.name == machine.slug(model, hardware.cores())
 
 
 def test_when_a_row_holds() -> None:
