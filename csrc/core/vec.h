@@ -262,29 +262,6 @@ FASTRNN_INLINE void store(Scalar<V>* to, V x, int n) {
   }
 }
 
-template <class T, int bytes>
-FASTRNN_INLINE T sum_halves(typename VectorOf<T, bytes>::Type x) {
-  if constexpr (bytes == 16 && sizeof(T) == 4) {
-    return (x[0] + x[2]) + (x[1] + x[3]);
-  } else if constexpr (bytes == 16) {
-    return x[0] + x[1];
-  } else {
-    typename VectorOf<T, bytes / 2>::Type half[2];
-    memcpy(half, &x, sizeof half);
-    return sum_halves<T, bytes / 2>(half[0] + half[1]);
-  }
-}
-
-// The sum of the lanes: halves are added to each other until one lane is left.
-template <class V>
-FASTRNN_INLINE Scalar<V> hsum(V x) {
-  if constexpr (lanes<V>() == 1) {
-    return x;
-  } else {
-    return sum_halves<Scalar<V>, kVectorBytes>(x);
-  }
-}
-
 // ---- 16-bit storage of float -------------------------------------------------------------------
 
 template <class V>

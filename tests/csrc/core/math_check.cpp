@@ -114,8 +114,7 @@ EXPORT const char* name(int function) {
   EXPORT void load_##type(const void* from, int n, Storage storage, T* out) {                     \
     store(out, load_as<V>(from, 0, n, storage));                                                  \
   }                                                                                               \
-  EXPORT void splat_##type(double value, T* out) { store(out, splat<V>(value)); }                 \
-  EXPORT T hsum_##type(const T* x) { return hsum(load<V>(x)); }
+  EXPORT void splat_##type(double value, T* out) { store(out, splat<V>(value)); }
 
 EXPORTS(float, float, float)
 EXPORTS(double, double, double)

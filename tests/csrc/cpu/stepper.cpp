@@ -1,5 +1,6 @@
 // Steps of a small cell of whole numbers, by one thread and by three, one of which sometimes sleeps
-// in the middle of its part. Prints whether the results are equal, without and with contention.
+// in the middle of its part. Prints whether the results are equal, without and with contention, and
+// whether one long sleep is remembered for longer than the shortest time.
 #include "cpu/stepper.h"
 
 #include <atomic>
@@ -17,10 +18,10 @@ using namespace fastrnn;
 constexpr int64_t kUnits = 30, kSteps = 3000;
 constexpr int kModulus = 9973;
 thread_local bool caller = false;
-std::atomic<bool> sleepy{false};
+std::atomic<int> sleepy{0};  // milliseconds
 
 void toy_step(const StepArgs& args) {
-  if (!caller && sleepy.exchange(false)) std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  if (!caller) std::this_thread::sleep_for(std::chrono::milliseconds(sleepy.exchange(0)));
   const float *x = static_cast<const float*>(args.x), *h = static_cast<const float*>(args.h);
   int sum = static_cast<int>(x[0]);
   for (int64_t u = 0; u < kUnits; ++u) sum += static_cast<int>(h[u]);
@@ -48,11 +49,22 @@ std::vector<float> run(int32_t threads, bool disturbed) {
   for (int64_t t = 0; t < kSteps; ++t) {
     if (disturbed && t % 100 == 0) contention().end();
     if (disturbed && t % 200 == 100) contention().late(nanoseconds());
-    if (disturbed && t % 500 == 50) sleepy = true;
+    if (disturbed && t % 500 == 50) sleepy = 5;
     stepper.step(x.data(), kUnits, y.data(), kUnits);
     x[0] = y[kUnits - 1];
   }
   return y;
+}
+
+bool one_sleep_is_remembered() {
+  const CompiledCell cell = toy();
+  const RecurrenceSizes layer{kUnits, kUnits, kUnits, false};
+  Stepper stepper(cell, false, Storage::kSame, 1, {layer}, 3);
+  std::vector<float> x(kUnits, 3), y(kUnits);
+  contention().end();
+  sleepy = 40;
+  while (sleepy > 0) stepper.step(x.data(), kUnits, y.data(), kUnits);
+  return contention().lasts();
 }
 
 }  // namespace
@@ -63,5 +75,5 @@ int main() {
   const bool together = run(3, false) == right;
   contention().end();
   const bool disturbed = run(3, true) == right;
-  std::printf("%d %d\n", together, disturbed);
+  std::printf("%d %d %d\n", together, disturbed, one_sleep_is_remembered());
 }
