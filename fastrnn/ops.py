@@ -25,16 +25,41 @@ from fastrnn.kernels.prepare import on_cpu, prepare, prepared_now
 __all__ = ["Prepacked", "pack", "run", "scan", "step", "transposed"]
 
 
+# The scales of the rows of w_ih, w_hh and, if there is one, w_hr, float32.
+Scales = tuple[Tensor, ...]
+
+
 class Prepacked(NamedTuple):
     """One layer's weights in the CPU kernel's layout, and a fingerprint that reveals later changes
-    of the originals."""
+    of the originals.
 
-    weights: list[Tensor]  # one per recurrence, P
-    fingerprint: Tensor  # int64; it also records which block was compared last
+    Attributes:
+        weights: one tensor per recurrence, `P`.
+        fingerprint: int64; it also records which block was compared last.
+        format: the format of products, one of `plan.FORMATS`.
+        scales: for every recurrence, if the originals are int8 matrices.
+    """
+
+    weights: list[Tensor]
+    fingerprint: Tensor
+    format: str
+    scales: Sequence[Scales] = ()
 
 
-def pack(cell: Cell, weights: Sequence[Weights]) -> Prepacked | None:
+def pack(
+    cell: Cell,
+    weights: Sequence[Weights],
+    format: str | None = None,
+    scales: Sequence[Scales] = (),
+    dtype: torch.dtype | None = None,
+) -> Prepacked | None:
     """Prepack the weights of every recurrence of one layer.
+
+    Args:
+        weights: floating-point tensors, or with `scales` int8 matrices.
+        format: the format of products, by default that of the dtype.
+        scales: what the rows of int8 matrices are multiplied by, for every recurrence.
+        dtype: the dtype of the layer's input, by default that of the weights.
 
     Returns:
         None if the CPU kernel would not run the layer.
@@ -42,11 +67,15 @@ def pack(cell: Cell, weights: Sequence[Weights]) -> Prepacked | None:
     Raises:
         RuntimeError: if the shapes of the weights do not fit together.
     """
-    key, refusal, *_ = on_cpu(cell, weights[0])
+    key, refusal, *_, format = on_cpu(cell, weights[0], format=format, dtype=dtype)
     if key is None or refusal is not None:
         return None
-    packed = [_C.pack(key, *recurrence) for recurrence in weights]
-    return Prepacked(packed, _C.fingerprint([t for group in side_by_side(weights) for t in group]))
+    packed = [
+        _C.pack(key, format, list(recurrence), scales[p] if scales else ())
+        for p, recurrence in enumerate(weights)
+    ]
+    mark = _C.fingerprint([t for group in side_by_side(weights) for t in group])
+    return Prepacked(packed, mark, format, scales)
 
 
 def scan(
@@ -100,10 +129,10 @@ def run(
         if _can_use_prepacked(x):
             if compiling or torch._C._is_torch_function_mode_enabled():
                 y, *states = torch.ops.fastrnn.scan_packed.default(
-                    key, *_optional(operands), *packed
+                    key, *_optional(operands), *packed[:3]
                 )
                 return y, states
-            return _C.scan_packed(key, *operands, *packed)
+            return _C.scan_packed(key, *operands, *packed[:3])
     # Subclasses of Tensor, and modes such as the default device, override functions, so they need
     # an operator that they can see. Transforms come first: they have no rule for the operator.
     transformed = not compiling and _transformed()
@@ -149,7 +178,7 @@ def step(
     key = prepared_now(cell, _kind(x), x.dtype)
     if key is None:
         return None
-    return _C.step(key, x, tuple(states), weights, *(packed or ()))
+    return _C.step(key, x, tuple(states), weights, *(packed[:3] if packed else ()))
 
 
 def transposed(y: Tensor) -> Tensor:
@@ -242,7 +271,7 @@ def _scan_fake(cell: str, *arguments: Any) -> list[Tensor]:
 
 @torch.library.register_fake("fastrnn::scan_packed")
 def _scan_packed_fake(*arguments: Any) -> list[Tensor]:
-    return _scan_fake(*arguments[:-2])[:-1]
+    return _scan_fake(*arguments[:-3])[:-1]
 
 
 @torch.library.register_fake("fastrnn::scan_backward")

@@ -31,7 +31,8 @@ struct ScanInputs {
   TensorList w_ih, w_hh, b_ih, b_hh, w_hr, s0;
   const std::optional<Tensor>&batch_sizes, &lengths, &resets;
   int64_t reverse;
-  TensorList packed = {};  // the weights of each recurrence by pack(), or none
+  TensorList packed = {};          // the weights of each recurrence by pack(), or none
+  Format format = Format::kFloat;  // of `packed`
 };
 
 inline void check_recurrences(const ScanInputs& in) {

@@ -46,14 +46,14 @@ const Callbacks& python() {
   return *callbacks;
 }
 
-const CellFacts& known_cell(std::string_view name, at::DeviceType device, at::ScalarType dtype) {
+const CellFacts& known_cell(std::string_view name, at::DeviceType device, Format format) {
   const CellFacts* cell = find_cell(std::string(name));
-  const bool in_double = dtype == at::kDouble;
-  if (!cell || (device == at::kCPU && !cell->compiled[in_double])) {
+  if (!cell || (device == at::kCPU && !cell->has_code(format))) {
     // An exported program may use a cell that is declared but not yet used in this process, or a
-    // dtype that the cell is not compiled for yet.
+    // format that the cell is not compiled for yet.
     py::gil_scoped_acquire gil;
-    python().find(std::string(name), c10::DeviceTypeName(device, /*lower_case=*/true), in_double);
+    python().find(std::string(name), c10::DeviceTypeName(device, /*lower_case=*/true),
+                  name_of(format));
     cell = find_cell(std::string(name));
   }
   TORCH_CHECK(cell, "fastrnn: no cell is registered under '", name,

@@ -20,9 +20,9 @@ void set_callbacks(Callbacks* functions);
 // The functions that were set; raises if none were.
 const Callbacks& python();
 
-// The facts of a cell that is to run on tensors of that device and dtype; raises for an unknown
-// cell. On a CPU the cell is compiled first, if it has no code for the dtype and can be compiled.
-const CellFacts& known_cell(std::string_view name, at::DeviceType device, at::ScalarType dtype);
+// The facts of a cell that is to run on that device; raises for an unknown cell. On a CPU the cell
+// is compiled first, if it has no code in the format and can be compiled.
+const CellFacts& known_cell(std::string_view name, at::DeviceType device, Format format);
 
 // All kernels but the CPU kernel: Python plans the call and launches it.
 ScanOutputs python_forward(const ScanInputs& in, bool tape);

@@ -60,15 +60,18 @@ class Workspace {
   char* block_;
 };
 
-void check_prepacked(const CellFacts& cell, const ScanInputs& in, const Shape& n,
-                     at::ScalarType compute) {
+void check_prepacked(const CellFacts& cell, const ScanInputs& in, const Shape& n) {
   if (in.packed.empty()) return;
+  const at::ScalarType compute = in.format == Format::kDouble ? at::kDouble : at::kFloat;
+  TORCH_CHECK(in.x.scalar_type() == at::kDouble ? in.format == Format::kDouble
+                                                : in.format != Format::kDouble,
+              "scan: weights packed in ", name_of(in.format), " do not fit x, which is ",
+              in.x.scalar_type());
   TORCH_CHECK(static_cast<int64_t>(in.packed.size()) == n.P,
               "scan: packed should hold one tensor per recurrence, ", n.P, ", got ",
               in.packed.size());
-  const bool in_double = compute == at::kDouble;
   const int64_t bytes =
-      cell.code(in_double).prepacked_bytes[in_double]({n.I, n.H, n.Q, n.projected});
+      cell.code(in.format).prepacked_bytes[index_of(in.format)]({n.I, n.H, n.Q, n.projected});
   for (const Tensor& each : in.packed)
     TORCH_CHECK(each.is_cpu() && each.scalar_type() == compute && each.is_contiguous() &&
                     static_cast<int64_t>(each.nbytes()) == bytes,
@@ -157,20 +160,22 @@ class ChunkBuffers {
  public:
   // `rows` are the most of a chunk; `recurrent` and `inputs` the numbers of weights that are
   // packed.
-  ChunkBuffers(const Call& call, at::ScalarType compute, int64_t rows, int64_t recurrent,
-               int64_t inputs)
+  ChunkBuffers(const Call& call, Format format, at::ScalarType compute, int64_t rows,
+               int64_t recurrent, int64_t inputs)
       : P_(call.n.P),
         rows_(rows),
-        depth_(call.cell.gates * call.n.H),
+        gates_row_(gradient_row(format, call.cell.gates * call.n.H)),
+        dh_row_(gradient_row(format, call.n.Q)),
         Q_(call.n.Q),
         summed_(call.cell.all_summed()),
         projected_(call.n.projected),
-        workspace_(compute, {P_ * rows * depth_, summed_ ? 0 : P_ * rows * depth_, P_ * rows * Q_,
-                             projected_ ? P_ * rows * Q_ : 0, recurrent, inputs}),
-        dv_(pointers(kDv, depth_)),
-        du_(pointers(summed_ ? kDv : kDu, depth_)),
+        workspace_(compute,
+                   {P_ * rows * gates_row_, summed_ ? 0 : P_ * rows * gates_row_, P_ * rows * Q_,
+                    projected_ ? P_ * rows * dh_row_ : 0, recurrent, inputs}),
+        dv_(pointers(kDv, gates_row_)),
+        du_(pointers(summed_ ? kDv : kDu, gates_row_)),
         h_prev_(pointers(kHPrev, Q_)),
-        dh_(pointers(kDh, Q_)) {}
+        dh_(pointers(kDh, dh_row_)) {}
 
   void fill(BackwardArgs& args, GradientArgs& products) {
     products.du = args.du = du_.data();
@@ -192,7 +197,7 @@ class ChunkBuffers {
     return at;
   }
 
-  const int64_t P_, rows_, depth_, Q_;
+  const int64_t P_, rows_, gates_row_, dh_row_, Q_;
   const bool summed_, projected_;
   const Workspace workspace_;
   const Pointers dv_, du_, h_prev_, dh_;
@@ -264,39 +269,67 @@ class WeightGradients {
   Pointers dw_ih_, dw_hh_, dw_hr_, db_ih_, db_hh_;
 };
 
+// Sets the scales of a recurrence, which point to the tensors that are returned.
+std::vector<Tensor> add_scales(Recurrence& recurrence, Format format,
+                               const std::vector<Tensor> (&weights)[5],
+                               const std::vector<Tensor>& scales) {
+  std::vector<Tensor> rows;
+  if (!is_scaled(format)) return rows;
+  const size_t wanted = weights[4].empty() ? 2 : 3;
+  TORCH_CHECK(scales.size() == wanted, "pack: ", name_of(format), " needs ", wanted,
+              " tensors of scales, got ", scales.size());
+  const float** to[] = {&recurrence.scale_ih, &recurrence.scale_hh, &recurrence.scale_hr};
+  for (size_t k = 0; k < wanted; ++k) {
+    const Tensor& matrix = weights[k == 2 ? 4 : k][0];
+    TORCH_CHECK(scales[k].dim() == 1 && scales[k].size(0) == matrix.size(0) && scales[k].is_cpu() &&
+                    matrix.scalar_type() == at::kChar,
+                "pack: ", name_of(format), " needs int8 matrices with a scale for each row, got ",
+                matrix.scalar_type(), " ", matrix.sizes(), " and scales ", scales[k].sizes());
+    rows.push_back(scales[k].to(at::kFloat).contiguous());
+    *to[k] = rows.back().const_data_ptr<float>();
+  }
+  return rows;
+}
+
 }  // namespace
 
-Tensor pack(const CellFacts& cell, const Tensor& w_ih, const Tensor& w_hh,
-            const std::optional<Tensor>& b_ih, const std::optional<Tensor>& b_hh,
-            const std::optional<Tensor>& w_hr) {
-  const auto list = [](const std::optional<Tensor>& each) {
-    return each ? std::vector<Tensor>{*each} : std::vector<Tensor>{};
-  };
-  const auto bi = list(b_ih), bh = list(b_hh), hr = list(w_hr);
+Tensor pack(const CellFacts& cell, Format format, const std::vector<std::optional<Tensor>>& weights,
+            const std::vector<Tensor>& scales) {
+  TORCH_CHECK(weights.size() == 5 && weights[0] && weights[1],
+              "pack: the weights should be (w_ih, w_hh, b_ih, b_hh, w_hr)");
+  std::vector<Tensor> list[5];
+  for (size_t k = 0; k < weights.size(); ++k)
+    if (weights[k]) list[k].push_back(*weights[k]);
+  const auto& [w_ih, w_hh, b_ih, b_hh, w_hr] = list;
   const std::optional<Tensor> none;
-  const Tensor x = at::empty({0, 1, w_ih.size(-1)}, w_ih.options());
-  const ScanInputs in{cell.name, x, w_ih, w_hh, bi, bh, hr, {}, none, none, none, 0};
+  const bool in_double = format == Format::kDouble;
+  const at::ScalarType compute = in_double ? at::kDouble : at::kFloat;
+  const at::ScalarType type = b_ih.empty() ? w_ih[0].scalar_type() : b_ih[0].scalar_type();
+  const Tensor x = at::empty({0, 1, w_ih[0].size(-1)}, w_ih[0].options().dtype(type));
+  ScanInputs in{cell.name, x, w_ih, w_hh, b_ih, b_hh, w_hr, {}, none, none, none, 0};
+  in.packed = w_ih;  // for the check of shapes alone, which then accepts matrices in the format
   const Shape n = checked_shape(cell, in);
+  in.packed = {};
   TORCH_CHECK(x.is_cpu(), "pack: the weights should be on the CPU, are on ", x.device());
   TORCH_CHECK(!n.projected || cell.projectable, "pack: cell ", cell.name, " cannot be projected");
-  const at::ScalarType compute = compute_type(x.scalar_type());
-  const Operands operands(in, n, compute);
+  const Operands operands(in, n, format);
+  Recurrence recurrence = operands.recurrences[0];
+  std::vector<Tensor> rows = add_scales(recurrence, format, list, scales);
   const RecurrenceSizes sizes{n.I, n.H, n.Q, n.projected};
-  const bool in_double = compute == at::kDouble;
-  const int64_t numbers =
-      cell.code(in_double).prepacked_bytes[in_double](sizes) / at::elementSize(compute);
+  const CompiledCell& code = cell.code(format);
+  const int at = index_of(format);
+  const int64_t numbers = code.prepacked_bytes[at](sizes) / at::elementSize(compute);
   const Tensor prepacked = at::empty({numbers}, x.options().dtype(compute));
-  cell.code(in_double).pack[in_double](sizes, operands.recurrences[0],
-                                       prepacked.mutable_data_ptr());
+  code.pack[at](sizes, recurrence, prepacked.mutable_data_ptr());
   return prepacked;
 }
 
 ScanOutputs forward_on_cpu(const Call& call, const CpuPlan& plan, bool tape) {
   const auto& [cell, in, n, tables] = call;
-  const at::ScalarType compute = compute_type(in.x.scalar_type());
+  const Format format = format_of(in);
   const Storage storage = storage_of(in.x.scalar_type());
-  check_prepacked(cell, in, n, compute);
-  const Operands operands(in, n, compute);
+  check_prepacked(cell, in, n);
+  const Operands operands(in, n, format);
   const Tensor x = with_unit_stride(in.x);
   const at::ScalarType stored = x.scalar_type();
 
@@ -325,8 +358,7 @@ ScanOutputs forward_on_cpu(const Call& call, const CpuPlan& plan, bool tape) {
   args.final_states = finals.data();
   Punctuality punctuality(plan);
   args.late = punctuality.late();
-  const bool in_double = compute == at::kDouble;
-  check_memory(cell.code(in_double).forward[in_double](args, plan));
+  check_memory(cell.code(format).forward[index_of(format)](args, plan));
   return out;
 }
 
@@ -335,7 +367,8 @@ std::vector<Tensor> backward_on_cpu(const Call& call, const CpuPlan& plan, const
   const auto& [cell, in, n, tables] = call;
   check_backward(call, grads, y, tape);
   const at::ScalarType stored = in.x.scalar_type(), compute = compute_type(stored);
-  const Operands operands(in, n, compute);
+  const Format format = format_of(stored);
+  const Operands operands(in, n, plain_format(stored));
   const Tensor x = with_unit_stride(in.x), y_rows = y.contiguous(), tape_rows = tape.contiguous();
   const Tensor dy = grads.dy.defined() ? grads.dy.to(stored).contiguous() : Tensor();
   StateGradients states(call, grads, compute);
@@ -348,7 +381,7 @@ std::vector<Tensor> backward_on_cpu(const Call& call, const CpuPlan& plan, const
   const int64_t most = std::min(std::max(plan.chunk_rows, n.B), tables.live_rows());
   const bool prepacks = plan.weights == WeightLayout::kPrepacked;
   ChunkBuffers buffers(
-      call, compute, most, prepacks ? prepacked_for_backward(args, cell.gates) : 0,
+      call, format, compute, most, prepacks ? prepacked_for_backward(args, cell.gates) : 0,
       prepacks && needs[kNeedX] ? n.P * prepacked_width(n.I) * cell.gates * n.H : 0);
   buffers.fill(args, products);
   weights.fill(products);
@@ -365,15 +398,14 @@ std::vector<Tensor> backward_on_cpu(const Call& call, const CpuPlan& plan, const
   Punctuality punctuality(plan);
   bool& late = *punctuality.late();
   args.late = products.late = &late;
-  const bool in_double = compute == at::kDouble;
   for (int64_t end = n.T, begin; end > 0; end = begin) {
     begin = tables.chunk_begin(end, most);
     args.begin = products.begin = begin;
     args.end = products.end = end;
     // A team that broke up would do so again in the next chunk.
     const CpuPlan now = late && plan.split_units > 1 ? plan.on_one_thread() : plan;
-    check_memory(cell.code(in_double).backward[in_double](args, now));
-    check_memory(run_gradients(in_double, products, now));
+    check_memory(cell.code(format).backward[index_of(format)](args, now));
+    check_memory(run_gradients(format, products, now));
   }
   return weights.in_dtype_of_x(states);
 }

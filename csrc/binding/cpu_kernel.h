@@ -10,8 +10,9 @@ ScanOutputs forward_on_cpu(const Call& call, const CpuPlan& plan, bool tape);
 std::vector<Tensor> backward_on_cpu(const Call& call, const CpuPlan& plan, const OutputGrads& grads,
                                     const Tensor& y, const Tensor& tape, const Needs& needs);
 
-// One scan's weights in the layout of the CPU kernel, for `packed`: of the compute type, flat.
-Tensor pack(const CellFacts& cell, const Tensor& w_ih, const Tensor& w_hh,
-            const std::optional<Tensor>& b_ih, const std::optional<Tensor>& b_hh,
-            const std::optional<Tensor>& w_hr);
+// One scan's weights in the layout of the CPU kernel for a format, for `packed`: flat, of the
+// compute type. In a format with scales, matrices are int8, and `scales` has those of the rows of
+// w_ih, of w_hh and, if there is one, of w_hr, in float32.
+Tensor pack(const CellFacts& cell, Format format, const std::vector<std::optional<Tensor>>& weights,
+            const std::vector<Tensor>& scales);
 }  // namespace fastrnn

@@ -64,7 +64,7 @@ bool wants_gradients(const ScanInputs& in) {
 // state is special. It saves Python's views and checks, which take longer than a small cell.
 py::object step_from_python(const std::string& cell, py::handle input, py::tuple before,
                             py::tuple weights, const std::optional<std::vector<Tensor>>& packed,
-                            const std::optional<Tensor>& expected) {
+                            const std::optional<Tensor>& expected, const std::string& format) {
   const CellFacts* facts = find_cell(cell);
   if (!facts || at::impl::torch_function_mode_enabled() ||
       at::autocast::is_autocast_enabled(at::kCPU) || !THPVariable_Check(input.ptr()) ||
@@ -75,8 +75,10 @@ py::object step_from_python(const std::string& cell, py::handle input, py::tuple
   const int64_t B = like.size(0), I = like.size(1), H = w.size(1), rows = facts->gates * H;
   const auto dtype = like.scalar_type();
   const Tensor* x = plain_tensor(input, {B, I}, dtype);
-  const Tensor* w_ih = plain_tensor(weights[0], {rows, I}, dtype);
-  const Tensor* w_hh = plain_tensor(weights[1], {rows, H}, dtype);
+  // A layer that has its weights only in a format of its own passes those, for their sizes.
+  const auto matrix_type = packed ? w.scalar_type() : dtype;
+  const Tensor* w_ih = plain_tensor(weights[0], {rows, I}, matrix_type);
+  const Tensor* w_hh = plain_tensor(weights[1], {rows, H}, matrix_type);
   const bool biased = !weights[2].is_none();
   const Tensor* b_ih = biased ? plain_tensor(weights[2], {rows}, dtype) : nullptr;
   const Tensor* b_hh = biased ? plain_tensor(weights[3], {rows}, dtype) : nullptr;
@@ -102,7 +104,10 @@ py::object step_from_python(const std::string& cell, py::handle input, py::tuple
                 absent,
                 absent,
                 0};
-  if (packed) in.packed = *packed;
+  if (packed) {
+    in.packed = *packed;
+    in.format = format_named(format);
+  }
   if (packed && (wants_gradients(in) || c10::impl::TorchDispatchModeTLS::any_modes_set()))
     return py::none();
   std::vector<Tensor> states;
@@ -123,19 +128,28 @@ std::pair<Tensor, std::vector<Tensor>> packed_from_python(
     const std::vector<Tensor>& b_hh, const std::vector<Tensor>& w_hr, const std::vector<Tensor>& s0,
     const std::optional<Tensor>& batch_sizes, const std::optional<Tensor>& lengths,
     const std::optional<Tensor>& resets, int64_t reverse, const std::vector<Tensor>& packed,
-    const Tensor& expected) {
-  std::vector<Tensor> list = call_packed(
-      {cell, x, w_ih, w_hh, b_ih, b_hh, w_hr, s0, batch_sizes, lengths, resets, reverse, packed},
-      expected);
+    const Tensor& expected, const std::string& format) {
+  std::vector<Tensor> list = call_packed({cell, x, w_ih, w_hh, b_ih, b_hh, w_hr, s0, batch_sizes,
+                                          lengths, resets, reverse, packed, format_named(format)},
+                                         expected);
   Tensor y = std::move(list.front());
   list.erase(list.begin());
   return {std::move(y), std::move(list)};
 }
 
-Tensor pack_from_python(const std::string& cell, const Tensor& w_ih, const Tensor& w_hh,
-                        const std::optional<Tensor>& b_ih, const std::optional<Tensor>& b_hh,
-                        const std::optional<Tensor>& w_hr) {
-  return pack(known_cell(cell, at::kCPU, w_ih.scalar_type()), w_ih, w_hh, b_ih, b_hh, w_hr);
+Tensor pack_from_python(const std::string& cell, const std::string& format,
+                        const std::vector<std::optional<Tensor>>& weights,
+                        const std::vector<Tensor>& scales) {
+  return pack(known_cell(cell, at::kCPU, format_named(format)), format_named(format), weights,
+              scales);
+}
+
+std::vector<std::string> formats() {
+  std::vector<std::string> names;
+  for (int format = 0; format < kFormats; ++format)
+    if (has_format(static_cast<Format>(format)))
+      names.push_back(name_of(static_cast<Format>(format)));
+  return names;
 }
 
 }  // namespace
@@ -146,19 +160,23 @@ PYBIND11_MODULE(_C, m) {
         "torch.ops.fastrnn.scan without its tape.");
   m.def("step", step_from_python, "One step of a cell on plain tensors; None for others.",
         py::arg("cell"), py::arg("input"), py::arg("before"), py::arg("weights"),
-        py::arg("packed") = std::nullopt, py::arg("expected") = std::nullopt);
+        py::arg("packed") = std::nullopt, py::arg("expected") = std::nullopt,
+        py::arg("format") = "float32");
   m.def("transposed", transposed, py::call_guard<py::gil_scoped_release>(),
         "`y.transpose(0, 1)` that autograd does not take for a view.");
   m.def("scan_packed", packed_from_python, py::call_guard<py::gil_scoped_release>());
   m.def("pack", pack_from_python, py::call_guard<py::gil_scoped_release>(), py::arg("cell"),
-        py::arg("w_ih"), py::arg("w_hh"), py::arg("b_ih") = std::nullopt,
-        py::arg("b_hh") = std::nullopt, py::arg("w_hr") = std::nullopt);
+        py::arg("format"), py::arg("weights"), py::arg("scales"));
   m.def(
       "fingerprint", [](const std::vector<Tensor>& tensors) { return fingerprint(tensors); },
       "The fingerprint of weights, which scan_packed takes as `expected`.");
   m.attr("built_for") = FASTRNN_TORCH_VERSION;
   m.def("isas", compiled_isas, "The compiled instruction sets that this machine has, best last.");
   m.def("isa", isa_in_use);
+  m.def("formats", formats, "The formats that the instruction set in use has kernels for.");
+  m.def(
+      "format_of", [](const Tensor& x) { return name_of(format_of(x.scalar_type())); },
+      "The format in which tensors of the dtype of `x` are multiplied.");
   m.def("vector_bytes", vector_bytes);
   m.def("forget_plans", forget_plans);
   m.def(
@@ -173,12 +191,12 @@ PYBIND11_MODULE(_C, m) {
         "Adds a cell without code for CPUs, which load_cells may add later.");
   m.def(
       "has_code",
-      [](const std::string& name, bool in_double) {
+      [](const std::string& name, const std::string& format) {
         const CellFacts* cell = find_cell(name);
-        return cell && cell->compiled[in_double];
+        return cell && cell->has_code(format_named(format));
       },
-      py::arg("name"), py::arg("in_double") = false,
-      "Whether a cell is known and has code for CPUs that computes in float, or in double.");
+      py::arg("name"), py::arg("format") = "float32",
+      "Whether a cell is known and has code for CPUs in a format.");
   m.def(
       "load_cells",
       [](const std::string& path, const std::string& symbol) {

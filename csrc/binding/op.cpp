@@ -24,16 +24,17 @@ ScanOutputs from_list(std::vector<Tensor> list) {
   return out;
 }
 
-Problem problem_of(const Call& call, bool tape, bool backward) {
+Problem problem_of(const Call& call, Format format, bool tape, bool backward) {
   const auto& [cell, in, n, tables] = call;
-  return {in.cell, n.T,      n.B,         tables.live_rows(), n.I, n.H, n.P, in.x.scalar_type(),
-          tape,    backward, n.projected, !in.packed.empty()};
+  return {in.cell, n.T,      n.B,         tables.live_rows(), n.I,   n.H, n.P, in.x.scalar_type(),
+          tape,    backward, n.projected, !in.packed.empty(), format};
 }
 
 // For tensors on a CPU; the plan may name another kernel than the CPU kernel.
 ScanOutputs scan_on_cpu(const ScanInputs& in, bool tape) {
-  const Call call(known_cell(in.cell, at::kCPU, in.x.scalar_type()), in);
-  const auto plan = cpu_plan(call.cell, problem_of(call, tape, false));
+  const Format format = format_of(in);
+  const Call call(known_cell(in.cell, at::kCPU, format), in);
+  const auto plan = cpu_plan(call.cell, problem_of(call, format, tape, false));
   return plan ? forward_on_cpu(call, *plan, tape) : python_forward(in, tape);
 }
 
@@ -54,7 +55,7 @@ std::vector<Tensor> call_packed(const ScanInputs& in, const Tensor& expected) {
                        .typed<std::vector<Tensor>(FASTRNN_PACKED_PARAMETERS)>();
   return op.call(in.cell, in.x, in.w_ih, in.w_hh, or_none(in.b_ih), or_none(in.b_hh),
                  or_none(in.w_hr), or_none(in.s0), in.batch_sizes, in.lengths, in.resets,
-                 in.reverse, in.packed, expected);
+                 in.reverse, in.packed, expected, name_of(in.format));
 }
 
 // For a frozen layer. `in` has the weights for their sizes, and for kernels other than the CPU
@@ -94,6 +95,7 @@ std::vector<Tensor> cpu(FASTRNN_SCAN_PARAMETERS, bool tape, bool) {
 std::vector<Tensor> cpu_packed(FASTRNN_PACKED_PARAMETERS) {
   ScanInputs in = FASTRNN_SCAN_INPUTS;
   in.packed = packed;
+  in.format = format_named(format);
   return as_list(scan_frozen(in, expected));
 }
 
@@ -101,7 +103,7 @@ std::vector<Tensor> cpu_packed(FASTRNN_PACKED_PARAMETERS) {
 std::vector<Tensor> python_kernel(FASTRNN_SCAN_PARAMETERS, bool tape, bool) {
   const ScanInputs in = FASTRNN_SCAN_INPUTS;
   check_recurrences(in);
-  known_cell(cell, x.device().type(), x.scalar_type());
+  known_cell(cell, x.device().type(), plain_format(x.scalar_type()));
   return as_list(python_forward(in, tape));
 }
 
@@ -116,8 +118,9 @@ OutputGrads output_grads(const std::optional<Tensor>& dy,
 std::vector<Tensor> backward_cpu(FASTRNN_BACKWARD_PARAMETERS) {
   const ScanInputs in = FASTRNN_SCAN_INPUTS;
   const OutputGrads grads = output_grads(dy, dstates);
-  const Call call(known_cell(cell, at::kCPU, x.scalar_type()), in);
-  const auto plan = cpu_plan(call.cell, problem_of(call, true, true));
+  const Format format = format_of(x.scalar_type());
+  const Call call(known_cell(cell, at::kCPU, format), in);
+  const auto plan = cpu_plan(call.cell, problem_of(call, format, true, true));
   if (!plan) return python_backward(in, grads, y, tape, needs);
   const bool has_tape = call.n.R == 0 || tape.size(0) > 0;
   return backward_on_cpu(call, *plan, grads, y,
@@ -126,7 +129,7 @@ std::vector<Tensor> backward_cpu(FASTRNN_BACKWARD_PARAMETERS) {
 
 std::vector<Tensor> python_backward_kernel(FASTRNN_BACKWARD_PARAMETERS) {
   const ScanInputs in = FASTRNN_SCAN_INPUTS;
-  known_cell(cell, x.device().type(), x.scalar_type());
+  known_cell(cell, x.device().type(), plain_format(x.scalar_type()));
   return python_backward(in, output_grads(dy, dstates), y, tape, needs);
 }
 
@@ -141,12 +144,13 @@ TORCH_LIBRARY(fastrnn, m) {
       "scan(str cell, Tensor x, Tensor[] w_ih, Tensor[] w_hh, Tensor[]? b_ih, Tensor[]? b_hh, "
       "Tensor[]? w_hr, Tensor[]? s0, Tensor? batch_sizes, Tensor? lengths, Tensor? resets, "
       "int reverse, bool tape=False, bool recompute=False) -> Tensor[]");
-  // Returns y and the states, from weights that pack() packed; `expected` is their fingerprint()
-  // of that time. It is a tensor, because a number would be a constant of a traced graph.
+  // Returns y and the states, from weights that pack() packed in that format; `expected` is their
+  // fingerprint() of that time. It is a tensor, because a number would be a constant of a traced
+  // graph.
   m.def(
       "scan_packed(str cell, Tensor x, Tensor[] w_ih, Tensor[] w_hh, Tensor[]? b_ih, "
       "Tensor[]? b_hh, Tensor[]? w_hr, Tensor[]? s0, Tensor? batch_sizes, Tensor? lengths, "
-      "Tensor? resets, int reverse, Tensor[] packed, Tensor expected) -> Tensor[]");
+      "Tensor? resets, int reverse, Tensor[] packed, Tensor expected, str format) -> Tensor[]");
   // Returns gradients of x, w_ih, w_hh, b_ih, b_hh, w_hr, s0; `needs` selects from x, w_ih, w_hh,
   // biases, w_hr, s0.
   m.def(

@@ -61,7 +61,10 @@ inline Shape checked_shape(const CellFacts& cell, const ScanInputs& in) {
   n.H = in.w_hh[0].size(0) / G;
   n.projected = !in.w_hr.empty();
   n.Q = n.projected ? in.w_hr[0].size(0) : n.H;
+  // A layer that has its weights only in a format of its own passes those, for their sizes.
+  const bool only_sizes = !in.packed.empty();
   auto all = [&](TensorList tensors, const char* name, at::IntArrayRef size, bool optional) {
+    const bool matrix = size.size() == 2;
     TORCH_CHECK((optional && tensors.empty()) || static_cast<int64_t>(tensors.size()) == P,
                 "scan: ", name, " should hold one tensor per recurrence, ", P, ", got ",
                 tensors.size());
@@ -69,8 +72,8 @@ inline Shape checked_shape(const CellFacts& cell, const ScanInputs& in) {
       check_plain(tensor, name);
       TORCH_CHECK(tensor.sizes() == size, "scan: ", name, " should be ", size, ", got ",
                   tensor.sizes());
-      TORCH_CHECK(tensor.scalar_type() == x.scalar_type(), "scan: ", name, " is ",
-                  tensor.scalar_type(), " but x is ", x.scalar_type());
+      TORCH_CHECK(tensor.scalar_type() == x.scalar_type() || (matrix && only_sizes), "scan: ", name,
+                  " is ", tensor.scalar_type(), " but x is ", x.scalar_type());
       TORCH_CHECK(tensor.device() == x.device(), "scan: ", name, " is on ", tensor.device(),
                   " but x is on ", x.device());
     }
@@ -198,6 +201,20 @@ inline at::ScalarType compute_type(at::ScalarType stored) {
   return stored == at::kDouble ? at::kDouble : at::kFloat;
 }
 
+// The format of a float kernel for tensors of that dtype.
+inline Format plain_format(at::ScalarType stored) {
+  return stored == at::kDouble ? Format::kDouble : Format::kFloat;
+}
+// The format of the forward pass. It depends on the dtype and the processor alone, so that a
+// sequence's numbers do, too.
+inline Format format_of(at::ScalarType stored) {
+  return stored == at::kBFloat16 && has_format(Format::kBfloat16) ? Format::kBfloat16
+                                                                  : plain_format(stored);
+}
+inline Format format_of(const ScanInputs& in) {
+  return in.packed.empty() ? format_of(in.x.scalar_type()) : in.format;
+}
+
 inline Storage storage_of(at::ScalarType type) {
   return type == at::kBFloat16 ? Storage::kBfloat16
          : type == at::kHalf   ? Storage::kFloat16
@@ -209,6 +226,15 @@ inline std::vector<Tensor> as_computed(TensorList tensors, at::ScalarType comput
   std::vector<Tensor> out;
   out.reserve(tensors.size());
   for (const Tensor& tensor : tensors) out.push_back(resolved(tensor).to(compute).contiguous());
+  return out;
+}
+
+// Weights of a format, in contiguous rows of whole words.
+inline std::vector<Tensor> in_words(TensorList tensors, at::ScalarType type, int64_t group) {
+  std::vector<Tensor> out = as_computed(tensors, type);
+  for (Tensor& tensor : out)
+    if (const int64_t rest = tensor.size(1) % group)
+      tensor = at::constant_pad_nd(tensor, {0, group - rest});
   return out;
 }
 
@@ -228,7 +254,7 @@ struct Operands {
   std::vector<Tensor> w_ih, w_hh, b_ih, b_hh, w_hr, s0;
   std::vector<Recurrence> recurrences;
 
-  Operands(const ScanInputs& in, const Shape& n, at::ScalarType compute)
+  Operands(const ScanInputs& in, const Shape& n, Format format)
       : s0(contiguous(in.s0)), recurrences(n.P) {
     for (int64_t p = 0; p < n.P; ++p) {
       Recurrence& recurrence = recurrences[p];
@@ -241,11 +267,17 @@ struct Operands {
       for (int64_t p = 0; p < n.P; ++p) recurrences[p].prepacked = in.packed[p].const_data_ptr();
       return;
     }
-    w_ih = as_computed(in.w_ih, compute);
-    w_hh = as_computed(in.w_hh, compute);
+    const at::ScalarType compute = format == Format::kDouble ? at::kDouble : at::kFloat;
+    const auto matrices = [&](TensorList tensors) {
+      if (is_scaled(format)) return in_words(tensors, at::kChar, 4);
+      if (format == Format::kBfloat16) return in_words(tensors, at::kBFloat16, 2);
+      return as_computed(tensors, compute);
+    };
+    w_ih = matrices(in.w_ih);
+    w_hh = matrices(in.w_hh);
     b_ih = as_computed(in.b_ih, compute);
     b_hh = as_computed(in.b_hh, compute);
-    w_hr = as_computed(in.w_hr, compute);
+    w_hr = matrices(in.w_hr);
     for (int64_t p = 0; p < n.P; ++p) {
       Recurrence& recurrence = recurrences[p];
       recurrence.w_ih = w_ih[p].const_data_ptr();

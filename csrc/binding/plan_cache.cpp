@@ -19,7 +19,7 @@ namespace {
 std::atomic<int64_t> plans_epoch{0};
 
 using PlanKey = std::tuple<const CellFacts*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
-                           at::ScalarType, bool, bool, bool, bool, int, bool>;
+                           at::ScalarType, bool, bool, bool, bool, Format, int, bool>;
 
 constexpr size_t kMostPlans = 4096;  // batches of ever new lengths must not fill memory
 
@@ -54,7 +54,8 @@ std::optional<CpuPlan> cpu_plan(const CellFacts& cell, const Problem& p) {
                     p.recurrences, p.dtype,
                     p.tape,        p.backward,
                     p.projected,   p.frozen,
-                    threads,       contended};
+                    p.format,      threads,
+                    contended};
   auto cached = plans.find(key);
   if (cached != plans.end()) return cached->second;
   py::gil_scoped_acquire gil;
@@ -65,9 +66,9 @@ std::optional<CpuPlan> cpu_plan(const CellFacts& cell, const Problem& p) {
       py::arg("recurrences") = p.recurrences, py::arg("dtype") = c10::toString(p.dtype),
       py::arg("tape") = p.tape, py::arg("backward") = p.backward,
       py::arg("projected") = p.projected, py::arg("frozen") = p.frozen,
-      py::arg("projectable") = cell.projectable,
-      py::arg("compiled") = cell.compiled[p.dtype == at::kDouble] != nullptr,
-      py::arg("threads") = threads, py::arg("contended") = contended);
+      py::arg("projectable") = cell.projectable, py::arg("format") = name_of(p.format),
+      py::arg("compiled") = cell.has_code(p.format), py::arg("threads") = threads,
+      py::arg("contended") = contended);
   std::optional<CpuPlan> plan;
   if (!answer.is_none()) {
     const auto [weights, recurrences, sequences, units, chunk_rows] =

@@ -17,6 +17,7 @@ struct Problem {
   int64_t steps, batch, rows, inputs, hidden, recurrences;
   at::ScalarType dtype;
   bool tape, backward, projected, frozen;
+  Format format;
 };
 
 // The CPU kernel's plan for a problem, or nothing if another kernel runs it. It comes from

@@ -13,7 +13,8 @@
     cell, x, w_ih, w_hh, or_empty(b_ih), or_empty(b_hh), or_empty(w_hr), or_empty(s0), \
         batch_sizes, lengths, resets, reverse                                          \
   }
-#define FASTRNN_PACKED_PARAMETERS FASTRNN_SCAN_PARAMETERS, TensorList packed, const Tensor &expected
+#define FASTRNN_PACKED_PARAMETERS \
+  FASTRNN_SCAN_PARAMETERS, TensorList packed, const Tensor &expected, std::string_view format
 #define FASTRNN_BACKWARD_PARAMETERS                                                              \
   std::string_view cell, const std::optional<Tensor>&dy,                                         \
       const c10::List<std::optional<Tensor>>&dstates, const Tensor &x, TensorList w_ih,          \

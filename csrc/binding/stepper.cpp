@@ -18,7 +18,7 @@
 #include <string>
 
 #include "binding/callbacks.h"
-#include "binding/operands.h"
+#include "binding/cpu_kernel.h"
 
 namespace py = pybind11;
 
@@ -348,68 +348,57 @@ PyObject* write(PyObject* object, PyObject* value) {
 }
 
 // A layer as fastrnn's Weights: w_ih, w_hh, b_ih, b_hh, w_hr, without those that it does not have.
-using LayerWeights = std::array<std::optional<at::Tensor>, 5>;
+using LayerWeights = std::vector<std::optional<at::Tensor>>;
 
-// The layers of a stepper: their weights in the type of computation, checked.
-struct Layers {
-  std::vector<RecurrenceSizes> sizes;
-  std::vector<Recurrence> recurrences;
-  std::vector<at::Tensor> alive;  // what the recurrences point to
+RecurrenceSizes sizes_of(const CellFacts& cell, const LayerWeights& layer) {
+  TORCH_CHECK(layer.size() == 5 && layer[0] && layer[1] && layer[0]->dim() == 2 &&
+                  layer[1]->dim() == 2 && layer[2].has_value() == layer[3].has_value(),
+              "a stepper's layer should be (w_ih, w_hh, b_ih, b_hh, w_hr), with matrices and with "
+              "both biases or none");
+  const bool projected = layer[4].has_value();
+  const int64_t H = layer[1]->size(0) / cell.gates;
+  return {layer[0]->size(1), H, projected ? layer[1]->size(1) : H, projected};
+}
 
-  void add(const CellFacts& cell, const LayerWeights& layer, at::ScalarType compute) {
-    const auto& [w_ih, w_hh, b_ih, b_hh, w_hr] = layer;
-    TORCH_CHECK(w_ih && w_hh && w_ih->dim() == 2 && w_hh->dim() == 2 &&
-                    b_ih.has_value() == b_hh.has_value(),
-                "a stepper's layer should be (w_ih, w_hh, b_ih, b_hh, w_hr), with matrices and "
-                "with both biases or none");
-    const int64_t rows = w_ih->size(0), H = rows / cell.gates, Q = w_hr ? w_hh->size(1) : H;
-    sizes.push_back({w_ih->size(1), H, Q, w_hr.has_value()});
-    TORCH_CHECK(H == sizes[0].hidden && (!w_hr || cell.projectable) &&
-                    (sizes.size() < 2 || sizes.back().inputs == sizes.end()[-2].recurrent),
-                "a stepper needs layers that fit onto each other");
-    const auto data = [&](const std::optional<at::Tensor>& weight, const char* name,
-                          at::IntArrayRef size) -> const void* {
-      if (!weight) return nullptr;
-      TORCH_CHECK(weight->sizes() == size, "a stepper's ", name, " should be ", size, ", got ",
-                  weight->sizes());
-      return alive.emplace_back(weight->detach().to(compute).contiguous()).const_data_ptr();
-    };
-    Recurrence& recurrence = recurrences.emplace_back();
-    recurrence.w_ih = data(w_ih, "w_ih", {cell.gates * H, w_ih->size(1)});
-    recurrence.w_hh = data(w_hh, "w_hh", {rows, Q});
-    recurrence.b_ih = data(b_ih, "b_ih", {rows});
-    recurrence.b_hh = data(b_hh, "b_hh", {rows});
-    recurrence.w_hr = data(w_hr, "w_hr", {Q, H});
-  }
-};
-
-// The arguments are (cell, layers, batch_size, threads, release_gil), as fastrnn/nn/stream.py
-// checks them.
+// The arguments are (cell, like, layers, format, scales, batch_size, threads, release_gil), as
+// fastrnn/nn/stream.py checks them: `like` has the dtype of x, and the weights of a layer with
+// their scales are those of pack().
 PyObject* make(PyTypeObject* type, PyObject* args, PyObject*) {
   HANDLE_TH_ERRORS
-  const char* name = nullptr;
-  PyObject* layer_list = nullptr;
+  const char *name = nullptr, *format_name = nullptr;
+  PyObject *like = nullptr, *layer_list = nullptr, *scale_list = nullptr;
   long long batch = 0;
   int threads = 1, release_gil = 1;
-  if (!PyArg_ParseTuple(args, "sOLip", &name, &layer_list, &batch, &threads, &release_gil))
+  if (!PyArg_ParseTuple(args, "sOOsOLip", &name, &like, &layer_list, &format_name, &scale_list,
+                        &batch, &threads, &release_gil))
     return nullptr;
   const auto weights = py::cast<std::vector<LayerWeights>>(py::handle(layer_list));
-  TORCH_CHECK(batch >= 1 && threads >= 1 && !weights.empty() && weights[0][0],
+  const auto scales = py::cast<std::vector<std::vector<at::Tensor>>>(py::handle(scale_list));
+  TORCH_CHECK(batch >= 1 && threads >= 1 && !weights.empty() && scales.size() == weights.size(),
               "a stepper needs a batch, a thread and a layer");
-  const at::ScalarType stored = weights[0][0]->scalar_type();
-  const CellFacts& cell = known_cell(name, at::kCPU, stored);
+  const at::ScalarType stored = py::cast<at::Tensor>(py::handle(like)).scalar_type();
+  const Format format = format_named(format_name);
+  const CellFacts& cell = known_cell(name, at::kCPU, format);
   const Kind* kind = nullptr;
   for (const Kind& candidate : kKinds)
     if (candidate.type == stored) kind = &candidate;
-  TORCH_CHECK(kind, "a stepper computes float32, float64, bfloat16 and float16, not ", stored);
+  TORCH_CHECK(kind && (format == Format::kDouble) == (stored == at::kDouble),
+              "a stepper computes float32, float64, bfloat16 and float16, not ", stored, " in ",
+              format_name);
   at::AutoDispatchBelowADInplaceOrView below;
-  const bool in_double = stored == at::kDouble;
-  Layers layers;
-  for (const LayerWeights& layer : weights) layers.add(cell, layer, compute_type(stored));
-  auto stepper = std::make_unique<Stepper>(cell.code(in_double), in_double, storage_of(stored),
-                                           batch, layers.sizes, threads);
-  for (size_t l = 0; l < layers.recurrences.size(); ++l)
-    stepper->pack(static_cast<int64_t>(l), layers.recurrences[l]);
+  std::vector<RecurrenceSizes> sizes;
+  for (const LayerWeights& layer : weights) {
+    sizes.push_back(sizes_of(cell, layer));
+    TORCH_CHECK(sizes.back().hidden == sizes[0].hidden &&
+                    (sizes.size() < 2 || sizes.back().inputs == sizes.end()[-2].recurrent),
+                "a stepper needs layers that fit onto each other");
+  }
+  auto stepper = std::make_unique<Stepper>(cell.code(format), format, storage_of(stored), batch,
+                                           sizes, threads);
+  for (size_t l = 0; l < weights.size(); ++l) {
+    const at::Tensor packed = pack(cell, format, weights[l], scales[l]);
+    stepper->set_weights(static_cast<int64_t>(l), packed.const_data_ptr());
+  }
 
   PyObject* object = type->tp_alloc(type, 0);
   if (!object) return nullptr;
@@ -439,6 +428,10 @@ PyObject* threads(PyObject* object, void*) {
   return PyLong_FromLong(as_stepper(object)->stepper->threads());
 }
 
+PyObject* weights(PyObject* object, void*) {
+  return PyUnicode_FromString(name_of(as_stepper(object)->stepper->format()));
+}
+
 }  // namespace
 
 void bind_stepper(py::module_& m) {
@@ -455,6 +448,8 @@ void bind_stepper(py::module_& m) {
       {"input_size", get<&Stepper::inputs>, nullptr, nullptr, nullptr},
       {"output_size", get<&Stepper::outputs>, nullptr, nullptr, nullptr},
       {"threads", threads, nullptr, nullptr, nullptr},
+      {"weights", weights, nullptr, nullptr, nullptr},
+      {"nbytes", get<&Stepper::weight_bytes>, nullptr, nullptr, nullptr},
       {nullptr, nullptr, nullptr, nullptr, nullptr}};
   static PyType_Slot slots[] = {{Py_tp_new, reinterpret_cast<void*>(make)},
                                 {Py_tp_dealloc, reinterpret_cast<void*>(destroy)},

@@ -67,6 +67,8 @@ def ninja_file(folder: Path) -> str:
     for isa in ISA_FLAGS if platform.machine() in ("x86_64", "AMD64") else ["baseline"]:
         # GCC 12 takes its own intrinsics for reads of uninitialised memory.
         extra = f"-std=c++17 -DFASTRNN_ISA={isa} {ISA_FLAGS[isa]} -Wno-maybe-uninitialized"
+        if isa == "avx512_vnni":  # float and double are those of avx512
+            extra += " -DFASTRNN_FORMATS"
         objects[object_of(KERNELS, f".{isa}.o")] = (KERNELS, extra)
     builds = ["build cells.gen.h: generate"]
     for out, (source, extra) in objects.items():

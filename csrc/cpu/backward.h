@@ -12,14 +12,17 @@
 #include "core/cell.h"
 #include "core/math.h"
 #include "cpu/contract.h"
+#include "cpu/formats.h"
 #include "cpu/product.h"
 #include "cpu/team.h"
 
 namespace fastrnn {
 inline namespace FASTRNN_ISA {
 
-template <class Cell, class T>
+template <class Cell, class F>
 class Backward {
+  using T = typename F::Number;
+  using Word = typename F::Word;
   using V = Vec<T>;
   static constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kSaved;
   static constexpr int kLanes = lanes<V>();
@@ -43,6 +46,8 @@ class Backward {
         vectors_((args.hidden + kLanes - 1) / kLanes),
         columns_((args.recurrent + kLanes - 1) / kLanes),
         depth_(G * args.hidden),
+        gates_row_(gradient_row(F::kFormat, depth_)),
+        dh_row_(gradient_row(F::kFormat, args.recurrent)),
         tape_width_(S - 1 + K + args.projected) {
     const int64_t first = args.begin, last = args.end - 1;
     const Rows& rows = args.rows;
@@ -54,8 +59,8 @@ class Backward {
   }
 
   void place(Arena& arena) {
-    w_hh_ = static_cast<T*>(args_.prepacked);
-    w_hr_ = w_hh_ + args_.recurrences * columns_ * kLanes * depth_;
+    w_hh_ = static_cast<Word*>(args_.prepacked);
+    w_hr_ = w_hh_ + args_.recurrences * columns_ * kLanes * words_of<F>(depth_);
     dm_ = arena.take<T>(projected() ? args_.recurrences * args_.rows.batch * vectors_ * kLanes : 0);
   }
 
@@ -115,21 +120,25 @@ class Backward {
   bool projected() const { return Cell::kProjectable && __builtin_expect(args_.projected, false); }
   bool prepacks() const { return plan_.weights == WeightLayout::kPrepacked; }
   // The weights that a product reads: `packed`, if they were packed.
-  Matrix<T> matrix(const T* packed, const void* unpacked, int64_t depth, int64_t width) const {
-    return {prepacks() ? packed : static_cast<const T*>(unpacked), depth, width, prepacks()};
+  Matrix<Word> matrix(const Word* packed, const void* unpacked, int64_t depth,
+                      int64_t width) const {
+    return {prepacks() ? packed : static_cast<const Word*>(unpacked), words_of<F>(depth), width,
+            prepacks()};
   }
-  T* w_hh(int64_t p) const { return w_hh_ + p * columns_ * kLanes * depth_; }
-  T* w_hr(int64_t p) const { return w_hr_ + p * vectors_ * kLanes * args_.recurrent; }
+  Word* w_hh(int64_t p) const { return w_hh_ + p * columns_ * kLanes * words_of<F>(depth_); }
+  Word* w_hr(int64_t p) const {
+    return w_hr_ + p * vectors_ * kLanes * words_of<F>(args_.recurrent);
+  }
   T* dm(int64_t p, int64_t i) const { return dm_ + (p * args_.rows.batch + i) * vectors_ * kLanes; }
 
   // Packs the bands `own` of the columns of w [depth, width]; threads that own the same take turns.
-  void pack(const void* w, int64_t width, int64_t depth, Range own, int32_t turn, T* out) const {
+  void pack(const void* w, int64_t width, int64_t depth, Range own, int32_t turn, Word* out) const {
     int64_t band = 0;
     for_each_band(own.begin, own.end, [&](int64_t v, auto count) {
       if (band++ % plan_.split_sequences != turn) return;
       const int64_t column = v * kLanes;
-      pack_columns(static_cast<const T*>(w) + column, width, width - column, depth,
-                   out + column * depth, decltype(count)::value);
+      pack_columns<F>(static_cast<const T*>(w) + column, width, width - column, depth,
+                      out + column * words_of<F>(depth), decltype(count)::value);
     });
   }
 
@@ -161,7 +170,7 @@ class Backward {
   void add_output_gradient(int64_t p, int64_t step, int64_t t, int64_t i, Range columns) const {
     const int64_t Q = args_.recurrent;
     const Place at = locate(p, step, t, i);
-    T* dh = static_cast<T*>(args_.dh[p]) + at.out * Q;
+    Word* dh = static_cast<Word*>(args_.dh[p]) + at.out * dh_row_;
     T* h_prev = static_cast<T*>(args_.h_prev[p]) + at.out * Q;
     T* ds = static_cast<T*>(args_.ds[p * S]) + at.b * Q;
     for (int64_t column = columns.begin * kLanes; column < columns.end * kLanes; column += kLanes) {
@@ -169,23 +178,24 @@ class Backward {
       V gradient = load<V>(ds + column, n);
       if (args_.dy)
         gradient = gradient + load_as<V>(args_.dy, at.row * Q + column, n, args_.storage);
-      store(dh + column, gradient, n);
+      F::put(dh, column, gradient, n);
       store(ds + column, splat<V>(0), n);
       store(h_prev + column, state_before(args_.recurrence[p], 0, at, column, n), n);
     }
+    if (columns.end == columns_) F::end_row(dh, Q);
   }
 
   // dm = dh * w_hr
   void unproject(int64_t p, int64_t t, Range sequences, Range units) const {
     const int64_t Q = args_.recurrent, first = args_.rows.compact_row(t, sequences.begin);
-    const T* dh =
-        static_cast<const T*>(args_.dh[p]) + (first - origin_[args_.recurrence[p].reverse]) * Q;
-    multiply_columns(dh, Q, sequences.size(),
-                     matrix(w_hr(p), args_.recurrence[p].w_hr, Q, args_.hidden), units.begin,
-                     units.end,
-                     [&](int64_t r, int64_t vector, V sum) __attribute__((always_inline)) {
-                       store(dm(p, sequences.begin + r) + vector * kLanes, sum);
-                     });
+    const Word* dh = static_cast<const Word*>(args_.dh[p]) +
+                     (first - origin_[args_.recurrence[p].reverse]) * dh_row_;
+    multiply_columns<F>(
+        dh, dh_row_, sequences.size(), matrix(w_hr(p), args_.recurrence[p].w_hr, Q, args_.hidden),
+        units.begin, units.end,
+        [&](int64_t r, int64_t vector, const V* sum) __attribute__((always_inline)) {
+          store(dm(p, sequences.begin + r) + vector * kLanes, *sum);
+        });
   }
 
   // Writes du, dv and the gradients that reach the previous states without passing w_hh.
@@ -193,8 +203,8 @@ class Backward {
     const Recurrence& recurrence = args_.recurrence[p];
     const int64_t H = args_.hidden;
     const Place at = locate(p, step, t, i);
-    T* du = static_cast<T*>(args_.du[p]) + at.out * depth_;
-    T* dv = static_cast<T*>(args_.dv[p]) + at.out * depth_;
+    Word* du = static_cast<Word*>(args_.du[p]) + at.out * gates_row_;
+    Word* dv = static_cast<Word*>(args_.dv[p]) + at.out * gates_row_;
 
     for (int64_t unit = units.begin * kLanes; unit < units.end * kLanes; unit += kLanes) {
       const int n = within<V>(unit, H);
@@ -226,11 +236,15 @@ class Backward {
       Cell::backward(saved, before, next, dnext, gates_u, gates_v, dbefore);
 
       for (int g = 0; g < G; ++g) {
-        store(dv + g * H + unit, gates_v[g], n);
-        if constexpr (!all_summed<Cell>()) store(du + g * H + unit, gates_u[g], n);
+        F::put(dv, g * H + unit, gates_v[g], n);
+        if constexpr (!all_summed<Cell>()) F::put(du, g * H + unit, gates_u[g], n);
       }
       if (!projected()) store(carried(0), at.cut ? splat<V>(0) : dbefore[0], n);
       for (int s = 1; s < S; ++s) store(carried(s), at.cut ? splat<V>(0) : dbefore[s], n);
+    }
+    if (units.end == vectors_) {
+      F::end_row(dv, depth_);
+      if constexpr (!all_summed<Cell>()) F::end_row(du, depth_);
     }
   }
 
@@ -239,28 +253,30 @@ class Backward {
     const Rows& rows = args_.rows;
     const bool reverse = args_.recurrence[p].reverse;
     const int64_t Q = args_.recurrent;
-    const T* dv = static_cast<const T*>(args_.dv[p]) +
-                  (rows.compact_row(t, sequences.begin) - origin_[reverse]) * depth_;
+    const Word* dv = static_cast<const Word*>(args_.dv[p]) +
+                     (rows.compact_row(t, sequences.begin) - origin_[reverse]) * gates_row_;
     T* ds = static_cast<T*>(args_.ds[p * S]);
-    multiply_columns(dv, depth_, sequences.size(),
-                     matrix(w_hh(p), args_.recurrence[p].w_hh, depth_, Q), columns.begin,
-                     columns.end,
-                     [&](int64_t r, int64_t vector, V sum) __attribute__((always_inline)) {
-                       const int64_t i = sequences.begin + r, column = vector * kLanes;
-                       if (rows.cut_before(step, i, reverse)) return;
-                       const int n = within<V>(column, Q);
-                       T* to = ds + rows.batch_index(i) * Q + column;
-                       store(to, load<V>(to, n) + sum, n);
-                     });
+    multiply_columns<F>(
+        dv, gates_row_, sequences.size(), matrix(w_hh(p), args_.recurrence[p].w_hh, depth_, Q),
+        columns.begin, columns.end,
+        [&](int64_t r, int64_t vector, const V* sum) __attribute__((always_inline)) {
+          const int64_t i = sequences.begin + r, column = vector * kLanes;
+          if (rows.cut_before(step, i, reverse)) return;
+          const int n = within<V>(column, Q);
+          T* to = ds + rows.batch_index(i) * Q + column;
+          store(to, load<V>(to, n) + *sum, n);
+        });
   }
 
   const BackwardArgs& args_;
   const CpuPlan& plan_;
-  const int64_t vectors_, columns_;      // vectors of units, and of the columns of h
-  const int64_t depth_, tape_width_;     // gates of a row, and values of a unit on the tape
-  int64_t origin_[2] = {};               // first compact row of the chunk, forward and reverse
-  T *w_hh_ = nullptr, *w_hr_ = nullptr;  // [P], bands of columns
-  T* dm_ = nullptr;                      // [P][B][padded H]
+  const int64_t vectors_, columns_;         // vectors of units, and of the columns of h
+  const int64_t depth_;                     // gates of a row
+  const int64_t gates_row_, dh_row_;        // words of a row of du or dv, and of dh
+  const int64_t tape_width_;                // values of a unit on the tape
+  int64_t origin_[2] = {};                  // first compact row of the chunk, forward and reverse
+  Word *w_hh_ = nullptr, *w_hr_ = nullptr;  // [P], bands of columns
+  T* dm_ = nullptr;                         // [P][B][padded H]
 };
 
 }  // namespace FASTRNN_ISA

@@ -72,7 +72,8 @@ struct RecurrenceSizes {
   bool projected = false;  // only for cells that are `projectable`
 };
 
-// One scan. Weights and biases are in the compute type, states in the storage type.
+// One scan. Weights are in the format, their rows padded with zeros to whole words; biases are in
+// the compute type, states in the storage type.
 struct Recurrence {
   bool reverse = false;
   const void* w_ih = nullptr;       // [G*H, I]
@@ -80,6 +81,9 @@ struct Recurrence {
   const void* b_ih = nullptr;       // [G*H] or null
   const void* b_hh = nullptr;       // [G*H] or null
   const void* w_hr = nullptr;       // [Q, H] if state 0 is projected
+  const float* scale_ih = nullptr;  // [G*H] if the format has scales: of the rows of w_ih,
+  const float* scale_hh = nullptr;  // [G*H] of w_hh,
+  const float* scale_hr = nullptr;  // [Q] and of w_hr
   const void* prepacked = nullptr;  // output of CompiledCell::pack; null: the call packs
   const void* s0[kMaxStates] = {};  // [B, Q] for state 0, [B, H] for others, or null for zeros
 };
@@ -108,11 +112,17 @@ struct ForwardArgs : Scan {
   void* const* final_states = nullptr;  // [P][S], each shaped like s0
 };
 
+// Words of a row of gradients of `width` numbers in a format: of du, dv and dh.
+constexpr int64_t gradient_row(Format format, int64_t width) {
+  return format == Format::kBfloat16 ? (width + 15) / 16 * 8 : width;
+}
+
 // Numbers in a row of prepacked weights, enough for every vector width.
 constexpr int64_t prepacked_width(int64_t width) { return (width + 15) / 16 * 16; }
 
 // One chunk of steps [begin, end) of every recurrence, walked from its end. dy, y and tape are in
-// the storage type, all else in the compute type. Outputs hold the chunk's live rows in time order.
+// the storage type, weights and all else in the compute type, but for du, dv and dh, whose rows are
+// gradient_row() words in the format. Outputs hold the chunk's live rows in time order.
 struct BackwardArgs : Scan {
   int64_t begin = 0;
   int64_t end = 0;
@@ -132,8 +142,9 @@ struct BackwardArgs : Scan {
 };
 
 // Gradients of weights, biases and x from du and dv of a chunk. x and tape are in the storage type,
-// all else in the compute type. A null pointer means that its gradient is not wanted. The chunk
-// that ends with the last step begins the gradients of weights and biases, the others add to them.
+// du, dv and dh as in BackwardArgs, all else in the compute type. A null pointer means that its
+// gradient is not wanted. The chunk that ends with the last step begins the gradients of weights
+// and biases, the others add to them.
 struct GradientArgs : Scan {
   int64_t depth = 0;  // G*H
   int64_t begin = 0;
@@ -179,7 +190,7 @@ struct StepArgs {
   const void* x = nullptr;          // [B, I], rows x_row apart
   int64_t x_row = 0;
   Storage x_storage = Storage::kSame;
-  void* converted = nullptr;  // room for [B, I] if x is stored in 16 bits
+  void* room = nullptr;  // CompiledCell::step_room bytes, of this part alone
   int64_t stride = 0;
   const void* h = nullptr;   // [B, Q]
   void* next_h = nullptr;    // [B, Q], other memory than h
@@ -219,9 +230,9 @@ struct CpuPlan {
   }
 };
 
-// A cell compiled for one instruction set. Index 0 computes in float, 1 in double; all pointers of
-// a type that was not compiled are null. Kernels return false when memory runs out. Only kernels of
-// the same cell, type and instruction set can read the output of `pack`.
+// A cell compiled for one instruction set. The index is a Format; all pointers of one that was not
+// compiled are null. Kernels return false when memory runs out. Only kernels of the same cell,
+// format and instruction set can read the output of `pack`.
 struct CompiledCell {
   const char* name;
   int32_t gates;
@@ -229,18 +240,19 @@ struct CompiledCell {
   int32_t saved;
   uint32_t summed;   // bit g
   bool projectable;  // reads state 0 through v alone, so that it need not be H wide
-  bool (*forward[2])(const ForwardArgs&, const CpuPlan&);
-  bool (*backward[2])(const BackwardArgs&, const CpuPlan&);
-  int64_t (*prepacked_bytes[2])(const RecurrenceSizes&);
-  void (*pack[2])(const RecurrenceSizes&, const Recurrence&, void* out);
-  void (*step[2])(const StepArgs&);
+  bool (*forward[kFormats])(const ForwardArgs&, const CpuPlan&);
+  bool (*backward[kFormats])(const BackwardArgs&, const CpuPlan&);
+  int64_t (*prepacked_bytes[kFormats])(const RecurrenceSizes&);
+  void (*pack[kFormats])(const RecurrenceSizes&, const Recurrence&, void* out);
+  void (*step[kFormats])(const StepArgs&);
+  int64_t (*step_room[kFormats])(const RecurrenceSizes&, int64_t batch);  // bytes of StepArgs::room
 };
 
 struct CompiledCells {
   const CompiledCell* cells;
   int32_t count;
   // The same for all cells; null in the library of a custom cell.
-  bool (*gradients[2])(const GradientArgs&, const CpuPlan&);
+  bool (*gradients[kFormats])(const GradientArgs&, const CpuPlan&);
 };
 
 }  // namespace fastrnn

@@ -4,7 +4,8 @@
 // chunk of steps it projects its rows onto its panels (so u stays in its cache), then walks the
 // steps. Threads that share sequences exchange h once per step, by two buffers of h and a counter
 // for each thread. A projected output takes two exchanges: the cell's m, then h = m * w_hr^T, of
-// which a thread owns a range of columns.
+// which a thread owns a range of columns. They exchange numbers in the compute type; a format of
+// other words has each thread convert what it multiplies.
 #pragma once
 
 #include <cstdint>
@@ -12,6 +13,7 @@
 #include "core/cell.h"
 #include "core/math.h"
 #include "cpu/contract.h"
+#include "cpu/formats.h"
 #include "cpu/prepacked.h"
 #include "cpu/product.h"
 #include "cpu/team.h"
@@ -19,15 +21,19 @@
 namespace fastrnn {
 inline namespace FASTRNN_ISA {
 
-template <class Cell, class T>
+template <class Cell, class F>
 class Forward {
+  using T = typename F::Number;
+  using Word = typename F::Word;
   using V = Vec<T>;
   static constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kSaved;
-  using Weights = Prepacked<Cell, T>;
+  using Weights = Prepacked<Cell, F>;
   static constexpr int kLanes = Weights::kLanes;
   static constexpr int kUnitVectors = Weights::kUnitVectors, kUnits = Weights::kUnits;
   static constexpr int kVectors = Weights::kVectors, kWidth = Weights::kWidth;
-  static constexpr int kRows = tile_rows(kVectors);
+  static constexpr int kRows = tile_rows(kVectors * F::kSums);
+  template <int kTile>
+  using Tile = Sums<F, kTile, kVectors>;
 
   // Memory that the threads of one recurrence share.
   struct Shared : Weights {
@@ -37,10 +43,13 @@ class Forward {
   };
   // Memory of one thread, for one chunk.
   struct Scratch {
-    T* u;          // [rows][own panels][kWidth]
-    const T** x;   // [rows]
-    T* converted;  // [rows][I] if x is stored in 16 bits
-    T* panel;      // [I or Q][kWidth] if weights are packed panel by panel
+    T* u;             // [rows][own panels][kWidth]
+    const Word** x;   // [rows]
+    Word* converted;  // [rows][row of I] if x is not stored in words
+    T* x_scale;       // [rows] if the format has scales
+    Word* state;      // [B][row of H or Q] if rows are converted: of h, then of m
+    T* state_scale;   // [B]
+    Word* panel;      // [words of I or Q][kWidth] if weights are packed panel by panel
   };
   // A thread's part of every step. The ranges may reach past a state's width, into its padding.
   struct Share {
@@ -86,10 +95,13 @@ class Forward {
     for (int32_t i = 0; i < plan_.threads(); ++i) {
       Scratch own;
       own.u = arena.take<T>(chunk_rows() * own_panels * kWidth);
-      own.x = arena.take<const T*>(chunk_rows());
-      own.converted = arena.take<T>(args_.storage == Storage::kSame ? 0 : chunk_rows() * I);
-      const int64_t depth = I > args_.recurrent ? I : args_.recurrent;
-      own.panel = arena.take<T>(plan_.weights == WeightLayout::kPanels ? depth * kWidth : 0);
+      own.x = arena.take<const Word*>(chunk_rows());
+      own.converted = arena.take<Word>(x_in_words() ? 0 : chunk_rows() * row_words<F>(I));
+      own.x_scale = arena.take<T>(F::kScaled ? chunk_rows() : 0);
+      own.state = arena.take<Word>(F::kConverts ? B * state_words() : 0);
+      own.state_scale = arena.take<T>(F::kScaled ? B : 0);
+      const int64_t depth = words_of<F>(I > args_.recurrent ? I : args_.recurrent);
+      own.panel = arena.take<Word>(plan_.weights == WeightLayout::kPanels ? depth * kWidth : 0);
       if (arena.ready()) scratch_[i] = own;
     }
   }
@@ -121,6 +133,18 @@ class Forward {
     return plan_.weights == WeightLayout::kPrepacked || args_.recurrence[0].prepacked;
   }
 
+  // Whether rows of x, as they lie, are rows of words.
+  bool x_in_words() const {
+    if constexpr (F::kFormat == Format::kBfloat16)
+      return args_.storage == Storage::kBfloat16 && args_.inputs % F::kGroup == 0;
+    else
+      return !F::kConverts && args_.storage == Storage::kSame;
+  }
+  // Words of a row of h or m.
+  int64_t state_words() const {
+    return row_words<F>(args_.hidden > args_.recurrent ? args_.hidden : args_.recurrent);
+  }
+
   // At least one step of all sequences, at most all rows.
   int64_t chunk_rows() const {
     const int64_t B = args_.rows.batch, all = B * args_.rows.steps;
@@ -135,7 +159,7 @@ class Forward {
     const bool whole_bands = args_.recurrence[0].prepacked != nullptr;
     const Range vectors = columns_of(columns_, whole_bands, plan_.split_units, me.unit);
     share.columns = projected() ? Range{vectors.begin * kLanes, vectors.end * kLanes} : share.units;
-    share.own_blocks = blocks_within(share.columns, args_.recurrent);
+    if constexpr (!F::kConverts) share.own_blocks = blocks_within(share.columns, args_.recurrent);
     share.sequences =
         sequences_of(args_.rows, 0, args_.rows.steps, plan_.split_sequences, me.sequence);
     return share;
@@ -153,7 +177,7 @@ class Forward {
   void pack(const Recurrence& recurrence, const Weights& out, const Share& share,
             int32_t turn) const {
     out.pack(sizes_, recurrence, packed(), share.panels, turn, plan_.split_sequences);
-    if (projected() && packed())
+    if (projected() && (packed() || F::kConverts))
       out.pack_projection(sizes_, recurrence,
                           {share.columns.begin / kLanes, share.columns.end / kLanes}, turn,
                           plan_.split_sequences);
@@ -209,28 +233,55 @@ class Forward {
     }
   }
 
-  const T* input(const Scratch& own, int64_t count, int64_t t, int64_t i) const {
+  const Word* input(const Scratch& own, int64_t count, int64_t t, int64_t i) const {
     const Rows& rows = args_.rows;
+    const int64_t I = args_.inputs;
     const int64_t at = rows.packed() ? (rows.compact[t] + i) * args_.x_row
                                      : t * args_.x_step + rows.batch_index(i) * args_.x_row;
-    if (args_.storage == Storage::kSame) return static_cast<const T*>(args_.x) + at;
-    T* to = own.converted + count * args_.inputs;
-    for (int64_t k = 0; k < args_.inputs; k += kLanes) {
-      const int n = within<V>(k, args_.inputs);
-      store(to + k, load_as<V>(args_.x, at + k, n, args_.storage), n);
+    if (x_in_words()) {
+      const int64_t bytes = args_.storage == Storage::kSame ? sizeof(T) : 2;
+      return reinterpret_cast<const Word*>(static_cast<const char*>(args_.x) + at * bytes);
+    }
+    Word* to = own.converted + count * row_words<F>(I);
+    const auto numbers = [&](int64_t k, int n) __attribute__((always_inline)) {
+      return load_as<V>(args_.x, at + k, n, args_.storage);
+    };
+    if constexpr (F::kConverts) {
+      const T scale = F::convert(to, I, numbers);
+      if constexpr (F::kScaled) own.x_scale[count] = scale;
+    } else {
+      for (int64_t k = 0; k < I; k += kLanes) store(to + k, numbers(k, within<V>(k, I)));
     }
     return to;
   }
 
-  // One panel of the weights [G*H, depth], packed or, if `packed` is null, in torch's layout.
+  // Converts the rows of h or m that products are about to read; `from` is that of sequence 0.
+  void convert(const Scratch& own, Range sequences, const T* from, int64_t stride,
+               int64_t width) const {
+    if constexpr (F::kConverts)
+      for (int64_t i = sequences.begin; i < sequences.end; ++i) {
+        const T* row = from + i * stride;
+        const T scale = F::convert(
+            own.state + i * state_words(), width,
+            [&](int64_t k, int n) __attribute__((always_inline)) { return load<V>(row + k, n); });
+        if constexpr (F::kScaled) own.state_scale[i] = scale;
+      }
+  }
+
+  // One panel of the weights [G*H, depth words], packed or, if `packed` is null, in torch's layout.
   struct PanelWeights {
-    const T* packed;
-    const T* unpacked;
+    const Word* packed;
+    const Word* unpacked;
     int64_t panel, depth;
+    Columnwise<F> columns;
+    int64_t column;  // of the panel's first lane
   };
-  FASTRNN_INLINE PanelWeights weights_of(int64_t panel, const T* prepacked, const void* weights,
-                                         int64_t depth, T* scratch) const {
-    PanelWeights w{nullptr, static_cast<const T*>(weights), panel, depth};
+  FASTRNN_INLINE PanelWeights weights_of(int64_t panel, const Word* prepacked,
+                                         const Columnwise<F>& columns, const void* weights,
+                                         int64_t inputs, Word* scratch) const {
+    const int64_t depth = words_of<F>(inputs);
+    PanelWeights w{nullptr,       static_cast<const Word*>(weights), panel, depth, columns,
+                   panel * kWidth};
     if (packed()) {
       w.packed = prepacked + panel * depth * kWidth;
     } else if (plan_.weights == WeightLayout::kPanels) {
@@ -246,17 +297,25 @@ class Forward {
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
       const T* bias = recurrence.bias_u + panel * kWidth;
       T* u = own.u + (panel - panels.begin) * kWidth;
-      const PanelWeights w =
-          weights_of(panel, recurrence.w_ih, args_.recurrence[p].w_ih, args_.inputs, own.panel);
+      const PanelWeights w = weights_of(panel, recurrence.w_ih, recurrence.ih,
+                                        args_.recurrence[p].w_ih, args_.inputs, own.panel);
       for_each_tile<kRows>(count, [&](int64_t first, auto n) {
         constexpr int kTile = decltype(n)::value;
-        V acc[kTile][kVectors];
-        for (int r = 0; r < kTile; ++r)
-          for (int v = 0; v < kVectors; ++v) acc[r][v] = load<V>(bias + v * kLanes);
-        add_product(acc, w, own.x + first, 0, args_.inputs);
-        for (int r = 0; r < kTile; ++r)
-          for (int v = 0; v < kVectors; ++v)
-            store(u + (first + r) * stride + v * kLanes, acc[r][v]);
+        Tile<kTile> acc;
+        const auto each = [&](const auto& f) __attribute__((always_inline)) {
+          for (int r = 0; r < kTile; ++r)
+            for (int v = 0; v < kVectors; ++v)
+              f(r, v, &acc[r][v * F::kSums], load<V>(bias + v * kLanes));
+        };
+        each([&](int, int v, auto* sum, V b) {
+          begin_sum<F>(sum, w.columns, w.column + v * kLanes, b);
+        });
+        add_product<kTile>(acc, w, own.x + first, 0, w.depth);
+        each([&](int r, int v, auto* sum, V b) {
+          const T scale = F::kScaled ? own.x_scale[first + r] : T{1};
+          store(u + (first + r) * stride + v * kLanes,
+                end_sum<F>(sum, w.columns, w.column + v * kLanes, scale, b));
+        });
       });
     }
   }
@@ -266,12 +325,17 @@ class Forward {
     const Range panels = share.panels;
     const int64_t stride = panels.size() * kWidth;
     bool fresh = !me.alone() && step > 0;  // peers may still be writing their part of h
+    const Scratch& own = scratch_[me.index];
+    if constexpr (F::kConverts) {
+      if (fresh) me.wait_for_peers(done);
+      fresh = false;
+      convert(own, sequences, shared_[p].h[step & 1], padded_h_, args_.recurrent);
+    }
     // Every other step walks the panels backward: their tail is still in the cache.
     for (int64_t q = 0; q < panels.size(); ++q) {
       const int64_t at = step & 1 ? panels.size() - 1 - q : q;
-      const PanelWeights w =
-          weights_of(panels.begin + at, shared_[p].w_hh, args_.recurrence[p].w_hh, args_.recurrent,
-                     scratch_[me.index].panel);
+      const PanelWeights w = weights_of(panels.begin + at, shared_[p].w_hh, shared_[p].hh,
+                                        args_.recurrence[p].w_hh, args_.recurrent, own.panel);
       for_each_tile<kRows>(sequences.size(), [&](int64_t first, auto n) {
         tile<decltype(n)::value>(me, p, step, share, w, panels.begin + at, sequences.begin + first,
                                  u + first * stride + at * kWidth, done, fresh);
@@ -284,7 +348,8 @@ class Forward {
       me.publish(done);
       me.wait_for_peers(done);
     }
-    project_output(p, step, sequences, share.columns);
+    convert(own, sequences, shared_[p].m, padded_, args_.hidden);
+    project_output(own, p, step, sequences, share.columns);
   }
 
   template <int kTile>
@@ -293,21 +358,39 @@ class Forward {
     const int64_t stride = share.panels.size() * kWidth;
     const Shared& recurrence = shared_[p];
     const T* h = recurrence.h[step & 1];
-    V acc[kTile][kVectors];
-    const T* rows[kTile];
+    const Scratch& own = scratch_[me.index];
+    Tile<kTile> sums;
+    const Word* rows[kTile];
     for (int r = 0; r < kTile; ++r) {
-      rows[r] = h + (first + r) * padded_h_;
-      for (int v = 0; v < kVectors; ++v)
-        acc[r][v] = Cell::kSummed[v % G] ? load<V>(u + r * stride + v * kLanes)
-                                         : load<V>(recurrence.bias_v + panel * kWidth + v * kLanes);
+      if constexpr (F::kConverts)
+        rows[r] = own.state + (first + r) * state_words();
+      else
+        rows[r] = h + (first + r) * padded_h_;
     }
+    const auto each = [&](const auto& f) __attribute__((always_inline)) {
+      for (int r = 0; r < kTile; ++r)
+        for (int v = 0; v < kVectors; ++v)
+          f(r, v, &sums[r][v * F::kSums],
+            Cell::kSummed[v % G] ? load<V>(u + r * stride + v * kLanes)
+                                 : load<V>(recurrence.bias_v + panel * kWidth + v * kLanes));
+    };
+    each([&](int, int v, auto* sum, V b) {
+      begin_sum<F>(sum, w.columns, w.column + v * kLanes, b);
+    });
     int64_t next = 0;
-    if (fresh) {
-      out_of_line(acc,
-                  [&](auto& sum) { add_own_blocks(sum, w, rows, me, share.own_blocks, done); });
-      next = share.own_blocks.end;
+    if constexpr (!F::kConverts) {
+      if (fresh) {
+        out_of_line(sums,
+                    [&](auto& sum) { add_own_blocks(sum, w, rows, me, share.own_blocks, done); });
+        next = share.own_blocks.end;
+      }
     }
-    add_product(acc, w, rows, next, w.depth);
+    add_product<kTile>(sums, w, rows, next, w.depth);
+    V acc[kTile][kVectors];
+    each([&](int r, int v, auto* sum, V b) {
+      const T scale = F::kScaled ? own.state_scale[first + r] : T{1};
+      acc[r][v] = end_sum<F>(sum, w.columns, w.column + v * kLanes, scale, b);
+    });
     const bool reverse = args_.recurrence[p].reverse;
     const int64_t t = args_.rows.time(step, reverse);
     const auto apply = [&](auto projected) {
@@ -324,22 +407,26 @@ class Forward {
   }
 
   // Calls f on a copy of a tile in memory: so the tile itself stays in registers elsewhere.
-  template <int kTile, class F>
-  FASTRNN_INLINE static void out_of_line(V (&acc)[kTile][kVectors], const F& f) {
+  template <int kTile, class Each>
+  FASTRNN_INLINE static void out_of_line(V (&acc)[kTile][kVectors], const Each& f) {
     V sum[kTile][kVectors];
     set_tile(sum, acc);
     f(sum);
     set_tile(acc, sum);
   }
 
-  // acc += rows[:, k0:k1] * weights, where blocks of the sum begin and end.
+  // acc += rows[:, k0:k1] * weights, in words, where blocks of the sum begin and end.
   template <int kTile>
-  FASTRNN_INLINE void add_product(V (&acc)[kTile][kVectors], const PanelWeights& w,
-                                  const T* const* rows, int64_t k0, int64_t k1) const {
-    if (w.packed)
-      multiply<kTile, kVectors, T>(acc, Packed<T>{w.packed}, rows, k0, k1, sum_block(w.depth));
-    else
-      out_of_line(acc, [&](auto& sum) { add_unpacked(sum, w, rows, k0, k1); });
+  FASTRNN_INLINE void add_product(Tile<kTile>& acc, const PanelWeights& w, const Word* const* rows,
+                                  int64_t k0, int64_t k1) const {
+    if constexpr (F::kConverts) {
+      multiply<kTile, kVectors, F>(acc, Packed<Word>{w.packed}, rows, k0, k1, sum_block(w.depth));
+    } else {
+      if (w.packed)
+        multiply<kTile, kVectors, F>(acc, Packed<T>{w.packed}, rows, k0, k1, sum_block(w.depth));
+      else
+        out_of_line(acc, [&](auto& sum) { add_unpacked(sum, w, rows, k0, k1); });
+    }
   }
   template <int kTile>
   __attribute__((noinline)) void add_unpacked(V (&acc)[kTile][kVectors], const PanelWeights& w,
@@ -360,24 +447,24 @@ class Forward {
                                                 const T* const* rows, const Member& me, Range own,
                                                 int64_t done) const {
     if (own.begin == 0) {
-      add_product(acc, w, rows, 0, own.end);
+      add_product<kTile>(acc, w, rows, 0, own.end);
       me.wait_for_peers(done);
       return;
     }
     const int64_t block = sum_block(w.depth);
     V apart[2][kTile][kVectors];
     if (w.packed) {
-      multiply_apart<kTile, kVectors, T>(apart, Packed<T>{w.packed}, rows, own.begin, own.end,
+      multiply_apart<kTile, kVectors, F>(apart, Packed<T>{w.packed}, rows, own.begin, own.end,
                                          block);
     } else {
       for (int64_t k = own.begin, n = 0; k < own.end; k += block, ++n) {
         for (auto& row : apart[n])
           for (V& sum : row) sum = splat<V>(-0.0);  // which adds nothing, not even a sign
-        add_product(apart[n], w, rows, k, own.end - k < block ? own.end : k + block);
+        add_product<kTile>(apart[n], w, rows, k, own.end - k < block ? own.end : k + block);
       }
     }
     me.wait_for_peers(done);
-    add_product(acc, w, rows, 0, own.begin);
+    add_product<kTile>(acc, w, rows, 0, own.begin);
     if (own.size() > 0) add_tile(acc, apart[0]);
     if (own.size() > block) add_tile(acc, apart[1]);
   }
@@ -418,7 +505,8 @@ class Forward {
   }
 
   // Computes the thread's columns of h = m * w_hr^T.
-  void project_output(int64_t p, int64_t step, Range sequences, Range columns) const {
+  void project_output(const Scratch& own, int64_t p, int64_t step, Range sequences,
+                      Range columns) const {
     const Shared& recurrence = shared_[p];
     const int64_t H = args_.hidden, Q = args_.recurrent;
     const bool reverse = args_.recurrence[p].reverse;
@@ -429,27 +517,42 @@ class Forward {
       store(recurrence.h[(step + 1) & 1] + i * padded_h_ + column,
             args_.rows.cut_after(step, i, reverse) ? splat<V>(0) : value);
     };
-    const T* m = recurrence.m + sequences.begin * padded_;
-    if (packed()) {
-      multiply_columns(m, padded_, sequences.size(), Matrix<T>{recurrence.w_hr, H, Q, true},
-                       columns.begin / kLanes, columns.end / kLanes,
-                       [&](int64_t r, int64_t vector, V sum) {
-                         emit(sequences.begin + r, vector * kLanes, sum);
-                       });
+    if (packed() || F::kConverts) {
+      const Word* m;
+      int64_t stride;
+      if constexpr (F::kConverts) {
+        m = own.state;
+        stride = state_words();
+      } else {
+        m = recurrence.m;
+        stride = padded_;
+      }
+      const Columnwise<F>& hr = recurrence.hr;
+      multiply_columns<F>(m + sequences.begin * stride, stride, sequences.size(),
+                          Matrix<Word>{recurrence.w_hr, words_of<F>(H), Q, true},
+                          columns.begin / kLanes, columns.end / kLanes,
+                          [&](int64_t r, int64_t vector, auto* sum) {
+                            const int64_t i = sequences.begin + r, column = vector * kLanes;
+                            const T scale = F::kScaled ? own.state_scale[i] : T{1};
+                            emit(i, column, end_product<F>(sum, hr, column, scale));
+                          });
       return;
     }
-    const T* w_hr = static_cast<const T*>(args_.recurrence[p].w_hr);
-    for (int64_t column = columns.begin; column < columns.end; column += kLanes) {
-      const Unpacked<T, 1> w{{w_hr + (column < Q ? column : 0) * H}, {within<V>(column, Q)}, H};
-      for_each_tile<kMaxTileRows>(sequences.size(), [&](int64_t first, auto n) {
-        constexpr int kTile = decltype(n)::value;
-        V sum[kTile][1];
-        clear_tile(sum);
-        const T* rows[kTile];
-        for (int r = 0; r < kTile; ++r) rows[r] = m + (first + r) * padded_;
-        multiply_unpacked<kTile, 1, T>(sum, w, rows, 0, H, sum_block(H));
-        for (int r = 0; r < kTile; ++r) emit(sequences.begin + first + r, column, sum[r][0]);
-      });
+    if constexpr (!F::kConverts) {
+      const T* m = recurrence.m + sequences.begin * padded_;
+      const T* w_hr = static_cast<const T*>(args_.recurrence[p].w_hr);
+      for (int64_t column = columns.begin; column < columns.end; column += kLanes) {
+        const Unpacked<T, 1> w{{w_hr + (column < Q ? column : 0) * H}, {within<V>(column, Q)}, H};
+        for_each_tile<kMaxTileRows>(sequences.size(), [&](int64_t first, auto n) {
+          constexpr int kTile = decltype(n)::value;
+          V sum[kTile][1];
+          clear_tile(sum);
+          const T* rows[kTile];
+          for (int r = 0; r < kTile; ++r) rows[r] = m + (first + r) * padded_;
+          multiply_unpacked<kTile, 1, T>(sum, w, rows, 0, H, sum_block(H));
+          for (int r = 0; r < kTile; ++r) emit(sequences.begin + first + r, column, sum[r][0]);
+        });
+      }
     }
   }
 

@@ -9,97 +9,103 @@
 
 #include "core/math.h"
 #include "cpu/contract.h"
+#include "cpu/formats.h"
+#include "cpu/pack.h"
 #include "cpu/product.h"
 #include "cpu/team.h"
 
 namespace fastrnn {
 inline namespace FASTRNN_ISA {
 
-// acc[r][v] += sum over k < depth of a[k][r] * band[k][v].
-template <int kRows, int kVectors, class T>
-FASTRNN_INLINE void multiply_transposed(Vec<T> (&out)[kRows][kVectors], const T* a, const T* band,
-                                        int64_t depth) {
-  using V = Vec<T>;
-  V acc[kRows][kVectors];
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) acc[r][v] = out[r][v];
+// acc[r][v] += sum over words k < depth of a[k][r] * band[k][v].
+template <int kRows, int kVectors, class F>
+FASTRNN_INLINE void multiply_transposed(Sums<F, kRows, kVectors>& out, const typename F::Word* a,
+                                        const typename F::Word* band, int64_t depth) {
+  using V = Vec<typename F::Word>;
+  Sums<F, kRows, kVectors> acc;
+  set_tile(acc, out);
   for (int64_t k = 0; k < depth; ++k, a += kRows, band += kVectors * lanes<V>()) {
     V row[kVectors];
 #pragma GCC unroll 16
     for (int v = 0; v < kVectors; ++v) row[v] = load<V>(band + v * lanes<V>());
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      const V scale = broadcast<V>(a[r]);
+      const typename F::Factor scale = F::factor(a, r);
 #pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) acc[r][v] = multiply_add(scale, row[v], acc[r][v]);
+      for (int v = 0; v < kVectors; ++v) F::add(&acc[r][v], scale, row[v]);
     }
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) out[r][v] = acc[r][v];
+  set_tile(out, acc);
 }
 
 constexpr int kGateRows = tile_rows(kBandVectors);
 
-// Packs the gates of `depth` rows tile by tile: [tile][k][gates of the tile]. The distance of rows
-// is often a power of two, so a walk down a column would use few sets of the cache; a few rows at a
-// time stay in it.
-template <class T>
-void pack_gates(const T* dgates, int64_t stride, Range gates, int64_t depth, T* tiles) {
+// Packs the gates of `depth` rows tile by tile: [tile][word of rows][gates of the tile]. The
+// distance of rows is often a power of two, so a walk down a column would use few sets of the
+// cache; a few rows at a time stay in it.
+template <class F>
+void pack_gates(const typename F::Word* dgates, int64_t stride, Range gates, int64_t depth,
+                typename F::Word* tiles) {
+  using Word = typename F::Word;
   constexpr int64_t kBlock = 16;
+  static_assert(kBlock % F::kGroup == 0, "no word spans two blocks");
   for (int64_t k0 = 0; k0 < depth; k0 += kBlock) {
     const int64_t k1 = k0 + kBlock < depth ? k0 + kBlock : depth;
     for_each_tile<kGateRows>(gates.size(), [&](int64_t first, auto count) {
       constexpr int kTile = decltype(count)::value;
-      const T* from = dgates + k0 * stride + gates.begin + first;
-      T* to = tiles + first * depth + k0 * kTile;
-      for (int64_t k = k0; k < k1; ++k, from += stride, to += kTile)
-        memcpy(to, from, kTile * sizeof(T));
+      Word* to = tiles + first * words_of<F>(depth) + k0 / F::kGroup * kTile;
+      for (int64_t k = k0; k < k1; k += F::kGroup, to += kTile) {
+        const Word* rows[F::kGroup];
+        for (int j = 0; j < F::kGroup; ++j)
+          rows[j] = k + j < depth ? dgates + (k + j) * stride : nullptr;
+        for (int r = 0; r < kTile; ++r) to[r] = F::combine(rows, gates.begin + first + r);
+      }
     });
   }
 }
 
 // A tile of add_weight_gradient(): kRows rows of dw, `stride` apart, and a band of its columns, of
 // which the last vector has `live`.
-template <int kRows, int kVectors, class T>
-__attribute__((noinline)) void add_gradient_tile(T* dw, int64_t stride, int live, const T* gates,
-                                                 const T* band, int64_t depth, bool begin) {
-  using V = Vec<T>;
+template <int kRows, int kVectors, class F>
+__attribute__((noinline)) void add_gradient_tile(typename F::Number* dw, int64_t stride, int live,
+                                                 const typename F::Word* gates,
+                                                 const typename F::Word* band, int64_t depth,
+                                                 bool begin) {
+  using V = Vec<typename F::Number>;
   constexpr int n = lanes<V>();
   const auto lanes_of = [&](int v) { return v + 1 < kVectors ? n : live; };
   V acc[kRows][kVectors];
   for (int r = 0; r < kRows; ++r)
     for (int v = 0; v < kVectors; ++v)
       acc[r][v] = begin ? splat<V>(0) : load<V>(dw + r * stride + v * n, lanes_of(v));
-  multiply_transposed<kRows, kVectors, T>(acc, gates, band, depth);
+  multiply_transposed<kRows, kVectors, F>(acc, gates, band, depth);
   for (int r = 0; r < kRows; ++r)
     for (int v = 0; v < kVectors; ++v) store(dw + r * stride + v * n, acc[r][v], lanes_of(v));
 }
 
-// Numbers of packed rows that stay in the cache while all of dw is computed from them.
+// Words of packed rows that stay in the cache while all of dw is computed from them.
 template <class T>
-constexpr int64_t kResidentNumbers = (int64_t{1} << 17) / sizeof(T);
+constexpr int64_t kResidentWords = (int64_t{1} << 17) / sizeof(T);
 
-// dw[g, c] += sum over k < depth of dgates[k, g] * rows[k, c], for g in `gates`; with `begin`, the
-// sum begins at zero. dgates was packed into `tiles`; pack(column, width, band) writes
-// band[k][width vectors] of the rows from `column` on. `bands` has room for kResidentNumbers or for
+// dw[g, c] += sum over words k < depth of dgates[k, g] * rows[k, c], for g in `gates`; with
+// `begin`, the sum begins at zero. dgates was packed into `tiles`; pack(column, width, band) writes
+// band[k][width vectors] of the rows from `column` on. `bands` has room for kResidentWords or for
 // one band, whichever is more.
-template <class T, class Pack>
-void add_weight_gradient(T* dw, int64_t columns, const T* tiles, Range gates, int64_t depth,
-                         bool begin, T* bands, const Pack& pack) {
+template <class F, class Pack>
+void add_weight_gradient(typename F::Number* dw, int64_t columns, const typename F::Word* tiles,
+                         Range gates, int64_t depth, bool begin, typename F::Word* bands,
+                         const Pack& pack) {
+  using T = typename F::Word;
   constexpr int n = lanes<Vec<T>>();
   const int64_t vectors = (columns + n - 1) / n;
   const auto add = [&](int64_t first, auto count, int64_t vector, auto width, const T* band) {
     constexpr int kTile = decltype(count)::value, kWide = decltype(width)::value;
     const int64_t column = vector * n;
     const int live = within<Vec<T>>(column + (kWide - 1) * n, columns);
-    add_gradient_tile<kTile, kWide, T>(dw + (gates.begin + first) * columns + column, columns, live,
+    add_gradient_tile<kTile, kWide, F>(dw + (gates.begin + first) * columns + column, columns, live,
                                        tiles + first * depth, band, depth, begin);
   };
-  if (depth * vectors * n <= kResidentNumbers<T>) {
+  if (depth * vectors * n <= kResidentWords<T>) {
     // dw is far larger than what it is computed from: its rows are written one after the other.
     for_each_band(0, vectors, [&](int64_t vector, auto width) {
       pack(vector * n, width, bands + vector * n * depth);
@@ -121,9 +127,10 @@ void add_weight_gradient(T* dw, int64_t columns, const T* tiles, Range gates, in
 
 // db[g] += sum over k < depth of dgates[k, g], for g in `gates`; with `begin`, the sum begins at
 // zero.
-template <class T>
-void add_bias_gradient(T* db, const T* dgates, int64_t stride, Range gates, int64_t depth,
-                       bool begin) {
+template <class F>
+void add_bias_gradient(typename F::Number* db, const typename F::Word* dgates, int64_t stride,
+                       Range gates, int64_t depth, bool begin) {
+  using T = typename F::Number;
   using V = Vec<T>;
   constexpr int n = lanes<V>();
   for_each_band(0, (gates.size() + n - 1) / n, [&](int64_t vector, auto width) {
@@ -135,8 +142,8 @@ void add_bias_gradient(T* db, const T* dgates, int64_t stride, Range gates, int6
                      : load<V>(db + first + v * n, within<Vec<T>>(first + v * n, gates.end));
     for (int64_t k = 0; k < depth; ++k)
       for (int v = 0; v < kWide; ++v)
-        sum[v] = sum[v] + load<V>(dgates + k * stride + first + v * n,
-                                  within<Vec<T>>(first + v * n, gates.end));
+        sum[v] = sum[v] + F::get(dgates + k * stride, first + v * n,
+                                 within<Vec<T>>(first + v * n, gates.end));
     for (int v = 0; v < kWide; ++v)
       store(db + first + v * n, sum[v], within<Vec<T>>(first + v * n, gates.end));
   });
@@ -144,21 +151,23 @@ void add_bias_gradient(T* db, const T* dgates, int64_t stride, Range gates, int6
 
 // Packs every `turns`-th column band of a row-major matrix [depth, columns], beginning with number
 // `turn`; the bands lie one behind the other.
-template <class T>
-void pack_column_bands(const T* matrix, int64_t columns, int64_t depth, T* bands, int32_t turn,
-                       int32_t turns) {
-  constexpr int n = lanes<Vec<T>>();
+template <class F>
+void pack_column_bands(const typename F::Number* matrix, int64_t columns, int64_t depth,
+                       typename F::Word* bands, int32_t turn, int32_t turns) {
+  constexpr int n = lanes<Vec<typename F::Number>>();
   int64_t number = 0;
   for_each_band(0, (columns + n - 1) / n, [&](int64_t vector, auto width) {
     const int64_t column = vector * n;
     if (number++ % turns == turn)
-      pack_columns(matrix + column, columns, columns - column, depth, bands + column * depth,
-                   decltype(width)::value);
+      pack_columns<F>(matrix + column, columns, columns - column, depth,
+                      bands + column * words_of<F>(depth), decltype(width)::value);
   });
 }
 
-template <class T>
+template <class F>
 class GradientSweep {
+  using T = typename F::Number;
+  using Word = typename F::Word;
   using V = Vec<T>;
 
  public:
@@ -174,7 +183,7 @@ class GradientSweep {
 
   void place(Arena& arena) {
     places_ = arena.take<Place>(args_.recurrences * most_rows_);
-    scratch_ = arena.take<T>(plan_.threads() * scratch_of_one());
+    scratch_ = arena.take<Word>(plan_.threads() * scratch_of_one());
   }
 
   static constexpr bool kRepeatable = false;  // it adds to gradients, and waits a few times in all
@@ -186,8 +195,8 @@ class GradientSweep {
     for (int32_t p = 0; p < args_.recurrences; ++p) {
       if (p % threads == me.index) find_rows(p);
       if (args_.dx && prepacks() && begins())
-        pack_column_bands(static_cast<const T*>(args_.recurrence[p].w_ih), args_.inputs,
-                          args_.depth, bands(p), me.index, threads);
+        pack_column_bands<F>(static_cast<const T*>(args_.recurrence[p].w_ih), args_.inputs,
+                             args_.depth, bands(p), me.index, threads);
     }
     me.publish(1);
     me.wait_for_all(1);
@@ -200,18 +209,20 @@ class GradientSweep {
       }
       const Place* places = places_ + p * most_rows_;
       const Range own = part_of(live_rows(p), threads, me.index);
-      const T* du = static_cast<const T*>(args_.du[p]) + own.begin * args_.depth;
+      const int64_t stride = gradient_row(F::kFormat, args_.depth);
+      const Word* du = static_cast<const Word*>(args_.du[p]) + own.begin * stride;
       const bool apart = args_.recurrence[p].reverse && args_.dx_reverse;
       T* const dx = static_cast<T*>(apart ? args_.dx_reverse : args_.dx);
       const void* unpacked = args_.recurrence[p].w_ih;
-      const Matrix<T> w_ih{prepacks() ? bands(p) : static_cast<const T*>(unpacked), args_.depth,
-                           args_.inputs, prepacks()};
-      multiply_columns<T>(du, args_.depth, own.size(), w_ih, 0, width_ / kLanes,
-                          [&](int64_t row, int64_t vector, V sum) {
+      const Matrix<Word> w_ih{prepacks() ? bands(p) : static_cast<const Word*>(unpacked),
+                              words_of<F>(args_.depth), args_.inputs, prepacks()};
+      multiply_columns<F>(du, stride, own.size(), w_ih, 0, width_ / kLanes,
+                          [&](int64_t row, int64_t vector, const V* sum) {
                             const int64_t column = vector * kLanes;
                             const int live = within<Vec<T>>(column, args_.inputs);
                             T* to = dx + places[own.begin + row].row * args_.inputs + column;
-                            store(to, args_.recurrences > 1 ? load<V>(to, live) + sum : sum, live);
+                            store(to, args_.recurrences > 1 ? load<V>(to, live) + *sum : *sum,
+                                  live);
                           });
     }
   }
@@ -251,13 +262,12 @@ class GradientSweep {
 
   // Packs band[k][width vectors] from rows in storage; row k begins at element at(k) of `base`.
   template <class At>
-  void pack_rows(const void* base, int64_t column, int64_t columns, int width, int64_t depth,
-                 T* band, const At& at) const {
-    for (int64_t k = 0; k < depth; ++k)
-      for (int v = 0; v < width; ++v, band += kLanes) {
-        const int64_t c = column + v * kLanes;
-        store(band, load_as<V>(base, at(k) + c, within<Vec<T>>(c, columns), args_.storage));
-      }
+  void pack_stored(const void* base, int64_t column, int64_t columns, int width, int64_t depth,
+                   Word* band, const At& at) const {
+    pack_rows<F>(depth, band, width, [&](int64_t k, int v) __attribute__((always_inline)) {
+      const int64_t c = column + v * kLanes;
+      return load_as<V>(base, at(k) + c, within<V>(c, columns), args_.storage);
+    });
   }
 
   // The order in which a sum takes the live rows of a chunk: from `first` on, each time `direction`
@@ -271,64 +281,69 @@ class GradientSweep {
     return args_.recurrence[p].reverse ? Order{0, 1} : Order{live_rows(p) - 1, -1};
   }
 
-  void weights(int32_t p, int32_t index, T* tiles) const {
+  void weights(int32_t p, int32_t index, Word* tiles) const {
     const Range gates = part_of(args_.depth, plan_.threads(), index);
-    const int64_t depth = live_rows(p);
+    const int64_t depth = live_rows(p), words = words_of<F>(depth);
     if (depth == 0 && !begins()) return;
     const Order rows = order(p);
-    T* band = tiles + most_rows_ * most_gates();
-    const auto first = [&](const void* const* of, int64_t width) {
-      return depth ? static_cast<const T*>(of[p]) + rows.first * width : nullptr;
+    Word* band = tiles + words_of<F>(most_rows_) * most_gates();
+    const auto first = [&](const void* const* of, int64_t row) {
+      return depth ? static_cast<const Word*>(of[p]) + rows.first * row : nullptr;
     };
-    const T* du = first(args_.du, args_.depth);
-    const T* dv = first(args_.dv, args_.depth);
-    const int64_t stride = rows.direction * args_.depth;
+    const int64_t gates_row = gradient_row(F::kFormat, args_.depth);
+    const Word* du = first(args_.du, gates_row);
+    const Word* dv = first(args_.dv, gates_row);
+    const int64_t stride = rows.direction * gates_row;
     const Place* places = places_ + p * most_rows_;
-    if (args_.dw_ih || (args_.dw_hh && du == dv)) pack_gates(du, stride, gates, depth, tiles);
+    if (args_.dw_ih || (args_.dw_hh && du == dv)) pack_gates<F>(du, stride, gates, depth, tiles);
     if (args_.dw_ih)
-      add_weight_gradient(static_cast<T*>(args_.dw_ih[p]), args_.inputs, tiles, gates, depth,
-                          begins(), band, [&](int64_t column, auto width, T* to) {
-                            pack_rows(args_.x, column, args_.inputs, decltype(width)::value, depth,
-                                      to, [&](int64_t k) { return places[rows.row(k)].x; });
-                          });
+      add_weight_gradient<F>(static_cast<T*>(args_.dw_ih[p]), args_.inputs, tiles, gates, words,
+                             begins(), band, [&](int64_t column, auto width, Word* to) {
+                               pack_stored(args_.x, column, args_.inputs, decltype(width)::value,
+                                           depth, to,
+                                           [&](int64_t k) { return places[rows.row(k)].x; });
+                             });
     if (args_.dw_hh) {
       const int64_t Q = args_.recurrent;
-      const T* h_prev = first(args_.h_prev, Q);
-      if (du != dv) pack_gates(dv, stride, gates, depth, tiles);
-      add_weight_gradient(static_cast<T*>(args_.dw_hh[p]), Q, tiles, gates, depth, begins(), band,
-                          [&](int64_t column, auto width, T* to) {
-                            pack_columns(h_prev + column, rows.direction * Q, Q - column, depth, to,
-                                         decltype(width)::value);
-                          });
+      const T* h_prev = static_cast<const T*>(args_.h_prev[p]) + (depth ? rows.first * Q : 0);
+      if (du != dv) pack_gates<F>(dv, stride, gates, depth, tiles);
+      add_weight_gradient<F>(static_cast<T*>(args_.dw_hh[p]), Q, tiles, gates, words, begins(),
+                             band, [&](int64_t column, auto width, Word* to) {
+                               pack_columns<F>(h_prev + column, rows.direction * Q, Q - column,
+                                               depth, to, decltype(width)::value);
+                             });
     }
     if (args_.dw_hr) {
       const int64_t Q = args_.recurrent, H = args_.hidden, W = args_.tape_width;
+      const int64_t dh_row = gradient_row(F::kFormat, Q);
       const Range columns = part_of(Q, plan_.threads(), index);
-      pack_gates(first(args_.dh, Q), rows.direction * Q, columns, depth, tiles);
-      add_weight_gradient(
-          static_cast<T*>(args_.dw_hr[p]), H, tiles, columns, depth, begins(), band,
-          [&](int64_t column, auto width, T* to) {
-            pack_rows(args_.tape, column, H, decltype(width)::value, depth, to, [&](int64_t k) {
+      pack_gates<F>(first(args_.dh, dh_row), rows.direction * dh_row, columns, depth, tiles);
+      add_weight_gradient<F>(
+          static_cast<T*>(args_.dw_hr[p]), H, tiles, columns, words, begins(), band,
+          [&](int64_t column, auto width, Word* to) {
+            pack_stored(args_.tape, column, H, decltype(width)::value, depth, to, [&](int64_t k) {
               return ((places[rows.row(k)].row * args_.recurrences + p) * W + W - 1) * H;
             });
           });
     }
     if (args_.db_ih)
-      add_bias_gradient(static_cast<T*>(args_.db_ih[p]), du, stride, gates, depth, begins());
+      add_bias_gradient<F>(static_cast<T*>(args_.db_ih[p]), du, stride, gates, depth, begins());
     if (args_.db_hh)
-      add_bias_gradient(static_cast<T*>(args_.db_hh[p]), dv, stride, gates, depth, begins());
+      add_bias_gradient<F>(static_cast<T*>(args_.db_hh[p]), dv, stride, gates, depth, begins());
   }
 
-  T* bands(int32_t p) const { return static_cast<T*>(args_.prepacked) + p * width_ * args_.depth; }
+  Word* bands(int32_t p) const {
+    return static_cast<Word*>(args_.prepacked) + p * width_ * words_of<F>(args_.depth);
+  }
   // The most gates, or columns of a projected state, that one thread owns.
   int64_t most_gates() const {
     const int64_t all = args_.depth > args_.recurrent ? args_.depth : args_.recurrent;
     return (all + plan_.threads() - 1) / plan_.threads();
   }
   int64_t scratch_of_one() const {
-    const int64_t one = most_rows_ * kBandVectors * kLanes;
-    const int64_t bands = one > kResidentNumbers<T> ? one : kResidentNumbers<T>;
-    return most_rows_ * most_gates() + bands;
+    const int64_t words = words_of<F>(most_rows_), one = words * kBandVectors * kLanes;
+    const int64_t bands = one > kResidentWords<Word> ? one : kResidentWords<Word>;
+    return words * most_gates() + bands;
   }
 
   static constexpr int kLanes = lanes<V>();
@@ -337,7 +352,7 @@ class GradientSweep {
   const int64_t width_;    // inputs, rounded up to whole vectors
   int64_t most_rows_ = 0;  // live rows of any recurrence, at most
   Place* places_ = nullptr;
-  T* scratch_ = nullptr;  // for each thread, packed gates and bands
+  Word* scratch_ = nullptr;  // for each thread, packed gates and bands
 };
 
 }  // namespace FASTRNN_ISA

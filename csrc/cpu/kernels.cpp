@@ -1,14 +1,18 @@
 // Instantiates the CPU kernel for all cells and one instruction set; compiled once for each
 // (FASTRNN_ISA names it).
 //
-// A custom cell is compiled at run time, in the one type that FASTRNN_TYPE names, and in two parts
-// (FASTRNN_PART), which two compilers work on at the same time: 1 has the forward pass and the
-// table, 2 has the backward pass and the stepper.
+// With FASTRNN_FORMATS this has the kernels of the formats that the instruction set adds, and no
+// others. Formats with scales are for inference.
+//
+// A custom cell is compiled at run time, in the one format that FASTRNN_FORMAT names, and in two
+// parts (FASTRNN_PART), which two compilers work on at the same time: 1 has the forward pass and
+// the table, 2 has the backward pass and the stepper.
 #include <type_traits>
 
 #include "core/cell.h"
 #include "cpu/backward.h"
 #include "cpu/contract.h"
+#include "cpu/formats.h"
 #include "cpu/forward.h"
 #include "cpu/prepacked.h"
 #include "cpu/step.h"
@@ -19,6 +23,7 @@
 namespace fastrnn {
 
 #ifdef FASTRNN_PART
+using CustomFormat = FASTRNN_FORMAT;
 bool custom_backward(const BackwardArgs&, const CpuPlan&);
 void custom_step(const StepArgs&);
 #endif
@@ -27,9 +32,12 @@ void custom_step(const StepArgs&);
 
 #define FASTRNN_REST(Cell)                                              \
   bool custom_backward(const BackwardArgs& args, const CpuPlan& plan) { \
-    return Backward<Cell, FASTRNN_TYPE>::run(args, plan);               \
+    if constexpr (CustomFormat::kScaled)                                \
+      return false;                                                     \
+    else                                                                \
+      return Backward<Cell, CustomFormat>::run(args, plan);             \
   }                                                                     \
-  void custom_step(const StepArgs& args) { Step<Cell, FASTRNN_TYPE>::run(args); }
+  void custom_step(const StepArgs& args) { Step<Cell, CustomFormat>::run(args); }
 FASTRNN_CELLS(FASTRNN_REST)
 
 }  // namespace fastrnn
@@ -38,18 +46,19 @@ FASTRNN_CELLS(FASTRNN_REST)
 
 namespace {
 
-template <class Cell, class T>
+template <class Cell, class F>
 constexpr void add_code(CompiledCell& to) {
-  constexpr int type = std::is_same_v<T, double>;
-  to.forward[type] = &Forward<Cell, T>::run;
-  to.prepacked_bytes[type] = &Prepacked<Cell, T>::bytes;
-  to.pack[type] = &Prepacked<Cell, T>::pack_all;
+  constexpr int format = index_of(F::kFormat);
+  to.forward[format] = &Forward<Cell, F>::run;
+  to.prepacked_bytes[format] = &Prepacked<Cell, F>::bytes;
+  to.pack[format] = &Prepacked<Cell, F>::pack_all;
+  to.step_room[format] = &Step<Cell, F>::room;
 #ifdef FASTRNN_PART
-  to.backward[type] = custom_backward;
-  to.step[type] = custom_step;
+  to.step[format] = custom_step;
+  if constexpr (!F::kScaled) to.backward[format] = custom_backward;
 #else
-  to.backward[type] = &Backward<Cell, T>::run;
-  to.step[type] = &Step<Cell, T>::run;
+  to.step[format] = &Step<Cell, F>::run;
+  if constexpr (!F::kScaled) to.backward[format] = &Backward<Cell, F>::run;
 #endif
 }
 
@@ -64,11 +73,15 @@ constexpr CompiledCell compiled() {
   cell.saved = Cell::kSaved;
   cell.summed = static_cast<uint32_t>(kSummedGates<Cell>);
   cell.projectable = Cell::kProjectable;
-#ifdef FASTRNN_PART
-  add_code<Cell, FASTRNN_TYPE>(cell);
+#if defined(FASTRNN_PART)
+  add_code<Cell, CustomFormat>(cell);
+#elif defined(FASTRNN_FORMATS)
+  add_code<Cell, Bfloat16>(cell);
+  add_code<Cell, Int8>(cell);
+  add_code<Cell, Int16>(cell);
 #else
-  add_code<Cell, float>(cell);
-  add_code<Cell, double>(cell);
+  add_code<Cell, Plain<float> >(cell);
+  add_code<Cell, Plain<double> >(cell);
 #endif
   return cell;
 }
@@ -87,9 +100,14 @@ extern "C"
                                                                                FASTRNN_ISA)() {
   fastrnn::CompiledCells all{
       fastrnn::kCells, sizeof(fastrnn::kCells) / sizeof(fastrnn::kCells[0]), {}};
-#ifndef FASTRNN_PART
-  all.gradients[0] = &fastrnn::GradientSweep<float>::run;
-  all.gradients[1] = &fastrnn::GradientSweep<double>::run;
+#if defined(FASTRNN_FORMATS)
+  all.gradients[fastrnn::index_of(fastrnn::Format::kBfloat16)] =
+      &fastrnn::GradientSweep<fastrnn::Bfloat16>::run;
+#elif !defined(FASTRNN_PART)
+  all.gradients[fastrnn::index_of(fastrnn::Format::kFloat)] =
+      &fastrnn::GradientSweep<fastrnn::Plain<float> >::run;
+  all.gradients[fastrnn::index_of(fastrnn::Format::kDouble)] =
+      &fastrnn::GradientSweep<fastrnn::Plain<double> >::run;
 #endif
   return all;
 }

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "core/math.h"
+#include "cpu/formats.h"
 #include "cpu/tiles.h"
 
 namespace fastrnn {
@@ -135,17 +136,27 @@ void pack_transposed(const T* source, int64_t stride, int live, int64_t depth, T
   }
 }
 
-// Packs columns [0, live) of `depth` rows into panel[k][width vectors], with zeros past them.
-template <class T>
-void pack_columns(const T* source, int64_t stride, int64_t live, int64_t depth, T* panel,
-                  int width) {
-  using V = Vec<T>;
-  constexpr int n = lanes<V>();
-  for (int64_t k = 0; k < depth; ++k)
-    for (int v = 0; v < width; ++v) {
-      store(panel + (k * width + v) * n,
-            load<V>(source + k * stride + v * n, within<V>(v * n, live)));
+// Packs `depth` rows, of which row(k, v) reads a vector, into band[words of depth][width vectors].
+template <class F, class Row>
+FASTRNN_INLINE void pack_rows(int64_t depth, typename F::Word* band, int width, const Row& row) {
+  using V = Vec<typename F::Number>;
+  for (int64_t k = 0; k < depth; k += F::kGroup)
+    for (int v = 0; v < width; ++v, band += lanes<V>()) {
+      V rows[F::kGroup];
+      for (int j = 0; j < F::kGroup; ++j) rows[j] = k + j < depth ? row(k + j, v) : splat<V>(0);
+      store(band, F::combine(rows));
     }
+}
+
+// The same for columns [0, live) of a matrix, with zeros past them.
+template <class F>
+void pack_columns(const typename F::Number* source, int64_t stride, int64_t live, int64_t depth,
+                  typename F::Word* band, int width) {
+  using V = Vec<typename F::Number>;
+  constexpr int n = lanes<V>();
+  pack_rows<F>(depth, band, width, [&](int64_t k, int v) __attribute__((always_inline)) {
+    return load<V>(source + k * stride + v * n, within<V>(v * n, live));
+  });
 }
 
 }  // namespace FASTRNN_ISA

@@ -1,20 +1,24 @@
 // A recurrence's weights in the layout that the forward kernels read, and how they are packed into
-// it. It depends on the cell, the type and the instruction set only: one packing serves every plan.
+// it. It depends on the cell, the format and the instruction set only: one packing serves every
+// plan.
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #include "core/cell.h"
 #include "core/math.h"
 #include "cpu/contract.h"
+#include "cpu/formats.h"
 #include "cpu/pack.h"
 #include "cpu/team.h"
 
 namespace fastrnn {
 inline namespace FASTRNN_ISA {
 
-template <class Cell, class T>
+template <class Cell, class F>
 struct Prepacked {
+  using T = typename F::Word;
   using V = Vec<T>;
   static constexpr int G = Cell::kGates;
   static constexpr int kLanes = lanes<V>();
@@ -24,9 +28,10 @@ struct Prepacked {
   static constexpr int kWidth = kVectors * kLanes;         // numbers in a panel's row
   static_assert(kPadding % kUnits == 0, "padded states hold whole panels");
 
-  T *w_ih, *w_hh;      // [panel][I or Q][kWidth]; absent if the kernel reads torch's layout
-  T *bias_u, *bias_v;  // [panel][kWidth]; bias_v serves gates that are not summed
-  T* w_hr;             // bands of w_hr^T, [padded Q][H]
+  T *w_ih, *w_hh;  // [panel][words of I or Q][kWidth]; absent if the kernel reads torch's layout
+  T *bias_u, *bias_v;        // [panel][kWidth]; bias_v serves gates that are not summed
+  T* w_hr;                   // bands of w_hr^T, [padded Q][words of H]
+  Columnwise<F> ih, hh, hr;  // as wide as bias_u, and padded Q
 
   static int64_t panels(const RecurrenceSizes& n) { return (n.hidden + kUnits - 1) / kUnits; }
   // Vectors of state 0.
@@ -35,11 +40,18 @@ struct Prepacked {
   // Takes memory by take(count), in an order that is part of the layout.
   template <class Take>
   void place(const RecurrenceSizes& n, bool matrices, const Take& take) {
-    w_ih = take(matrices ? panels(n) * n.inputs * kWidth : 0);
-    w_hh = take(matrices ? panels(n) * n.recurrent * kWidth : 0);
-    bias_u = take(panels(n) * kWidth);
-    bias_v = take(panels(n) * kWidth);
-    w_hr = take(matrices && n.projected ? columns(n) * kLanes * n.hidden : 0);
+    const int64_t width = panels(n) * kWidth;
+    w_ih = take(matrices ? words_of<F>(n.inputs) * width : 0);
+    w_hh = take(matrices ? words_of<F>(n.recurrent) * width : 0);
+    bias_u = take(width);
+    bias_v = take(width);
+    // Formats whose rows are converted have no kernel for a projection in torch's layout.
+    const int64_t projected = n.projected ? columns(n) * kLanes : 0;
+    w_hr = take(matrices || F::kConverts ? projected * words_of<F>(n.hidden) : 0);
+    for (auto [to, count] : {std::pair(&ih, width), {&hh, width}, {&hr, projected}}) {
+      to->scale = take(F::kScaled ? count : 0);
+      to->zero = reinterpret_cast<int32_t*>(take(F::kScaled ? count : 0));
+    }
   }
 
   // A view of memory, in one piece, that pack_all() wrote or will write.
@@ -76,9 +88,8 @@ struct Prepacked {
             int32_t turn, int32_t turns) const {
     for (int64_t panel = range.begin + turn; panel < range.end; panel += turns) {
       if (matrices) {
-        pack_panel(recurrence.w_ih, n.hidden, n.inputs, panel, w_ih + panel * n.inputs * kWidth);
-        pack_panel(recurrence.w_hh, n.hidden, n.recurrent, panel,
-                   w_hh + panel * n.recurrent * kWidth);
+        pack_matrix(recurrence.w_ih, recurrence.scale_ih, n.hidden, n.inputs, panel, w_ih, ih);
+        pack_matrix(recurrence.w_hh, recurrence.scale_hh, n.hidden, n.recurrent, panel, w_hh, hh);
       }
       for (int v = 0; v < kVectors; ++v) {
         const int g = v % G, live = live_units(n.hidden, panel, v);
@@ -91,7 +102,7 @@ struct Prepacked {
     }
   }
 
-  // Packs one panel of a matrix [G*H, depth].
+  // Packs one panel of a matrix [G*H, depth words].
   static void pack_panel(const void* weights, int64_t hidden, int64_t depth, int64_t panel,
                          T* out) {
     for (int v = 0; v < kVectors; ++v)
@@ -99,7 +110,7 @@ struct Prepacked {
                       live_units(hidden, panel, v), depth, out, kVectors, v);
   }
 
-  // The number of units in vector v of a panel, and the row of a matrix [G*H, depth] at which they
+  // The number of units in vector v of a panel, and the row of a matrix [G*H, *] at which they
   // begin.
   static int live_units(int64_t hidden, int64_t panel, int v) {
     return within<V>(panel * kUnits + v / G * kLanes, hidden);
@@ -112,15 +123,19 @@ struct Prepacked {
   // Packs every `turns`-th band of these vectors, beginning with number `turn`.
   void pack_projection(const RecurrenceSizes& n, const Recurrence& recurrence, Range range,
                        int32_t turn, int32_t turns) const {
-    const int64_t H = n.hidden;
+    const int64_t depth = words_of<F>(n.hidden);
     int64_t band = 0;
     for_each_band(range.begin, range.end, [&](int64_t vector, auto count) {
       if (band++ % turns != turn) return;
       for (int v = 0; v < decltype(count)::value; ++v) {
         const int64_t column = (vector + v) * kLanes;
-        pack_transposed(static_cast<const T*>(recurrence.w_hr) + column * H, H,
-                        within<V>(column, n.recurrent), H, w_hr + vector * kLanes * H,
-                        decltype(count)::value, v);
+        const int live = within<V>(column, n.recurrent);
+        T* to = w_hr + vector * kLanes * depth;
+        pack_transposed(static_cast<const T*>(recurrence.w_hr) + column * depth, depth, live, depth,
+                        to, decltype(count)::value, v);
+        if constexpr (F::kScaled)
+          describe(to + v * kLanes, decltype(count)::value * kLanes, depth,
+                   recurrence.scale_hr + column, live, hr, column);
       }
     });
   }
@@ -128,6 +143,35 @@ struct Prepacked {
  private:
   static V bias(const void* b, int64_t row, int live) {
     return b ? load<V>(static_cast<const T*>(b) + row, live) : splat<V>(0);
+  }
+
+  static void pack_matrix(const void* weights, const float* scale, int64_t hidden, int64_t inputs,
+                          int64_t panel, T* matrix, const Columnwise<F>& columns) {
+    const int64_t depth = words_of<F>(inputs);
+    T* to = matrix + panel * depth * kWidth;
+    pack_panel(weights, hidden, depth, panel, to);
+    if constexpr (F::kScaled)
+      for (int v = 0; v < kVectors; ++v)
+        describe(to + v * kLanes, kWidth, depth, scale + first_row(hidden, panel, v),
+                 live_units(hidden, panel, v), columns, panel * kWidth + v * kLanes);
+  }
+
+  // Writes the scales of a vector of columns from `at` on, and what kZero adds to their sums. Its
+  // words lie in `packed`, those of a row after `width` of the row before.
+  static void describe(const T* packed, int64_t width, int64_t depth, const float* scale, int live,
+                       const Columnwise<F>& columns, int64_t at) {
+    if constexpr (F::kScaled) {
+      store(columns.scale + at, load<V>(scale, live));
+      for (int l = 0; l < kLanes; ++l) {
+        int32_t sum = 0;
+        for (int64_t k = 0; k < depth; ++k) {
+          int8_t weights[F::kGroup];
+          memcpy(weights, packed + k * width + l, sizeof weights);
+          for (int8_t weight : weights) sum += weight;
+        }
+        columns.zero[at + l] = -F::kZero * sum;
+      }
+    }
   }
 };
 

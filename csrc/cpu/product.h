@@ -16,6 +16,7 @@
 #include <cstdint>
 
 #include "core/math.h"
+#include "cpu/formats.h"
 #include "cpu/pack.h"
 #include "cpu/tiles.h"
 
@@ -42,7 +43,7 @@ FASTRNN_INLINE void clear_tile(V (&to)[kRows][kVectors]) {
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) to[r][v] = splat<V>(0);
+    for (int v = 0; v < kVectors; ++v) to[r][v] = V{};
 }
 template <class V, int kRows, int kVectors>
 FASTRNN_INLINE void add_tile(V (&to)[kRows][kVectors], const V (&from)[kRows][kVectors]) {
@@ -65,20 +66,24 @@ struct Packed {
   }
 };
 
-// acc[set] += block `set` of kSets, from k on. All blocks but the last are whole; that one has
-// `last` products.
-template <int kSets, int kRows, int kVectors, class T, class Weights>
-FASTRNN_INLINE void add_blocks(Vec<T> (&acc)[kSets][kRows][kVectors], const Weights& weights,
-                               const T* const* rows, int64_t k, int64_t block, int64_t last) {
-  using V = Vec<T>;
-  const auto add = [&](int64_t at, V(&to)[kRows][kVectors]) __attribute__((always_inline)) {
-    V w[kVectors];
+// The sums of a tile of format F: those of a vector lie side by side.
+template <class F, int kRows, int kVectors>
+using Sums = typename F::Sum[kRows][kVectors * F::kSums];
+
+// acc[set] += block `set` of kSets, from word k on. All blocks but the last are whole; that one has
+// `last` words.
+template <int kSets, int kRows, int kVectors, class F, class Weights>
+FASTRNN_INLINE void add_blocks(Sums<F, kRows, kVectors> (&acc)[kSets], const Weights& weights,
+                               const typename F::Word* const* rows, int64_t k, int64_t block,
+                               int64_t last) {
+  const auto add = [&](int64_t at, Sums<F, kRows, kVectors>& to) __attribute__((always_inline)) {
+    Vec<typename F::Word> w[kVectors];
     weights.read(at, w);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const V a = broadcast<V>(rows[r][at]);
+      const typename F::Factor a = F::factor(rows[r], at);
 #pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) to[r][v] = multiply_add(a, w[v], to[r][v]);
+      for (int v = 0; v < kVectors; ++v) F::add(&to[r][v * F::kSums], a, w[v]);
     }
   };
   if constexpr (kSets == 1) {
@@ -110,16 +115,16 @@ FASTRNN_INLINE void with_block_count(int64_t left, int64_t block, const F& f) {
   f(Constant<kMax>{});
 }
 
-// out[r][v] += sum over k in [k0, k1) of rows[r][k] * weights[k][v], where a block begins at k0,
-// and at k1 unless the sum ends there.
-template <int kRows, int kVectors, class T, class Weights>
-FASTRNN_INLINE void multiply(Vec<T> (&out)[kRows][kVectors], const Weights& weights,
-                             const T* const* rows, int64_t k0, int64_t k1, int64_t block) {
-  using V = Vec<T>;
-  constexpr int kSets = block_sets(kRows * kVectors);
+// out[r][v] += sum over words k in [k0, k1) of rows[r][k] * weights[k][v], where a block begins at
+// k0, and at k1 unless the sum ends there.
+template <int kRows, int kVectors, class F, class Weights>
+FASTRNN_INLINE void multiply(Sums<F, kRows, kVectors>& out, const Weights& weights,
+                             const typename F::Word* const* rows, int64_t k0, int64_t k1,
+                             int64_t block) {
+  constexpr int kSets = block_sets(kRows * kVectors * F::kSums);
   if constexpr (kSets == 1) {
     if (k0 >= k1) return;
-    V acc[1][kRows][kVectors], before[kRows][kVectors];
+    Sums<F, kRows, kVectors> acc[1], before;
     if (k0) {
       set_tile(before, out);
       clear_tile(acc[0]);
@@ -128,7 +133,7 @@ FASTRNN_INLINE void multiply(Vec<T> (&out)[kRows][kVectors], const Weights& weig
     }
     for (int64_t k = k0;;) {
       const int64_t left = k1 - k;
-      add_blocks<1, kRows, kVectors, T>(acc, weights, rows, k, block, left < block ? left : block);
+      add_blocks<1, kRows, kVectors, F>(acc, weights, rows, k, block, left < block ? left : block);
       if (k) {
         asm("" : "+m"(before));  // the sum of the blocks before waits in memory
         add_tile(acc[0], before);
@@ -146,12 +151,12 @@ FASTRNN_INLINE void multiply(Vec<T> (&out)[kRows][kVectors], const Weights& weig
       with_block_count<kSets>(left, block, [&](auto count) __attribute__((always_inline)) {
         constexpr int kCount = decltype(count)::value;
         const int64_t last = left - (kCount - 1) * block;
-        V acc[kCount][kRows][kVectors];
+        Sums<F, kRows, kVectors> acc[kCount];
         set_tile(acc[0], out);
         if (k) clear_tile(acc[0]);
 #pragma GCC unroll 8
         for (int set = 1; set < kCount; ++set) clear_tile(acc[set]);
-        add_blocks<kCount, kRows, kVectors, T>(acc, weights, rows, k, block,
+        add_blocks<kCount, kRows, kVectors, F>(acc, weights, rows, k, block,
                                                last < block ? last : block);
         if (k) add_tile(acc[0], out);
 #pragma GCC unroll 8
@@ -164,25 +169,25 @@ FASTRNN_INLINE void multiply(Vec<T> (&out)[kRows][kVectors], const Weights& weig
 }
 
 // The sums of the blocks in [k0, k1), at most two and not the first of all, each on its own.
-template <int kRows, int kVectors, class T, class Weights>
-FASTRNN_INLINE void multiply_apart(Vec<T> (&out)[2][kRows][kVectors], const Weights& weights,
-                                   const T* const* rows, int64_t k0, int64_t k1, int64_t block) {
-  using V = Vec<T>;
-  if constexpr (block_sets(kRows * kVectors) > 1) {
+template <int kRows, int kVectors, class F, class Weights>
+FASTRNN_INLINE void multiply_apart(Sums<F, kRows, kVectors> (&out)[2], const Weights& weights,
+                                   const typename F::Word* const* rows, int64_t k0, int64_t k1,
+                                   int64_t block) {
+  if constexpr (block_sets(kRows * kVectors * F::kSums) > 1) {
     if (k1 - k0 > block) {
-      V acc[2][kRows][kVectors];
+      Sums<F, kRows, kVectors> acc[2];
       clear_tile(acc[0]);
       clear_tile(acc[1]);
-      add_blocks<2, kRows, kVectors, T>(acc, weights, rows, k0, block, k1 - k0 - block);
+      add_blocks<2, kRows, kVectors, F>(acc, weights, rows, k0, block, k1 - k0 - block);
       set_tile(out[0], acc[0]);
       set_tile(out[1], acc[1]);
       return;
     }
   }
   for (int n = 0; k0 < k1; ++n, k0 += block) {
-    V acc[1][kRows][kVectors];
+    Sums<F, kRows, kVectors> acc[1];
     clear_tile(acc[0]);
-    add_blocks<1, kRows, kVectors, T>(acc, weights, rows, k0, block,
+    add_blocks<1, kRows, kVectors, F>(acc, weights, rows, k0, block,
                                       k1 - k0 < block ? k1 - k0 : block);
     set_tile(out[n], acc[0]);
   }
@@ -249,8 +254,8 @@ __attribute__((noinline)) void multiply_unpacked(Vec<T> (&out)[kRows][kVectors],
   }
 }
 
-// A matrix [depth, width] whose columns are summed over its rows: bands of it that were packed, or
-// rows as they lie.
+// A matrix [depth words, width] whose columns are summed over its rows: bands of it that were
+// packed, or rows as they lie.
 template <class T>
 struct Matrix {
   const T* data;
@@ -276,12 +281,12 @@ struct Columns {
 };
 
 // out = rows * weights. One copy serves all callers: inlined, it would be most of the library.
-template <int kRows, int kVectors, class T, class Weights>
-__attribute__((noinline)) void product(Vec<T> (&out)[kRows][kVectors], const Weights& weights,
-                                       const T* const* rows, int64_t depth) {
-  Vec<T> acc[kRows][kVectors];
+template <int kRows, int kVectors, class F, class Weights>
+__attribute__((noinline)) void product(Sums<F, kRows, kVectors>& out, const Weights& weights,
+                                       const typename F::Word* const* rows, int64_t depth) {
+  Sums<F, kRows, kVectors> acc;
   clear_tile(acc);
-  multiply<kRows, kVectors, T>(acc, weights, rows, 0, depth, sum_block(depth));
+  multiply<kRows, kVectors, F>(acc, weights, rows, 0, depth, sum_block(depth));
   set_tile(out, acc);
 }
 
@@ -293,31 +298,32 @@ constexpr int widest_band(int rows) {
   return width;
 }
 
-// Calls f(row, vector, sum over k < depth of rows[row * stride + k] * matrix[k][vector]) for
-// `count` rows and the vectors [begin, end) of columns.
-template <class T, class F>
-FASTRNN_INLINE void multiply_columns(const T* rows, int64_t stride, int64_t count,
-                                     const Matrix<T>& matrix, int64_t begin, int64_t end,
-                                     const F& f) {
+// Calls f(row, vector, sums) with the sums over words k < depth of rows[row * stride + k] *
+// matrix[k][vector], for `count` rows and the vectors [begin, end) of columns.
+template <class F, class Each>
+FASTRNN_INLINE void multiply_columns(const typename F::Word* rows, int64_t stride, int64_t count,
+                                     const Matrix<typename F::Word>& matrix, int64_t begin,
+                                     int64_t end, const Each& f) {
+  using T = typename F::Word;
   using V = Vec<T>;
   constexpr int n = lanes<V>();
   const int64_t depth = matrix.depth;
   const auto sum = [&](int64_t first, auto tile, int64_t vector, auto width, const auto& band) {
     constexpr int kTile = decltype(tile)::value, kWide = decltype(width)::value;
-    V acc[kTile][kWide];
+    Sums<F, kTile, kWide> acc;
     const T* from[kTile];
     for (int r = 0; r < kTile; ++r) from[r] = rows + (first + r) * stride;
-    product<kTile, kWide, T>(acc, band, from, depth);
+    product<kTile, kWide, F>(acc, band, from, depth);
     for (int r = 0; r < kTile; ++r)
-      for (int v = 0; v < kWide; ++v) f(first + r, vector + v, acc[r][v]);
+      for (int v = 0; v < kWide; ++v) f(first + r, vector + v, &acc[r][v * F::kSums]);
   };
   if (matrix.packed) {
     for_each_band(begin, end, [&](int64_t vector, auto width) {
       const Packed<T> band{matrix.data + vector * n * depth};
-      for_each_tile<tile_rows(kBandVectors)>(
+      for_each_tile<tile_rows(kBandVectors * F::kSums)>(
           count, [&](int64_t first, auto tile) { sum(first, tile, vector, width, band); });
     });
-  } else {
+  } else if constexpr (!F::kConverts) {
     for_each_tile<kMaxTileRows>(count, [&](int64_t first, auto tile) {
       for_each_band<widest_band(decltype(tile)::value)>(
           begin, end, [&](int64_t vector, auto width) {

@@ -13,6 +13,7 @@ fastrnn::CompiledCells fastrnn_cells_baseline();
 #ifdef __x86_64__
 fastrnn::CompiledCells fastrnn_cells_avx2();
 fastrnn::CompiledCells fastrnn_cells_avx512();
+fastrnn::CompiledCells fastrnn_cells_avx512_vnni();
 #endif
 }
 
@@ -23,21 +24,27 @@ struct Isa {
   const char* name;
   int64_t vector_bytes;
   bool supported;
-  CompiledCells (*cells)();
+  CompiledCells (*cells)();    // in float and double
+  CompiledCells (*formats)();  // in the formats that this instruction set adds, or null
 };
 
 const std::vector<Isa>& isas() {
+#ifdef __x86_64__
+  static const bool avx512 =
+      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#endif
   static const std::vector<Isa> all = {
-      {"baseline", 16, true, fastrnn_cells_baseline},
+      {"baseline", 16, true, fastrnn_cells_baseline, nullptr},
 #ifdef __x86_64__
       {"avx2", 32,
        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
            __builtin_cpu_supports("f16c"),
-       fastrnn_cells_avx2},
-      {"avx512", 64,
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"),
-       fastrnn_cells_avx512},
+       fastrnn_cells_avx2, nullptr},
+      {"avx512", 64, avx512, fastrnn_cells_avx512, nullptr},
+      {"avx512_vnni", 64,
+       avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16"),
+       fastrnn_cells_avx512, fastrnn_cells_avx512_vnni},
 #endif
   };
   return all;
@@ -86,8 +93,8 @@ struct Registry {
       const CompiledCell& cell = from.cells[i];
       CellFacts& facts =
           add(cell.name, cell.gates, cell.states, cell.saved, cell.summed, cell.projectable);
-      for (int type = 0; type < 2; ++type)
-        if (cell.forward[type]) facts.compiled[type] = &cell;
+      for (int format = 0; format < kFormats; ++format)
+        if (cell.forward[format]) facts.compiled[format] = &cell;
     }
   }
 };
@@ -96,6 +103,7 @@ Registry& registry() {
   static Registry* instance = [] {
     auto* registry = new Registry;
     registry->add(chosen().cells());
+    if (chosen().formats) registry->add(chosen().formats());
     return registry;
   }();
   return *instance;
@@ -110,11 +118,11 @@ const CellFacts* find_cell(const std::string& name) {
   return entry == all.cells.end() ? nullptr : &entry->second;
 }
 
-const CompiledCell& CellFacts::code(bool in_double) const {
-  const CompiledCell* cell = compiled[in_double];
+const CompiledCell& CellFacts::code(Format format) const {
+  const CompiledCell* cell = compiled[index_of(format)];
   if (!cell)
     throw std::runtime_error("there is no compiled code for cell '" + name + "' in " +
-                             (in_double ? "double" : "float"));
+                             name_of(format));
   return *cell;
 }
 
@@ -142,9 +150,11 @@ void load_cells(const std::string& path, const std::string& symbol) {
   all.add(cells());
 }
 
-bool run_gradients(bool in_double, const GradientArgs& args, const CpuPlan& plan) {
-  static const CompiledCells cells = chosen().cells();
-  return cells.gradients[in_double](args, plan);
+bool run_gradients(Format format, const GradientArgs& args, const CpuPlan& plan) {
+  static const CompiledCells plain = chosen().cells();
+  static const CompiledCells more = chosen().formats ? chosen().formats() : CompiledCells{};
+  const int at = index_of(format);
+  return (plain.gradients[at] ? plain : more).gradients[at](args, plan);
 }
 
 std::vector<std::string> compiled_isas() {
@@ -155,6 +165,26 @@ std::vector<std::string> compiled_isas() {
 }
 
 std::string isa_in_use() { return chosen().name; }
+
+bool has_format(Format format) {
+  static const CompiledCells plain = chosen().cells();
+  static const CompiledCells more = chosen().formats ? chosen().formats() : CompiledCells{};
+  for (const CompiledCells* each : {&plain, &more})
+    if (each->count && each->cells[0].forward[index_of(format)]) return true;
+  return false;
+}
+
+namespace {
+constexpr const char* kFormatNames[kFormats] = {"float32", "float64", "bfloat16", "int8", "int16"};
+}
+
+const char* name_of(Format format) { return kFormatNames[index_of(format)]; }
+
+Format format_named(std::string_view name) {
+  for (int format = 0; format < kFormats; ++format)
+    if (name == kFormatNames[format]) return static_cast<Format>(format);
+  throw std::runtime_error("there is no format '" + std::string(name) + "'");
+}
 
 int64_t vector_bytes() { return chosen().vector_bytes; }
 

@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "cpu/contract.h"
@@ -16,15 +17,16 @@ struct CellFacts {
   int32_t states = 0;
   int32_t saved = 0;
   uint32_t summed = 0;
-  bool projectable = false;                           // as in CompiledCell
-  std::atomic<const CompiledCell*> compiled[2] = {};  // to compute in float, and in double
+  bool projectable = false;  // as in CompiledCell
+  std::atomic<const CompiledCell*> compiled[kFormats] = {};
 
   bool all_summed() const { return summed == (gates >= 32 ? ~0u : (1u << gates) - 1); }
   // Values on the tape for each row and unit: states past the first, saved values, and state 0
   // before its projection.
   int64_t tape_width(bool projected) const { return states - 1 + saved + projected; }
-  // Its code for CPUs in that type; throws std::runtime_error if there is none.
-  const CompiledCell& code(bool in_double) const;
+  bool has_code(Format format) const { return compiled[index_of(format)] != nullptr; }
+  // Its code for CPUs; throws std::runtime_error if there is none in that format.
+  const CompiledCell& code(Format format) const;
 };
 
 // The facts of a cell, or null. The pointer stays valid until the process ends.
@@ -35,13 +37,18 @@ void add_cell_facts(const std::string& name, int32_t gates, int32_t states, int3
 // Adds the cells of a shared library; throws std::runtime_error when it cannot be loaded.
 void load_cells(const std::string& path, const std::string& symbol);
 
-// The cell-independent part of the backward pass; index 0 computes in float, 1 in double.
-bool run_gradients(bool in_double, const GradientArgs& args, const CpuPlan& plan);
+// The cell-independent part of the backward pass, in a format without scales.
+bool run_gradients(Format format, const GradientArgs& args, const CpuPlan& plan);
 
 // Instruction sets that are compiled in and that this machine has, best last; and the one in use:
 // the best of them, or the one that the environment variable FASTRNN_ISA names.
 std::vector<std::string> compiled_isas();
 std::string isa_in_use();
+// Whether that instruction set has kernels for a format.
+bool has_format(Format format);
+// The name of a format, and the format of a name; throws std::runtime_error for an unknown name.
+const char* name_of(Format format);
+Format format_named(std::string_view name);
 // Widest vector of the instruction set in use.
 int64_t vector_bytes();
 

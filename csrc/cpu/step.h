@@ -9,22 +9,29 @@
 #include "core/cell.h"
 #include "core/math.h"
 #include "cpu/contract.h"
+#include "cpu/formats.h"
 #include "cpu/prepacked.h"
 #include "cpu/product.h"
 
 namespace fastrnn {
 inline namespace FASTRNN_ISA {
 
-template <class Cell, class T>
+template <class Cell, class F>
 class Step {
-  using Weights = Prepacked<Cell, T>;
+  using T = typename F::Number;
+  using Word = typename F::Word;
+  using Weights = Prepacked<Cell, F>;
   using V = Vec<T>;
   static constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kSaved;
   static constexpr int kLanes = Weights::kLanes, kUnits = Weights::kUnits, kWidth = Weights::kWidth;
   static constexpr int kVectors = Weights::kVectors;
-  static constexpr int kRows = tile_rows(kVectors);
+  static constexpr int kRows = tile_rows(kVectors * F::kSums);
 
  public:
+  // Bytes of StepArgs::room.
+  static int64_t room(const RecurrenceSizes& n, int64_t batch) {
+    return (batch * (row_words<F>(n.inputs) + state_words(n)) + 2 * batch) * sizeof(Word);
+  }
   static void run(const StepArgs& args) {
     FlushDenormals flush;
     const Step step(args);
@@ -36,56 +43,107 @@ class Step {
   }
 
  private:
-  explicit Step(const StepArgs& args) : args_(args), w_(Weights::at(args.sizes, args.prepacked)) {}
+  explicit Step(const StepArgs& args)
+      : args_(args),
+        w_(Weights::at(args.sizes, args.prepacked)),
+        x_words_(static_cast<Word*>(args.room)),
+        state_words_(x_words_ + args.batch * row_words<F>(args.sizes.inputs)),
+        x_scale_(state_words_ + args.batch * state_words(args.sizes)),
+        state_scale_(x_scale_ + args.batch) {}
+
+  // Words of a row of h or m, if it is converted.
+  static int64_t state_words(const RecurrenceSizes& n) {
+    return F::kConverts ? row_words<F>(n.hidden > n.recurrent ? n.hidden : n.recurrent) : 0;
+  }
+
+  // Rows that a product reads.
+  struct Source {
+    const Word* rows;
+    int64_t stride;
+  };
 
   void cells() const {
     const Range panels = part_of(Weights::panels(args_.sizes), args_.parts, args_.part);
-    const T* x = static_cast<const T*>(args_.x);
-    int64_t x_row = args_.x_row;
-    if (args_.x_storage != Storage::kSame) {
-      x = convert();
-      x_row = args_.sizes.inputs;
+    const int64_t I = args_.sizes.inputs, B = args_.batch;
+    Source x{static_cast<const Word*>(args_.x), args_.x_row};
+    if (F::kConverts || args_.x_storage != Storage::kSame) {
+      x = {x_words_, row_words<F>(I)};
+      for (int64_t i = 0; i < B; ++i)
+        convert(x_words_ + i * x.stride, I, x_scale_ + i,
+                [&](int64_t k, int n) __attribute__((always_inline)) {
+                  return load_as<V>(args_.x, i * args_.x_row + k, n, args_.x_storage);
+                });
     }
+    const Source h = states(args_.h, args_.sizes.recurrent);
     for (int64_t q = 0; q < panels.size(); ++q) {
       const int64_t panel = args_.descending ? panels.end - 1 - q : panels.begin + q;
-      for_each_tile<kRows>(args_.batch, [&](int64_t first, auto n) {
-        tile<decltype(n)::value>(panel, first, x + first * x_row, x_row);
-      });
+      for_each_tile<kRows>(
+          B, [&](int64_t first, auto n) { tile<decltype(n)::value>(panel, first, x, h); });
     }
   }
 
-  const T* convert() const {
-    const int64_t I = args_.sizes.inputs;
-    T* to = static_cast<T*>(args_.converted);
-    for (int64_t i = 0; i < args_.batch; ++i)
-      for (int64_t k = 0; k < I; k += kLanes) {
-        const int n = within<V>(k, I);
-        store(to + i * I + k, load_as<V>(args_.x, i * args_.x_row + k, n, args_.x_storage), n);
-      }
-    return to;
+  template <class Load>
+  static FASTRNN_INLINE void convert(Word* to, int64_t count, T* scale, const Load& load) {
+    if constexpr (F::kConverts) {
+      *scale = F::convert(to, count, load);
+    } else {
+      for (int64_t k = 0; k < count; k += kLanes) store(to + k, load(k, within<V>(k, count)));
+    }
+  }
+
+  // The rows of h or m, in words.
+  Source states(const void* numbers, int64_t width) const {
+    const T* from = static_cast<const T*>(numbers);
+    if constexpr (F::kConverts) {
+      const int64_t stride = state_words(args_.sizes);
+      for (int64_t i = 0; i < args_.batch; ++i)
+        convert(state_words_ + i * stride, width, state_scale_ + i,
+                [&](int64_t k, int n) __attribute__((always_inline)) {
+                  return load<V>(from + i * args_.stride + k, n);
+                });
+      return {state_words_, stride};
+    } else {
+      return {from, args_.stride};
+    }
   }
 
   template <int kTile>
-  void tile(int64_t panel, int64_t first, const T* x, int64_t x_row) const {
-    const int64_t I = args_.sizes.inputs, Q = args_.sizes.recurrent;
-    const T* h = static_cast<const T*>(args_.h) + first * args_.stride;
-    const T *inputs[kTile], *states[kTile];
+  void tile(int64_t panel, int64_t first, const Source& x, const Source& h) const {
     V u[kTile][kVectors], v[kTile][kVectors];
-    for (int r = 0; r < kTile; ++r) {
-      inputs[r] = x + r * x_row;
-      states[r] = h + r * args_.stride;
+    for (int r = 0; r < kTile; ++r)
       for (int j = 0; j < kVectors; ++j) u[r][j] = load<V>(w_.bias_u + panel * kWidth + j * kLanes);
-    }
-    const Packed<T> w_ih{w_.w_ih + panel * I * kWidth};
-    multiply<kTile, kVectors, T>(u, w_ih, inputs, 0, I, sum_block(I));
+    add_product<kTile>(u, w_.w_ih, w_.ih, panel, args_.sizes.inputs, x, first, x_scale_);
     for (int r = 0; r < kTile; ++r)
       for (int j = 0; j < kVectors; ++j)
         v[r][j] = Cell::kSummed[j % G] ? u[r][j] : load<V>(w_.bias_v + panel * kWidth + j * kLanes);
-    const Packed<T> w_hh{w_.w_hh + panel * Q * kWidth};
-    multiply<kTile, kVectors, T>(v, w_hh, states, 0, Q, sum_block(Q));
+    add_product<kTile>(v, w_.w_hh, w_.hh, panel, args_.sizes.recurrent, h, first, state_scale_);
     for (int r = 0; r < kTile; ++r)
       for (int q = 0; q < Weights::kUnitVectors; ++q)
         units(first + r, panel * kUnits + q * kLanes, &u[r][q * G], &v[r][q * G]);
+  }
+
+  // to += rows [first, first + kTile) * a panel of weights
+  template <int kTile>
+  FASTRNN_INLINE void add_product(V (&to)[kTile][kVectors], const Word* weights,
+                                  const Columnwise<F>& columns, int64_t panel, int64_t inputs,
+                                  const Source& source, int64_t first, const T* row_scale) const {
+    const int64_t depth = words_of<F>(inputs), at = panel * kWidth;
+    const Word* rows[kTile];
+    for (int r = 0; r < kTile; ++r) rows[r] = source.rows + (first + r) * source.stride;
+    Sums<F, kTile, kVectors> sums;
+    const auto each = [&](const auto& f) __attribute__((always_inline)) {
+      for (int r = 0; r < kTile; ++r)
+        for (int j = 0; j < kVectors; ++j) f(r, at + j * kLanes, &sums[r][j * F::kSums], to[r][j]);
+    };
+    each([&](int, int64_t column, auto* sum, V& value) {
+      begin_sum<F>(sum, columns, column, value);
+    });
+    multiply<kTile, kVectors, F>(sums, Packed<Word>{weights + depth * at}, rows, 0, depth,
+                                 sum_block(depth));
+    each([&](int r, int64_t column, auto* sum, V& value) {
+      const T scale = F::kScaled ? row_scale[first + r] : T{1};
+      value = end_sum<F>(sum, columns, column, scale, value);
+    });
   }
 
   // Applies the cell to one vector of units of one row.
@@ -107,13 +165,16 @@ class Step {
   }
 
   void project() const {
+    const int64_t H = args_.sizes.hidden, Q = args_.sizes.recurrent;
     const Range columns = columns_of(Weights::columns(args_.sizes), true, args_.parts, args_.part);
-    const Matrix<T> w_hr{w_.w_hr, args_.sizes.hidden, args_.sizes.recurrent, true};
-    multiply_columns(static_cast<const T*>(args_.m), args_.stride, args_.batch, w_hr, columns.begin,
-                     columns.end, [&](int64_t i, int64_t vector, V sum) {
-                       const int64_t column = vector * kLanes;
-                       emit(i, column, sum, within<V>(column, args_.sizes.recurrent));
-                     });
+    const Source m = states(args_.m, H);
+    multiply_columns<F>(
+        m.rows, m.stride, args_.batch, Matrix<Word>{w_.w_hr, words_of<F>(H), Q, true},
+        columns.begin, columns.end, [&](int64_t i, int64_t vector, auto* sum) {
+          const int64_t column = vector * kLanes;
+          const T scale = F::kScaled ? state_scale_[i] : T{1};
+          emit(i, column, end_product<F>(sum, w_.hr, column, scale), within<V>(column, Q));
+        });
   }
 
   FASTRNN_INLINE void emit(int64_t i, int64_t at, V h, int live) const {
@@ -123,6 +184,9 @@ class Step {
 
   const StepArgs& args_;
   const Weights w_;
+  // In args_.room.
+  Word *const x_words_, *const state_words_;
+  T *const x_scale_, *const state_scale_;
 };
 
 }  // namespace FASTRNN_ISA

@@ -51,17 +51,17 @@ int64_t rounded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 void Stepper::Free::operator()(char* memory) const { std::free(memory); }
 
-Stepper::Stepper(const CompiledCell& cell, bool in_double, Storage storage, int64_t batch,
+Stepper::Stepper(const CompiledCell& cell, Format format, Storage storage, int64_t batch,
                  const std::vector<RecurrenceSizes>& layers, int32_t threads)
     : cell_(cell),
-      kernel_(cell.step[in_double]),
-      in_double_(in_double),
+      kernel_(cell.step[index_of(format)]),
+      format_(format),
       storage_(storage),
       batch_(batch),
       stride_(rounded(layers.front().hidden, kPadding)),
       sizes_(layers),
       threads_(threads),
-      computed_bytes_(in_double ? 8 : 4),
+      computed_bytes_(format == Format::kDouble ? 8 : 4),
       stored_bytes_(storage == Storage::kSame ? computed_bytes_ : 2),
       parts_(new Part[threads]),
       forks_(forks) {
@@ -69,7 +69,10 @@ Stepper::Stepper(const CompiledCell& cell, bool in_double, Storage storage, int6
   weights_.resize(L);
   states_.resize(L * buffers);
   args_.resize(threads * L);
-  std::vector<char*> projected(L), converted(threads);
+  std::vector<char*> projected(L), rooms(threads);
+  int64_t room = 0;
+  for (const RecurrenceSizes& sizes : sizes_)
+    room = std::max(room, cell.step_room[index_of(format)](sizes, batch));
   // The first pass counts the bytes, the second hands them out.
   for (int pass = 0; pass < 2; ++pass) {
     int64_t used = 0;
@@ -80,13 +83,12 @@ Stepper::Stepper(const CompiledCell& cell, bool in_double, Storage storage, int6
       return at;
     };
     for (int64_t l = 0; l < L; ++l) {
-      weights_[l] = take(cell.prepacked_bytes[in_double](sizes_[l]));
+      weights_[l] = take(cell.prepacked_bytes[index_of(format)](sizes_[l]));
       for (int64_t k = 0; k < buffers; ++k)
         states_[l * buffers + k] = take(batch * stride_ * computed_bytes_);
       projected[l] = take(sizes_[l].projected ? batch * stride_ * computed_bytes_ : 0);
     }
-    for (char*& buffer : converted)
-      buffer = take(storage == Storage::kSame ? 0 : batch * inputs() * computed_bytes_);
+    for (char*& buffer : rooms) buffer = take(room);
     x_copy_ = take(batch * inputs() * stored_bytes_);
     if (base) continue;
     memory_.reset(allocate(used));
@@ -100,7 +102,7 @@ Stepper::Stepper(const CompiledCell& cell, bool in_double, Storage storage, int6
       args.batch = batch;
       args.prepacked = weights_[l];
       args.x_storage = l ? Storage::kSame : storage;
-      args.converted = converted[part];
+      args.room = rooms[part];
       args.x_row = args.stride = stride_;
       for (int32_t s = 1; s < cell.states; ++s) args.s[s] = states_[l * buffers + 1 + s];
       args.m = projected[l];
@@ -123,8 +125,15 @@ Stepper::~Stepper() {
   delete helpers_;
 }
 
-void Stepper::pack(int64_t layer, const Recurrence& weights) {
-  cell_.pack[in_double_](sizes_[layer], weights, weights_[layer]);
+int64_t Stepper::weight_bytes() const {
+  int64_t bytes = 0;
+  for (const RecurrenceSizes& sizes : sizes_)
+    bytes += cell_.prepacked_bytes[index_of(format_)](sizes);
+  return bytes;
+}
+
+void Stepper::set_weights(int64_t layer, const void* prepacked) {
+  std::memcpy(weights_[layer], prepacked, cell_.prepacked_bytes[index_of(format_)](sizes_[layer]));
 }
 
 void Stepper::step(const void* x, int64_t x_row, void* y, int64_t y_row) {

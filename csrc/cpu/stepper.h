@@ -21,14 +21,14 @@ namespace fastrnn {
 class Stepper {
  public:
   // `layers` begins at the input; throws std::bad_alloc.
-  Stepper(const CompiledCell& cell, bool in_double, Storage storage, int64_t batch,
+  Stepper(const CompiledCell& cell, Format format, Storage storage, int64_t batch,
           const std::vector<RecurrenceSizes>& layers, int32_t threads);
   ~Stepper();
   Stepper(const Stepper&) = delete;
   Stepper& operator=(const Stepper&) = delete;
 
-  // Copies the weights of a layer, which are in the compute type.
-  void pack(int64_t layer, const Recurrence& weights);
+  // Copies the weights of a layer, which CompiledCell::pack packed.
+  void set_weights(int64_t layer, const void* prepacked);
   // x [B, I] to y [B, Q], both in the storage type, with rows x_row and y_row numbers apart. They
   // may overlap.
   void step(const void* x, int64_t x_row, void* y, int64_t y_row);
@@ -45,6 +45,9 @@ class Stepper {
   int64_t width(int32_t s) const { return s ? sizes_.back().hidden : outputs(); }
   int32_t states() const { return cell_.states; }
   int32_t threads() const { return threads_; }
+  Format format() const { return format_; }
+  // Bytes of the copies of all weights.
+  int64_t weight_bytes() const;
 
  private:
   // A thread's part, on its own cache line: the last phase in which it was begun, and was done.
@@ -62,7 +65,7 @@ class Stepper {
 
   const CompiledCell& cell_;
   void (*const kernel_)(const StepArgs&);
-  const bool in_double_;
+  const Format format_;
   const Storage storage_;
   const int64_t batch_, stride_;
   const std::vector<RecurrenceSizes> sizes_;

@@ -17,3 +17,5 @@ ISA = {
     "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c "
     "-mprefer-vector-width=512",
 }
+# The instruction set that adds formats of numbers to "avx512".
+ISA["avx512_vnni"] = ISA["avx512"] + " -mavx512vnni -mavx512bf16"

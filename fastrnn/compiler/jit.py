@@ -1,7 +1,7 @@
 """Compiles a custom cell at run time, for the instruction set in use.
 
 The source of the built-in cells, `csrc/cpu/kernels.cpp`, is compiled again with a header that holds
-only this cell, in float or in double, since most programs need one of them. The library stays on
+only this cell, in one format, since most programs need one of them. The library stays on
 disk under a digest of everything that it depends on (`cache`). The environment variable `CXX` names
 the compiler, and `FASTRNN_LOG=quiet` silences the messages about compiling.
 """
@@ -86,7 +86,7 @@ def sources() -> Path:
     raise CompilationFailed(f"this installation of fastrnn has no C++ sources in {here / 'csrc'}")
 
 
-def compile_cell(derived: Derived, key: str, scalar: str = "float", fresh: bool = False) -> Path:
+def compile_cell(derived: Derived, key: str, format: str = "float32", fresh: bool = False) -> Path:
     """Compile a cell into a shared library, unless the cache has it, and return the library's path.
 
     If several processes do this at the same time, one of them compiles and the others wait for it.
@@ -94,7 +94,7 @@ def compile_cell(derived: Derived, key: str, scalar: str = "float", fresh: bool 
 
     Args:
         key: the name under which the kernels know the cell.
-        scalar: the C++ type in which it computes, "float" or "double".
+        format: the format of its products, one of `plan.FORMATS`.
         fresh: compile in any case and replace the library in the cache, which may be damaged.
 
     Returns:
@@ -105,7 +105,7 @@ def compile_cell(derived: Derived, key: str, scalar: str = "float", fresh: bool 
             the compiler fails; the message has its first errors.
     """
     chosen, folder, text = compiler(), sources(), header([derived], [key])
-    options = _options(scalar)
+    options = _options(format)
     digest = hashlib.sha256()
     for part in (text, chosen.version, shlex.join([*chosen.command, *options])):
         digest.update(part.encode() + b"\0")
@@ -113,7 +113,7 @@ def compile_cell(derived: Derived, key: str, scalar: str = "float", fresh: bool 
         name = source.relative_to(folder).as_posix()
         digest.update(name.encode() + b"\0" + source.read_bytes() + b"\0")
     name = f"{re.sub(r'[^0-9A-Za-z_-]', '_', key)}-{digest.hexdigest()[:16]}.so"
-    what = f"cell {derived.name!r} in {scalar} for {_C.isa()}"
+    what = f"cell {derived.name!r} in {format} for {_C.isa()}"
     try:
         target = cache.folder() / name
         before = _found(target)
@@ -131,8 +131,18 @@ def compile_cell(derived: Derived, key: str, scalar: str = "float", fresh: bool 
     return target
 
 
-def _options(scalar: str) -> list[str]:
-    defines = f"-DFASTRNN_ISA=custom -DFASTRNN_TYPE={scalar}"
+# The types of csrc/cpu/formats.h.
+_TYPES = {
+    "float32": "Plain<float>",
+    "float64": "Plain<double>",
+    "bfloat16": "Bfloat16",
+    "int8": "Int8",
+    "int16": "Int16",
+}
+
+
+def _options(format: str) -> list[str]:
+    defines = f"-DFASTRNN_ISA=custom -DFASTRNN_FORMAT={_TYPES[format]}"
     return shlex.split(f"-std=c++17 {flags.OPTIMISED} {flags.CXX} {flags.ISA[_C.isa()]} {defines}")
 
 

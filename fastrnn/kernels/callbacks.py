@@ -137,7 +137,7 @@ def _choose(key: str, operands: Operands, *, tape: bool, backward: bool = False)
         projected=bool(operands.w_hr),
         projectable=derive(cell).projectable,
     )
-    compiled = _C.has_code(key, x.dtype == torch.float64)
+    compiled = _C.has_code(key, "float64" if x.dtype == torch.float64 else "float32")
     offered = machine.current(x.device.type, compiled=compiled, index=x.device.index)
     chosen = plan.choose(problem, offered)
     _log(problem, offered, chosen)

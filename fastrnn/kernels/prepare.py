@@ -23,7 +23,11 @@ __all__ = ["OnCpu", "cell_of", "find", "on_cpu", "prepare", "prepared_now"]
 
 _prepared: dict[str, Cell] = {name: cells.get(name) for name in cells.names()}
 _keys: dict[Cell, str] = {cell: name for name, cell in _prepared.items()}
-_compiled = (_keys.copy(), _keys.copy())  # keys of cells with code for CPUs, in float and double
+# Keys of cells with code for CPUs, by the format of its products.
+_compiled: dict[str, dict[Cell, str]] = {format: _keys.copy() for format in _C.formats()}
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# The format of each dtype; float32 for all others, and for those on other devices.
+_FORMATS = {dtype: _C.format_of(torch.empty(0, dtype=dtype)) for dtype in _DTYPES}
 # Why a cell has no code for CPUs (cell, True), or is unknown to the operator (cell, False).
 _refused: dict[tuple[Cell, bool], str] = {}
 _preparing = threading.Lock()
@@ -34,7 +38,7 @@ def prepare(cell: Cell, kind: str = "cpu", dtype: torch.dtype = torch.float32) -
     devices of this kind.
 
     A custom cell is derived on its first use. It is compiled on its first use on a CPU, once for
-    float and once for double, which float64 tensors need; kernels for GPUs need no C++ compiler.
+    each format of products, which follows from the dtype; kernels for GPUs need no C++ compiler.
     If that fails, a warning says why.
 
     Raises:
@@ -62,18 +66,22 @@ def _prepared_once(
 _prepared_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def prepared_now(cell: Cell, kind: str, dtype: torch.dtype) -> str | None:
-    """`prepare` for a caller that knows that torch is not compiling, since asking takes time."""
-    in_double = dtype == torch.float64
-    if (key := _compiled[in_double].get(cell)) is not None:
+def prepared_now(
+    cell: Cell, kind: str, dtype: torch.dtype, format: str | None = None
+) -> str | None:
+    """`prepare` for a caller that knows that torch is not compiling, since asking takes time. The
+    format of products is that of the dtype unless it is given."""
+    if format is None:
+        format = _FORMATS.get(dtype, "float32")
+    if (key := _compiled[format].get(cell)) is not None:
         return key
     forced = asked_for()
     compiled = kind == "cpu" and forced in (None, "cpu", "reference")
     if not compiled and cell in _keys:
         return _keys[cell]
     with _preparing:
-        if cell not in _compiled[in_double] and (cell, compiled) not in _refused:
-            _prepare(cell, compiled=compiled, in_double=in_double)
+        if cell not in _compiled[format] and (cell, compiled) not in _refused:
+            _prepare(cell, format if compiled else None)
     reason = _refused.get((cell, compiled))
     if reason is None:
         return _keys[cell]
@@ -89,18 +97,31 @@ class OnCpu(NamedTuple):
         key: the key by which the operator knows the cell, or None if it has no code for CPUs.
         refusal: why the kernel does not run the layer, or None.
         problem, device: the input of that decision.
+        format: the format of products.
     """
 
     key: str | None
     refusal: str | None
     problem: plan.Problem
     device: plan.Device
+    format: str
 
 
-def on_cpu(cell: Cell, weights: Weights, threads: int | None = None) -> OnCpu:
-    """Whether the CPU kernel runs a layer with the weights of this recurrence."""
+def on_cpu(
+    cell: Cell,
+    weights: Weights,
+    threads: int | None = None,
+    *,
+    format: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> OnCpu:
+    """Whether the CPU kernel runs a layer with the weights of this recurrence, by default in the
+    format of their dtype, for input of `dtype`, by default theirs."""
     w_ih, w_hh = weights.w_ih, weights.w_hh
-    key = prepare(cell, w_ih.device.type, w_ih.dtype)
+    dtype = dtype or w_ih.dtype
+    if format is None:
+        format = _FORMATS.get(dtype, "float32")
+    key = prepared_now(cell, w_ih.device.type, dtype, format)
     device = current(w_ih.device.type, threads, compiled=key is not None)
     problem = plan.Problem(
         cell=cell.name,
@@ -109,16 +130,19 @@ def on_cpu(cell: Cell, weights: Weights, threads: int | None = None) -> OnCpu:
         inputs=w_ih.size(1),
         hidden=w_hh.size(0) // len(cell.gates),
         gates=len(cell.gates),
-        dtype=str(w_ih.dtype).removeprefix("torch."),
+        dtype=str(dtype).removeprefix("torch."),
+        format=format,
     )
-    return OnCpu(key, plan.refusal("cpu", problem, device), problem, device)
+    return OnCpu(key, plan.refusal("cpu", problem, device), problem, device, format)
 
 
-def _prepare(cell: Cell, *, compiled: bool, in_double: bool) -> None:
+def _prepare(cell: Cell, format: str | None) -> None:
+    """Compile the cell in a format, or make it known without code for CPUs."""
+    compiled = format is not None
     try:
-        _keys[cell] = _load(cell, in_double) if compiled else _add_facts(cell)
-        if compiled:
-            _compiled[in_double][cell] = _keys[cell]
+        _keys[cell] = _add_facts(cell) if format is None else _load(cell, format)
+        if format is not None:
+            _compiled[format][cell] = _keys[cell]
     except (Underivable, jit.CompilationFailed) as error:
         reason = f"cell {cell.name!r} is not compiled: {error}"
         _refused[cell, compiled] = reason
@@ -145,16 +169,16 @@ def _add_facts(cell: Cell) -> str:
     return key
 
 
-def _load(cell: Cell, in_double: bool) -> str:
+def _load(cell: Cell, format: str) -> str:
     """Compile a cell for the instruction set in use, unless the operator has this code already."""
     key = key_of(cell)
-    if not _C.has_code(key, in_double):
-        derived, scalar = derive(cell), "double" if in_double else "float"
-        library = jit.compile_cell(derived, key, scalar)
+    if not _C.has_code(key, format):
+        derived = derive(cell)
+        library = jit.compile_cell(derived, key, format)
         try:
             _C.load_cells(str(library), jit.SYMBOL)
         except RuntimeError as damaged:
-            library = jit.compile_cell(derived, key, scalar, fresh=True)
+            library = jit.compile_cell(derived, key, format, fresh=True)
             try:
                 _C.load_cells(str(library), jit.SYMBOL)
             except RuntimeError:
@@ -174,17 +198,16 @@ def _callers_level() -> int:
     return level
 
 
-def find(key: str, kind: str, in_double: bool) -> None:
+def find(key: str, kind: str, format: str) -> None:
     """Prepare the cell that an exported program knows by `key`, or one that is known but has no
-    code in this type. A cell that only the reference can run is registered without code."""
+    code in this format. A cell that only the reference can run is registered without code."""
     cell = _prepared.get(key)
     if cell is None:
         name, _, digest = key.rpartition("-")
         if not digest or name not in cells.names():
             return
         cell = cells.get(name)
-    dtype = torch.float64 if in_double else torch.float32
-    if prepared_now(cell, kind, dtype) is None and (cell, False) not in _refused:
+    if prepared_now(cell, kind, torch.float32, format) is None and (cell, False) not in _refused:
         _add_facts(cell)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +15,21 @@ from fastrnn.kernels import device
 from fastrnn.kernels.operands import Weights
 from fastrnn.kernels.prepare import on_cpu
 
-__all__ = ["Stepper", "stepper"]
+__all__ = ["Quantized", "Stepper", "stepper"]
+
+
+class Quantized(NamedTuple):
+    """How the weights of a stepper are quantized, and the dtype of its input.
+
+    Attributes:
+        format: one of `plan.FORMATS`.
+        scales: for every layer, those of the rows of its int8 matrices.
+        dtype: the dtype of x.
+    """
+
+    format: str
+    scales: Sequence[tuple[Tensor, ...]]
+    dtype: torch.dtype
 
 
 class Stepper(_C.Stepper):
@@ -32,6 +47,8 @@ class Stepper(_C.Stepper):
     Attributes:
         batch_size, input_size, output_size, num_layers: sizes of the layers.
         threads: number of threads that the plan chose.
+        weights: the format of the weights: "float32", "float64", "bfloat16", "int8", "int16".
+        nbytes: bytes of the weights.
 
     Methods:
         `step(x, out=None)`: run one step from `x` [B, I] to [B, H] (`proj_size` in place of H if
@@ -79,9 +96,11 @@ def stepper(
     batch_size: int = 1,
     threads: int = 1,
     release_gil: bool = True,
+    *,
+    quantized: Quantized | None = None,
 ) -> Stepper:
     """Make a stepper for layers of `cell`; `weights` are those of `functional.rnn`, in one
-    direction.
+    direction, or int8 matrices that `quantized` describes.
 
     Raises:
         ValueError: if `batch_size` or `threads` is below one, or if the weights are not dense
@@ -95,7 +114,10 @@ def stepper(
     forced = device.asked_for()
     if forced not in (None, "cpu"):
         raise plan.KernelRefused(f"kernel {forced!r} was asked for, but a stepper has only 'cpu'")
-    key, reason, problem, offered = on_cpu(cell, weights[0], threads)
+    format, scales, dtype = quantized or (None, [()] * len(weights), weights[0].w_ih.dtype)
+    key, reason, problem, offered, format = on_cpu(
+        cell, weights[0], threads, format=format, dtype=dtype
+    )
     if key is None:
         raise plan.KernelRefused(f"a stepper needs compiled code: {reason}")
     if reason is not None:
@@ -104,8 +126,11 @@ def stepper(
     with torch.no_grad():
         return Stepper(
             key,
-            weights,
+            torch.empty(0, dtype=dtype),
+            [list(layer) for layer in weights],
+            format,
+            scales,
             batch_size,
-            plan.step_threads(numbers * problem.itemsize, offered),
+            plan.step_threads(numbers * problem.products.weight_bytes, offered),
             release_gil,
         )

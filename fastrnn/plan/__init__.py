@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from fastrnn.plan import cpu, cuda, triton
 from fastrnn.plan.cpu import step_threads
+from fastrnn.plan.formats import FORMATS
 from fastrnn.plan.problem import (
     SIGNIFICANT_BITS,
     WEIGHT_LAYOUTS,
@@ -29,6 +30,7 @@ from fastrnn.plan.problem import (
 from fastrnn.plan.triton import alternatives
 
 __all__ = [
+    "FORMATS",
     "KERNELS",
     "SIGNIFICANT_BITS",
     "WEIGHT_LAYOUTS",

@@ -18,7 +18,7 @@ _FEW_ROWS_BACKWARD = 128
 _LARGE_WEIGHTS = 8 << 20
 # With fewer multiply-adds, waking up and synchronizing threads costs more than it saves.
 _WORK_FOR_THREADS = 1 << 17
-_STEP_WORK_FOR_UNIT_SPLIT = 1 << 13
+_STEP_WORK_FOR_UNIT_SPLIT = 1 << 13  # multiply-adds in float32, as the two above
 # A thread whose core serves other work waits for some time slices, about 10 ms. With fewer
 # multiply-adds than one thread does in that time, a second thread is worth less than the wait.
 _WORK_FOR_CONTENDED_THREADS = 1 << 29
@@ -62,6 +62,8 @@ def _weights(problem: Problem) -> str:
     """
     few_steps, rows = problem.steps <= _FEW_STEPS, problem.live_rows
     large = _recurrent_bytes(problem) >= _LARGE_WEIGHTS
+    if not problem.products.in_torchs_layout:
+        return "panels" if problem.steps <= 2 and not problem.backward else "prepacked"
     if problem.backward:
         few = _FEW_ROWS if large else _FEW_ROWS_BACKWARD
         return "unpacked" if few_steps and rows <= few else "prepacked"
@@ -71,7 +73,7 @@ def _weights(problem: Problem) -> str:
 
 
 def _recurrent_bytes(problem: Problem) -> int:
-    return problem.gates * problem.hidden * problem.hidden * problem.itemsize
+    return problem.gates * problem.hidden * problem.hidden * problem.products.weight_bytes
 
 
 def _split(problem: Problem, device: Device, shared: bool) -> tuple[int, int, int]:
@@ -86,7 +88,7 @@ def _split(problem: Problem, device: Device, shared: bool) -> tuple[int, int, in
     threads = device.cpu.threads
     contended = device.cpu.contended
     depth = problem.hidden if problem.backward else problem.hidden + problem.inputs
-    per_row = problem.gates * problem.hidden * depth
+    per_row = problem.gates * problem.hidden * depth // problem.products.products
     least = _WORK_FOR_CONTENDED_THREADS if contended else _WORK_FOR_THREADS
     if threads <= 1 or per_row * problem.live_rows * problem.recurrences < least:
         return 1, 1, 1
@@ -103,7 +105,8 @@ def _split(problem: Problem, device: Device, shared: bool) -> tuple[int, int, in
     vectors = -(-problem.hidden * problem.itemsize // device.cpu.vector_bytes)
     unit_vectors = max(1, 4 // problem.gates) if not problem.backward else 1
     panels = -(-vectors // unit_vectors)
-    step_work = problem.gates * problem.hidden * problem.hidden * problem.batch // sequences
+    work = problem.gates * problem.hidden * problem.hidden * problem.batch // sequences
+    step_work = work // problem.products.products
     units = min(remaining, panels) if step_work >= _STEP_WORK_FOR_UNIT_SPLIT else 1
     return recurrences, sequences, units
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from fastrnn.plan.dtypes import computed_bytes
+from fastrnn.plan.formats import FORMATS, Format
 from fastrnn.plan.tables import Tables
 
 __all__ = [
@@ -45,6 +46,7 @@ class Problem:
     tape: bool = False  # saves what BPTT needs
     backward: bool = False
     frozen: bool = False  # weights were prepacked before the call
+    format: str = ""  # of products on a CPU, one of `FORMATS`; "" for that of the dtype in float
     projected: bool = False  # state 0 goes through weight_hr
     projectable: bool = True  # the cell reads state 0 only through `v`
 
@@ -56,6 +58,12 @@ class Problem:
     def itemsize(self) -> int:
         """Bytes of a number in computation."""
         return computed_bytes(self.dtype)
+
+    @property
+    def products(self) -> Format:
+        """The format of products on a CPU."""
+        plain = "float64" if self.dtype == "float64" else "float32"
+        return FORMATS[self.format or plain]
 
     def rounded(self) -> Problem:
         """The representative of all problems that share a plan with this one."""

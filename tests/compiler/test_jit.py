@@ -25,6 +25,7 @@ from fastrnn.compiler.derive import Derived, derive
 from fastrnn.compiler.emit_cpp import key
 from fastrnn.compiler.jit import CompilationFailed, compile_cell
 from fastrnn.extension import _C
+from fastrnn.plan import FORMATS
 from tests.support.paths import ROOT
 
 CXX = os.environ.get("CXX") or next(
@@ -35,11 +36,16 @@ CXX = os.environ.get("CXX") or next(
 # It links only if both parts are there.
 SOURCE = """
 #include "cells.gen.h"
-FASTRNN_TYPE second_part(FASTRNN_TYPE v, FASTRNN_TYPE s);
+template <class T>
+struct Plain {
+  using Number = T;
+};
+using Number = FASTRNN_FORMAT::Number;
+Number second_part(Number v, Number s);
 #if FASTRNN_PART == 2
 #define FASTRNN_STEP(Cell)                           \\
-  FASTRNN_TYPE second_part(FASTRNN_TYPE v, FASTRNN_TYPE s) { \\
-    FASTRNN_TYPE next = 0, saved[4] = {};             \\
+  Number second_part(Number v, Number s) {           \\
+    Number next = 0, saved[4] = {};                  \\
     fastrnn::Cell::forward(&v, &v, &s, &next, saved); \\
     return next;                                     \\
   }
@@ -111,14 +117,14 @@ def load(path: Path) -> ctypes.CDLL:
 
 
 def test_a_compiled_cell_has_its_key_and_computes(runs: Path) -> None:
-    library = load(compile_cell(leaky(0.5), "leaky-0123abcd", "double"))
+    library = load(compile_cell(leaky(0.5), "leaky-0123abcd", "float64"))
     assert getattr(library, jit.SYMBOL)() == b"leaky-0123abcd"
     want = 0.5 * 3.0 + torch.tanh(torch.tensor(0.25, dtype=torch.float64)).item()
     assert library.step(0.25, 3.0) == pytest.approx(want, rel=1e-15)
 
 
 def test_in_float_it_is_another_library(runs: Path) -> None:
-    double, single = (compile_cell(leaky(0.1), "leaky", n) for n in ("double", "float"))
+    double, single = (compile_cell(leaky(0.1), "leaky", n) for n in ("float64", "float32"))
     assert double != single
     assert load(double).step(0.0, 1.0) == 0.1
     assert load(single).step(0.0, 1.0) == torch.tensor(0.1).item() != 0.1
@@ -259,7 +265,7 @@ def test_whatever_code_depends_on_is_part_of_the_cache(
     paths.add(compile_cell(leaky(0.5), "other"))
     (jit.sources() / "core" / "math.h").write_text(MATH + "// changed\n")
     paths.add(compile_cell(leaky(0.5), "leaky"))
-    paths.add(compile_cell(leaky(0.5), "leaky", "double"))
+    paths.add(compile_cell(leaky(0.5), "leaky", "float64"))
     monkeypatch.setitem(flags.ISA, _C.isa(), f"{flags.ISA[_C.isa()]} -DCHANGED")
     paths.add(compile_cell(leaky(0.5), "leaky"))
     monkeypatch.setenv("CXX", CXX)
@@ -381,7 +387,7 @@ class CompiledCell(ctypes.Structure):
         ("name", ctypes.c_char_p),
         ("facts", ctypes.c_int32 * 4),
         ("projectable", ctypes.c_bool),
-        ("code", ctypes.c_void_p * 2 * 5),
+        ("code", ctypes.c_void_p * len(FORMATS) * 6),
     )
 
 
@@ -389,24 +395,24 @@ class CompiledCells(ctypes.Structure):
     _fields_ = (
         ("first", ctypes.POINTER(CompiledCell)),
         ("count", ctypes.c_int32),
-        ("gradients", ctypes.c_void_p * 2),
+        ("gradients", ctypes.c_void_p * len(FORMATS)),
     )
 
 
-@pytest.mark.parametrize("scalar", ["float", "double"])
+@pytest.mark.parametrize("format", _C.formats())
 def test_the_kernels_compile_with_a_users_cell(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scalar: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
 ) -> None:
-    """The real sources compile all kernels of the cell in that type, and nothing else. Tests of
+    """The real sources compile all kernels of the cell in that format, and nothing else. Tests of
     layers check their results."""
     monkeypatch.setenv("FASTRNN_CACHE", str(tmp_path))
     cell = Cell("vec", ("a",), ("h",), lambda u, v, h: 0.5 * h + torch.tanh(u.a * v.a))
-    cells = ctypes.CDLL(str(compile_cell(derive(cell), key(cell), scalar)))[jit.SYMBOL]
+    cells = ctypes.CDLL(str(compile_cell(derive(cell), key(cell), format)))[jit.SYMBOL]
     cells.restype = CompiledCells
     found = cells()
     assert found.count == 1
     (compiled,) = found.first[:1]
     assert compiled.name == key(cell).encode()
     for kernel in compiled.code:
-        assert [code is not None for code in kernel] == [scalar == "float", scalar == "double"]
-    assert list(found.gradients) == [None, None]
+        assert [code is not None for code in kernel] == [name == format for name in FORMATS]
+    assert list(found.gradients) == [None] * len(FORMATS)

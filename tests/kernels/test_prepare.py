@@ -105,7 +105,7 @@ def test_a_damaged_library_in_the_cache_is_built_again(
     cell = declared(lambda u, v, h: torch.cos(u.h + v.h), "damaged")
     given = operands(cell, 2, 2, 3, 4)
     assert given["x"].dtype == torch.float64
-    library = jit.compile_cell(derive(cell), emit_cpp.key(cell), "double")
+    library = jit.compile_cell(derive(cell), emit_cpp.key(cell), "float64")
     library.write_bytes(b"not a library")
     ours = run(ops.scan, cell, given)
     for what, right in run(by_reference, cell, given).items():
@@ -246,14 +246,16 @@ def test_facts_first_and_code_later() -> None:
     weights = [given[k][0] for k in ("w_ih", "w_hh", "b_ih", "b_hh")]
     with (
         kernels.use("triton"),
-        pytest.raises(RuntimeError, match=r"no compiled code for cell 'facts_first-\w+' in double"),
+        pytest.raises(
+            RuntimeError, match=r"no compiled code for cell 'facts_first-\w+' in float64"
+        ),
     ):
-        _C.pack(key, *weights)
-    assert not _C.has_code(key, True)
+        _C.pack(key, "float64", [*weights, None], [])
+    assert not _C.has_code(key, "float64")
     with kernels.use("cpu"):
         y, *_ = by_key(key, given)
     torch.testing.assert_close(y, by_reference(cell, **given)[0])
-    assert _C.has_code(key, True)
+    assert _C.has_code(key, "float64")
 
 
 def by_key(key: str, given: dict[str, Any]) -> list[Tensor]:
@@ -287,10 +289,10 @@ def test_each_number_is_compiled_when_it_is_first_used(first: torch.dtype) -> No
     second = torch.float64 if first == torch.float32 else torch.float32
     with kernels.use("cpu"):
         ours = {first: run(ops.scan, cell, given[first])}
-        assert _C.has_code(key, first == torch.float64)
-        assert not _C.has_code(key, second == torch.float64)
+        assert _C.has_code(key, str(first).removeprefix("torch."))
+        assert not _C.has_code(key, str(second).removeprefix("torch."))
         ours[second] = run(ops.scan, cell, given[second])
-    assert _C.has_code(key, second == torch.float64)
+    assert _C.has_code(key, str(second).removeprefix("torch."))
     exact_results = run(by_reference, cell, exact)
     for dtype, bound in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
         for what, right in exact_results.items():
@@ -306,7 +308,7 @@ def test_the_op_compiles_what_nobody_prepared() -> None:
     wanted, _ = by_reference(cell, **given)
     with kernels.use("cpu"):
         assert largest_error(by_key(key, in_float(given))[0], wanted) < 1e-5
-        assert not _C.has_code(key, True)
+        assert not _C.has_code(key, "float64")
         assert largest_error(by_key(key, given)[0], wanted) < 1e-12
 
 

@@ -57,9 +57,12 @@ def made(kind: str, *sizes: int, **kwargs: Any) -> Any:
 
 def with_threads(layer: Any, batch: int, threads: int) -> stream.Stepper:
     """A stepper of that many threads, regardless of the plan."""
-    key = prepare(layer._cell())
+    weights = layer._weights()
+    like = weights[0].w_ih
+    key = prepare(layer._cell(), dtype=like.dtype)
     assert key is not None
-    return stream.Stepper(key, layer._weights(), batch, threads, True)
+    scales: list[list[Tensor]] = [[] for _ in weights]
+    return stream.Stepper(key, like, weights, _C.format_of(like), scales, batch, threads, True)
 
 
 def stepped(stepper: stream.Stepper, x: Tensor) -> Tensor:

@@ -49,15 +49,18 @@ def test_a_step_allocates_nothing(tmp_path: Path) -> None:
         import ctypes, sys
         import numpy as np, torch, fastrnn
         from fastrnn import kernels
+        from fastrnn.extension import _C
         from fastrnn.kernels.prepare import prepare
         from fastrnn.nn import stream
         count = ctypes.CDLL({str(library)!r}).allocations
         count.restype = ctypes.c_long
         for dtype, proj in ((torch.float32, 0), (torch.bfloat16, 5)):
             layer = fastrnn.LSTM(7, 33, num_layers=2, proj_size=proj, dtype=dtype)
-            key = prepare(layer._cell())
+            key = prepare(layer._cell(), dtype=dtype)
             for threads in (1, 2):
-                step = stream.Stepper(key, layer._weights(), 1, threads, True).step
+                weights, like = map(list, layer._weights()), torch.empty(0, dtype=dtype)
+                given = list(weights), _C.format_of(like), [()] * 2
+                step = stream.Stepper(key, like, *given, 1, threads, True).step
                 x, out = torch.zeros(1, 7, dtype=dtype), torch.zeros(1, proj or 33, dtype=dtype)
                 pairs = [(x, out), (x[0], out[0])]
                 if not proj:

@@ -1,0 +1,259 @@
+// The formats: how weights, and the rows that they are multiplied by, are stored in words, and what
+// the product of two words adds to a sum.
+//
+// Weights of every format lie in the same panels and bands: a lane of a vector is a word, with
+// kGroup consecutive weights of one column. So tiles, walks and packing, which moves words, are
+// written once. A row is converted to words when its products begin (kConverts), or is read as it
+// lies. Sums of scaled formats are integers: value() makes them numbers, which the scales of the
+// column and of the row multiply. Integers are exact, so their sums have no order.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "core/math.h"
+#include "cpu/tiles.h"
+
+namespace fastrnn {
+inline namespace FASTRNN_ISA {
+
+// Numbers as they are computed.
+template <class T>
+struct Plain {
+  using Number = T;    // the type of states and gates
+  using Word = T;      // what weights are packed in
+  using Sum = Vec<T>;  // of one vector of columns
+  static constexpr Format kFormat = std::is_same_v<T, double> ? Format::kDouble : Format::kFloat;
+  static constexpr int kGroup = 1;     // weights in a word
+  static constexpr int kRowWords = 1;  // words of a row for each word of weights
+  static constexpr int kSums = 1;      // sums for each vector of columns
+  static constexpr bool kConverts = false, kScaled = false;
+
+  struct Factor {
+    Vec<T> x;
+  };
+  static FASTRNN_INLINE Factor factor(const T* row, int64_t at) {
+    return {broadcast<Vec<T>>(row[at])};
+  }
+  static FASTRNN_INLINE void add(Sum* to, const Factor& a, Vec<T> w) {
+    to[0] = multiply_add(a.x, w, to[0]);
+  }
+  // Numbers k, ..., k + n - 1 of a row.
+  static FASTRNN_INLINE void put(T* row, int64_t k, Vec<T> x, int n) { store(row + k, x, n); }
+  static FASTRNN_INLINE Vec<T> get(const T* row, int64_t k, int n) {
+    return load<Vec<T>>(row + k, n);
+  }
+  // Ends a row of `width` numbers that put() wrote: what its last word has past them is zero.
+  static FASTRNN_INLINE void end_row(T*, int64_t) {}
+  // The words of a vector of columns, from as many rows as a word has weights.
+  static FASTRNN_INLINE Vec<T> combine(const Vec<T> (&rows)[1]) { return rows[0]; }
+  static FASTRNN_INLINE T combine(const T* const (&rows)[1], int64_t k) { return rows[0][k]; }
+};
+
+// The words that hold `depth` weights of a column, and those of a row of as many numbers, which has
+// room for whole vectors.
+template <class F>
+FASTRNN_INLINE int64_t words_of(int64_t depth) {
+  return (depth + F::kGroup - 1) / F::kGroup;
+}
+template <class F>
+FASTRNN_INLINE int64_t row_words(int64_t depth) {
+  constexpr int n = lanes<Vec<typename F::Number>>();
+  return (depth + n - 1) / n * n / F::kGroup * F::kRowWords;
+}
+
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
+
+// Formats whose words have 32 bits; what moves words takes them for float.
+struct Words {
+  using Number = float;
+  using Word = float;
+  using V = Vec<float>;
+  static constexpr bool kConverts = true;
+
+  static FASTRNN_INLINE __m512i word(const float* row, int64_t at) {
+    int32_t bits;
+    memcpy(&bits, row + at, sizeof bits);
+    return _mm512_set1_epi32(bits);
+  }
+};
+
+// Sums in float of products of bfloat16, two of them in an instruction.
+struct Bfloat16 : Words {
+  using Sum = Vec<float>;
+  static constexpr Format kFormat = Format::kBfloat16;
+  static constexpr int kGroup = 2, kRowWords = 1, kSums = 1;
+  static constexpr bool kScaled = false;
+
+  struct Factor {
+    __m512i x;
+  };
+  static FASTRNN_INLINE Factor factor(const float* row, int64_t at) { return {word(row, at)}; }
+  static FASTRNN_INLINE void add(Sum* to, const Factor& a, V w) {
+    to[0] = _mm512_dpbf16_ps(to[0], (__m512bh)a.x, (__m512bh)w);
+  }
+  // Converts n numbers, which load(k, live) reads in vectors.
+  template <class Load>
+  static FASTRNN_INLINE float convert(float* to, int64_t n, const Load& load) {
+    for (int64_t k = 0; k < n; k += 16) {
+      const __m256bh x = _mm512_cvtneps_pbh(load(k, within<V>(k, n)));
+      memcpy(to + k / 2, &x, sizeof x);
+    }
+    return 1;
+  }
+  static FASTRNN_INLINE void put(float* row, int64_t k, V x, int n) {
+    store_half<V>(reinterpret_cast<uint16_t*>(row) + k, (Half<V>)_mm512_cvtneps_pbh(x), n);
+  }
+  static FASTRNN_INLINE V get(const float* row, int64_t k, int n) {
+    return from_bfloat16<V>(load_half<V>(reinterpret_cast<const uint16_t*>(row) + k, n));
+  }
+  static FASTRNN_INLINE void end_row(float* row, int64_t width) {
+    if (width % 2) reinterpret_cast<uint16_t*>(row)[width] = 0;
+  }
+  static FASTRNN_INLINE V combine(const V (&rows)[2]) {
+    const auto bits = [](V x) { return widen<V>((Half<V>)_mm512_cvtneps_pbh(x)); };
+    return bit_cast<V>(bits(rows[0]) | bits(rows[1]) << 16);
+  }
+  static FASTRNN_INLINE float combine(const float* const (&rows)[2], int64_t k) {
+    uint16_t halves[2] = {};
+    for (int j = 0; j < 2; ++j)
+      if (rows[j]) memcpy(&halves[j], reinterpret_cast<const uint16_t*>(rows[j]) + k, 2);
+    return bit_cast<float>(halves[0] | uint32_t{halves[1]} << 16);
+  }
+};
+
+// Sums in 32-bit integers of products of signed weights and unsigned numbers, of which kZero stands
+// for zero: where sums begin takes its share off.
+struct Int8 : Words {
+  using Sum = VectorOf<int32_t, 64>::Type;
+  static constexpr Format kFormat = Format::kInt8;
+  static constexpr int kGroup = 4, kRowWords = 1, kSums = 1;
+  static constexpr bool kScaled = true;
+  static constexpr int32_t kZero = 128;
+
+  struct Factor {
+    __m512i x;
+  };
+  static FASTRNN_INLINE Factor factor(const float* row, int64_t at) { return {word(row, at)}; }
+  static FASTRNN_INLINE void add(Sum* to, const Factor& a, V w) {
+    to[0] = (Sum)_mm512_dpbusd_epi32((__m512i)to[0], a.x, (__m512i)w);
+  }
+  static FASTRNN_INLINE V value(const Sum* sum) { return __builtin_convertvector(sum[0], V); }
+
+  // Converts n numbers; returns the row's scale, which is NaN if a number is not finite.
+  template <class Load>
+  static FASTRNN_INLINE float convert(float* to, int64_t n, const Load& load) {
+    return quantize(n, load, 127, [&](int64_t k, __m512i q) {
+      const __m512i bytes = _mm512_add_epi32(q, _mm512_set1_epi32(kZero));
+      const __m128i x = _mm512_cvtepi32_epi8(bytes);
+      memcpy(to + k / 4, &x, sizeof x);
+    });
+  }
+
+ protected:
+  // Calls put(k, integers) for n numbers, the largest of which becomes `levels`.
+  template <class Load, class Put>
+  static FASTRNN_INLINE float quantize(int64_t n, const Load& load, float levels, const Put& put) {
+    // The bits of magnitudes are in the order of the numbers, with those that are not finite last.
+    __m512i most = _mm512_setzero_si512();
+    for (int64_t k = 0; k < n; k += 16) {
+      const __m512i bits = (__m512i)load(k, within<V>(k, n));
+      most = _mm512_max_epi32(most, _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)));
+    }
+    const int32_t bits = _mm512_reduce_max_epi32(most);
+    if (bits >= 0x7f800000) return __builtin_nanf("");
+    constexpr float kLeast = 1e-30f;  // its inverse is finite
+    const float largest = bit_cast<float>(bits);
+    const float magnitude = largest < kLeast ? kLeast : largest;
+    const V inverse = splat<V>(levels / magnitude);
+    for (int64_t k = 0; k < n; k += 16)
+      put(k, _mm512_cvtps_epi32(load(k, within<V>(k, n)) * inverse));
+    return magnitude / levels;
+  }
+};
+
+// The same with rows in 16 bits: a high and a low byte, each with a sum of its own.
+struct Int16 : Int8 {
+  static constexpr Format kFormat = Format::kInt16;
+  static constexpr int kRowWords = 2, kSums = 2;
+
+  struct Factor {
+    __m512i high, low;
+  };
+  static FASTRNN_INLINE Factor factor(const float* row, int64_t at) {
+    return {word(row, 2 * at), word(row, 2 * at + 1)};
+  }
+  static FASTRNN_INLINE void add(Sum* to, const Factor& a, V w) {
+    to[0] = (Sum)_mm512_dpbusd_epi32((__m512i)to[0], a.high, (__m512i)w);
+    to[1] = (Sum)_mm512_dpbusd_epi32((__m512i)to[1], a.low, (__m512i)w);
+  }
+  static FASTRNN_INLINE V value(const Sum* sum) {
+    return multiply_add<V>(__builtin_convertvector(sum[0], V), splat<V>(256),
+                           __builtin_convertvector(sum[1], V));
+  }
+  template <class Load>
+  static FASTRNN_INLINE float convert(float* to, int64_t n, const Load& load) {
+    // The largest magnitude that stays within 16 bits when it is rounded.
+    return quantize(n, load, 32639, [&](int64_t k, __m512i q) {
+      const __m512i x = _mm512_add_epi32(q, _mm512_set1_epi32(kZero * 256));
+      const __m128i high = _mm512_cvtepi32_epi8(_mm512_srli_epi32(x, 8));
+      const __m128i low = _mm512_cvtepi32_epi8(x);
+      const __m128i words[2] = {_mm_unpacklo_epi32(high, low), _mm_unpackhi_epi32(high, low)};
+      memcpy(to + k / 2, words, sizeof words);
+    });
+  }
+};
+
+#endif
+
+// What turns the sums of the columns of a matrix into numbers: of scaled formats, a scale and the
+// integer at which sums begin, for each lane.
+template <class F>
+struct Columnwise {
+  typename F::Number* scale;
+  int32_t* zero;
+};
+
+// Where the sum of a vector of columns begins; `value` is what it is added to.
+template <class F>
+FASTRNN_INLINE void begin_sum(typename F::Sum* sum, const Columnwise<F>& columns, int64_t column,
+                              Vec<typename F::Number> value) {
+  if constexpr (F::kScaled) {
+    memcpy(&sum[0], columns.zero + column, sizeof sum[0]);
+    for (int d = 1; d < F::kSums; ++d) sum[d] = typename F::Sum{};
+  } else {
+    sum[0] = value;
+  }
+}
+
+// The number that the sum is, with `value` added.
+template <class F>
+FASTRNN_INLINE Vec<typename F::Number> end_sum(const typename F::Sum* sum,
+                                               const Columnwise<F>& columns, int64_t column,
+                                               typename F::Number row_scale,
+                                               Vec<typename F::Number> value) {
+  if constexpr (F::kScaled) {
+    using V = Vec<typename F::Number>;
+    return multiply_add<V>(F::value(sum), load<V>(columns.scale + column) * row_scale, value);
+  } else {
+    return sum[0];
+  }
+}
+
+// The number that a sum is which began at zero.
+template <class F>
+FASTRNN_INLINE Vec<typename F::Number> end_product(const typename F::Sum* sum,
+                                                   const Columnwise<F>& columns, int64_t column,
+                                                   typename F::Number row_scale) {
+  if constexpr (F::kScaled) {
+    typename F::Sum whole[F::kSums];
+    begin_sum<F>(whole, columns, column, splat<Vec<float>>(0));
+    for (int d = 0; d < F::kSums; ++d) whole[d] += sum[d];
+    return end_sum<F>(whole, columns, column, row_scale, splat<Vec<float>>(0));
+  } else {
+    return sum[0];
+  }
+}
+
+}  // namespace FASTRNN_ISA
+}  // namespace fastrnn
