@@ -6,6 +6,7 @@ from fastrnn.nn.cell_modules import GRUCell, LSTMCell, RNNCell
 from fastrnn.nn.convert import from_torch, to_torch
 from fastrnn.nn.freeze import freeze, unfreeze
 from fastrnn.nn.layers import GRU, LSTM, RNN, Recurrent
+from fastrnn.nn.quantize import dequantize_, quantize_
 from fastrnn.nn.replace import replace_, restore_
 
 __all__ = [
@@ -19,8 +20,10 @@ __all__ = [
     "Recurrent",
     "__version__",
     "cell",
+    "dequantize_",
     "freeze",
     "from_torch",
+    "quantize_",
     "replace_",
     "restore_",
     "to_torch",

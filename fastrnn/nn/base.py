@@ -22,8 +22,8 @@ from fastrnn.nn import functional
 from fastrnn.nn.checks import States, check_arguments, check_dtype, check_heads, check_input
 from fastrnn.nn.convert import export_forward, scriptable
 from fastrnn.nn.flat_weights import FlatWeights
-from fastrnn.nn.freeze import Freezable
-from fastrnn.nn.stream import Stepper, stepper
+from fastrnn.nn.freeze import Freezable, operands, precision_of, stepper_of
+from fastrnn.nn.stream import Stepper
 
 __all__ = ["CELL_OF_MODE", "Layer", "with_own_forward"]
 
@@ -116,10 +116,15 @@ class Layer(Freezable, FlatWeights):
         )
         if (other := export_forward(self, input, extras)) is not None:
             return other(input, hx, **extras)
+        frozen = self._frozen
+        if frozen is None or frozen.precision is None:
+            weights, packed = self._weights(), () if frozen is None else frozen.layers
+        else:
+            weights, packed = operands(self, input)
         return functional.rnn(
             self._cell(),
             input,
-            self._weights(),
+            weights,
             hx,
             bidirectional=self.bidirectional,
             heads=self.heads,
@@ -131,7 +136,7 @@ class Layer(Freezable, FlatWeights):
             recompute=self.recompute,
             name=self._name,
             check=self._check,
-            packed=self._frozen.layers if self._frozen is not None else (),
+            packed=packed,
         )
 
     def _slow_forward(self, *arguments: Any, **keywords: Any) -> Any:
@@ -176,7 +181,7 @@ class Layer(Freezable, FlatWeights):
                 f"a stepper runs one recurrence per layer, not heads={self.heads}; call the layer "
                 "on one step at a time instead"
             )
-        return stepper(self._cell(), self._weights(), batch_size, threads, release_gil)
+        return stepper_of(self, batch_size, threads, release_gil)
 
     def _cell(self) -> Cell:
         cell = CELL_OF_MODE.get(self.mode)
@@ -184,12 +189,14 @@ class Layer(Freezable, FlatWeights):
             raise AssertionError(f"mode must be RNN_TANH or RNN_RELU, got {self.mode}")
         return cell
 
-    def _weights(self) -> list[Weights]:
+    def _weights(self, instead: Mapping[str, Any] | None = None) -> list[Weights]:
         # `_parameters` comes first, because nn.Module's attribute lookup takes longer than a small
         # cell. A weight that is not there was parametrized, or set as a plain tensor.
         own: Mapping[str, Any] = self._parameters
         if self._written is not None and (written := self._written_entries()):
             own = {**own, **written}
+        if instead:
+            own = {**own, **instead}
         recurrences = []
         for names in self._all_weights:  # a loop, because nested comprehensions take longer
             weights = [own[n] if n in own else getattr(self, n) for n in names]
@@ -209,6 +216,8 @@ class Layer(Freezable, FlatWeights):
         weight: Tensor,
     ) -> None:
         if weight is not self._parameters.get(self._flat_weights_names[0]):
+            if (stored := precision_of(self, stored=True)) is not None:
+                weight = torch.empty(0, dtype=stored.dtype, device=weight.device)
             check_dtype(input, weight)  # check_input looks only at the layer's own first Parameter
         if hx is None:
             self.check_input(input, batch_sizes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,8 +12,8 @@ from fastrnn.cells import Cell
 from fastrnn.kernels.operands import Weights
 from fastrnn.nn import functional
 from fastrnn.nn.convert import counterpart_of, export_forward, scriptable
-from fastrnn.nn.freeze import Freezable
-from fastrnn.nn.stream import Stepper, stepper
+from fastrnn.nn.freeze import Freezable, operands, precision_of, stepper_of
+from fastrnn.nn.stream import Stepper
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 
@@ -22,8 +22,10 @@ _CELL_OF_NONLINEARITY = {"tanh": cells.rnn_tanh, "relu": cells.rnn_relu}
 
 
 class _Cell(Freezable):
-    def _weights(self) -> list[Weights]:
-        own = self._parameters
+    def _weights(self, instead: Mapping[str, Any] | None = None) -> list[Weights]:
+        own: Mapping[str, Any] = self._parameters
+        if instead:
+            own = {**own, **instead}
         weights: list[Any] = [own[n] if n in own else getattr(self, n) for n in _WEIGHTS]
         return [Weights(*weights)]
 
@@ -42,7 +44,7 @@ class _Cell(Freezable):
             >>> y = stepper.step(numpy.zeros((1, 8), "float32"))  # the next h
             >>> h, c = stepper.state  # [1, B, H] each
         """
-        return stepper(self._cell(), self._weights(), batch_size, threads, release_gil)
+        return stepper_of(self, batch_size, threads, release_gil)
 
     def __prepare_scriptable__(self) -> nn.Module:
         return scriptable(self)
@@ -170,8 +172,13 @@ def _wrong_size(k: int, state: Tensor, input: Tensor, hidden_size: int) -> Excep
 def _step(
     module: RNNCell | LSTMCell | GRUCell, cell: Cell, input: Tensor, hx: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    (weights,) = module._weights()
-    packed = module._frozen.layers[0] if module._frozen is not None else None
+    frozen = module._frozen
+    if frozen is None or frozen.precision is None:
+        (weights,) = module._weights()
+        packed = None if frozen is None else frozen.layers[0]
+    else:
+        (weights,), layers = operands(module, input)
+        packed = layers[0] if layers else None
     after = ops.step(cell, input, hx, weights, packed)
     if after is not None:
         return after
@@ -186,4 +193,6 @@ def _step(
         for k, s in enumerate(hx):
             if s.shape != expected:
                 raise _wrong_size(k, s, input, size)
-    return functional.rnn_cell(cell, input, hx, weights, packed)
+    stored = precision_of(module, stored=True)
+    dtype = None if stored is None else stored.dtype
+    return functional.rnn_cell(cell, input, hx, weights, packed, dtype)

@@ -16,6 +16,7 @@ from torch.fx import Proxy
 from torch.nn.utils import parametrize
 
 from fastrnn.nn.flat_weights import written_entries
+from fastrnn.nn.freeze import Freezable, in_floats, precision_of
 from fastrnn.nn.rebase import rebased
 
 __all__ = [
@@ -95,6 +96,7 @@ def scriptable(module: nn.Module) -> nn.Module:
     It is torch.nn's module with the same Parameters. For a subclass of ours it is the same subclass
     on torch.nn's class, so that TorchScript accepts and refuses the same methods.
     """
+    module = in_floats(module)
     kind = parametrize.type_before_parametrizations(module)
     ours = next(base for base in kind.__mro__ if base in TO_TORCH)
     if kind is ours:
@@ -159,7 +161,10 @@ def _refuse(module: nn.Module, source: type) -> None:
 
 
 def converted(module: nn.Module, target: type[nn.Module]) -> nn.Module:
-    """A module of class `target` with the Parameters, attributes and hooks of `module`."""
+    """A module of class `target` with the Parameters, attributes and hooks of `module`. It gets
+    Parameters of its own for weights that `module` holds rounded."""
+    if isinstance(module, Freezable) and precision_of(module, stored=True) is not None:
+        module = in_floats(module)
     result: nn.Module = target.__new__(target)
     state = dict(module.__dict__)
     for name in ("_parameters", "_buffers", "_modules", "_all_weights", "_flat_weights_names"):
@@ -195,7 +200,7 @@ def export_forward(module: nn.Module, input: Any, extras: dict[str, Any] | None 
     ):
         known = [c for c in type(module).__mro__ if c in TO_TORCH]
         if known and not extras and getattr(module, "heads", 1) == 1:
-            return converted(module, TO_TORCH[known[0]]).forward
+            return converted(in_floats(module), TO_TORCH[known[0]]).forward
     if isinstance(input, Proxy):
         tracer: Any = input.tracer
         path = tracer.path_of_module(module)

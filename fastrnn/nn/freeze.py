@@ -3,23 +3,54 @@
 A frozen module keeps a copy of its weights in the kernel's layout, which must follow every change
 of its Parameters. Changes through the module (`load_state_dict`, `.to`, copies, pickles) prepack
 the weights again; the kernel detects all other changes at the next call.
+
+A quantised module is a frozen one whose matrices are rounded before they are packed. If it does not
+keep the floats, it holds the matrices as buffers, with the names that the Parameters had.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import ops
 from fastrnn.cells import Cell
-from fastrnn.kernels.operands import Weights
+from fastrnn.extension import _C
+from fastrnn.kernels import device
+from fastrnn.kernels.operands import Weights, side_by_side
+from fastrnn.nn import held, rounding
+from fastrnn.nn.rounding import Precision, Quantised
+from fastrnn.nn.stream import Stepper, stepper
 
-__all__ = ["Freezable", "Frozen", "freeze", "unfreeze"]
+__all__ = [
+    "Freezable",
+    "Frozen",
+    "computed_anew",
+    "floats_of",
+    "freezable_in",
+    "freeze",
+    "hold_floats",
+    "hold_rounded",
+    "in_floats",
+    "operands",
+    "precision_of",
+    "stepper_of",
+    "unfreeze",
+]
 
 _Module = TypeVar("_Module", bound=nn.Module)
+_Entry = TypeVar("_Entry")
+
+
+class Restored(NamedTuple):
+    """The weights of a module that holds rounded matrices, in floats for the kernel."""
+
+    weights: list[Weights]
+    sources: list[held.Source]
 
 
 class Frozen(NamedTuple):
@@ -27,43 +58,45 @@ class Frozen(NamedTuple):
 
     layers: tuple[ops.Prepacked | None, ...]  # None for layers that the CPU kernel does not run
     trained: tuple[str, ...]  # parameters that required gradients before
+    precision: Precision | None = None  # that of a quantised module; it has all `layers` or none
+    restored: Restored | None = None  # if the kernel cannot read the matrices that the module holds
 
 
 class Freezable(nn.Module):
     """Base of layers and cells, whose weights can be prepacked once."""
 
+    # Each name here is one that a user's subclass cannot have, so the rest are functions below.
     _frozen: Frozen | None = None
 
     def _cell(self) -> Cell:
         raise NotImplementedError
 
-    def _weights(self) -> list[Weights]:
-        """The weights of every layer, direction and head, as `functional.rnn` takes them."""
+    def _weights(self, instead: Mapping[str, Any] | None = None) -> list[Weights]:
+        """The weights of every layer, direction and head, as `functional.rnn` takes them; those in
+        `instead` take the place of the module's own."""
         raise NotImplementedError
 
     def _weight_names(self) -> list[str]:
         raise NotImplementedError
 
-    def _freeze(self) -> None:
-        parameters = {n: self._parameters[n] for n in self._weight_names()}
-        trained = {n for n, p in parameters.items() if p is not None and p.requires_grad}
-        if self._frozen is not None:
-            trained.update(self._frozen.trained)
-        scans = (2 if getattr(self, "bidirectional", False) else 1) * getattr(self, "heads", 1)
-        weights = self._weights()
+    def _freeze(self, precision: Precision | None = None) -> None:
+        trained = _trained(self)
         with torch.no_grad():
-            layers = tuple(
-                ops.pack(self._cell(), weights[first : first + scans])
-                for first in range(0, len(weights), scans)
-            )
-        self._frozen = Frozen(layers, tuple(sorted(trained)))
-        for parameter in parameters.values():
+            if precision is None:
+                layers = [ops.pack(self._cell(), w) for w in _by_layer(self, self._weights())]
+                frozen = Frozen(tuple(layers), trained)
+            else:
+                frozen = _quantised(self, precision)._replace(trained=trained)
+        self._frozen = frozen
+        for name in self._weight_names():
+            parameter = self._parameters.get(name)
             if parameter is not None:
                 parameter.requires_grad_(False)
 
     def _unfreeze(self) -> None:
         if self._frozen is None:
             return
+        hold_floats(self)
         for name in self._frozen.trained:
             parameter = self._parameters.get(name)
             if parameter is not None:
@@ -71,26 +104,172 @@ class Freezable(nn.Module):
         del self._frozen
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        stored = precision_of(self, stored=True)
+        before = held.rounded_buffers(self, self._weight_names()) if stored is not None else {}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self._frozen is not None:
-            self._freeze()
+        for name, buffer in before.items():
+            now: Any = self._buffers[name]
+            if now.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(now.device)
+        if stored is not None:
+            dtype = fn(torch.empty(0, dtype=stored.dtype, device="cpu")).dtype
+            self._freeze(stored._replace(dtype=dtype))
+        elif self._frozen is not None:
+            self._freeze(self._frozen.precision)
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        stored = precision_of(self, stored=True)
+        errors = held.translate(state_dict, prefix, self, self._weight_names(), stored)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        error_msgs.extend(errors)
         if self._frozen is not None:
-            self._freeze()
+            self._freeze(self._frozen.precision)
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         if self._frozen is not None:
-            state["_frozen"] = self._frozen._replace(layers=())
+            state["_frozen"] = self._frozen._replace(layers=(), restored=None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if self._frozen is not None:
-            self._freeze()
+            self._freeze(self._frozen.precision)
+
+
+def _trained(module: Freezable) -> tuple[str, ...]:
+    """Names of parameters that require gradients, or did before."""
+    own = ((n, module._parameters.get(n)) for n in module._weight_names())
+    trained = {n for n, p in own if p is not None and p.requires_grad}
+    return tuple(sorted(trained.union(module._frozen.trained if module._frozen else ())))
+
+
+def _by_layer(module: Freezable, entries: Sequence[_Entry]) -> list[Sequence[_Entry]]:
+    scans = (2 if getattr(module, "bidirectional", False) else 1) * getattr(module, "heads", 1)
+    return [entries[first : first + scans] for first in range(0, len(entries), scans)]
+
+
+def _quantised(module: Freezable, precision: Precision) -> Frozen:
+    names, passed = module._weight_names(), module._weights()
+    if precision.keep_float:
+        precision = precision._replace(dtype=passed[0].w_ih.dtype)
+    matrices = held.rounded(module, names, precision)
+    weights = module._weights({n: matrix for n, (matrix, _) in matrices.items()})
+    recurrences = [Quantised(w) for w in weights]
+    if precision.weights == "int8":
+        scales = module._weights({n: scale for n, (_, scale) in matrices.items()})
+        recurrences = [
+            Quantised(w, (s.w_ih, s.w_hh, s.w_hr)) for w, s in zip(weights, scales, strict=True)
+        ]
+    packed = [
+        rounding.pack(module._cell(), layer, precision) for layer in _by_layer(module, recurrences)
+    ]
+    restored = None
+    if not precision.keep_float and not rounding.has_kernel(precision):
+        passed = [rounding.to_floats(r, precision.dtype) for r in recurrences]
+        restored = Restored(passed, held.sources(module, names))
+    # The fingerprint is of the weights that calls pass, and not of those that were packed.
+    layers = [
+        layer._replace(fingerprint=_C.fingerprint([t for group in side_by_side(w) for t in group]))
+        for layer, w in zip(packed, _by_layer(module, passed), strict=True)
+        if layer is not None
+    ]
+    if len(layers) < len(packed):
+        return Frozen((), (), precision)
+    return Frozen(tuple(layers), (), precision, restored)
+
+
+def precision_of(module: Freezable, *, stored: bool = False) -> Precision | None:
+    """The precision of a quantised module; with `stored` only if it holds rounded matrices."""
+    precision = None if module._frozen is None else module._frozen.precision
+    return None if precision is None or (stored and precision.keep_float) else precision
+
+
+def computed_anew(module: Freezable) -> list[str]:
+    """Names of weights that every call computes anew."""
+    rounded = {} if precision_of(module, stored=True) is None else module._buffers
+    own = {**module._parameters, **rounded}
+    return [n for n in module._weight_names() if n not in own]
+
+
+def hold_rounded(module: Freezable, precision: Precision) -> None:
+    """Put buffers with the rounded matrices in the place of Parameters; `_freeze` must follow."""
+    module._frozen = Frozen((), _trained(module))
+    held.hold_rounded(module, module._weight_names(), precision)
+
+
+def hold_floats(module: Freezable) -> None:
+    """Put Parameters in the place of rounded matrices."""
+    stored = precision_of(module, stored=True)
+    if stored is not None:
+        names = module._weight_names()
+        with torch.no_grad():
+            held.hold_floats(module, names, held.in_floats(module, names, stored))
+
+
+def in_floats(module: _Module) -> _Module:
+    """A module whose Parameters are the weights that a quantised one computes with, for formats
+    that know no others. Other modules are returned as they are."""
+    precision = precision_of(module) if isinstance(module, Freezable) else None
+    if precision is None:
+        return module
+    twin: Any = type(module).__new__(type(module))
+    twin.__dict__.update(module.__dict__)
+    twin.__dict__.update(_parameters=module._parameters.copy(), _buffers=module._buffers.copy())
+    del twin._frozen
+    names = twin._weight_names()
+    held.hold_floats(twin, names, held.in_floats(module, names, precision))
+    result: _Module = twin
+    return result
+
+
+def floats_of(module: Freezable) -> list[Weights]:
+    """The weights for all code that cannot read the prepacked ones."""
+    precision = precision_of(module)
+    if precision is None:
+        return module._weights()
+    return module._weights(held.in_floats(module, module._weight_names(), precision))
+
+
+def stepper_of(module: Freezable, batch_size: int, threads: int, release_gil: bool) -> Stepper:
+    """The stepper that `stream` returns."""
+    return stepper(module._cell(), floats_of(module), batch_size, threads, release_gil)
+
+
+def operands(
+    module: Freezable, input: Any
+) -> tuple[list[Weights], tuple[ops.Prepacked | None, ...]]:
+    """The weights for a call of a quantised module, and the prepacked ones."""
+    frozen = module._frozen
+    assert frozen is not None
+    x = input.data if isinstance(input, PackedSequence) else input
+    compiling = torch.compiler.is_compiling()
+    if not compiling and device.asked_for() not in (None, "cpu"):
+        return floats_of(module), ()
+    if not frozen.layers or not ops._can_use_prepacked(x):
+        # A view of a tensor of a subclass may be plain, and then the prepacked weights would run.
+        return floats_of(module), frozen.layers if ops._plain(x) else ()
+    if frozen.restored is None:
+        return module._weights(), frozen.layers
+    if not compiling and not held.unchanged(module, frozen.restored.sources):
+        raise RuntimeError(
+            "fastrnn: the weights of a quantised layer were changed or replaced after quantising. "
+            "Call fastrnn.quantize_(model) again to use the new ones, or "
+            "fastrnn.dequantize_(model) before changing them"
+        )
+    return frozen.restored.weights, frozen.layers
 
 
 def freeze(module: _Module) -> _Module:
@@ -110,6 +289,8 @@ def freeze(module: _Module) -> _Module:
     If the CPU kernel does not run (other devices, autocast, `torch.func`, a kernel forced by
     name), the layer works as before, from its Parameters.
 
+    A quantised layer is frozen in floats again, as after `dequantize_`.
+
     Args:
         module: a layer, or a model that contains layers.
 
@@ -128,21 +309,21 @@ def freeze(module: _Module) -> _Module:
         >>> gru = fastrnn.freeze(fastrnn.GRU(8, 16))
         >>> output, h_n = gru(torch.randn(5, 3, 8))
     """
-    layers = _freezable_in(module)
+    layers = freezable_in(module)
     if not layers:
         raise ValueError(
             f"there is no fastrnn layer in this {type(module).__name__} to freeze; "
             "fastrnn.replace_(model) puts them in the place of torch.nn's"
         )
     for name, layer in layers:
-        computed = [n for n in layer._weight_names() if n not in layer._parameters]
-        if computed:
+        if computed := computed_anew(layer):
             raise ValueError(
                 f"{computed[0]} of {name or 'the module'} is computed anew on every call, so it "
                 "cannot be packed once: make it permanent first "
                 "(torch.nn.utils.parametrize.remove_parametrizations, prune.remove)"
             )
     for _, layer in layers:
+        hold_floats(layer)
         layer._freeze()
     return module
 
@@ -158,13 +339,25 @@ def unfreeze(module: _Module) -> _Module:
 
     Raises:
         TypeError: if `module` is not an `nn.Module`.
+        ValueError: if a layer is quantised; `dequantize_` undoes that.
     """
-    for _, layer in _freezable_in(module):
+    layers = freezable_in(module)
+    for name, layer in layers:
+        if precision_of(layer) is not None:
+            raise ValueError(
+                f"{name or 'the module'} is quantised, which fastrnn.dequantize_(model) undoes"
+            )
+    for _, layer in layers:
         layer._unfreeze()
     return module
 
 
-def _freezable_in(module: nn.Module) -> list[tuple[str, Freezable]]:
+def freezable_in(module: nn.Module) -> list[tuple[str, Freezable]]:
+    """The layers and cells in `module`, by name.
+
+    Raises:
+        TypeError: if `module` is not an `nn.Module`.
+    """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module should be a torch.nn.Module, got: {type(module).__name__}")
     return [(name, m) for name, m in module.named_modules() if isinstance(m, Freezable)]

@@ -215,6 +215,7 @@ def rnn_cell(
     states: Sequence[Tensor],
     weights: Weights,
     packed: ops.Prepacked | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, ...]:
     """Run one time step.
 
@@ -224,6 +225,7 @@ def rnn_cell(
         states: `S` tensors [B, H], or [H] unbatched; none for zeros.
         weights: [G*H, I], [G*H, H], [G*H] and [G*H], without a projection.
         packed: the same weights, prepacked by `ops.pack`.
+        dtype: that of `input`, if it is not the dtype of the weights, because they are rounded.
 
     Returns:
         `S` next states, shaped as `states`.
@@ -232,10 +234,12 @@ def rnn_cell(
         RuntimeError: if shapes, dtypes or devices do not fit together.
     """
     w_ih, w_hh, b_ih, b_hh, _ = weights
-    if input.dtype != w_ih.dtype and not torch._C._is_any_autocast_enabled():
+    dtype = dtype or w_ih.dtype
+    if input.dtype != dtype and not torch._C._is_any_autocast_enabled():
         raise RuntimeError(
-            f"{different_dtypes(input, w_ih)}: input dtype ({input.dtype}) does not match weight "
-            f"dtype ({w_ih.dtype}). Convert input: input.to({w_ih.dtype})"
+            f"{different_dtypes(input, w_ih.new_empty(0, dtype=dtype))}: input dtype "
+            f"({input.dtype}) does not match weight dtype ({dtype}). "
+            f"Convert input: input.to({dtype})"
         )
     check_device(input, w_ih, states)
     biases: tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
