@@ -56,7 +56,7 @@ def pack(
     """Prepack the weights of every recurrence of one layer.
 
     Args:
-        weights: floating-point tensors, or with `scales` int8 matrices.
+        weights: floating-point tensors, or matrices in the format, int8 ones with `scales`.
         format: the format of products, by default that of the dtype.
         scales: what the rows of int8 matrices are multiplied by, for every recurrence.
         dtype: the dtype of the layer's input, by default that of the weights.
@@ -71,7 +71,7 @@ def pack(
     if key is None or refusal is not None:
         return None
     packed = [
-        _C.pack(key, format, list(recurrence), scales[p] if scales else ())
+        _C.pack(key, format, recurrence, scales[p] if scales else ())
         for p, recurrence in enumerate(weights)
     ]
     mark = _C.fingerprint([t for group in side_by_side(weights) for t in group])
@@ -194,7 +194,7 @@ def _refuse_gradients(*tensors: Tensor) -> None:
         raise RuntimeError(
             "this layer is frozen and has no derivative, but its input, states or weights require "
             "gradients. Call it under torch.no_grad() or torch.inference_mode(), or "
-            "fastrnn.unfreeze(module) to train it"
+            "fastrnn.unfreeze(module), or fastrnn.dequantize_(module), to train it"
         )
 
 

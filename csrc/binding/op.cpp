@@ -67,8 +67,9 @@ ScanOutputs scan_frozen(const ScanInputs& in, const Tensor& expected) {
   TORCH_CHECK(
       unchanged(weights, expected, in.x.numel() / std::max<int64_t>(in.x.size(-1), 1)),
       "fastrnn: the weights of a frozen layer were changed or replaced after freezing. Call "
-      "fastrnn.freeze(module) again to use the new ones, or fastrnn.unfreeze(module) "
-      "before changing them");
+      "fastrnn.freeze(module) again to use the new ones, or fastrnn.unfreeze(module) before "
+      "changing them; of a quantised layer, fastrnn.quantize_(module) or "
+      "fastrnn.dequantize_(module)");
   ScanOutputs out = scan_on_cpu(in, false);
   std::get<2>(out).reset();
   return out;

@@ -24,7 +24,7 @@ from fastrnn.kernels import device
 from fastrnn.kernels.operands import Weights, side_by_side
 from fastrnn.nn import held, rounding
 from fastrnn.nn.rounding import Precision, Quantised
-from fastrnn.nn.stream import Stepper, stepper
+from fastrnn.nn.stream import Quantized, Stepper, stepper
 
 __all__ = [
     "Freezable",
@@ -165,14 +165,7 @@ def _quantised(module: Freezable, precision: Precision) -> Frozen:
     names, passed = module._weight_names(), module._weights()
     if precision.keep_float:
         precision = precision._replace(dtype=passed[0].w_ih.dtype)
-    matrices = held.rounded(module, names, precision)
-    weights = module._weights({n: matrix for n, (matrix, _) in matrices.items()})
-    recurrences = [Quantised(w) for w in weights]
-    if precision.weights == "int8":
-        scales = module._weights({n: scale for n, (_, scale) in matrices.items()})
-        recurrences = [
-            Quantised(w, (s.w_ih, s.w_hh, s.w_hr)) for w, s in zip(weights, scales, strict=True)
-        ]
+    recurrences = _rounded(module, precision)
     packed = [
         rounding.pack(module._cell(), layer, precision) for layer in _by_layer(module, recurrences)
     ]
@@ -189,6 +182,16 @@ def _quantised(module: Freezable, precision: Precision) -> Frozen:
     if len(layers) < len(packed):
         return Frozen((), (), precision)
     return Frozen(tuple(layers), (), precision, restored)
+
+
+def _rounded(module: Freezable, precision: Precision) -> list[Quantised]:
+    """The weights of every recurrence of a quantised module."""
+    matrices = held.rounded(module, module._weight_names(), precision)
+    weights = module._weights({n: matrix for n, (matrix, _) in matrices.items()})
+    if precision.weights != "int8":
+        return [Quantised(w) for w in weights]
+    scales = module._weights({n: scale for n, (_, scale) in matrices.items()})
+    return [Quantised(w, (s.w_ih, s.w_hh, s.w_hr)) for w, s in zip(weights, scales, strict=True)]
 
 
 def precision_of(module: Freezable, *, stored: bool = False) -> Precision | None:
@@ -245,7 +248,19 @@ def floats_of(module: Freezable) -> list[Weights]:
 
 def stepper_of(module: Freezable, batch_size: int, threads: int, release_gil: bool) -> Stepper:
     """The stepper that `stream` returns."""
-    return stepper(module._cell(), floats_of(module), batch_size, threads, release_gil)
+    cell, precision = module._cell(), precision_of(module)
+    if precision is None or not rounding.has_kernel(precision):
+        return stepper(cell, floats_of(module), batch_size, threads, release_gil)
+    recurrences = _rounded(module, precision)
+    scales = [rounding.scales_of(recurrence) for recurrence in recurrences]
+    return stepper(
+        cell,
+        [recurrence.weights for recurrence in recurrences],
+        batch_size,
+        threads,
+        release_gil,
+        quantized=Quantized(precision.format, scales, precision.dtype),
+    )
 
 
 def operands(
@@ -255,8 +270,9 @@ def operands(
     frozen = module._frozen
     assert frozen is not None
     x = input.data if isinstance(input, PackedSequence) else input
-    compiling = torch.compiler.is_compiling()
-    if not compiling and device.asked_for() not in (None, "cpu"):
+    precision, compiling = precision_of(module), torch.compiler.is_compiling()
+    wrong = precision is None or x.dtype != precision.dtype  # an error, but under autocast
+    if wrong or (not compiling and device.asked_for() not in (None, "cpu")):
         return floats_of(module), ()
     if not frozen.layers or not ops._can_use_prepacked(x):
         # A view of a tensor of a subclass may be plain, and then the prepacked weights would run.

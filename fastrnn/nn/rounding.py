@@ -8,7 +8,7 @@ torch's order and not in the kernel's.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ __all__ = [
     "pack",
     "quantised",
     "restored",
+    "scales_of",
     "to_floats",
 ]
 
@@ -88,24 +89,21 @@ def to_floats(recurrence: Quantised, dtype: torch.dtype) -> Weights:
     )
 
 
+def scales_of(recurrence: Quantised) -> ops.Scales:
+    """The scales of the matrices that there are; none in bfloat16."""
+    return tuple(scale for scale in recurrence.scales if scale is not None)
+
+
 def has_kernel(precision: Precision) -> bool:
     """Whether the extension computes in this format on this processor. If it does not, the kernel
     for floats runs with restored weights."""
-    formats: Sequence[str] = getattr(_C, "formats", tuple)()
-    return precision.format in formats and precision.dtype == torch.float32
+    return precision.format in _C.formats() and precision.dtype != torch.float64
 
 
 def pack(cell: Cell, layer: Sequence[Quantised], precision: Precision) -> ops.Prepacked | None:
     """Prepack the recurrences of one layer; None if the CPU kernel would not run it."""
     if not has_kernel(precision):
         return ops.pack(cell, [to_floats(recurrence, precision.dtype) for recurrence in layer])
-    pack_rounded: Any = ops.pack
-    packed: ops.Prepacked | None
-    if precision.weights == "int8":
-        scales = [recurrence.scales for recurrence in layer]
-        weights = [recurrence.weights for recurrence in layer]
-        packed = pack_rounded(cell, weights, precision.format, scales)
-    else:
-        weights = [to_floats(recurrence, precision.dtype) for recurrence in layer]
-        packed = pack_rounded(cell, weights, precision.format, ())
-    return packed
+    weights = [recurrence.weights for recurrence in layer]
+    scales = [scales_of(recurrence) for recurrence in layer]
+    return ops.pack(cell, weights, precision.format, scales, precision.dtype)
