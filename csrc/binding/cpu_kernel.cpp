@@ -379,7 +379,7 @@ std::vector<Tensor> backward_on_cpu(const Call& call, const CpuPlan& plan, const
   operands.fill(args, n, tables, storage_of(stored));
   operands.fill(products, n, tables, storage_of(stored));
   const int64_t most = std::min(std::max(plan.chunk_rows, n.B), tables.live_rows());
-  const bool prepacks = plan.weights == WeightLayout::kPrepacked;
+  const bool prepacks = backward_layout(format, plan.weights) == WeightLayout::kPrepacked;
   ChunkBuffers buffers(
       call, format, compute, most, prepacks ? prepacked_for_backward(args, cell.gates) : 0,
       prepacks && needs[kNeedX] ? n.P * prepacked_width(n.I) * cell.gates * n.H : 0);

@@ -118,7 +118,9 @@ class Backward {
 
  private:
   bool projected() const { return Cell::kProjectable && __builtin_expect(args_.projected, false); }
-  bool prepacks() const { return plan_.weights == WeightLayout::kPrepacked; }
+  bool prepacks() const {
+    return backward_layout(F::kFormat, plan_.weights) == WeightLayout::kPrepacked;
+  }
   // The weights that a product reads: `packed`, if they were packed.
   Matrix<Word> matrix(const Word* packed, const void* unpacked, int64_t depth,
                       int64_t width) const {

@@ -212,6 +212,18 @@ enum class WeightLayout : int32_t {
   kPrepacked,  // packed before the first step
 };
 
+// The layout in which a format reads the weights of the forward and of the backward pass, if a plan
+// asks for `asked`: only float and double have kernels for torch's.
+constexpr bool is_plain(Format format) {
+  return format == Format::kFloat || format == Format::kDouble;
+}
+constexpr WeightLayout forward_layout(Format format, WeightLayout asked) {
+  return asked == WeightLayout::kUnpacked && !is_plain(format) ? WeightLayout::kPanels : asked;
+}
+constexpr WeightLayout backward_layout(Format format, WeightLayout asked) {
+  return is_plain(format) ? asked : WeightLayout::kPrepacked;
+}
+
 // How the CPU kernel runs a problem; fastrnn/plan chooses it.
 struct CpuPlan {
   WeightLayout weights = WeightLayout::kPrepacked;

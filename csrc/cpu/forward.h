@@ -101,7 +101,7 @@ class Forward {
       own.state = arena.take<Word>(F::kConverts ? B * state_words() : 0);
       own.state_scale = arena.take<T>(F::kScaled ? B : 0);
       const int64_t depth = words_of<F>(I > args_.recurrent ? I : args_.recurrent);
-      own.panel = arena.take<Word>(plan_.weights == WeightLayout::kPanels ? depth * kWidth : 0);
+      own.panel = arena.take<Word>(layout() == WeightLayout::kPanels ? depth * kWidth : 0);
       if (arena.ready()) scratch_[i] = own;
     }
   }
@@ -129,8 +129,9 @@ class Forward {
 
  private:
   bool projected() const { return Cell::kProjectable && __builtin_expect(args_.projected, false); }
+  WeightLayout layout() const { return forward_layout(F::kFormat, plan_.weights); }
   bool packed() const {
-    return plan_.weights == WeightLayout::kPrepacked || args_.recurrence[0].prepacked;
+    return layout() == WeightLayout::kPrepacked || args_.recurrence[0].prepacked;
   }
 
   // Whether rows of x, as they lie, are rows of words.
@@ -284,7 +285,7 @@ class Forward {
                    panel * kWidth};
     if (packed()) {
       w.packed = prepacked + panel * depth * kWidth;
-    } else if (plan_.weights == WeightLayout::kPanels) {
+    } else if (layout() == WeightLayout::kPanels) {
       Weights::pack_panel(weights, args_.hidden, depth, panel, scratch);
       w.packed = scratch;
     }

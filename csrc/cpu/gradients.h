@@ -233,7 +233,9 @@ class GradientSweep {
     int64_t x, row;
   };
 
-  bool prepacks() const { return plan_.weights == WeightLayout::kPrepacked; }
+  bool prepacks() const {
+    return backward_layout(F::kFormat, plan_.weights) == WeightLayout::kPrepacked;
+  }
   // Whether this chunk is the first of the backward pass.
   bool begins() const { return args_.end == args_.rows.steps; }
 

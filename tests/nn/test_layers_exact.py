@@ -212,8 +212,59 @@ def test_gradients_do_not_depend_on_batch_plan_or_cuts(data: Any) -> None:
     same(case.gradients(dy, dlast), whole, "with recompute")
 
 
+QUANTISED = {
+    "int8": {"weights": "int8"},
+    "int16": {"weights": "int8", "activations": "int16"},
+    "bfloat16": {"weights": "bfloat16"},
+}
+
+
+@settings(max_examples=30)
+@given(st.data())
+def test_quantised_layers_are_exact_too(data: Any) -> None:
+    case = Case.draw(data, ("float32",))
+    fastrnn.quantize_(case.layer, **QUANTISED[data.draw(st.sampled_from(list(QUANTISED)))])
+    steps, batch = case.x.shape[:2]
+    with torch.no_grad():
+        whole = case.run()
+        some = torch.randperm(batch)[: data.draw(st.integers(1, batch))]
+        with threads(data.draw(st.integers(1, 3))):
+            same(case.part(sequences=some).run(), _columns(whole, some), "in another batch")
+        with planned(**data.draw(plans)):
+            same(case.run(), whole, "by another plan")
+        cut = data.draw(st.integers(0, steps))
+        y, *last = case.part(slice(0, cut)).run() if cut else [case.x.new_empty(0), *case.states]
+        if cut < steps:
+            later, *last = case.part(slice(cut, None)).run(tuple(last))
+            y = torch.cat([y, later]) if cut else later
+        same([y, *last], whole, f"cut at step {cut}")
+        stream = case.layer.stream(batch_size=batch, threads=data.draw(st.integers(1, 2)))
+        stream.state = _pack(case.states)
+        y = torch.stack([torch.as_tensor(stream.step(x.contiguous())).clone() for x in case.x])
+        same([y, *(torch.as_tensor(s) for s in _tuple(stream.state))], whole, "step by step")
+
+
 def heads(inputs: int, hidden: int, **options: Any) -> Any:
     return fastrnn.GRU(inputs, hidden, heads=4, **options)
+
+
+@settings(max_examples=20)
+@given(st.data())
+def test_gradients_of_inputs_in_bfloat16_do_not_depend_on_the_batch(data: Any) -> None:
+    case = Case.draw(data, ("bfloat16",))
+    y, *last = case.run()
+    dy, dlast = torch.randn_like(y), [torch.randn_like(s) for s in last]
+    whole = case.gradients(dy, dlast)
+    inputs = 1 + len(case.states)
+    drawn = data.draw(plans)
+    del drawn["chunk_rows"]  # two rows share a word, and so a sum over rows follows the chunks
+    with planned(**drawn):
+        same(case.gradients(dy, dlast), whole, "by another plan")
+    some = torch.randperm(case.x.shape[1])[: data.draw(st.integers(1, case.x.shape[1]))]
+    part = case.part(sequences=some).gradients(dy[:, some], _columns(dlast, some))
+    same(part[:inputs], _columns(whole[:inputs], some), "in another batch")
+    case.layer.recompute = True
+    same(case.gradients(dy, dlast), whole, "with recompute")
 
 
 @pytest.mark.parametrize("make", [LAYERS["projected"], heads])

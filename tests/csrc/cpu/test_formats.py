@@ -1,0 +1,232 @@
+"""Products in bfloat16, int8 and int16, against the same arithmetic in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastrnn
+from fastrnn import cells
+from fastrnn.extension import _C
+from fastrnn.kernels.operands import Weights
+from fastrnn.nn.rounding import quantised
+from tests.support.kernels import planned
+
+LEVELS = {"int8": 127, "int16": 32639}
+HOW: dict[str, dict[str, Any]] = {
+    "bfloat16": {"weights": "bfloat16"},
+    "int8": {"weights": "int8"},
+    "int16": {"weights": "int8", "activations": "int16"},
+}
+FORMATS = [format for format in HOW if format in _C.formats()]
+# [B, I, H] with words, vectors and tiles that are whole, and that are not.
+SIZES = [(1, 1, 1), (2, 3, 5), (3, 16, 16), (7, 64, 48), (13, 17, 33), (5, 31, 70), (26, 100, 130)]
+
+pytestmark = pytest.mark.skipif(not FORMATS, reason="this processor lacks the instructions")
+
+
+def own(u: Any, v: Any, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """Reads h unit by unit, does not sum a gate, and has no bound."""
+    c = torch.sigmoid(u.f + v.f) * c + 2 * u.g * torch.tanh(v.g)
+    return c + 0.25 * h, c
+
+
+OWN = cells.Cell("own_in_words", ("f", "g"), ("h", "c"), own)
+LAYERS: dict[str, Callable[..., Any]] = {
+    "rnn": fastrnn.RNN,
+    "relu": lambda i, h, **more: fastrnn.RNN(i, h, nonlinearity="relu", **more),
+    "lstm": fastrnn.LSTM,
+    "projected": lambda i, h, **more: fastrnn.LSTM(i, h, proj_size=h // 2, **more),
+    "gru": fastrnn.GRU,
+    "own": lambda i, h, **more: fastrnn.Recurrent(OWN, i, h, **more),
+}
+
+
+def rounded_rows(x: Tensor, format: str) -> Tensor:
+    """The numbers that a kernel multiplies for the rows of x."""
+    if format == "bfloat16":
+        return x.float().bfloat16().double()
+    levels = LEVELS[format]
+    largest = x.float().abs().amax(-1, keepdim=True).clamp_min(1e-30)
+    return torch.round(x.float() * (levels / largest)).double() * (largest / levels).double()
+
+
+def rounded_weights(w: Tensor, format: str) -> Tensor:
+    if format == "bfloat16":
+        return w.bfloat16().double()
+    numbers, scales = quantised(w)
+    return numbers.double() * scales.double().unsqueeze(-1)
+
+
+def one_step(
+    cell: cells.Cell, x: Tensor, states: Sequence[Tensor], weights: Weights, format: str
+) -> list[Tensor]:
+    """A step in float64 on rounded weights and rows."""
+    w_ih, w_hh, b_ih, b_hh, w_hr = weights
+
+    def product(rows: Tensor, w: Tensor) -> Tensor:
+        return rounded_rows(rows, format) @ rounded_weights(w, format).T
+
+    assert b_ih is not None and b_hh is not None
+    u, v = product(x, w_ih) + b_ih.double(), product(states[0], w_hh) + b_hh.double()
+    gates = len(cell.gates)
+    before = list(states) if w_hr is None else [torch.zeros_like(states[1]), *states[1:]]
+    h, *others = cell.step(u.chunk(gates, -1), v.chunk(gates, -1), before)
+    return [h if w_hr is None else product(h, w_hr), *others]
+
+
+def tensors(states: Any) -> tuple[Tensor, ...]:
+    return states if isinstance(states, tuple) else (states,)
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("format", FORMATS)
+def test_one_step_is_the_arithmetic_of_the_format(
+    format: str, kind: str, sizes: tuple[int, int, int]
+) -> None:
+    batch, inputs, hidden = sizes
+    if kind == "projected" and hidden < 4:
+        hidden = 4
+    torch.manual_seed(hidden)
+    layer = LAYERS[kind](inputs, hidden).requires_grad_(False)
+    x = torch.randn(1, batch, inputs)
+    states = [torch.randn(s.shape[1:]) for s in tensors(layer(x)[1])]
+    (weights,) = layer._weights()
+    expected = one_step(layer._cell(), x[0], [s.double() for s in states], weights, format)
+    fastrnn.quantize_(layer, **HOW[format])
+    given = tuple(s[None] for s in states)
+    y, after = layer(x, given if len(given) > 1 else given[0])
+    # Rounding of h before a projection may fall on the other side of a tie.
+    bound = 2e-2 if kind == "projected" else 1e-5
+    for ours, theirs in zip([y, *tensors(after)], [expected[0], *expected], strict=True):
+        error = (ours[0].double() - theirs).abs()
+        assert error.max() < bound * max(1, theirs.abs().max())
+        assert error.mean() < 1e-4
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_number_that_is_not_finite_spoils_its_sequence_from_there_on(
+    format: str, kind: str
+) -> None:
+    torch.manual_seed(0)
+    layer = LAYERS[kind](20, 24)
+    fastrnn.quantize_(layer, **HOW[format])
+    x = torch.randn(6, 5, 20)
+    right = layer(x)[0]
+    for value in (float("nan"), float("inf"), -float("inf")):
+        spoilt = x.clone()
+        spoilt[2, 1, 17] = value
+        y = layer(spoilt)[0]
+        others = [0, 2, 3, 4]
+        assert torch.equal(y[:, others], right[:, others])
+        assert torch.equal(y[:2], right[:2])
+        if format == "bfloat16":  # where the gate of an infinite product is a number, as in float
+            in_float = fastrnn.dequantize_(layer)(spoilt)[0]
+            fastrnn.quantize_(layer, **HOW[format])
+            assert torch.equal(y.isnan(), in_float.isnan())
+        else:  # infinity has no scale
+            assert y[2:, 1].isnan().all()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-6, 1e6, 1e30])
+def test_rows_of_any_magnitude(format: str, scale: float) -> None:
+    """Each row has a scale of its own, so a number loses digits only beside larger ones."""
+    torch.manual_seed(0)
+    layer = fastrnn.RNN(32, 16, nonlinearity="relu", bias=False)
+    x = torch.randn(4, 6, 32)
+    fastrnn.quantize_(layer, **HOW[format])
+    y = layer(x)[0]
+    x[:, ::2] *= scale
+    scaled = layer(x)[0]
+    assert torch.equal(scaled[:, 1::2], y[:, 1::2])
+    if scale > 1e-37:
+        torch.testing.assert_close(scaled[:, ::2] / scale, y[:, ::2], rtol=0.05, atol=0.05)
+    else:
+        assert scaled[:, ::2].abs().max() < 1e-36
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_layers_with_everything_agree_with_single_steps(format: str) -> None:
+    """Lengths, resets and both directions, against one step at a time by the same kernels."""
+    torch.manual_seed(0)
+    layer = fastrnn.LSTM(9, 21, bidirectional=True, proj_size=7)
+    ahead, back = fastrnn.LSTM(9, 21, proj_size=7), fastrnn.LSTM(9, 21, proj_size=7)
+    for name, parameter in layer.named_parameters():
+        single = back if name.endswith("_reverse") else ahead
+        single.get_parameter(name.removesuffix("_reverse")).data.copy_(parameter.data)
+    for each in (layer, ahead, back):
+        fastrnn.quantize_(each, **HOW[format])
+    x, lengths = torch.randn(11, 4, 9), torch.tensor([11, 3, 7, 10])
+    resets = torch.rand(11, 4) < 0.2
+    whole = layer(x, lengths=lengths, resets=resets)[0]
+    for b, n in enumerate(lengths.tolist()):
+        for single, times, part in (
+            (ahead, range(n), slice(7)),
+            (back, range(n)[::-1], slice(7, 14)),
+        ):
+            state = None
+            for t in times:
+                before = t if single is ahead else t + 1
+                if before < n and resets[before, b]:
+                    state = None
+                y, state = single(x[t : t + 1, b : b + 1], state)
+                assert torch.equal(y[0, 0], whole[t, b, part])
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1, 1), (3, 2, 3, 5), (9, 7, 17, 33), (40, 5, 31, 70)], ids=str
+)
+def test_gradients_in_bfloat16(kind: str, sizes: tuple[int, int, int, int]) -> None:
+    """All gradients of a layer in bfloat16, against float64 with the same weights."""
+    steps, batch, inputs, hidden = sizes
+    if kind == "projected" and hidden < 4:
+        hidden = 4
+    torch.manual_seed(hidden)
+    exact = LAYERS[kind](inputs, hidden, bidirectional=True, num_layers=2)
+    exact.bfloat16().double()
+    ours = LAYERS[kind](inputs, hidden, bidirectional=True, num_layers=2)
+    ours.load_state_dict(exact.state_dict())
+    ours.bfloat16()
+    x = torch.randn(steps, batch, inputs).bfloat16()
+    lengths = torch.randint(1, steps + 1, (batch,))
+    gradient: Tensor | None = None
+
+    def run(layer: Any, dtype: torch.dtype) -> list[Tensor]:
+        nonlocal gradient
+        leaf = x.to(dtype).requires_grad_()
+        y, last = layer(leaf, lengths=lengths)
+        if gradient is None:
+            gradient = torch.randn(y.shape).bfloat16()
+        roots = [y, *tensors(last)]
+        grads = [gradient.to(dtype), *(torch.ones_like(s) for s in tensors(last))]
+        return list(torch.autograd.grad(roots, [leaf, *layer.parameters()], grads))
+
+    for one, right in zip(run(ours, torch.bfloat16), run(exact, torch.float64), strict=True):
+        error = (one.double() - right).norm() / right.norm().clamp_min(1e-3)
+        assert error < (3e-2 if hidden >= 16 else 0.1)  # few numbers, whose errors do not average
+
+
+@pytest.mark.parametrize("weights", ["unpacked", "panels", "prepacked"])
+def test_every_layout_that_a_plan_asks_for(weights: str) -> None:
+    """Formats other than float and double have kernels for packed weights only."""
+    torch.manual_seed(0)
+    layer = fastrnn.LSTM(19, 33, proj_size=10, dtype=torch.bfloat16)
+    x = torch.randn(5, 3, 19, dtype=torch.bfloat16, requires_grad=True)
+
+    def run() -> list[Tensor]:
+        y, _ = layer(x)
+        return [y, *torch.autograd.grad(y.float().square().sum(), [x, *layer.parameters()])]
+
+    whole = run()
+    with planned(weights=weights, split_units=2):
+        for one, other in zip(run(), whole, strict=True):
+            assert torch.equal(one, other)
+    assert all(bool(g.any()) for g in whole)
