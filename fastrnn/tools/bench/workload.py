@@ -40,6 +40,9 @@ class Target:
     Against `BEST_BASELINE` or an implementation, its time divided by ours is at least the bound.
     Against `PEAK`, our GFLOP/s divided by the machine's is at least the bound. Against
     `MICROSECONDS`, our time is at most the bound.
+
+    Attributes:
+        of: the implementation that is ours, by its name; by default that which the row is about.
     """
 
     mode: str
@@ -47,6 +50,7 @@ class Target:
     lstm: float | None
     gru: float | None
     rnn: float | None
+    of: str | None = None
 
     @classmethod
     def all(cls, mode: str, against: str, bound: float) -> Target:
