@@ -53,9 +53,9 @@ class Target:
     of: str | None = None
 
     @classmethod
-    def all(cls, mode: str, against: str, bound: float) -> Target:
+    def all(cls, mode: str, against: str, bound: float, of: str | None = None) -> Target:
         """The same bound for every cell."""
-        return cls(mode, against, bound, bound, bound)
+        return cls(mode, against, bound, bound, bound, of)
 
     def bound(self, cell: str) -> float | None:
         return {"lstm": self.lstm, "gru": self.gru, "rnn": self.rnn}[cell]
