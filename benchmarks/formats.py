@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     file: Path | None = None
     if given.saved:
         file = given.saved / FILE
-        rows = [row for row, _ in load(file).rows]
+        rows = [row for row, _ in store.load(file).rows]
         if not rows:
             parser.error(f"{given.saved} has no {FILE} with rows")
     else:
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         file = kept.path if given.save else None
     print(f"\n{text(rows, wrong)}")
     if file and given.docs:
-        given.docs.write_text(docs(given.docs.read_text(), load(file)))
+        given.docs.write_text(docs(given.docs.read_text(), store.load(file)))
         print(f"{given.docs}: tables rewritten")
     return int(bool(wrong))
 
@@ -123,11 +123,6 @@ def _keeper(here: Machine, results: Path, arguments: Sequence[str]) -> store.Kep
     return store.Kept(folder / FILE, run, [w.name for w in WORKLOADS], Row.from_json)
 
 
-def load(file: Path) -> store.Results[Row]:
-    """The results of a machine."""
-    return store.load(file)
-
-
 def text(rows: Sequence[Row], wrong: Sequence[str]) -> str:
     """The tables and the targets that were not reached, for the terminal."""
     parts = [*_tables(rows), targets(rows)]
@@ -156,8 +151,7 @@ def _tables(rows: Sequence[Row]) -> list[str]:
 
 def speeds(rows: Sequence[Row]) -> str:
     """A line for each row: the times of ours and their ratios to float32, then to the rivals."""
-    head = ["", "T, B, I, H", "float32"]
-    head += [f"{format}, over float32" for format in FORMATS]
+    head = ["", "T, B, I, H", "float32", *FORMATS]
     head += [f"{format} over {rival}" for format, rivals in RIVALS.items() for rival in rivals]
     lines = [head]
     for row in rows:
@@ -238,7 +232,7 @@ def _figure(ratio: float | None) -> str:
     """A ratio, a loss in italics."""
     if ratio is None:
         return "–"
-    return f"{ratio:.2f}×" if ratio >= 1 else f"*{ratio:.2f}×*"
+    return f"{ratio:.3g}×" if ratio >= 1 else f"*{ratio:.3g}×*"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -17,11 +17,11 @@ from fastrnn.tools.bench.onnx_baselines import OnnxRuntime, OpenVino
 
 __all__ = ["BASELINES", "FLOAT32", "FORMATS", "OURS", "name"]
 
-# Arguments of `quantize_`, by the format of the activations.
+# Weights and activations, as `quantize_` names them, by the format of the activations.
 FORMATS = {
-    "int8": {"weights": "int8"},
-    "int16": {"weights": "int8", "activations": "int16"},
-    "bfloat16": {"weights": "bfloat16"},
+    "int8": ("int8", "int8"),
+    "int16": ("int8", "int16"),
+    "bfloat16": ("bfloat16", "auto"),
 }
 FLOAT32 = "fastrnn float32"
 _ENGINES = ("x86", "fbgemm", "onednn", "qnnpack")  # of torch.ao, the fastest first
@@ -34,7 +34,7 @@ def name(format: str) -> str:
 
 def _quantised(module: nn.Module, format: str) -> nn.Module:
     layer = fastrnn.from_torch(module)
-    fastrnn.quantize_(layer, **FORMATS[format])
+    fastrnn.quantize_(layer, *FORMATS[format])
     return layer
 
 
@@ -67,7 +67,7 @@ def _engine() -> str | None:
 
 def _by_torch_ao(module: nn.Module) -> nn.Module:
     before = torch.backends.quantized.engine
-    torch.backends.quantized.engine = _engine()  # packs the weights
+    torch.backends.quantized.engine = _engine() or before  # packs the weights
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch.ao is deprecated
