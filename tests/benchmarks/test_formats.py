@@ -12,9 +12,9 @@ import fastrnn
 from benchmarks import formats as command
 from benchmarks import report, workloads
 from fastrnn.tools import tolerance
-from fastrnn.tools.bench import comparison, formats, machine, measure, store
+from fastrnn.tools.bench import formats, machine, measure, store
 from fastrnn.tools.bench.comparison import Row, Verdict
-from fastrnn.tools.bench.implementation import TorchLayer
+from fastrnn.tools.bench.implementation import OURS, TorchLayer
 from fastrnn.tools.bench.workload import BEST_BASELINE
 from tests.support.bench import Scaled, entry, here, results_of, row
 from tests.support.paths import ROOT
@@ -49,7 +49,7 @@ def cells(table: str) -> list[list[str]]:
 
 
 def test_targets_are_of_implementations_that_exist() -> None:
-    ours = {each.name for each in formats.OURS} | {each.name for each in comparison.OURS}
+    ours = {each.name for each in formats.OURS} | {each.name for each in OURS}
     theirs = {each.name for each in formats.BASELINES}
     names = [w.name for w in workloads.FORMATS]
     assert len(names) == len(set(names))

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fastrnn.extension import _C
 from fastrnn.tools import tolerance
 from fastrnn.tools.bench import comparison, formats
 from fastrnn.tools.bench.implementation import Case, Implementation
@@ -58,7 +59,7 @@ def test_each_says_what_it_cannot_do() -> None:
 def test_a_format_without_instructions_or_an_engine_is_unavailable(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(formats._C, "formats", lambda: ["float32"])
+    monkeypatch.setattr(_C, "formats", lambda: ["float32"])
     for each in formats._layer_and_stepper("fastrnn int8", lambda layer: layer, "int8"):
         assert "no instructions for int8" in str(each.available())
     monkeypatch.setattr(formats, "_ENGINES", ())
