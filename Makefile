@@ -6,13 +6,15 @@
 #               of their own: equality, gradients, checkpoints, and times, written to
 #               docs/clients.md; ARGS="-k medaka" runs less and writes nothing
 # make bench    time fastrnn beside its baselines on this machine, a few minutes; make bench-full:
-#               every workload, also with one thread, the grid and the load; ARGS="-k speech" passes
-#               options to pytest
+#               every workload, also with one thread, the grid, the load and the formats;
+#               ARGS="-k speech" passes options to pytest
 # make bench-grid
 #               time fastrnn beside torch.nn alone at 1200 points, about 20 minutes;
 #               ARGS="--quick" or ARGS="--only lstm,gru_cell" does less
 # make bench-load
 #               time layers of one row beside busy processes, about 30 minutes
+# make bench-formats
+#               time int8 and bfloat16 beside float32 and other libraries, a few minutes
 # make gpu      build, test and measure on this machine's NVIDIA GPU, 20 minutes;
 #               ARGS="--minutes 5 --only build,first" does less
 # make docs     build the documentation into site/, in an environment of its own: it needs no
@@ -37,8 +39,8 @@ CPP = $(foreach kind,h cpp cu cuh,$(shell find csrc tests benchmarks -name '*.$(
 
 GENERATOR = $(wildcard fastrnn/cells/*.py fastrnn/compiler/*.py)
 
-.PHONY: demo test test-long test-all clients bench bench-full bench-grid bench-load gpu docs lint \
-  format clean in-place
+.PHONY: demo test test-long test-all clients bench bench-full bench-grid bench-load bench-formats \
+  gpu docs lint format clean in-place
 
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
@@ -102,12 +104,16 @@ bench-full: $(BASELINES)
 	$(PY) -m benchmarks.report
 	$(PY) -m benchmarks.grid --save
 	$(PY) -m benchmarks.load --save
+	$(PY) -m benchmarks.formats --save
 
 bench-grid: $(BASELINES)
 	$(PY) -m benchmarks.grid --save $(ARGS)
 
 bench-load: $(BASELINES)
 	$(PY) -m benchmarks.load --save $(ARGS)
+
+bench-formats: $(BASELINES)
+	$(PY) -m benchmarks.formats --save $(ARGS)
 
 # It builds by itself, for this GPU alone, as one of its steps.
 gpu: $(INSTALLED)

@@ -77,14 +77,7 @@ def keep(pytestconfig: pytest.Config, here: machine.Machine) -> Callable[[Row], 
     folder = machine.slug(run.device, None if device == "cuda" else here.threads)
     path = pytestconfig.getoption("results") / folder / "suite.json"
     order = [w.name for w in (*WORKLOADS, *GPU)]
-    before = store.load(path)
-    rows: list[Row] = []
-
-    def keep(row: Row) -> None:
-        rows.append(row)
-        store.save(store.merge(before, run, rows, order), path)
-
-    return keep
+    return store.Kept(path, run, order, Row.from_json).keep
 
 
 class Progress:

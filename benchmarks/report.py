@@ -119,18 +119,20 @@ def conditions(
     results: store.Results,
     rows: Iterable[store.Stored],
     command: str = "python -m pytest benchmarks",
+    formats: str = "float32",
 ) -> list[str]:
     """A line for each group of runs under equal conditions from which one of these rows is.
 
     Args:
         command: what repeats all rows, for a line about several runs.
+        formats: of the numbers.
     """
     wanted = {row.key for row in rows}
     numbers = sorted({number for row, number in results.rows if row.key in wanted})
     alike: dict[str, list[store.Conditions]] = {}
     for run in (results.runs[n] for n in numbers):
         versions = ", ".join(f"{n} {v}" for n, v in run.versions.items() if v != "not installed")
-        about = f"{run.device} ({run.instruction_set}), {run.machine.threads} threads, float32"
+        about = f"{run.device} ({run.instruction_set}), {run.machine.threads} threads, {formats}"
         alike.setdefault(f"{about}; {versions}", []).append(run)
     sentences = []
     for about, runs in alike.items():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastrnn.tools.bench import formats
 from fastrnn.tools.bench.workload import (
     BEST_BASELINE,
     MICROSECONDS,
@@ -16,7 +17,7 @@ from fastrnn.tools.bench.workload import (
     Workload,
 )
 
-__all__ = ["GPU", "SMOKE", "WORKLOADS"]
+__all__ = ["FORMATS", "GPU", "SMOKE", "WORKLOADS"]
 
 ONE_THREAD = "fastrnn, 1 thread"
 
@@ -283,6 +284,68 @@ SWEEPS = (
 )
 
 WORKLOADS = (*STREAMING, *SEQUENCES, *BATCHES, *PACKED, *CHECKS, LINEAR, *SWEEPS)
+
+
+def of_formats(
+    steps: int, batch: int, hidden: int, int8: float | None, *, quick: bool = False
+) -> Workload:
+    """One shape in int8 and bfloat16, or single steps of it. `int8` is the speed-up over float32
+    that is the target of int8; that of bfloat16 begins where weights fill a core's cache."""
+    mode = "step" if steps == 1 else "inference"
+    ours, other = formats.name("int8"), formats.name("bfloat16")
+    targets = [
+        Target(mode, "ONNX Runtime int8", 1.1, None, None, of=ours),
+        Target(mode, BEST_BASELINE, None, 1.4, None, of=ours),
+        Target.all(mode, "torch.nn bfloat16", 0.95, of=other),
+        Target.all(mode, "OpenVINO bfloat16", 0.95, of=other),
+    ]
+    if int8 is not None:
+        targets.append(Target.all(mode, formats.FLOAT32, int8, of=ours))
+    if hidden >= 256:
+        targets.append(Target.all(mode, formats.FLOAT32, 1.8, of=other))
+    return Workload(
+        f"formats-{steps}x{batch}x{hidden}",
+        *(steps, batch, hidden, hidden),
+        "int8 and bfloat16 beside float32",
+        modes=(mode,),
+        cells=("lstm", "gru"),
+        group="low precision",
+        quick=quick,
+        targets=tuple(targets),
+    )
+
+
+def trained(steps: int, batch: int, hidden: int, bound: float) -> Workload:
+    """Training in bfloat16, and the target over torch.nn."""
+    return Workload(
+        f"bfloat16-{steps}x{batch}x{hidden}",
+        *(steps, batch, hidden, hidden),
+        "training in bfloat16",
+        dtype="bfloat16",
+        modes=("training",),
+        cells=("lstm",),
+        group="low precision",
+        baselines=("torch.nn",),
+        variants=(Variant(formats.FLOAT32, {"dtype": "float32"}),),
+        targets=(Target.all("training", "torch.nn", bound),),
+    )
+
+
+# For `python -m benchmarks.formats`; the suite does not time these.
+FORMATS = (
+    of_formats(1, 1, 64, None, quick=True),
+    of_formats(1, 1, 256, 3.0),
+    of_formats(1, 1, 512, 3.0),
+    of_formats(100, 1, 64, None, quick=True),
+    of_formats(1000, 1, 128, None),
+    of_formats(100, 1, 256, 3.0),
+    of_formats(200, 1, 512, 3.0),
+    of_formats(128, 32, 128, 2.2),
+    of_formats(128, 32, 512, 3.2),
+    trained(128, 32, 128, 0.95),
+    trained(512, 16, 256, 1.1),
+    trained(128, 32, 512, 1.1),
+)
 
 # (B, H) and the target's speed-up, for a GPU.
 GPU_SHAPES = {(16, 256): 6.0, (64, 512): 4.0, (1, 256): 8.0, (64, 1024): 2.3, (128, 2048): 1.4}

@@ -47,9 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not rows:
             parser.error(f"{given.saved} has no {FILE} with points")
     else:
-        kept = Kept(given.results, sys.argv[1:] if argv is None else argv) if given.save else None
+        kept = keeper(given.results, sys.argv[1:] if argv is None else argv) if given.save else None
         rows = run(chosen, given.seconds, kept.keep if kept else lambda row: None)
-        folder = kept.folder if kept else None
+        folder = kept.path.parent if kept else None
     print(f"\n{summary.text(rows, [point for point in chosen if is_left_out(point)])}")
     if folder:
         publish(folder, given.docs)
@@ -93,24 +93,12 @@ def _line(rows: Sequence[Row]) -> str:
     return "; ".join([about, *at])
 
 
-class Kept:
-    """The results on disk. Each row is written at once, so that a run that is cut short loses none.
-
-    Attributes:
-        folder: of this machine.
-    """
-
-    def __init__(self, results: Path, arguments: Sequence[str]) -> None:
-        command = shlex.join(["python", "-m", "benchmarks.grid", *arguments])
-        self._run = store.conditions(machine.measure(), command)
-        self.folder = results / machine.slug(self._run.device, self._run.machine.threads)
-        self._before = load(self.folder)
-        self._rows: list[Row] = []
-
-    def keep(self, row: Row) -> None:
-        self._rows.append(row)
-        merged = store.merge(self._before, self._run, self._rows, [p.name for p in points()])
-        store.save(merged, self.folder / FILE)
+def keeper(results: Path, arguments: Sequence[str]) -> store.Kept[Row]:
+    """Keeps rows in the folder of this machine."""
+    command = shlex.join(["python", "-m", "benchmarks.grid", *arguments])
+    run = store.conditions(machine.measure(), command)
+    folder = results / machine.slug(run.device, run.machine.threads)
+    return store.Kept(folder / FILE, run, [point.name for point in points()], Row.from_json)
 
 
 def load(folder: Path) -> store.Results[Row]:

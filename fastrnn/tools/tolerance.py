@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["FLOORS", "Floor", "largest_error", "limit", "rms_error"]
+__all__ = ["FLOORS", "FORMATS", "Floor", "largest_error", "limit", "rms_error"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,10 @@ FLOORS = {
     "bfloat16": Floor(2e-3, 1e-2),
     "float16": _FLOAT16,
 }
+
+# The largest error of a quantised layer, by the format of its activations, if its weights are those
+# of torch's initialisation.
+FORMATS = {"int8": 2e-2, "int16": 1e-2, "bfloat16": 6e-3}
 
 
 def limit(theirs: float, precision: str, *, gradients: bool = False) -> float:

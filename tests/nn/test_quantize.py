@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pack_sequence
 import fastrnn
 from fastrnn import kernels
 from fastrnn.extension import _C
+from fastrnn.tools import tolerance
 from tests.support.names import CELLS
 from tests.support.tensors import batches, flatten
 
@@ -31,7 +32,7 @@ FORMATS: list[dict[str, Any]] = [
     {"weights": "bfloat16"},
 ]
 # Of h in float32 layers with torch's initial weights, where the kernel rounds activations too.
-LIMITS = {"int8": 2e-2, "int16": 1e-2, "bfloat16": 6e-3}
+LIMITS = tolerance.FORMATS
 
 
 @fastrnn.cell(gates="fn", states="h", name="quantised_minimal")

@@ -3,6 +3,7 @@ loops."""
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -26,8 +27,10 @@ __all__ = [
     "Implementation",
     "Prepared",
     "Results",
+    "Stepper",
     "TorchLayer",
     "cell_step",
+    "frozen",
     "missing_package",
     "named_states",
 ]
@@ -87,6 +90,15 @@ class Case:
             x, gradient = padded[0], gradient[0]
         return cls(workload, cell, mode, threads, device, module, x, gradient)
 
+    def to(self, dtype: torch.dtype) -> Case:
+        """The same case with weights, input and gradient of another dtype."""
+        return replace(
+            self,
+            module=copy.deepcopy(self.module).to(dtype),
+            x=self.x.to(dtype),
+            gradient=self.gradient.to(dtype),
+        )
+
     def layer_weights(self) -> Iterator[tuple[str, int, int, Mapping[str, Tensor]]]:
         """For each layer and direction: the suffix of the parameters, the layer, the direction, and
         the parameters by their names without the suffix."""
@@ -111,11 +123,14 @@ class Prepared:
         read: converts the result of the last call to tensors by name: "output", "h_n", "c_n",
             "gradient of x", "gradient of weight_ih_l0" and so on, as far as there are any.
         around: a context that is entered around many calls, for switches.
+        format: the format in which it multiplies if it has fewer digits than the case's dtype, one
+            of `tolerance.FORMATS`.
     """
 
     call: Callable[[], Any]
     read: Callable[[Any], Results]
     around: Callable[[], AbstractContextManager[object]]
+    format: str | None = None
 
 
 class Implementation(Protocol):
@@ -151,6 +166,9 @@ class TorchLayer:
         tf32: whether this implementation multiplies float32 as TF32 on a GPU.
         kernel: the only kernel of ours that may run.
         inference: the context of calls without gradients.
+        format: see `Prepared`.
+        dtype: of weights, inputs and results, if it is not that of the case. Nothing is converted
+            while the clock runs.
     """
 
     def __init__(
@@ -164,10 +182,13 @@ class TorchLayer:
         kernel: str | None = None,
         missing: str | None = None,
         inference: Callable[[], AbstractContextManager[object]] = torch.inference_mode,
+        format: str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.name, self.tf32 = name, tf32
         self._convert, self._modes, self._inference = convert, modes, inference
         self._onednn, self._kernel, self._missing = onednn, kernel, missing
+        self._format, self._dtype = format, dtype
 
     def available(self) -> str | None:
         if self._kernel is not None and self._kernel not in plan.KERNELS:
@@ -182,6 +203,11 @@ class TorchLayer:
         return None
 
     def prepare(self, case: Case) -> Prepared:
+        if self._dtype is not None:
+            case = case.to(self._dtype)
+        return replace(self._prepare(case), format=self._format)
+
+    def _prepare(self, case: Case) -> Prepared:
         module = self._convert(case.module)
 
         def around() -> AbstractContextManager[object]:
@@ -280,20 +306,35 @@ def _stepping(module: nn.Module, case: Case, around: _Around) -> Prepared:
 
 
 class Stepper:
-    """Our `layer.stream()`, which has its own states and buffers and does not use autograd."""
+    """Our `layer.stream()`, which has its own states and buffers and does not use autograd.
 
-    name = "fastrnn stepper"
+    Args:
+        convert: makes our layer from torch's.
+        missing: why it cannot run here.
+        format: see `Prepared`.
+    """
+
+    def __init__(
+        self,
+        name: str = "fastrnn stepper",
+        convert: Callable[[nn.Module], nn.Module] = fastrnn.from_torch,
+        *,
+        missing: str | None = None,
+        format: str | None = None,
+    ) -> None:
+        self.name = name
+        self._convert, self._missing, self._format = convert, missing, format
 
     def available(self) -> str | None:
         if hasattr(fastrnn.LSTM, "stream"):
-            return None
+            return self._missing
         return f"fastrnn {fastrnn.__version__} has no stream()"
 
     def supports(self, case: Case) -> str | None:
         return None if case.mode == "step" else "runs single steps"
 
     def prepare(self, case: Case) -> Prepared:
-        layer: Any = fastrnn.from_torch(case.module)
+        layer: Any = self._convert(case.module)
         stepper = layer.stream(batch_size=case.workload.batch, threads=case.threads)
         assert isinstance(case.x, Tensor)
         x, out = case.x[0], torch.empty_like(case.gradient[0])
@@ -301,6 +342,7 @@ class Stepper:
             lambda: stepper.step(x, out=out),
             lambda result: {"output": out.unsqueeze(0)},
             lambda: _threads(case.threads),
+            self._format,
         )
 
 
@@ -314,7 +356,8 @@ def _threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _freeze(module: nn.Module) -> nn.Module:
+def frozen(module: nn.Module) -> nn.Module:
+    """Our layer with its weights packed for good."""
     return fastrnn.freeze(fastrnn.from_torch(module))  # type: ignore[attr-defined, unused-ignore]
 
 
@@ -324,7 +367,7 @@ OURS: tuple[Implementation, ...] = (
     TorchLayer("fastrnn", fastrnn.from_torch),
     TorchLayer(
         "fastrnn, frozen",
-        _freeze,
+        frozen,
         modes=("inference",),
         missing=None
         if hasattr(fastrnn, "freeze")

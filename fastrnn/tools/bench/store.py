@@ -22,6 +22,7 @@ from fastrnn.tools.bench.machine import Machine
 
 __all__ = [
     "Conditions",
+    "Kept",
     "Results",
     "Stored",
     "commit",
@@ -154,6 +155,33 @@ def merge(
     used = sorted({n for _, n in merged})
     runs = (*before.runs, run)
     return Results(tuple(runs[n] for n in used), tuple((row, used.index(n)) for row, n in merged))
+
+
+class Kept(Generic[_Row]):
+    """Results on disk. Each row is written at once, so that a run that is cut short loses none.
+
+    Args:
+        path: of the file.
+        run: the conditions of the rows that will be kept.
+        order: see `merge`.
+        from_json: makes the rows that are in the file.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        run: Conditions,
+        order: Sequence[str],
+        from_json: Callable[[dict[str, Any]], _Row],
+    ) -> None:
+        self.path = path
+        self._run, self._order = run, order
+        self._before = load_as(from_json, path)
+        self._rows: list[_Row] = []
+
+    def keep(self, row: _Row) -> None:
+        self._rows.append(row)
+        save(merge(self._before, self._run, self._rows, self._order), self.path)
 
 
 def save(results: Results[_Row], path: Path) -> None:

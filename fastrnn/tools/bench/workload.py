@@ -40,6 +40,9 @@ class Target:
     Against `BEST_BASELINE` or an implementation, its time divided by ours is at least the bound.
     Against `PEAK`, our GFLOP/s divided by the machine's is at least the bound. Against
     `MICROSECONDS`, our time is at most the bound.
+
+    Attributes:
+        of: the implementation that is ours, by its name; by default that which the row is about.
     """
 
     mode: str
@@ -47,11 +50,12 @@ class Target:
     lstm: float | None
     gru: float | None
     rnn: float | None
+    of: str | None = None
 
     @classmethod
-    def all(cls, mode: str, against: str, bound: float) -> Target:
+    def all(cls, mode: str, against: str, bound: float, of: str | None = None) -> Target:
         """The same bound for every cell."""
-        return cls(mode, against, bound, bound, bound)
+        return cls(mode, against, bound, bound, bound, of)
 
     def bound(self, cell: str) -> float | None:
         return {"lstm": self.lstm, "gru": self.gru, "rnn": self.rnn}[cell]

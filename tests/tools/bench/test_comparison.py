@@ -43,6 +43,26 @@ def test_no_bound_no_verdict() -> None:
     assert comparison.judge(ROW, Target("inference", BEST_BASELINE, None, 1, 1), peak=100) == []
 
 
+def test_a_target_may_be_of_another_implementation() -> None:
+    one = "fastrnn, 1 thread"
+    target = Target.all("inference", "torch.nn", 4, of=one)
+    (verdict,) = comparison.judge(ROW, target, peak=100)
+    assert verdict == Verdict("torch.nn", 4, 5, "reached", one)
+    (missing,) = comparison.judge(ROW, replace(target, of="fastrnn int8"), peak=100)
+    assert missing == Verdict("torch.nn", 4, None, "not measured", "fastrnn int8")
+
+
+@pytest.mark.parametrize(("factor", "kept"), [(1.01, True), (1.2, False)])
+def test_baselines_in_few_digits_have_a_tolerance_of_their_format(
+    factor: float, kept: bool
+) -> None:
+    def scaled(module: nn.Module) -> nn.Module:
+        return Scaled(module, factor)
+
+    found = run(SMALL, "inference", (TorchLayer("torch.nn", scaled, format="bfloat16"),))
+    assert (found.entry("torch.nn") is not None) == kept
+
+
 def test_variants_are_no_baselines() -> None:
     assert [e.name for e in ROW.baselines] == ["JAX", "torch.nn"]
     assert ROW.speedup() == 2

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fastrnn.tools.bench import measure, store
-from fastrnn.tools.bench.comparison import Verdict
+from fastrnn.tools.bench.comparison import Row, Verdict
 from fastrnn.tools.bench.workload import PEAK
 from tests.support.bench import MACHINE, ROW
 
@@ -36,3 +36,16 @@ def test_a_later_run_replaces_its_rows_only() -> None:
     assert results.rows == ((other, 0), (later, 1))
     results = store.merge(results, second, [other], ["v", "w"])
     assert [run.command for run in results.runs] == ["second", "second"]
+
+
+def test_each_row_is_written_at_once_and_others_stay(tmp_path: Path) -> None:
+    path = tmp_path / "machine" / "rows.json"
+    other = replace(ROW, workload="v")
+    for command, rows in (("first", [ROW, other]), ("second", [ROW])):
+        run = store.conditions(MACHINE, command)
+        kept = store.Kept(path, run, ["v", "w"], Row.from_json)
+        for row in rows:
+            kept.keep(row)
+            assert row in [found for found, _ in store.load(path).rows]
+    assert [run.command for run in store.load(path).runs] == ["first", "second"]
+    assert [row.workload for row, _ in store.load(path).rows] == ["v", "w"]
