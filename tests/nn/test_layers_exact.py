@@ -212,7 +212,7 @@ def test_gradients_do_not_depend_on_batch_plan_or_cuts(data: Any) -> None:
     same(case.gradients(dy, dlast), whole, "with recompute")
 
 
-QUANTISED = {
+QUANTISED: dict[str, dict[str, Any]] = {
     "int8": {"weights": "int8"},
     "int16": {"weights": "int8", "activations": "int16"},
     "bfloat16": {"weights": "bfloat16"},

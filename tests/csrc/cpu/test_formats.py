@@ -105,7 +105,7 @@ def test_one_step_is_the_arithmetic_of_the_format(
     bound = 2e-2 if kind == "projected" else 1e-5
     for ours, theirs in zip([y, *tensors(after)], [expected[0], *expected], strict=True):
         error = (ours[0].double() - theirs).abs()
-        assert error.max() < bound * max(1, theirs.abs().max())
+        assert error.max() < bound * theirs.abs().max().clamp_min(1)
         assert error.mean() < 1e-4
 
 
@@ -211,7 +211,8 @@ def test_gradients_in_bfloat16(kind: str, sizes: tuple[int, int, int, int]) -> N
 
     for one, right in zip(run(ours, torch.bfloat16), run(exact, torch.float64), strict=True):
         error = (one.double() - right).norm() / right.norm().clamp_min(1e-3)
-        assert error < (3e-2 if hidden >= 16 else 0.1)  # few numbers, whose errors do not average
+        # Errors of few numbers do not average, and a unit of ReLU may be on the other side of zero.
+        assert error < (0.1 if hidden < 16 or kind == "relu" else 3e-2)
 
 
 @pytest.mark.parametrize("weights", ["unpacked", "panels", "prepacked"])
