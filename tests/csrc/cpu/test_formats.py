@@ -212,7 +212,7 @@ def test_gradients_in_bfloat16(kind: str, sizes: tuple[int, int, int, int]) -> N
     for one, right in zip(run(ours, torch.bfloat16), run(exact, torch.float64), strict=True):
         error = (one.double() - right).norm() / right.norm().clamp_min(1e-3)
         # Errors of few numbers do not average, and a unit of ReLU may be on the other side of zero.
-        assert error < (0.1 if hidden < 16 or kind == "relu" else 3e-2)
+        assert error < (0.25 if hidden < 16 or kind == "relu" else 3e-2)
 
 
 @pytest.mark.parametrize("weights", ["unpacked", "panels", "prepacked"])
