@@ -64,6 +64,7 @@ class Facts:
     caches: dict[str, str]
     instruction_sets: list[str]
     instruction_set: str
+    formats: list[str]
     gpus: list[str]
     compiler: str
     compiled_cells: str
@@ -86,6 +87,7 @@ def collect() -> Facts:
         caches=_caches(),
         instruction_sets=_C.isas(),
         instruction_set=_C.isa(),
+        formats=_C.formats(),
         gpus=[torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())],
         compiler=_compiler(),
         compiled_cells=_cache_folder(),
@@ -130,6 +132,7 @@ def text(facts: Facts) -> str:
         ("threads", str(facts.threads)),
         ("caches", ", ".join(f"{name} {size}" for name, size in facts.caches.items())),
         ("instruction sets", f"{facts.instruction_set} in use, of {_join(facts.instruction_sets)}"),
+        ("formats of products", _join(facts.formats)),
         ("GPUs", _join(facts.gpus)),
         ("compiler for custom cells", facts.compiler),
         ("compiled cells are kept in", facts.compiled_cells),
@@ -182,7 +185,7 @@ _ANY_GPU = Device(
 _SUPPORT: tuple[tuple[str, Problem, Device], ...] = (
     ("float32", _TYPICAL, _ANY_CPU),
     ("float64", replace(_TYPICAL, dtype="float64"), _ANY_CPU),
-    ("bfloat16, computed in float32", replace(_TYPICAL, dtype="bfloat16"), _ANY_CPU),
+    ("bfloat16", replace(_TYPICAL, dtype="bfloat16"), _ANY_CPU),
     ("float16, computed in float32", replace(_TYPICAL, dtype="float16"), _ANY_CPU),
     ("back-propagation through time", replace(_TYPICAL, backward=True), _ANY_CPU),
     ("both directions at once", replace(_TYPICAL, recurrences=2), _ANY_CPU),
@@ -227,6 +230,7 @@ def plan_for(
         dtype=dtype,
         tape=tape,
         backward=backward,
+        format=_C.format_of(torch.empty(0, dtype=getattr(torch, dtype))) if kind == "cpu" else "",
     )
     device = machine.current(kind, compiled=known)
     if not known:
