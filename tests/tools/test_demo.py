@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import re
 import statistics
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import fastrnn
@@ -54,6 +56,29 @@ def test_both_learn_the_same() -> None:
     assert comparison.curve_difference() < 1e-3
     assert comparison.losses[TORCH][:3] == pytest.approx(comparison.losses[FASTRNN][:3], abs=1e-5)
     assert "range(10):\n    print(x)" in demo.generate(fast, corpus, "for x in ", 60)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_a_trained_model_loses_little_when_it_is_quantised(cell: str) -> None:
+    corpus, options = Corpus.standard_library(), Options(hidden=64, window=8, batch=48)
+    batches = demo._batches(corpus, options)
+    trained = NextCharacter(cell, len(corpus.symbols), options.hidden)
+    fastrnn.replace_(trained)
+    optimizer = torch.optim.Adam(trained.parameters(), 1e-2)
+    for _ in range(150):
+        demo._train_step(trained, optimizer, next(batches))
+    windows = torch.cat([next(batches) for _ in range(50)])
+
+    def loss(model: NextCharacter) -> float:
+        with torch.no_grad():
+            return F.cross_entropy(model(windows[:, :-1])[0], windows[:, -1]).item()
+
+    right = loss(trained)
+    assert right < 3.1  # 4.6 before training
+    for how in ({"activations": "int8"}, {"activations": "int16"}, {"weights": "bfloat16"}):
+        model = copy.deepcopy(trained)
+        fastrnn.quantize_(model, **how)  # type: ignore[arg-type]
+        assert abs(loss(model) - right) < 0.01 * right
 
 
 def test_a_wrong_replacement_is_noticed(
