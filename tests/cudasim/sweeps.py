@@ -19,9 +19,10 @@ from typing import NamedTuple
 
 import torch
 
-from fastrnn import cells, kernels, ops
+from fastrnn import cells, ops
+from fastrnn.compiler.derive import derive
 from tests.cudasim.build import sanitized
-from tests.support.operands import by_reference, operands, run
+from tests.support.operands import operands, run
 from tests.support.paths import ROOT
 from tests.support.simulated import PRECISIONS, agrees, decided, ragged, running
 
@@ -109,21 +110,14 @@ def tried(case: Case) -> bool:
     return problem is not None
 
 
-def warm_up() -> None:
-    """Imports what a first run imports, which every child would import again. It leaves the
-    simulator alone: after a run of it the thread sanitizer sees races in children that have none.
-    """
-    cell = cells.get("lstm")
-    given = operands(cell, 1, 1, 1, 1)
-    run(by_reference, cell, given)
-    with kernels.use("cpu"):
-        run(ops.scan, cell, given)
-
-
 def main() -> None:
-    warm_up()
     found = set()
-    for case in map(Case.parse, sys.argv[1:]):
+    given = [Case.parse(text) for text in sys.argv[1:]]
+    for name in {case.cell for case in given}:
+        # A second and more, which every child would spend again. A first run of the simulator must
+        # not be here: after it the thread sanitizer sees races in children that have none.
+        derive(cells.get(name))
+    for case in given:
         if not case.fault:
             tried(case)
         elif case.fault not in found:
