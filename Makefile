@@ -64,14 +64,16 @@ demo: $(BUILT)
 # Plugins are used where they are installed: an environment used as it is may lack them.
 PYTEST = $(PY) -m pytest $$($(PY) -c 'from importlib.util import find_spec as has; \
 	  print("-n $(JOBS)" * bool(has("xdist")), "--timeout 900" * bool(has("pytest_timeout")))')
-# pyproject.toml says what each of these is.
+# pyproject.toml says what each of these is. Workers get one test at a time, the longest first.
 LONG = compiles or interpreter or reruns or simulator
+SINGLY = $$($(PY) -c 'from importlib.util import find_spec as has; \
+	  print("--maxschedchunk 1" * bool(has("xdist")))')
 
 test: $(BUILT)
 	$(PYTEST) -m "not ($(LONG))" $(ARGS)
 
 test-long: $(BUILT)
-	$(PYTEST) -m "$(LONG)" $(ARGS)
+	$(PYTEST) $(SINGLY) -m "$(LONG)" $(ARGS)
 
 test-all: test test-long
 

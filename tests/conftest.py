@@ -26,6 +26,16 @@ if hypothesis is not None:
     hypothesis.settings.load_profile("default")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begins with the longest tests, so that none ends alone while other workers are idle."""
+
+    def seconds(item: pytest.Item) -> int:
+        mark = item.get_closest_marker("takes")
+        return mark.args[0] if mark else 0
+
+    items.sort(key=seconds, reverse=True)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def poisoned_memory() -> Iterator[None]:
     """Fills uninitialised memory with NaN, in C++ too, and makes every test deterministic."""

@@ -445,6 +445,7 @@ def test_threads_are_for_weights_that_take_time_to_read() -> None:
 
 
 @pytest.mark.reruns
+@pytest.mark.takes(8)
 @pytest.mark.skipif("FASTRNN_ISA" in os.environ, reason="this is such a run")
 @pytest.mark.parametrize("isa", [isa for isa in _C.isas() if isa != _C.isa()])
 def test_other_instruction_sets(isa: str) -> None:

@@ -23,6 +23,7 @@ from tests.support.tensors import flatten
 
 pytestmark = [
     pytest.mark.compiles,
+    pytest.mark.takes(50),
     pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler"),
 ]
 

@@ -248,6 +248,7 @@ def test_input_of_any_strides_is_not_copied_wrongly() -> None:
 
 
 @pytest.mark.reruns
+@pytest.mark.takes(30)
 @pytest.mark.skipif("FASTRNN_ISA" in os.environ, reason="this is such a run")
 @pytest.mark.parametrize("isa", [isa for isa in _C.isas() if isa != _C.isa()])
 def test_other_instruction_sets(isa: str) -> None:

@@ -60,7 +60,12 @@ def library() -> Path:
 
 
 @pytest.mark.skipif(SIMULATED, reason="this is such a run")
-@pytest.mark.parametrize("part", [*PARTS, "rest"])
+@pytest.mark.parametrize(
+    "part",
+    # The first also compiles the library.
+    [pytest.param(p, marks=pytest.mark.takes(110 if p == PARTS[0] else 15)) for p in PARTS]
+    + [pytest.param("rest", marks=pytest.mark.takes(5))],
+)
 def test_in_the_simulator(part: str) -> None:
     """Runs the tests below."""
     chosen = " and ".join(f"not {p}" for p in PARTS) if part == "rest" else part

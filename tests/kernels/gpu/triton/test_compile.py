@@ -278,6 +278,7 @@ def main(names: list[str], full: bool) -> int:
     return bad
 
 
+@pytest.mark.takes(90)
 @pytest.mark.parametrize("target", IN_CI, ids=lambda t: t.name)
 def test_kernels_fit_and_spill_nothing(target: Target) -> None:
     """Runs in a process of its own, without the interpreter that other tests need."""

@@ -60,6 +60,7 @@ PARTS = {  # they run side by side
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is such a run")
+@pytest.mark.takes(50)
 @pytest.mark.parametrize("part", PARTS)
 def test_in_the_interpreter(part: str) -> None:
     """Runs the tests below, and those of the files beside this one."""
