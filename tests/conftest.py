@@ -11,6 +11,10 @@ import torch
 from tests.support.names import DEVICES, DTYPES
 from tests.support.properties import hypothesis
 
+# Custom cells compile in half the time. No number depends on the level of optimisation. The test
+# that compiles all kernels for a cell of a user takes this away.
+os.environ.setdefault("FASTRNN_CXXFLAGS", "-O1")
+
 # The clients need packages of their own: `make clients` runs them.
 collect_ignore = ["clients"]
 

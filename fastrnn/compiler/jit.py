@@ -3,7 +3,7 @@
 The source of the built-in cells, `csrc/cpu/kernels.cpp`, is compiled again with a header that holds
 only this cell, in one format, since most programs need one of them. The library stays on
 disk under a digest of everything that it depends on (`cache`). The environment variable `CXX` names
-the compiler, and `FASTRNN_LOG=quiet` silences the messages about compiling.
+the compiler, `FASTRNN_CXXFLAGS` adds flags, and `FASTRNN_LOG=quiet` silences the messages.
 """
 
 from __future__ import annotations
@@ -143,7 +143,10 @@ _TYPES = {
 
 def _options(format: str) -> list[str]:
     defines = f"-DFASTRNN_ISA=custom -DFASTRNN_FORMAT={_TYPES[format]}"
-    return shlex.split(f"-std=c++17 {flags.OPTIMISED} {flags.CXX} {flags.ISA[_C.isa()]} {defines}")
+    more = os.environ.get("FASTRNN_CXXFLAGS", "")
+    return shlex.split(
+        f"-std=c++17 {flags.OPTIMISED} {flags.CXX} {flags.ISA[_C.isa()]} {defines} {more}"
+    )
 
 
 def _found(target: Path) -> tuple[int, int] | None:

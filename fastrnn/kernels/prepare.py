@@ -27,7 +27,7 @@ _keys: dict[Cell, str] = {cell: name for name, cell in _prepared.items()}
 _compiled: dict[str, dict[Cell, str]] = {format: _keys.copy() for format in _C.formats()}
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # The format of each dtype; float32 for all others, and for those on other devices.
-_FORMATS = {dtype: _C.format_of(torch.empty(0, dtype=dtype)) for dtype in _DTYPES}
+_FORMATS = {d: _C.format_of(torch.empty(0, dtype=d, device="cpu")) for d in _DTYPES}
 # Why a cell has no code for CPUs (cell, True), or is unknown to the operator (cell, False).
 _refused: dict[tuple[Cell, bool], str] = {}
 _preparing = threading.Lock()

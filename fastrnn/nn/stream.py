@@ -126,7 +126,7 @@ def stepper(
     with torch.no_grad():
         return Stepper(
             key,
-            torch.empty(0, dtype=dtype),
+            torch.empty(0, dtype=dtype, device="cpu"),
             [list(layer) for layer in weights],
             format,
             scales,

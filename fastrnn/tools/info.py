@@ -230,12 +230,16 @@ def plan_for(
         dtype=dtype,
         tape=tape,
         backward=backward,
-        format=_C.format_of(torch.empty(0, dtype=getattr(torch, dtype))) if kind == "cpu" else "",
+        format=_format_of(dtype) if kind == "cpu" else "",
     )
     device = machine.current(kind, compiled=known)
     if not known:
         device = replace(device, triton=f"cell {cell!r} has no kernel in Triton")
     return problem, device, plan.choose(problem, device)
+
+
+def _format_of(dtype: str) -> str:
+    return _C.format_of(torch.empty(0, dtype=getattr(torch, dtype), device="cpu"))
 
 
 def plan_text(problem: Problem, device: Device, chosen: Plan) -> str:

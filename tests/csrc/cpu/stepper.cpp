@@ -38,13 +38,14 @@ CompiledCell toy() {
   cell.states = 1;
   cell.prepacked_bytes[0] = [](const RecurrenceSizes&) { return int64_t{64}; };
   cell.step[0] = toy_step;
+  cell.step_room[0] = [](const RecurrenceSizes&, int64_t) { return int64_t{0}; };
   return cell;
 }
 
 std::vector<float> run(int32_t threads, bool disturbed) {
   const CompiledCell cell = toy();
   const RecurrenceSizes layer{kUnits, kUnits, kUnits, false};
-  Stepper stepper(cell, false, Storage::kSame, 1, {layer, layer}, threads);
+  Stepper stepper(cell, Format::kFloat, Storage::kSame, 1, {layer, layer}, threads);
   std::vector<float> x(kUnits, 3), y(kUnits);
   for (int64_t t = 0; t < kSteps; ++t) {
     if (disturbed && t % 100 == 0) contention().end();
@@ -59,7 +60,7 @@ std::vector<float> run(int32_t threads, bool disturbed) {
 bool one_sleep_is_remembered() {
   const CompiledCell cell = toy();
   const RecurrenceSizes layer{kUnits, kUnits, kUnits, false};
-  Stepper stepper(cell, false, Storage::kSame, 1, {layer}, 3);
+  Stepper stepper(cell, Format::kFloat, Storage::kSame, 1, {layer}, 3);
   std::vector<float> x(kUnits, 3), y(kUnits);
   contention().end();
   sleepy = 40;
