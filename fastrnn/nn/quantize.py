@@ -34,6 +34,7 @@ Only = Collection[str] | Callable[[str, nn.Module], bool] | None
 
 _ACTIVATIONS = {"int8": ("auto", "int8", "int16"), "bfloat16": ("auto",)}
 _BYTES = {"int8": 1, "bfloat16": 2}
+_MOST_COLUMNS = 1 << 16  # of int8: products of more could overflow a sum in 32 bits
 _CALLS = 5  # of the model with each kind of weights, for the ratio of times
 
 
@@ -180,7 +181,7 @@ def quantize_(
             f"there is no fastrnn layer in this {type(model).__name__} to quantise; "
             "fastrnn.replace_(model) puts them in the place of torch.nn's"
         )
-    chosen, left_alone = _chosen(layers, only)
+    chosen, left_alone = _chosen(layers, only, weights)
     if not chosen:
         reasons = "; ".join(f"{s.name or '(model)'}: {s.reason}" for s in left_alone)
         raise ValueError(f"no layer can be quantised: {reasons}")
@@ -261,7 +262,7 @@ def _known(weights: str, activations: str) -> str:
 
 
 def _chosen(
-    layers: list[tuple[str, Freezable]], only: Only
+    layers: list[tuple[str, Freezable]], only: Only, weights: str
 ) -> tuple[list[tuple[str, Freezable]], list[LeftAlone]]:
     if only is not None and not callable(only):
         if isinstance(only, str) or not isinstance(only, Collection):
@@ -273,7 +274,7 @@ def _chosen(
             raise ValueError(f"only names {unknown[0]!r}, but no fastrnn layer has this name")
     chosen, left_alone = [], []
     for name, layer in layers:
-        reason = _refusal(layer)
+        reason = _refusal(layer, weights)
         if callable(only):
             if reason is None and not only(name, layer):
                 reason = "only returned False"
@@ -286,7 +287,7 @@ def _chosen(
     return chosen, left_alone
 
 
-def _refusal(layer: Freezable) -> str | None:
+def _refusal(layer: Freezable, format: str) -> str | None:
     """Why a layer cannot be quantised; None if it can."""
     if computed := computed_anew(layer):
         return (
@@ -303,6 +304,9 @@ def _refusal(layer: Freezable) -> str | None:
         return f"its weights are {names}: module.float() makes them float32"
     if elsewhere := [d for d in devices if d.type != "cpu"]:
         return f"its weights are on {elsewhere[0]}, and only CPUs have kernels for it"
+    widest = max(w.size(-1) for w in matrices if w.dim() > 1)
+    if format == "int8" and widest > _MOST_COLUMNS:
+        return f"a matrix has {widest} columns, and int8 sums up to {_MOST_COLUMNS}: use bfloat16"
     key, refusal, *_ = on_cpu(layer._cell(), weights[0])
     if key is None:
         return f"its cell {layer._cell().name!r} is not compiled"

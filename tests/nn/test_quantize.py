@@ -655,6 +655,18 @@ def test_only_some_layers() -> None:
             fastrnn.quantize_(model(), only=wrong)  # type: ignore[arg-type]
 
 
+def test_the_widest_sums_do_not_overflow() -> None:
+    """All products of the widest layer are as large as they can be, and of one sign."""
+    layer = fastrnn.RNN(65_536, 1, nonlinearity="relu", bias=False)
+    with torch.no_grad():
+        layer.weight_ih_l0.fill_(0.25)
+    for activations in ("int8", "int16"):
+        fastrnn.quantize_(layer, activations=activations)
+        for sign in (1, -1):
+            y = layer(torch.full((1, 1, 65_536), 2.0 * sign))[0]
+            torch.testing.assert_close(y.item(), max(0.0, 32768.0 * sign))
+
+
 @pytest.mark.filterwarnings("ignore:cell")
 def test_what_is_left_alone() -> None:
     summing = fastrnn.cell(gates="h", states="h", name="quantised_summing")(
@@ -668,6 +680,7 @@ def test_what_is_left_alone() -> None:
             "elsewhere": fastrnn.RNN(3, 4, device="meta"),
             "written": fastrnn.GRU(3, 4),
             "uncompiled": fastrnn.Recurrent(summing, 3, 4),
+            "wide": fastrnn.RNN(70_000, 2),
         }
     )
     parametrize.register_parametrization(model["parametrized"], "weight_ih_l0", nn.Tanh())
@@ -681,6 +694,7 @@ def test_what_is_left_alone() -> None:
         "elsewhere": "on meta",
         "written": "_flat_weights",
         "uncompiled": "quantised_summing' is not compiled",
+        "wide": "70000 columns",
     }
     with pytest.raises(ValueError, match=r"pruned: weight_hh is computed.*doubles: .*float64"):
         fastrnn.quantize_(model)
