@@ -35,7 +35,11 @@ ScanOutputs scan_on_cpu(const ScanInputs& in, bool tape) {
   const Format format = format_of(in);
   const Call call(known_cell(in.cell, at::kCPU, format), in);
   const auto plan = cpu_plan(call.cell, problem_of(call, format, tape, false));
-  return plan ? forward_on_cpu(call, *plan, tape) : python_forward(in, tape);
+  if (plan) return forward_on_cpu(call, *plan, tape);
+  TORCH_CHECK(in.packed.empty() || is_plain(format),
+              "fastrnn: another kernel than 'cpu' was asked for by name, but a quantised layer in "
+              "compiled code has weights for that one only");
+  return python_forward(in, tape);
 }
 
 }  // namespace

@@ -47,9 +47,10 @@ _Entry = TypeVar("_Entry")
 
 
 class Restored(NamedTuple):
-    """The weights of a module that holds rounded matrices, in floats for the kernel."""
+    """What a module with rounded matrices was packed from, and its weights in floats, if the kernel
+    cannot read the matrices."""
 
-    weights: list[Weights]
+    weights: list[Weights] | None
     sources: list[held.Source]
 
 
@@ -59,7 +60,7 @@ class Frozen(NamedTuple):
     layers: tuple[ops.Prepacked | None, ...]  # None for layers that the CPU kernel does not run
     trained: tuple[str, ...]  # parameters that required gradients before
     precision: Precision | None = None  # that of a quantised module; it has all `layers` or none
-    restored: Restored | None = None  # if the kernel cannot read the matrices that the module holds
+    restored: Restored | None = None  # of a module that holds rounded matrices
 
 
 class Freezable(nn.Module):
@@ -170,9 +171,11 @@ def _quantised(module: Freezable, precision: Precision) -> Frozen:
         rounding.pack(module._cell(), layer, precision) for layer in _by_layer(module, recurrences)
     ]
     restored = None
-    if not precision.keep_float and not rounding.has_kernel(precision):
-        passed = [rounding.to_floats(r, precision.dtype) for r in recurrences]
-        restored = Restored(passed, held.sources(module, names))
+    if not precision.keep_float:
+        floats = None
+        if not rounding.has_kernel(precision):
+            passed = floats = [rounding.to_floats(r, precision.dtype) for r in recurrences]
+        restored = Restored(floats, held.sources(module, names))
     # The fingerprint is of the weights that calls pass, and not of those that were packed.
     layers = [
         layer._replace(fingerprint=_C.fingerprint([t for group in side_by_side(w) for t in group]))
@@ -285,7 +288,7 @@ def operands(
             "Call fastrnn.quantize_(model) again to use the new ones, or "
             "fastrnn.dequantize_(model) before changing them"
         )
-    return frozen.restored.weights, frozen.layers
+    return frozen.restored.weights or module._weights(), frozen.layers
 
 
 def freeze(module: _Module) -> _Module:

@@ -63,7 +63,7 @@ def hold_rounded(module: nn.Module, names: Sequence[str], precision: Precision) 
         found = rounded(module, names, precision._replace(keep_float=True))
     for name, (matrix, scale) in found.items():
         del module._parameters[name]
-        module.register_buffer(name, matrix)
+        module.register_buffer(name, matrix.detach().clone())
         if scale is not None:
             module.register_buffer(name + _SCALE, scale)
 

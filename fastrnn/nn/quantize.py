@@ -132,7 +132,8 @@ def quantize_(
     `.to`, `copy.deepcopy` and pickling quantise again, and a call raises if weights changed in any
     other way. Under autocast or `torch.func`, in exported programs, on other devices and with a
     kernel forced by name, a quantised layer computes in floats from its rounded weights. The
-    steppers of `stream` have the numbers of the layer.
+    steppers of `stream` have the numbers of the layer, except that several layers in 16 bits hand
+    on h in float32.
 
     A quantised model may be quantised or frozen again. The last call counts.
 
@@ -189,18 +190,19 @@ def quantize_(
         _check_finite(name, layer)
     before = [_State(layer) for _, layer in chosen]
     first = None if sample is None else _call(model, sample)
+    comparison = None
     try:
         for _, layer in chosen:
             _quantise(layer, Precision(weights, known, keep_float, _dtype(layer)))
+        quantised = [_entry(name, layer) for name, layer in chosen]
+        if first is not None:
+            after = [_State(layer) for _, layer in chosen]
+            comparison = _compared(model, sample, first, before, after)
     except BaseException:
         for each in before:
             each.put_back()
             each.train()
         raise
-    quantised = [_entry(name, layer) for name, layer in chosen]
-    comparison = None
-    if first is not None:
-        comparison = _compared(model, sample, first, before, [_State(layer) for _, layer in chosen])
     return Report(tuple(quantised), tuple(left_alone), comparison)
 
 

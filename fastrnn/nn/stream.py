@@ -37,7 +37,8 @@ class Stepper(_C.Stepper):
 
     A stepper holds the states and a prepacked copy of the weights, so that a step takes no lock,
     allocates nothing if it gets `out`, and releases the GIL. Later changes of the layer do not
-    affect it. The steps of a sequence give the output that the layer gives for that sequence.
+    affect it. The steps of a sequence give the output that the layer gives for that sequence; with
+    several layers in bfloat16 or float16 up to rounding, as h goes from layer to layer in float32.
 
     A stepper is one stream: a second thread that calls it at the same time gets a `RuntimeError`.
     Different steppers may run in different threads. If another Python thread is busy, re-acquiring

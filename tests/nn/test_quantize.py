@@ -9,7 +9,7 @@ import pickle
 import re
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy
 import pytest
@@ -188,6 +188,52 @@ def test_layers_of_half_precision(dtype: torch.dtype, keep_float: bool) -> None:
     assert_like(module(x), expected(x))
     with pytest.raises(ValueError, match="Convert input"):
         module(x.float())
+
+
+@pytest.mark.parametrize("weights", ["int8", "bfloat16"])
+def test_bfloat16_matrices_become_buffers_of_their_own(weights: str) -> None:
+    module: Any = fastrnn.LSTM(5, 7, dtype=torch.bfloat16)
+    own = module.weight_ih_l0
+    fastrnn.quantize_(module, weights, keep_float=False)
+    assert type(module.weight_ih_l0) is Tensor and not module.weight_ih_l0.requires_grad
+    x = torch.randn(6, 2, 5, dtype=torch.bfloat16)
+    before = module(x)[0]
+    with torch.no_grad():
+        own.zero_()
+    assert_equal(module(x)[0], before)
+
+
+def test_a_sample_that_fails_later_changes_nothing() -> None:
+    class Reader(nn.Module):
+        """Reads a weight, which it cannot once that is int8."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = fastrnn.LSTM(5, 7)
+
+        def forward(self, x: Tensor) -> Tensor:
+            shift: Tensor = self.rnn(x)[0] + cast(Tensor, self.rnn.weight_hh_l0).mean()
+            return shift
+
+    module, x = Reader(), torch.randn(6, 2, 5)
+    before = module(x)
+    with pytest.raises(RuntimeError, match="mean"):
+        fastrnn.quantize_(module, keep_float=False, sample=x)
+    assert_equal(module(x), before)
+    assert all(p.requires_grad for p in module.parameters())
+
+
+def test_compiled_code_does_not_take_floats_that_are_not_rounded() -> None:
+    module, x = fastrnn.LSTM(5, 7), torch.randn(6, 2, 5)
+    fastrnn.quantize_(module)
+    compiled = torch.compile(module, backend="aot_eager")
+    with kernels.use("reference"):
+        if has_kernel("int8"):
+            with pytest.raises(RuntimeError, match="asked for by name"):
+                compiled(x)
+        else:
+            compiled(x)
+    assert_equal(compiled(x), module(x))
 
 
 def test_rows_of_zeros_and_the_largest_number() -> None:
@@ -524,7 +570,6 @@ def test_a_change_is_found_out(change: Callable[[nn.Module], object], keep_float
         module(x)
 
 
-@pytest.mark.skipif(has_kernel("int8"), reason="the kernel's fingerprint is of weights only")
 def test_changed_scales_are_found_out() -> None:
     module: Any = fastrnn.GRU(5, 9)
     fastrnn.quantize_(module, keep_float=False)
@@ -657,7 +702,7 @@ def test_only_some_layers() -> None:
 
 def test_the_widest_sums_do_not_overflow() -> None:
     """All products of the widest layer are as large as they can be, and of one sign."""
-    layer = fastrnn.RNN(65_536, 1, nonlinearity="relu", bias=False)
+    layer: Any = fastrnn.RNN(65_536, 1, nonlinearity="relu", bias=False)
     with torch.no_grad():
         layer.weight_ih_l0.fill_(0.25)
     for activations in ("int8", "int16"):
