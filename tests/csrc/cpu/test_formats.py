@@ -215,6 +215,25 @@ def test_gradients_in_bfloat16(kind: str, sizes: tuple[int, int, int, int]) -> N
         assert error < (0.25 if hidden < 16 or kind == "relu" else 3e-2)
 
 
+@pytest.mark.parametrize("kind", ["rnn", "relu", "projected"])
+def test_what_a_call_leaves_in_memory_does_not_reach_the_next(kind: str) -> None:
+    """The last word of a row with an odd number of gradients has half a number of room."""
+    torch.manual_seed(0)
+    layer = LAYERS[kind](5, 14 if kind == "projected" else 33).bfloat16()  # 7 or 33 columns
+    x = torch.randn(9, 3, 5, dtype=torch.bfloat16, requires_grad=True)
+
+    def gradients(scale: float) -> list[Tensor]:
+        y, _ = layer(x)
+        return list(torch.autograd.grad((y * scale).sum(), [x, *layer.parameters()]))
+
+    right = gradients(1)
+    wide = fastrnn.LSTM(64, 64, proj_size=32, dtype=torch.bfloat16)
+    spoilt = wide(torch.randn(9, 3, 64, dtype=torch.bfloat16))[0]
+    (spoilt * float("nan")).sum().backward()
+    for one, other in zip(gradients(1), right, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("weights", ["unpacked", "panels", "prepacked"])
 def test_every_layout_that_a_plan_asks_for(weights: str) -> None:
     """Formats other than float and double have kernels for packed weights only."""
