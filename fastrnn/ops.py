@@ -37,13 +37,11 @@ class Prepacked(NamedTuple):
         weights: one tensor per recurrence, `P`.
         fingerprint: int64; it also records which block was compared last.
         format: the format of products, one of `plan.FORMATS`.
-        scales: for every recurrence, if the originals are int8 matrices.
     """
 
     weights: list[Tensor]
     fingerprint: Tensor
     format: str
-    scales: Sequence[Scales] = ()
 
 
 def pack(
@@ -75,7 +73,7 @@ def pack(
         for p, recurrence in enumerate(weights)
     ]
     mark = _C.fingerprint([t for group in side_by_side(weights) for t in group])
-    return Prepacked(packed, mark, format, scales)
+    return Prepacked(packed, mark, format)
 
 
 def scan(
@@ -129,10 +127,10 @@ def run(
         if _can_use_prepacked(x):
             if compiling or torch._C._is_torch_function_mode_enabled():
                 y, *states = torch.ops.fastrnn.scan_packed.default(
-                    key, *_optional(operands), *packed[:3]
+                    key, *_optional(operands), *packed
                 )
                 return y, states
-            return _C.scan_packed(key, *operands, *packed[:3])
+            return _C.scan_packed(key, *operands, *packed)
     # Subclasses of Tensor, and modes such as the default device, override functions, so they need
     # an operator that they can see. Transforms come first: they have no rule for the operator.
     transformed = not compiling and _transformed()
@@ -178,7 +176,7 @@ def step(
     key = prepared_now(cell, _kind(x), x.dtype)
     if key is None:
         return None
-    return _C.step(key, x, tuple(states), weights, *(packed[:3] if packed else ()))
+    return _C.step(key, x, tuple(states), weights, *(packed or ()))
 
 
 def transposed(y: Tensor) -> Tensor:

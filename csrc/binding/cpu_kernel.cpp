@@ -62,11 +62,9 @@ class Workspace {
 
 void check_prepacked(const CellFacts& cell, const ScanInputs& in, const Shape& n) {
   if (in.packed.empty()) return;
-  const at::ScalarType compute = in.format == Format::kDouble ? at::kDouble : at::kFloat;
-  TORCH_CHECK(in.x.scalar_type() == at::kDouble ? in.format == Format::kDouble
-                                                : in.format != Format::kDouble,
-              "scan: weights packed in ", name_of(in.format), " do not fit x, which is ",
-              in.x.scalar_type());
+  const at::ScalarType compute = compute_type(in.format);
+  TORCH_CHECK(compute == compute_type(in.x.scalar_type()), "scan: weights packed in ",
+              name_of(in.format), " do not fit x, which is ", in.x.scalar_type());
   TORCH_CHECK(static_cast<int64_t>(in.packed.size()) == n.P,
               "scan: packed should hold one tensor per recurrence, ", n.P, ", got ",
               in.packed.size());
@@ -302,8 +300,7 @@ Tensor pack(const CellFacts& cell, Format format, const std::vector<std::optiona
     if (weights[k]) list[k].push_back(*weights[k]);
   const auto& [w_ih, w_hh, b_ih, b_hh, w_hr] = list;
   const std::optional<Tensor> none;
-  const bool in_double = format == Format::kDouble;
-  const at::ScalarType compute = in_double ? at::kDouble : at::kFloat;
+  const at::ScalarType compute = compute_type(format);
   const at::ScalarType type = b_ih.empty() ? w_ih[0].scalar_type() : b_ih[0].scalar_type();
   const Tensor x = at::empty({0, 1, w_ih[0].size(-1)}, w_ih[0].options().dtype(type));
   ScanInputs in{cell.name, x, w_ih, w_hh, b_ih, b_hh, w_hr, {}, none, none, none, 0};

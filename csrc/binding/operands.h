@@ -201,6 +201,10 @@ inline at::ScalarType compute_type(at::ScalarType stored) {
   return stored == at::kDouble ? at::kDouble : at::kFloat;
 }
 
+inline at::ScalarType compute_type(Format format) {
+  return format == Format::kDouble ? at::kDouble : at::kFloat;
+}
+
 // The format of a float kernel for tensors of that dtype.
 inline Format plain_format(at::ScalarType stored) {
   return stored == at::kDouble ? Format::kDouble : Format::kFloat;
@@ -267,7 +271,7 @@ struct Operands {
       for (int64_t p = 0; p < n.P; ++p) recurrences[p].prepacked = in.packed[p].const_data_ptr();
       return;
     }
-    const at::ScalarType compute = format == Format::kDouble ? at::kDouble : at::kFloat;
+    const at::ScalarType compute = compute_type(format);
     const auto matrices = [&](TensorList tensors) {
       if (is_scaled(format)) return in_words(tensors, at::kChar, 4);
       if (format == Format::kBfloat16) return in_words(tensors, at::kBFloat16, 2);

@@ -11,7 +11,6 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include <array>
 #include <atomic>
 #include <memory>
 #include <optional>

@@ -24,7 +24,7 @@ from fastrnn.kernels import device
 from fastrnn.kernels.operands import Weights, side_by_side
 from fastrnn.nn import held, rounding
 from fastrnn.nn.rounding import Precision, Quantised
-from fastrnn.nn.stream import Quantized, Stepper, stepper
+from fastrnn.nn.stream import Stepper, stepper
 
 __all__ = [
     "Freezable",
@@ -262,7 +262,9 @@ def stepper_of(module: Freezable, batch_size: int, threads: int, release_gil: bo
         batch_size,
         threads,
         release_gil,
-        quantized=Quantized(precision.format, scales, precision.dtype),
+        format=precision.format,
+        scales=scales,
+        dtype=precision.dtype,
     )
 
 

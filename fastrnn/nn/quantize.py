@@ -25,6 +25,7 @@ from fastrnn.nn.freeze import (
     precision_of,
 )
 from fastrnn.nn.rounding import Precision, has_kernel
+from fastrnn.plan import FORMATS
 
 __all__ = ["Comparison", "LeftAlone", "QuantisedLayer", "Report", "dequantize_", "quantize_"]
 
@@ -33,7 +34,6 @@ _Module = TypeVar("_Module", bound=nn.Module)
 Only = Collection[str] | Callable[[str, nn.Module], bool] | None
 
 _ACTIVATIONS = {"int8": ("auto", "int8", "int16"), "bfloat16": ("auto",)}
-_BYTES = {"int8": 1, "bfloat16": 2}
 _MOST_COLUMNS = 1 << 16  # of int8: products of more could overflow a sum in 32 bits
 _CALLS = 5  # of the model with each kind of weights, for the ratio of times
 
@@ -356,7 +356,7 @@ def _entry(name: str, layer: Freezable) -> QuantisedLayer:
         if weight not in held.matrices(layer._weight_names()):
             after += w.nbytes
             continue
-        after += w.numel() * _BYTES[precision.weights]
+        after += w.numel() * FORMATS[precision.format].weight_bytes
         if precision.weights == "int8":
             after += 4 * w.shape[:-1].numel()
     kernel = _C.isa()

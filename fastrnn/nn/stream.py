@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,21 +14,7 @@ from fastrnn.kernels import device
 from fastrnn.kernels.operands import Weights
 from fastrnn.kernels.prepare import on_cpu
 
-__all__ = ["Quantized", "Stepper", "stepper"]
-
-
-class Quantized(NamedTuple):
-    """How the weights of a stepper are quantized, and the dtype of its input.
-
-    Attributes:
-        format: one of `plan.FORMATS`.
-        scales: for every layer, those of the rows of its int8 matrices.
-        dtype: the dtype of x.
-    """
-
-    format: str
-    scales: Sequence[tuple[Tensor, ...]]
-    dtype: torch.dtype
+__all__ = ["Stepper", "stepper"]
 
 
 class Stepper(_C.Stepper):
@@ -98,10 +83,12 @@ def stepper(
     threads: int = 1,
     release_gil: bool = True,
     *,
-    quantized: Quantized | None = None,
+    format: str | None = None,
+    scales: Sequence[tuple[Tensor, ...]] = (),
+    dtype: torch.dtype | None = None,
 ) -> Stepper:
     """Make a stepper for layers of `cell`; `weights` are those of `functional.rnn`, in one
-    direction, or int8 matrices that `quantized` describes.
+    direction. `format`, `scales` and `dtype` are those of `ops.pack`, `scales` for every layer.
 
     Raises:
         ValueError: if `batch_size` or `threads` is below one, or if the weights are not dense
@@ -115,7 +102,7 @@ def stepper(
     forced = device.asked_for()
     if forced not in (None, "cpu"):
         raise plan.KernelRefused(f"kernel {forced!r} was asked for, but a stepper has only 'cpu'")
-    format, scales, dtype = quantized or (None, [()] * len(weights), weights[0].w_ih.dtype)
+    dtype = dtype or weights[0].w_ih.dtype
     key, reason, problem, offered, format = on_cpu(
         cell, weights[0], threads, format=format, dtype=dtype
     )
@@ -130,7 +117,7 @@ def stepper(
             torch.empty(0, dtype=dtype, device="cpu"),
             [list(layer) for layer in weights],
             format,
-            scales,
+            scales or [()] * len(weights),
             batch_size,
             plan.step_threads(numbers * problem.products.weight_bytes, offered),
             release_gil,

@@ -398,7 +398,7 @@ def test_the_operator_checks_what_it_is_given() -> None:
         given = (w_ih, w_hh, b_ih, b_hh, [], [], None, None, None, 0, *last)
         return torch.ops.fastrnn.scan_packed("gru", torch.randn(4, 3, 5), *given)
 
-    call(*packed[:3])
+    call(*packed)
     for weights in ([packed.weights[0][:-1]], [packed.weights[0].double()], packed.weights * 2):
         with pytest.raises(RuntimeError, match="packed"):
             call(weights, packed.fingerprint, packed.format)
