@@ -60,10 +60,8 @@ def _weights(problem: Problem) -> str:
     Packing costs about three passes over the weights. In torch's layout the forward pass
     transposes them for every tile of rows, the backward pass does not.
     """
-    few_steps, rows = problem.steps <= _FEW_STEPS, problem.live_rows
-    large = _recurrent_bytes(problem) >= _LARGE_WEIGHTS
-    if not problem.products.in_torchs_layout:
-        return "panels" if problem.steps <= 2 and not problem.backward else "prepacked"
+    rows, large = problem.live_rows, _recurrent_bytes(problem) >= _LARGE_WEIGHTS
+    few_steps = problem.steps <= _FEW_STEPS and problem.products.in_torchs_layout
     if problem.backward:
         few = _FEW_ROWS if large else _FEW_ROWS_BACKWARD
         return "unpacked" if few_steps and rows <= few else "prepacked"

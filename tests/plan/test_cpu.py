@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fastrnn.plan import CpuFacts, Device, KernelRefused, Plan, Problem, choose
+from fastrnn.plan import FORMATS, CpuFacts, Device, KernelRefused, Plan, Problem, choose
 from tests.support.problems import LSTM, TWO, with_threads
 
 
@@ -73,6 +73,31 @@ def test_few_rows_are_not_worth_packing(
     assert choose(problem, TWO).cpu.weights == forward
     assert choose(replace(problem, backward=True), TWO).cpu.weights == backward
     assert choose(replace(problem, frozen=True), TWO).cpu.weights == "prepacked"
+
+
+@pytest.mark.parametrize(
+    "format", [f for f, facts in FORMATS.items() if not facts.in_torchs_layout]
+)
+@pytest.mark.parametrize("steps", [1, 2, 4, 100])
+@pytest.mark.parametrize("batch", [1, 8, 64])
+@pytest.mark.parametrize("hidden", [16, 256, 2048])
+def test_a_format_without_a_kernel_for_torchs_layout_is_packed(
+    format: str, steps: int, batch: int, hidden: int
+) -> None:
+    problem = replace(LSTM, steps=steps, batch=batch, hidden=hidden, format=format)
+    assert choose(problem, TWO).cpu.weights in ("panels", "prepacked")
+    assert choose(replace(problem, backward=True), TWO).cpu.weights == "prepacked"
+
+
+@pytest.mark.parametrize(
+    ("format", "hidden", "units"),
+    [("float32", 64, 2), ("bfloat16", 64, 2), ("int8", 64, 1), ("int16", 64, 2), ("int8", 128, 2)],
+)
+def test_threads_share_units_where_the_products_of_the_format_pay(
+    format: str, hidden: int, units: int
+) -> None:
+    problem = replace(LSTM, hidden=hidden, inputs=hidden, format=format, frozen=True)
+    assert split(choose(problem, TWO)) == (1, 1, units)
 
 
 def test_threads_share_units_where_each_would_read_all_weights() -> None:
