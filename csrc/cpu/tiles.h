@@ -13,7 +13,10 @@ constexpr int kAccumulators = 24;  // of 32 vector registers
 #else
 constexpr int kAccumulators = 12;  // of 16
 #endif
-constexpr int kMaxTileRows = 6;
+#ifndef FASTRNN_MAX_TILE_ROWS  // fewer make shorter code, which tests compile sooner
+#define FASTRNN_MAX_TILE_ROWS 6
+#endif
+constexpr int kMaxTileRows = FASTRNN_MAX_TILE_ROWS;
 constexpr int kBandVectors = 4;
 
 constexpr int tile_rows(int vectors) {
