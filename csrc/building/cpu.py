@@ -71,7 +71,8 @@ def ninja_file(folder: Path) -> str:
             extra += " -DFASTRNN_FORMATS"
         objects[object_of(KERNELS, f".{isa}.o")] = (KERNELS, extra)
     builds = ["build cells.gen.h: generate"]
-    for out, (source, extra) in objects.items():
+    # Of equal edges ninja begins with the first, and the kernels take longest.
+    for out, (source, extra) in reversed(objects.items()):
         generated = " | cells.gen.h" if source == KERNELS else ""
         builds.append(f"build {out}: compile {escape(source)}{generated}\n  extra = {extra}")
     # Of an inline function that several objects define the linker takes the first, so those that

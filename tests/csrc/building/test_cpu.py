@@ -12,7 +12,7 @@ from building import cpu, ninja
 
 
 def objects(ninja: str) -> dict[str, str]:
-    """Each object's own flags, in the order of linking."""
+    """Each object's own flags, in the order of compiling."""
     lines = ninja.splitlines()
     return {
         line.split()[1].rstrip(":"): flags
@@ -21,14 +21,24 @@ def objects(ninja: str) -> dict[str, str]:
     }
 
 
+def linked(ninja: str) -> list[str]:
+    """The objects in the order of linking."""
+    (line,) = (line for line in ninja.splitlines() if line.startswith("build _C.so: link "))
+    return line.split()[3:]
+
+
 def test_each_instruction_set_has_its_object(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
-    made = objects(cpu.ninja_file(Path("/build")))
-    kernels = [name for name in made if name.startswith("cpu/kernels.")]
+    text = cpu.ninja_file(Path("/build"))
+    made = objects(text)
     isas = "baseline", "avx2", "avx512", "avx512_vnni"
-    assert kernels == [f"cpu/kernels.{isa}.o" for isa in isas]
+    kernels = [f"cpu/kernels.{isa}.o" for isa in isas]
     assert " -m" not in made["cpu/kernels.baseline.o"]
-    assert list(made)[-4:] == kernels, "what every machine can run is linked first"
+    assert list(made)[:4] == kernels[::-1], "what takes longest is compiled first"
+    in_order = linked(text)
+    assert sorted(in_order) == sorted(made)
+    assert [name for name in in_order if name.startswith("cpu/kernels.")] == kernels
+    assert in_order[-4:] == kernels, "what every machine can run is linked first"
 
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     made = objects(cpu.ninja_file(Path("/build")))
