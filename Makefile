@@ -61,8 +61,9 @@ endif
 demo: $(BUILT)
 	$(PY) -m fastrnn demo $(ARGS)
 
-# Plugins are used where they are installed: an environment used as it is may lack them.
-PYTEST = $(PY) -m pytest $$($(PY) -c 'from importlib.util import find_spec as has; \
+# Plugins are used where they are installed: an environment used as it is may lack them. The threads
+# of OpenMP sleep while they wait: beside another worker they would spin for most of the time.
+PYTEST = OMP_WAIT_POLICY=passive $(PY) -m pytest $$($(PY) -c 'from importlib.util import find_spec as has; \
 	  print("-n $(JOBS)" * bool(has("xdist")), "--timeout 900" * bool(has("pytest_timeout")))')
 # pyproject.toml says what each of these is. Workers get one test at a time, the longest first.
 LONG = compiles or interpreter or reruns or simulator
