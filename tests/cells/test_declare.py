@@ -254,11 +254,7 @@ def run(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=120,
         cwd=folder,
-        env={
-            **os.environ,
-            "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}",
-            "FASTRNN_CACHE": str(folder),
-        },
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}"},
     )
 
 

@@ -141,7 +141,7 @@ def test_an_exported_program_runs_where_its_cell_is_declared(tmp_path: Path) -> 
         results.append(
             subprocess.run(
                 [sys.executable, "-c", textwrap.dedent(code)],
-                env={"PYTHONPATH": f"{ROOT}:{tmp_path}", "PATH": "/usr/bin:/bin"},
+                env={**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"},
                 cwd=tmp_path,
                 capture_output=True,
                 text=True,

@@ -10,22 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.rnn import pack_sequence
 
 import fastrnn
 from fastrnn import kernels
 from tests.support.names import DTYPES
+from tests.support.shared import minimal
 from tests.support.tensors import batches, flatten
 
 CHANGED = "changed or replaced after freezing"
-
-
-@fastrnn.cell(gates="fn", states="h", name="frozen_minimal")
-def minimal(u: Any, v: Any, h: Tensor) -> Tensor:
-    f = torch.sigmoid(u.f + v.f)
-    return (1 - f) * h + f * torch.tanh(u.n + f * v.n)
 
 
 def layer(name: str, *sizes: int, **kwargs: Any) -> nn.Module:

@@ -18,16 +18,10 @@ from fastrnn import cells, to_torch
 from fastrnn.cells import Cell
 from tests.support.modules import same_error
 from tests.support.names import LAYERS
+from tests.support.shared import minimal
 from tests.support.tensors import flatten, sum_of
 
 F64 = torch.float64
-
-
-@fastrnn.cell(gates="fn", states="h")
-def own_mgu(u: Any, v: Any, h: Tensor) -> Tensor:
-    """Minimal gated unit, Zhou et al. 2016, arXiv:1603.09420."""
-    f = torch.sigmoid(u.f + v.f)
-    return (1 - f) * h + f * torch.tanh(u.n + f * v.n)
 
 
 @fastrnn.cell(gates="zifo", states="hcnm")
@@ -48,7 +42,7 @@ def own_pair(u: Any, v: Any, p: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     return p, torch.sigmoid(u.b + v.b) * h + p
 
 
-CELLS = [own_mgu, own_slstm, own_pair]
+CELLS = [minimal, own_slstm, own_pair]
 cell_of = pytest.mark.parametrize("cell", CELLS, ids=lambda c: c.name)
 
 
@@ -220,11 +214,11 @@ def test_bad_arguments() -> None:
     for arguments in calls:
         given = {"input_size": 3, "hidden_size": 5, **arguments}
         same_error(
-            partial(fastrnn.Recurrent, own_mgu, **given),
+            partial(fastrnn.Recurrent, minimal, **given),
             partial(nn.GRU, **given),
         )
     with pytest.raises(TypeError, match="it is none of"):
-        to_torch(fastrnn.Recurrent(own_mgu, 3, 5))
+        to_torch(fastrnn.Recurrent(minimal, 3, 5))
 
 
 @cell_of

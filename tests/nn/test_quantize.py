@@ -23,6 +23,7 @@ from fastrnn import kernels
 from fastrnn.extension import _C
 from fastrnn.tools import tolerance
 from tests.support.names import CELLS
+from tests.support.shared import minimal
 from tests.support.tensors import batches, flatten
 
 CHANGED = "changed or replaced after"
@@ -33,12 +34,6 @@ FORMATS: list[dict[str, Any]] = [
 ]
 # Of h in float32 layers with torch's initial weights, where the kernel rounds activations too.
 LIMITS = tolerance.FORMATS
-
-
-@fastrnn.cell(gates="fn", states="h", name="quantised_minimal")
-def minimal(u: Any, v: Any, h: Tensor) -> Tensor:
-    f = torch.sigmoid(u.f + v.f)
-    return (1 - f) * h + f * torch.tanh(u.n + f * v.n)
 
 
 class Case(NamedTuple):
