@@ -32,12 +32,12 @@ CACHE = ROOT / "build" / "cudasim"
 CXX = os.environ.get("CXX") or next(
     (c for c in ("c++", "g++", "clang++") if shutil.which(c)), "c++"
 )
-FLAGS = "-std=c++17 -O2 -fPIC -fno-gnu-unique -fno-math-errno -fno-trapping-math -w"
+FLAGS = "-std=c++17 -O1 -fPIC -fno-gnu-unique -fno-math-errno -fno-trapping-math -w"
 # The simulator itself must not be instrumented: it reports to the sanitizers itself.
 SANITIZERS = {
     None: ("", ""),
-    "address": ("-O1 -fsanitize=address -g1 -fno-omit-frame-pointer", "-DCUDASIM_ADDRESS"),
-    "thread": ("-O1 -fsanitize=thread -g1 -fno-omit-frame-pointer", "-DCUDASIM_THREAD"),
+    "address": ("-fsanitize=address -g1 -fno-omit-frame-pointer", "-DCUDASIM_ADDRESS"),
+    "thread": ("-fsanitize=thread -g1 -fno-omit-frame-pointer", "-DCUDASIM_THREAD"),
 }
 
 
