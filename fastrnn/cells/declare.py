@@ -21,7 +21,7 @@ import operator
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -61,12 +61,15 @@ class Cell:
         gates: names of the gates, in the order of the blocks of `weight_ih` and `weight_hh`.
         states: names of the states; the first is recurrent and is the output.
         function: `function(u, v, *states) -> states`, pointwise.
+        initialize: `initialize(u, v)`, which writes the initial values of a layer's weights; see
+            `cell`. Cells that differ in it alone are equal: they compute the same.
     """
 
     name: str
     gates: tuple[str, ...]
     states: tuple[str, ...]
     function: Callable[..., Tensor | tuple[Tensor, ...]]
+    initialize: Callable[..., object] | None = field(default=None, compare=False)
 
     def __hash__(self) -> int:
         # Every call of a layer looks up its cell; the dataclass would hash all fields each time.
@@ -118,6 +121,8 @@ class Cell:
         name = f"{getattr(self.function, '__qualname__', self.name)}._carrier"
         module = getattr(self.function, "__module__", None)
         body = {"function": staticmethod(self.function), "__module__": module, "__qualname__": name}
+        if self.initialize is not None:
+            body["initialize"] = staticmethod(self.initialize)
         return _register_carrier(_Carrier("_carrier", (), body), self)
 
 
@@ -133,6 +138,7 @@ class _Carrier(type):
     """
 
     function: Callable[..., Any]
+    initialize: Callable[..., object] | None = None  # carriers of older versions have none
 
 
 def _reduce_to_none(carrier: _Carrier) -> Any:
@@ -154,6 +160,7 @@ def cell(
     gates: str | Sequence[str] = (),
     states: str | Sequence[str] = (),
     name: str | None = None,
+    initialize: Callable[..., object] | None = None,
 ) -> Callable[[Callable[..., Tensor | tuple[Tensor, ...]]], Cell]:
     """Declare a cell from a function of one time step.
 
@@ -167,13 +174,21 @@ def cell(
         states: state names in the same form, at most `cells.MAX_STATES`; the first is recurrent
             and is the output.
         name: registry name; the function's own by default.
+        initialize: `initialize(u, v)`, called once for each layer, direction and head when a layer
+            is made and by its `reset_parameters`, after torch's uniform values were written.
+            `u.f.weight` [H, I] and `u.f.bias` [H] are the rows of a gate `f` in `weight_ih` and
+            `bias_ih`, `v.f.weight` [H, H] and `v.f.bias` [H] those in `weight_hh` and `bias_hh`;
+            both biases are None in a layer without. The function writes into them, under `no_grad`.
+            With heads, `H` is the width of one.
 
     Raises:
-        TypeError: if the decorated object is not callable, or if `cell` was not called itself.
+        TypeError: if the decorated object or `initialize` is not callable, or if `cell` was not
+            called itself.
         ValueError: if names repeat, are not identifiers or are too many, if the function cannot be
-            called as `(u, v, *states)` or has no name, or if the name is a built-in cell's. A
-            custom cell of the same name is replaced, as a function is when it is redefined;
-            existing layers keep the cell they have.
+            called as `(u, v, *states)` or has no name, if `initialize` cannot be called as
+            `(u, v)`, or if the name is a built-in cell's. A custom cell of the same name is
+            replaced, as a function is when it is redefined; existing layers keep the cell they
+            have.
 
     Example:
         >>> import torch, fastrnn
@@ -191,7 +206,9 @@ def cell(
     def declare(function: Callable[..., Tensor | tuple[Tensor, ...]]) -> Cell:
         if not callable(function):
             raise TypeError(f"a cell is made from a function, got {type(function).__name__}")
-        declared = Cell(name or _own_name(function), tuple(gates), tuple(states), function)
+        declared = Cell(
+            name or _own_name(function), tuple(gates), tuple(states), function, initialize
+        )
         _check(declared)
         if declared.name in _built_in:
             raise ValueError(
@@ -255,6 +272,24 @@ def _check(cell: Cell) -> None:
             f"cell {cell.name!r} must be a function of (u, v, {', '.join(cell.states)}), any "
             f"further parameters with defaults; got {signature}: {error}"
         ) from None
+    if cell.initialize is not None:
+        _check_initialize(cell.name, cell.initialize)
+
+
+def _check_initialize(name: str, initialize: Callable[..., object]) -> None:
+    if not callable(initialize):
+        raise TypeError(
+            f"initialize of cell {name!r} must be a function of (u, v), "
+            f"got {type(initialize).__name__}"
+        )
+    signature = inspect.signature(initialize)
+    try:
+        signature.bind(0, 1)
+    except TypeError as error:
+        raise ValueError(
+            f"initialize of cell {name!r} must be a function of (u, v), any further parameters "
+            f"with defaults; got {signature}: {error}"
+        ) from None
 
 
 # Unpickling. A cell is found again by its name, so it must be compared with the saved one.
@@ -316,7 +351,7 @@ def _unpacked(
     reference = _carried.get(carrier)
     cell = reference() if reference else None
     if cell is None:
-        cell = Cell(name, gates, states, carrier.function)
+        cell = Cell(name, gates, states, carrier.function, carrier.initialize)
         vars(cell)["_carrier"] = _register_carrier(carrier, cell)
         # A cell declared here under that name keeps it: this one may differ.
         _registry.setdefault(name, cell)

@@ -23,6 +23,7 @@ from fastrnn.nn.checks import States, check_arguments, check_dtype, check_heads,
 from fastrnn.nn.convert import export_forward, scriptable
 from fastrnn.nn.flat_weights import FlatWeights
 from fastrnn.nn.freeze import Freezable, operands, precision_of, stepper_of
+from fastrnn.nn.initial import initialize
 from fastrnn.nn.stream import Stepper
 
 __all__ = ["CELL_OF_MODE", "Layer", "with_own_forward"]
@@ -101,6 +102,26 @@ class Layer(Freezable, FlatWeights):
         if self.heads > 1:
             return {kind: (self.heads, *shape) for kind, shape in shapes.items()}
         return shapes
+
+    def reset_parameters(self) -> None:
+        """Write torch's uniform initial values, then those of the cell, if it has its own.
+
+        A parametrized weight begins where its parametrization stores it. What is stored in several
+        tensors, or in another shape, has torch's values.
+        """
+        super().reset_parameters()
+        cell = self._cell()
+        if cell.initialize is None:
+            return
+        parametrized = getattr(self, "parametrizations", {})
+        stored = {
+            name: weight.original
+            for name, weight in parametrized.items()
+            if weight.is_tensor and not weight.unsafe
+        }
+        with torch.no_grad():
+            for weights in self._weights(stored):
+                initialize(cell, weights)
 
     def forward(
         self,

@@ -237,7 +237,8 @@ class Recurrent(_MultiState):
     """Layers of any cell, with parameters, stacking and directions as in torch.nn.
 
     Args:
-        cell: a cell declared with `fastrnn.cell`, with `G` gates and `S` states.
+        cell: a cell declared with `fastrnn.cell`, or one of `fastrnn.cells`, with `G` gates and `S`
+            states.
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional: as in `RNN`.
         device, dtype: device and dtype of the parameters. They have torch's names:
             `weight_ih_l0` [G*H, I] and so on.
@@ -285,8 +286,8 @@ class Recurrent(_MultiState):
                 f"cell should be a fastrnn.Cell, got: {type(cell).__name__}; "
                 "make one by decorating a function with fastrnn.cell(gates=..., states=...)"
             )
+        self.cell = cell  # first, because the constructor writes the cell's initial values
         super().__init__(cell, cell.name, locals() | {"proj_size": 0})
-        self.cell = cell
 
     def _cell(self) -> Cell:
         return self.cell

@@ -57,7 +57,7 @@ def test_limits_are_those_of_the_kernels() -> None:
 @pytest.mark.parametrize(("kind", "most"), [("gates", 16), ("states", 8)])
 def test_no_more_than_the_kernels_take(kind: str, most: int) -> None:
     letters = "abcdefghijklmnopq"
-    options = {"gates": "a", "states": "h"}
+    options: dict[str, Any] = {"gates": "a", "states": "h"}
     fastrnn.cell(**options | {kind: letters[:most]}, name="largest")(lambda u, v, *s: s)
     with pytest.raises(ValueError, match=f"'larger' has {most + 1} {kind}, .* at most {most};"):
         fastrnn.cell(**options | {kind: letters[: most + 1]}, name="larger")(lambda u, v, *s: s)
@@ -74,7 +74,7 @@ def test_cell_must_be_called() -> None:
 
 @pytest.mark.parametrize("missing", ["gates", "states"])
 def test_gates_and_states_must_be_given(missing: str) -> None:
-    options = {"gates": "a", "states": "h"}
+    options: dict[str, Any] = {"gates": "a", "states": "h"}
     del options[missing]
     with pytest.raises(ValueError, match=rf"at least one of {missing}: cell\({missing}=...\)"):
         fastrnn.cell(**options)(leaky)
@@ -117,6 +117,18 @@ def test_only_functions() -> None:
 def test_functions_that_cannot_be_called(function: Any) -> None:
     with pytest.raises(ValueError, match=r"'wrong' must be a function of \(u, v, h\), any further"):
         fastrnn.cell(gates="a", states="h", name="wrong")(function)
+
+
+def test_initial_values_need_a_function_of_two() -> None:
+    options: dict[str, Any] = {"gates": "a", "states": "h", "name": "wrong"}
+    with pytest.raises(TypeError, match=r"of cell 'wrong' must be a function of \(u, v\), got int"):
+        fastrnn.cell(**options, initialize=3)(leaky)  # type: ignore[arg-type]
+    for function in (lambda u: None, lambda u, v, w: None):
+        with pytest.raises(ValueError, match=r"of \(u, v\), any further .*; got \(u"):
+            fastrnn.cell(**options, initialize=function)(leaky)
+    assert "wrong" not in cells.names()
+    made = fastrnn.cell(**options, initialize=lambda u, v, by=1: None)(leaky)
+    assert made.initialize is not None
 
 
 # Gates.
@@ -303,7 +315,8 @@ import functools, sys
 import cloudpickle, torch, fastrnn
 RATE = 0.5
 def helper(x): return torch.tanh(x) * RATE
-@fastrnn.cell(gates="a", states="h")
+def begin(u, v): u.a.bias.fill_(RATE)
+@fastrnn.cell(gates="a", states="h", initialize=begin)
 def scripted(u, v, h): return 0.5 * h + helper(u.a + v.a)
 def declare(kept):
     @fastrnn.cell(gates="a", states="hc")
@@ -345,6 +358,8 @@ assert model[1].cell is cells[0] is fastrnn.cells.get("scripted")
 assert fastrnn.cells.get("enclosed") is enclosed is not cells[1]
 # Another load finds the same, so that nothing is derived or compiled for each task.
 assert all(a is b for a, b in zip(load()[0], cells))
+# So do their initial values.
+assert (fastrnn.Recurrent(cells[0], 2, 3).bias_ih_l0 == 0.5).all()
 # They are sent on: by value once more, or by the name that they have here now.
 again = pickle.loads(cloudpickle.dumps(cells))
 assert all(a is b for a, b in zip(again, cells))

@@ -1,0 +1,37 @@
+"""The initial values of a cell, written into the weights of one recurrence."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from fastrnn.cells import Cell, Gates
+from fastrnn.kernels.operands import Weights
+
+__all__ = ["Rows", "initialize"]
+
+
+class Rows(NamedTuple):
+    """The rows of one gate, as views.
+
+    Attributes:
+        weight: [H, I] of `weight_ih`, or [H, H] of `weight_hh`.
+        bias: [H] of `bias_ih` or `bias_hh`, or None in a layer without biases.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+def initialize(cell: Cell, weights: Weights) -> None:
+    """Call the cell's `initialize`, which must not be None, under `no_grad`."""
+    assert cell.initialize is not None
+    u, v = _rows(cell, weights.w_ih, weights.b_ih), _rows(cell, weights.w_hh, weights.b_hh)
+    cell.initialize(Gates(cell, u), Gates(cell, v))
+
+
+def _rows(cell: Cell, weight: Tensor, bias: Tensor | None) -> Any:
+    count = len(cell.gates)
+    biases = [None] * count if bias is None else bias.chunk(count)
+    return map(Rows, weight.chunk(count), biases)
