@@ -26,7 +26,7 @@ def test_is_a_module_to_run() -> None:
     assert fastrnn.__version__ == __version__
 
 
-@pytest.mark.parametrize("name", cells.names()[:4])
+@pytest.mark.parametrize("name", [*cells.names()[:4], "janet"])
 def test_cell_prints_what_is_derived(capsys: pytest.CaptureFixture[str], name: str) -> None:
     code, out, _ = run(capsys, "cell", name)
     assert code == 0

@@ -1,6 +1,18 @@
-"""The definition of a cell, and the built-in cells."""
+"""The definition of a cell, the built-in cells, and on demand the published ones."""
 
-from fastrnn.cells.declare import MAX_GATES, MAX_STATES, Cell, Gates, cell, get, names, seal
+from fastrnn.cells.declare import (
+    MAX_GATES,
+    MAX_STATES,
+    Cell,
+    Gates,
+    cell,
+    get,
+    get_published,
+    names,
+    publish,
+    seal,
+)
+from fastrnn.cells.published import MODULES as _MODULES
 
 # isort: off
 # The order of these imports is the order in which the cells are listed.
@@ -24,3 +36,16 @@ __all__ = [
 ]
 
 seal()
+publish({name: f"{__name__}.published.{module}" for name, module in _MODULES.items()})
+
+
+def __getattr__(name: str) -> Cell:
+    """The published cell with this name."""
+    if name in _MODULES:
+        return get_published(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names, with those of the published cells."""
+    return [*__all__, *_MODULES]

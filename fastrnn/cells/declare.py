@@ -20,14 +20,25 @@ import inspect
 import operator
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 from torch import Tensor
 
-__all__ = ["MAX_GATES", "MAX_STATES", "Cell", "Gates", "cell", "get", "names", "seal"]
+__all__ = [
+    "MAX_GATES",
+    "MAX_STATES",
+    "Cell",
+    "Gates",
+    "cell",
+    "get",
+    "get_published",
+    "names",
+    "publish",
+    "seal",
+]
 
 # They equal kMaxGates and kMaxStates of csrc/cpu/contract.h.
 MAX_GATES = 16
@@ -150,6 +161,7 @@ copyreg.pickle(_Carrier, _reduce_to_none)
 
 _registry: dict[str, Cell] = {}
 _built_in: set[str] = set()
+_published: dict[str, str] = {}
 _carried: weakref.WeakKeyDictionary[_Carrier, weakref.ref[Cell]] = weakref.WeakKeyDictionary()
 
 
@@ -188,7 +200,7 @@ def cell(
             called as `(u, v, *states)` or has no name, if `initialize` cannot be called as
             `(u, v)`, or if the name is a built-in cell's. A custom cell of the same name is
             replaced, as a function is when it is redefined; existing layers keep the cell they
-            have.
+            have. A name of a published cell then means the one declared here.
 
     Example:
         >>> import torch, fastrnn
@@ -214,27 +226,44 @@ def cell(
             raise ValueError(
                 f"{declared.name!r} is a built-in cell; choose another name with cell(name=...)"
             )
-        _registry[declared.name] = declared
+        home = _published.get(declared.name)
+        if home is None or home != getattr(function, "__module__", None):
+            _registry[declared.name] = declared
         return declared
 
     return declare
 
 
 def get(name: str) -> Cell:
-    """The cell with this name.
+    """The cell with this name: a built-in cell, one declared here, or else a published cell.
 
     Raises:
         ValueError: if there is none; the message lists the known names.
     """
-    try:
-        return _registry[name]
-    except KeyError:
-        raise ValueError(f"no cell named {name!r}; there are: {', '.join(_registry)}") from None
+    if (found := _registry.get(name)) is not None:
+        return found
+    if name in _published:
+        return get_published(name)
+    known = ", ".join(dict.fromkeys([*_registry, *_published]))
+    raise ValueError(f"no cell named {name!r}; there are: {known}")
 
 
 def names() -> list[str]:
-    """Names of all cells, in order of declaration."""
+    """Names of the built-in cells and of those declared since, in order of declaration. The
+    published cells are not among them, because they are declared when they are first asked for."""
     return list(_registry)
+
+
+def get_published(name: str) -> Cell:
+    """The published cell with this name, also where another cell was declared under it."""
+    found: Cell = getattr(importlib.import_module(_published[name]), name)
+    return found
+
+
+def publish(modules: Mapping[str, str]) -> None:
+    """Say which modules declare the published cells, by name. Importing such a module leaves the
+    names to the cells that a user declared under them."""
+    _published.update(modules)
 
 
 def seal() -> None:

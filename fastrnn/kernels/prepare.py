@@ -203,10 +203,10 @@ def find(key: str, kind: str, format: str) -> None:
     code in this format. A cell that only the reference can run is registered without code."""
     cell = _prepared.get(key)
     if cell is None:
-        name, _, digest = key.rpartition("-")
-        if not digest or name not in cells.names():
+        try:
+            cell = cells.get(key.rpartition("-")[0])
+        except ValueError:
             return
-        cell = cells.get(name)
     if prepared_now(cell, kind, torch.float32, format) is None and (cell, False) not in _refused:
         _add_facts(cell)
 

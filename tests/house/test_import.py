@@ -33,6 +33,7 @@ def test_import_is_light() -> None:
     modules = runs[0][2]
     heavy = ("torch._dynamo", "torch._inductor", "torch._functorch._aot", "sympy", "triton")
     assert [m for m in modules if m.startswith(heavy)] == []
+    assert [m for m in modules if m.startswith("fastrnn.cells.published.")] == []
     others = [m for m in modules if not m.startswith("fastrnn")]
     assert len(others) < 30, others
     assert seconds < 0.15

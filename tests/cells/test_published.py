@@ -1,0 +1,271 @@
+"""Published cells against loops written from their papers, and how they are found."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.utils import parametrize
+
+import fastrnn
+from fastrnn import cells, kernels, ops
+from fastrnn.cells import Cell
+from fastrnn.cells import declare as declaration
+from fastrnn.cells.published import MODULES
+from fastrnn.cells.published.antisymmetric import Antisymmetric
+from fastrnn.cells.published.janet import chrono
+from fastrnn.compiler.derive import derive
+from fastrnn.compiler.emit_cpp import key
+from tests.support.derivations import by_autograd, derived_step, inputs
+from tests.support.operands import by_reference, operands, run
+from tests.support.papers import STEPS, loop
+from tests.support.paths import ROOT
+
+every_name = pytest.mark.parametrize("name", MODULES)
+
+
+@pytest.fixture(autouse=True)
+def same_registry_afterwards() -> Iterator[None]:
+    before = dict(declaration._registry)
+    yield
+    declaration._registry.clear()
+    declaration._registry.update(before)
+
+
+def given(cell: Cell, bias: bool = True) -> dict[str, Any]:
+    made = operands(cell, steps=5, batch=3, inputs=4, hidden=6, bias=bias)
+    if cell.name == "slstm":  # its normalizer is positive
+        made["s0"][2] = made["s0"][2].abs() + 0.5
+    return made
+
+
+def assert_same(ours: dict[str, Tensor], paper: dict[str, Tensor]) -> None:
+    assert ours.keys() == paper.keys()
+    for what, right in paper.items():
+        torch.testing.assert_close(ours[what], right, rtol=1e-10, atol=1e-12, msg=what)
+
+
+# The formulas.
+
+
+def test_every_cell_has_a_loop() -> None:
+    assert STEPS.keys() == MODULES.keys()
+
+
+@every_name
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_the_reference_computes_what_the_paper_does(name: str, bias: bool) -> None:
+    """Outputs, final states, and gradients of input, weights and initial states."""
+    cell = cells.get(name)
+    arguments = given(cell, bias)
+    assert_same(run(by_reference, cell, arguments), run(loop, cell, arguments))
+
+
+@every_name
+def test_the_derivative_is_that_of_autograd(name: str) -> None:
+    cell = cells.get(name)
+    u, v, s, dnext = inputs(cell)
+    after, grads = derived_step(derive(cell), u, v, s, dnext)
+    want_after, want_grads = by_autograd(cell, u, v, s, dnext)
+    torch.testing.assert_close(after, want_after, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(grads, want_grads, rtol=1e-11, atol=1e-11)
+
+
+@every_name
+@pytest.mark.compiles
+@pytest.mark.takes(15)
+def test_the_cpu_kernel_computes_what_the_paper_does(name: str) -> None:
+    cell = cells.get(name)
+    arguments = given(cell)
+    with kernels.use("cpu"):
+        ours = run(ops.scan, cell, arguments)
+    assert_same(ours, run(loop, cell, arguments))
+
+
+def test_slstm_from_zeros_is_that_of_the_formula_without_stabiliser() -> None:
+    """h = o·c/n, with the exponential gates themselves."""
+    made = given(cells.slstm)
+    made["s0"] = [torch.zeros_like(s) for s in made["s0"]]
+    y, (_, c, n, m) = by_reference(cells.slstm, **made)
+    rows = [w[0].split(6) for w in (made["w_ih"], made["w_hh"], made["b_ih"], made["b_hh"])]
+    h, plain_c, plain_n = (torch.zeros(3, 6, dtype=torch.float64) for _ in range(3))
+    for t, x in enumerate(made["x"]):
+        i, f, z, o = (x @ w.T + h @ r.T + b + d for w, r, b, d in zip(*rows, strict=True))
+        plain_c = f.sigmoid() * plain_c + i.exp() * z.tanh()
+        plain_n = f.sigmoid() * plain_n + i.exp()
+        h = o.sigmoid() * plain_c / plain_n
+        torch.testing.assert_close(y[t], h)
+    torch.testing.assert_close(c[0] * m[0].exp(), plain_c)
+    torch.testing.assert_close(n[0] * m[0].exp(), plain_n)
+
+
+# How they are found.
+
+
+def in_a_fresh_process(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_they_are_found_on_demand() -> None:
+    in_a_fresh_process("""
+import sys, fastrnn
+loaded = lambda: {m.rpartition(".")[2] for m in sys.modules if "fastrnn.cells.published." in m}
+assert not loaded()
+assert fastrnn.cells.janet is fastrnn.cells.get("janet")
+assert loaded() == {"fill", "janet"}
+assert not fastrnn.cells.janet.is_built_in
+from fastrnn.cells import cfn
+assert cfn is fastrnn.cells.get("cfn")
+assert not {"janet", "cfn"} & set(fastrnn.cells.names())
+assert {"janet", "cfn", "slstm"} <= set(dir(fastrnn.cells))
+""")
+
+
+@every_name
+def test_name_and_module(name: str) -> None:
+    cell = cells.get(name)
+    assert cell is getattr(cells, name)
+    assert cell.name == name
+    assert cell.function.__module__ == f"fastrnn.cells.published.{MODULES[name]}"
+    assert "arXiv:" in (cell.function.__doc__ or "")
+
+
+def test_an_unknown_name_lists_them() -> None:
+    with pytest.raises(ValueError, match=r"'jannet'; there are: rnn_tanh, .*, janet, "):
+        cells.get("jannet")
+    with pytest.raises(AttributeError, match=r"'fastrnn\.cells' has no attribute 'jannet'"):
+        cells.jannet  # noqa: B018
+
+
+DECLARED = """
+import fastrnn
+@fastrnn.cell(gates="a", states="h")
+def janet(u, v, h): return h + u.a
+"""
+
+
+@pytest.mark.parametrize("first", ["", "import fastrnn; fastrnn.cells.janet"])
+def test_a_user_may_take_a_name(first: str) -> None:
+    """The published cell may be imported before or after."""
+    then = """
+import pickle
+published = fastrnn.cells.janet
+assert published is not janet and published.gates == ("f", "c")
+assert fastrnn.cells.get("janet") is janet
+assert fastrnn.cells.names()[-1] == "janet"
+for cell in (janet, published):
+    layer = fastrnn.Recurrent(cell, 2, 3)
+    assert pickle.loads(pickle.dumps(layer)).cell is cell
+"""
+    in_a_fresh_process(first + DECLARED + then)
+
+
+def test_a_fresh_process_loads_a_layer(tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
+    saved.write_bytes(pickle.dumps(fastrnn.Recurrent(cells.star, 2, 3)))
+    load = f"import pickle; print(pickle.load(open({str(saved)!r}, 'rb')).cell.name)"
+    assert in_a_fresh_process(load) == "star"
+
+
+def test_an_exported_program_finds_its_cell_by_name() -> None:
+    in_a_fresh_process(f"""
+from fastrnn.kernels.prepare import cell_of, find
+find({key(cells.atr)!r}, "cuda", "float32")
+import fastrnn
+assert cell_of({key(cells.atr)!r}) is fastrnn.cells.atr
+find("atr", "cuda", "float32")
+find("unknown-0123abcd", "cuda", "float32")
+""")
+
+
+# Initial values.
+
+
+def layer_of(cell: Cell, **options: Any) -> Any:
+    return fastrnn.Recurrent(cell, 5, 6, **options)
+
+
+def blocks(layer: Any, gate: str, head: int | None = None) -> list[Tensor]:
+    """The rows of a gate in weight_ih, weight_hh, bias_ih and bias_hh of the first layer."""
+    weights = [getattr(layer, f"{kind}_l0") for kind in ("weight_ih", "weight_hh")]
+    weights += [getattr(layer, f"{kind}_l0") for kind in ("bias_ih", "bias_hh")]
+    if head is not None:
+        weights = [w[head] for w in weights]
+    k, count = layer.cell.gates.index(gate), len(layer.cell.gates)
+    return [w.detach().chunk(count)[k] for w in weights]
+
+
+@pytest.mark.parametrize(
+    ("name", "gate", "value"),
+    [("janet", "f", 1.0), ("janet", "c", 0.0), ("ugrnn", "g", 1.0), ("irnn", "h", 0.0)],
+)
+def test_biases(name: str, gate: str, value: float) -> None:
+    *_, b_ih, b_hh = blocks(layer_of(cells.get(name)), gate)
+    assert torch.equal(b_ih + b_hh, torch.full((6,), value))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_orthogonal_matrices(dtype: torch.dtype) -> None:
+    for name, gate in (("ligru", "z"), ("ligru", "n"), ("star", "k")):
+        r = blocks(layer_of(cells.get(name), dtype=dtype), gate)[1].double()
+        torch.testing.assert_close(r @ r.T, torch.eye(6).double(), atol=0.05, rtol=0)
+    w = blocks(layer_of(cells.star, dtype=dtype), "z")[0].double()
+    torch.testing.assert_close(w.T @ w, torch.eye(5).double(), atol=0.05, rtol=0)
+
+
+def test_irnn_begins_with_the_identity() -> None:
+    w, r, *_ = blocks(layer_of(cells.irnn), "h")
+    assert torch.equal(r, torch.eye(6))
+    assert 0 < w.abs().max() < 0.01
+
+
+def test_chrono() -> None:
+    """The forget gate's bias gives spans between 1 and the longest dependency."""
+    cell = dataclasses.replace(cells.janet, initialize=chrono(784))
+    *_, b_ih, b_hh = blocks(fastrnn.Recurrent(cell, 3, 500), "f")
+    spans = (b_ih + b_hh).exp()
+    assert 1 <= spans.min() < 50 and 700 < spans.max() <= 784
+    layer_of(cell, bias=False)
+    assert key(cell) == key(cells.janet)
+    with pytest.raises(ValueError, match="should have more than 2 steps, got 2"):
+        chrono(2)
+
+
+# Antisymmetric networks.
+
+
+@pytest.mark.parametrize("name", ["antisymmetric_rnn", "gated_antisymmetric_rnn"])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_the_antisymmetric_parametrization(name: str, heads: int) -> None:
+    layer = layer_of(cells.get(name), heads=heads)
+    parametrize.register_parametrization(layer, "weight_hh_l0", Antisymmetric(gamma=0.25))
+    assert layer.parametrizations.weight_hh_l0.original.shape == layer.weight_hh_l0.shape
+    for head in range(heads):
+        matrices = [
+            blocks(layer, gate, head if heads > 1 else None)[1] for gate in layer.cell.gates
+        ]
+        for r in matrices:
+            torch.testing.assert_close(r + r.T, -0.5 * torch.eye(6 // heads))
+            assert torch.equal(r, matrices[0])
+
+
+def test_another_step_size() -> None:
+    slow = fastrnn.cell(gates="h", states="h", name="slow")(
+        functools.partial(cells.antisymmetric_rnn.function, step=0.5)
+    )
+    one = torch.ones(1, 2)
+    (after,) = slow.step([one], [one], [one])
+    torch.testing.assert_close(after, 1 + 0.5 * torch.tensor(2.0).tanh().expand(1, 2))

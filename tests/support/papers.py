@@ -1,0 +1,186 @@
+"""Loops of the published cells, written from their papers: every gate is a product of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, sigmoid, tanh
+
+from fastrnn.cells import Cell
+
+__all__ = ["STEPS", "loop"]
+
+
+class Gate(NamedTuple):
+    """The weights of one gate: `W`, `R`, and both biases, or None."""
+
+    w: Tensor
+    r: Tensor
+    b: Tensor | None
+    c: Tensor | None
+
+    def of_x(self, x: Tensor) -> Tensor:
+        y = torch.einsum("oi,bi->bo", self.w, x)
+        return y if self.b is None else y + self.b
+
+    def of_h(self, h: Tensor) -> Tensor:
+        y = torch.einsum("oi,bi->bo", self.r, h)
+        return y if self.c is None else y + self.c
+
+    def __call__(self, x: Tensor, h: Tensor) -> Tensor:
+        return self.of_x(x) + self.of_h(h)
+
+
+Gates = Mapping[str, Gate]
+
+
+def antisymmetric_rnn(k: Gates, x: Tensor, h: Tensor) -> Any:
+    return h + 0.01 * tanh(k["h"](x, h))
+
+
+def gated_antisymmetric_rnn(k: Gates, x: Tensor, h: Tensor) -> Any:
+    z = sigmoid(k["z"](x, h))
+    return h + 0.01 * z * tanh(k["h"](x, h))
+
+
+def atr(k: Gates, x: Tensor, h: Tensor) -> Any:
+    p, q = k["p"].of_x(x), k["p"].of_h(h)
+    i, f = sigmoid(p + q), sigmoid(p - q)
+    return i * p + f * h
+
+
+def cfn(k: Gates, x: Tensor, h: Tensor) -> Any:
+    theta, eta = sigmoid(k["theta"](x, h)), sigmoid(k["eta"](x, h))
+    return theta * tanh(h) + eta * tanh(k["w"].of_x(x))
+
+
+def cifg(k: Gates, x: Tensor, h: Tensor, c: Tensor) -> Any:
+    i, o, g = sigmoid(k["i"](x, h)), sigmoid(k["o"](x, h)), tanh(k["g"](x, h))
+    f = 1 - i
+    c = f * c + i * g
+    return o * tanh(c), c
+
+
+def irnn(k: Gates, x: Tensor, h: Tensor) -> Any:
+    return torch.clamp(k["h"](x, h), min=0)
+
+
+def janet(k: Gates, x: Tensor, h: Tensor) -> Any:
+    s, beta = k["f"](x, h), 1
+    content = tanh(k["c"](x, h))
+    return sigmoid(s) * h + (1 - sigmoid(s - beta)) * content
+
+
+def ligru(k: Gates, x: Tensor, h: Tensor) -> Any:
+    z = sigmoid(k["z"](x, h))
+    return z * h + (1 - z) * torch.clamp(k["n"](x, h), min=0)
+
+
+def mgu(k: Gates, x: Tensor, h: Tensor) -> Any:
+    f = sigmoid(k["f"](x, h))
+    n = tanh(k["n"].of_x(x) + f * k["n"].of_h(h))
+    return (1 - f) * h + f * n
+
+
+def nas(k: Gates, x: Tensor, h: Tensor, c: Tensor) -> Any:
+    a = [k[f"g{j}"](x, h) for j in range(8)]
+    product = k["g3"].of_x(x) * k["g3"].of_h(h)
+    first = [
+        sigmoid(a[0]),
+        torch.clamp(a[1], min=0),
+        sigmoid(a[2]),
+        torch.clamp(product, min=0),
+        tanh(a[4]),
+        sigmoid(a[5]),
+        tanh(a[6]),
+        sigmoid(a[7]),
+    ]
+    second = [
+        tanh(first[0] * first[1]),
+        tanh(first[2] + first[3]),
+        tanh(first[4] * first[5]),
+        sigmoid(first[6] + first[7]),
+    ]
+    c = tanh(second[0] + c) * second[1]
+    return tanh(c * tanh(second[2] + second[3])), c
+
+
+def nbrc(k: Gates, x: Tensor, h: Tensor) -> Any:
+    a, c = 1 + tanh(k["a"](x, h)), sigmoid(k["c"](x, h))
+    return c * h + (1 - c) * tanh(k["n"].of_x(x) + a * h)
+
+
+def ran(k: Gates, x: Tensor, h: Tensor, c: Tensor) -> Any:
+    i, f = sigmoid(k["i"](x, h)), sigmoid(k["f"](x, h))
+    c = i * k["g"].of_x(x) + f * c
+    return tanh(c), c
+
+
+def slstm(k: Gates, x: Tensor, h: Tensor, c: Tensor, n: Tensor, m: Tensor) -> Any:
+    i, f, z, o = (k[name](x, h) for name in "ifzo")
+    f = torch.log(sigmoid(f))
+    after = torch.where(f + m > i, f + m, i)
+    i, f = torch.exp(i - after), torch.exp(f + m - after)
+    c, n = f * c + i * tanh(z), f * n + i
+    return sigmoid(o) * (c / n), c, n, after
+
+
+def star(k: Gates, x: Tensor, h: Tensor) -> Any:
+    z, gate = tanh(k["z"].of_x(x)), sigmoid(k["k"](x, h))
+    return tanh((1 - gate) * h + gate * z)
+
+
+def ugrnn(k: Gates, x: Tensor, h: Tensor) -> Any:
+    g, c = sigmoid(k["g"](x, h)), tanh(k["c"](x, h))
+    return g * h + (1 - g) * c
+
+
+STEPS: dict[str, Callable[..., Any]] = {
+    step.__name__: step
+    for step in (
+        antisymmetric_rnn,
+        atr,
+        cfn,
+        cifg,
+        gated_antisymmetric_rnn,
+        irnn,
+        janet,
+        ligru,
+        mgu,
+        nas,
+        nbrc,
+        ran,
+        slstm,
+        star,
+        ugrnn,
+    )
+}
+
+
+def loop(
+    cell: Cell,
+    x: Tensor,
+    w_ih: Sequence[Tensor],
+    w_hh: Sequence[Tensor],
+    b_ih: Sequence[Tensor],
+    b_hh: Sequence[Tensor],
+    s0: Sequence[Tensor],
+    **others: Any,
+) -> tuple[Tensor, list[Tensor]]:
+    """A scan of one recurrence over dense input, in the arguments of `ops.scan`. Of the cell it
+    reads the names of itself, its gates and its states."""
+    assert len(w_ih) == 1 and not any(others.values())
+    hidden = w_hh[0].size(0) // len(cell.gates)
+    parts = [
+        t[0].split(hidden) if t else [None] * len(cell.gates) for t in (w_ih, w_hh, b_ih, b_hh)
+    ]
+    gates = {name: Gate(*rows) for name, *rows in zip(cell.gates, *parts, strict=True)}
+    states = [s[0] for s in s0]
+    ys = []
+    for step in x:
+        after = STEPS[cell.name](gates, step, *states)
+        states = [after] if isinstance(after, Tensor) else list(after)
+        ys.append(states[0])
+    return torch.stack(ys), [s.unsqueeze(0) for s in states]
