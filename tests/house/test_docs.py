@@ -18,7 +18,10 @@ from pathlib import Path
 import pytest
 
 import fastrnn
+from fastrnn import cells
 from fastrnn.__main__ import main
+from fastrnn.cells.published import MODULES
+from fastrnn.compiler.derive import derive
 from tests.support.paths import ROOT
 
 DOCS = ROOT / "docs"
@@ -98,6 +101,17 @@ def test_shown_output_is_what_the_command_prints(page: Path) -> None:
 
 def test_the_support_matrix_is_shown() -> None:
     assert "<!-- python -m fastrnn info --markdown -->" in (DOCS / "support.md").read_text()
+
+
+def test_the_table_of_cells_is_what_is_derived() -> None:
+    page = (DOCS / "cells.md").read_text(encoding="utf-8")
+    rows = [re.split(r" *\| *", line)[1:-1] for line in page.splitlines() if line.startswith("| `")]
+    assert [row[0] for row in rows] == [f"`{name}`" for name in (*cells.names()[:4], *MODULES)]
+    for name, _, gates, states, saved, _ in rows:
+        derived = derive(cells.get(name.strip("`")))
+        assert gates == " ".join(derived.gates), name
+        assert states == " ".join(derived.states), name
+        assert saved == str(len(derived.saved)), name
 
 
 def test_switches_are_the_ones_read() -> None:
