@@ -48,6 +48,7 @@ def scan(
     b_ih: Sequence[Tensor],
     b_hh: Sequence[Tensor],
     w_hr: Sequence[Tensor],
+    params: Sequence[Tensor],
     s0: Sequence[Tensor],
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
@@ -59,7 +60,7 @@ def step(
     cell: str,
     input: Tensor,
     before: tuple[Tensor, ...],
-    weights: tuple[Tensor | None, ...],
+    weights: tuple[Any, ...],
     packed: Sequence[Tensor] | None = None,
     expected: Tensor | None = None,
     format: str = "float32",
@@ -73,6 +74,7 @@ def scan_packed(
     b_ih: Sequence[Tensor],
     b_hh: Sequence[Tensor],
     w_hr: Sequence[Tensor],
+    params: Sequence[Tensor],
     s0: Sequence[Tensor],
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
@@ -97,7 +99,15 @@ def contended() -> bool: ...
 def late_peer() -> None: ...
 def end_contention() -> None: ...
 def add_cell_facts(
-    name: str, gates: int, states: int, saved: int, summed: int, projectable: bool
+    name: str,
+    *,
+    gates: int,
+    states: int,
+    saved: int,
+    params: int,
+    summed: int,
+    shared_params: int,
+    projectable: bool,
 ) -> None: ...
 def has_code(name: str, format: str = "float32") -> bool: ...
 def formats() -> list[str]: ...

@@ -1,7 +1,7 @@
 """Recurrent networks at hardware speed for PyTorch."""
 
 from fastrnn._version import __version__
-from fastrnn.cells import Cell, cell
+from fastrnn.cells import Cell, Param, cell
 from fastrnn.nn.cell_modules import GRUCell, LSTMCell, RNNCell
 from fastrnn.nn.convert import from_torch, to_torch
 from fastrnn.nn.freeze import freeze, unfreeze
@@ -16,6 +16,7 @@ __all__ = [
     "Cell",
     "GRUCell",
     "LSTMCell",
+    "Param",
     "RNNCell",
     "Recurrent",
     "__version__",

@@ -69,7 +69,7 @@ def pack(
     if key is None or refusal is not None:
         return None
     packed = [
-        _C.pack(key, format, recurrence, scales[p] if scales else ())
+        _C.pack(key, format, recurrence.flat(), scales[p] if scales else ())
         for p, recurrence in enumerate(weights)
     ]
     mark = _C.fingerprint([t for group in side_by_side(weights) for t in group])
@@ -85,6 +85,7 @@ def scan(
     b_ih: Sequence[Tensor] = (),
     b_hh: Sequence[Tensor] = (),
     w_hr: Sequence[Tensor] = (),
+    params: Sequence[Tensor] = (),
     s0: Sequence[Tensor] = (),
     batch_sizes: Tensor | None = None,
     lengths: Tensor | None = None,
@@ -109,7 +110,8 @@ def scan(
             is needed or the weights have changed since.
         fastrnn.plan.KernelRefused: if a kernel was asked for by name and cannot run this call.
     """
-    operands = Operands(x, w_ih, w_hh, b_ih, b_hh, w_hr, s0, batch_sizes, lengths, resets, reverse)
+    weights = w_ih, w_hh, b_ih, b_hh, w_hr, params
+    operands = Operands(x, *weights, s0, batch_sizes, lengths, resets, reverse)
     return run(cell, operands, packed, recompute=recompute)
 
 
@@ -117,8 +119,8 @@ def run(
     cell: Cell, operands: Operands, packed: Prepacked | None = None, *, recompute: bool = False
 ) -> tuple[Tensor, list[Tensor]]:
     """`scan` with the operands as one value."""
-    x, w_ih, w_hh, b_ih, b_hh, w_hr, s0 = operands[:7]
-    tensors = (x, *w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *s0)
+    x, w_ih, w_hh, b_ih, b_hh, w_hr, params, s0 = operands[:8]
+    tensors = (x, *w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *params, *s0)
     compiling = torch.compiler.is_compiling()
     key = (prepare if compiling else prepared_now)(cell, _kind(x), x.dtype)
     if packed is not None and key is not None:
@@ -160,7 +162,7 @@ def step(
     Args:
         x: [B, I].
         states: `S` tensors [B, H], none for zeros.
-        weights: weights without a projection.
+        weights: weights without a projection. Cells with learned parameters take the other way.
         packed: the same weights from `pack`.
 
     Returns:
@@ -248,7 +250,7 @@ def _scan_fake(cell: str, *arguments: Any) -> list[Tensor]:
     if len(arguments) > len(operands):
         tape = arguments[len(operands)]
     x, w_hh, w_hr, s0 = operands.x, operands.w_hh, operands.w_hr, operands.s0
-    for tensors in operands[1:7]:
+    for tensors in operands.lists():
         for tensor in tensors or ():
             torch._check(
                 tensor.device == x.device,
@@ -278,9 +280,10 @@ def _scan_backward_fake(
 ) -> list[Tensor]:
     *inputs, _, _, needs = arguments
     operands = Operands(*inputs)
+    groups = [operands.x], *operands.lists()
     return [
         t.new_empty(t.shape)
-        for group, want in zip([[operands.x], *operands[1:7]], Needs(*needs).groups(), strict=True)
+        for group, want in zip(groups, Needs(*needs).groups(), strict=True)
         if want
         for t in group or ()
     ]

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from fastrnn import _C, GRU, cells, kernels, ops, plan
+from fastrnn.kernels.prepare import prepare
 from tests.support.kernels import planned
 from tests.support.names import BUILT_IN
 from tests.support.operands import operands, run
@@ -37,10 +38,8 @@ def call(name: str, grad: bool, **extra: Any) -> tuple[Any, ...]:
         return value.clone().requires_grad_() if isinstance(value, Tensor) and grad else value
 
     return (
-        name,
-        *(leaf(given[k]) for k in ("x", "w_ih", "w_hh", "b_ih", "b_hh")),
-        [],
-        leaf(given["s0"]),
+        prepare(cells.get(name)),
+        *(leaf(given[k]) for k in ("x", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "params", "s0")),
         given.get("batch_sizes"),
         given.get("lengths"),
         given.get("resets"),
@@ -57,7 +56,7 @@ LAYOUTS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("name", [*BUILT_IN, "linear_projectable"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_opcheck(name: str, layout: str) -> None:
     extra = LAYOUTS[layout]()
@@ -66,14 +65,14 @@ def test_opcheck(name: str, layout: str) -> None:
     opcheck(scan, arguments)
     y, *states, tape = scan(*arguments, tape=True)
     gradients = torch.randn_like(y), [torch.randn_like(states[0]), *[None] * (len(states) - 1)]
-    for needs in ([True] * 6, [False, True, False, True, False, False]):
+    for needs in ([True] * 7, [False, True, False, True, False, False, False]):
         opcheck(scan_backward, (arguments[0], *gradients, *arguments[1:], y, tape, needs))
 
 
 def test_only_the_gradients_asked_for_are_computed() -> None:
     arguments = call("gru", False)
     y, *_, tape = scan(*arguments, tape=True)
-    full = scan_backward("gru", torch.ones_like(y), [None], *arguments[1:], y, tape, [True] * 6)
+    full = scan_backward("gru", torch.ones_like(y), [None], *arguments[1:], y, tape, [True] * 7)
     assert [tuple(g.shape) for g in full] == [
         (4, 3, 5),
         *[(18, 5)] * 2,
@@ -81,7 +80,7 @@ def test_only_the_gradients_asked_for_are_computed() -> None:
         *[(18,)] * 4,
         (2, 3, 6),
     ]
-    only = [False, False, True, False, False, True]
+    only = [False, False, True, False, False, False, True]
     part = scan_backward("gru", torch.ones_like(y), [None], *arguments[1:], y, tape, only)
     for ours, right in zip(part, [*full[3:5], full[-1]], strict=True):
         assert torch.equal(ours, right)
@@ -126,14 +125,14 @@ def test_one_weight_in_two_places_gets_both_gradients() -> None:
 @pytest.mark.parametrize("layout", ["dense", "lengths", "resets", "packed"])
 def test_double_backward(name: str, layout: str) -> None:
     arguments = call(name, False, **LAYOUTS[layout]())
-    sizes = [len(a) if isinstance(a, list) else 1 for a in arguments[1:8]]
-    flat = [t for a in arguments[1:8] for t in (a if isinstance(a, list) else [a])]
+    sizes = [len(a) if isinstance(a, list) else 1 for a in arguments[1:9]]
+    flat = [t for a in arguments[1:9] for t in (a if isinstance(a, list) else [a])]
     flat = [t.double().requires_grad_() for t in flat]
 
     def function(*tensors: Tensor) -> tuple[Tensor, ...]:
         rest = iter(tensors)
         groups = [[next(rest) for _ in range(n)] for n in sizes]
-        y, *states, _ = scan(name, groups[0][0], *groups[1:], *arguments[8:])
+        y, *states, _ = scan(name, groups[0][0], *groups[1:], *arguments[9:])
         return y, *states
 
     assert torch.autograd.gradcheck(function, flat, fast_mode=True)
@@ -216,7 +215,7 @@ def test_backward_refuses_a_foreign_tape() -> None:
     arguments = call("gru", False)
     y, *_, tape = scan(*arguments, tape=True)
     with pytest.raises(RuntimeError, match="tape=True"):
-        scan_backward("gru", y, [None], *arguments[1:], y, tape[1:], [True] * 6)
+        scan_backward("gru", y, [None], *arguments[1:], y, tape[1:], [True] * 7)
 
 
 def test_backward_refuses_gradients_that_do_not_fit() -> None:
@@ -229,7 +228,7 @@ def test_backward_refuses_gradients_that_do_not_fit() -> None:
         (y, [None, torch.ones(1, 1, 1)], "gradient of state 1 should be"),
     ]:
         with pytest.raises(RuntimeError, match=match):
-            scan_backward("lstm", dy, dstates, *arguments[1:], y, tape, [True] * 6)
+            scan_backward("lstm", dy, dstates, *arguments[1:], y, tape, [True] * 7)
 
 
 @pytest.mark.parametrize("kernel", ["cpu", "reference"])

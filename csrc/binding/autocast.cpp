@@ -28,11 +28,12 @@ std::vector<Tensor> autocast(FASTRNN_SCAN_PARAMETERS, bool tape, bool recompute)
     return out;
   };
   const auto ih = cast_all(in.w_ih), hh = cast_all(in.w_hh), bi = cast_all(in.b_ih),
-             bh = cast_all(in.b_hh), hr = cast_all(in.w_hr), s = cast_all(in.s0);
+             bh = cast_all(in.b_hh), hr = cast_all(in.w_hr), p = cast_all(in.params),
+             s = cast_all(in.s0);
   const Tensor cast_x = cast(x);
   return as_list(
-      call_scan({cell, cast_x, ih, hh, bi, bh, hr, s, batch_sizes, lengths, resets, reverse}, tape,
-                recompute));
+      call_scan({cell, cast_x, ih, hh, bi, bh, hr, p, s, batch_sizes, lengths, resets, reverse},
+                tape, recompute));
 }
 
 }  // namespace

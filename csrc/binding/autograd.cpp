@@ -17,14 +17,14 @@ using torch::autograd::variable_list;
 
 // Autograd takes all tensors as one flat list; these sizes say where each list in it ends.
 struct Sizes {
-  int64_t recurrences, b, w_hr, s0;
+  int64_t recurrences, b, w_hr, params, s0;
 };
 
 variable_list flattened(const ScanInputs& in) {
   variable_list flat;
-  flat.reserve(1 + 5 * in.w_hh.size() + in.s0.size());
+  flat.reserve(1 + 5 * in.w_hh.size() + in.params.size() + in.s0.size());
   flat.push_back(in.x);
-  for (TensorList list : {in.w_ih, in.w_hh, in.b_ih, in.b_hh, in.w_hr, in.s0})
+  for (TensorList list : {in.w_ih, in.w_hh, in.b_ih, in.b_hh, in.w_hr, in.params, in.s0})
     flat.insert(flat.end(), list.begin(), list.end());
   return flat;
 }
@@ -40,8 +40,9 @@ ScanInputs unflattened(std::string_view cell, TensorList flat, const Sizes& n,
     return part;
   };
   const TensorList w_ih = next(n.recurrences), w_hh = next(n.recurrences), b_ih = next(n.b),
-                   b_hh = next(n.b), w_hr = next(n.w_hr), s0 = next(n.s0);
-  return {cell, flat[0], w_ih, w_hh, b_ih, b_hh, w_hr, s0, batch_sizes, lengths, resets, reverse};
+                   b_hh = next(n.b), w_hr = next(n.w_hr), params = next(n.params), s0 = next(n.s0);
+  return {cell,   flat[0], w_ih,        w_hh,    b_ih,   b_hh,   w_hr,
+          params, s0,      batch_sizes, lengths, resets, reverse};
 }
 
 std::vector<Tensor> call_scan_backward(const ScanInputs& in, const OutputGrads& grads,
@@ -54,8 +55,8 @@ std::vector<Tensor> call_scan_backward(const ScanInputs& in, const OutputGrads& 
     dstates.push_back(grad.defined() ? std::optional<Tensor>(grad) : std::nullopt);
   return op.call(in.cell, grads.dy.defined() ? std::optional<Tensor>(grads.dy) : std::nullopt,
                  dstates, in.x, in.w_ih, in.w_hh, or_none(in.b_ih), or_none(in.b_hh),
-                 or_none(in.w_hr), or_none(in.s0), in.batch_sizes, in.lengths, in.resets,
-                 in.reverse, y, tape, needs);
+                 or_none(in.w_hr), or_none(in.params), or_none(in.s0), in.batch_sizes, in.lengths,
+                 in.resets, in.reverse, y, tape, needs);
 }
 
 // The data that backward needs besides tensors. It is one object, because each entry of a context
@@ -143,10 +144,11 @@ class ScanFunction : public torch::autograd::Function<ScanFunction> {
       return false;
     };
     const size_t w_ih = 1, w_hh = w_ih + sizes.recurrences, b = w_hh + sizes.recurrences,
-                 w_hr = b + 2 * sizes.b, s0 = w_hr + sizes.w_hr;
+                 w_hr = b + 2 * sizes.b, params = w_hr + sizes.w_hr, s0 = params + sizes.params;
     const Needs needs{
         needed(0, 1),           needed(w_ih, sizes.recurrences), needed(w_hh, sizes.recurrences),
-        needed(b, 2 * sizes.b), needed(w_hr, sizes.w_hr),        needed(s0, sizes.s0)};
+        needed(b, 2 * sizes.b), needed(w_hr, sizes.w_hr),        needed(params, sizes.params),
+        needed(s0, sizes.s0)};
     std::vector<Tensor> gradients;
     if (at::GradMode::is_enabled() || batched(grads)) {
       gradients = python_differentiable_backward(in, output_grads, needs);
@@ -167,6 +169,7 @@ class ScanFunction : public torch::autograd::Function<ScanFunction> {
     place(needs[kNeedWhh], w_hh, sizes.recurrences);
     place(needs[kNeedBias], b, 2 * sizes.b);
     place(needs[kNeedWhr], w_hr, sizes.w_hr);
+    place(needs[kNeedParams], params, sizes.params);
     place(needs[kNeedStates], s0, sizes.s0);
     return out;
   }
@@ -180,14 +183,15 @@ std::vector<Tensor> scan_autograd(FASTRNN_SCAN_PARAMETERS, bool tape, bool recom
   TORCH_CHECK(in.b_ih.size() == in.b_hh.size(), "scan: b_ih and b_hh come together, got ",
               in.b_ih.size(), " and ", in.b_hh.size());
   bool differentiable = x.requires_grad();
-  for (TensorList list : {in.w_ih, in.w_hh, in.b_ih, in.b_hh, in.w_hr, in.s0})
+  for (TensorList list : {in.w_ih, in.w_hh, in.b_ih, in.b_hh, in.w_hr, in.params, in.s0})
     for (const Tensor& tensor : list) differentiable |= tensor.requires_grad();
   if (!differentiable || !at::GradMode::is_enabled()) {
     at::AutoDispatchBelowADInplaceOrView below;
     return as_list(call_scan(in, tape));
   }
   const Sizes sizes{static_cast<int64_t>(in.w_hh.size()), static_cast<int64_t>(in.b_ih.size()),
-                    static_cast<int64_t>(in.w_hr.size()), static_cast<int64_t>(in.s0.size())};
+                    static_cast<int64_t>(in.w_hr.size()), static_cast<int64_t>(in.params.size()),
+                    static_cast<int64_t>(in.s0.size())};
   const variable_list flat = flattened(in);
   return ScanFunction::apply(std::string(cell), sizes, TensorList(flat), batch_sizes, lengths,
                              resets, reverse, recompute);

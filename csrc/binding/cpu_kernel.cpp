@@ -157,23 +157,25 @@ struct StateGradients {
 class ChunkBuffers {
  public:
   // `rows` are the most of a chunk; `recurrent` and `inputs` the numbers of weights that are
-  // packed.
+  // packed, `params` is the number of learned parameters whose gradients are wanted.
   ChunkBuffers(const Call& call, Format format, at::ScalarType compute, int64_t rows,
-               int64_t recurrent, int64_t inputs)
+               int64_t recurrent, int64_t inputs, int64_t params)
       : P_(call.n.P),
         rows_(rows),
         gates_row_(gradient_row(format, call.cell.gates * call.n.H)),
         dh_row_(gradient_row(format, call.n.Q)),
         Q_(call.n.Q),
+        params_(params * call.n.H),
         summed_(call.cell.all_summed()),
         projected_(call.n.projected),
         workspace_(compute,
                    {P_ * rows * gates_row_, summed_ ? 0 : P_ * rows * gates_row_, P_ * rows * Q_,
-                    projected_ ? P_ * rows * dh_row_ : 0, recurrent, inputs}),
+                    projected_ ? P_ * rows * dh_row_ : 0, recurrent, inputs, P_ * rows * params_}),
         dv_(pointers(kDv, gates_row_)),
         du_(pointers(summed_ ? kDv : kDu, gates_row_)),
         h_prev_(pointers(kHPrev, Q_)),
-        dh_(pointers(kDh, dh_row_)) {}
+        dh_(pointers(kDh, dh_row_)),
+        dp_(pointers(kDp, params_)) {}
 
   void fill(BackwardArgs& args, GradientArgs& products) {
     products.du = args.du = du_.data();
@@ -181,13 +183,15 @@ class ChunkBuffers {
     products.h_prev = args.h_prev = h_prev_.data();
     args.dh = projected_ ? dh_.data() : nullptr;
     products.dh = dh_.data();
+    products.dp = args.dp = params_ ? dp_.data() : nullptr;
+    products.params = params_;
     args.prepacked = workspace_.at(kRecurrentWeights);
     args.prepacked_for = &prepacked_for_;
     products.prepacked = workspace_.at(kInputWeights);
   }
 
  private:
-  enum Part { kDv, kDu, kHPrev, kDh, kRecurrentWeights, kInputWeights };
+  enum Part { kDv, kDu, kHPrev, kDh, kRecurrentWeights, kInputWeights, kDp };
 
   Pointers pointers(Part part, int64_t width) const {
     Pointers at(P_);
@@ -195,10 +199,10 @@ class ChunkBuffers {
     return at;
   }
 
-  const int64_t P_, rows_, gates_row_, dh_row_, Q_;
+  const int64_t P_, rows_, gates_row_, dh_row_, Q_, params_;
   const bool summed_, projected_;
   const Workspace workspace_;
-  const Pointers dv_, du_, h_prev_, dh_;
+  const Pointers dv_, du_, h_prev_, dh_, dp_;
   int32_t prepacked_for_ = 0;
 };
 
@@ -231,6 +235,7 @@ class WeightGradients {
     dw_hr_ = make(needs[kNeedWhr] && n.projected, tensors_.w_hr, {n.Q, n.H});
     db_ih_ = make(bias_, tensors_.b_ih, {depth});
     db_hh_ = make(bias_ && !summed, tensors_.b_hh, {depth});
+    dparams_ = make(needs[kNeedParams] && call.cell.params, params_, {call.cell.params, n.H});
   }
 
   void fill(GradientArgs& products) {
@@ -239,6 +244,7 @@ class WeightGradients {
     products.dw_hr = or_null(dw_hr_);
     products.db_ih = or_null(db_ih_);
     products.db_hh = or_null(db_hh_);
+    products.dparams = or_null(dparams_);
     products.dx = needs_[kNeedX] ? tensors_.x.mutable_data_ptr() : nullptr;
     products.dx_reverse = dx_reverse_.defined() ? dx_reverse_.mutable_data_ptr() : nullptr;
   }
@@ -250,8 +256,13 @@ class WeightGradients {
       for (const Tensor& each : tensors_.b_ih) tensors_.b_hh.push_back(each.clone());
     if (dx_reverse_.defined()) tensors_.x.add_(dx_reverse_);
     if (needs_[kNeedX]) tensors_.x = tensors_.x.view(call_.in.x.sizes()).to(stored);
-    for (auto* group :
-         {&tensors_.w_ih, &tensors_.w_hh, &tensors_.b_ih, &tensors_.b_hh, &tensors_.w_hr})
+    for (const Tensor& all : params_)
+      for (int64_t k = 0; k < call_.cell.params; ++k) {
+        const Tensor each = all.select(0, k);
+        tensors_.params.push_back(call_.cell.is_shared(k) ? each.sum().unsqueeze(0) : each);
+      }
+    for (auto* group : {&tensors_.w_ih, &tensors_.w_hh, &tensors_.b_ih, &tensors_.b_hh,
+                        &tensors_.w_hr, &tensors_.params})
       for (Tensor& each : *group) each = each.to(stored);
     if (needs_[kNeedStates] && !call_.in.s0.empty())
       for (const Tensor& each : states.ds) tensors_.s0.push_back(each.to(stored));
@@ -264,12 +275,13 @@ class WeightGradients {
   const bool bias_;
   Gradients tensors_;
   Tensor dx_reverse_;
-  Pointers dw_ih_, dw_hh_, dw_hr_, db_ih_, db_hh_;
+  std::vector<Tensor> params_;  // [N, H] for each recurrence
+  Pointers dw_ih_, dw_hh_, dw_hr_, db_ih_, db_hh_, dparams_;
 };
 
 // Sets the scales of a recurrence, which point to the tensors that are returned.
 std::vector<Tensor> add_scales(Recurrence& recurrence, Format format,
-                               const std::vector<Tensor> (&weights)[5],
+                               const std::vector<Tensor> (&weights)[6],
                                const std::vector<Tensor>& scales) {
   std::vector<Tensor> rows;
   if (!is_scaled(format)) return rows;
@@ -293,23 +305,23 @@ std::vector<Tensor> add_scales(Recurrence& recurrence, Format format,
 
 Tensor pack(const CellFacts& cell, Format format, const std::vector<std::optional<Tensor>>& weights,
             const std::vector<Tensor>& scales) {
-  TORCH_CHECK(weights.size() == 5 && weights[0] && weights[1],
-              "pack: the weights should be (w_ih, w_hh, b_ih, b_hh, w_hr)");
-  std::vector<Tensor> list[5];
+  TORCH_CHECK(weights.size() >= 5 && weights[0] && weights[1],
+              "pack: the weights should be (w_ih, w_hh, b_ih, b_hh, w_hr, *params)");
+  std::vector<Tensor> list[6];
   for (size_t k = 0; k < weights.size(); ++k)
-    if (weights[k]) list[k].push_back(*weights[k]);
-  const auto& [w_ih, w_hh, b_ih, b_hh, w_hr] = list;
+    if (weights[k]) list[std::min<size_t>(k, 5)].push_back(*weights[k]);
+  const auto& [w_ih, w_hh, b_ih, b_hh, w_hr, params] = list;
   const std::optional<Tensor> none;
   const at::ScalarType compute = compute_type(format);
   const at::ScalarType type = b_ih.empty() ? w_ih[0].scalar_type() : b_ih[0].scalar_type();
   const Tensor x = at::empty({0, 1, w_ih[0].size(-1)}, w_ih[0].options().dtype(type));
-  ScanInputs in{cell.name, x, w_ih, w_hh, b_ih, b_hh, w_hr, {}, none, none, none, 0};
+  ScanInputs in{cell.name, x, w_ih, w_hh, b_ih, b_hh, w_hr, params, {}, none, none, none, 0};
   in.packed = w_ih;  // for the check of shapes alone, which then accepts matrices in the format
   const Shape n = checked_shape(cell, in);
   in.packed = {};
   TORCH_CHECK(x.is_cpu(), "pack: the weights should be on the CPU, are on ", x.device());
   TORCH_CHECK(!n.projected || cell.projectable, "pack: cell ", cell.name, " cannot be projected");
-  const Operands operands(in, n, format);
+  const Operands operands(cell, in, n, format);
   Recurrence recurrence = operands.recurrences[0];
   std::vector<Tensor> rows = add_scales(recurrence, format, list, scales);
   const RecurrenceSizes sizes{n.I, n.H, n.Q, n.projected};
@@ -326,7 +338,7 @@ ScanOutputs forward_on_cpu(const Call& call, const CpuPlan& plan, bool tape) {
   const Format format = format_of(in);
   const Storage storage = storage_of(in.x.scalar_type());
   check_prepacked(cell, in, n);
-  const Operands operands(in, n, format);
+  const Operands operands(cell, in, n, format);
   const Tensor x = with_unit_stride(in.x);
   const at::ScalarType stored = x.scalar_type();
 
@@ -365,7 +377,7 @@ std::vector<Tensor> backward_on_cpu(const Call& call, const CpuPlan& plan, const
   check_backward(call, grads, y, tape);
   const at::ScalarType stored = in.x.scalar_type(), compute = compute_type(stored);
   const Format format = format_of(stored);
-  const Operands operands(in, n, plain_format(stored));
+  const Operands operands(cell, in, n, plain_format(stored));
   const Tensor x = with_unit_stride(in.x), y_rows = y.contiguous(), tape_rows = tape.contiguous();
   const Tensor dy = grads.dy.defined() ? grads.dy.to(stored).contiguous() : Tensor();
   StateGradients states(call, grads, compute);
@@ -379,7 +391,8 @@ std::vector<Tensor> backward_on_cpu(const Call& call, const CpuPlan& plan, const
   const bool prepacks = backward_layout(format, plan.weights) == WeightLayout::kPrepacked;
   ChunkBuffers buffers(
       call, format, compute, most, prepacks ? prepacked_for_backward(args, cell.gates) : 0,
-      prepacks && needs[kNeedX] ? n.P * prepacked_width(n.I) * cell.gates * n.H : 0);
+      prepacks && needs[kNeedX] ? n.P * prepacked_width(n.I) * cell.gates * n.H : 0,
+      needs[kNeedParams] ? cell.params : 0);
   buffers.fill(args, products);
   weights.fill(products);
   args.dy = dy.defined() ? dy.const_data_ptr() : nullptr;

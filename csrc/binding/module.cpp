@@ -27,12 +27,13 @@ namespace {
 std::pair<Tensor, std::vector<Tensor>> scan_from_python(
     const std::string& cell, const Tensor& x, const std::vector<Tensor>& w_ih,
     const std::vector<Tensor>& w_hh, const std::vector<Tensor>& b_ih,
-    const std::vector<Tensor>& b_hh, const std::vector<Tensor>& w_hr, const std::vector<Tensor>& s0,
+    const std::vector<Tensor>& b_hh, const std::vector<Tensor>& w_hr,
+    const std::vector<Tensor>& params, const std::vector<Tensor>& s0,
     const std::optional<Tensor>& batch_sizes, const std::optional<Tensor>& lengths,
     const std::optional<Tensor>& resets, int64_t reverse, bool recompute) {
-  auto [y, states, tape] =
-      call_scan({cell, x, w_ih, w_hh, b_ih, b_hh, w_hr, s0, batch_sizes, lengths, resets, reverse},
-                false, recompute);
+  auto [y, states, tape] = call_scan(
+      {cell, x, w_ih, w_hh, b_ih, b_hh, w_hr, params, s0, batch_sizes, lengths, resets, reverse},
+      false, recompute);
   return {y, states};
 }
 
@@ -54,7 +55,7 @@ const Tensor* plain_tensor(py::handle object, at::IntArrayRef size, at::ScalarTy
 bool wants_gradients(const ScanInputs& in) {
   if (!at::GradMode::is_enabled()) return false;
   bool wanted = in.x.requires_grad();
-  for (TensorList list : {in.w_ih, in.w_hh, in.b_ih, in.b_hh, in.s0})
+  for (TensorList list : {in.w_ih, in.w_hh, in.b_ih, in.b_hh, in.params, in.s0})
     for (const Tensor& tensor : list) wanted |= tensor.requires_grad();
   return wanted;
 }
@@ -66,7 +67,7 @@ py::object step_from_python(const std::string& cell, py::handle input, py::tuple
                             py::tuple weights, const std::optional<std::vector<Tensor>>& packed,
                             const std::optional<Tensor>& expected, const std::string& format) {
   const CellFacts* facts = find_cell(cell);
-  if (!facts || at::impl::torch_function_mode_enabled() ||
+  if (!facts || facts->params || at::impl::torch_function_mode_enabled() ||
       at::autocast::is_autocast_enabled(at::kCPU) || !THPVariable_Check(input.ptr()) ||
       !THPVariable_Check(weights[1].ptr()))
     return py::none();
@@ -99,6 +100,7 @@ py::object step_from_python(const std::string& cell, py::handle input, py::tuple
                 biased ? TensorList(*b_ih) : none,
                 biased ? TensorList(*b_hh) : none,
                 none,
+                none,
                 TensorList(s0.data(), before.size()),
                 absent,
                 absent,
@@ -125,13 +127,15 @@ py::object step_from_python(const std::string& cell, py::handle input, py::tuple
 std::pair<Tensor, std::vector<Tensor>> packed_from_python(
     const std::string& cell, const Tensor& x, const std::vector<Tensor>& w_ih,
     const std::vector<Tensor>& w_hh, const std::vector<Tensor>& b_ih,
-    const std::vector<Tensor>& b_hh, const std::vector<Tensor>& w_hr, const std::vector<Tensor>& s0,
+    const std::vector<Tensor>& b_hh, const std::vector<Tensor>& w_hr,
+    const std::vector<Tensor>& params, const std::vector<Tensor>& s0,
     const std::optional<Tensor>& batch_sizes, const std::optional<Tensor>& lengths,
     const std::optional<Tensor>& resets, int64_t reverse, const std::vector<Tensor>& packed,
     const Tensor& expected, const std::string& format) {
-  std::vector<Tensor> list = call_packed({cell, x, w_ih, w_hh, b_ih, b_hh, w_hr, s0, batch_sizes,
-                                          lengths, resets, reverse, packed, format_named(format)},
-                                         expected);
+  std::vector<Tensor> list =
+      call_packed({cell, x, w_ih, w_hh, b_ih, b_hh, w_hr, params, s0, batch_sizes, lengths, resets,
+                   reverse, packed, format_named(format)},
+                  expected);
   Tensor y = std::move(list.front());
   list.erase(list.begin());
   return {std::move(y), std::move(list)};
@@ -186,9 +190,15 @@ PYBIND11_MODULE(_C, m) {
       "late_peer", [] { contention().late(nanoseconds()); },
       "Behaves as if a thread came late now; for tests.");
   m.def("end_contention", [] { contention().end(); }, "Forgets all late threads; for tests.");
-  m.def("add_cell_facts", add_cell_facts, py::arg("name"), py::arg("gates"), py::arg("states"),
-        py::arg("saved"), py::arg("summed"), py::arg("projectable"),
-        "Adds a cell without code for CPUs, which load_cells may add later.");
+  m.def(
+      "add_cell_facts",
+      [](const std::string& name, int32_t gates, int32_t states, int32_t saved, int32_t params,
+         uint32_t summed, uint32_t shared_params, bool projectable) {
+        add_cell_facts(name, {gates, states, saved, params, summed, shared_params, projectable});
+      },
+      py::arg("name"), py::kw_only(), py::arg("gates"), py::arg("states"), py::arg("saved"),
+      py::arg("params"), py::arg("summed"), py::arg("shared_params"), py::arg("projectable"),
+      "Adds a cell without code for CPUs, which load_cells may add later.");
   m.def(
       "has_code",
       [](const std::string& name, const std::string& format) {

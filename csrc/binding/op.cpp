@@ -49,8 +49,8 @@ ScanOutputs call_scan(const ScanInputs& in, bool tape, bool recompute) {
                        .findSchemaOrThrow("fastrnn::scan", "")
                        .typed<std::vector<Tensor>(FASTRNN_SCAN_PARAMETERS, bool, bool)>();
   return from_list(op.call(in.cell, in.x, in.w_ih, in.w_hh, or_none(in.b_ih), or_none(in.b_hh),
-                           or_none(in.w_hr), or_none(in.s0), in.batch_sizes, in.lengths, in.resets,
-                           in.reverse, tape, recompute));
+                           or_none(in.w_hr), or_none(in.params), or_none(in.s0), in.batch_sizes,
+                           in.lengths, in.resets, in.reverse, tape, recompute));
 }
 
 std::vector<Tensor> call_packed(const ScanInputs& in, const Tensor& expected) {
@@ -58,15 +58,15 @@ std::vector<Tensor> call_packed(const ScanInputs& in, const Tensor& expected) {
                        .findSchemaOrThrow("fastrnn::scan_packed", "")
                        .typed<std::vector<Tensor>(FASTRNN_PACKED_PARAMETERS)>();
   return op.call(in.cell, in.x, in.w_ih, in.w_hh, or_none(in.b_ih), or_none(in.b_hh),
-                 or_none(in.w_hr), or_none(in.s0), in.batch_sizes, in.lengths, in.resets,
-                 in.reverse, in.packed, expected, name_of(in.format));
+                 or_none(in.w_hr), or_none(in.params), or_none(in.s0), in.batch_sizes, in.lengths,
+                 in.resets, in.reverse, in.packed, expected, name_of(in.format));
 }
 
 // For a frozen layer. `in` has the weights for their sizes, and for kernels other than the CPU
 // kernel.
 ScanOutputs scan_frozen(const ScanInputs& in, const Tensor& expected) {
   c10::SmallVector<Tensor, 4> weights;
-  for (TensorList list : {in.w_ih, in.w_hh, in.b_ih, in.b_hh, in.w_hr})
+  for (TensorList list : {in.w_ih, in.w_hh, in.b_ih, in.b_hh, in.w_hr, in.params})
     weights.insert(weights.end(), list.begin(), list.end());
   // The check reads weights as the caller has them, in float. A step in another format reads far
   // fewer bytes, so it pays for a smaller share of the check.
@@ -92,7 +92,7 @@ std::vector<Tensor> cpu(FASTRNN_SCAN_PARAMETERS, bool tape, bool) {
   // the other tensors.
   if (x.is_inference() && at::GradMode::is_enabled() &&
       !c10::impl::tls_is_dispatch_key_excluded(c10::DispatchKey::AutogradCPU))
-    for (TensorList list : {in.b_ih, in.b_hh, in.w_hr, in.s0})
+    for (TensorList list : {in.b_ih, in.b_hh, in.w_hr, in.params, in.s0})
       for (const Tensor& tensor : list)
         TORCH_CHECK(!tensor.requires_grad(),
                     "scan: a bias or state requires gradients, but x and the weights are inference "
@@ -151,22 +151,25 @@ TORCH_LIBRARY(fastrnn, m) {
   // because ahead-of-time compiled programs pass an empty list as none.
   m.def(
       "scan(str cell, Tensor x, Tensor[] w_ih, Tensor[] w_hh, Tensor[]? b_ih, Tensor[]? b_hh, "
-      "Tensor[]? w_hr, Tensor[]? s0, Tensor? batch_sizes, Tensor? lengths, Tensor? resets, "
+      "Tensor[]? w_hr, Tensor[]? params, Tensor[]? s0, Tensor? batch_sizes, Tensor? lengths, "
+      "Tensor? resets, "
       "int reverse, bool tape=False, bool recompute=False) -> Tensor[]");
   // Returns y and the states, from weights that pack() packed in that format; `expected` is their
   // fingerprint() of that time. It is a tensor, because a number would be a constant of a traced
   // graph.
   m.def(
       "scan_packed(str cell, Tensor x, Tensor[] w_ih, Tensor[] w_hh, Tensor[]? b_ih, "
-      "Tensor[]? b_hh, Tensor[]? w_hr, Tensor[]? s0, Tensor? batch_sizes, Tensor? lengths, "
+      "Tensor[]? b_hh, Tensor[]? w_hr, Tensor[]? params, Tensor[]? s0, Tensor? batch_sizes, "
+      "Tensor? lengths, "
       "Tensor? resets, int reverse, Tensor[] packed, Tensor expected, str format) -> Tensor[]");
-  // Returns gradients of x, w_ih, w_hh, b_ih, b_hh, w_hr, s0; `needs` selects from x, w_ih, w_hh,
-  // biases, w_hr, s0.
+  // Returns gradients of x, w_ih, w_hh, b_ih, b_hh, w_hr, params, s0; `needs` selects from x, w_ih,
+  // w_hh, biases, w_hr, params, s0.
   m.def(
       "scan_backward(str cell, Tensor? dy, Tensor?[] dstates, Tensor x, Tensor[] w_ih, "
-      "Tensor[] w_hh, Tensor[]? b_ih, Tensor[]? b_hh, Tensor[]? w_hr, Tensor[]? s0, "
+      "Tensor[] w_hh, Tensor[]? b_ih, Tensor[]? b_hh, Tensor[]? w_hr, Tensor[]? params, Tensor[]? "
+      "s0, "
       "Tensor? batch_sizes, Tensor? lengths, Tensor? resets, int reverse, Tensor y, Tensor tape, "
-      "bool[6] needs) -> Tensor[]");
+      "bool[7] needs) -> Tensor[]");
 }
 
 TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {

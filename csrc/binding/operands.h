@@ -39,6 +39,23 @@ inline Tensor resolved(const Tensor& tensor) {
   return tensor.is_neg() ? tensor.resolve_neg() : tensor;
 }
 
+// A tensor for each learned parameter of the cell, those of a recurrence side by side.
+inline void check_params(const CellFacts& cell, const ScanInputs& in, const Shape& n) {
+  TORCH_CHECK(static_cast<int64_t>(in.params.size()) == n.P * cell.params,
+              "scan: params should hold ", cell.params, " tensors per recurrence, got ",
+              in.params.size(), " for ", n.P);
+  for (size_t i = 0; i < in.params.size(); ++i) {
+    const Tensor& each = in.params[i];
+    const int64_t k = i % cell.params, size = cell.is_shared(k) ? 1 : n.H;
+    check_plain(each, "params");
+    TORCH_CHECK(each.dim() == 1 && each.size(0) == size, "scan: parameter ", k, " of cell ",
+                cell.name, " should be [", size, "], got ", each.sizes());
+    TORCH_CHECK(each.scalar_type() == in.x.scalar_type() && each.device() == in.x.device(),
+                "scan: parameter ", k, " is ", each.scalar_type(), " on ", each.device(),
+                " but x is ", in.x.scalar_type(), " on ", in.x.device());
+  }
+}
+
 // Checks all that memory safety needs. Modules check before, with torch.nn's messages.
 inline Shape checked_shape(const CellFacts& cell, const ScanInputs& in) {
   const Tensor& x = in.x;
@@ -83,6 +100,7 @@ inline Shape checked_shape(const CellFacts& cell, const ScanInputs& in) {
   all(in.b_ih, "b_ih", {G * n.H}, true);
   all(in.b_hh, "b_hh", {G * n.H}, true);
   all(in.w_hr, "w_hr", {n.Q, n.H}, true);
+  check_params(cell, in, n);
   if (in.batch_sizes) {
     const Tensor& sizes = *in.batch_sizes;
     TORCH_CHECK(sizes.dim() == 1 && sizes.scalar_type() == at::kLong && sizes.is_cpu(),
@@ -242,6 +260,18 @@ inline std::vector<Tensor> in_words(TensorList tensors, at::ScalarType type, int
   return out;
 }
 
+// The `count` parameters of every recurrence as one [count, H]; a shared one is repeated.
+inline std::vector<Tensor> side_by_side(TensorList params, int64_t count, int64_t hidden,
+                                        at::ScalarType compute) {
+  std::vector<Tensor> out;
+  for (size_t first = 0; first < params.size(); first += count) {
+    Tensor all = at::empty({count, hidden}, params[first].options().dtype(compute));
+    for (int64_t k = 0; k < count; ++k) all.select(0, k).copy_(resolved(params[first + k]));
+    out.push_back(std::move(all));
+  }
+  return out;
+}
+
 inline Tensor with_unit_stride(const Tensor& x) {
   return x.stride(-1) == 1 || x.size(-1) <= 1 ? x : x.contiguous();
 }
@@ -255,10 +285,10 @@ inline std::vector<Tensor> contiguous(TensorList tensors) {
 
 // Owns what `Scan` points to, for either sweep.
 struct Operands {
-  std::vector<Tensor> w_ih, w_hh, b_ih, b_hh, w_hr, s0;
+  std::vector<Tensor> w_ih, w_hh, b_ih, b_hh, w_hr, params, s0;
   std::vector<Recurrence> recurrences;
 
-  Operands(const ScanInputs& in, const Shape& n, Format format)
+  Operands(const CellFacts& cell, const ScanInputs& in, const Shape& n, Format format)
       : s0(contiguous(in.s0)), recurrences(n.P) {
     for (int64_t p = 0; p < n.P; ++p) {
       Recurrence& recurrence = recurrences[p];
@@ -282,6 +312,7 @@ struct Operands {
     b_ih = as_computed(in.b_ih, compute);
     b_hh = as_computed(in.b_hh, compute);
     w_hr = matrices(in.w_hr);
+    params = side_by_side(in.params, cell.params, n.H, compute);
     for (int64_t p = 0; p < n.P; ++p) {
       Recurrence& recurrence = recurrences[p];
       recurrence.w_ih = w_ih[p].const_data_ptr();
@@ -289,6 +320,7 @@ struct Operands {
       recurrence.b_ih = b_ih.empty() ? nullptr : b_ih[p].const_data_ptr();
       recurrence.b_hh = b_hh.empty() ? nullptr : b_hh[p].const_data_ptr();
       recurrence.w_hr = w_hr.empty() ? nullptr : w_hr[p].const_data_ptr();
+      recurrence.params = params.empty() ? nullptr : params[p].const_data_ptr();
     }
   }
 

@@ -346,14 +346,16 @@ PyObject* write(PyObject* object, PyObject* value) {
   END_HANDLE_TH_ERRORS
 }
 
-// A layer as fastrnn's Weights: w_ih, w_hh, b_ih, b_hh, w_hr, without those that it does not have.
+// A layer as fastrnn's Weights: w_ih, w_hh, b_ih, b_hh, w_hr, of which some may be missing, and
+// then the cell's learned parameters.
 using LayerWeights = std::vector<std::optional<at::Tensor>>;
 
 RecurrenceSizes sizes_of(const CellFacts& cell, const LayerWeights& layer) {
-  TORCH_CHECK(layer.size() == 5 && layer[0] && layer[1] && layer[0]->dim() == 2 &&
-                  layer[1]->dim() == 2 && layer[2].has_value() == layer[3].has_value(),
-              "a stepper's layer should be (w_ih, w_hh, b_ih, b_hh, w_hr), with matrices and with "
-              "both biases or none");
+  TORCH_CHECK(
+      layer.size() >= 5 && layer[0] && layer[1] && layer[0]->dim() == 2 && layer[1]->dim() == 2 &&
+          layer[2].has_value() == layer[3].has_value(),
+      "a stepper's layer should be (w_ih, w_hh, b_ih, b_hh, w_hr, *params), with matrices and with "
+      "both biases or none");
   const bool projected = layer[4].has_value();
   const int64_t H = layer[1]->size(0) / cell.gates;
   return {layer[0]->size(1), H, projected ? layer[1]->size(1) : H, projected};

@@ -1,7 +1,10 @@
 // The cells, generated from fastrnn/cells. A cell is a struct with
-//   kName, kGates (G), kStates (S), kSaved (K), kSummed[G], kProjectable
-//   forward(u[G], v[G], s[S], next[S], saved[K])
-//   backward(saved[K], s[S], next[S], dnext[S], du[G], dv[G], ds[S])
+//   kName, kGates (G), kStates (S), kSaved (K), kParams (N), kSharedParams, kSummed[G],
+//   kProjectable forward(u[G], v[G], s[S], next[S], saved[K]) backward(saved[K], s[S], next[S],
+//   dnext[S], du[G], dv[G], ds[S])
+// or, with learned parameters,
+//   forward(u[G], v[G], s[S], p[N], next[S], saved[K])
+//   backward(saved[K], s[S], p[N], next[S], dnext[S], du[G], dv[G], ds[S], dp[N])
 // on a lane type V. For a summed gate, v[g] is the sum of both projections, u[g] is not read, and
 // du[g] equals dv[g]. A projectable cell does not read s[0] and sets ds[0] to zero: state 0 enters
 // through v alone.
@@ -34,6 +37,24 @@ FASTRNN_HD constexpr bool is_summed(int gate) {
 template <class Cell>
 FASTRNN_HD constexpr bool all_summed() {
   return kSummedGates<Cell> == ~uint64_t{0} >> (64 - Cell::kGates);
+}
+
+// The cell's functions, with the arguments of a cell that has learned parameters.
+template <class Cell, class V>
+FASTRNN_HD FASTRNN_INLINE void step_forward(const V* u, const V* v, const V* s, const V* p, V* next,
+                                            V* saved) {
+  if constexpr (Cell::kParams > 0)
+    Cell::forward(u, v, s, p, next, saved);
+  else
+    Cell::forward(u, v, s, next, saved);
+}
+template <class Cell, class V>
+FASTRNN_HD FASTRNN_INLINE void step_backward(const V* saved, const V* s, const V* p, const V* next,
+                                             const V* dnext, V* du, V* dv, V* ds, V* dp) {
+  if constexpr (Cell::kParams > 0)
+    Cell::backward(saved, s, p, next, dnext, du, dv, ds, dp);
+  else
+    Cell::backward(saved, s, next, dnext, du, dv, ds);
 }
 
 }  // namespace FASTRNN_ISA

@@ -24,7 +24,7 @@ class Backward {
   using T = typename F::Number;
   using Word = typename F::Word;
   using V = Vec<T>;
-  static constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kSaved;
+  static constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kSaved, N = Cell::kParams;
   static constexpr int kLanes = lanes<V>();
 
   // The location of one row at one step of a recurrence, and of the state before it.
@@ -211,6 +211,7 @@ class Backward {
     for (int64_t unit = units.begin * kLanes; unit < units.end * kLanes; unit += kLanes) {
       const int n = within<V>(unit, H);
       V saved[K + 1], before[S], next[S], dnext[S], gates_u[G], gates_v[G], dbefore[S];
+      V learned[N + 1], dlearned[N + 1];
       const auto taped = [&](int value) {
         return load_as<V>(args_.tape, (at.row * tape_width_ + value) * H + unit, n, args_.storage);
       };
@@ -235,12 +236,16 @@ class Backward {
         dnext[s] = load<V>(carried(s), n);
       }
       for (int k = 0; k < K; ++k) saved[k] = taped(S - 1 + k);
-      Cell::backward(saved, before, next, dnext, gates_u, gates_v, dbefore);
+      for (int k = 0; k < N; ++k)
+        learned[k] = load<V>(static_cast<const T*>(recurrence.params) + k * H + unit, n);
+      step_backward<Cell>(saved, before, learned, next, dnext, gates_u, gates_v, dbefore, dlearned);
 
       for (int g = 0; g < G; ++g) {
         F::put(dv, g * H + unit, gates_v[g], n);
         if constexpr (!all_summed<Cell>()) F::put(du, g * H + unit, gates_u[g], n);
       }
+      for (int k = 0; k < N && args_.dp; ++k)
+        store(static_cast<T*>(args_.dp[p]) + at.out * N * H + k * H + unit, dlearned[k], n);
       if (!projected()) store(carried(0), at.cut ? splat<V>(0) : dbefore[0], n);
       for (int s = 1; s < S; ++s) store(carried(s), at.cut ? splat<V>(0) : dbefore[s], n);
     }

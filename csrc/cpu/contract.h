@@ -1,6 +1,7 @@
 // The contract between host and kernels: plain data, shapes, no ownership.
 //
-// T steps, B batch, I inputs, H hidden units, G gates, S states, K saved values, P recurrences
+// T steps, B batch, I inputs, H hidden units, G gates, S states, K saved values, N learned
+// parameters besides weights and biases, P recurrences
 // (independent scans of the same input: directions, heads). A recurrence's *step* counts in its own
 // direction; `t` is always the position in time.
 //
@@ -16,6 +17,7 @@ namespace fastrnn {
 
 constexpr int kMaxGates = 16;
 constexpr int kMaxStates = 8;
+constexpr int kMaxParams = 32;
 
 // The rows that exist at each time. Sequence i is the i-th longest sequence, so the live sequences
 // of a step are always 0 .. live(t)-1. Three layouts:
@@ -81,6 +83,7 @@ struct Recurrence {
   const void* b_ih = nullptr;       // [G*H] or null
   const void* b_hh = nullptr;       // [G*H] or null
   const void* w_hr = nullptr;       // [Q, H] if state 0 is projected
+  const void* params = nullptr;     // [N, H] in the compute type, if the cell has parameters
   const float* scale_ih = nullptr;  // [G*H] if the format has scales: of the rows of w_ih,
   const float* scale_hh = nullptr;  // [G*H] of w_hh,
   const float* scale_hr = nullptr;  // [Q] and of w_hr
@@ -139,6 +142,7 @@ struct BackwardArgs : Scan {
   void* const* dv = nullptr;      // [G*H]
   void* const* h_prev = nullptr;  // [Q], state 0 before the step
   void* const* dh = nullptr;      // [Q], gradient of state 0 after it; null unless projected
+  void* const* dp = nullptr;      // [N*H] in the compute type; null if they are not wanted
 };
 
 // Gradients of weights, biases and x from du and dv of a chunk. x and tape are in the storage type,
@@ -159,14 +163,17 @@ struct GradientArgs : Scan {
   const void* const* dv = nullptr;
   const void* const* h_prev = nullptr;
   const void* const* dh = nullptr;
+  const void* const* dp = nullptr;
   const void* tape = nullptr;  // [rows, P, tape_width, H], the last value being m
   int64_t tape_width = 0;
-  void* const* dw_ih = nullptr;  // [P], each [G*H, I]
-  void* const* dw_hr = nullptr;  // [P], each [recurrent, H]
-  void* const* dw_hh = nullptr;  // [P], each [G*H, recurrent]
-  void* const* db_ih = nullptr;  // [P], each [G*H]
-  void* const* db_hh = nullptr;  // [P], each [G*H]
-  void* dx = nullptr;            // [rows, I]; added to if there are several recurrences
+  void* const* dw_ih = nullptr;    // [P], each [G*H, I]
+  void* const* dw_hr = nullptr;    // [P], each [recurrent, H]
+  void* const* dw_hh = nullptr;    // [P], each [G*H, recurrent]
+  void* const* db_ih = nullptr;    // [P], each [G*H]
+  void* const* db_hh = nullptr;    // [P], each [G*H]
+  int64_t params = 0;              // N*H
+  void* const* dparams = nullptr;  // [P], each [N*H]
+  void* dx = nullptr;              // [rows, I]; added to if there are several recurrences
   // The same for the reverse recurrences, or null if they add to dx. A chunk has other times of
   // these, so in one array the order of more than two terms would depend on the chunks.
   void* dx_reverse = nullptr;
@@ -242,16 +249,22 @@ struct CpuPlan {
   }
 };
 
+// The facts of a cell that do not depend on code.
+struct CellTraits {
+  int32_t gates = 0;
+  int32_t states = 0;
+  int32_t saved = 0;
+  int32_t params = 0;
+  uint32_t summed = 0;         // bit g
+  uint32_t shared_params = 0;  // bit n, if parameter n is one number for all units
+  bool projectable = false;    // reads state 0 through v alone, so that it need not be H wide
+};
+
 // A cell compiled for one instruction set. The index is a Format; all pointers of one that was not
 // compiled are null. Kernels return false when memory runs out. Only kernels of the same cell,
 // format and instruction set can read the output of `pack`.
-struct CompiledCell {
+struct CompiledCell : CellTraits {
   const char* name;
-  int32_t gates;
-  int32_t states;
-  int32_t saved;
-  uint32_t summed;   // bit g
-  bool projectable;  // reads state 0 through v alone, so that it need not be H wide
   bool (*forward[kFormats])(const ForwardArgs&, const CpuPlan&);
   bool (*backward[kFormats])(const BackwardArgs&, const CpuPlan&);
   int64_t (*prepacked_bytes[kFormats])(const RecurrenceSizes&);

@@ -26,7 +26,7 @@ class Forward {
   using T = typename F::Number;
   using Word = typename F::Word;
   using V = Vec<T>;
-  static constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kSaved;
+  static constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kSaved, N = Cell::kParams;
   using Weights = Prepacked<Cell, F>;
   static constexpr int kLanes = Weights::kLanes;
   static constexpr int kUnitVectors = Weights::kUnitVectors, kUnits = Weights::kUnits;
@@ -479,11 +479,12 @@ class Forward {
     const int live = within<V>(unit, H);
     if (live == 0) return;
     const int64_t at = i * padded_ + unit;
-    V gates[G], before[S], next[S], saved[K + 1];
+    V gates[G], before[S], learned[N + 1], next[S], saved[K + 1];
     for (int g = 0; g < G; ++g) gates[g] = Cell::kSummed[g] ? v[g] : load<V>(u + g * kLanes);
     before[0] = Cell::kProjectable ? splat<V>(0) : load<V>(h + at);  // not read if projectable
     for (int s = 1; s < S; ++s) before[s] = load<V>(recurrence.s[s] + at);
-    Cell::forward(gates, v, before, next, saved);
+    recurrence.load_params(padded_, unit, learned);
+    step_forward<Cell>(gates, v, before, learned, next, saved);
 
     const int64_t row = args_.rows.row(t, i) * args_.recurrences + p;
     const auto save = [&](int value, V x) {

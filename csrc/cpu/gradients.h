@@ -332,6 +332,12 @@ class GradientSweep {
       add_bias_gradient<F>(static_cast<T*>(args_.db_ih[p]), du, stride, gates, depth, begins());
     if (args_.db_hh)
       add_bias_gradient<F>(static_cast<T*>(args_.db_hh[p]), dv, stride, gates, depth, begins());
+    if (args_.dparams) {
+      const int64_t row = args_.params;
+      const T* dp = static_cast<const T*>(args_.dp[p]) + (depth ? rows.first * row : 0);
+      add_bias_gradient<Plain<T>>(static_cast<T*>(args_.dparams[p]), dp, rows.direction * row,
+                                  part_of(row, plan_.threads(), index), depth, begins());
+    }
   }
 
   Word* bands(int32_t p) const {

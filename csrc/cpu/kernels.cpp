@@ -64,13 +64,16 @@ constexpr void add_code(CompiledCell& to) {
 
 template <class Cell>
 constexpr CompiledCell compiled() {
-  static_assert(Cell::kGates <= kMaxGates && Cell::kStates <= kMaxStates,
-                "a cell has at most 16 gates and 8 states");
+  static_assert(
+      Cell::kGates <= kMaxGates && Cell::kStates <= kMaxStates && Cell::kParams <= kMaxParams,
+      "a cell has at most 16 gates, 8 states and 32 parameters");
   CompiledCell cell{};
   cell.name = Cell::kName;
   cell.gates = Cell::kGates;
   cell.states = Cell::kStates;
   cell.saved = Cell::kSaved;
+  cell.params = Cell::kParams;
+  cell.shared_params = Cell::kSharedParams;
   cell.summed = static_cast<uint32_t>(kSummedGates<Cell>);
   cell.projectable = Cell::kProjectable;
 #if defined(FASTRNN_PART)

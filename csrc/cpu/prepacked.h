@@ -20,7 +20,7 @@ template <class Cell, class F>
 struct Prepacked {
   using T = typename F::Word;
   using V = Vec<T>;
-  static constexpr int G = Cell::kGates;
+  static constexpr int G = Cell::kGates, N = Cell::kParams;
   static constexpr int kLanes = lanes<V>();
   static constexpr int kUnitVectors = G >= 4 ? 1 : 4 / G;  // unit vectors in a panel
   static constexpr int kVectors = G * kUnitVectors;        // vectors in a panel's row
@@ -30,10 +30,12 @@ struct Prepacked {
 
   T *w_ih, *w_hh;  // [panel][words of I or Q][kWidth]; absent if the kernel reads torch's layout
   T *bias_u, *bias_v;        // [panel][kWidth]; bias_v serves gates that are not summed
+  T* params;                 // [N][padded H]
   T* w_hr;                   // bands of w_hr^T, [padded Q][words of H]
   Columnwise<F> ih, hh, hr;  // as wide as bias_u, and padded Q
 
   static int64_t panels(const RecurrenceSizes& n) { return (n.hidden + kUnits - 1) / kUnits; }
+  static int64_t padded(const RecurrenceSizes& n) { return panels(n) * kUnits; }
   // Vectors of state 0.
   static int64_t columns(const RecurrenceSizes& n) { return (n.recurrent + kLanes - 1) / kLanes; }
 
@@ -45,6 +47,7 @@ struct Prepacked {
     w_hh = take(matrices ? words_of<F>(n.recurrent) * width : 0);
     bias_u = take(width);
     bias_v = take(width);
+    params = take(N * padded(n));
     // Formats whose rows are converted have no kernel for a projection in torch's layout.
     const int64_t projected = n.projected ? columns(n) * kLanes : 0;
     w_hr = take(matrices || F::kConverts ? projected * words_of<F>(n.hidden) : 0);
@@ -99,7 +102,16 @@ struct Prepacked {
         store(bias_u + to, Cell::kSummed[g] ? b_ih + b_hh : b_ih);
         store(bias_v + to, b_hh);
       }
+      for (int k = 0; k < N; ++k)
+        for (int64_t unit = panel * kUnits; unit < (panel + 1) * kUnits; unit += kLanes)
+          store(params + k * padded(n) + unit,
+                bias(recurrence.params, k * n.hidden + unit, within<V>(unit, n.hidden)));
     }
+  }
+
+  // The parameters of a vector of units.
+  FASTRNN_INLINE void load_params(int64_t padded, int64_t unit, V* to) const {
+    for (int k = 0; k < N; ++k) to[k] = load<V>(params + k * padded + unit);
   }
 
   // Packs one panel of a matrix [G*H, depth words].

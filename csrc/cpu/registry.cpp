@@ -73,17 +73,12 @@ struct Registry {
   std::map<std::string, CellFacts, std::less<>> cells;
 
   // A known cell is never replaced: other threads may be reading it.
-  CellFacts& add(const std::string& name, int32_t gates, int32_t states, int32_t saved,
-                 uint32_t summed, bool projectable) {
+  CellFacts& add(const std::string& name, const CellTraits& traits) {
     auto [place, added] = cells.try_emplace(name);
     CellFacts& facts = place->second;
     if (added) {
       facts.name = name;
-      facts.gates = gates;
-      facts.states = states;
-      facts.saved = saved;
-      facts.summed = summed;
-      facts.projectable = projectable;
+      static_cast<CellTraits&>(facts) = traits;
     }
     return facts;
   }
@@ -91,8 +86,7 @@ struct Registry {
   void add(const CompiledCells& from) {
     for (int32_t i = 0; i < from.count; ++i) {
       const CompiledCell& cell = from.cells[i];
-      CellFacts& facts =
-          add(cell.name, cell.gates, cell.states, cell.saved, cell.summed, cell.projectable);
+      CellFacts& facts = add(cell.name, cell);
       for (int format = 0; format < kFormats; ++format)
         if (cell.forward[format]) facts.compiled[format] = &cell;
     }
@@ -126,15 +120,16 @@ const CompiledCell& CellFacts::code(Format format) const {
   return *cell;
 }
 
-void add_cell_facts(const std::string& name, int32_t gates, int32_t states, int32_t saved,
-                    uint32_t summed, bool projectable) {
-  if (gates < 1 || gates > kMaxGates || states < 1 || states > kMaxStates || saved < 0)
+void add_cell_facts(const std::string& name, const CellTraits& traits) {
+  const auto& [gates, states, saved, params, summed, shared, projectable] = traits;
+  if (gates < 1 || gates > kMaxGates || states < 1 || states > kMaxStates || saved < 0 ||
+      params < 0 || params > kMaxParams)
     throw std::runtime_error("cell '" + name + "' should have at most " +
-                             std::to_string(kMaxGates) + " gates and " +
-                             std::to_string(kMaxStates) + " states");
+                             std::to_string(kMaxGates) + " gates, " + std::to_string(kMaxStates) +
+                             " states and " + std::to_string(kMaxParams) + " parameters");
   Registry& all = registry();
   std::unique_lock lock(all.mutex);
-  all.add(name, gates, states, saved, summed, projectable);
+  all.add(name, traits);
 }
 
 void load_cells(const std::string& path, const std::string& symbol) {

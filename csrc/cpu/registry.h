@@ -11,15 +11,11 @@
 namespace fastrnn {
 
 // The facts of a cell that the operator needs. Code for CPUs may be added later, or never.
-struct CellFacts {
+struct CellFacts : CellTraits {
   std::string name;
-  int32_t gates = 0;
-  int32_t states = 0;
-  int32_t saved = 0;
-  uint32_t summed = 0;
-  bool projectable = false;  // as in CompiledCell
   std::atomic<const CompiledCell*> compiled[kFormats] = {};
 
+  bool is_shared(int64_t param) const { return shared_params >> param & 1; }
   bool all_summed() const { return summed == (gates >= 32 ? ~0u : (1u << gates) - 1); }
   // Values on the tape for each row and unit: states past the first, saved values, and state 0
   // before its projection.
@@ -32,8 +28,7 @@ struct CellFacts {
 // The facts of a cell, or null. The pointer stays valid until the process ends.
 const CellFacts* find_cell(const std::string& name);
 // Adds a cell by its facts alone, unless it is known.
-void add_cell_facts(const std::string& name, int32_t gates, int32_t states, int32_t saved,
-                    uint32_t summed, bool projectable);
+void add_cell_facts(const std::string& name, const CellTraits& traits);
 // Adds the cells of a shared library; throws std::runtime_error when it cannot be loaded.
 void load_cells(const std::string& path, const std::string& symbol);
 

@@ -2,9 +2,12 @@
 
 from fastrnn.cells.declare import (
     MAX_GATES,
+    MAX_PARAMS,
     MAX_STATES,
     Cell,
     Gates,
+    Param,
+    Params,
     cell,
     get,
     get_published,
@@ -23,9 +26,12 @@ from fastrnn.cells.gru import gru
 
 __all__ = [
     "MAX_GATES",
+    "MAX_PARAMS",
     "MAX_STATES",
     "Cell",
     "Gates",
+    "Param",
+    "Params",
     "cell",
     "get",
     "gru",

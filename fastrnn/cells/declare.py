@@ -4,9 +4,9 @@ A cell maps the projections of one time step and the previous states to the next
 unit by unit. Its derivative, the values saved for the backward pass, the C++ and the GPU code
 are all derived from this one function (`compiler/`); its arithmetic stands nowhere else.
 
-`u = W·x + b_ih` and `v = R·h + b_hh` arrive with one attribute per gate. State 0 is recurrent
-and is the output of the layer. A cell may use only pointwise functions of torch, so that
-within a step every hidden unit is independent of the others.
+`u = W·x + b_ih` and `v = R·h + b_hh` arrive with one attribute per gate, and learned numbers `p`
+with one per parameter. State 0 is recurrent and is the output of the layer. A cell may use only
+pointwise functions of torch, so that within a step every hidden unit is independent of the others.
 """
 
 from __future__ import annotations
@@ -22,16 +22,19 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import CellType, CodeType, FunctionType, ModuleType
+from types import CellType, CodeType, FunctionType, MappingProxyType, ModuleType
 from typing import Any
 
 from torch import Tensor
 
 __all__ = [
     "MAX_GATES",
+    "MAX_PARAMS",
     "MAX_STATES",
     "Cell",
     "Gates",
+    "Param",
+    "Params",
     "cell",
     "get",
     "get_published",
@@ -40,27 +43,77 @@ __all__ = [
     "seal",
 ]
 
-# They equal kMaxGates and kMaxStates of csrc/cpu/contract.h.
+# They equal kMaxGates, kMaxStates and kMaxParams of csrc/cpu/contract.h.
 MAX_GATES = 16
 MAX_STATES = 8
+MAX_PARAMS = 32
+
+_KINDS = ("unit", "one")
+_TAKEN = ("ih", "hh", "hr")  # weight_ih, weight_hh and weight_hr are torch's matrices
 
 
-class Gates:
-    """The argument `u` or `v` of a cell's function: one tensor per gate, as attributes."""
+@dataclass(frozen=True)
+class Param:
+    """A learned parameter of a cell.
 
-    def __init__(self, cell: Cell, values: Iterable[Tensor]) -> None:
+    Attributes:
+        kind: "unit" for one number per hidden unit, [H]; "one" for one number in all, [1].
+        init: the number it begins with, or a function that fills the tensor in place, as those of
+            `torch.nn.init`; None for torch's uniform distribution within 1/sqrt(H), as for weights.
+    """
+
+    kind: str = "unit"
+    init: float | Callable[[Tensor], Any] | None = None
+
+    def size(self, hidden: int) -> int:
+        """Numbers in a layer of `hidden` units."""
+        return hidden if self.kind == "unit" else 1
+
+    def fill(self, tensor: Tensor) -> None:
+        """Fill a tensor as `init` says, under `no_grad`; it stays as it is if that is None."""
+        if callable(self.init):
+            self.init(tensor)
+        elif self.init is not None:
+            tensor.fill_(self.init)
+
+
+class _Named:
+    """An argument of a cell's function: tensors as attributes."""
+
+    _kind = ""
+
+    def __init__(self, cell: Cell, names: Iterable[str], values: Iterable[Tensor]) -> None:
         self.__cell = cell
-        for name, value in zip(cell.gates, values, strict=True):
+        for name, value in zip(names, values, strict=True):
             setattr(self, name, value)
 
     def __getattr__(self, name: str) -> Tensor:
         # On a half-made object, `self.__cell` would call this method again without end.
-        cell = vars(self).get("_Gates__cell")
+        cell = vars(self).get("_Named__cell")
         raise AttributeError(
-            f"cell {cell.name!r} has no gate {name!r}; its gates are: {', '.join(cell.gates)}"
+            f"cell {cell.name!r} has no {self._kind} {name!r}; its {self._kind}s are: "
+            + ", ".join(cell.gates if self._kind == "gate" else cell.params)
             if cell
             else name
         )
+
+
+class Gates(_Named):
+    """The argument `u` or `v` of a cell's function: one tensor per gate, as attributes."""
+
+    _kind = "gate"
+
+    def __init__(self, cell: Cell, values: Iterable[Tensor]) -> None:
+        super().__init__(cell, cell.gates, values)
+
+
+class Params(_Named):
+    """The argument `p` of a cell's function: one tensor per learned parameter, as attributes."""
+
+    _kind = "parameter"
+
+    def __init__(self, cell: Cell, values: Iterable[Tensor]) -> None:
+        super().__init__(cell, cell.params, values)
 
 
 @dataclass(frozen=True)
@@ -71,28 +124,40 @@ class Cell:
         name: unique name, the key of the registry and of `torch.ops.fastrnn.scan`.
         gates: names of the gates, in the order of the blocks of `weight_ih` and `weight_hh`.
         states: names of the states; the first is recurrent and is the output.
-        function: `function(u, v, *states) -> states`, pointwise.
-        initialize: `initialize(u, v)`, which writes the initial values of a layer's weights; see
-            `cell`. Cells that differ in it alone are equal: they compute the same.
+        function: `function(u, v, *states) -> states`, pointwise; `function(u, v, p, *states)` if
+            there are `params`.
+        params: learned parameters by name; in a layer, `p.gain` is `weight_gain_l0` and so on.
+        initialize: `initialize(u, v)`, or `initialize(u, v, p)` if there are `params`, which writes
+            the initial values of a layer's weights; see `cell`. Cells that differ in it alone are
+            equal: they compute the same.
     """
 
     name: str
     gates: tuple[str, ...]
     states: tuple[str, ...]
     function: Callable[..., Tensor | tuple[Tensor, ...]]
+    params: Mapping[str, Param] = field(default_factory=dict)
     initialize: Callable[..., object] | None = field(default=None, compare=False)
 
     def __hash__(self) -> int:
         # Every call of a layer looks up its cell; the dataclass would hash all fields each time.
         return hash(self.name)
 
-    def step(self, u: Sequence[Tensor], v: Sequence[Tensor], s: Sequence[Tensor]) -> list[Tensor]:
-        """One time step on tensors: one per gate in `u` and `v`, one per state in `s`.
+    def step(
+        self,
+        u: Sequence[Tensor],
+        v: Sequence[Tensor],
+        s: Sequence[Tensor],
+        p: Sequence[Tensor] = (),
+    ) -> list[Tensor]:
+        """One time step on tensors: one per gate in `u` and `v`, per state in `s`, and per learned
+        parameter in `p`.
 
         Raises:
             ValueError: if the function returns another number of states than were declared.
         """
-        out = self.function(Gates(self, u), Gates(self, v), *s)
+        params = (Params(self, p),) if self.params else ()
+        out = self.function(Gates(self, u), Gates(self, v), *params, *s)
         states = [out] if isinstance(out, Tensor) else list(out)
         if len(states) != len(self.states):
             raise ValueError(
@@ -124,14 +189,16 @@ class Cell:
             return get, (self.name,)
         where = (getattr(self.function, a, None) for a in ("__module__", "__qualname__"))
         digest = _digest(self.function)
-        return _restore, (self.name, self.gates, self.states, digest, *where, self._carrier)
+        parts = self.name, self.gates, self.states, digest, *where, self._carrier
+        return _restore, (*parts, _kinds(self.params))
 
     @functools.cached_property
     def _carrier(self) -> _Carrier:
         # This qualified name is importable wherever the cell is, since it names its attribute.
         name = f"{getattr(self.function, '__qualname__', self.name)}._carrier"
         module = getattr(self.function, "__module__", None)
-        body = {"function": staticmethod(self.function), "__module__": module, "__qualname__": name}
+        body = {"function": staticmethod(self.function), "params": self.params}
+        body |= {"__module__": module, "__qualname__": name}
         if self.initialize is not None:
             body["initialize"] = staticmethod(self.initialize)
         return _register_carrier(_Carrier("_carrier", (), body), self)
@@ -149,7 +216,9 @@ class _Carrier(type):
     """
 
     function: Callable[..., Any]
-    initialize: Callable[..., object] | None = None  # carriers of older versions have none
+    # Carriers of older versions have none of these.
+    params: Mapping[str, Param] = MappingProxyType({})
+    initialize: Callable[..., object] | None = None
 
 
 def _reduce_to_none(carrier: _Carrier) -> Any:
@@ -172,13 +241,14 @@ def cell(
     gates: str | Sequence[str] = (),
     states: str | Sequence[str] = (),
     name: str | None = None,
+    params: Mapping[str, str | Param] | None = None,
     initialize: Callable[..., object] | None = None,
 ) -> Callable[[Callable[..., Tensor | tuple[Tensor, ...]]], Cell]:
     """Declare a cell from a function of one time step.
 
     Numbers that the function reads from elsewhere (globals, closed-over variables, defaults) are
     constants of the cell: they are fixed when it is first used, and later changes have no effect.
-    Learned values must come through `u`, `v` or a state.
+    Learned values come through `u`, `v` and `p`.
 
     Args:
         gates: gate names, one letter each as a string (`"ifgo"`) or a sequence of identifiers,
@@ -186,21 +256,26 @@ def cell(
         states: state names in the same form, at most `cells.MAX_STATES`; the first is recurrent
             and is the output.
         name: registry name; the function's own by default.
-        initialize: `initialize(u, v)`, called once for each layer, direction and head when a layer
-            is made and by its `reset_parameters`, after torch's uniform values were written.
-            `u.f.weight` [H, I] and `u.f.bias` [H] are the rows of a gate `f` in `weight_ih` and
-            `bias_ih`, `v.f.weight` [H, H] and `v.f.bias` [H] those in `weight_hh` and `bias_hh`;
-            both biases are None in a layer without. The function writes into them, under `no_grad`.
-            With heads, `H` is the width of one.
+        params: learned parameters besides the weights of `u` and `v`, at most `cells.MAX_PARAMS`:
+            for each name a `Param`, or its kind, "unit" or "one". The function gets them as one
+            more argument, `p`, and a layer has them as Parameters `weight_<name>_l0` and so on.
+        initialize: `initialize(u, v)`, or `initialize(u, v, p)` with `params`, called once for each
+            layer, direction and head when a layer is made and by its `reset_parameters`, after
+            torch's uniform values were written. `u.f.weight` [H, I] and `u.f.bias` [H] are the rows
+            of a gate `f` in `weight_ih` and `bias_ih`, `v.f.weight` [H, H] and `v.f.bias` [H] those
+            in `weight_hh` and `bias_hh`, and `p.a` is a parameter `a`; biases are None in a layer
+            without. The function writes into them, under `no_grad`. With heads, `H` is the width
+            of one.
 
     Raises:
         TypeError: if the decorated object or `initialize` is not callable, or if `cell` was not
             called itself.
         ValueError: if names repeat, are not identifiers or are too many, if the function cannot be
-            called as `(u, v, *states)` or has no name, if `initialize` cannot be called as
-            `(u, v)`, or if the name is a built-in cell's. A custom cell of the same name is
-            replaced, as a function is when it is redefined; existing layers keep the cell they
-            have. A name of a published cell then means the one declared here.
+            called as `(u, v, *states)` or `(u, v, p, *states)`, or has no name, if `initialize`
+            cannot be called, if a parameter is of no known kind or is named like a matrix of a
+            layer, or if the name is a built-in cell's. A custom cell of the same name is replaced,
+            as a function is when it is redefined; existing layers keep the cell they have. A name
+            of a published cell then means the one declared here.
 
     Example:
         >>> import torch, fastrnn
@@ -208,6 +283,9 @@ def cell(
         ... def minimal_gated_unit(u, v, h):  # Zhou et al. 2016, arXiv:1603.09420
         ...     f = torch.sigmoid(u.f + v.f)
         ...     return (1 - f) * h + f * torch.tanh(u.n + f * v.n)
+        >>> @fastrnn.cell(gates="h", states="h", params={"r": "unit"})
+        ... def with_own_past(u, v, p, h):  # a learned number for each unit
+        ...     return torch.tanh(u.h + v.h + p.r * h)
     """
     if function is not None:
         raise TypeError(
@@ -218,9 +296,9 @@ def cell(
     def declare(function: Callable[..., Tensor | tuple[Tensor, ...]]) -> Cell:
         if not callable(function):
             raise TypeError(f"a cell is made from a function, got {type(function).__name__}")
-        declared = Cell(
-            name or _own_name(function), tuple(gates), tuple(states), function, initialize
-        )
+        learned = {n: Param(p) if isinstance(p, str) else p for n, p in (params or {}).items()}
+        own = name or _own_name(function)
+        declared = Cell(own, tuple(gates), tuple(states), function, learned, initialize)
         _check(declared)
         if declared.name in _built_in:
             raise ValueError(
@@ -293,32 +371,57 @@ def _check(cell: Cell) -> None:
                 f"cell {cell.name!r} has {len(labels)} {kind}, and the kernels are made for at "
                 f"most {limit}; split it into several cells"
             )
+    _check_params(cell)
     signature = inspect.signature(cell.function)
+    arguments = ["u", "v", *(["p"] if cell.params else []), *cell.states]
     try:
-        signature.bind(*range(2 + len(cell.states)))
+        signature.bind(*arguments)
     except TypeError as error:
         raise ValueError(
-            f"cell {cell.name!r} must be a function of (u, v, {', '.join(cell.states)}), any "
+            f"cell {cell.name!r} must be a function of ({', '.join(arguments)}), any "
             f"further parameters with defaults; got {signature}: {error}"
         ) from None
     if cell.initialize is not None:
-        _check_initialize(cell.name, cell.initialize)
+        _check_initialize(cell.name, cell.initialize, arguments[: -len(cell.states)])
 
 
-def _check_initialize(name: str, initialize: Callable[..., object]) -> None:
+def _check_initialize(
+    name: str, initialize: Callable[..., object], arguments: Sequence[str]
+) -> None:
+    what = f"initialize of cell {name!r} must be a function of ({', '.join(arguments)})"
     if not callable(initialize):
-        raise TypeError(
-            f"initialize of cell {name!r} must be a function of (u, v), "
-            f"got {type(initialize).__name__}"
-        )
+        raise TypeError(f"{what}, got {type(initialize).__name__}")
     signature = inspect.signature(initialize)
     try:
-        signature.bind(0, 1)
+        signature.bind(*arguments)
     except TypeError as error:
         raise ValueError(
-            f"initialize of cell {name!r} must be a function of (u, v), any further parameters "
-            f"with defaults; got {signature}: {error}"
+            f"{what}, any further parameters with defaults; got {signature}: {error}"
         ) from None
+
+
+def _check_params(cell: Cell) -> None:
+    if len(cell.params) > MAX_PARAMS:
+        raise ValueError(
+            f"cell {cell.name!r} has {len(cell.params)} params, and the kernels are made for at "
+            f"most {MAX_PARAMS}; split it into several cells"
+        )
+    for name, param in cell.params.items():
+        if not isinstance(name, str) or not name.isidentifier() or name in _TAKEN:
+            raise ValueError(
+                f"params of cell {cell.name!r} must be identifiers other than {', '.join(_TAKEN)}, "
+                f"the names of a layer's matrices: {name!r}"
+            )
+        if not isinstance(param, Param) or param.kind not in _KINDS:
+            what = repr(param.kind if isinstance(param, Param) else param)
+            raise ValueError(
+                f"parameter {name!r} of cell {cell.name!r} must be 'unit' (a number for each "
+                f"hidden unit), 'one' (one number) or a fastrnn.Param of these kinds, got {what}"
+            )
+
+
+def _kinds(params: Mapping[str, Param]) -> tuple[tuple[str, str], ...]:
+    return tuple((name, param.kind) for name, param in params.items())
 
 
 # Unpickling. A cell is found again by its name, so it must be compared with the saved one.
@@ -332,13 +435,16 @@ def _restore(
     module: str | None,
     qualname: str | None,
     carrier: _Carrier | None = None,
+    kinds: tuple[tuple[str, str], ...] = (),
 ) -> Cell:
     """The saved cell: from its carrier, this process's registry, or the module that declares it."""
     if carrier is not None:
         return _unpacked(carrier, name, gates, states)
 
     def same(found: object) -> bool:
-        if not isinstance(found, Cell) or (found.gates, found.states) != (gates, states):
+        if not isinstance(found, Cell):
+            return False
+        if (found.gates, found.states, _kinds(found.params)) != (gates, states, kinds):
             return False
         own = _digest(found.function)
         # Another version of Python compiles the same source to different byte code.
@@ -367,9 +473,10 @@ def _restore(
             "it before loading, preferably in a module that can be imported"
         )
     raise ValueError(
-        f"the cell {name!r} declared here is not the one that was saved: its gates, states or "
-        f"function differ. That one was declared {where}: load where it is declared as it was; or, "
-        "if the change is intended, create the layer again and load the saved state_dict"
+        f"the cell {name!r} declared here is not the one that was saved: its gates, states, "
+        f"parameters or function differ. That one was declared {where}: load where it is declared "
+        "as it was; or, if the change is intended, create the layer again and load the saved "
+        "state_dict"
     )
 
 
@@ -380,7 +487,7 @@ def _unpacked(
     reference = _carried.get(carrier)
     cell = reference() if reference else None
     if cell is None:
-        cell = Cell(name, gates, states, carrier.function, carrier.initialize)
+        cell = Cell(name, gates, states, carrier.function, carrier.params, carrier.initialize)
         vars(cell)["_carrier"] = _register_carrier(carrier, cell)
         # A cell declared here under that name keeps it: this one may differ.
         _registry.setdefault(name, cell)
@@ -415,7 +522,7 @@ def _content(value: Any, module: str | None, above: tuple[object, ...]) -> objec
     if not isinstance(value, type) and hasattr(value, "tolist"):  # torch and NumPy
         return str(value.dtype), value.tolist()
     if isinstance(value, Cell):
-        return value.gates, value.states, inside([value.function])
+        return value.gates, value.states, _kinds(value.params), inside([value.function])
     if isinstance(value, functools.partial):
         return inside([value.func, value.args, sorted(value.keywords.items())])
     if isinstance(value, CodeType):

@@ -16,7 +16,7 @@ import functools
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,13 +35,16 @@ from fastrnn.compiler.trace import Underivable, trace
 
 __all__ = ["Derived", "Underivable", "derive"]
 
+_Entry = TypeVar("_Entry")
+
 
 @dataclass(frozen=True, eq=False)
 class Derived:
     """Everything that is derived from a cell's function.
 
     Attributes:
-        name, gates, states: the cell's.
+        name, gates, states, params: the cell's; of the parameters, the names.
+        shared: per parameter, whether all units share one number.
         summed: per gate, whether the cell depends on `u + v` alone.
         saved: names of the values saved per unit and step for the backward pass: a gate's name for
             its value after the nonlinearity, `v.n` or `u.n` for a raw projection, `a.n` for their
@@ -49,12 +52,15 @@ class Derived:
         projectable: whether state 0 enters a step through `v` alone, so that it may be projected
             to another width between the steps.
         step: expressions of the next states and the saved values.
-        gradients: expressions of the gradients of `u`, `v` and the states.
+        gradients: expressions of the gradients of `u`, `v`, the states and the parameters; those
+            of parameters are to be summed over steps and rows.
     """
 
     name: str
     gates: tuple[str, ...]
     states: tuple[str, ...]
+    params: tuple[str, ...]
+    shared: tuple[bool, ...]
     summed: tuple[bool, ...]
     saved: tuple[str, ...]
     projectable: bool
@@ -66,7 +72,8 @@ class Derived:
         """One line for the head of generated code."""
         name = " ".join(self.name.split()).rstrip("\\")
         gates, states, saved = (" ".join(names) for names in (self.gates, self.states, self.saved))
-        return f"{name}: gates {gates}, states {states}; saves {saved or 'nothing'}"
+        learned = f", parameters {' '.join(self.params)}" if self.params else ""
+        return f"{name}: gates {gates}, states {states}{learned}; saves {saved or 'nothing'}"
 
     def tape_width(self, projected: bool) -> int:
         """Values per unit in a row of the tape: the states after the first, the saved values and,
@@ -77,6 +84,7 @@ class Derived:
         """The array element in generated code for each input of the expressions. `after` and
         `dafter` name the arrays of the states after the step and of their gradients."""
         arrays = {"u": self.gates, "v": self.gates, "a": self.gates, "saved": self.saved}
+        arrays["p"] = self.params
         arrays |= dict.fromkeys(("s", "next", "dnext"), self.states)
         named = {"a": "v", "next": after, "dnext": dafter}
         return {
@@ -86,13 +94,18 @@ class Derived:
         }
 
     def forward(
-        self, u: Sequence[Tensor], v: Sequence[Tensor], s: Sequence[Tensor]
+        self,
+        u: Sequence[Tensor],
+        v: Sequence[Tensor],
+        s: Sequence[Tensor],
+        p: Sequence[Tensor] = (),
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """One step on tensors of one shape, one per gate and state. Returns `(next, saved)`.
+        """One step on tensors of one shape, one per gate and state, and on parameters that may be
+        smaller. Returns `(next, saved)`.
 
         State 0 of a projectable cell may have any shape.
         """
-        inputs = _labelled("s", self.states, s)
+        inputs = _labelled("s", self.states, s) | _labelled("p", self.params, p)
         if self.projectable:
             del inputs[f"s.{self.states[0]}"]
         for name, summed, left, right in zip(self.gates, self.summed, u, v, strict=True):
@@ -109,15 +122,22 @@ class Derived:
         s: Sequence[Tensor],
         next: Sequence[Tensor],
         dnext: Sequence[Tensor],
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Gradients `(du, dv, ds)` of that step, from the gradients `dnext` of its next states."""
-        inputs = _labelled("s", self.states, s)
+        p: Sequence[Tensor] = (),
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+        """Gradients `(du, dv, ds, dp)` of that step, from the gradients `dnext` of its next states.
+        Those of parameters have a number for each row and unit."""
+        inputs = _labelled("s", self.states, s) | _labelled("p", self.params, p)
         inputs |= _labelled("next", self.states, next)
         inputs |= _labelled("dnext", self.states, dnext)
         inputs |= _labelled("saved", self.saved, saved)
-        out = evaluate(self.gradients, inputs)
-        count = len(self.gates)
-        return out[:count], out[count : 2 * count], out[2 * count :]
+        du, dv, ds, dp = self.grouped(evaluate(self.gradients, inputs))
+        return list(du), list(dv), list(ds), list(dp)
+
+    def grouped(self, gradients: Sequence[_Entry]) -> tuple[Sequence[_Entry], ...]:
+        """Gradients of `u`, of `v`, of the states and of the parameters, from all in this order."""
+        gates = len(self.gates)
+        ends = gates, 2 * gates, 2 * gates + len(self.states)
+        return tuple(gradients[a:b] for a, b in zip((0, *ends), (*ends, None), strict=True))
 
 
 def _labelled(kind: str, names: Sequence[str], values: Iterable[Tensor]) -> dict[str, Tensor]:
@@ -173,6 +193,8 @@ def _derive_here(cell: Cell) -> Derived:
         name=cell.name,
         gates=cell.gates,
         states=cell.states,
+        params=tuple(cell.params),
+        shared=tuple(param.kind == "one" for param in cell.params.values()),
         summed=summed,
         saved=tuple(saved),
         projectable=first not in uses([*gradients, *step, *saved.values()])

@@ -15,15 +15,15 @@ def describe(derived: Derived) -> str:
 
     A prime marks a state after the step, `dx` is the gradient of `x`, and `a` is `u + v`.
     """
-    gates, states = len(derived.gates), len(derived.states)
+    states = len(derived.states)
     after = [f"{name}'" for name in derived.states]
     forward = dict(zip(after, derived.step[:states], strict=True))
     backward: dict[str, Expr] = {}
-    du, dv = derived.gradients[:gates], derived.gradients[gates : 2 * gates]
+    du, dv, ds, dp = derived.grouped(derived.gradients)
     for name, summed, left, right in zip(derived.gates, derived.summed, du, dv, strict=True):
         backward |= {f"da.{name}": left} if summed else {f"du.{name}": left, f"dv.{name}": right}
-    ds = derived.gradients[2 * gates :]
     backward |= {f"d{name}": expr for name, expr in zip(derived.states, ds, strict=True)}
+    backward |= {f"dp.{name}": expr for name, expr in zip(derived.params, dp, strict=True)}
     saved = dict(zip(derived.step[states:], derived.saved, strict=True))
     sums = [name for name, summed in zip(derived.gates, derived.summed, strict=True) if summed]
     return "\n".join(
@@ -31,6 +31,7 @@ def describe(derived: Derived) -> str:
             f"cell {derived.name}",
             f"  gates   {' '.join(derived.gates)}",
             f"  states  {' '.join(derived.states)}",
+            *([f"  params  {' '.join(derived.params)}"] if derived.params else []),
             f"  summed  {' '.join(sums) or 'none'}",
             f"  saves   {' '.join(derived.saved) or 'nothing'}: {4 * len(saved)} bytes per unit "
             "and step in float32, besides the states",

@@ -28,27 +28,24 @@ def struct(derived: Derived, name: str | None = None) -> str:
     """The C++ struct of a cell, known to the kernels as `name` (the cell's own by default)."""
     name = name or derived.name
     gates, states, saved = len(derived.gates), len(derived.states), len(derived.saved)
+    params = ("p",) if derived.params else ()
     forward = _function(
         derived,
         "forward",
-        ("u", "v", "s"),
+        ("u", "v", "s", *params),
         {"next": derived.step[:states], "saved": derived.step[states:]},
     )
-    backward = _function(
-        derived,
-        "backward",
-        ("saved", "s", "next", "dnext"),
-        {
-            "du": derived.gradients[:gates],
-            "dv": derived.gradients[gates : 2 * gates],
-            "ds": derived.gradients[2 * gates :],
-        },
-    )
+    du, dv, ds, dp = derived.grouped(derived.gradients)
+    outputs = {"du": du, "dv": dv, "ds": ds} | ({"dp": dp} if params else {})
+    backward = _function(derived, "backward", ("saved", "s", *params, "next", "dnext"), outputs)
+    shared = sum(shared << k for k, shared in enumerate(derived.shared))
     return f"""\
 // {derived.summary}
 struct {struct_name(name)} {{
   static constexpr const char* kName = {json.dumps(name)};
   static constexpr int kGates = {gates}, kStates = {states}, kSaved = {saved};
+  static constexpr int kParams = {len(derived.params)};
+  static constexpr unsigned kSharedParams = {shared};  // bit k: parameter k is one for all units
   static constexpr bool kSummed[kGates] = {_bools(derived.summed)};
   // Whether state 0 comes in through v alone.
   static constexpr bool kProjectable = {"true" if derived.projectable else "false"};
@@ -65,7 +62,7 @@ def _bools(values: Iterable[bool]) -> str:
 
 
 def _function(
-    derived: Derived, name: str, inputs: Sequence[str], outputs: Mapping[str, tuple[Expr, ...]]
+    derived: Derived, name: str, inputs: Sequence[str], outputs: Mapping[str, Sequence[Expr]]
 ) -> str:
     places = derived.places()
 

@@ -14,13 +14,14 @@ __all__ = ["module"]
 def module(derived: Derived) -> str:
     """The source of a Triton module with the cell's two functions.
 
-    `forward(u, v, s)` returns the next states and then the saved values.
-    `backward(saved, s, after, dafter)` returns the gradients of `u`, `v` and the states. Arguments
-    and results are tuples of blocks. For a summed gate `v` is the sum of both projections, `u` is
-    not read, and both have the same gradient.
+    `forward(u, v, s, p)` returns the next states and then the saved values.
+    `backward(saved, s, p, after, dafter)` returns the gradients of `u`, `v`, the states and the
+    parameters. Arguments and results are tuples of blocks; parameters have one row. For a summed
+    gate `v` is the sum of both projections, `u` is not read, and both have the same gradient.
     """
-    forward = _function(derived, "forward", ("u", "v", "s"), derived.step)
-    backward = _function(derived, "backward", ("saved", "s", "after", "dafter"), derived.gradients)
+    forward = _function(derived, "forward", ("u", "v", "s", "p"), derived.step)
+    inputs = ("saved", "s", "p", "after", "dafter")
+    backward = _function(derived, "backward", inputs, derived.gradients)
     called = sorted({n.op for n in ordered([*derived.step, *derived.gradients])} - _OPERATORS)
     return f"""\
 # {derived.summary}

@@ -23,9 +23,11 @@ class Underivable(TypeError):
 
 
 def trace(algebra: Algebra, cell: Cell) -> tuple[Expr, ...]:
-    """Expressions of the next states and of the gradients of `u`, `v` and the states.
+    """Expressions of the next states and of the gradients of `u`, `v`, the states and the learned
+    parameters.
 
-    The inputs have the labels `u.i`, `v.i` for a gate i and `s.h`, `dnext.h` for a state h.
+    The inputs have the labels `u.i`, `v.i` for a gate i, `s.h`, `dnext.h` for a state h and `p.a`
+    for a parameter a. Gradients of parameters are those of one row and unit.
 
     Raises:
         Underivable: if the function is not a pointwise formula of those inputs.
@@ -40,17 +42,21 @@ def trace(algebra: Algebra, cell: Cell) -> tuple[Expr, ...]:
 
 
 def _read(algebra: Algebra, cell: Cell, shape: tuple[int, ...]) -> tuple[Expr, ...]:
-    gates, states = len(cell.gates), len(cell.states)
+    gates, states, params = len(cell.gates), len(cell.states), len(cell.params)
+    ends = (gates, 2 * gates, 2 * gates + states)
 
+    # Parameters have a number for each row, too: so their gradients are pointwise.
     def step(*flat: Tensor) -> tuple[Tensor, ...]:
-        return tuple(cell.step(flat[:gates], flat[gates : 2 * gates], flat[2 * gates :]))
+        u, v, s, p = (flat[a:b] for a, b in zip((0, *ends), (*ends, None), strict=True))
+        return tuple(cell.step(u, v, s, p))
 
     def sweep(*flat: Tensor) -> tuple[Tensor, ...]:
         after, back = torch.func.vjp(step, *flat[:-states])[:2]
         return (*after, *back(flat[-states:]))
 
     inputs = [
-        torch.zeros(shape, dtype=torch.float64, device="cpu") for _ in range(2 * gates + 2 * states)
+        torch.zeros(shape, dtype=torch.float64, device="cpu")
+        for _ in range(2 * gates + 2 * states + params)
     ]
     try:
         after = step(*(x.clone() for x in inputs[:-states]))
@@ -65,7 +71,8 @@ def _read(algebra: Algebra, cell: Cell, shape: tuple[int, ...]) -> tuple[Expr, .
             what = "it writes into one of its arguments; give the result a name of its own"
         raise Underivable(f"no code can be derived for cell {cell.name!r}: {what}") from error
     labels = [f"{side}.{name}" for side in "uv" for name in cell.gates]
-    labels += [f"{side}.{name}" for side in ("s", "dnext") for name in cell.states]
+    for side, names in (("s", cell.states), ("p", cell.params), ("dnext", cell.states)):
+        labels += [f"{side}.{name}" for name in names]
     return _Reader(algebra, cell, shape).read(traced, labels)
 
 
@@ -131,7 +138,7 @@ class _Reader:
             raise Underivable(
                 f"cell {self.cell.name!r} uses a tensor that is not one of its arguments; a cell "
                 "may use Python numbers, and what is learned or differs between units must come "
-                "through u, v or a state"
+                "through u, v, a state or cell(params=...)"
             )
         return self.algebra.const(tensor.item())
 

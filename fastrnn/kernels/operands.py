@@ -4,11 +4,13 @@ operands need a gradient."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 __all__ = ["Needs", "Operands", "Weights", "heads_of", "named", "side_by_side"]
+
+_L = Sequence[Tensor]
 
 
 class Operands(NamedTuple):
@@ -21,6 +23,8 @@ class Operands(NamedTuple):
             is one, else `H`.
         b_ih, b_hh: `P` biases each, [G*H], or none.
         w_hr: `P` projections of state 0, [Q, H], or none.
+        params: learned parameters, [H] or [1], in the cell's order; all of recurrence 0, then all
+            of recurrence 1 and so on.
         s0: `S` initial states, [P, B, Q] for state 0 and [P, B, H] for the others; none for zeros
             (not with `batch_sizes`).
         batch_sizes: int64 [T] on the CPU, non-increasing: sequences alive at each step of packed
@@ -38,11 +42,21 @@ class Operands(NamedTuple):
     b_ih: Sequence[Tensor] = ()
     b_hh: Sequence[Tensor] = ()
     w_hr: Sequence[Tensor] = ()
+    params: Sequence[Tensor] = ()
     s0: Sequence[Tensor] = ()
     batch_sizes: Tensor | None = None
     lengths: Tensor | None = None
     resets: Tensor | None = None
     reverse: int = 0
+
+    def lists(self) -> tuple[_L, _L, _L, _L, _L, _L, _L]:
+        """w_ih, w_hh, b_ih, b_hh, w_hr, params and s0."""
+        return self[1:8]
+
+    def params_of(self, recurrence: int) -> Sequence[Tensor]:
+        """The learned parameters of one recurrence."""
+        count = len(self.params) // len(self.w_hh)
+        return self.params[recurrence * count : (recurrence + 1) * count]
 
 
 class Needs(NamedTuple):
@@ -53,51 +67,74 @@ class Needs(NamedTuple):
     w_hh: bool
     biases: bool
     w_hr: bool
+    params: bool
     s0: bool
 
     def groups(self) -> tuple[bool, ...]:
-        """One flag for each of x, w_ih, w_hh, b_ih, b_hh, w_hr and s0, in this order."""
-        return (self.x, self.w_ih, self.w_hh, self.biases, self.biases, self.w_hr, self.s0)
+        """One flag for each of x, w_ih, w_hh, b_ih, b_hh, w_hr, params and s0, in this order."""
+        biases = self.biases, self.biases
+        return (self.x, self.w_ih, self.w_hh, *biases, self.w_hr, self.params, self.s0)
 
 
 class Weights(NamedTuple):
-    """The weights of one recurrence; None for a weight that it lacks."""
+    """The weights of one recurrence; None for a weight that it lacks. `params` are the cell's
+    learned parameters."""
 
     w_ih: Tensor
     w_hh: Tensor
     b_ih: Tensor | None = None
     b_hh: Tensor | None = None
     w_hr: Tensor | None = None
+    params: tuple[Tensor, ...] = ()
+
+    def flat(self) -> list[Tensor | None]:
+        """All of them in one list: the first five, then the parameters."""
+        matrices, params = self[:5], self.params
+        return [*matrices, *params]
+
+    def present(self) -> list[Tensor]:
+        """Those that there are, in the same order."""
+        return [weight for weight in self.flat() if weight is not None]
 
 
-def named(weights: Weights | Sequence[Tensor]) -> Weights:
+def named(weights: Weights | Sequence[Tensor], params: int = 0) -> Weights:
     """The weights of one recurrence from its list in `all_weights` of torch's layers, which leaves
-    missing weights out."""
+    missing weights out; the last `params` are the cell's parameters."""
     if type(weights) is Weights:
         return weights
-    if len(weights) % 2 == 0:  # there is no projection, which would come last
-        return Weights(*weights)
-    w_ih, w_hh, *biases, w_hr = weights
-    b_ih, b_hh = biases or (None, None)
-    return Weights(w_ih, w_hh, b_ih, b_hh, w_hr)
+    given: list[Any] = list(weights)
+    count = len(given) - params
+    w_ih, w_hh, *others = given[:count]
+    # A projection comes last, after both biases or none.
+    w_hr = others.pop() if count % 2 else None
+    b_ih, b_hh = others or (None, None)
+    return Weights(w_ih, w_hh, b_ih, b_hh, w_hr, tuple(given[count:]))
 
 
 def heads_of(weights: Weights) -> list[Weights]:
     """The weights of each head, from weights of shape [heads, *]."""
-    present = [(name, weight) for name, weight in weights._asdict().items() if weight is not None]
-    names = [name for name, _ in present]
-    heads = zip(*(weight for _, weight in present), strict=True)
-    return [Weights(**dict(zip(names, head, strict=True))) for head in heads]
+    names = [
+        name
+        for name, weight in zip(Weights._fields[:5], weights, strict=False)
+        if weight is not None
+    ]
+    heads = []
+    for head in zip(*weights.present(), strict=True):
+        own = dict(zip(names, head, strict=False))
+        heads.append(Weights(**own, params=head[len(names) :]))
+    return heads
 
 
-def side_by_side(weights: Sequence[Weights]) -> Sequence[Sequence[Tensor]]:
-    """The lists w_ih, w_hh, b_ih, b_hh and w_hr of `Operands`, from the weights of recurrences."""
-    # All are five long; zip's check would take as long as the rest of this function.
-    w_ih, w_hh, b_ih, b_hh, w_hr = zip(*weights)  # noqa: B905
+def side_by_side(weights: Sequence[Weights]) -> tuple[_L, _L, _L, _L, _L, _L]:
+    """The lists w_ih, w_hh, b_ih, b_hh, w_hr and params of `Operands`, from the weights of
+    recurrences."""
+    # All are six long; zip's check would take as long as the rest of this function.
+    w_ih, w_hh, b_ih, b_hh, w_hr, params = zip(*weights)  # noqa: B905
     return (
         w_ih,
         w_hh,
         () if b_ih[0] is None else b_ih,
         () if b_hh[0] is None else b_hh,
         () if w_hr[0] is None else w_hr,
+        [tensor for own in params for tensor in own] if params[0] else (),
     )

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastrnn import cells, plan
-from fastrnn.cells import Cell
+from fastrnn.cells import Cell, Param
 from fastrnn.compiler import jit
 from fastrnn.compiler.derive import Underivable, derive
 from fastrnn.compiler.emit_cpp import key as key_of
@@ -46,7 +46,9 @@ def prepare(cell: Cell, kind: str = "cpu", dtype: torch.dtype = torch.float32) -
     """
     if torch.compiler.is_compiling():
         # The compiler of torch 2.11 does not accept a whole cell as a constant, but its parts.
-        return _prepared_once(cell.name, cell.gates, cell.states, cell.function, kind, dtype)
+        names, kinds = tuple(cell.params), tuple(p.kind for p in cell.params.values())
+        parts = cell.name, cell.gates, cell.states, cell.function, names, kinds
+        return _prepared_once(*parts, kind, dtype)
     return prepared_now(cell, kind, dtype)
 
 
@@ -55,10 +57,13 @@ def _prepared_once(
     gates: tuple[str, ...],
     states: tuple[str, ...],
     function: Callable[..., Any],
+    params: tuple[str, ...],
+    kinds: tuple[str, ...],
     kind: str,
     dtype: torch.dtype,
 ) -> str | None:
-    return prepared_now(Cell(name, gates, states, function), kind, dtype)
+    learned = {n: Param(param) for n, param in zip(params, kinds, strict=True)}
+    return prepared_now(Cell(name, gates, states, function, learned), kind, dtype)
 
 
 # This is what `torch.compiler.assume_constant_result` does, without the import of the compiler,
@@ -159,10 +164,17 @@ def _prepare(cell: Cell, format: str | None) -> None:
 def _add_facts(cell: Cell) -> str:
     """Register a cell without code for CPUs with the operator."""
     key, derived = key_of(cell), derive(cell)
-    summed = sum(summed << gate for gate, summed in enumerate(derived.summed))
-    sizes = len(derived.gates), len(derived.states), len(derived.saved)
     try:
-        _C.add_cell_facts(key, *sizes, summed, derived.projectable)
+        _C.add_cell_facts(
+            key,
+            gates=len(derived.gates),
+            states=len(derived.states),
+            saved=len(derived.saved),
+            params=len(derived.params),
+            summed=sum(summed << gate for gate, summed in enumerate(derived.summed)),
+            shared_params=sum(shared << k for k, shared in enumerate(derived.shared)),
+            projectable=derived.projectable,
+        )
     except RuntimeError as error:
         raise Underivable(str(error)) from error
     _prepared[key] = cell

@@ -7,6 +7,7 @@ or dtype that no other kernel supports run through it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,7 @@ def scan(
     Returns:
         `y`, in `x`'s shape with `P*Q` in place of `I`, and the `S` final states, shaped as `s0`.
     """
-    x, w_ih, w_hh, b_ih, b_hh, w_hr, s0, batch_sizes, lengths, resets, reverse = operands
+    x, w_ih, w_hh, b_ih, b_hh, w_hr, _, s0, batch_sizes, lengths, resets, reverse = operands
     packed = batch_sizes is not None
     one_step = x.dim() == 2 and not packed
     if one_step:
@@ -50,6 +51,7 @@ def scan(
     for p in range(len(w_hh)):
         hidden = w_hh[p].size(0) // len(cell.gates)
         recurrent = w_hh[p].size(1)
+        params = operands.params_of(p)
         if s0:
             states = [s[p] for s in s0]
         else:
@@ -73,7 +75,7 @@ def scan(
             u = F.linear(steps[t], w_ih[p], b_ih[p] if b_ih else None)
             v = F.linear(before[0], w_hh[p], b_hh[p] if b_hh else None)
             gates_u, gates_v = u.split(hidden, -1), v.split(hidden, -1)
-            after = cell.step(gates_u, gates_v, before)
+            after = cell.step(gates_u, gates_v, before, params)
             if record is not None:
                 record(p, t, u, v, before, after)
             if w_hr:
@@ -116,7 +118,7 @@ def forward(cell: Cell, operands: Operands, tape: bool) -> tuple[Tensor, list[Te
         values = after[1:]
         if derived.saved:
             gates = u.split(hidden, -1), v.split(hidden, -1)
-            values += derived.forward(*gates, before)[1]
+            values += derived.forward(*gates, before, operands.params_of(p))[1]
         if operands.w_hr:
             values.append(after[0])
         for k, value in enumerate(values):
@@ -153,14 +155,11 @@ def gradients(
     need_x, *need_lists = needs.groups()
     with torch.enable_grad():
         x = alias(operands.x) if need_x else operands.x
-        lists = [
+        lists: list[Any] = [
             [alias(t) if need else t for t in tensors]
-            for tensors, need in zip(operands[1:7], need_lists, strict=True)
+            for tensors, need in zip(operands.lists(), need_lists, strict=True)
         ]
-        w_ih, w_hh, b_ih, b_hh, w_hr, s0 = lists
-        aliases = operands._replace(
-            x=x, w_ih=w_ih, w_hh=w_hh, b_ih=b_ih, b_hh=b_hh, w_hr=w_hr, s0=s0
-        )
+        aliases = Operands(x, *lists, *operands[1 + len(lists) :])
         y, states = scan(cell, aliases)
         wanted = [x] if need_x else []
         for tensors, need in zip(lists, need_lists, strict=True):

@@ -49,6 +49,7 @@ class Layer(Freezable, FlatWeights):
     # Defaults for layers converted from torch.nn and for older pickles.
     heads = 1
     recompute = False
+    _param_count = 0  # of the cell's learned parameters
 
     def __init__(self, cell: Cell, mode: str, arguments: Mapping[str, Any]) -> None:
         """`arguments` holds the arguments of the public constructor by name, and `proj_size`."""
@@ -69,6 +70,8 @@ class Layer(Freezable, FlatWeights):
             self.heads = arguments["heads"]
         if arguments["recompute"]:
             self.recompute = True
+        if cell.params:
+            self._param_count = len(cell.params)
         # RNNBase's methods expect this list. It stays empty, because weak references to parameters
         # would keep load_state_dict from swapping them.
         self._flat_weight_refs: list[Any] = []
@@ -99,6 +102,8 @@ class Layer(Freezable, FlatWeights):
             shapes.update(bias_ih=(rows,), bias_hh=(rows,))
         if self.proj_size:
             shapes["weight_hr"] = (self.proj_size, self.hidden_size)
+        for name, param in cell.params.items():
+            shapes[f"weight_{name}"] = (param.size(self.hidden_size // self.heads),)
         if self.heads > 1:
             return {kind: (self.heads, *shape) for kind, shape in shapes.items()}
         return shapes
@@ -111,7 +116,7 @@ class Layer(Freezable, FlatWeights):
         """
         super().reset_parameters()
         cell = self._cell()
-        if cell.initialize is None:
+        if cell.initialize is None and not cell.params:
             return
         parametrized = getattr(self, "parametrizations", {})
         stored = {
@@ -221,7 +226,10 @@ class Layer(Freezable, FlatWeights):
         recurrences = []
         for names in self._all_weights:  # a loop, because nested comprehensions take longer
             weights = [own[n] if n in own else getattr(self, n) for n in names]
-            recurrences.append(named(weights) if self.proj_size else Weights(*weights))
+            if self.proj_size or self._param_count:
+                recurrences.append(named(weights, self._param_count))
+            else:
+                recurrences.append(Weights(*weights))
         if self.heads > 1:
             return [head for stacked in recurrences for head in heads_of(stacked)]
         return recurrences

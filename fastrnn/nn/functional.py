@@ -56,7 +56,8 @@ def rnn(
         cell: the cell, with `G` gates and `S` states.
         input: [T, B, I]; [B, T, I] with `batch_first`; [T, I] unbatched; or a `PackedSequence`.
         weights: for every layer and direction `Weights`, or the list that `all_weights` of torch's
-            layers holds. With `heads`, one for every head of each, of H/heads units.
+            layers holds, with the cell's learned parameters at its end. With `heads`, one for
+            every head of each, of H/heads units.
         hx: initial states [L*D, B, H], or [L*D, H] unbatched; state 0 is as wide as the
             projection. One tensor for a cell with one state, else a sequence of `S`. None for
             zeros.
@@ -98,7 +99,7 @@ def rnn(
     # A layer passes `Weights` already.
     every: Sequence[Weights] = weights  # type: ignore[assignment]
     if not weights or type(weights[0]) is not Weights:
-        every = [named(recurrence) for recurrence in weights]
+        every = [named(recurrence, len(cell.params)) for recurrence in weights]
     batch_sizes: Tensor | None = None
     order: Tensor | None = None
     restore: Tensor | None = None
@@ -233,7 +234,7 @@ def rnn_cell(
     Raises:
         RuntimeError: if shapes, dtypes or devices do not fit together.
     """
-    w_ih, w_hh, b_ih, b_hh, _ = weights
+    w_ih, w_hh, b_ih, b_hh, *_ = weights
     dtype = dtype or w_ih.dtype
     if input.dtype != dtype and not torch._C._is_any_autocast_enabled():
         raise RuntimeError(
@@ -283,10 +284,7 @@ def _stack(
     reverse = 0 if directions == 1 else (1 << heads) - 1 << heads  # the second half
     reverse -= (reverse >> 63) << 64  # as a signed 64-bit integer
     if len(weights) == scans:  # the common case of one layer
-        w_ih, w_hh, b_ih, b_hh, w_hr = side_by_side(weights)
-        operands = Operands(
-            x, w_ih, w_hh, b_ih, b_hh, w_hr, s0, batch_sizes, lengths, resets, reverse
-        )
+        operands = Operands(x, *side_by_side(weights), s0, batch_sizes, lengths, resets, reverse)
         return ops.run(cell, operands, packed[0] if packed else None, recompute=recompute)
     finals = []
     for first in range(0, len(weights), scans):

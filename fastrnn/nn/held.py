@@ -6,6 +6,7 @@ Functions take the names of all weights of the module, in the order of its Param
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,13 +30,15 @@ __all__ = [
 ]
 
 _SCALE = "_scale"
+# Other weights are learned parameters of a cell.
+_MATRIX = re.compile(r"weight_(ih|hh|hr)(_l\d+(_reverse)?)?")
 
 Source = tuple[str, Tensor, int]  # name, tensor and its version
 
 
 def matrices(names: Sequence[str]) -> list[str]:
     """The names of weights that are matrices."""
-    return [n for n in names if n.startswith("weight")]
+    return [n for n in names if _MATRIX.fullmatch(n)]
 
 
 def rounded(

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fastrnn.cells import Cell, Gates
+from fastrnn.cells import Cell, Gates, Params
 from fastrnn.kernels.operands import Weights
 
 __all__ = ["Rows", "initialize"]
@@ -25,10 +25,14 @@ class Rows(NamedTuple):
 
 
 def initialize(cell: Cell, weights: Weights) -> None:
-    """Call the cell's `initialize`, which must not be None, under `no_grad`."""
-    assert cell.initialize is not None
-    u, v = _rows(cell, weights.w_ih, weights.b_ih), _rows(cell, weights.w_hh, weights.b_hh)
-    cell.initialize(Gates(cell, u), Gates(cell, v))
+    """Write the values with which the cell's parameters begin, then call its `initialize`; under
+    `no_grad`."""
+    for param, tensor in zip(cell.params.values(), weights.params, strict=True):
+        param.fill(tensor)
+    if cell.initialize is not None:
+        u, v = _rows(cell, weights.w_ih, weights.b_ih), _rows(cell, weights.w_hh, weights.b_hh)
+        learned = (Params(cell, weights.params),) if cell.params else ()
+        cell.initialize(Gates(cell, u), Gates(cell, v), *learned)
 
 
 def _rows(cell: Cell, weight: Tensor, bias: Tensor | None) -> Any:

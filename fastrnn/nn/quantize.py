@@ -299,7 +299,7 @@ def _refusal(layer: Freezable, format: str) -> str | None:
     if getattr(layer, "_written_entries", dict)():
         return "it computes with entries that were written into _flat_weights"
     weights = floats_of(layer)
-    matrices = [w for recurrence in weights for w in recurrence if w is not None]
+    matrices = [w for recurrence in weights for w in recurrence.present()]
     dtypes, devices = {w.dtype for w in matrices}, {w.device for w in matrices}
     if len(dtypes) > 1 or torch.float64 in dtypes:
         names = ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))

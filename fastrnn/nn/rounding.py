@@ -78,14 +78,12 @@ def restored(matrix: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor
 
 def to_floats(recurrence: Quantised, dtype: torch.dtype) -> Weights:
     """The weights of one recurrence, with matrices in `dtype`."""
-    w_ih, w_hh, b_ih, b_hh, w_hr = recurrence.weights
+    weights = recurrence.weights
     of_ih, of_hh, of_hr = recurrence.scales or (None, None, None)
-    return Weights(
-        restored(w_ih, of_ih, dtype),
-        restored(w_hh, of_hh, dtype),
-        b_ih,
-        b_hh,
-        None if w_hr is None else restored(w_hr, of_hr, dtype),
+    return weights._replace(
+        w_ih=restored(weights.w_ih, of_ih, dtype),
+        w_hh=restored(weights.w_hh, of_hh, dtype),
+        w_hr=None if weights.w_hr is None else restored(weights.w_hr, of_hr, dtype),
     )
 
 

@@ -110,12 +110,12 @@ def stepper(
         raise plan.KernelRefused(f"a stepper needs compiled code: {reason}")
     if reason is not None:
         raise ValueError(f"a stepper cannot run this layer: {reason}")
-    numbers = sum(w.numel() for layer in weights for w in layer if w is not None)
+    numbers = sum(w.numel() for layer in weights for w in layer.present())
     with torch.no_grad():
         return Stepper(
             key,
             torch.empty(0, dtype=dtype, device="cpu"),
-            [list(layer) for layer in weights],
+            [layer.flat() for layer in weights],
             format,
             scales or [()] * len(weights),
             batch_size,

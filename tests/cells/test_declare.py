@@ -52,6 +52,7 @@ def test_limits_are_those_of_the_kernels() -> None:
     limits = dict(re.findall(r"constexpr int (kMax\w+) = (\d+);", source))
     assert int(limits["kMaxGates"]) == cells.MAX_GATES
     assert int(limits["kMaxStates"]) == cells.MAX_STATES
+    assert int(limits["kMaxParams"]) == cells.MAX_PARAMS
 
 
 @pytest.mark.parametrize(("kind", "most"), [("gates", 16), ("states", 8)])
@@ -129,6 +130,67 @@ def test_initial_values_need_a_function_of_two() -> None:
     assert "wrong" not in cells.names()
     made = fastrnn.cell(**options, initialize=lambda u, v, by=1: None)(leaky)
     assert made.initialize is not None
+
+
+# Learned parameters.
+
+
+def scaled(u: Any, v: Any, p: Any, h: Tensor) -> Tensor:
+    return p.rate * h + u.a
+
+
+def with_params(name: str = "learning", **params: Any) -> Cell:
+    return fastrnn.cell(gates="a", states="h", name=name, params=params)(scaled)
+
+
+def test_params_are_of_a_kind() -> None:
+    made = with_params(rate="unit", other=fastrnn.Param("one", init=2.0))
+    assert made.params == {"rate": fastrnn.Param("unit"), "other": fastrnn.Param("one", 2.0)}
+    x = torch.full((1, 2), 3.0)
+    assert torch.equal(made.step([x], [x], [x], [x, x])[0], x * x + x)
+    for wrong in ("units", 3, fastrnn.Param("gate"), None):
+        with pytest.raises(ValueError, match="'rate' of cell 'wrong' must be 'unit'"):
+            with_params("wrong", rate=wrong)
+    assert "wrong" not in cells.names()
+
+
+@pytest.mark.parametrize("name", ["ih", "hh", "hr", "a b", ""])
+def test_params_that_cannot_be_named(name: str) -> None:
+    with pytest.raises(ValueError, match="params of cell 'wrong' must be identifiers other than"):
+        with_params("wrong", **{name: "unit"})
+
+
+def test_no_more_params_than_the_kernels_take() -> None:
+    many = {f"p{k}": "one" for k in range(33)}
+    with pytest.raises(ValueError, match=r"'wrong' has 33 params, .* at most 32;"):
+        with_params("wrong", **many)
+
+
+def test_the_function_takes_params_only_if_there_are_some() -> None:
+    with pytest.raises(ValueError, match=r"'wrong' must be a function of \(u, v, p, h\), any"):
+        fastrnn.cell(gates="a", states="h", name="wrong", params={"rate": "unit"})(
+            lambda u, v, h: h
+        )
+    with pytest.raises(ValueError, match=r"'wrong' must be a function of \(u, v, h\), any"):
+        fastrnn.cell(gates="a", states="h", name="wrong")(scaled)
+
+
+def test_a_misspelt_parameter_is_named() -> None:
+    made = with_params(ratio="unit", bias="one")
+    with pytest.raises(
+        AttributeError, match="'learning' has no parameter 'rate'; its parameters are: ratio, bias"
+    ):
+        fastrnn.Recurrent(made, 3, 5)(torch.randn(4, 2, 3))
+
+
+def test_a_saved_cell_has_the_same_params() -> None:
+    saved = pickle.dumps(fastrnn.Recurrent(with_params(rate="unit"), 3, 5))
+    again = with_params(rate=fastrnn.Param("unit", init=1.0))  # begins otherwise, computes the same
+    assert pickle.loads(saved).cell is again
+    for params in ({"rate": "one"}, {"rate": "unit", "more": "unit"}):
+        with_params(**params)
+        with pytest.raises(ValueError, match="its gates, states, parameters or function differ"):
+            pickle.loads(saved)
 
 
 # Gates.

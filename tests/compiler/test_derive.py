@@ -29,9 +29,9 @@ from tests.support.properties import given, settings, st
 
 @every_cell
 def test_values_and_gradients_are_those_of_autograd(cell: Cell) -> None:
-    u, v, s, dnext = inputs(cell)
-    after, grads = derived_step(derive(cell), u, v, s, dnext)
-    want_after, want_grads = by_autograd(cell, u, v, s, dnext)
+    u, v, s, dnext, p = inputs(cell)
+    after, grads = derived_step(derive(cell), u, v, s, dnext, p)
+    want_after, want_grads = by_autograd(cell, u, v, s, dnext, p)
     torch.testing.assert_close(after, want_after, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(grads, want_grads, rtol=1e-12, atol=1e-12)
 
@@ -41,13 +41,15 @@ SMOOTH = [c for c in ALL if c.name not in ("rnn_relu", "choices", "steps", "acti
 
 @pytest.mark.parametrize("cell", SMOOTH, ids=lambda c: c.name)
 def test_gradients_are_those_of_finite_differences(cell: Cell) -> None:
-    u, v, s, dnext = inputs(cell)
-    _, grads = derived_step(derive(cell), u, v, s, dnext)
-    flat, gates = [*u, *v, *s], len(u)
+    u, v, s, dnext, p = inputs(cell)
+    _, grads = derived_step(derive(cell), u, v, s, dnext, p)
+    flat, gates, states = [*u, *v, *s, *p], len(u), len(s)
     step = 1e-5
 
     def loss(moved: list[Tensor]) -> Tensor:
-        after = cell.step(moved[:gates], moved[gates : 2 * gates], moved[2 * gates :])
+        ends = gates, 2 * gates, 2 * gates + states
+        groups = (moved[a:b] for a, b in zip((0, *ends), (*ends, None), strict=True))
+        after = cell.step(*groups)
         return sum((a * d for a, d in zip(after, dnext, strict=True)), torch.zeros(()))
 
     for k, grad in enumerate(grads):
@@ -64,8 +66,7 @@ def test_special_values_go_the_way_autograd_sends_them(cell: Cell) -> None:
         for i in range(len(group)):
             changed = [[x.expand(len(special)).clone() for x in g] for g in groups]
             changed[k][i] = special.clone()
-            u, v, s, dnext = changed
-            got = derived_step(derive(cell), u, v, s, dnext)
+            got = derived_step(derive(cell), *changed)
             torch.testing.assert_close(got, by_autograd(cell, *changed), equal_nan=True)
 
 
@@ -110,7 +111,7 @@ def test_a_gate_is_summed_where_only_the_sum_matters(
     cell = make("a", "h", function, "summed")
     derived = derive(cell)
     assert derived.summed == (summed,)
-    u, v, s, _ = inputs(cell)
+    u, v, s, *_ = inputs(cell)
     torch.testing.assert_close(derived.forward(u, v, s)[0], cell.step(u, v, s))
 
 
@@ -138,7 +139,8 @@ def test_backward_computes_transcendental_functions_of_states_alone(cell: Cell) 
     nodes = expression.ordered(derive(cell).gradients)
     again = [node for node in nodes if node.op in expression.TRANSCENDENTAL]
     assert {label.split(".")[0] for label in expression.uses(again)} <= {"s", "next"}
-    assert bool(again) == (cell.name in ("lstm", "peephole", "activations", "powers"))
+    again_in = ("lstm", "peephole", "learned", "activations", "powers")
+    assert bool(again) == (cell.name in again_in)
 
 
 # Random cells.
@@ -202,8 +204,8 @@ def test_random_cells_agree_with_autograd(
     first: Callable[..., Tensor], second: Callable[..., Tensor]
 ) -> None:
     cell = make("ab", "hc", lambda *given: (first(*given), second(*given)), "random")
-    u, v, s, dnext = inputs(cell, units=16)
-    after, grads = derived_step(derive(cell), u, v, s, dnext)
-    want_after, want_grads = by_autograd(cell, u, v, s, dnext)
+    u, v, s, dnext, p = inputs(cell, units=16)
+    after, grads = derived_step(derive(cell), u, v, s, dnext, p)
+    want_after, want_grads = by_autograd(cell, u, v, s, dnext, p)
     torch.testing.assert_close(after, want_after, rtol=1e-9, atol=1e-9, equal_nan=True)
     torch.testing.assert_close(grads, want_grads, rtol=1e-9, atol=1e-9, equal_nan=True)

@@ -74,7 +74,7 @@ def test_struct_names(name: str, struct: str) -> None:
 
 
 HARNESS = """
-#include "cells.gen.h"
+#include "core/cell.h"
 namespace fastrnn {
 inline namespace FASTRNN_ISA {
 template <class V, class T, int N>
@@ -93,8 +93,10 @@ void forward(const T* const* in, T* const* out, long units) {
     Rows<V, T, C::kGates> u, v;
     Rows<V, T, C::kStates> s, next;
     Rows<V, T, C::kSaved> saved;
+    Rows<V, T, C::kParams> p;
     u.read(in[0], units, at), v.read(in[1], units, at), s.read(in[2], units, at);
-    C::forward(u.row, v.row, s.row, next.row, saved.row);
+    p.read(in[3], units, at);
+    step_forward<C>(u.row, v.row, s.row, p.row, next.row, saved.row);
     next.write(out[0], units, at), saved.write(out[1], units, at);
   }
 }
@@ -105,10 +107,12 @@ void backward(const T* const* in, T* const* out, long units) {
     Rows<V, T, C::kGates> du, dv;
     Rows<V, T, C::kStates> s, next, ds;
     Rows<V, T, C::kSaved> saved;
+    Rows<V, T, C::kParams> p, dp;
     saved.read(in[0], units, at), s.read(in[1], units, at), next.read(in[2], units, at);
-    ds.read(in[3], units, at);
-    C::backward(saved.row, s.row, next.row, ds.row, du.row, dv.row, ds.row);
+    ds.read(in[3], units, at), p.read(in[4], units, at);
+    step_backward<C>(saved.row, s.row, p.row, next.row, ds.row, du.row, dv.row, ds.row, dp.row);
     du.write(out[0], units, at), dv.write(out[1], units, at), ds.write(out[2], units, at);
+    dp.write(out[3], units, at);
   }
 }
 }
@@ -147,8 +151,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 def call(function: Callable[..., None], given: Sequence[list[Tensor]], sizes: Sequence[int]):
     """Passes groups of tensors as arrays [k, units]; returns groups of the given sizes."""
-    units = given[-1][0].numel()
-    like = given[-1][0]
+    like = next(group[0] for group in given if group)
+    units = like.numel()
     arrays = [torch.stack(group) if group else like.new_empty(0) for group in given]
     out = [like.new_empty(size, units) for size in sizes]
     pointers = [(ctypes.c_void_p * len(g))(*(x.data_ptr() for x in g)) for g in (arrays, out)]
@@ -166,16 +170,16 @@ def test_cpp_computes_what_the_expressions_say(
         {"rtol": 2e-5, "atol": 2e-5} if lanes[0] == "f" else {"rtol": 1e-12, "atol": 1e-12}
     )
     derived, name = derive(cell), emit_cpp.struct_name(cell.name)
-    u, v, s, dnext = inputs(cell, dtype=dtype)
-    after, saved = derived.forward(u, v, s)
+    u, v, s, dnext, p = inputs(cell, dtype=dtype)
+    after, saved = derived.forward(u, v, s, p)
     gates, states = len(cell.gates), len(cell.states)
     sums = [a + b if summed else b for a, b, summed in zip(u, v, derived.summed, strict=True)]
     unread = [
         torch.full_like(a, math.nan) if t else a for a, t in zip(u, derived.summed, strict=True)
     ]
     forward, backward = (compiled[f"{name}_{way}_{lanes}"] for way in ("forward", "backward"))
-    got = call(forward, [unread, sums, s], [states, len(saved)])
+    got = call(forward, [unread, sums, s, p], [states, len(saved)])
     torch.testing.assert_close(got, [after, saved], **near)
-    want = derived.backward(saved, s, after, dnext)
-    got = call(backward, [saved, s, after, dnext], [gates, gates, states])
+    want = derived.backward(saved, s, after, dnext, p)
+    got = call(backward, [saved, s, after, dnext, p], [gates, gates, states, len(p)])
     torch.testing.assert_close(got, list(want), **near)

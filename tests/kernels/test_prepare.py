@@ -260,7 +260,7 @@ def test_facts_first_and_code_later() -> None:
 
 def by_key(key: str, given: dict[str, Any]) -> list[Tensor]:
     """Calls the operator as an exported program does, without preparation."""
-    order = ("x", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "s0")
+    order = ("x", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "params", "s0")
     return torch.ops.fastrnn.scan(key, *(given[k] for k in order), None, None, None, 0)
 
 

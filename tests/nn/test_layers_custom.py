@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import fastrnn
 from fastrnn import cells, to_torch
 from fastrnn.cells import Cell
+from tests.support.learned import peepholes
 from tests.support.modules import same_error
 from tests.support.names import LAYERS
 from tests.support.shared import minimal
@@ -42,7 +43,7 @@ def own_pair(u: Any, v: Any, p: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     return p, torch.sigmoid(u.b + v.b) * h + p
 
 
-CELLS = [minimal, own_slstm, own_pair]
+CELLS = [minimal, own_slstm, own_pair, peepholes]
 cell_of = pytest.mark.parametrize("cell", CELLS, ids=lambda c: c.name)
 
 
@@ -67,7 +68,7 @@ def by_hand(
             for step in x.flip(0) if d else x:
                 u = nn.functional.linear(step, *w.values()).split(size, -1)
                 v = nn.functional.linear(s[0], *r.values()).split(size, -1)
-                s = cell.step(u, v, s)
+                s = cell.step(u, v, s, [weights[f"weight_{n}_l{k}{suffix}"] for n in cell.params])
                 ys.append(s[0])
             outputs.append(torch.stack(ys[::-1] if d else ys))
             finals.append(s)

@@ -22,14 +22,18 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 WIDTHS = (1, 7, 16, 31, 33, 64, 65, 100, 130, 200, 300)
 
 
-def leaky(u: Any, v: Any, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+def leaky(u: Any, v: Any, p: Any, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """A custom cell with sums of products, which compilers could fuse in more than one way."""
-    c = u.a * v.b + torch.sigmoid(u.b) * c - v.a * h
-    return torch.tanh(c * v.a + u.a * h), c
+    c = u.a * v.b + torch.sigmoid(u.b) * c - p.each * v.a * h
+    return torch.tanh(c * v.a + p.all * u.a * h), c
 
 
 def custom(inputs: int, hidden: int, **options: Any) -> Any:
-    cell = fastrnn.cells.Cell("leaky_sums", ("a", "b"), ("h", "c"), leaky)
+    learned = {
+        "each": fastrnn.Param("unit", init=torch.nn.init.normal_),
+        "all": fastrnn.Param("one"),
+    }
+    cell = fastrnn.cells.Cell("leaky_sums", ("a", "b"), ("h", "c"), leaky, learned)
     return fastrnn.Recurrent(cell, inputs, hidden, **options)
 
 

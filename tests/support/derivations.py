@@ -10,14 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrnn import cells
-from fastrnn.cells import Cell
+from fastrnn.cells import Cell, Param
 from fastrnn.compiler.derive import Derived
 from tests.support.names import BUILT_IN
 
 
-def make(gates: str, states: str, function: Callable[..., object], name: str = "") -> Cell:
-    """A cell outside the registry, so that no other test meets it."""
-    return Cell(name or function.__name__, tuple(gates), tuple(states), function)  # type: ignore[arg-type]
+def make(
+    gates: str, states: str, function: Callable[..., object], name: str = "", params: str = ""
+) -> Cell:
+    """A cell outside the registry, so that no other test meets it. Parameters whose name is a
+    capital letter are shared by all units."""
+    learned = {p: Param("one" if p.isupper() else "unit") for p in params}
+    parts = tuple(gates), tuple(states), function, learned
+    return Cell(name or function.__name__, *parts)  # type: ignore[arg-type]
 
 
 def mgu(u, v, h):
@@ -39,6 +44,13 @@ def peephole(u, v, h, c):
     i, f = torch.sigmoid(u.i + v.i + 0.1 * c), torch.sigmoid(u.f + v.f - 0.2 * c)
     c = f * c + i * torch.tanh(u.g + v.g)
     return torch.sigmoid(u.o + 0.3 * c + v.o) * torch.tanh(c), c
+
+
+def learned(u, v, p, h, c):
+    """Peepholes, and a scale that all units share."""
+    i, f = torch.sigmoid(u.i + v.i + p.i * c), torch.sigmoid(u.f + v.f + p.f * c)
+    c = f * c + i * torch.tanh(p.S * (u.g + v.g))
+    return torch.sigmoid(u.o + p.o * c + v.o) * torch.tanh(c) + p.o.square(), c
 
 
 def activations(u, v, h, c):
@@ -80,6 +92,7 @@ USERS = [
     make("fn", "h", mgu),
     make("zifo", "hcnm", slstm),
     make("ifgo", "hc", peephole),
+    make("ifgo", "hc", learned, params="ifoS"),
     make("abcd", "hc", activations),
     make("abcd", "hc", choices),
     make("abcd", "hc", powers),
@@ -98,19 +111,19 @@ every_cell = pytest.mark.parametrize("cell", ALL, ids=lambda c: c.name)
 
 
 def inputs(cell: Cell, units: int = 64, dtype: torch.dtype = torch.float64) -> list[list[Tensor]]:
-    """Random `u`, `v`, states and gradients of next states."""
+    """Random `u`, `v`, states, gradients of next states, and parameters."""
     gates, states = len(cell.gates), len(cell.states)
     made = [
         [torch.randn(units, dtype=torch.float64).to(dtype) for _ in range(n)]
-        for n in (gates, gates, states, states)
+        for n in (gates, gates, states, states, len(cell.params))
     ]
     if cell.name == "slstm":  # its normalizer is positive
         made[2][2] = made[2][2].abs() + 0.5
     return made
 
 
-def by_autograd(cell: Cell, u: list[Tensor], v: list[Tensor], s: list[Tensor], dnext: list[Tensor]):
-    leaves = [[x.clone().requires_grad_() for x in group] for group in (u, v, s)]
+def by_autograd(cell: Cell, u, v, s, dnext, p):
+    leaves = [[x.clone().requires_grad_() for x in group] for group in (u, v, s, p)]
     flat = [x for group in leaves for x in group]
     after = cell.step(*leaves)
     reached = [(a, d) for a, d in zip(after, dnext, strict=True) if a.requires_grad]
@@ -124,7 +137,7 @@ def by_autograd(cell: Cell, u: list[Tensor], v: list[Tensor], s: list[Tensor], d
     return [a.detach() for a in after], list(grads)
 
 
-def derived_step(derived: Derived, u, v, s, dnext) -> tuple[list[Tensor], list[Tensor]]:
-    after, saved = derived.forward(u, v, s)
-    du, dv, ds = derived.backward(saved, s, after, dnext)
-    return after, [*du, *dv, *ds]
+def derived_step(derived: Derived, u, v, s, dnext, p) -> tuple[list[Tensor], list[Tensor]]:
+    after, saved = derived.forward(u, v, s, p)
+    du, dv, ds, dp = derived.backward(saved, s, after, dnext, p)
+    return after, [*du, *dv, *ds, *dp]

@@ -21,11 +21,11 @@ def linear(u, v, h, c):
     return u.a - v.a + c, c - h
 
 
-@cells.cell(gates="ab", states="hc")
-def linear_projectable(u, v, h, c):
-    """The same, but it reads the previous output through `v` alone."""
-    c = c + v.b - 2 * u.b
-    return u.a - v.a + c, c - v.a
+@cells.cell(gates="ab", states="hc", params={"each": "unit", "all": "one"})
+def linear_projectable(u, v, p, h, c):
+    """The same with learned parameters, but it reads the previous output through `v` alone."""
+    c = c + v.b - 2 * u.b + p.each * u.a
+    return u.a - v.a + c + p.all, c - p.all * v.a
 
 
 # T, B, I, H, P.
@@ -63,6 +63,9 @@ def operands(
         "b_hh": [random(rows, scale=scale) for _ in per_recurrence if bias],
         "w_hr": [
             random(recurrent, hidden, scale=scale) for _ in per_recurrence if projected is not None
+        ],
+        "params": [
+            random(param.size(hidden)) for _ in per_recurrence for param in cell.params.values()
         ],
         "s0": [random(recurrences, batch, width) for width in widths],
         "reverse": 0b10 if recurrences == 2 else 0,

@@ -213,8 +213,9 @@ class _Sweeps:
         self, scan: Scan, begin: int, end: int, buffers: BackwardBuffers, tape: Tape
     ) -> None:
         tensors = buffers._asdict()
-        dh = tensors.pop("dh")
+        dh, dp = tensors.pop("dh"), tensors.pop("dp")
         assert dh is None, "the CUDA kernels do not project"
+        assert dp is None, "the CUDA kernels have no cells with learned parameters"
         _launch("backward", scan, begin, end, tape, **tensors)
 
     def h_prev(

@@ -91,7 +91,7 @@ def backward(
     tape: Tensor,
     needs: Needs,
 ) -> list[Tensor]:
-    """Those gradients of x, w_ih, w_hh, b_ih, b_hh, w_hr and s0 that `needs` selects, as
+    """Those gradients of x, w_ih, w_hh, b_ih, b_hh, w_hr, params and s0 that `needs` selects, as
     `torch.ops.fastrnn.scan_backward`. `RecomputingSweeps` recompute a tape without rows, chunk by
     chunk."""
     operands, x = scan.operands, scan.operands.x
@@ -107,9 +107,9 @@ def backward(
             ds[j, ..., : scan.width(j)] = grad
     depth = scan.gates * hidden
 
-    def empty(width: int) -> Tensor:
+    def empty(width: int, dtype: torch.dtype = x.dtype) -> Tensor:
         size = recurrences, scan.chunk_rows, width
-        return torch.empty(size, dtype=x.dtype, device=x.device)
+        return torch.empty(size, dtype=dtype, device=x.device)
 
     dv = empty(depth)
     y, saved = y.contiguous(), Tape(tape.contiguous())
@@ -122,6 +122,7 @@ def backward(
         dv=dv,
         h_prev=empty(scan.recurrent),
         dh=None if scan.w_hr is None else empty(scan.recurrent),
+        dp=None if scan.params is None else empty(scan.params[0].numel(), compute),
     )
     gradients = _Gradients(scan, needs)
     steps = scan.steps if scan.batch else 0
@@ -133,7 +134,7 @@ def backward(
     for begin, end in chunks:
         chunk_tape = saved if recomputed is None else recomputed.tape(begin, end)
         if operands.lengths is not None:  # rows past the end of a sequence have no gradient
-            for buffer in (buffers.dv, buffers.du, buffers.h_prev, buffers.dh):
+            for buffer in (buffers.dv, buffers.du, buffers.h_prev, buffers.dh, buffers.dp):
                 if buffer is not None:
                     buffer.zero_()
         sweeps.backward(scan, begin, end, buffers, chunk_tape)
@@ -221,9 +222,11 @@ class _Gradients:
         self.w_hr = zeros(projected, recurrences, scan.recurrent, scan.hidden)
         self.b_ih = zeros(biased, recurrences, depth)
         self.b_hh = zeros(biased, recurrences, depth)
+        size = () if scan.params is None else scan.params.shape
+        self.params = zeros(needs.params and scan.params is not None, *size)
 
     def add(self, begin: int, end: int, buffers: BackwardBuffers, tape: Tensor) -> None:
-        scan, dh = self.scan, buffers.dh
+        scan, dh, dp = self.scan, buffers.dh, buffers.dp
         for p, recurrences in _runs(scan.reversed_recurrences):
             low, high = scan.row_range(begin, end, scan.reversed_recurrences[p])
             count = high - low
@@ -245,6 +248,9 @@ class _Gradients:
             if self.b_ih is not None and self.b_hh is not None:
                 self.b_ih[recurrences] += u.sum(1, dtype=scan.compute)
                 self.b_hh[recurrences] += v.sum(1, dtype=scan.compute)
+            if self.params is not None and dp is not None:
+                sums = dp[recurrences, :count].sum(1)
+                self.params[recurrences] += sums.view_as(self.params[recurrences])
             if self.x is not None:
                 for recurrence, gradient in enumerate(u, p):
                     self.x[low:high] += torch.mm(gradient, scan.w_ih[recurrence])
@@ -254,6 +260,10 @@ class _Gradients:
         out = [] if self.x is None else [self.x.view(shape).to(dtype)]
         for group in (self.w_ih, self.w_hh, self.b_ih, self.b_hh, self.w_hr):
             out += [] if group is None else list(group.to(dtype).unbind(0))
+        if self.params is not None:
+            shared = self.scan.derived.shared * self.scan.recurrences
+            for param, one in zip(self.params.flatten(0, 1), shared, strict=True):
+                out.append((param.sum(0, keepdim=True) if one else param).to(dtype))
         return out
 
 

@@ -48,6 +48,7 @@ class Scan:
         recurrent: Q, the width of state 0 and of the output: H unless it is projected.
         compute: the dtype of sums and states.
         w_ih, w_hh, w_hr: [P, G*H, I], [P, G*H, Q] and, if state 0 is projected, [P, Q, H].
+        params: [P, N, H], the learned parameters of a cell that has some; a shared one is repeated.
         first, first_on_device: int64 [T+1], the first row of each step, for packed input.
         length: int64 [B], steps of each sequence; None if all have `steps`.
         resets: uint8 [rows], whether an episode begins there.
@@ -93,6 +94,10 @@ class Scan:
         self.w_hh = stacked(operands.w_hh)
         self.w_ih = stacked(operands.w_ih)
         self.w_hr = stacked(operands.w_hr) if operands.w_hr else None
+        self.params: Tensor | None = None
+        if operands.params:
+            every = [param.expand(self.hidden) for param in operands.params]
+            self.params = torch.stack(every).view(self.recurrences, -1, self.hidden)
 
     def width(self, state: int) -> int:
         return self.hidden if state else self.recurrent
@@ -175,6 +180,8 @@ class BackwardBuffers(NamedTuple):
         h_prev: [P, chunk_rows, Q], receives state 0 before each step.
         dh: [P, chunk_rows, Q], receives the gradient of state 0 after each step; None unless it is
             projected.
+        dp: [P, chunk_rows, N*H] in `scan.compute`, receives the gradients of the learned
+            parameters at each step; None if the cell has none.
     """
 
     dy: Tensor | None
@@ -185,6 +192,7 @@ class BackwardBuffers(NamedTuple):
     dv: Tensor
     h_prev: Tensor
     dh: Tensor | None
+    dp: Tensor | None
 
 
 class RecomputeBuffers(NamedTuple):

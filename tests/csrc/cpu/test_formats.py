@@ -66,7 +66,7 @@ def one_step(
     cell: cells.Cell, x: Tensor, states: Sequence[Tensor], weights: Weights, format: str
 ) -> list[Tensor]:
     """A step in float64 on rounded weights and rows."""
-    w_ih, w_hh, b_ih, b_hh, w_hr = weights
+    w_ih, w_hh, b_ih, b_hh, w_hr, _ = weights
 
     def product(rows: Tensor, w: Tensor) -> Tensor:
         return rounded_rows(rows, format) @ rounded_weights(w, format).T

@@ -169,7 +169,7 @@ def test_a_kernel_takes_the_tape_of_another(name: str, projected: int | None) ->
         given = {**operands(cell, 6, 4, 3, 19, recurrences=2, projected=projected), **extra}
         arguments = (
             prepare(cell),
-            *(given[k] for k in ("x", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "s0")),
+            *(given[k] for k in ("x", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "params", "s0")),
             None,
             given.get("lengths"),
             given.get("resets"),
@@ -187,7 +187,7 @@ def test_a_kernel_takes_the_tape_of_another(name: str, projected: int | None) ->
             for reader in ("cpu", "reference"):
                 with kernels.use(reader):
                     gradients[writer, reader] = torch.ops.fastrnn.scan_backward(
-                        arguments[0], *output_grads, *arguments[1:], y, tape, [True] * 6
+                        arguments[0], *output_grads, *arguments[1:], y, tape, [True] * 7
                     )
         right = gradients.pop(("reference", "reference"))
         for pair, ours in gradients.items():

@@ -256,7 +256,7 @@ def test_a_kernel_takes_the_tape_of_another(name: str, part: str) -> None:
         given = {**operands(cell, 4, 3, 3, 19, 2, PRECISIONS[precision]), **extra}
         arguments = (
             emit_cpp.key(cell),
-            *(given[k] for k in ("x", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "s0")),
+            *(given[k] for k in ("x", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "params", "s0")),
             None,
             given.get("lengths"),
             given.get("resets"),
@@ -283,7 +283,7 @@ def test_a_kernel_takes_the_tape_of_another(name: str, part: str) -> None:
             for reader in ("cpu", "cuda"):
                 with using(reader):
                     gradients[writer, reader] = torch.ops.fastrnn.scan_backward(
-                        arguments[0], *output_grads, *arguments[1:], y, tape, [True] * 6
+                        arguments[0], *output_grads, *arguments[1:], y, tape, [True] * 7
                     )
         right = gradients.pop(("cpu", "cpu"))
         for pair, ours in gradients.items():
@@ -323,11 +323,11 @@ def test_only_wanted_gradients_and_none_that_is_absent(part: str) -> None:
     given = operands(cell, 3, 2, 3, 5, bias=False, dtype=PRECISIONS[precision])
     given["s0"] = []
     arguments = (cell.name, *(given[k] for k in ("x", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr")))
-    arguments += (given["s0"], None, None, None, 0)
+    arguments += (None, given["s0"], None, None, None, 0)
     residency, blocks = ways(part, 5)[0]
     with running(residency, blocks, precision):
         y, *states, tape = torch.ops.fastrnn.scan(*arguments, tape=True)
-    for needs in ([True] + [False] * 5, [False, False, True, True, True, True]):
+    for needs in ([True] + [False] * 6, [False, False, True, True, True, True, True]):
         for dy, dstates in ((y, [None, None]), (None, [None, states[1]])):
             found = {}
             for kernel in (running(residency, blocks, precision), kernels.use("cpu")):

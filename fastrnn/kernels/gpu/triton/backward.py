@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from fastrnn.kernels.gpu.triton.common import RUN_TIME, cuts, program, row_numbers, times
+from fastrnn.kernels.gpu.triton.common import RUN_TIME, cuts, learned, program, row_numbers, times
 
 
 @triton.jit
@@ -82,10 +82,20 @@ def _reads(
     return saved, before, after, dafter
 
 
+@triton.jit
+def _store_params(dp, out, rows, n, here, BB: tl.constexpr, BN: tl.constexpr, H: tl.constexpr,
+                  FIRST: tl.constexpr, L: tl.constexpr):  # fmt: skip
+    """Write the gradients of the learned parameters, which are in `out` from FIRST on."""
+    at = dp + rows[:, None] * (L * H) + n[None, :]
+    for j in tl.static_range(L):
+        tl.store(at + j * H, tl.broadcast_to(out[FIRST + j], (BB, BN)), mask=here)
+
+
 @triton.jit(do_not_specialize=RUN_TIME)
 def backward_resident(
     dy,  # [rows, P, H]
     w_hh,
+    params,  # [P, L, H], or any pointer
     s0,  # [S, P, B, H] in the type of computation
     ds,  # [S, P, B, H] gradients of the states, first after the chunk, then before it
     y,
@@ -93,6 +103,7 @@ def backward_resident(
     du,  # [P, chunk_rows, G*H]
     dv,  # shaped as du; the same tensor if all gates are summed
     h_prev,  # [P, chunk_rows, H] state 0 before each step
+    dp,  # [P, chunk_rows, L*H] in the type of computation, or any pointer
     first,
     length,
     resets,
@@ -109,6 +120,7 @@ def backward_resident(
     G: tl.constexpr,
     S: tl.constexpr,
     K: tl.constexpr,
+    L: tl.constexpr,
     SUMMED: tl.constexpr,
     DY: tl.constexpr,
     PACKED: tl.constexpr,
@@ -139,6 +151,7 @@ def backward_resident(
     for j in tl.static_range(S):
         ds_at = ds + recurrence + j * state + n[None, :]
         carried = carried + (tl.load(ds_at, mask=in_batch, other=0.0),)
+    own_params = learned(params, p, n, ds.dtype.element_ty, H, L)
 
     for back in tl.range(0, high - low):
         step = high - 1 - back
@@ -153,7 +166,8 @@ def backward_resident(
             dy, y, tape, s0 + recurrence, state, carried, rows, rows_before, from_row, from_start,
             alive, n, p, recurrences, H, S, K, DY, False,
         )  # fmt: skip
-        out = CELL(saved, before, after, dafter)
+        out = CELL(saved, before, own_params, after, dafter)
+        _store_params(dp, out, into + rows, n, here, BB, BN, H, 2 * G + S, L)
         recurrent = tl.broadcast_to(out[2 * G], (BB, BN))
         at = (into + rows)[:, None] * (G * H) + n[None, :]
         for g in tl.static_range(G):
@@ -184,6 +198,7 @@ def backward_resident(
 def backward_streamed(
     dy,  # [rows, P, Q]
     w_hh,  # [P, G*H, Q]
+    params,
     s0,  # [S, P, B, W], W = max(H, Q)
     ds,  # shaped as s0
     y,  # [rows, P, Q]
@@ -191,6 +206,7 @@ def backward_streamed(
     du,
     dv,
     h_prev,  # [P, chunk_rows, Q]
+    dp,
     w_hr,  # [P, Q, H], or any pointer
     dh,  # [P, chunk_rows, Q] gradient of state 0 after each step, or any pointer
     first,
@@ -213,6 +229,7 @@ def backward_streamed(
     G: tl.constexpr,
     S: tl.constexpr,
     K: tl.constexpr,
+    L: tl.constexpr,
     SUMMED: tl.constexpr,
     DY: tl.constexpr,
     PACKED: tl.constexpr,
@@ -281,7 +298,9 @@ def backward_streamed(
                 dy, y, tape, start, state, carried, rows, rows_before, from_row, from_start, alive,
                 n, p, recurrences, H, S, K, DY, PROJECTED,
             )  # fmt: skip
-            out = CELL(saved, before, after, dafter)
+            own_params = learned(params, p, n, dtype, H, L)
+            out = CELL(saved, before, own_params, after, dafter)
+            _store_params(dp, out, into + rows, n, here, BB, BN, H, 2 * G + S, L)
             at = (into + rows)[:, None] * (G * H) + n[None, :]
             for g in tl.static_range(G):
                 d = tl.broadcast_to(out[G + g], (BB, BN))

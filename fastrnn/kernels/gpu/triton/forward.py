@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from fastrnn.kernels.gpu.triton.common import RUN_TIME, cuts, program, row_numbers, times
+from fastrnn.kernels.gpu.triton.common import RUN_TIME, cuts, learned, program, row_numbers, times
 
 
 @triton.jit
@@ -50,6 +50,7 @@ def forward_resident(
     u,  # [P, chunk_rows, G*H], with bias
     w_hh,  # [P, G*H, H]
     b_hh,  # [P, G*H], used for gates that are not summed
+    params,  # [P, L, H], or any pointer
     carry,  # [S, P, B, H] in the type of computation: states before and after the chunk
     y,  # [rows, P, H]
     tape,  # [rows, P, S-1+K, H]
@@ -69,6 +70,7 @@ def forward_resident(
     G: tl.constexpr,
     S: tl.constexpr,
     K: tl.constexpr,
+    L: tl.constexpr,
     SUMMED: tl.constexpr,
     BIAS: tl.constexpr,
     TAPE: tl.constexpr,
@@ -96,6 +98,7 @@ def forward_resident(
         w_at = w_hh + ((p * G + g) * H + n[None, :]) * H + k[:, None]
         w = w + (tl.load(w_at, mask=inside, other=0.0),)
     bias = _bias(b_hh, p, n, dtype, H, G, BIAS)
+    own_params = learned(params, p, n, dtype, H, L)
     s = ()
     state = carry + (p * batch + b[:, None]) * H + n[None, :]
     for j in tl.static_range(S):
@@ -124,7 +127,7 @@ def forward_resident(
         for g in tl.static_range(G):
             recurrent = recurrent + (times(before[0], w[g], DOT, PRECISION),)
         us, vs = _inputs(own, recurrent, bias, dtype, G, SUMMED, BIAS)
-        out = CELL(us, vs, before)
+        out = CELL(us, vs, before, own_params)
         here = alive[:, None] & (n < H)[None, :]
         after = ()
         for j in tl.static_range(S):
@@ -151,6 +154,7 @@ def forward_streamed(
     u,
     w_hh,  # [P, G*H, Q]
     b_hh,
+    params,
     carry,  # [S+1, P, B, W], W = max(H, Q); the last is a second buffer for state 0, and steps
     # alternate between the two
     y,  # [rows, P, Q]
@@ -177,6 +181,7 @@ def forward_streamed(
     G: tl.constexpr,
     S: tl.constexpr,
     K: tl.constexpr,
+    L: tl.constexpr,
     SUMMED: tl.constexpr,
     BIAS: tl.constexpr,
     TAPE: tl.constexpr,
@@ -229,6 +234,7 @@ def forward_streamed(
                 recurrent = sums
             own = _gates(u, rows, n, alive, H, G)
             bias = _bias(b_hh, p, n, dtype, H, G, BIAS)
+            own_params = learned(params, p, n, dtype, H, L)
             in_batch = (b < batch)[:, None] & (n < H)[None, :]
             s = ()
             before = ()
@@ -243,7 +249,7 @@ def forward_streamed(
                 else:
                     before = before + (s[j],)
             us, vs = _inputs(own, recurrent, bias, dtype, G, SUMMED, BIAS)
-            out = CELL(us, vs, before)
+            out = CELL(us, vs, before, own_params)
             here = alive[:, None] & (n < H)[None, :]
             if S > 1:
                 tl.debug_barrier()  # all threads have read the tile before any writes it

@@ -92,6 +92,7 @@ def meta_arguments(
         "G": len(derived.gates),
         "S": len(derived.states),
         "K": len(derived.saved),
+        "L": len(derived.params),
         "SUMMED": sum(summed << g for g, summed in enumerate(derived.summed)),
         "PACKED": packed,
         "RAGGED": ragged,
@@ -131,7 +132,9 @@ class _Sweeps:
         u, b_hh, carry, y, tape = buffers
         none = scan.w_hh  # a missing tensor may be any pointer; it is never dereferenced
         flags = {"bias": b_hh is not None, "tape": tape is not None}
-        tensors = [none if b_hh is None else b_hh, carry, y, none if tape is None else tape]
+        params = none if scan.params is None else scan.params
+        tensors = [none if b_hh is None else b_hh, params, carry, y]
+        tensors += [none if tape is None else tape]
         if not scan.plan.triton.resident:
             size = scan.recurrences, scan.batch, scan.hidden
             tensors += [none] * 2 if scan.w_hr is None else [scan.w_hr, carry.new_empty(size)]
@@ -140,9 +143,10 @@ class _Sweeps:
     def backward(
         self, scan: Scan, begin: int, end: int, buffers: BackwardBuffers, tape: Tape
     ) -> None:
-        dy, s0, ds, y, du, dv, h_prev, dh = buffers
+        dy, s0, ds, y, du, dv, h_prev, dh, dp = buffers
         none = scan.w_hh
-        tensors = [s0, ds, y, tape.values, du, dv, h_prev]
+        tensors = [none if scan.params is None else scan.params, s0, ds, y, tape.values, du, dv]
+        tensors += [h_prev, none if dp is None else dp]
         if not scan.plan.triton.resident:
             tensors += [none if scan.w_hr is None else scan.w_hr, none if dh is None else dh]
         first = y if dy is None else dy

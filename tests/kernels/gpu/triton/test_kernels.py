@@ -185,7 +185,7 @@ def test_a_kernel_takes_the_tape_of_another(name: str, projected: int | None) ->
         given = {**operands(cell, 4, 3, 3, 19, recurrences=2, projected=projected), **extra}
         arguments = (
             prepare(cell),
-            *(given[k] for k in ("x", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "s0")),
+            *(given[k] for k in ("x", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "params", "s0")),
             None,
             given.get("lengths"),
             given.get("resets"),
@@ -204,7 +204,7 @@ def test_a_kernel_takes_the_tape_of_another(name: str, projected: int | None) ->
             for reader in ("cpu", "triton"):
                 with kernels.use(reader):
                     gradients[writer, reader] = torch.ops.fastrnn.scan_backward(
-                        arguments[0], *output_grads, *arguments[1:], y, tape, [True] * 6
+                        arguments[0], *output_grads, *arguments[1:], y, tape, [True] * 7
                     )
         right = gradients.pop(("cpu", "cpu"))
         for pair, ours in gradients.items():
@@ -218,10 +218,10 @@ def test_only_wanted_gradients_and_none_that_is_absent() -> None:
     given = operands(cell, 3, 2, 3, 5, bias=False)
     given["s0"] = []
     arguments = (cell.name, *(given[k] for k in ("x", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr")))
-    arguments += (given["s0"], None, None, None, 0)
+    arguments += (None, given["s0"], None, None, None, 0)
     with kernels.use("triton"):
         y, *states, tape = torch.ops.fastrnn.scan(*arguments, tape=True)
-    for needs in ([True] + [False] * 5, [False, False, True, True, True, True]):
+    for needs in ([True] + [False] * 6, [False, False, True, True, True, True, True]):
         for dy, dstates in ((y, [None, None]), (None, [None, states[1]])):
             found = {}
             for kernel in ("triton", "cpu"):

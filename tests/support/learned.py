@@ -1,0 +1,27 @@
+"""A custom cell with learned parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastrnn
+
+
+@fastrnn.cell(
+    gates="ifgo",
+    states="hc",
+    params={
+        "pi": "unit",
+        "pf": fastrnn.Param(init=torch.nn.init.normal_),
+        "po": fastrnn.Param("unit", init=0.5),
+        "scale": "one",
+    },
+)
+def peepholes(u: Any, v: Any, p: Any, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """Long short-term memory with peepholes (Gers & Schmidhuber 2000), and a learned scale."""
+    i, f = torch.sigmoid(u.i + v.i + p.pi * c), torch.sigmoid(u.f + v.f + p.pf * c)
+    c = f * c + i * torch.tanh(p.scale * (u.g + v.g))
+    return torch.sigmoid(u.o + v.o + p.po * c) * torch.tanh(c), c
