@@ -73,9 +73,9 @@ def test_the_reference_computes_what_the_paper_does(name: str, bias: bool) -> No
 @every_name
 def test_the_derivative_is_that_of_autograd(name: str) -> None:
     cell = cells.get(name)
-    u, v, s, dnext = inputs(cell)
-    after, grads = derived_step(derive(cell), u, v, s, dnext)
-    want_after, want_grads = by_autograd(cell, u, v, s, dnext)
+    groups = inputs(cell)
+    after, grads = derived_step(derive(cell), *groups)
+    want_after, want_grads = by_autograd(cell, *groups)
     torch.testing.assert_close(after, want_after, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(grads, want_grads, rtol=1e-11, atol=1e-11)
 

@@ -387,9 +387,9 @@ class CompiledCell(ctypes.Structure):
     """`CompiledCell` of csrc/cpu/contract.h."""
 
     _fields_ = (
-        ("name", ctypes.c_char_p),
-        ("facts", ctypes.c_int32 * 4),
+        ("traits", ctypes.c_int32 * 6),
         ("projectable", ctypes.c_bool),
+        ("name", ctypes.c_char_p),
         ("code", ctypes.c_void_p * len(FORMATS) * 6),
     )
 

@@ -23,7 +23,7 @@ def leaky(u: Any, v: Any, h: Tensor) -> Tensor:
 
 
 def with_values(initialize: Callable[..., object] | None) -> Cell:
-    return Cell("leaky", ("a", "b"), ("h",), leaky, initialize)
+    return Cell("leaky", ("a", "b"), ("h",), leaky, initialize=initialize)
 
 
 def rows(layer: Any, name: str, gate: int) -> Tensor:
