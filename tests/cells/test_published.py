@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -140,7 +141,7 @@ def test_name_and_module(name: str) -> None:
     assert cell is getattr(cells, name)
     assert cell.name == name
     assert cell.function.__module__ == f"fastrnn.cells.published.{MODULES[name]}"
-    assert "arXiv:" in (cell.function.__doc__ or "")
+    assert re.search("arXiv:|doi:", cell.function.__doc__ or "")
 
 
 def test_an_unknown_name_lists_them() -> None:

@@ -34,6 +34,7 @@ class Gate(NamedTuple):
 
 
 Gates = Mapping[str, Gate]
+Learned = Mapping[str, Tensor]
 
 
 def antisymmetric_rnn(k: Gates, x: Tensor, h: Tensor) -> Any:
@@ -61,6 +62,16 @@ def cifg(k: Gates, x: Tensor, h: Tensor, c: Tensor) -> Any:
     f = 1 - i
     c = f * c + i * g
     return o * tanh(c), c
+
+
+def fast_rnn(k: Gates, p: Learned, x: Tensor, h: Tensor) -> Any:
+    return sigmoid(p["beta"]) * h + sigmoid(p["alpha"]) * tanh(k["h"](x, h))
+
+
+def fast_grnn(k: Gates, p: Learned, x: Tensor, h: Tensor) -> Any:
+    a = k["h"](x, h)
+    z, n = sigmoid(a + p["bz"]), tanh(a + p["bn"])
+    return z * h + (sigmoid(p["zeta"]) * (1 - z) + sigmoid(p["nu"])) * n
 
 
 def irnn(k: Gates, x: Tensor, h: Tensor) -> Any:
@@ -112,6 +123,12 @@ def nbrc(k: Gates, x: Tensor, h: Tensor) -> Any:
     return c * h + (1 - c) * tanh(k["n"].of_x(x) + a * h)
 
 
+def peephole_lstm(k: Gates, p: Learned, x: Tensor, h: Tensor, c: Tensor) -> Any:
+    i, f = sigmoid(k["i"](x, h) + p["pi"] * c), sigmoid(k["f"](x, h) + p["pf"] * c)
+    c = f * c + i * tanh(k["g"](x, h))
+    return sigmoid(k["o"](x, h) + p["po"] * c) * tanh(c), c
+
+
 def ran(k: Gates, x: Tensor, h: Tensor, c: Tensor) -> Any:
     i, f = sigmoid(k["i"](x, h)), sigmoid(k["f"](x, h))
     c = i * k["g"].of_x(x) + f * c
@@ -144,6 +161,8 @@ STEPS: dict[str, Callable[..., Any]] = {
         atr,
         cfn,
         cifg,
+        fast_grnn,
+        fast_rnn,
         gated_antisymmetric_rnn,
         irnn,
         janet,
@@ -151,6 +170,7 @@ STEPS: dict[str, Callable[..., Any]] = {
         mgu,
         nas,
         nbrc,
+        peephole_lstm,
         ran,
         slstm,
         star,
@@ -166,21 +186,23 @@ def loop(
     w_hh: Sequence[Tensor],
     b_ih: Sequence[Tensor],
     b_hh: Sequence[Tensor],
+    params: Sequence[Tensor],
     s0: Sequence[Tensor],
     **others: Any,
 ) -> tuple[Tensor, list[Tensor]]:
     """A scan of one recurrence over dense input, in the arguments of `ops.scan`. Of the cell it
-    reads the names of itself, its gates and its states."""
+    reads the names of itself, its gates, its parameters and its states."""
     assert len(w_ih) == 1 and not any(others.values())
     hidden = w_hh[0].size(0) // len(cell.gates)
     parts = [
         t[0].split(hidden) if t else [None] * len(cell.gates) for t in (w_ih, w_hh, b_ih, b_hh)
     ]
     gates = {name: Gate(*rows) for name, *rows in zip(cell.gates, *parts, strict=True)}
+    learned = [dict(zip(cell.params, params, strict=True))] if params else []
     states = [s[0] for s in s0]
     ys = []
     for step in x:
-        after = STEPS[cell.name](gates, step, *states)
+        after = STEPS[cell.name](gates, *learned, step, *states)
         states = [after] if isinstance(after, Tensor) else list(after)
         ys.append(states[0])
     return torch.stack(ys), [s.unsqueeze(0) for s in states]
