@@ -390,7 +390,7 @@ def test_the_operator_checks_what_it_is_given() -> None:
     w_ih, w_hh, b_ih, b_hh = ([w] for w in module._weights()[0][:4])
 
     def call(*last: Any) -> Any:
-        given = (w_ih, w_hh, b_ih, b_hh, [], [], None, None, None, 0, *last)
+        given = (w_ih, w_hh, b_ih, b_hh, [], [], [], None, None, None, 0, *last)
         return torch.ops.fastrnn.scan_packed("gru", torch.randn(4, 3, 5), *given)
 
     call(*packed)

@@ -16,10 +16,9 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import fastrnn
 from fastrnn import cells, to_torch
 from fastrnn.cells import Cell
-from tests.support.learned import peepholes
 from tests.support.modules import same_error
 from tests.support.names import LAYERS
-from tests.support.shared import minimal
+from tests.support.shared import minimal, peepholes
 from tests.support.tensors import flatten, sum_of
 
 F64 = torch.float64

@@ -14,7 +14,7 @@ import fastrnn
 from fastrnn import cells, kernels
 from fastrnn.nn import functional
 from tests.support import weights as attached
-from tests.support.learned import peepholes
+from tests.support.shared import peepholes
 from tests.support.tensors import flatten
 
 F64 = torch.float64

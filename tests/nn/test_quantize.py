@@ -23,7 +23,7 @@ from fastrnn import kernels
 from fastrnn.extension import _C
 from fastrnn.tools import tolerance
 from tests.support.names import CELLS
-from tests.support.shared import minimal
+from tests.support.shared import peepholes
 from tests.support.tensors import batches, flatten
 
 CHANGED = "changed or replaced after"
@@ -43,7 +43,7 @@ class Case(NamedTuple):
     def layer(self, inputs: int = 7, hidden: int = 33, **more: Any) -> Any:
         arguments = {**self.arguments, **more}
         if self.kind == "Recurrent":
-            return fastrnn.Recurrent(minimal, inputs, hidden, **arguments)
+            return fastrnn.Recurrent(peepholes, inputs, hidden, **arguments)
         return getattr(fastrnn, self.kind)(inputs, hidden, **arguments)
 
 

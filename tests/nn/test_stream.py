@@ -62,7 +62,8 @@ def with_threads(layer: Any, batch: int, threads: int) -> stream.Stepper:
     key = prepare(layer._cell(), dtype=like.dtype)
     assert key is not None
     scales: list[list[Tensor]] = [[] for _ in weights]
-    return stream.Stepper(key, like, weights, _C.format_of(like), scales, batch, threads, True)
+    layers = [recurrence.flat() for recurrence in weights]
+    return stream.Stepper(key, like, layers, _C.format_of(like), scales, batch, threads, True)
 
 
 def stepped(stepper: stream.Stepper, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A cell of a user that several files test layers with: each cell takes seconds to compile."""
+"""Cells of users that several files test layers with: each cell takes seconds to compile."""
 
 from __future__ import annotations
 
@@ -15,3 +15,20 @@ def minimal(u: Any, v: Any, h: Tensor) -> Tensor:
     """Minimal gated unit, Zhou et al. 2016, arXiv:1603.09420."""
     f = torch.sigmoid(u.f + v.f)
     return (1 - f) * h + f * torch.tanh(u.n + f * v.n)
+
+
+@fastrnn.cell(
+    gates="ifgo",
+    states="hc",
+    params={
+        "pi": "unit",
+        "pf": fastrnn.Param(init=torch.nn.init.normal_),
+        "po": fastrnn.Param("unit", init=0.5),
+        "scale": "one",
+    },
+)
+def peepholes(u: Any, v: Any, p: Any, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """Long short-term memory with peepholes (Gers & Schmidhuber 2000), and a learned scale."""
+    i, f = torch.sigmoid(u.i + v.i + p.pi * c), torch.sigmoid(u.f + v.f + p.pf * c)
+    c = f * c + i * torch.tanh(p.scale * (u.g + v.g))
+    return torch.sigmoid(u.o + v.o + p.po * c) * torch.tanh(c), c
