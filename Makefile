@@ -13,6 +13,9 @@
 #               ARGS="--quick" or ARGS="--only lstm,gru_cell" does less
 # make bench-load
 #               time layers of one row beside busy processes, about 30 minutes
+# make bench-cells
+#               time training with every published cell beside a loop of torch operations, about 15
+#               minutes
 # make bench-formats
 #               time int8 and bfloat16 beside float32 and other libraries, a few minutes
 # make gpu      build, test and measure on this machine's NVIDIA GPU, 20 minutes;
@@ -39,8 +42,8 @@ CPP = $(foreach kind,h cpp cu cuh,$(shell find csrc tests benchmarks -name '*.$(
 
 GENERATOR = $(wildcard fastrnn/cells/*.py fastrnn/compiler/*.py)
 
-.PHONY: demo test test-long test-all clients bench bench-full bench-grid bench-load bench-formats \
-  gpu docs lint format clean in-place
+.PHONY: demo test test-long test-all clients bench bench-full bench-grid bench-load bench-cells \
+  bench-formats gpu docs lint format clean in-place
 
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
@@ -107,6 +110,7 @@ bench-full: $(BASELINES)
 	$(PY) -m benchmarks.report
 	$(PY) -m benchmarks.grid --save
 	$(PY) -m benchmarks.load --save
+	$(PY) -m benchmarks.cells --save
 	$(PY) -m benchmarks.formats --save
 
 bench-grid: $(BASELINES)
@@ -114,6 +118,9 @@ bench-grid: $(BASELINES)
 
 bench-load: $(BASELINES)
 	$(PY) -m benchmarks.load --save $(ARGS)
+
+bench-cells: $(BASELINES)
+	$(PY) -m benchmarks.cells --save $(ARGS)
 
 bench-formats: $(BASELINES)
 	$(PY) -m benchmarks.formats --save $(ARGS)

@@ -112,13 +112,19 @@ def scan(
     """
     weights = w_ih, w_hh, b_ih, b_hh, w_hr, params
     operands = Operands(x, *weights, s0, batch_sizes, lengths, resets, reverse)
-    return run(cell, operands, packed, recompute=recompute)
+    return run(cell, operands, packed, recompute=recompute)[:2]
 
 
 def run(
-    cell: Cell, operands: Operands, packed: Prepacked | None = None, *, recompute: bool = False
-) -> tuple[Tensor, list[Tensor]]:
-    """`scan` with the operands as one value."""
+    cell: Cell,
+    operands: Operands,
+    packed: Prepacked | None = None,
+    *,
+    recompute: bool = False,
+    steps: bool = False,
+) -> tuple[Tensor, list[Tensor], Tensor | None]:
+    """`scan` with the operands as one value. With `steps`, the third result holds the states past
+    the first after every step, [R, P, S-1, H], with zeros past the end of a sequence."""
     x, w_ih, w_hh, b_ih, b_hh, w_hr, params, s0 = operands[:8]
     tensors = (x, *w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *params, *s0)
     compiling = torch.compiler.is_compiling()
@@ -127,21 +133,23 @@ def run(
         if torch.is_grad_enabled():
             _refuse_gradients(*tensors)
         if _can_use_prepacked(x):
-            if compiling or torch._C._is_torch_function_mode_enabled():
+            if steps or compiling or torch._C._is_torch_function_mode_enabled():
                 y, *states = torch.ops.fastrnn.scan_packed.default(
-                    key, *_optional(operands), *packed
+                    key, *_optional(operands), *packed, steps
                 )
-                return y, states
-            return _C.scan_packed(key, *operands, *packed)
+                return y, states, states.pop() if steps else None
+            return *_C.scan_packed(key, *operands, *packed), None
     # Subclasses of Tensor, and modes such as the default device, override functions, so they need
     # an operator that they can see. Transforms come first: they have no rule for the operator.
     transformed = not compiling and _transformed()
     if key is None or transformed:
-        return _as_operations(cell, operands)
-    if compiling or has_torch_function(tensors):
-        y, *states, _ = torch.ops.fastrnn.scan.default(key, *_optional(operands), False, recompute)
-        return y, states
-    return _C.scan(key, *operands, recompute)
+        return _as_operations(cell, operands, steps)
+    if steps or compiling or has_torch_function(tensors):
+        y, *states, _ = torch.ops.fastrnn.scan.default(
+            key, *_optional(operands), False, recompute, steps
+        )
+        return y, states, states.pop() if steps else None
+    return *_C.scan(key, *operands, recompute), None
 
 
 def _optional(operands: Operands) -> tuple[Any, ...]:
@@ -229,11 +237,14 @@ def _transformed() -> bool:
     )
 
 
-def _as_operations(cell: Cell, operands: Operands) -> tuple[Tensor, list[Tensor]]:
+def _as_operations(
+    cell: Cell, operands: Operands, steps: bool
+) -> tuple[Tensor, list[Tensor], Tensor | None]:
     """Run the reference, under autocast with operands in autocast's dtype."""
     kind = operands.x.device.type
+    run = reference.scan_with_steps if steps else _without_steps
     if not torch.is_autocast_enabled(kind):
-        return reference.scan(cell, operands)
+        return run(cell, operands)
     dtype = _C.autocast_dtype(cell.name, operands.x, operands.s0)
 
     def cast(operand: Any) -> Any:
@@ -241,14 +252,17 @@ def _as_operations(cell: Cell, operands: Operands) -> tuple[Tensor, list[Tensor]
 
     in_dtype = Operands(*map(cast, operands))._replace(x=operands.x.to(dtype))
     with torch.autocast(kind, enabled=False):
-        return reference.scan(cell, in_dtype)
+        return run(cell, in_dtype)
+
+
+def _without_steps(cell: Cell, operands: Operands) -> tuple[Tensor, list[Tensor], None]:
+    return *reference.scan(cell, operands), None
 
 
 @torch.library.register_fake("fastrnn::scan")
 def _scan_fake(cell: str, *arguments: Any) -> list[Tensor]:
-    operands, tape = Operands(*arguments[: len(Operands._fields)]), False
-    if len(arguments) > len(operands):
-        tape = arguments[len(operands)]
+    operands = Operands(*arguments[: len(Operands._fields)])
+    tape, _, steps, *_ = *arguments[len(operands) :], False, False, False
     x, w_hh, w_hr, s0 = operands.x, operands.w_hh, operands.w_hr, operands.s0
     for tensors in operands.lists():
         for tensor in tensors or ():
@@ -266,17 +280,25 @@ def _scan_fake(cell: str, *arguments: Any) -> list[Tensor]:
     y = x.new_empty(*x.shape[:-1], recurrences * recurrent)
     before = (batch,) if x.dim() == 2 and operands.batch_sizes is None else (recurrences, batch)
     last = [x.new_empty(*before, hidden if s else recurrent) for s in range(states)]
+    if steps:
+        last.append(x.new_empty(rows, recurrences, states - 1, hidden))
     return [y, *last, x.new_empty(rows if tape else 0, recurrences, width, hidden)]
 
 
 @torch.library.register_fake("fastrnn::scan_packed")
 def _scan_packed_fake(*arguments: Any) -> list[Tensor]:
-    return _scan_fake(*arguments[:-3])[:-1]
+    count = 1 + len(Operands._fields)
+    steps = arguments[count + 3 :] == (True,)
+    return _scan_fake(*arguments[:count], False, False, steps)[:-1]
 
 
 @torch.library.register_fake("fastrnn::scan_backward")
 def _scan_backward_fake(
-    cell: str, dy: Tensor | None, dstates: list[Tensor | None], *arguments: Any
+    cell: str,
+    dy: Tensor | None,
+    dstates: list[Tensor | None],
+    dsteps: Tensor | None,
+    *arguments: Any,
 ) -> list[Tensor]:
     *inputs, _, _, needs = arguments
     operands = Operands(*inputs)

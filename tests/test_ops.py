@@ -60,19 +60,23 @@ LAYOUTS: dict[str, Any] = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_opcheck(name: str, layout: str) -> None:
     extra = LAYOUTS[layout]()
-    opcheck(scan, call(name, True, **extra))
+    for steps in (False, True):
+        opcheck(scan, call(name, True, **extra), {"steps": steps})
     arguments = call(name, False, **extra)
     opcheck(scan, arguments)
-    y, *states, tape = scan(*arguments, tape=True)
-    gradients = torch.randn_like(y), [torch.randn_like(states[0]), *[None] * (len(states) - 1)]
-    for needs in ([True] * 7, [False, True, False, True, False, False, False]):
+    y, *states, every, tape = scan(*arguments, tape=True, steps=True)
+    dstates = [torch.randn_like(states[0]), *[None] * (len(states) - 1)]
+    some, all_ = [False, True, False, True, False, False, False], [True] * 7
+    for dsteps, needs in ((None, all_), (None, some), (torch.randn_like(every), all_)):
+        gradients = torch.randn_like(y), dstates, dsteps
         opcheck(scan_backward, (arguments[0], *gradients, *arguments[1:], y, tape, needs))
 
 
 def test_only_the_gradients_asked_for_are_computed() -> None:
     arguments = call("gru", False)
     y, *_, tape = scan(*arguments, tape=True)
-    full = scan_backward("gru", torch.ones_like(y), [None], *arguments[1:], y, tape, [True] * 7)
+    grads = torch.ones_like(y), [None], None
+    full = scan_backward("gru", *grads, *arguments[1:], y, tape, [True] * 7)
     assert [tuple(g.shape) for g in full] == [
         (4, 3, 5),
         *[(18, 5)] * 2,
@@ -81,7 +85,7 @@ def test_only_the_gradients_asked_for_are_computed() -> None:
         (2, 3, 6),
     ]
     only = [False, False, True, False, False, False, True]
-    part = scan_backward("gru", torch.ones_like(y), [None], *arguments[1:], y, tape, only)
+    part = scan_backward("gru", *grads, *arguments[1:], y, tape, only)
     for ours, right in zip(part, [*full[3:5], full[-1]], strict=True):
         assert torch.equal(ours, right)
 
@@ -215,7 +219,7 @@ def test_backward_refuses_a_foreign_tape() -> None:
     arguments = call("gru", False)
     y, *_, tape = scan(*arguments, tape=True)
     with pytest.raises(RuntimeError, match="tape=True"):
-        scan_backward("gru", y, [None], *arguments[1:], y, tape[1:], [True] * 7)
+        scan_backward("gru", y, [None], None, *arguments[1:], y, tape[1:], [True] * 7)
 
 
 def test_backward_refuses_gradients_that_do_not_fit() -> None:
@@ -228,7 +232,7 @@ def test_backward_refuses_gradients_that_do_not_fit() -> None:
         (y, [None, torch.ones(1, 1, 1)], "gradient of state 1 should be"),
     ]:
         with pytest.raises(RuntimeError, match=match):
-            scan_backward("lstm", dy, dstates, *arguments[1:], y, tape, [True] * 7)
+            scan_backward("lstm", dy, dstates, None, *arguments[1:], y, tape, [True] * 7)
 
 
 @pytest.mark.parametrize("kernel", ["cpu", "reference"])

@@ -17,7 +17,7 @@ at::ScalarType autocast_dtype(std::string_view cell, const Tensor& x, TensorList
 namespace {
 
 template <c10::DeviceType device, c10::DispatchKey key>
-std::vector<Tensor> autocast(FASTRNN_SCAN_PARAMETERS, bool tape, bool recompute) {
+std::vector<Tensor> autocast(FASTRNN_SCAN_PARAMETERS, bool tape, bool recompute, bool steps) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
   const ScanInputs in = FASTRNN_SCAN_INPUTS;
   const at::ScalarType type = autocast_dtype(cell, x, in.s0);
@@ -31,9 +31,11 @@ std::vector<Tensor> autocast(FASTRNN_SCAN_PARAMETERS, bool tape, bool recompute)
              bh = cast_all(in.b_hh), hr = cast_all(in.w_hr), p = cast_all(in.params),
              s = cast_all(in.s0);
   const Tensor cast_x = cast(x);
-  return as_list(
+  Tensor states;
+  ScanOutputs out =
       call_scan({cell, cast_x, ih, hh, bi, bh, hr, p, s, batch_sizes, lengths, resets, reverse},
-                tape, recompute));
+                tape, recompute, steps ? &states : nullptr);
+  return as_list(std::move(out), states);
 }
 
 }  // namespace

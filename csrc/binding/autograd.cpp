@@ -45,6 +45,10 @@ ScanInputs unflattened(std::string_view cell, TensorList flat, const Sizes& n,
           params, s0,      batch_sizes, lengths, resets, reverse};
 }
 
+std::optional<Tensor> optional(const Tensor& tensor) {
+  return tensor.defined() ? std::optional<Tensor>(tensor) : std::nullopt;
+}
+
 std::vector<Tensor> call_scan_backward(const ScanInputs& in, const OutputGrads& grads,
                                        const Tensor& y, const Tensor& tape, const Needs& needs) {
   static auto op = c10::Dispatcher::singleton()
@@ -53,19 +57,19 @@ std::vector<Tensor> call_scan_backward(const ScanInputs& in, const OutputGrads& 
   c10::List<std::optional<Tensor>> dstates;
   for (const Tensor& grad : grads.dstates)
     dstates.push_back(grad.defined() ? std::optional<Tensor>(grad) : std::nullopt);
-  return op.call(in.cell, grads.dy.defined() ? std::optional<Tensor>(grads.dy) : std::nullopt,
-                 dstates, in.x, in.w_ih, in.w_hh, or_none(in.b_ih), or_none(in.b_hh),
-                 or_none(in.w_hr), or_none(in.params), or_none(in.s0), in.batch_sizes, in.lengths,
-                 in.resets, in.reverse, y, tape, needs);
+  return op.call(in.cell, optional(grads.dy), dstates, optional(grads.dsteps), in.x, in.w_ih,
+                 in.w_hh, or_none(in.b_ih), or_none(in.b_hh), or_none(in.w_hr), or_none(in.params),
+                 or_none(in.s0), in.batch_sizes, in.lengths, in.resets, in.reverse, y, tape, needs);
 }
 
 // The data that backward needs besides tensors. It is one object, because each entry of a context
 // costs as much as a small layer.
 struct Recorded : torch::CustomClassHolder {
-  Recorded(std::string cell, int64_t reverse, const Sizes& sizes, const Tensor& y)
+  Recorded(std::string cell, int64_t reverse, const Sizes& sizes, const Tensor& y, size_t states)
       : cell(std::move(cell)),
         reverse(reverse),
         sizes(sizes),
+        states(states),
         y_counter(y.unsafeGetTensorImpl()->version_counter()),
         y_version(y_counter.current_version()),
         y_samples(samples(y)) {}
@@ -78,14 +82,11 @@ struct Recorded : torch::CustomClassHolder {
   std::string cell;
   int64_t reverse;
   Sizes sizes;
+  size_t states;
   c10::VariableVersion y_counter;
   uint32_t y_version;
   uint64_t y_samples;
 };
-
-std::optional<Tensor> optional(const Tensor& tensor) {
-  return tensor.defined() ? std::optional<Tensor>(tensor) : std::nullopt;
-}
 
 // Whether vmap runs over gradients, as with is_grads_batched: only plain operations can be batched.
 bool batched(const variable_list& grads) {
@@ -101,18 +102,19 @@ class ScanFunction : public torch::autograd::Function<ScanFunction> {
   static variable_list forward(AutogradContext* ctx, const std::string& cell, const Sizes& sizes,
                                TensorList flat, const std::optional<Tensor>& batch_sizes,
                                const std::optional<Tensor>& lengths,
-                               const std::optional<Tensor>& resets, int64_t reverse,
-                               bool recompute) {
+                               const std::optional<Tensor>& resets, int64_t reverse, bool recompute,
+                               bool with_steps) {
     at::AutoDispatchBelowADInplaceOrView below;
     const ScanInputs in = unflattened(cell, flat, sizes, batch_sizes, lengths, resets, reverse);
-    auto [y, states, tape] = call_scan(in, !recompute);
+    Tensor steps;
+    auto [y, states, tape] = call_scan(in, !recompute, false, with_steps ? &steps : nullptr);
     variable_list saved = flat.vec();
     for (const auto& tensor : {batch_sizes, lengths, resets})
       saved.push_back(tensor ? *tensor : Tensor());
     // The caller may change y in place, as torch.nn allows for most of its layers: so y is saved
     // with a version counter of its own, and computed again if it was changed.
-    ctx->saved_data["call"] =
-        c10::IValue::make_capsule(c10::make_intrusive<Recorded>(cell, reverse, sizes, y));
+    ctx->saved_data["call"] = c10::IValue::make_capsule(
+        c10::make_intrusive<Recorded>(cell, reverse, sizes, y, states.size()));
     saved.push_back(y.variable_data());
     saved.push_back(tape);
     ctx->save_for_backward(std::move(saved));
@@ -120,6 +122,7 @@ class ScanFunction : public torch::autograd::Function<ScanFunction> {
     ctx->set_materialize_grads(false);
     variable_list out{y};
     out.insert(out.end(), states.begin(), states.end());
+    if (with_steps) out.push_back(steps);
     out.push_back(tape);
     return out;
   }
@@ -136,7 +139,10 @@ class ScanFunction : public torch::autograd::Function<ScanFunction> {
                resets = optional(saved[flat_size + 2]);
     const ScanInputs in = unflattened(call->cell, TensorList(saved.data(), flat_size), sizes,
                                       batch_sizes, lengths, resets, call->reverse);
-    OutputGrads output_grads{grads[0], {grads.begin() + 1, grads.end() - 1}};
+    // Of y, the states, perhaps the states after every step, and the tape.
+    const auto last = grads.begin() + 1 + call->states;
+    OutputGrads output_grads{grads[0], {grads.begin() + 1, last}};
+    if (grads.size() > call->states + 2) output_grads.dsteps = *last;
 
     auto needed = [&](size_t first, int64_t count) {
       for (size_t i = first; i < first + count; ++i)
@@ -159,7 +165,7 @@ class ScanFunction : public torch::autograd::Function<ScanFunction> {
       gradients = call_scan_backward(in, output_grads, y, tape, needs);
     }
 
-    variable_list out(kFlatArgument + flat_size + 5);
+    variable_list out(kFlatArgument + flat_size + 6);
     auto next = gradients.begin();
     auto place = [&](bool present, size_t first, int64_t count) {
       for (size_t i = first; present && i < first + count; ++i) out[kFlatArgument + i] = *next++;
@@ -178,7 +184,7 @@ class ScanFunction : public torch::autograd::Function<ScanFunction> {
   static constexpr size_t kFlatArgument = 2;  // after `cell` and `sizes`
 };
 
-std::vector<Tensor> scan_autograd(FASTRNN_SCAN_PARAMETERS, bool tape, bool recompute) {
+std::vector<Tensor> scan_autograd(FASTRNN_SCAN_PARAMETERS, bool tape, bool recompute, bool steps) {
   const ScanInputs in = FASTRNN_SCAN_INPUTS;
   TORCH_CHECK(in.b_ih.size() == in.b_hh.size(), "scan: b_ih and b_hh come together, got ",
               in.b_ih.size(), " and ", in.b_hh.size());
@@ -187,14 +193,16 @@ std::vector<Tensor> scan_autograd(FASTRNN_SCAN_PARAMETERS, bool tape, bool recom
     for (const Tensor& tensor : list) differentiable |= tensor.requires_grad();
   if (!differentiable || !at::GradMode::is_enabled()) {
     at::AutoDispatchBelowADInplaceOrView below;
-    return as_list(call_scan(in, tape));
+    Tensor states;
+    ScanOutputs out = call_scan(in, tape, false, steps ? &states : nullptr);
+    return as_list(std::move(out), states);
   }
   const Sizes sizes{static_cast<int64_t>(in.w_hh.size()), static_cast<int64_t>(in.b_ih.size()),
                     static_cast<int64_t>(in.w_hr.size()), static_cast<int64_t>(in.params.size()),
                     static_cast<int64_t>(in.s0.size())};
   const variable_list flat = flattened(in);
   return ScanFunction::apply(std::string(cell), sizes, TensorList(flat), batch_sizes, lengths,
-                             resets, reverse, recompute);
+                             resets, reverse, recompute, steps);
 }
 
 // y.transpose(0, 1), which shares memory and version counter with y, as a view does.

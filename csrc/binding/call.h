@@ -42,14 +42,21 @@ inline void check_recurrences(const ScanInputs& in) {
 
 using ScanOutputs = std::tuple<Tensor, std::vector<Tensor>, Tensor>;  // y, states, tape
 
-// The outputs as the one list that the schema returns, without an undefined tape: inductor's C++
-// wrapper supports no list beside other outputs.
-inline std::vector<Tensor> as_list(ScanOutputs out) {
+// The states past the first after every step, [rows, P, S-1, H], from a tape.
+inline Tensor steps_of(const ScanOutputs& out) {
+  const auto& [y, states, tape] = out;
+  return tape.narrow(2, 0, static_cast<int64_t>(states.size()) - 1).clone();
+}
+
+// The outputs as the one list that the schema returns, without an undefined tape, and with `steps`
+// before it if that is defined: inductor's C++ wrapper supports no list beside other outputs.
+inline std::vector<Tensor> as_list(ScanOutputs out, const Tensor& steps = {}) {
   auto& [y, states, tape] = out;
   std::vector<Tensor> list;
-  list.reserve(states.size() + 2);
+  list.reserve(states.size() + 3);
   list.push_back(std::move(y));
   for (Tensor& state : states) list.push_back(std::move(state));
+  if (steps.defined()) list.push_back(steps);
   if (tape.defined()) list.push_back(std::move(tape));
   return list;
 }
@@ -68,6 +75,7 @@ inline OptionalList or_none(TensorList list) {
 struct OutputGrads {
   Tensor dy;
   std::vector<Tensor> dstates;  // S
+  Tensor dsteps;                // of the states past the first after every step
 };
 
 // Gradients of the operator's inputs, in their order, only those that are needed: x, w_ih..,

@@ -22,6 +22,7 @@ py::list output_grads_to_python(const OutputGrads& grads) {
   list.append(grads.dy.defined() ? py::cast(grads.dy) : py::none());
   for (const Tensor& grad : grads.dstates)
     list.append(grad.defined() ? py::cast(grad) : py::none());
+  list.append(grads.dsteps.defined() ? py::cast(grads.dsteps) : py::none());
   return list;
 }
 

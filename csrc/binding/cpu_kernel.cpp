@@ -116,6 +116,12 @@ void check_backward(const Call& call, const OutputGrads& grads, const Tensor& y,
   TORCH_CHECK(!grads.dy.defined() || (grads.dy.sizes() == y.sizes() && grads.dy.is_cpu()),
               "scan_backward: dy should be like y, ", y.sizes(), " on the CPU, got ",
               grads.dy.sizes(), " on ", grads.dy.device());
+  const int64_t others = cell.states - 1;
+  TORCH_CHECK(!grads.dsteps.defined() ||
+                  (grads.dsteps.sizes() == at::IntArrayRef({n.R, n.P, others, n.H}) &&
+                   grads.dsteps.is_cpu()),
+              "scan_backward: dsteps should be like the states of all steps, got ",
+              grads.dsteps.sizes(), " on ", grads.dsteps.device());
   TORCH_CHECK(static_cast<int32_t>(grads.dstates.size()) == cell.states,
               "scan_backward: dstates should hold ", cell.states, " gradients or None, got ",
               grads.dstates.size());
@@ -379,7 +385,10 @@ std::vector<Tensor> backward_on_cpu(const Call& call, const CpuPlan& plan, const
   const Format format = format_of(stored);
   const Operands operands(cell, in, n, plain_format(stored));
   const Tensor x = with_unit_stride(in.x), y_rows = y.contiguous(), tape_rows = tape.contiguous();
-  const Tensor dy = grads.dy.defined() ? grads.dy.to(stored).contiguous() : Tensor();
+  const auto in_storage = [&](const Tensor& gradient) {
+    return gradient.defined() ? gradient.to(stored).contiguous() : Tensor();
+  };
+  const Tensor dy = in_storage(grads.dy), dsteps = in_storage(grads.dsteps);
   StateGradients states(call, grads, compute);
   WeightGradients weights(call, needs, compute);
 
@@ -396,6 +405,7 @@ std::vector<Tensor> backward_on_cpu(const Call& call, const CpuPlan& plan, const
   buffers.fill(args, products);
   weights.fill(products);
   args.dy = dy.defined() ? dy.const_data_ptr() : nullptr;
+  args.dsteps = dsteps.defined() ? dsteps.const_data_ptr() : nullptr;
   args.y = y_rows.const_data_ptr();
   args.tape = products.tape = tape_rows.const_data_ptr();
   args.ds = states.at.data();

@@ -44,27 +44,33 @@ ScanOutputs scan_on_cpu(const ScanInputs& in, bool tape) {
 
 }  // namespace
 
-ScanOutputs call_scan(const ScanInputs& in, bool tape, bool recompute) {
+ScanOutputs call_scan(const ScanInputs& in, bool tape, bool recompute, Tensor* steps) {
   static auto op = c10::Dispatcher::singleton()
                        .findSchemaOrThrow("fastrnn::scan", "")
-                       .typed<std::vector<Tensor>(FASTRNN_SCAN_PARAMETERS, bool, bool)>();
-  return from_list(op.call(in.cell, in.x, in.w_ih, in.w_hh, or_none(in.b_ih), or_none(in.b_hh),
-                           or_none(in.w_hr), or_none(in.params), or_none(in.s0), in.batch_sizes,
-                           in.lengths, in.resets, in.reverse, tape, recompute));
+                       .typed<std::vector<Tensor>(FASTRNN_SCAN_PARAMETERS, bool, bool, bool)>();
+  std::vector<Tensor> list =
+      op.call(in.cell, in.x, in.w_ih, in.w_hh, or_none(in.b_ih), or_none(in.b_hh), or_none(in.w_hr),
+              or_none(in.params), or_none(in.s0), in.batch_sizes, in.lengths, in.resets, in.reverse,
+              tape, recompute, steps != nullptr);
+  if (steps) {
+    *steps = std::move(list[list.size() - 2]);
+    list.erase(list.end() - 2);
+  }
+  return from_list(std::move(list));
 }
 
-std::vector<Tensor> call_packed(const ScanInputs& in, const Tensor& expected) {
+std::vector<Tensor> call_packed(const ScanInputs& in, const Tensor& expected, bool steps) {
   static auto op = c10::Dispatcher::singleton()
                        .findSchemaOrThrow("fastrnn::scan_packed", "")
-                       .typed<std::vector<Tensor>(FASTRNN_PACKED_PARAMETERS)>();
+                       .typed<std::vector<Tensor>(FASTRNN_PACKED_PARAMETERS, bool)>();
   return op.call(in.cell, in.x, in.w_ih, in.w_hh, or_none(in.b_ih), or_none(in.b_hh),
                  or_none(in.w_hr), or_none(in.params), or_none(in.s0), in.batch_sizes, in.lengths,
-                 in.resets, in.reverse, in.packed, expected, name_of(in.format));
+                 in.resets, in.reverse, in.packed, expected, name_of(in.format), steps);
 }
 
 // For a frozen layer. `in` has the weights for their sizes, and for kernels other than the CPU
 // kernel.
-ScanOutputs scan_frozen(const ScanInputs& in, const Tensor& expected) {
+ScanOutputs scan_frozen(const ScanInputs& in, const Tensor& expected, bool tape) {
   c10::SmallVector<Tensor, 4> weights;
   for (TensorList list : {in.w_ih, in.w_hh, in.b_ih, in.b_hh, in.w_hr, in.params})
     weights.insert(weights.end(), list.begin(), list.end());
@@ -78,15 +84,22 @@ ScanOutputs scan_frozen(const ScanInputs& in, const Tensor& expected) {
       "fastrnn.freeze(module) again to use the new ones, or fastrnn.unfreeze(module) before "
       "changing them; of a quantised layer, fastrnn.quantize_(module) or "
       "fastrnn.dequantize_(module)");
-  ScanOutputs out = scan_on_cpu(in, false);
-  std::get<2>(out).reset();
-  return out;
+  return scan_on_cpu(in, tape);
 }
 
 namespace {
 
+// The list of the schema, from a call that made a tape if `tape` or `steps` are wanted.
+std::vector<Tensor> with_steps(ScanOutputs out, bool tape, bool steps) {
+  if (!steps) return as_list(std::move(out));
+  const Tensor states = steps_of(out);
+  Tensor& saved = std::get<2>(out);
+  if (!tape) saved = saved.new_empty({0, saved.size(1), saved.size(2), saved.size(3)});
+  return as_list(std::move(out), states);
+}
+
 // `recompute` is for autograd, which runs before these kernels.
-std::vector<Tensor> cpu(FASTRNN_SCAN_PARAMETERS, bool tape, bool) {
+std::vector<Tensor> cpu(FASTRNN_SCAN_PARAMETERS, bool tape, bool, bool steps) {
   const ScanInputs in = FASTRNN_SCAN_INPUTS;
   // If x and the weights are inference tensors, the dispatcher skips autograd; it does not look at
   // the other tensors.
@@ -98,35 +111,40 @@ std::vector<Tensor> cpu(FASTRNN_SCAN_PARAMETERS, bool tape, bool) {
                     "scan: a bias or state requires gradients, but x and the weights are inference "
                     "tensors, which cannot be saved for backward; clone them outside "
                     "torch.inference_mode()");
-  return as_list(scan_on_cpu(in, tape));
+  return with_steps(scan_on_cpu(in, tape || steps), tape, steps);
 }
 
-std::vector<Tensor> cpu_packed(FASTRNN_PACKED_PARAMETERS) {
+std::vector<Tensor> cpu_packed(FASTRNN_PACKED_PARAMETERS, bool steps) {
   ScanInputs in = FASTRNN_SCAN_INPUTS;
   in.packed = packed;
   in.format = format_named(format);
-  return as_list(scan_frozen(in, expected));
+  ScanOutputs out = scan_frozen(in, expected, steps);
+  const Tensor states = steps ? steps_of(out) : Tensor();
+  std::get<2>(out).reset();
+  return as_list(std::move(out), states);
 }
 
 // For other devices, which have no kernel in C++.
-std::vector<Tensor> python_kernel(FASTRNN_SCAN_PARAMETERS, bool tape, bool) {
+std::vector<Tensor> python_kernel(FASTRNN_SCAN_PARAMETERS, bool tape, bool, bool steps) {
   const ScanInputs in = FASTRNN_SCAN_INPUTS;
   check_recurrences(in);
   known_cell(cell, x.device().type(), plain_format(x.scalar_type()));
-  return as_list(python_forward(in, tape));
+  return with_steps(python_forward(in, tape || steps), tape, steps);
 }
 
 OutputGrads output_grads(const std::optional<Tensor>& dy,
-                         const c10::List<std::optional<Tensor>>& dstates) {
+                         const c10::List<std::optional<Tensor>>& dstates,
+                         const std::optional<Tensor>& dsteps) {
   OutputGrads grads;
   if (dy) grads.dy = *dy;
+  if (dsteps) grads.dsteps = *dsteps;
   for (std::optional<Tensor> grad : dstates) grads.dstates.push_back(grad ? *grad : Tensor());
   return grads;
 }
 
 std::vector<Tensor> backward_cpu(FASTRNN_BACKWARD_PARAMETERS) {
   const ScanInputs in = FASTRNN_SCAN_INPUTS;
-  const OutputGrads grads = output_grads(dy, dstates);
+  const OutputGrads grads = output_grads(dy, dstates, dsteps);
   const Format format = format_of(x.scalar_type());
   const Call call(known_cell(cell, at::kCPU, format), in);
   const auto plan = cpu_plan(call.cell, problem_of(call, format, true, true));
@@ -139,33 +157,36 @@ std::vector<Tensor> backward_cpu(FASTRNN_BACKWARD_PARAMETERS) {
 std::vector<Tensor> python_backward_kernel(FASTRNN_BACKWARD_PARAMETERS) {
   const ScanInputs in = FASTRNN_SCAN_INPUTS;
   known_cell(cell, x.device().type(), plain_format(x.scalar_type()));
-  return python_backward(in, output_grads(dy, dstates), y, tape, needs);
+  return python_backward(in, output_grads(dy, dstates, dsteps), y, tape, needs);
 }
 
 }  // namespace
 
 TORCH_LIBRARY(fastrnn, m) {
-  // kernels/operands.py documents the arguments. Returns y, the S states and the tape, which
-  // scan_backward needs and which has no rows unless `tape` asks for it. With `recompute`, autograd
+  // kernels/operands.py documents the arguments. Returns y, the S states, with `steps` the states
+  // past the first after every step, [rows, P, S-1, H], and the tape, which scan_backward needs and
+  // which has no rows unless `tape` asks for it. With `recompute`, autograd
   // keeps no tape and gives scan_backward one without rows. Lists that may be empty are optional,
   // because ahead-of-time compiled programs pass an empty list as none.
   m.def(
       "scan(str cell, Tensor x, Tensor[] w_ih, Tensor[] w_hh, Tensor[]? b_ih, Tensor[]? b_hh, "
       "Tensor[]? w_hr, Tensor[]? params, Tensor[]? s0, Tensor? batch_sizes, Tensor? lengths, "
       "Tensor? resets, "
-      "int reverse, bool tape=False, bool recompute=False) -> Tensor[]");
-  // Returns y and the states, from weights that pack() packed in that format; `expected` is their
-  // fingerprint() of that time. It is a tensor, because a number would be a constant of a traced
-  // graph.
+      "int reverse, bool tape=False, bool recompute=False, bool steps=False) -> Tensor[]");
+  // Returns y, the states and, with `steps`, those after every step, from weights that pack()
+  // packed in that format; `expected` is their fingerprint() of that time. It is a tensor, because
+  // a number would be a constant of a traced graph.
   m.def(
       "scan_packed(str cell, Tensor x, Tensor[] w_ih, Tensor[] w_hh, Tensor[]? b_ih, "
       "Tensor[]? b_hh, Tensor[]? w_hr, Tensor[]? params, Tensor[]? s0, Tensor? batch_sizes, "
       "Tensor? lengths, "
-      "Tensor? resets, int reverse, Tensor[] packed, Tensor expected, str format) -> Tensor[]");
+      "Tensor? resets, int reverse, Tensor[] packed, Tensor expected, str format, "
+      "bool steps=False) -> Tensor[]");
   // Returns gradients of x, w_ih, w_hh, b_ih, b_hh, w_hr, params, s0; `needs` selects from x, w_ih,
   // w_hh, biases, w_hr, params, s0.
   m.def(
-      "scan_backward(str cell, Tensor? dy, Tensor?[] dstates, Tensor x, Tensor[] w_ih, "
+      "scan_backward(str cell, Tensor? dy, Tensor?[] dstates, Tensor? dsteps, Tensor x, Tensor[] "
+      "w_ih, "
       "Tensor[] w_hh, Tensor[]? b_ih, Tensor[]? b_hh, Tensor[]? w_hr, Tensor[]? params, Tensor[]? "
       "s0, "
       "Tensor? batch_sizes, Tensor? lengths, Tensor? resets, int reverse, Tensor y, Tensor tape, "

@@ -5,13 +5,15 @@
 
 namespace fastrnn {
 
-// `fastrnn::scan` through the dispatcher.
-ScanOutputs call_scan(const ScanInputs& in, bool tape, bool recompute = false);
+// `fastrnn::scan` through the dispatcher; `steps`, unless it is null, receives the states past the
+// first after every step.
+ScanOutputs call_scan(const ScanInputs& in, bool tape, bool recompute = false,
+                      Tensor* steps = nullptr);
 
-// `fastrnn::scan_packed`: y and the states.
-std::vector<Tensor> call_packed(const ScanInputs& in, const Tensor& expected);
-// The same below the dispatcher, for tensors on a CPU; without a tape.
-ScanOutputs scan_frozen(const ScanInputs& in, const Tensor& expected);
+// `fastrnn::scan_packed`: y, the states and, with `steps`, those past the first after every step.
+std::vector<Tensor> call_packed(const ScanInputs& in, const Tensor& expected, bool steps = false);
+// The same below the dispatcher, for tensors on a CPU; the tape has no rows unless it is asked for.
+ScanOutputs scan_frozen(const ScanInputs& in, const Tensor& expected, bool tape = false);
 
 // The dtype that autocast gives all operands: autocast's own, as in torch.nn. As there, the GRU on
 // CPUs is the exception: it stays in float32 if its state is.

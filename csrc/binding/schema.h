@@ -17,9 +17,9 @@
   FASTRNN_SCAN_PARAMETERS, TensorList packed, const Tensor &expected, std::string_view format
 #define FASTRNN_BACKWARD_PARAMETERS                                                             \
   std::string_view cell, const std::optional<Tensor>&dy,                                        \
-      const c10::List<std::optional<Tensor>>&dstates, const Tensor &x, TensorList w_ih,         \
-      TensorList w_hh, const OptionalList &b_ih, const OptionalList &b_hh,                      \
-      const OptionalList &w_hr, const OptionalList &params, const OptionalList &s0,             \
-      const std::optional<Tensor>&batch_sizes, const std::optional<Tensor>&lengths,             \
-      const std::optional<Tensor>&resets, int64_t reverse, const Tensor &y, const Tensor &tape, \
-      Needs needs
+      const c10::List<std::optional<Tensor>>&dstates, const std::optional<Tensor>&dsteps,       \
+      const Tensor &x, TensorList w_ih, TensorList w_hh, const OptionalList &b_ih,              \
+      const OptionalList &b_hh, const OptionalList &w_hr, const OptionalList &params,           \
+      const OptionalList &s0, const std::optional<Tensor>&batch_sizes,                          \
+      const std::optional<Tensor>&lengths, const std::optional<Tensor>&resets, int64_t reverse, \
+      const Tensor &y, const Tensor &tape, Needs needs

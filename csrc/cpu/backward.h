@@ -234,6 +234,9 @@ class Backward {
         before[s] = state_before(recurrence, s, at, unit, n);
         next[s] = taped(s - 1);
         dnext[s] = load<V>(carried(s), n);
+        if (args_.dsteps)
+          dnext[s] = dnext[s] + load_as<V>(args_.dsteps, (at.row * (S - 1) + s - 1) * H + unit, n,
+                                           args_.storage);
       }
       for (int k = 0; k < K; ++k) saved[k] = taped(S - 1 + k);
       for (int k = 0; k < N; ++k)

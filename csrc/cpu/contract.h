@@ -123,9 +123,9 @@ constexpr int64_t gradient_row(Format format, int64_t width) {
 // Numbers in a row of prepacked weights, enough for every vector width.
 constexpr int64_t prepacked_width(int64_t width) { return (width + 15) / 16 * 16; }
 
-// One chunk of steps [begin, end) of every recurrence, walked from its end. dy, y and tape are in
-// the storage type, weights and all else in the compute type, but for du, dv and dh, whose rows are
-// gradient_row() words in the format. Outputs hold the chunk's live rows in time order.
+// One chunk of steps [begin, end) of every recurrence, walked from its end. dy, dsteps, y and tape
+// are in the storage type, weights and all else in the compute type, but for du, dv and dh, whose
+// rows are gradient_row() words in the format. Outputs hold the chunk's live rows in time order.
 struct BackwardArgs : Scan {
   int64_t begin = 0;
   int64_t end = 0;
@@ -133,10 +133,11 @@ struct BackwardArgs : Scan {
   // The layout depends on split_units; *prepacked_for is the split that they were packed for, or 0.
   void* prepacked = nullptr;
   int32_t* prepacked_for = nullptr;
-  const void* dy = nullptr;    // [rows, P, Q] or null for zeros
-  const void* y = nullptr;     // [rows, P, Q]
-  const void* tape = nullptr;  // [rows, P, W, H]
-  void* const* ds = nullptr;   // [P][S], each shaped like s0: gradient carried in and out
+  const void* dy = nullptr;      // [rows, P, Q] or null for zeros
+  const void* dsteps = nullptr;  // [rows, P, S-1, H], of states past the first, or null for zeros
+  const void* y = nullptr;       // [rows, P, Q]
+  const void* tape = nullptr;    // [rows, P, W, H]
+  void* const* ds = nullptr;     // [P][S], each shaped like s0: gradient carried in and out
   // [P] arrays each, with one row per live row:
   void* const* du = nullptr;      // [G*H]; equals dv if all gates are summed
   void* const* dv = nullptr;      // [G*H]

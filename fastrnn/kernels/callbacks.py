@@ -77,8 +77,9 @@ def _backward(
 ) -> list[Tensor]:
     (key, operands), need = _split(inputs), Needs(*needs)
     chosen = _choose(key, operands, tape=True, backward=True)
-    if chosen.kernel not in _SWEEPS:
-        # The gradients come from autograd of the reference, which needs no tape.
+    if chosen.kernel not in _SWEEPS or grads[-1] is not None:
+        # The gradients come from autograd of the reference, which needs no tape. The kernels for
+        # GPUs read no gradients of the states after every step.
         return reference.gradients(cell_of(key), operands, grads, need, create_graph=False)
     sweeps = _SWEEPS[chosen.kernel]
     recomputes = isinstance(sweeps, RecomputingSweeps)
@@ -86,6 +87,7 @@ def _backward(
         tape = _forward(inputs, True)[2]
     stacked = _with_recurrences(operands)
     scan = Scan(key, derive(cell_of(key)), chosen, stacked)
+    grads = grads[:-1]
     if stacked is operands:
         return driver.backward(sweeps, scan, grads, y, tape, need)
     grads = [grads[0], *[None if g is None else g.unsqueeze(0) for g in grads[1:]]]

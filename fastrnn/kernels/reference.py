@@ -17,7 +17,7 @@ from fastrnn.cells import Cell
 from fastrnn.compiler.derive import derive
 from fastrnn.kernels.operands import Needs, Operands
 
-__all__ = ["forward", "gradients", "scan"]
+__all__ = ["forward", "gradients", "scan", "scan_with_steps"]
 
 
 def scan(
@@ -101,6 +101,30 @@ def scan(
     return y, [torch.stack(list(s)) for s in zip(*finals, strict=True)]
 
 
+def scan_with_steps(cell: Cell, operands: Operands) -> tuple[Tensor, list[Tensor], Tensor]:
+    """`scan`, and the states past the first after every step, [R, P, S-1, H], with zeros past the
+    end of a sequence."""
+    x, lengths = operands.x, operands.lengths
+    alive = None if lengths is None else lengths.to(x.device)
+    made: list[dict[int, Tensor]] = [{} for _ in operands.w_hh]
+
+    def record(
+        p: int, t: int, u: Tensor, v: Tensor, before: list[Tensor], after: list[Tensor]
+    ) -> None:
+        hidden = operands.w_hh[p].size(0) // len(cell.gates)
+        states = torch.cat(after[1:], -1) if len(after) > 1 else u[:, :0]
+        if alive is not None:
+            states = torch.where((alive > t).unsqueeze(-1), states, 0)
+        made[p][t] = states.unflatten(-1, (len(after) - 1, hidden))
+
+    y, last = scan(cell, operands, record)
+    if not made[0]:
+        hidden = operands.w_hh[0].size(0) // len(cell.gates)
+        return y, last, x.new_zeros(0, len(made), len(cell.states) - 1, hidden)
+    each = [torch.cat([steps[t] for t in sorted(steps)]) for steps in made]
+    return y, last, torch.stack(each, 1)
+
+
 def forward(cell: Cell, operands: Operands, tape: bool) -> tuple[Tensor, list[Tensor], Tensor]:
     """Output, final states and the tape, as `torch.ops.fastrnn.scan`; the tape has no rows unless
     `tape` is set."""
@@ -146,7 +170,8 @@ def gradients(
     create_graph: bool,
 ) -> list[Tensor]:
     """Gradients of the operands that `needs` selects, as `torch.ops.fastrnn.scan_backward`, by
-    autograd and without a tape."""
+    autograd and without a tape. `grads` are those of y, of the states, and of the states after
+    every step."""
 
     def alias(tensor: Tensor) -> Tensor:
         # One tensor may be several operands (tied weights), which have a gradient each.
@@ -160,13 +185,17 @@ def gradients(
             for tensors, need in zip(operands.lists(), need_lists, strict=True)
         ]
         aliases = Operands(x, *lists, *operands[1 + len(lists) :])
-        y, states = scan(cell, aliases)
+        if grads[-1] is None:
+            y, states = scan(cell, aliases)
+        else:
+            y, states, steps = scan_with_steps(cell, aliases)
+            states = [*states, steps]
         wanted = [x] if need_x else []
         for tensors, need in zip(lists, need_lists, strict=True):
             wanted += tensors if need else []
         reached = [
             (output, grad)
-            for output, grad in zip([y, *states], grads, strict=True)
+            for output, grad in zip([y, *states], grads, strict=False)
             if grad is not None and output.requires_grad
         ]
         if not reached:

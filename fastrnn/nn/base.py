@@ -135,11 +135,14 @@ class Layer(Freezable, FlatWeights):
         *,
         lengths: Lengths = None,
         resets: Resets = None,
-    ) -> tuple[Sequences, Tensor | tuple[Tensor, ...]]:
+        return_states: bool = False,
+    ) -> tuple[Any, ...]:
         """Run the layer. The class documents the shapes."""
-        extras = (
+        extras: dict[str, Any] = (
             {} if lengths is None and resets is None else {"lengths": lengths, "resets": resets}
         )
+        if return_states:
+            extras["return_states"] = True
         if (other := export_forward(self, input, extras)) is not None:
             return other(input, hx, **extras)
         frozen = self._frozen
@@ -160,6 +163,7 @@ class Layer(Freezable, FlatWeights):
             lengths=lengths,
             resets=resets,
             recompute=self.recompute,
+            return_states=return_states,
             name=self._name,
             check=self._check,
             packed=packed,

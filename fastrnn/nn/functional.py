@@ -6,7 +6,9 @@ packed, and the results to the layout of the caller. The exceptions are torch.nn
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,10 +48,11 @@ def rnn(
     lengths: Tensor | Sequence[int] | None = None,
     resets: Tensor | PackedSequence | None = None,
     recompute: bool = False,
+    return_states: bool = False,
     name: str = "rnn",
     check: Check | None = None,
     packed: Sequence[ops.Prepacked | None] = (),
-) -> tuple[Tensor | PackedSequence, Tensor | tuple[Tensor, ...]]:
+) -> tuple[Any, ...]:
     """Run a stack of recurrent layers, `L` layers of `D` directions.
 
     Args:
@@ -77,6 +80,7 @@ def rnn(
         recompute: save only the output of every layer for the backward pass, which recomputes the
             cells' values from it. It needs less memory and more time. The CUDA kernels recompute a
             chunk of steps at a time, the others a layer at a time.
+        return_states: whether to return the states after every step, too.
         name: name of the layer in errors.
         check: called as `check(input, hx, batch_sizes, w_ih)` with the first of the weights, in
             place of the check of dtype and sizes against `weights`.
@@ -84,7 +88,9 @@ def rnn(
 
     Returns:
         The output, in the form of `input` with `D*H` features, and the final states, in the form
-        of `hx`.
+        of `hx`. With `return_states` also, for every layer, a tuple of its `S` states after every
+        step, each in the form of the output. They have gradients. The first is the layer's output;
+        the others have zeros past the end of a sequence, and `D*H` features even with a projection.
 
     Raises:
         ValueError: if `input` has the wrong number of dimensions or not the dtype of the weights,
@@ -153,6 +159,7 @@ def rnn(
     if not states and (batch_sizes is not None or (lengths is not None and x.shape[0] == 0)):
         states = _zeros(cell, x, every, heads, _batch_size(x, batch_sizes, order))
 
+    every_step: list[tuple[Tensor, ...]] | None = [] if return_states else None
     y, final = _stack(
         cell,
         x,
@@ -166,21 +173,29 @@ def rnn(
         resets=resets,
         recompute=recompute,
         packed=packed,
+        every_step=every_step,
     )
 
     if heads > 1:
         final = [_joined(s, heads) for s in final]
+    if batch_sizes is not None and restore is not None:
+        final = [s.index_select(1, restore) for s in final]
+    last = _like_hx(final if batched else [s.squeeze(1) for s in final])
+    outputs: list[Any] = [y] if every_step is None else [y, *itertools.chain(*every_step)]
     if batch_sizes is not None:
-        if restore is not None:
-            final = [s.index_select(1, restore) for s in final]
-        return PackedSequence(y, batch_sizes, order, restore), _like_hx(final)
-    if not batched:
-        y = (y.transpose(0, 1) if batch_first else y).squeeze(0 if batch_first else 1)
-        return y, _like_hx([s.squeeze(1) for s in final])
-    if batch_first:
+        outputs = [PackedSequence(y, batch_sizes, order, restore) for y in outputs]
+    elif not batched:
+        outputs = [y.squeeze(1) for y in outputs]
+    elif batch_first:
         # torch.nn's LSTM returns a view here; its RNN and GRU, with one state, do not.
-        y = ops.transposed(y) if len(cell.states) == 1 else y.transpose(0, 1)
-    return y, _like_hx(final)
+        if len(cell.states) == 1:
+            outputs = [ops.transposed(y) for y in outputs]
+        else:
+            outputs = [y.transpose(0, 1) for y in outputs]
+    if every_step is None:
+        return outputs[0], last
+    rest = iter(outputs[1:])
+    return outputs[0], last, tuple(tuple(next(rest) for _ in layer) for layer in every_step)
 
 
 def _not_dense(x: Tensor, name: str) -> Exception:
@@ -277,15 +292,24 @@ def _stack(
     resets: Tensor | None,
     recompute: bool,
     packed: Sequence[ops.Prepacked | None],
+    every_step: list[tuple[Tensor, ...]] | None = None,
 ) -> tuple[Tensor, Sequence[Tensor]]:
     """Run the layers on canonical operands: `x` [T, B, I] or packed [R, I], and `S` states
-    [L*D*heads, B, *] in `s0`."""
+    [L*D*heads, B, *] in `s0`. The states after every step are appended to `every_step`."""
     scans = directions * heads
     reverse = 0 if directions == 1 else (1 << heads) - 1 << heads  # the second half
     reverse -= (reverse >> 63) << 64  # as a signed 64-bit integer
     if len(weights) == scans:  # the common case of one layer
         operands = Operands(x, *side_by_side(weights), s0, batch_sizes, lengths, resets, reverse)
-        return ops.run(cell, operands, packed[0] if packed else None, recompute=recompute)
+        wanted = every_step is not None and len(cell.states) > 1
+        y, last, steps = ops.run(
+            cell, operands, packed[0] if packed else None, recompute=recompute, steps=wanted
+        )
+        if every_step is not None:
+            others = [] if steps is None else steps.unbind(2)  # [R, P, H] each
+            width = others[0].shape[1:].numel() if others else 0
+            every_step.append((y, *(s.reshape(*y.shape[:-1], width) for s in others)))
+        return y, last
     finals = []
     for first in range(0, len(weights), scans):
         x, final = _stack(
@@ -300,6 +324,7 @@ def _stack(
             resets=resets,
             recompute=recompute,
             packed=packed[first // scans :],
+            every_step=every_step,
         )
         finals.append(final)
     return x, [torch.cat(s) for s in zip(*finals, strict=True)]

@@ -62,6 +62,8 @@ class RNN(_NoProjection):
         [T, B, I], [T, I] or a `PackedSequence`; `hx` and `h_n` [num_layers*D, B, H]; `output`
         [T, B, D*H]. `lengths` [B] gives the steps of each sequence, in any order, and `resets`
         (bool, [T, B]) marks steps where an episode begins; `functional.rnn` describes both.
+        With `return_states=True` there is a third result: for every layer a tuple of its states
+        after every step, in the form of `output`, with gradients.
 
     Raises:
         The errors of torch.nn, in messages that begin with torch.nn's sentence if it has one:

@@ -124,7 +124,7 @@ def test_compiled() -> None:
     assert little < much
     for a, b in zip(ours, right, strict=True):
         torch.testing.assert_close(a, b)
-    arguments = (x, *([w] for w in layer._weights()[0][:4]), [], [], None, None, None, 0)
+    arguments = (x, *([w] for w in layer._weights()[0][:4]), [], [], [], None, None, None, 0)
     x.requires_grad_()
     torch.library.opcheck(torch.ops.fastrnn.scan.default, ("lstm", *arguments, False, True))
 

@@ -272,7 +272,7 @@ def test_parametrization_lives_on_and_trains(order: str) -> None:
         with torch.no_grad():
             for parameter in module.parameters():
                 assert parameter.grad is not None
-                parameter -= 0.1 * parameter.grad
+                parameter.sub_(0.1 * parameter.grad)
     expected = run(module)
     assert_same(run(copy.deepcopy(module)), expected)
     parametrize.remove_parametrizations(module, "weight_ih_l0")

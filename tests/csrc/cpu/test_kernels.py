@@ -187,7 +187,7 @@ def test_a_kernel_takes_the_tape_of_another(name: str, projected: int | None) ->
             for reader in ("cpu", "reference"):
                 with kernels.use(reader):
                     gradients[writer, reader] = torch.ops.fastrnn.scan_backward(
-                        arguments[0], *output_grads, *arguments[1:], y, tape, [True] * 7
+                        arguments[0], *output_grads, None, *arguments[1:], y, tape, [True] * 7
                     )
         right = gradients.pop(("reference", "reference"))
         for pair, ours in gradients.items():

@@ -283,7 +283,7 @@ def test_a_kernel_takes_the_tape_of_another(name: str, part: str) -> None:
             for reader in ("cpu", "cuda"):
                 with using(reader):
                     gradients[writer, reader] = torch.ops.fastrnn.scan_backward(
-                        arguments[0], *output_grads, *arguments[1:], y, tape, [True] * 7
+                        arguments[0], *output_grads, None, *arguments[1:], y, tape, [True] * 7
                     )
         right = gradients.pop(("cpu", "cpu"))
         for pair, ours in gradients.items():
@@ -333,7 +333,7 @@ def test_only_wanted_gradients_and_none_that_is_absent(part: str) -> None:
             for kernel in (running(residency, blocks, precision), kernels.use("cpu")):
                 with kernel:
                     found[kernel] = torch.ops.fastrnn.scan_backward(
-                        cell.name, dy, dstates, *arguments[1:], y, tape, needs
+                        cell.name, dy, dstates, None, *arguments[1:], y, tape, needs
                     )
             ours, right = found.values()
             assert len(ours) == len(right) == 1

@@ -125,6 +125,8 @@ def test_shapes_projected_and_streamed(name: str) -> None:
 RAGGED = [(1, 2, 3, 1), (5, 7, 17, 2)]  # T, B, H, P
 WAYS = [
     *((name, way, None) for name in ("gru", "lstm", "linear") for way in ("resident", "streamed")),
+    ("linear_projectable", "resident", None),  # with learned parameters
+    ("linear_projectable", "streamed", None),
     ("linear_projectable", "streamed", 11),
     ("linear_projectable", "streamed", 19),
 ]
@@ -204,7 +206,7 @@ def test_a_kernel_takes_the_tape_of_another(name: str, projected: int | None) ->
             for reader in ("cpu", "triton"):
                 with kernels.use(reader):
                     gradients[writer, reader] = torch.ops.fastrnn.scan_backward(
-                        arguments[0], *output_grads, *arguments[1:], y, tape, [True] * 7
+                        arguments[0], *output_grads, None, *arguments[1:], y, tape, [True] * 7
                     )
         right = gradients.pop(("cpu", "cpu"))
         for pair, ours in gradients.items():
@@ -227,7 +229,7 @@ def test_only_wanted_gradients_and_none_that_is_absent() -> None:
             for kernel in ("triton", "cpu"):
                 with kernels.use(kernel):
                     found[kernel] = torch.ops.fastrnn.scan_backward(
-                        cell.name, dy, dstates, *arguments[1:], y, tape, needs
+                        cell.name, dy, dstates, None, *arguments[1:], y, tape, needs
                     )
             assert len(found["triton"]) == len(found["cpu"]) == 1
             torch.testing.assert_close(found["triton"][0], found["cpu"][0])
@@ -384,6 +386,7 @@ def test_tensors_of_more_elements_than_32_bits_count(
                 ("h_prev", stored, *chunk, recurrent), ("dh", stored, *chunk, recurrent),
                 ("w_hr", stored, recurrences, recurrent, hidden),
                 ("unprojected", summed, recurrences, batch, hidden),
+                ("params", stored, recurrences, 0, hidden), ("dp", summed, *chunk, 0),
                 ("first", torch.int64, steps + 1), ("length", torch.int64, batch),
                 ("resets", torch.uint8, rows),
             ):  # fmt: skip

@@ -1,0 +1,180 @@
+"""Times training with every published cell beside a loop of torch operations that computes the
+same, and beside that loop with its step under `torch.compile`.
+
+    python -m benchmarks.cells                           every cell, about 15 minutes
+    python -m benchmarks.cells --only janet,cifg         some cells
+    python -m benchmarks.cells --shape 100,8,64,128      another T, B, I, H
+    python -m benchmarks.cells --no-compiled             without torch.compile
+    python -m benchmarks.cells --save                    writes results/<machine>/cells.md too
+
+The loop projects the whole input at once and calls the cell's function on every step. A cell is
+timed only if outputs and gradients of ours agree with the loop's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastrnn
+from benchmarks.report import RESULTS
+from fastrnn import cells, hardware
+from fastrnn.cells import Cell
+from fastrnn.cells.published import MODULES
+from fastrnn.tools.bench import machine, measure, store
+from fastrnn.tools.bench.implementation import Prepared
+
+SHAPE = (100, 8, 64, 64)  # T, B, I, H
+LEAST_OVER_LOOP = 8.0
+BUILT_IN = ("rnn_tanh", "gru", "lstm")
+LIMIT = 1e-3  # of the difference to the loop, relative to the largest number
+
+Step = Callable[..., Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Microseconds of a training step: forward and backward pass."""
+
+    cell: str
+    ours: float
+    loop: float
+    compiled: float | None
+
+
+def loop(layer: Any, x: Tensor, step: Step) -> Tensor:
+    """The output of a layer of one direction, in torch operations."""
+    (weights,) = layer._weights()
+    states = [x.new_zeros(x.size(1), layer.hidden_size) for _ in layer.cell.states]
+    outputs = []
+    for u in F.linear(x, weights.w_ih, weights.b_ih).unbind():
+        states = list(step(u, weights.w_hh, weights.b_hh, states, weights.params))
+        outputs.append(states[0])
+    return torch.stack(outputs)
+
+
+def step_of(cell: Cell) -> Step:
+    gates = len(cell.gates)
+
+    def step(
+        u: Tensor, w_hh: Tensor, b_hh: Tensor, states: list[Tensor], params: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        v = F.linear(states[0], w_hh, b_hh)
+        return cell.step(u.chunk(gates, -1), v.chunk(gates, -1), states, params)
+
+    return step
+
+
+def training(forward: Callable[[], Tensor], leaves: Sequence[Tensor]) -> Callable[[], Any]:
+    def call() -> Any:
+        y = forward()
+        return [y, *torch.autograd.grad(y.sum(), leaves, allow_unused=True)]
+
+    return call
+
+
+def time_cell(name: str, shape: Sequence[int], compiled: bool, seconds: float) -> Row:
+    steps, batch, inputs, hidden = shape
+    torch.manual_seed(0)
+    layer: Any = fastrnn.Recurrent(cells.get(name), inputs, hidden)
+    x = torch.randn(steps, batch, inputs, requires_grad=True)
+    leaves = [x, *layer.parameters()]
+    step = step_of(layer.cell)
+    calls = {
+        "ours": training(lambda: layer(x)[0], leaves),
+        "loop": training(lambda: loop(layer, x, step), leaves),
+    }
+    if compiled:
+        torch._dynamo.reset()
+        in_one = torch.compile(step, dynamic=False)
+        calls["compiled"] = training(lambda: loop(layer, x, in_one), leaves)
+    right = calls["loop"]()
+    for other, call in calls.items():
+        for one, expected in zip(call(), right, strict=True):
+            gate(name, other, one, expected)
+    prepared = {n: Prepared(call, lambda result: {}, nullcontext) for n, call in calls.items()}
+    times = measure.interleaved(prepared, seconds)
+    medians = {n: each.median for n, each in times.items()}
+    return Row(name, medians["ours"], medians["loop"], medians.get("compiled"))
+
+
+def gate(cell: str, which: str, ours: Tensor | None, expected: Tensor | None) -> None:
+    if expected is None:  # a parameter that the cell does not read
+        assert ours is None or not ours.any(), (cell, which)
+        return
+    assert ours is not None, (cell, which)
+    error = float((ours - expected).abs().max() / expected.abs().max().clamp_min(1))
+    assert error < LIMIT, f"{cell}: {which} differs from the loop by {error:.2g}"
+
+
+def line(row: Row, lstm: float | None) -> str:
+    over = row.loop / row.ours
+    entries = [row.cell, f"{row.ours / 1e3:.2f}", f"{row.loop / 1e3:.1f}"]
+    entries.append("" if row.compiled is None else f"{row.compiled / 1e3:.1f}")
+    entries.append(f"{over:.1f}" if over >= LEAST_OVER_LOOP else f"**{over:.1f}**")
+    entries.append("" if row.compiled is None else f"{row.compiled / row.ours:.1f}")
+    entries.append("" if lstm is None else f"{row.ours / lstm:.2f}")
+    return f"| {' | '.join(entries)} |"
+
+
+HEAD = """\
+| cell | ours, ms | loop, ms | compiled, ms | loop ÷ ours | compiled ÷ ours | ours ÷ our LSTM |
+|---|---|---|---|---|---|---|"""
+
+
+def page(rows: Sequence[Row], shape: Sequence[int], command: str) -> str:
+    """The table, with the conditions of the run."""
+    held = sum(row.loop / row.ours >= LEAST_OVER_LOOP for row in rows)
+    lstm = next((row.ours for row in rows if row.cell == "lstm"), None)
+    return (
+        "# Training with the published cells\n\n"
+        f"`{command}` on {hardware.processor_and_model()}, {hardware.cores()} cores; fastrnn "
+        f"{fastrnn.__version__}, torch {torch.__version__}; commit {store.commit()}, "
+        f"{time.strftime('%Y-%m-%d')}. One layer, (T, B, I, H) = {tuple(shape)}, float32: medians "
+        "of a forward and a backward pass, interleaved. *loop* is the cell's function called on "
+        "every step, *compiled* the same with the step under `torch.compile`. "
+        f"{held} of {len(rows)} are at least {LEAST_OVER_LOOP:.0f} times as fast as the loop.\n\n"
+        + "\n".join([HEAD, *(line(row, lstm) for row in rows)])
+        + "\n"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cells", description=__doc__)
+    names = lambda text: tuple(text.split(","))  # noqa: E731
+    sizes = lambda text: tuple(map(int, text.split(",")))  # noqa: E731
+    parser.add_argument("--only", type=names, default=(*BUILT_IN, *MODULES), help="cells")
+    parser.add_argument("--shape", type=sizes, default=SHAPE, help="T,B,I,H")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of calls, for each entry")
+    parser.add_argument("--no-compiled", dest="compiled", action="store_false")
+    parser.add_argument("--save", action="store_true", help="write the table to the results")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of all machines")
+    options = parser.parse_args(arguments)
+    rows: list[Row] = []
+    print(HEAD)
+    for name in options.only:
+        rows.append(time_cell(name, options.shape, options.compiled, options.seconds))
+        lstm = next((row.ours for row in rows if row.cell == "lstm"), None)
+        print(line(rows[-1], lstm), flush=True)
+    if options.save:
+        folder = machine.slug(hardware.processor_and_model(), hardware.cores())
+        file = options.results / folder / "cells.md"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        given = " ".join(sys.argv[1:] if arguments is None else arguments)
+        file.write_text(page(rows, options.shape, f"python -m benchmarks.cells {given}".strip()))
+        print(f"wrote {file}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

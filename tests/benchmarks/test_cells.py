@@ -1,0 +1,40 @@
+"""The benchmark of published cells, from end to end. No test asserts a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastrnn
+from benchmarks import cells as benchmark
+from tests.support.shared import peepholes
+
+
+def test_the_table_is_printed_and_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--only", "lstm,gru", "--shape", "3,2,4,5", "--seconds", "0.001", "--no-compiled"]
+    assert benchmark.main([*options, "--save", "--results", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    (file,) = tmp_path.glob("*/cells.md")
+    rows = [line for line in file.read_text().splitlines() if line.startswith(("| lstm", "| gru"))]
+    assert len(rows) == 2
+    assert rows[0] in printed and rows[0].endswith("| 1.00 |")
+    assert "--only lstm,gru" in file.read_text()
+
+
+def test_the_loop_computes_what_the_layer_does() -> None:
+    layer: Any = fastrnn.Recurrent(peepholes, 3, 5, dtype=torch.float64)
+    x = torch.randn(4, 2, 3, dtype=torch.float64)
+    step = benchmark.step_of(layer.cell)
+    torch.testing.assert_close(benchmark.loop(layer, x, step), layer(x)[0])
+
+
+def test_other_results_are_not_timed() -> None:
+    right = torch.randn(3, 4)
+    benchmark.gate("lstm", "ours", right + 1e-5, right)
+    benchmark.gate("lstm", "ours", None, None)
+    for wrong in (right + 0.01, right * torch.nan):
+        with pytest.raises(AssertionError, match="lstm: ours differs from the loop by"):
+            benchmark.gate("lstm", "ours", wrong, right)
