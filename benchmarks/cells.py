@@ -113,7 +113,9 @@ def gate(cell: str, which: str, ours: Tensor | None, expected: Tensor | None) ->
         assert ours is None or not ours.any(), (cell, which)
         return
     assert ours is not None, (cell, which)
-    error = float((ours - expected).abs().max() / expected.abs().max().clamp_min(1))
+    error = float(
+        (ours - expected).detach().abs().max() / expected.detach().abs().max().clamp_min(1)
+    )
     assert error < LIMIT, f"{cell}: {which} differs from the loop by {error:.2g}"
 
 

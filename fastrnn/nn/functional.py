@@ -306,7 +306,8 @@ def _stack(
             cell, operands, packed[0] if packed else None, recompute=recompute, steps=wanted
         )
         if every_step is not None:
-            others = [] if steps is None else steps.unbind(2)  # [R, P, H] each
+            # Not unbind: its views may not be changed in place.
+            others = [] if steps is None else [steps.select(2, k) for k in range(steps.size(2))]
             width = others[0].shape[1:].numel() if others else 0
             every_step.append((y, *(s.reshape(*y.shape[:-1], width) for s in others)))
         return y, last

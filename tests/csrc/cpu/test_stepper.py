@@ -58,8 +58,8 @@ def test_a_step_allocates_nothing(tmp_path: Path) -> None:
             layer = fastrnn.LSTM(7, 33, num_layers=2, proj_size=proj, dtype=dtype)
             key = prepare(layer._cell(), dtype=dtype)
             for threads in (1, 2):
-                weights, like = map(list, layer._weights()), torch.empty(0, dtype=dtype)
-                given = list(weights), _C.format_of(like), [()] * 2
+                weights, like = layer._weights(), torch.empty(0, dtype=dtype)
+                given = [own.flat() for own in weights], _C.format_of(like), [()] * 2
                 step = stream.Stepper(key, like, *given, 1, threads, True).step
                 x, out = torch.zeros(1, 7, dtype=dtype), torch.zeros(1, proj or 33, dtype=dtype)
                 pairs = [(x, out), (x[0], out[0])]
