@@ -39,7 +39,7 @@ from tests.support.operands import (
     run,
     whole,
 )
-from tests.support.tensors import batches, flatten
+from tests.support.tensors import batches, flatten, sum_of
 
 pytestmark = pytest.mark.interpreter
 
@@ -233,6 +233,20 @@ def test_only_wanted_gradients_and_none_that_is_absent() -> None:
                     )
             assert len(found["triton"]) == len(found["cpu"]) == 1
             torch.testing.assert_close(found["triton"][0], found["cpu"][0])
+
+
+@interpreted
+def test_the_states_of_every_step_have_gradients() -> None:
+    layer = fastrnn.LSTM(3, 5, 2, bidirectional=True, dtype=torch.float64)
+    x, lengths = torch.randn(4, 3, 3, dtype=torch.float64), torch.tensor([2, 4, 0])
+    found = []
+    for kernel in ("triton", "reference"):
+        with kernels.use(kernel):
+            every = layer(x, lengths=lengths, return_states=True)[2]
+            total = sum_of(state.square().sum() for states in every for state in states)
+            found.append([every, torch.autograd.grad(total, list(layer.parameters()))])
+    for one, other in zip(*map(flatten, found), strict=True):
+        assert largest_error(one, other) < 1e-12
 
 
 @interpreted
