@@ -35,6 +35,7 @@ from fastrnn import cells, plan
 from fastrnn.compiler.derive import derive
 from fastrnn.kernels.gpu.triton import launch
 from tests.support.paths import ROOT
+from tests.support.shared import peepholes
 
 pytestmark = pytest.mark.compiles
 
@@ -160,7 +161,7 @@ def compiled(case: Case, counts: bool = True) -> Report:
     stored = POINTERS[problem.dtype]
     computed = "*fp64" if problem.dtype == "float64" else "*fp32"
     types: dict[str, str] = dict.fromkeys(kernel.arg_names, stored)
-    types |= dict.fromkeys(("carry", "unprojected", "s0", "ds"), computed)
+    types |= dict.fromkeys(("carry", "unprojected", "s0", "ds", "dp"), computed)
     types |= {"first": "*i64", "length": "*i64", "resets": "*u8"}
     types |= dict.fromkeys(RUN_TIME, "i64")
     types |= dict.fromkeys(("steps", "begin", "end", "hidden", "width"), "i32") | dict.fromkeys(
@@ -240,8 +241,9 @@ def _output(*command: Any) -> str:
     ).stdout
 
 
-CELLS = ("lstm", "gru", "rnn_tanh", "wide")
+CELLS = ("lstm", "gru", "rnn_tanh", "wide", peepholes.name)
 SIZES = (1, 32, 64, 100, 128, 256, 512, 1000)
+FEW = (64, 512)  # for a projection, and for a cell with learned parameters
 
 
 def problems() -> Iterator[plan.Problem]:
@@ -251,7 +253,8 @@ def problems() -> Iterator[plan.Problem]:
         for dtype, hidden, batch, projected, backward in itertools.product(
             ("bfloat16", "float32", "float64"), SIZES, (1, 64), (False, True), (False, True)
         ):
-            if not projected or (projectable and hidden in (64, 512)):
+            some = projected or cell.params
+            if not some or (hidden in FEW and (projectable or not projected)):
                 yield plan.Problem(
                     name, 100, batch, 64, hidden, len(cell.gates), len(cell.states), dtype=dtype,
                     tape=True, backward=backward, projected=projected,
@@ -262,11 +265,14 @@ def cases(target: Target, full: bool) -> Iterator[Case]:
     """One kernel for each plan, dtype and pass, every other one packed; `full`: for every cell."""
     seen: set[Any] = set()
     for problem in problems():
+        learns = bool(cells.get(problem.cell).params)
+        if learns and not full and (problem.hidden != FEW[0] or problem.projected):
+            continue
         three = target.backend == "cuda" and problem.dtype == "float32"
         for precision in ("tf32x3", "tf32") if three else ("ieee",):
             case = Case(target, problem, precision, len(seen) % 2 == 0)
             key: tuple[Any, ...] = problem.dtype, precision, problem.backward, problem.projected
-            key += (replace(case.plan, chunk_rows=1),)
+            key += (replace(case.plan, chunk_rows=1), learns)
             if full:
                 key += (problem.cell, problem.hidden % 16 == 0)
             if key not in seen:
