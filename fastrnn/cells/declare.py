@@ -17,6 +17,7 @@ import functools
 import hashlib
 import importlib
 import inspect
+import keyword
 import operator
 import sys
 import weakref
@@ -72,7 +73,12 @@ class Param:
     def fill(self, tensor: Tensor) -> None:
         """Fill a tensor as `init` says, under `no_grad`; it stays as it is if that is None."""
         if callable(self.init):
-            self.init(tensor)
+            result = self.init(tensor)
+            if isinstance(result, Tensor) and result.data_ptr() != tensor.data_ptr():
+                raise TypeError(
+                    f"init of a fastrnn.Param should fill the tensor in place, but {self.init!r} "
+                    "returned another one"
+                )
         elif self.init is not None:
             tensor.fill_(self.init)
 
@@ -116,7 +122,7 @@ class Params(_Named):
         super().__init__(cell, cell.params, values)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cell:
     """A recurrent cell.
 
@@ -137,7 +143,20 @@ class Cell:
     states: tuple[str, ...]
     function: Callable[..., Tensor | tuple[Tensor, ...]]
     params: Mapping[str, Param] = field(default_factory=dict)
-    initialize: Callable[..., object] | None = field(default=None, compare=False)
+    initialize: Callable[..., object] | None = None
+
+    def __post_init__(self) -> None:
+        # A copy, so that nobody who has the dictionary changes the cell.
+        object.__setattr__(self, "params", dict(self.params))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Cell):
+            return NotImplemented
+        return self._identity() == other._identity()
+
+    def _identity(self) -> tuple[object, ...]:
+        # The order of the parameters is that of compiled code; how they begin is not part of it.
+        return self.name, self.gates, self.states, self.function, _kinds(self.params)
 
     def __hash__(self) -> int:
         # Every call of a layer looks up its cell; the dataclass would hash all fields each time.
@@ -197,7 +216,7 @@ class Cell:
         # This qualified name is importable wherever the cell is, since it names its attribute.
         name = f"{getattr(self.function, '__qualname__', self.name)}._carrier"
         module = getattr(self.function, "__module__", None)
-        body = {"function": staticmethod(self.function), "params": self.params}
+        body = {"function": staticmethod(self.function), "params": dict(self.params)}
         body |= {"__module__": module, "__qualname__": name}
         if self.initialize is not None:
             body["initialize"] = staticmethod(self.initialize)
@@ -296,6 +315,11 @@ def cell(
     def declare(function: Callable[..., Tensor | tuple[Tensor, ...]]) -> Cell:
         if not callable(function):
             raise TypeError(f"a cell is made from a function, got {type(function).__name__}")
+        if params is not None and not isinstance(params, Mapping):
+            raise TypeError(
+                'params should be a dict of names and kinds, as {"scale": "one"}, got '
+                f"{type(params).__name__}"
+            )
         learned = {n: Param(p) if isinstance(p, str) else p for n, p in (params or {}).items()}
         own = name or _own_name(function)
         declared = Cell(own, tuple(gates), tuple(states), function, learned, initialize)
@@ -375,7 +399,9 @@ def _check(cell: Cell) -> None:
     signature = inspect.signature(cell.function)
     arguments = ["u", "v", *(["p"] if cell.params else []), *cell.states]
     try:
-        signature.bind(*arguments)
+        bound = signature.bind(*arguments)
+        if cell.params and [*bound.arguments, "", "", ""][2] in cell.states:
+            raise TypeError("the third argument is `p`, the learned parameters")
     except TypeError as error:
         raise ValueError(
             f"cell {cell.name!r} must be a function of ({', '.join(arguments)}), any "
@@ -407,7 +433,8 @@ def _check_params(cell: Cell) -> None:
             f"most {MAX_PARAMS}; split it into several cells"
         )
     for name, param in cell.params.items():
-        if not isinstance(name, str) or not name.isidentifier() or name in _TAKEN:
+        valid = isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(name)
+        if not valid or name in _TAKEN:
             raise ValueError(
                 f"params of cell {cell.name!r} must be identifiers other than {', '.join(_TAKEN)}, "
                 f"the names of a layer's matrices: {name!r}"

@@ -24,33 +24,39 @@ def describe(derived: Derived) -> str:
         backward |= {f"da.{name}": left} if summed else {f"du.{name}": left, f"dv.{name}": right}
     backward |= {f"d{name}": expr for name, expr in zip(derived.states, ds, strict=True)}
     backward |= {f"dp.{name}": expr for name, expr in zip(derived.params, dp, strict=True)}
-    saved = dict(zip(derived.step[states:], derived.saved, strict=True))
+    # A saved gate may be called like a state.
+    names = {name: f"saved.{name}" if name in derived.states else name for name in derived.saved}
+    saved = dict(zip(derived.step[states:], names.values(), strict=True))
     sums = [name for name, summed in zip(derived.gates, derived.summed, strict=True) if summed]
     return "\n".join(
         [
             f"cell {derived.name}",
             f"  gates   {' '.join(derived.gates)}",
             f"  states  {' '.join(derived.states)}",
-            *([f"  params  {' '.join(derived.params)}"] if derived.params else []),
+            *([f"  params  {_params(derived)}"] if derived.params else []),
             f"  summed  {' '.join(sums) or 'none'}",
             f"  saves   {' '.join(derived.saved) or 'nothing'}: {4 * len(saved)} bytes per unit "
             "and step in float32, besides the states",
             "",
             f"forward: {_cost(derived.step)}",
-            *_equations(forward, saved),
+            *_equations(forward, saved, names),
             "",
             f"backward: {_cost(derived.gradients)}",
-            *_equations(backward, {}),
+            *_equations(backward, {}, names),
         ]
     )
 
 
-def _equations(targets: Mapping[str, Expr], names: Mapping[Expr, str]) -> list[str]:
+def _equations(
+    targets: Mapping[str, Expr], names: Mapping[Expr, str], saved: Mapping[str, str]
+) -> list[str]:
     def leaf(node: Expr) -> str:
         if node.op == "const":
             return node.label.removesuffix(".0")
         kind, name = node.label.split(".", 1)
-        shown = {"s": name, "next": f"{name}'", "dnext": f"d{name}'", "saved": name}
+        if kind == "saved":
+            return saved[name]
+        shown = {"s": name, "next": f"{name}'", "dnext": f"d{name}'"}
         return shown.get(kind, node.label)
 
     own: dict[Expr, str] = {}
@@ -64,6 +70,11 @@ def _equations(targets: Mapping[str, Expr], names: Mapping[Expr, str]) -> list[s
     rows += [row for row in zip(targets, texts, strict=True) if row[0] not in written]
     pad = max(len(name) for name, _ in rows)
     return [f"  {name:<{pad}} = {text}" for name, text in rows]
+
+
+def _params(derived: Derived) -> str:
+    pairs = zip(derived.params, derived.shared, strict=True)
+    return " ".join(name + " (one for all units)" * shared for name, shared in pairs)
 
 
 def _cost(roots: Sequence[Expr]) -> str:

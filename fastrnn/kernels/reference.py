@@ -76,6 +76,8 @@ def scan(
             v = F.linear(before[0], w_hh[p], b_hh[p] if b_hh else None)
             gates_u, gates_v = u.split(hidden, -1), v.split(hidden, -1)
             after = cell.step(gates_u, gates_v, before, params)
+            if params:  # a state that follows from these alone may be smaller
+                after = [torch.broadcast_to(a, gates_u[0].shape) for a in after]
             if record is not None:
                 record(p, t, u, v, before, after)
             if w_hr:

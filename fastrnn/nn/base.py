@@ -114,6 +114,11 @@ class Layer(Freezable, FlatWeights):
         A parametrized weight begins where its parametrization stores it. What is stored in several
         tensors, or in another shape, has torch's values.
         """
+        if precision_of(self, stored=True) is not None:
+            raise RuntimeError(
+                "this layer holds its matrices quantised: call fastrnn.dequantize_(module) before "
+                "reset_parameters()"
+            )
         super().reset_parameters()
         cell = self._cell()
         if cell.initialize is None and not cell.params:

@@ -80,7 +80,8 @@ def rnn(
         recompute: save only the output of every layer for the backward pass, which recomputes the
             cells' values from it. It needs less memory and more time. The CUDA kernels recompute a
             chunk of steps at a time, the others a layer at a time.
-        return_states: whether to return the states after every step, too.
+        return_states: whether to return the states after every step, too. Such a call needs the
+            memory of training, also without gradients.
         name: name of the layer in errors.
         check: called as `check(input, hx, batch_sizes, w_ih)` with the first of the weights, in
             place of the check of dtype and sizes against `weights`.

@@ -31,8 +31,14 @@ def initialize(cell: Cell, weights: Weights) -> None:
         param.fill(tensor)
     if cell.initialize is not None:
         u, v = _rows(cell, weights.w_ih, weights.b_ih), _rows(cell, weights.w_hh, weights.b_hh)
-        learned = (Params(cell, weights.params),) if cell.params else ()
-        cell.initialize(Gates(cell, u), Gates(cell, v), *learned)
+        learned = Params(cell, weights.params)
+        cell.initialize(Gates(cell, u), Gates(cell, v), *((learned,) if cell.params else ()))
+        for name, tensor in zip(cell.params, weights.params, strict=True):
+            if getattr(learned, name) is not tensor:
+                raise TypeError(
+                    f"initialize of cell {cell.name!r} replaced p.{name}, which has no effect: "
+                    f"write into the tensor, as p.{name}.fill_(1) does"
+                )
 
 
 def _rows(cell: Cell, weight: Tensor, bias: Tensor | None) -> Any:

@@ -247,8 +247,9 @@ class Recurrent(_MultiState):
         heads, recompute: as in `RNN`.
 
     Call:
-        As in `RNN`. `hx` and the final states are one tensor [num_layers*D, B, H] for a cell with
-        one state, and a tuple of `S` such tensors for a cell with several.
+        As in `RNN`, also with `return_states=True`. `hx` and the final states are one tensor
+        [num_layers*D, B, H] for a cell with one state, and a tuple of `S` such tensors for a cell
+        with several.
 
     Raises:
         TypeError: if `cell` is not a `fastrnn.Cell`. All other errors are those of `RNN`.

@@ -154,7 +154,7 @@ def test_params_are_of_a_kind() -> None:
     assert "wrong" not in cells.names()
 
 
-@pytest.mark.parametrize("name", ["ih", "hh", "hr", "a b", ""])
+@pytest.mark.parametrize("name", ["ih", "hh", "hr", "a b", "", "lambda"])
 def test_params_that_cannot_be_named(name: str) -> None:
     with pytest.raises(ValueError, match="params of cell 'wrong' must be identifiers other than"):
         with_params("wrong", **{name: "unit"})
@@ -181,6 +181,44 @@ def test_a_misspelt_parameter_is_named() -> None:
         AttributeError, match="'learning' has no parameter 'rate'; its parameters are: ratio, bias"
     ):
         fastrnn.Recurrent(made, 3, 5)(torch.randn(4, 2, 3))
+
+
+def test_the_order_of_params_is_part_of_a_cell() -> None:
+    """It is the order of compiled code."""
+    one, other = with_params(rate="unit", more="unit"), with_params(more="unit", rate="unit")
+    assert one != other and one == with_params(rate=fastrnn.Param(init=2.0), more="unit")
+    layers: Any = [fastrnn.Recurrent(cell, 3, 5) for cell in (one, other)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    x = torch.randn(4, 2, 3)
+    assert torch.equal(layers[0](x)[0], layers[1](x)[0])
+
+
+def test_params_are_a_dict() -> None:
+    for wrong in (["rate"], "rate"):
+        with pytest.raises(TypeError, match="params should be a dict of names and kinds"):
+            fastrnn.cell(gates="a", states="h", name="wrong", params=wrong)(scaled)  # type: ignore[arg-type]
+
+
+def test_a_function_that_forgets_its_params() -> None:
+    with pytest.raises(ValueError, match="the third argument is `p`, the learned parameters"):
+        fastrnn.cell(gates="a", states="h", name="wrong", params={"rate": "unit"})(
+            lambda u, v, h, scale=0.5: h
+        )
+
+
+def test_first_values_are_written_in_place() -> None:
+    made = with_params(rate=fastrnn.Param(init=torch.ones_like))
+    with pytest.raises(TypeError, match=r"should fill the tensor in place, but .*ones_like"):
+        fastrnn.Recurrent(made, 3, 5)
+
+    def replaces(u: Any, v: Any, p: Any) -> None:
+        p.rate = torch.ones(5)
+
+    made = fastrnn.cell(
+        gates="a", states="h", name="replacing", params={"rate": "unit"}, initialize=replaces
+    )(scaled)
+    with pytest.raises(TypeError, match=r"replaced p\.rate, .* as p\.rate\.fill_\(1\) does"):
+        fastrnn.Recurrent(made, 3, 5)
 
 
 def test_a_saved_cell_has_the_same_params() -> None:

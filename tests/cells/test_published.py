@@ -109,6 +109,20 @@ def test_slstm_from_zeros_is_that_of_the_formula_without_stabiliser() -> None:
     torch.testing.assert_close(n[0] * m[0].exp(), plain_n)
 
 
+@pytest.mark.parametrize("gate", [-400.0, 400.0])
+def test_slstm_begins_with_any_gate(gate: float) -> None:
+    """The stabiliser takes the first gate as it is, whatever its scale."""
+    layer: Any = fastrnn.Recurrent(cells.slstm, 4, 8)
+    with torch.no_grad():
+        layer.bias_ih_l0[:8] = gate
+    x = torch.randn(3, 2, 4)
+    with kernels.use("reference"):
+        y = layer(x)[0]
+        gradients = torch.autograd.grad(y.sum(), list(layer.parameters()))
+    assert y[0].abs().max() > 1e-3
+    assert all(g.isfinite().all() for g in (y, *gradients))
+
+
 # How they are found.
 
 

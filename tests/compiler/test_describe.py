@@ -28,3 +28,11 @@ def test_description_of_gru() -> None:
         "  da.z = dh' * (h - n) * (z * (1 - z))\n"
         "  dv.n = du.n * r"
     )
+
+
+def test_a_saved_gate_is_not_taken_for_a_state_of_its_name() -> None:
+    text = describe(derive(cells.get("fast_rnn")))
+    assert "  params  alpha (one for all units) beta (one for all units)\n" in text
+    assert "  saved.h = tanh(a.h)\n" in text
+    assert "  h'      = " in text and " * h + " in text
+    assert "dh' * saved.h" in text

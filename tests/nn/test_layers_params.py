@@ -203,6 +203,27 @@ def test_every_learned_number_may_be_unused() -> None:
     assert torch.equal(layer.weight_unread_l0.grad, torch.zeros(5))
 
 
+@pytest.mark.parametrize("kernel", ["cpu", "reference"])
+def test_a_state_may_be_a_learned_number(kernel: str) -> None:
+    def constant(u: Any, v: Any, p: Any, h: Tensor, c: Tensor) -> Any:
+        return p.each, p.all
+
+    params = {"each": fastrnn.Param(), "all": fastrnn.Param("one")}
+    cell = cells.Cell("constant", ("h",), ("h", "c"), constant, params)
+    layer: Any = fastrnn.Recurrent(cell, 3, 5)
+    with kernels.use(kernel):
+        y, (_, last), ((_, c),) = layer(torch.randn(4, 2, 3), return_states=True)
+    assert torch.equal(y, layer.weight_each_l0.expand(4, 2, 5))
+    assert torch.equal(c, layer.weight_all_l0.expand(4, 2, 5)) and torch.equal(last[0], c[0])
+
+
+def test_a_layer_that_holds_int8_does_not_begin_anew() -> None:
+    layer = fastrnn.Recurrent(cells.get("fast_grnn"), 3, 5)
+    fastrnn.quantize_(layer, keep_float=False)
+    with pytest.raises(RuntimeError, match=r"dequantize_\(module\) before reset_parameters"):
+        layer.reset_parameters()
+
+
 def test_wrong_shapes_are_refused() -> None:
     layer = layer_of()
     own = layer._weights()[0]

@@ -138,8 +138,8 @@ def ran(k: Gates, x: Tensor, h: Tensor, c: Tensor) -> Any:
 def slstm(k: Gates, x: Tensor, h: Tensor, c: Tensor, n: Tensor, m: Tensor) -> Any:
     i, f, z, o = (k[name](x, h) for name in "ifzo")
     f = torch.log(sigmoid(f))
-    after = torch.where(f + m > i, f + m, i)
-    i, f = torch.exp(i - after), torch.exp(f + m - after)
+    after = torch.where((n != 0) & (f + m > i), f + m, i)
+    i, f = torch.exp(i - after), torch.where(f + m > after, 1, torch.exp(f + m - after))
     c, n = f * c + i * tanh(z), f * n + i
     return sigmoid(o) * (c / n), c, n, after
 
