@@ -140,7 +140,7 @@ class Layer(Freezable, FlatWeights):
         *,
         lengths: Lengths = None,
         resets: Resets = None,
-        return_states: bool = False,
+        return_states: bool | None = None,  # None and not False: see `_slow_forward`
     ) -> tuple[Any, ...]:
         """Run the layer. The class documents the shapes."""
         extras: dict[str, Any] = (
@@ -168,7 +168,7 @@ class Layer(Freezable, FlatWeights):
             lengths=lengths,
             resets=resets,
             recompute=self.recompute,
-            return_states=return_states,
+            return_states=bool(return_states),
             name=self._name,
             check=self._check,
             packed=packed,
@@ -176,7 +176,8 @@ class Layer(Freezable, FlatWeights):
 
     def _slow_forward(self, *arguments: Any, **keywords: Any) -> Any:
         # nn.Module calls this in place of forward while TorchScript traces. The ONNX exporter then
-        # passes the defaults of all parameters by position, even those of keyword-only ones.
+        # passes the defaults of all parameters by position, even those of keyword-only ones, and
+        # numbers as tensors.
         while len(arguments) > 2 and arguments[-1] is None:
             arguments = arguments[:-1]
         return super()._slow_forward(*arguments, **keywords)  # type: ignore[no-untyped-call]

@@ -542,7 +542,7 @@ def replaced(module: Any) -> None:
         lambda m: m.bias_hh_l0.mul_(2),
         lambda m: m.bias_hh_l0.numpy().__setitem__(5, 3),
         lambda m: setattr(m, "weight_hh_l0", m.weight_hh_l0 * 1),
-        lambda m: m.reset_parameters(),
+        lambda m: nn.init.zeros_(m.weight_ih_l0),
         replaced,
     ],
 )
