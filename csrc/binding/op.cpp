@@ -165,32 +165,29 @@ std::vector<Tensor> python_backward_kernel(FASTRNN_BACKWARD_PARAMETERS) {
 TORCH_LIBRARY(fastrnn, m) {
   // kernels/operands.py documents the arguments. Returns y, the S states, with `steps` the states
   // past the first after every step, [rows, P, S-1, H], and the tape, which scan_backward needs and
-  // which has no rows unless `tape` asks for it. With `recompute`, autograd
-  // keeps no tape and gives scan_backward one without rows. Lists that may be empty are optional,
-  // because ahead-of-time compiled programs pass an empty list as none.
+  // which has no rows unless `tape` asks for it. With `recompute`, autograd keeps no tape and gives
+  // scan_backward one without rows. Lists that may be empty are optional, because ahead-of-time
+  // compiled programs pass an empty list as none.
   m.def(
       "scan(str cell, Tensor x, Tensor[] w_ih, Tensor[] w_hh, Tensor[]? b_ih, Tensor[]? b_hh, "
       "Tensor[]? w_hr, Tensor[]? params, Tensor[]? s0, Tensor? batch_sizes, Tensor? lengths, "
-      "Tensor? resets, "
-      "int reverse, bool tape=False, bool recompute=False, bool steps=False) -> Tensor[]");
+      "Tensor? resets, int reverse, bool tape=False, bool recompute=False, bool steps=False) "
+      "-> Tensor[]");
   // Returns y, the states and, with `steps`, those after every step, from weights that pack()
   // packed in that format; `expected` is their fingerprint() of that time. It is a tensor, because
   // a number would be a constant of a traced graph.
   m.def(
       "scan_packed(str cell, Tensor x, Tensor[] w_ih, Tensor[] w_hh, Tensor[]? b_ih, "
       "Tensor[]? b_hh, Tensor[]? w_hr, Tensor[]? params, Tensor[]? s0, Tensor? batch_sizes, "
-      "Tensor? lengths, "
-      "Tensor? resets, int reverse, Tensor[] packed, Tensor expected, str format, "
-      "bool steps=False) -> Tensor[]");
+      "Tensor? lengths, Tensor? resets, int reverse, Tensor[] packed, Tensor expected, "
+      "str format, bool steps=False) -> Tensor[]");
   // Returns gradients of x, w_ih, w_hh, b_ih, b_hh, w_hr, params, s0; `needs` selects from x, w_ih,
   // w_hh, biases, w_hr, params, s0.
   m.def(
-      "scan_backward(str cell, Tensor? dy, Tensor?[] dstates, Tensor? dsteps, Tensor x, Tensor[] "
-      "w_ih, "
-      "Tensor[] w_hh, Tensor[]? b_ih, Tensor[]? b_hh, Tensor[]? w_hr, Tensor[]? params, Tensor[]? "
-      "s0, "
-      "Tensor? batch_sizes, Tensor? lengths, Tensor? resets, int reverse, Tensor y, Tensor tape, "
-      "bool[7] needs) -> Tensor[]");
+      "scan_backward(str cell, Tensor? dy, Tensor?[] dstates, Tensor? dsteps, Tensor x, "
+      "Tensor[] w_ih, Tensor[] w_hh, Tensor[]? b_ih, Tensor[]? b_hh, Tensor[]? w_hr, "
+      "Tensor[]? params, Tensor[]? s0, Tensor? batch_sizes, Tensor? lengths, Tensor? resets, "
+      "int reverse, Tensor y, Tensor tape, bool[7] needs) -> Tensor[]");
 }
 
 TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {

@@ -1,7 +1,8 @@
 // The cells, generated from fastrnn/cells. A cell is a struct with
-//   kName, kGates (G), kStates (S), kSaved (K), kParams (N), kSharedParams, kSummed[G],
-//   kProjectable forward(u[G], v[G], s[S], next[S], saved[K]) backward(saved[K], s[S], next[S],
-//   dnext[S], du[G], dv[G], ds[S])
+//   kName, kGates (G), kStates (S), kSaved (K), kParams (N)
+//   kSummed[G], kSharedParams, kProjectable
+//   forward(u[G], v[G], s[S], next[S], saved[K])
+//   backward(saved[K], s[S], next[S], dnext[S], du[G], dv[G], ds[S])
 // or, with learned parameters,
 //   forward(u[G], v[G], s[S], p[N], next[S], saved[K])
 //   backward(saved[K], s[S], p[N], next[S], dnext[S], du[G], dv[G], ds[S], dp[N])

@@ -11,7 +11,6 @@ import re
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,6 @@ from fastrnn import cells
 from fastrnn.cells import Cell, Gates
 from fastrnn.cells import declare as declaration
 from tests.support.paths import ROOT
-
-
-@pytest.fixture(autouse=True)
-def same_registry_afterwards() -> Iterator[None]:
-    before = dict(declaration._registry)
-    yield
-    declaration._registry.clear()
-    declaration._registry.update(before)
 
 
 def leaky(u: Any, v: Any, h: Tensor, rate: float = 0.5) -> Tensor:

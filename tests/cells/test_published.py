@@ -8,7 +8,6 @@ import pickle
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from torch.nn.utils import parametrize
 import fastrnn
 from fastrnn import cells, kernels, ops
 from fastrnn.cells import Cell
-from fastrnn.cells import declare as declaration
 from fastrnn.cells.published import MODULES
 from fastrnn.cells.published.antisymmetric import Antisymmetric
 from fastrnn.cells.published.janet import chrono
@@ -32,14 +30,6 @@ from tests.support.papers import STEPS, loop
 from tests.support.paths import ROOT
 
 every_name = pytest.mark.parametrize("name", MODULES)
-
-
-@pytest.fixture(autouse=True)
-def same_registry_afterwards() -> Iterator[None]:
-    before = dict(declaration._registry)
-    yield
-    declaration._registry.clear()
-    declaration._registry.update(before)
 
 
 def given(cell: Cell, bias: bool = True) -> dict[str, Any]:

@@ -122,6 +122,26 @@ def test_their_forms_are_those_of_the_output() -> None:
     assert torch.equal(alone, c[1])
 
 
+def test_past_the_end_there_are_zeros_without_a_gradient() -> None:
+    """In the kernel and in plain operations, which transforms see."""
+    layer, lengths = made("lstm"), torch.tensor([2, 6, 0])
+    x = torch.randn(6, 3, 4, dtype=F64, requires_grad=True)
+
+    def call(x: Tensor) -> Tensor:
+        ((_, c),) = layer(x, lengths=lengths, return_states=True)[2]
+        return c
+
+    past = torch.arange(6).unsqueeze(1) >= lengths
+    found = []
+    for c in (call(x), torch.vmap(call)(x.unsqueeze(0))[0]):
+        assert not c[past].any()
+        found.append([c, torch.autograd.grad(c.sum() + c[past].sum(), x)[0]])
+    with kernels.use("reference"):
+        found.append([found[0][0], torch.autograd.grad(call(x).sum(), x)[0]])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0])
+
+
 def test_heads() -> None:
     layer = made("lstm", heads=7)
     x = torch.randn(5, 2, 4, dtype=F64)
