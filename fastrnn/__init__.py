@@ -1,5 +1,6 @@
 """Recurrent networks at hardware speed for PyTorch."""
 
+from fastrnn import init
 from fastrnn._version import __version__
 from fastrnn.cells import Cell, Param, cell
 from fastrnn.nn.cell_modules import GRUCell, LSTMCell, RNNCell
@@ -24,6 +25,7 @@ __all__ = [
     "dequantize_",
     "freeze",
     "from_torch",
+    "init",
     "quantize_",
     "replace_",
     "restore_",

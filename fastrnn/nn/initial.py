@@ -9,7 +9,7 @@ from torch import Tensor
 from fastrnn.cells import Cell, Gates, Params
 from fastrnn.kernels.operands import Weights
 
-__all__ = ["Rows", "initialize"]
+__all__ = ["Rows", "gates_of", "initialize"]
 
 
 class Rows(NamedTuple):
@@ -30,15 +30,20 @@ def initialize(cell: Cell, weights: Weights) -> None:
     for param, tensor in zip(cell.params.values(), weights.params, strict=True):
         param.fill(tensor)
     if cell.initialize is not None:
-        u, v = _rows(cell, weights.w_ih, weights.b_ih), _rows(cell, weights.w_hh, weights.b_hh)
         learned = Params(cell, weights.params)
-        cell.initialize(Gates(cell, u), Gates(cell, v), *((learned,) if cell.params else ()))
+        cell.initialize(*gates_of(cell, weights), *((learned,) if cell.params else ()))
         for name, tensor in zip(cell.params, weights.params, strict=True):
             if getattr(learned, name) is not tensor:
                 raise TypeError(
                     f"initialize of cell {cell.name!r} replaced p.{name}, which has no effect: "
                     f"write into the tensor, as p.{name}.fill_(1) does"
                 )
+
+
+def gates_of(cell: Cell, weights: Weights) -> tuple[Gates, Gates]:
+    """The arguments `u` and `v` of a cell's `initialize`: `Rows` of every gate."""
+    u, v = _rows(cell, weights.w_ih, weights.b_ih), _rows(cell, weights.w_hh, weights.b_hh)
+    return Gates(cell, u), Gates(cell, v)
 
 
 def _rows(cell: Cell, weight: Tensor, bias: Tensor | None) -> Any:

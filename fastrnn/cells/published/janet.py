@@ -40,12 +40,10 @@ def chrono(longest: float) -> Callable[[Any, Any], None]:
     Args:
         longest: the longest dependency in steps, more than 2.
     """
-    if not longest > 2:
-        raise ValueError(f"the longest dependency should have more than 2 steps, got {longest}")
+    fill.check_longest(longest)
 
     def initialize(u: Any, v: Any) -> None:
-        _initialize(u, v)
-        if u.f.bias is not None:
-            u.f.bias.uniform_(1, longest - 1).log_()
+        fill.chrono(u.f, v.f, longest)
+        fill.bias(u.c, v.c, 0)
 
     return initialize
