@@ -1,6 +1,6 @@
 """Recurrent networks at hardware speed for PyTorch."""
 
-from fastrnn import init
+from fastrnn import diagnostics, init
 from fastrnn._version import __version__
 from fastrnn.cells import Cell, Param, cell
 from fastrnn.nn.cell_modules import GRUCell, LSTMCell, RNNCell
@@ -23,6 +23,7 @@ __all__ = [
     "__version__",
     "cell",
     "dequantize_",
+    "diagnostics",
     "freeze",
     "from_torch",
     "init",
