@@ -26,6 +26,7 @@ OWN = {
     "csrc/cuda/test_faults.py": "mistakes planted in the kernels",
     "csrc/cuda/test_kernels.py": "all kernels of the folder",
     "csrc/test_rings.py": "which folder may include which",
+    "examples/test_examples.py": "all scripts of the folder",
     "kernels/gpu/test_on_a_gpu.py": "all that only a GPU can show",
     "kernels/gpu/triton/test_compile.py": "all kernels of the folder, compiled for their GPUs",
     "kernels/gpu/triton/test_kernels.py": "all kernels of the folder",

@@ -1,0 +1,158 @@
+"""Each script of examples/ runs in its quick form, and its result is the one that it is about."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.paths import ROOT
+
+EXAMPLES = ROOT / "examples"
+SCRIPTS = sorted(EXAMPLES.glob("*.py"))
+
+
+@pytest.fixture(autouse=True)
+def alone() -> Any:
+    """Undoes what a script may set for the whole process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def example(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_three_matrices(capsys: pytest.CaptureFixture[str]) -> None:
+    differences = example("three_matrices").main(quick=True)
+    assert set(differences) == {"one call", "readouts", "layer", "gradient", "step by step"}
+    assert max(differences.values()) < 1e-13
+    assert len(capsys.readouterr().out.splitlines()) == 1 + len(differences)
+
+
+@pytest.mark.takes(8)
+def test_classify_sequences(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn")
+    script = example("classify_sequences")
+    outcomes = script.main(quick=True)
+    assert list(outcomes) == ["torch.nn", "fastrnn"]
+    theirs, ours = outcomes.values()
+    assert ours.accuracy > 0.7 and theirs.accuracy > 0.7  # a tenth is chance
+    assert ours.losses[0] == pytest.approx(theirs.losses[0], rel=1e-3), "they begin alike"
+    assert ours.losses[-1] < ours.losses[0] / 2
+    assert f"{ours.accuracy:.1%}" in capsys.readouterr().out
+
+
+@pytest.mark.takes(6)
+def test_forecast() -> None:
+    pytest.importorskip("statsmodels")
+    errors = example("forecast").main(quick=True)
+    ours, *naive = errors.values()
+    assert len(naive) == 2 and ours < 0.8 * min(naive)
+
+
+@pytest.mark.takes(8)
+def test_translate_dates(capsys: pytest.CaptureFixture[str]) -> None:
+    script = example("translate_dates")
+    assert script.main(quick=True) > 0.7
+    shown = re.findall(r"\d{4}-\d\d-\d\d", capsys.readouterr().out)
+    assert len(shown) >= 6
+    day = script.datetime.date(1996, 5, 3)
+    spelt = [script.spell(day, spelling) for spelling in script.SPELLINGS]
+    assert spelt[0] == "03.05.1996" and "friday, 3 may 1996" in spelt
+    assert len(set(spelt)) == 10 - 1  # the short form of May is May
+    assert script.spell(script.datetime.date(2000, 1, 11), "{day}{th}") == "11th"
+    assert script.spell(script.datetime.date(2000, 1, 22), "{day}{th}") == "22nd"
+
+
+@pytest.mark.takes(6)
+def test_gradients(capsys: pytest.CaptureFixture[str]) -> None:
+    results = example("gradients").main(quick=True)
+    arriving = {name: arrived for name, (arrived, _) in results.items()}
+    right = {name: accuracy for name, (_, accuracy) in results.items()}
+    for name in ("RNN", "LSTM"):
+        assert arriving[name] < 1e-6 and right[name] < 0.4, "a quarter is chance"
+    assert arriving["relu RNN, large weights"] > 1e6
+    assert arriving["RNN"] < 1e-3 * arriving["RNN, orthogonal"]
+    gates = [arriving[f"LSTM{gate}"] for gate in ("", ", forget gate 1", ", forget gate 5")]
+    assert gates == sorted(gates)
+    for name in ("LSTM, forget gate 5", "LSTM, chrono", "LSTM, all treatments"):
+        assert arriving[name] > 0.05 and right[name] > 0.9
+    assert len(capsys.readouterr().out.splitlines()) == 1 + len(results)
+
+
+@pytest.mark.takes(15)
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+def test_train_ddp() -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", str(EXAMPLES / "train_ddp.py"), "--quick"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    found = dict(re.findall(r"2 processes, (\w+): largest difference (\S+)", done.stdout))
+    assert set(found) == {"DDP", "FSDP2"}
+    assert all(float(value) < 1e-5 for value in found.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [("classify_sequences", "scikit-learn"), ("forecast", "statsmodels")],
+)
+def test_a_package_that_is_missing_is_named(
+    name: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = example(name)
+    for module in ("sklearn.datasets", "statsmodels.datasets"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(SystemExit, match=f"pip install {package}"):
+        script.main(quick=True)
+
+
+def test_plots_are_saved(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    classify, forecast, gradients = map(example, ("classify_sequences", "forecast", "gradients"))
+    flow = gradients.train(gradients.NETWORKS[0], 5, 1)[0]
+    gradients.save(str(tmp_path / "flow.png"), {"RNN": flow})
+    classify.save(
+        str(tmp_path / "curves.png"),
+        {name: classify.Outcome(0.5, 1.0, [2.0, 1.0]) for name in ("torch.nn", "fastrnn")},
+    )
+    forecast.save(str(tmp_path / "forecast.png"), [1, 2], torch.ones(2), torch.zeros(2))
+    for name in ("flow", "curves", "forecast"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plots_need_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for name in ("classify_sequences", "forecast", "gradients"):
+        script = example(name)
+        rest = inspect.signature(script.save).parameters.values()
+        with pytest.raises(SystemExit, match="pip install matplotlib"):
+            script.save("plot.png", *[None] * (len(rest) - 1))
+
+
+@pytest.mark.parametrize("file", SCRIPTS, ids=lambda f: f.stem)
+def test_scripts_are_short_and_listed(file: Path) -> None:
+    text = file.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    assert '"--quick"' in text and "quick" in inspect.signature(example(file.stem).main).parameters
+    listed = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    assert f" examples/{file.name}`" in listed
+    assert ("--plot" in text) == (f"`{file.name}`" in listed), "the last line names these"
+    assert f"`examples/{file.name}`" in (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
+
+
+def test_there_are_scripts() -> None:
+    assert len(SCRIPTS) >= 6
