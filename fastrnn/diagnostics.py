@@ -132,7 +132,8 @@ def gradient_flow(
     mode that it is in, training or not. Neither its weights nor their `grad` change.
 
     Args:
-        model: the model, or a layer alone.
+        model: the model, or a layer alone. A compiled model runs as it is written. Of a
+            `DistributedDataParallel`, pass its `module`.
         batch: input of the model, a tensor or a tuple of arguments; or a function without
             arguments that runs the model and returns the loss, and does not call `backward`.
         loss: a function from the model's output to the loss. None if `batch` is a function.
@@ -254,7 +255,8 @@ class _Trace:
         layers: list[nn.Module] = []
         handles = []
         try:
-            for name, module in model.named_modules():
+            for path, module in model.named_modules():
+                name = path.replace("_orig_mod.", "").removesuffix("_orig_mod")  # torch.compile's
                 if isinstance(module, nn.RNNCellBase):
                     hook = functools.partial(self._after_cell, name)
                     handles.append(module.register_forward_hook(hook))

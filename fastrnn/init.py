@@ -83,12 +83,13 @@ def forget_gate_bias_(module: _Module, value: float = 1.0, gate: str = "f") -> _
     Args:
         module: an LSTM, or another layer or cell with such a gate and with biases.
         value: the sum; all of it is in `b_ih`, and the rows of `b_hh` are 0.
-        gate: the name of the gate. It is `"z"` for a GRU, whose update gate keeps the state; in a
-            custom cell it is a gate that multiplies the previous state.
+        gate: the name of the gate, `"z"` for a GRU, whose update gate keeps the state. Where this
+            gate is open, the cell must keep its state: that of `mgu` has the opposite sense.
 
     Raises:
         TypeError: if `module` is neither layer nor cell.
-        ValueError: if it has no gate of that name, or no biases.
+        ValueError: if it has no gate of that name, or one that does not keep the state, or no
+            biases.
 
     Example:
         >>> import torch, fastrnn
@@ -104,7 +105,7 @@ def forget_gate_bias_(module: _Module, value: float = 1.0, gate: str = "f") -> _
     def write(cell: Cell, u: Gates, v: Gates) -> None:
         fill.bias(_rows(u, gate), _rows(v, gate), value)
 
-    _check_biases(module, gate)
+    _check_forget_gate(module, gate)
     return _write(module, write)
 
 
@@ -121,7 +122,7 @@ def chrono_(module: _Module, longest: float) -> _Module:
 
     Raises:
         TypeError: if `module` is neither layer nor cell.
-        ValueError: if `longest` is at most 2, or if the module lacks the gate or biases.
+        ValueError: if `longest` is at most 2, or as in `forget_gate_bias_`.
 
     Tallec & Ollivier 2018, arXiv:1804.11188.
     """
@@ -130,14 +131,14 @@ def chrono_(module: _Module, longest: float) -> _Module:
     keeping = "z" if _cell_of(module) == cells.gru else "f"
 
     def write(cell: Cell, u: Gates, v: Gates) -> None:
-        kept = _rows(u, keeping)
-        fill.chrono(kept, _rows(v, keeping), longest)
+        forget = _rows(u, keeping)
+        fill.chrono(forget, _rows(v, keeping), longest)
         if "i" in cell.gates:
             fill.bias(_rows(u, "i"), _rows(v, "i"), 0)
-            cast(Tensor, _rows(u, "i").bias).sub_(cast(Tensor, kept.bias))
+            cast(Tensor, _rows(u, "i").bias).sub_(cast(Tensor, forget.bias))
 
     fill.check_longest(longest)
-    _check_biases(module, keeping)
+    _check_forget_gate(module, keeping)
     return _write(module, write)
 
 
@@ -197,7 +198,7 @@ def _cell_of(module: nn.Module) -> Cell:
     )
 
 
-def _check_biases(module: nn.Module, gate: str) -> None:
+def _check_forget_gate(module: nn.Module, gate: str) -> None:
     cell, kind = _cell_of(module), type(module).__name__
     if gate not in cell.gates:
         hint = "; a GRU's update gate is gate='z'" if cell == cells.gru else ""
@@ -206,6 +207,25 @@ def _check_biases(module: nn.Module, gate: str) -> None:
         )
     if not module.bias:
         raise ValueError(f"this {kind} has no biases: it was made with bias=False")
+    closed, opened = (_carried(cell, gate, value) for value in (-10.0, 10.0))
+    if not abs(opened - 1) < 0.1 or closed > opened:
+        raise ValueError(
+            f"gate {gate!r} of cell {cell.name!r} is no forget gate: the derivative of a state to "
+            f"itself a step before should be 1 where the gate is open, and is {opened:.2g}"
+            f" ({closed:.2g} where it is closed)"
+        )
+
+
+def _carried(cell: Cell, gate: str, value: float) -> float:
+    """The largest derivative of a state to the same state before, at 0, for a value of one gate."""
+    zero = torch.zeros(1, 1, dtype=torch.float64, device="cpu")
+    u = [torch.full_like(zero, value) if name == gate else zero for name in cell.gates]
+    with torch.enable_grad():
+        before = [torch.zeros_like(zero).requires_grad_() for _ in cell.states]
+        after = cell.step(u, [zero] * len(u), before, [zero[0]] * len(cell.params))
+        pairs = [(new, old) for new, old in zip(after, before, strict=True) if new.requires_grad]
+        found = [torch.autograd.grad(*pair, retain_graph=True, allow_unused=True) for pair in pairs]
+    return max((d.abs().item() for (d,) in found if d is not None), default=0.0)
 
 
 def _write(module: _Module, write: Callable[[Cell, Gates, Gates], None]) -> _Module:

@@ -66,7 +66,7 @@ def step(name: str, x: Tensor, states: list[Tensor], weights: list[Tensor]) -> l
 
 def loop(name: str, layer: Any, x: Tensor) -> tuple[Any, dict[str, list[Tensor]]]:
     """The result of a layer of torch.nn or fastrnn, and every state, which retains its gradient."""
-    kept: dict[str, list[Tensor]] = {}
+    retained: dict[str, list[Tensor]] = {}
     finals: list[list[Tensor]] = []
     for number in range(layer.num_layers):
         outputs = []
@@ -82,16 +82,16 @@ def loop(name: str, layer: Any, x: Tensor) -> tuple[Any, dict[str, list[Tensor]]
                     s.retain_grad()
                 steps[t] = states
             for k, state in enumerate("hc"[: len(states)]):
-                kept[f"l{number}{suffix}.{state}"] = [after[k] for after in steps]
+                retained[f"l{number}{suffix}.{state}"] = [after[k] for after in steps]
             outputs.append(torch.stack([after[0] for after in steps]))
             finals.append(states)
         x = torch.cat(outputs, -1)
     last = tuple(torch.stack(s) for s in zip(*finals, strict=True))
-    return (x, last if len(last) > 1 else last[0]), kept
+    return (x, last if len(last) > 1 else last[0]), retained
 
 
-def norms(kept: list[Tensor]) -> Tensor:
-    return torch.stack([torch.zeros(()) if s.grad is None else s.grad.norm() for s in kept])
+def norms(retained: list[Tensor]) -> Tensor:
+    return torch.stack([torch.zeros(()) if s.grad is None else s.grad.norm() for s in retained])
 
 
 @every_layer
@@ -99,23 +99,23 @@ def norms(kept: list[Tensor]) -> Tensor:
 @pytest.mark.parametrize("layers", [1, 2])
 def test_norms_are_those_of_a_loop(name: str, layers: int, bidirectional: bool) -> None:
     layer, x = made(name, layers, bidirectional=bidirectional), torch.randn(T, B, IN, dtype=F64)
-    result, kept = loop(name, layer, x)
+    result, retained = loop(name, layer, x)
     loss = total(result)
     loss.backward()
     flow = gradient_flow(layer, x, total)
     assert flow.loss == pytest.approx(loss.item())
-    assert flow.names == list(kept) and not flow.skipped
-    for key, states in kept.items():
+    assert flow.names == list(retained) and not flow.skipped
+    for key, states in retained.items():
         torch.testing.assert_close(flow[key], norms(states))
 
 
 @every_layer
 def test_a_loss_of_the_last_step_reaches_the_first(name: str) -> None:
     layer, x = made(name), torch.randn(T, B, IN, dtype=F64)
-    result, kept = loop(name, layer, x)
+    result, retained = loop(name, layer, x)
     result[0][-1].sum().backward()
     flow = gradient_flow(layer, x, lambda result: result[0][-1].sum())
-    for key, states in kept.items():
+    for key, states in retained.items():
         torch.testing.assert_close(flow[key], norms(states))
     assert (flow["l0.h"] > 0).all()
 
@@ -287,6 +287,17 @@ def test_frozen_weights_have_a_flow() -> None:
     fastrnn.freeze(model)
     same = gradient_flow(model, lambda: model[0](x)[0][-1].sum())
     torch.testing.assert_close(same["0.l0.h"], flow["0.l0.h"])
+
+
+@pytest.mark.takes(5)
+def test_a_compiled_model_runs_as_it_is_written() -> None:
+    model, x = nn.Sequential(fastrnn.LSTM(IN, H)), torch.randn(T, B, IN)
+    compiled: Any = torch.compile(model, backend="eager")
+    expected = total(compiled(x))
+    flow = gradient_flow(compiled, x, total)
+    assert flow.names == ["0.l0.h", "0.l0.c"] and flow.loss == pytest.approx(expected.item())
+    torch.testing.assert_close(flow["0.l0.h"], gradient_flow(model, x, total)["0.l0.h"])
+    torch.testing.assert_close(total(compiled(x)), expected)
 
 
 def test_explosion_and_vanishing_are_seen() -> None:

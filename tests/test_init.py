@@ -135,6 +135,29 @@ def test_without_a_forget_gate(kind: Any) -> None:
         init.forget_gate_bias_(kind(3, 5))
 
 
+@pytest.mark.parametrize(
+    ("name", "gate"),
+    [
+        *(("lstm", "f"), ("gru", "z"), ("janet", "f"), ("peephole_lstm", "f"), ("ran", "f")),
+        *(("slstm", "f"), ("ligru", "z"), ("ugrnn", "g"), ("nbrc", "c"), ("cfn", "theta")),
+    ],
+)
+def test_forget_gates_of_cells(name: str, gate: str) -> None:
+    layer: Any = fastrnn.Recurrent(fastrnn.cells.get(name), 3, 5)
+    init.forget_gate_bias_(layer, 2.5, gate)
+    assert ((layer.bias_ih_l0 + layer.bias_hh_l0) == 2.5).sum() == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "gate"),
+    [("mgu", "f"), ("star", "k"), ("lstm", "i"), ("lstm", "o"), ("gru", "r"), ("nbrc", "a")],
+)
+def test_other_gates_are_no_forget_gates(name: str, gate: str) -> None:
+    layer = fastrnn.Recurrent(fastrnn.cells.get(name), 3, 5)
+    with pytest.raises(ValueError, match=f"gate '{gate}' of cell '{name}' is no forget gate: "):
+        init.forget_gate_bias_(layer, 1.0, gate)
+
+
 def test_without_biases() -> None:
     for write in (init.forget_gate_bias_, lambda module: init.chrono_(module, 9)):
         with pytest.raises(
