@@ -99,5 +99,5 @@ def export_c(
 
 
 def _on_cpu(weights: Weights) -> Weights:
-    matrices: list[Any] = [w if w is None else w.cpu() for w in weights[:5]]
-    return Weights(*matrices, params=tuple(p.cpu() for p in weights.params))
+    moved: list[Any] = [w if w is None else w.cpu() for w in weights[:5]]
+    return Weights(*moved)._replace(params=tuple(p.cpu() for p in weights.params))
