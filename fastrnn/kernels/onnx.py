@@ -1,8 +1,8 @@
 """The scan as `torch.onnx.export(dynamo=True)` records it: standard nodes of ONNX.
 
 Built-in cells become `LSTM`, `GRU` and `RNN`. Everything that these nodes lack (custom cells,
-resets, a projection, the states after every step) becomes a `Scan` over the operations of the
-reference. Neither depends on the number of steps or sequences that the model is exported with.
+resets, a projection, the states after every step, float64) becomes a `Scan` over the cell's
+operations. Neither depends on the number of steps or sequences that the model is exported with.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ _NODES = {
     "lstm": _Node("LSTM", (0, 3, 1, 2), {}),
     "gru": _Node("GRU", (1, 0, 2), {"linear_before_reset": 1}),
 }
+# ONNX has no bfloat16 for these nodes, and ONNX Runtime no float64.
+_DTYPES = (torch.float32, torch.float16)
 _VERSION = 14  # the opset that gave these nodes their present form
 
 
@@ -63,7 +65,8 @@ def scan(cell: Cell, operands: Operands, steps: bool) -> tuple[Tensor, list[Tens
         )
     if operands.x.dim() == 2:  # one step
         return *reference.scan(cell, operands), None
-    if steps or operands.w_hr or operands.resets is not None or not cell.is_built_in:
+    lacking = steps or operands.w_hr or operands.resets is not None
+    if lacking or operands.x.dtype not in _DTYPES or not cell.is_built_in:
         return _as_scans(cell, operands, steps)
     reverse = [bool(operands.reverse >> p & 1) for p in range(len(operands.w_hh))]
     groups = [[0, 1]] if reverse == [False, True] else [[p] for p in range(len(reverse))]

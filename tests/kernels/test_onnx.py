@@ -231,6 +231,21 @@ def test_frozen_and_quantised_layers(prepare: Any, tmp_path: Path) -> None:
     assert_same(run, model, (torch.randn(5, 3, 16),))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "node"), [(torch.float64, "Scan"), (torch.float16, "LSTM")], ids=str
+)
+def test_other_dtypes(dtype: torch.dtype, node: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Model(fastrnn.LSTM(3, 5)).to(dtype).eval()
+    x = torch.randn(4, 2, 3, dtype=dtype)
+    nodes, run = exported(model, (x,), ({0: Dim("T"), 1: Dim("B")},), tmp_path)
+    assert nodes[node] == 1
+    x = torch.randn(5, 3, 3, dtype=dtype)
+    (y, *_), bound = run(x), 2e-3 if dtype == torch.float16 else 1e-12
+    with torch.no_grad():
+        torch.testing.assert_close(y, model(x)[0], rtol=bound, atol=bound)
+
+
 def test_static_sizes_and_an_older_opset(tmp_path: Path) -> None:
     torch.manual_seed(0)
     layer: Any = fastrnn.LSTM(3, 5, bidirectional=True)
