@@ -24,7 +24,8 @@ __all__ = ["Weights", "identifier", "stepper"]
 
 
 class Weights(Protocol):
-    """The weights of one layer, float32 in torch's layout, as `kernels.operands.Weights`."""
+    """The weights of one layer in torch's layout, as `kernels.operands.Weights`: float32, or int8
+    matrices."""
 
     @property
     def w_ih(self) -> Tensor: ...
@@ -53,18 +54,29 @@ def identifier(text: str) -> str:
 
 
 def stepper(
-    derived: Derived, layers: Sequence[Weights], name: str, title: str, header: str
+    derived: Derived,
+    layers: Sequence[Weights],
+    name: str,
+    title: str,
+    header: str,
+    scales: Sequence[Sequence[Tensor | None]] = (),
 ) -> tuple[str, str]:
     """The texts of the source and of the header for layers of one cell in one direction.
 
     Args:
-        layers: the weights of every layer, in dense float32 on the CPU.
+        layers: the weights of every layer, dense on the CPU.
         name: prefix of all public names, an identifier.
         title: says what the files are, for their first line.
         header: the header's file name.
+        scales: for every layer with int8 matrices, what the rows of `w_ih`, `w_hh` and `w_hr` are
+            multiplied by, float32.
     """
     plan = _plan(derived, layers)
-    return _source(derived, layers, plan, name, title, header), _header(plan, name, title)
+    arrays = [
+        _operands(derived, plan, weights, scales[k] if scales else ())
+        for k, weights in enumerate(layers)
+    ]
+    return _source(derived, plan, arrays, name, title, header), _header(plan, name, title)
 
 
 @dataclass(frozen=True)
@@ -73,6 +85,7 @@ class _Plan:
 
     Attributes:
         layers, inputs, hidden, output: the number of layers, `I` of the first, `H` and `Q`.
+        biased, rounded: whether there are biases, and whether matrices are int8 with scales.
         projected: whether state 0 is projected to `Q` numbers.
         u, summed, v: indices of the gates in the three parts of the array of gates.
         units, shared: expressions of the learned parameters alone, which export computes: those
@@ -85,6 +98,8 @@ class _Plan:
     inputs: int
     hidden: int
     output: int
+    biased: bool
+    rounded: bool
     projected: bool
     u: tuple[int, ...]
     summed: tuple[int, ...]
@@ -105,6 +120,11 @@ class _Plan:
         return self.summed + self.v
 
     @property
+    def columns(self) -> int:
+        """The most columns of a matrix, in blocks of `H`, if sums of int8 need an array."""
+        return max(len(self.from_x), len(self.from_h), self.projected) if self.rounded else 0
+
+    @property
     def gates(self) -> int:
         """Blocks of `H` numbers in the array of gates."""
         return len(self.u + self.summed + self.v)
@@ -120,6 +140,8 @@ def _plan(derived: Derived, layers: Sequence[Weights]) -> _Plan:
         inputs=first.w_ih.size(1),
         hidden=first.w_hh.size(0) // len(derived.gates),
         output=first.w_hh.size(1),
+        biased=first.b_ih is not None,
+        rounded=first.w_ih.dtype == torch.int8,
         projected=first.w_hr is not None,
         u=tuple(g for g in every if f"u.{derived.gates[g]}" in read),
         summed=tuple(g for g in every if f"a.{derived.gates[g]}" in read),
@@ -171,7 +193,7 @@ def _header(plan: _Plan, name: str, title: str) -> str:
         f"  float {member}[{upper}_NUM_LAYERS][{upper}_{'HIDDEN' if k else 'OUTPUT'}_SIZE];"
         for k, member in enumerate(plan.members)
     )
-    stack = 4 * plan.hidden * (plan.gates + plan.projected)
+    stack = 4 * plan.hidden * (plan.gates + plan.projected + plan.columns)
     return f"""\
 /* {_comment(title)} */
 #ifndef {upper}_H_
@@ -211,26 +233,22 @@ void {name}_step(struct {name}_state *state, const float *x, float *y);
 
 
 def _source(
-    derived: Derived, layers: Sequence[Weights], plan: _Plan, name: str, title: str, header: str
+    derived: Derived,
+    plan: _Plan,
+    arrays: Sequence[Mapping[str, Tensor]],
+    name: str,
+    title: str,
+    header: str,
 ) -> str:
     upper = name.upper()
-    step = _step_layer(derived, plan, name, biased=layers[0].b_ih is not None)
-    arrays, calls = [], []
-    for k, weights in enumerate(layers):
-        operands = _operands(derived, plan, weights)
-        arrays += [
-            f"static const float {kind}_l{k}[{len(numbers)}] = {{\n{_rows(numbers)}}};"
-            for kind, numbers in operands.items()
-        ]
-        x = (
-            f"state->{plan.members[0]}[{k - 1}], {upper}_OUTPUT_SIZE"
-            if k
-            else f"x, {upper}_INPUT_SIZE"
-        )
-        given = [f"{kind}_l{k}" for kind in operands]
-        calls.append(
-            f"  step_layer(state, {', '.join([str(k), *([x] if plan.from_x else []), *given])});"
-        )
+    step = _step_layer(derived, plan, arrays[0], name)
+    texts, calls = [], []
+    for k, operands in enumerate(arrays):
+        texts += [_array(f"{kind}_l{k}", numbers) for kind, numbers in operands.items()]
+        h = f"state->{plan.members[0]}[{k - 1}]"
+        x = f"{h}, {upper}_OUTPUT_SIZE" if k else f"x, {upper}_INPUT_SIZE"
+        given = [str(k), *([x] if plan.from_x else []), *(f"{kind}_l{k}" for kind in operands)]
+        calls.append(_filled("  step_layer(", ["state", *given], ");"))
     unused = [] if plan.from_x else ["  (void)x;"]
     helpers = _helpers(plan)
     return "\n".join(
@@ -246,7 +264,7 @@ def _source(
             "#include <stdint.h>",
             "#include <string.h>",
             "",
-            *(f"{text}\n" for text in (*arrays, *helpers, step)),
+            *(f"{text}\n" for text in (*texts, *helpers, step)),
             f"void {name}_reset(struct {name}_state *state) {{",
             "  memset(state, 0, sizeof *state);",
             "}",
@@ -263,29 +281,39 @@ def _source(
     )
 
 
-def _operands(derived: Derived, plan: _Plan, weights: Weights) -> dict[str, list[float]]:
-    """The arrays of one layer, in the order of `step_layer`'s arguments."""
+def _operands(
+    derived: Derived, plan: _Plan, weights: Weights, scales: Sequence[Tensor | None]
+) -> dict[str, Tensor]:
+    """The arrays of one layer, in the order of `step_layer`'s arguments. Gates of a matrix are
+    chosen and transposed; those of its scales are chosen."""
 
     def blocks(weight: Tensor, gates: Sequence[int]) -> Tensor:
         by_gate = weight.unflatten(0, (len(derived.gates), plan.hidden))
         return torch.cat([by_gate[g] for g in gates])
 
+    of_ih, of_hh, of_hr = scales or (None, None, None)
     found: dict[str, Tensor] = {}
-    if plan.from_x:
-        found["w_ih"] = blocks(weights.w_ih, plan.from_x).T
-    if plan.from_h:
-        found["w_hh"] = blocks(weights.w_hh, plan.from_h).T
+    for side, matrix, scale, gates in (
+        ("ih", weights.w_ih, of_ih, plan.from_x),
+        ("hh", weights.w_hh, of_hh, plan.from_h),
+    ):
+        if gates:
+            found[f"w_{side}"] = blocks(matrix, gates).T
+            if scale is not None:
+                found[f"scale_{side}"] = blocks(scale, gates)
     if weights.b_ih is not None and weights.b_hh is not None and plan.gates:
         parts = (weights.b_ih, plan.u), (weights.b_ih + weights.b_hh, plan.summed)
         both = (*parts, (weights.b_hh, plan.v))
         found["bias"] = torch.cat([blocks(bias, gates) for bias, gates in both if gates])
     if weights.w_hr is not None:
         found["w_hr"] = weights.w_hr.T
+        if of_hr is not None:
+            found["scale_hr"] = of_hr
     values = {f"p.{n}": p for n, p in zip(derived.params, weights.params, strict=True)}
     learned = [*_values(plan.units, values), *_values(plan.shared, values)]
     if learned:
         found["learned"] = torch.cat(learned)
-    return {kind: numbers.flatten().tolist() for kind, numbers in found.items()}
+    return found
 
 
 def _values(roots: Sequence[Expr], values: Mapping[str, Tensor]) -> list[Tensor]:
@@ -296,9 +324,17 @@ def _values(roots: Sequence[Expr], values: Mapping[str, Tensor]) -> list[Tensor]
     return [value.float() for value in evaluate(roots, read)]
 
 
-def _rows(numbers: Sequence[float]) -> str:
-    texts = [_number(number) for number in numbers]
-    return "".join(f"  {', '.join(texts[k : k + 6])},\n" for k in range(0, len(texts), 6))
+def _array(name: str, numbers: Tensor) -> str:
+    """The definition of an array."""
+    values = numbers.flatten().tolist()
+    texts = [str(v) if numbers.dtype == torch.int8 else _number(v) for v in values]
+    width = 18 if numbers.dtype == torch.int8 else 6
+    rows = "".join(f"  {', '.join(texts[k : k + width])},\n" for k in range(0, len(texts), width))
+    return f"static const {_type(numbers)} {name}[{len(texts)}] = {{\n{rows}}};"
+
+
+def _type(numbers: Tensor) -> str:
+    return "int8_t" if numbers.dtype == torch.int8 else "float"
 
 
 def _number(value: float) -> str:
@@ -309,35 +345,38 @@ def _number(value: float) -> str:
     return f"{text if set(text) & set('.e') else text + '.0'}f"
 
 
-def _step_layer(derived: Derived, plan: _Plan, name: str, biased: bool) -> str:
-    """The function that runs one step of one layer."""
+def _step_layer(derived: Derived, plan: _Plan, arrays: Mapping[str, Tensor], name: str) -> str:
+    """The function that runs one step of one layer, with the arrays as its last arguments."""
     upper = name.upper()
     hidden, output = f"{upper}_HIDDEN_SIZE", f"{upper}_OUTPUT_SIZE"
     arguments = [f"struct {name}_state *state", "int layer"]
     if plan.from_x:
-        arguments += ["const float *x", "int inputs", "const float *w_ih"]
+        arguments += ["const float *x", "int inputs"]
+    arguments += [f"const {_type(numbers)} *{kind}" for kind, numbers in arrays.items()]
+
+    def product(side: str, rows: str, columns: str, x: str, to: str) -> str:
+        scaled = f", scale_{side}" if plan.rounded else ""
+        part = ", part" if plan.rounded else ""
+        function = "add_rounded_product" if plan.rounded else "add_product"
+        return f"{function}({rows}, {columns}, w_{side}{scaled}, {x}{part}, {to});"
+
     body = [f"float *restrict s{k} = state->{m}[layer];" for k, m in enumerate(plan.members)]
     if plan.projected:
         body.append(f"float h[{hidden}];")
+    if plan.columns:
+        body.append(f"float part[{plan.columns} * {hidden}];")
     if plan.gates:
         body += [
             f"float gates[{plan.gates} * {hidden}];",
             f"for (int i = 0; i < {plan.gates} * {hidden}; ++i) {{",
-            f"  gates[i] = {'bias[i]' if biased else '0.0f'};",
+            f"  gates[i] = {'bias[i]' if plan.biased else '0.0f'};",
             "}",
         ]
     if plan.from_x:
-        body.append(f"add_product(inputs, {len(plan.from_x)} * {hidden}, w_ih, x, gates);")
+        body.append(product("ih", "inputs", f"{len(plan.from_x)} * {hidden}", "x", "gates"))
     if plan.from_h:
-        arguments.append("const float *w_hh")
         to = f"gates + {len(plan.u)} * {hidden}" if plan.u else "gates"
-        body.append(f"add_product({output}, {len(plan.from_h)} * {hidden}, w_hh, s0, {to});")
-    if plan.gates and biased:
-        arguments.append("const float *bias")
-    if plan.projected:
-        arguments.append("const float *w_hr")
-    if plan.units or plan.shared:
-        arguments.append("const float *learned")
+        body.append(product("hh", output, f"{len(plan.from_h)} * {hidden}", "s0", to))
     body += [
         f"for (int i = 0; i < {hidden}; ++i) {{",
         *(f"  {line}" for line in _pointwise(derived, plan, hidden)),
@@ -348,17 +387,17 @@ def _step_layer(derived: Derived, plan: _Plan, name: str, biased: bool) -> str:
             f"for (int i = 0; i < {output}; ++i) {{",
             "  s0[i] = 0.0f;",
             "}",
-            f"add_product({hidden}, {output}, w_hr, h, s0);",
+            product("hr", hidden, output, "h", "s0"),
         ]
-    head = _filled("static void step_layer(", arguments)
+    head = _filled("static void step_layer(", arguments, ") {")
     return "\n".join([head, *(f"  {line}" for line in body), "}"])
 
 
-def _filled(opening: str, arguments: Sequence[str], width: int = 100) -> str:
-    """The head of a function, in lines of at most `width` columns."""
+def _filled(opening: str, arguments: Sequence[str], closing: str, width: int = 100) -> str:
+    """Code with a list of arguments, in lines of at most `width` columns."""
     lines = [opening]
     for k, argument in enumerate(arguments):
-        text = argument + (") {" if k == len(arguments) - 1 else ",")
+        text = argument + (closing if k == len(arguments) - 1 else ",")
         if len(lines[-1]) + len(text) + 1 > width:
             lines.append(" " * len(opening) + text)
         else:
@@ -446,7 +485,7 @@ def _helpers(plan: _Plan) -> list[str]:
     """The functions that the source calls, callees first."""
     called = {node.op for node in ordered(_in_c(plan.step))}
     if plan.gates or plan.projected:
-        called.add("add_product")
+        called.add("add_rounded_product" if plan.rounded else "add_product")
     others = [text for name, text in _FUNCTIONS.items() if name in called]
     exponentials = [name for name in _SIMPLE if name in called]
     if not exponentials:
@@ -493,6 +532,34 @@ static void add_product(int rows, int columns, const float *restrict weight,
       sum[j] += weight[j] * x[k];
     }
     weight += columns;
+  }
+}""",
+    "add_rounded_product": """\
+/* sum += x * weight * scale, with weight [rows, columns] and scale [columns]. */
+static void add_rounded_product(int rows, int columns, const int8_t *restrict weight,
+                                const float *restrict scale, const float *restrict x,
+                                float *restrict part, float *restrict sum) {
+  for (int j = 0; j < columns; ++j) {
+    part[j] = 0.0f;
+  }
+  int k = 0;
+  for (; k + 4 <= rows; k += 4) {
+    const int8_t *restrict w0 = weight, *restrict w1 = w0 + columns;
+    const int8_t *restrict w2 = w1 + columns, *restrict w3 = w2 + columns;
+    const float x0 = x[k], x1 = x[k + 1], x2 = x[k + 2], x3 = x[k + 3];
+    for (int j = 0; j < columns; ++j) {
+      part[j] += (w0[j] * x0 + w1[j] * x1) + (w2[j] * x2 + w3[j] * x3);
+    }
+    weight = w3 + columns;
+  }
+  for (; k < rows; ++k) {
+    for (int j = 0; j < columns; ++j) {
+      part[j] += weight[j] * x[k];
+    }
+    weight += columns;
+  }
+  for (int j = 0; j < columns; ++j) {
+    sum[j] += scale[j] * part[j];
   }
 }""",
     "both": "static int both(int a, int b) { return a & b; }",

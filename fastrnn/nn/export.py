@@ -12,7 +12,7 @@ from fastrnn._version import __version__
 from fastrnn.compiler import emit_c
 from fastrnn.compiler.derive import derive
 from fastrnn.kernels.operands import Weights
-from fastrnn.nn.freeze import Freezable, floats_of
+from fastrnn.nn.freeze import Freezable, floats_of, rounded_of
 
 __all__ = ["export_c"]
 
@@ -32,8 +32,8 @@ def export_c(
       one sequence, from `x` [I] to `y` [H], or [proj_size]. `x` and `y` may be the same array.
     - the sizes `GRU_INPUT_SIZE`, `GRU_HIDDEN_SIZE`, `GRU_OUTPUT_SIZE` and `GRU_NUM_LAYERS`.
 
-    Steps give the layer's output up to rounding. Dropout is not applied. A quantised layer is
-    written with its rounded weights as floats.
+    Steps give the layer's output up to rounding. Dropout is not applied. The source of a layer that
+    `quantize_` rounded to int8 has int8 weights, a quarter of the bytes; activations are floats.
 
     Args:
         layer: an `RNN`, `LSTM`, `GRU` or `Recurrent` in one direction, or a cell module, in
@@ -90,10 +90,12 @@ def export_c(
                     f"{weight.dtype} on {weight.device}; write export_c(layer.float(), ...)"
                 )
         title = f"{type(layer).__name__}({layer.extra_repr()}), by fastrnn.export_c {__version__}"
-        layers = [_on_cpu(recurrence) for recurrence in weights]
-        source, header = emit_c.stepper(derived, layers, chosen, title, f"{stem.name}.h")
+        rounded = [r for r in rounded_of(layer) if r.scales]
+        layers = [_on_cpu(r) for r in [r.weights for r in rounded] or weights]
+        scales = [[s if s is None else s.cpu() for s in r.scales] for r in rounded]
+        texts = emit_c.stepper(derived, layers, chosen, title, f"{stem.name}.h", scales)
     files = Path(f"{stem}.c"), Path(f"{stem}.h")
-    for file, text in zip(files, (source, header), strict=True):
+    for file, text in zip(files, texts, strict=True):
         file.write_text(text, encoding="utf-8")
     return files
 

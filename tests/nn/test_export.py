@@ -160,14 +160,33 @@ def test_nan_and_infinity_go_where_they_go_in_the_layer(tmp_path: Path) -> None:
     assert stream.states[0].isnan().all()
 
 
-def test_a_quantised_layer_has_its_rounded_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: fastrnn.GRU(8, 17, num_layers=2),
+        lambda: fastrnn.LSTM(7, 16, proj_size=5),
+        lambda: fastrnn.RNN(3, 5, bias=False),
+        lambda: fastrnn.Recurrent(both_kinds, 3, 5),
+    ],
+    ids=["gru", "projected", "without bias", "parameters"],
+)
+@pytest.mark.parametrize("keep_float", [True, False])
+@pytest.mark.parametrize("weights", ["int8", "bfloat16"])
+def test_a_quantised_layer_has_its_rounded_weights(
+    make: Any, keep_float: bool, weights: str, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
-    layer: Any = fastrnn.GRU(8, 16)
+    layer = make()
+    floats = copy.deepcopy(layer)
+    fastrnn.quantize_(layer, weights=weights, keep_float=keep_float)
+    source, _ = fastrnn.export_c(layer, tmp_path / "net")
+    arrays = re.findall(r"static const (\w+) w_", source.read_text())
+    assert set(arrays) == {"int8_t" if weights == "int8" else "float"}
+    stream, x = stream_of(floats, source), torch.randn(20, layer.input_size)
     rounded = copy.deepcopy(layer)
-    fastrnn.quantize_(rounded, keep_float=False)
-    stream, x = exported(rounded, tmp_path), torch.randn(20, 8)
+    fastrnn.quantize_(rounded, weights=weights, keep_float=False)
     fastrnn.dequantize_(rounded)
-    assert not torch.equal(rounded.weight_hh_l0, layer.weight_hh_l0)
+    assert not torch.equal(rounded.weight_hh_l0, floats.weight_hh_l0)
     torch.testing.assert_close(stream.steps(x), expected(rounded, x)[0], rtol=1e-5, atol=2e-6)
 
 
