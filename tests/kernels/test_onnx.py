@@ -15,6 +15,7 @@ from torch.export import Dim
 
 import fastrnn
 from fastrnn import cells, kernels
+from fastrnn.integrations.onnx import decompositions
 from tests.support.derivations import USERS
 from tests.support.tensors import flatten
 
@@ -68,9 +69,7 @@ def shapes(layer: Any, given: Given) -> tuple[Any, ...]:
     )
 
 
-def exported(
-    model: nn.Module, args: tuple[Any, ...], dynamic: Any, folder: Path, **more: Any
-) -> Any:
+def exported(model: Any, args: tuple[Any, ...], dynamic: Any, folder: Path, **more: Any) -> Any:
     """The nodes of a model, counted by name, and a function that runs it in ONNX Runtime."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -254,6 +253,24 @@ def test_static_sizes_and_an_older_opset(tmp_path: Path) -> None:
     nodes, run = exported(model, args, None, tmp_path, opset_version=18)
     assert nodes["LSTM"] == 1
     assert_same(run, model, (torch.randn(4, 2, 3),))
+
+
+@pytest.mark.parametrize("name", ["LSTM", "projected", "cell"])
+def test_a_program_of_torch_export(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    makers: dict[str, Any] = {
+        "LSTM": lambda: fastrnn.LSTM(3, 5, num_layers=2, bidirectional=True),
+        "projected": lambda: fastrnn.LSTM(3, 5, proj_size=2),
+        "cell": lambda: fastrnn.Recurrent(cells.mgu, 3, 5, bias=False),
+    }
+    layer, given = makers[name](), Given(hx=True, lengths=True)
+    model = Model(layer).eval()
+    args = arguments(layer, given, 4, 2)[:3]
+    program = torch.export.export(model, args, dynamic_shapes=(*shapes(layer, given)[:3],))
+    program = program.run_decompositions(decompositions())
+    nodes, run = exported(program, (), None, tmp_path)
+    assert nodes["Scan" if name != "LSTM" else "LSTM"] == layer.num_layers
+    assert_same(run, model, arguments(layer, given, 7, 3))
 
 
 def test_layers_compute_as_before_afterwards(tmp_path: Path) -> None:
