@@ -5,6 +5,7 @@ from fastrnn._version import __version__
 from fastrnn.cells import Cell, Param, cell
 from fastrnn.nn.cell_modules import GRUCell, LSTMCell, RNNCell
 from fastrnn.nn.convert import from_torch, to_torch
+from fastrnn.nn.export import export_c
 from fastrnn.nn.freeze import freeze, unfreeze
 from fastrnn.nn.layers import GRU, LSTM, RNN, Recurrent
 from fastrnn.nn.quantize import dequantize_, quantize_
@@ -24,6 +25,7 @@ __all__ = [
     "cell",
     "dequantize_",
     "diagnostics",
+    "export_c",
     "freeze",
     "from_torch",
     "init",

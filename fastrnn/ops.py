@@ -18,7 +18,7 @@ from torch.overrides import has_torch_function
 from fastrnn import flops
 from fastrnn.cells import Cell
 from fastrnn.extension import _C
-from fastrnn.kernels import reference
+from fastrnn.kernels import onnx, reference
 from fastrnn.kernels.operands import Needs, Operands, Weights, side_by_side
 from fastrnn.kernels.prepare import on_cpu, prepare, prepared_now
 
@@ -128,6 +128,8 @@ def run(
     x, w_ih, w_hh, b_ih, b_hh, w_hr, params, s0 = operands[:8]
     tensors = (x, *w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *params, *s0)
     compiling = torch.compiler.is_compiling()
+    if compiling and onnx.is_recording():
+        return onnx.scan(cell, operands, steps)
     key = (prepare if compiling else prepared_now)(cell, _kind(x), x.dtype)
     if packed is not None and key is not None:
         if torch.is_grad_enabled():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.utils import parametrize
 
+from fastrnn.kernels import onnx
 from fastrnn.nn.flat_weights import written_entries
 from fastrnn.nn.freeze import Freezable, in_floats, precision_of
 from fastrnn.nn.rebase import rebased
@@ -192,12 +193,12 @@ def export_forward(module: nn.Module, input: Any, extras: dict[str, Any] | None 
     """The function to call in place of our forward, or None.
 
     While the call is recorded in a format that knows only torch's own operators (TorchScript,
-    ONNX), it is the forward of torch.nn's module. In a symbolic trace it records a single node, as
-    for torch.nn's layers.
+    ONNX), it is the forward of torch.nn's module. Layers that torch.onnx's new exporter records are
+    an exception: `kernels/onnx.py` has their nodes. In a symbolic trace it records a single node,
+    as for torch.nn's layers.
     """
-    if torch._C._get_tracing_state() is not None or (
-        torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
-    ):
+    scripted = torch._C._get_tracing_state() is not None
+    if scripted or (not isinstance(module, nn.RNNBase) and onnx.is_recording()):
         known = [c for c in type(module).__mro__ if c in TO_TORCH]
         if known and not extras and getattr(module, "heads", 1) == 1:
             return converted(in_floats(module), TO_TORCH[known[0]]).forward

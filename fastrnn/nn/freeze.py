@@ -38,6 +38,7 @@ __all__ = [
     "in_floats",
     "operands",
     "precision_of",
+    "rounded_of",
     "stepper_of",
     "unfreeze",
 ]
@@ -185,6 +186,12 @@ def _quantised(module: Freezable, precision: Precision) -> Frozen:
     if len(layers) < len(packed):
         return Frozen((), (), precision)
     return Frozen(tuple(layers), (), precision, restored)
+
+
+def rounded_of(module: Freezable) -> list[Quantised]:
+    """The weights of every recurrence as a quantised module rounds them; none for others."""
+    precision = precision_of(module)
+    return [] if precision is None else _rounded(module, precision)
 
 
 def _rounded(module: Freezable, precision: Precision) -> list[Quantised]:

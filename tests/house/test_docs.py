@@ -27,7 +27,16 @@ from tests.support.paths import ROOT
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 # Packages that a page or an integration may use although the tests do not install them.
-FOREIGN = {"transformers", "opacus", "torchrl", "tensordict", "jax", "onnx", "onnxruntime"}
+FOREIGN = {
+    "transformers",
+    "opacus",
+    "torchrl",
+    "tensordict",
+    "jax",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+}
 SHOWN = re.compile(
     r"(<!-- python -m fastrnn (?P<command>.*?) -->\n)(?P<text>.*?)(\n?<!-- end -->)", re.DOTALL
 )
