@@ -365,14 +365,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory_tasks", description=about)
     numbers = lambda text: tuple(map(int, text.split(",")))  # noqa: E731
     parser.add_argument("--only", type=networks, default=NETWORKS, help="names, commas between")
-    parser.add_argument("--updates", type=int, default=800, help="most updates for each lag")
+    parser.add_argument("--updates", type=int, default=1200, help="most updates for each lag")
     parser.add_argument("--lags", type=numbers, default=LAGS, help="the ladder, ascending")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each task")
     parser.add_argument("--hidden", type=int, default=32, help="hidden size")
     parser.add_argument("--batch", type=int, default=32, help="sequences of an update")
     parser.add_argument("--rate", type=float, default=5e-3, help="learning rate of Adam")
     parser.add_argument("--shape", type=numbers, default=SHAPE, help="T,B,I of the timed calls")
-    parser.add_argument("--seconds", type=float, default=0.5, help="of calls, for each time")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of calls, for each time")
     parser.add_argument("--threads", type=int, default=1, help="of torch and of fastrnn")
     parser.add_argument("--quick", action="store_true", help="one seed, few updates, short lags")
     parser.add_argument("--save", action="store_true", help="write table and drawing")
@@ -384,6 +384,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     updates, seeds, lags = options.updates, options.seeds, options.lags
     if options.quick:
         updates, seeds, lags = min(updates, 100), 1, lags[:2]
+        options.seconds = min(options.seconds, 0.1)
     if min(updates, seeds) < 1 or min(lags) < 2 or sorted(lags) != list(lags):
         parser.error("updates and seeds begin with 1, lags with 2, and lags ascend")
     budget = Budget(updates, options.hidden, options.batch, seeds, options.rate, tuple(lags))
