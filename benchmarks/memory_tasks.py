@@ -315,26 +315,31 @@ def draw(rows: Sequence[Row], file: Path) -> bool:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    # Text stays text. With fixed ids and no date, an unchanged drawing is an unchanged file.
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "fastrnn"})
+    figure, (left, *others) = pyplot.subplots(
+        1, 3, figsize=(11, 4), width_ratios=(2, 1, 1), layout="constrained"
+    )
+    left.set_yscale("log", base=2)
     width = 0.8 / len(TASKS)
     for k, task in enumerate(TASKS):
+        found = [row.lags[task.name] for row in rows]
+        medians = [statistics.median_low(lags) for lags in found]
+        ranges = [
+            [middle - min(lags) for middle, lags in zip(medians, found, strict=True)],
+            [max(lags) - middle for middle, lags in zip(medians, found, strict=True)],
+        ]
         places = [n + (k - 1) * width for n in range(len(rows))]
-        lags = [statistics.median_low(row.lags[task.name]) for row in rows]
-        left.bar(places, [max(lag, 1) for lag in lags], width, label=task.name)
-    left.set_yscale("log", base=2)
-    left.set(ylabel="longest lag solved", xticks=range(len(rows)))
-    left.set_xticklabels([row.network for row in rows], rotation=30, ha="right")
+        left.bar(places, medians, width, yerr=ranges, label=task.name, error_kw={"lw": 0.8})
+    left.set_yticks(LAGS, [str(lag) for lag in LAGS])
+    left.set(ylabel="longest lag solved, and its range", ylim=(2.5, 1.3 * LAGS[-1]))
     left.legend(fontsize="small")
-    right.set(xlabel="training step, ms", ylabel="saved for the backward pass, MiB")
-    for row in rows:
-        place = (row.cost.training / 1e3, row.cost.saved / 2**20)
-        right.scatter(*place)
-        right.annotate(
-            row.network, place, xytext=(5, 3), textcoords="offset points", fontsize="small"
-        )
-    right.margins(0.15)
-    # Without a date and with fixed ids, an unchanged drawing is an unchanged file.
-    matplotlib.rcParams["svg.hashsalt"] = "fastrnn"
+    others[0].bar(range(len(rows)), [row.cost.training / 1e3 for row in rows])
+    others[0].set(ylabel="training step, ms")
+    others[1].bar(range(len(rows)), [row.cost.saved / 2**20 for row in rows])
+    others[1].set(ylabel="saved for the backward pass, MiB")
+    for axes in (left, *others):
+        axes.set_xticks(range(len(rows)), [row.network for row in rows], rotation=90)
     figure.savefig(file, metadata={"Date": None})
     pyplot.close(figure)
     return True

@@ -140,6 +140,29 @@ def test_step_by_step(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", STATES)
+def test_a_rollout_as_a_collector_plays_it(kind: str) -> None:
+    """Steps one by one, each with the states of the step before, and zeros where an episode begins;
+    then all at once, from the states that were stored."""
+    mine = replaced(module(kind, num_layers=2))
+    data = rollout(kind, layers=2, stored=False)
+    steps: list[Any] = []
+    for step in data.unbind(1):
+        if steps:
+            begins = step["is_init"].unsqueeze(-1)
+            for state in STATES[kind]:
+                step[state] = steps[-1]["next", state].masked_fill(begins, 0)
+        steps.append(mine(step.clone()))
+    played = torch.stack(steps, 1)
+    with modules.set_recurrent_mode(True):
+        whole = mine(played.select(*mine.in_keys).clone())
+    torch.testing.assert_close(whole["y"], played["y"])
+    ends = torch.cat([data["is_init"][:, 1:], torch.ones(B, 1, 1, dtype=torch.bool)], 1).squeeze(-1)
+    for state in STATES[kind]:
+        torch.testing.assert_close(whole["next", state][ends], played["next", state][ends])
+        assert not whole["next", state][~ends].any()
+
+
+@pytest.mark.parametrize("kind", STATES)
 @pytest.mark.parametrize("backend", ["pad", "scan"])
 def test_backends(kind: str, backend: str, whole: None) -> None:
     theirs = module(kind, recurrent_backend=backend)
