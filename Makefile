@@ -16,6 +16,9 @@
 # make bench-cells
 #               time training with every published cell beside a loop of torch operations, about 15
 #               minutes
+# make bench-memory
+#               train several cells to remember, and measure for how many steps they do and what
+#               they cost, about 15 minutes; ARGS="--quick" or ARGS="--only lstm,gru" does less
 # make bench-formats
 #               time int8 and bfloat16 beside float32 and other libraries, a few minutes
 # make gpu      build, test and measure on this machine's NVIDIA GPU, 20 minutes;
@@ -43,7 +46,7 @@ CPP = $(foreach kind,h cpp cu cuh,$(shell find csrc tests benchmarks -name '*.$(
 GENERATOR = $(wildcard fastrnn/cells/*.py fastrnn/compiler/*.py)
 
 .PHONY: demo test test-long test-all clients bench bench-full bench-grid bench-load bench-cells \
-  bench-formats gpu docs lint format clean in-place
+  bench-memory bench-formats gpu docs lint format clean in-place
 
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
@@ -111,6 +114,7 @@ bench-full: $(BASELINES)
 	$(PY) -m benchmarks.grid --save
 	$(PY) -m benchmarks.load --save
 	$(PY) -m benchmarks.cells --save
+	$(PY) -m benchmarks.memory_tasks --save
 	$(PY) -m benchmarks.formats --save
 
 bench-grid: $(BASELINES)
@@ -121,6 +125,9 @@ bench-load: $(BASELINES)
 
 bench-cells: $(BASELINES)
 	$(PY) -m benchmarks.cells --save $(ARGS)
+
+bench-memory: $(BASELINES)
+	$(PY) -m benchmarks.memory_tasks --save $(ARGS)
 
 bench-formats: $(BASELINES)
 	$(PY) -m benchmarks.formats --save $(ARGS)

@@ -9,14 +9,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import tensordict
 import torch
 from torch import nn
-from torchrl import modules
 
 import fastrnn
-from fastrnn.integrations import torchrl as ours
 from tests.clients.support import Client, Ratio
+
+tensordict = pytest.importorskip("tensordict")
+modules = pytest.importorskip("torchrl.modules")
+ours = pytest.importorskip("fastrnn.integrations.torchrl")
 
 CLIENT = Client("torchrl", "LSTMModule 128 and GRUModule 128")
 
@@ -24,9 +25,11 @@ B, T, F, H = 4, 9, 3, 5
 STATES = {"LSTM": ["h", "c"], "GRU": ["h"]}
 
 
-def module(kind: str, inputs: int = F, hidden: int = H, **options: Any) -> Any:
+def module(
+    kind: str, inputs: int = F, hidden: int = H, package: Any = modules, **options: Any
+) -> Any:
     states = STATES[kind]
-    return getattr(modules, f"{kind}Module")(
+    return getattr(package, f"{kind}Module")(
         input_size=inputs,
         hidden_size=hidden,
         in_keys=["x", *states],
@@ -137,6 +140,29 @@ def test_step_by_step(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", STATES)
+def test_a_rollout_as_a_collector_plays_it(kind: str) -> None:
+    """Steps one by one, each with the states of the step before, and zeros where an episode begins;
+    then all at once, from the states that were stored."""
+    mine = replaced(module(kind, num_layers=2))
+    data = rollout(kind, layers=2, stored=False)
+    steps: list[Any] = []
+    for step in data.unbind(1):
+        if steps:
+            begins = step["is_init"].unsqueeze(-1)
+            for state in STATES[kind]:
+                step[state] = steps[-1]["next", state].masked_fill(begins, 0)
+        steps.append(mine(step.clone()))
+    played = torch.stack(steps, 1)
+    with modules.set_recurrent_mode(True):
+        whole = mine(played.select(*mine.in_keys).clone())
+    torch.testing.assert_close(whole["y"], played["y"])
+    ends = torch.cat([data["is_init"][:, 1:], torch.ones(B, 1, 1, dtype=torch.bool)], 1).squeeze(-1)
+    for state in STATES[kind]:
+        torch.testing.assert_close(whole["next", state][ends], played["next", state][ends])
+        assert not whole["next", state][~ends].any()
+
+
+@pytest.mark.parametrize("kind", STATES)
 @pytest.mark.parametrize("backend", ["pad", "scan"])
 def test_backends(kind: str, backend: str, whole: None) -> None:
     theirs = module(kind, recurrent_backend=backend)
@@ -189,6 +215,109 @@ def test_made_around_a_layer_of_ours(kind: str, whole: None) -> None:
         plain(data.clone())
     fastrnn.replace_(plain)
     assert_same(plain(data.clone()), theirs(data.clone()))
+
+
+@pytest.mark.parametrize("kind", STATES)
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bias": False}], ids=str)
+def test_made_from_sizes(kind: str, options: dict[str, Any], whole: None) -> None:
+    theirs = module(kind, **options)
+    mine = module(kind, package=ours, **options)
+    layer = getattr(mine, kind.lower())
+    assert type(layer) is getattr(fastrnn, kind) and layer.batch_first
+    mine.load_state_dict(theirs.state_dict())
+    data = rollout(kind, layers=options.get("num_layers", 1))
+    assert_same(mine(data.clone()), theirs(data.clone()))
+    primers = [m.make_tensordict_primer().primers for m in (mine, theirs)]
+    assert primers[0] == primers[1]
+    python = getattr(module(kind, package=ours, python_based=True), kind.lower())
+    assert type(python) is type(getattr(module(kind, python_based=True), kind.lower()))
+
+
+def ensemble(kind: str, **options: Any) -> tuple[list[Any], Any]:
+    """Modules of TorchRL, and ours with all their parameters stacked: a function of the parameters
+    and a rollout."""
+    theirs = [module(kind, **options) for _ in range(3)]
+    mine = replaced(theirs[0])
+
+    def call(parameters: dict[str, torch.Tensor], data: Any) -> tuple[torch.Tensor, ...]:
+        result = torch.func.functional_call(mine, parameters, (data.clone(),))
+        return tuple(result[key] for key in mine.out_keys)
+
+    return theirs, call
+
+
+def assert_members_same(theirs: list[Any], together: Any, rollouts: list[Any]) -> None:
+    for k, (member, data) in enumerate(zip(theirs, rollouts, strict=True)):
+        result = member(data.clone())
+        for value, key in zip(together, member.out_keys, strict=True):
+            torch.testing.assert_close(value[k], result[key], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", STATES)
+@pytest.mark.parametrize("begins", [0.0, 0.3])
+def test_an_ensemble_on_one_rollout(kind: str, begins: float, whole: None) -> None:
+    theirs, call = ensemble(kind, num_layers=2)
+    stacked, _ = torch.func.stack_module_state(theirs)
+    data = rollout(kind, layers=2, begins=begins)
+    together = torch.vmap(call, (0, None))(stacked, data)
+    assert_members_same(theirs, together, [data] * 3)
+    sum((value**2).sum() for value in together).backward()
+    for k, member in enumerate(theirs):
+        result = member(data.clone())
+        sum((result[key] ** 2).sum() for key in member.out_keys).backward()
+        for name, parameter in member.named_parameters():
+            torch.testing.assert_close(stacked[name].grad[k], parameter.grad, msg=name)
+
+
+@pytest.mark.parametrize("kind", STATES)
+@pytest.mark.parametrize("stored", [None, False, True], ids=["none", "zeros", "stored states"])
+@pytest.mark.parametrize("shape", [(T,), (B, T), (2, B, T)], ids=str)
+def test_an_ensemble_on_rollouts_of_its_own(
+    kind: str, stored: bool | None, shape: tuple[int, ...], whole: None
+) -> None:
+    theirs, call = ensemble(kind, num_layers=2)
+    stacked, _ = torch.func.stack_module_state(theirs)
+    rollouts = rollout(kind, 3, *shape, layers=2, stored=bool(stored))
+    if stored is None:
+        rollouts = rollouts.exclude(*STATES[kind])
+    together = torch.vmap(call, (0, 0))(stacked, rollouts)
+    assert_members_same(theirs, together, list(rollouts.unbind(0)))
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_an_ensemble_as_torchrls_losses_run_it(kind: str, whole: None) -> None:
+    """They stack the parameters as a TensorDict, and put each into the module."""
+    theirs, _ = ensemble(kind)
+    mine = replaced(theirs[0])
+    parameters = tensordict.TensorDict.from_modules(*theirs, as_module=True)
+    data = rollout(kind)
+
+    def call(data: Any, parameters: Any) -> Any:
+        with parameters.to_module(mine):
+            return mine(data)
+
+    together = torch.vmap(call, (None, 0))(data, parameters)
+    for k, member in enumerate(theirs):
+        assert_same(together[k], member(data.select(*member.in_keys).clone()))
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_gradients_of_every_rollout(kind: str, whole: None) -> None:
+    """vmap around grad: `is_init` is batched below the level of the gradient."""
+    (theirs, *_), call = ensemble(kind)
+    rollouts = rollout(kind, 3, B, T)
+    parameters = {name: p.detach() for name, p in theirs.named_parameters()}
+
+    def loss(parameters: dict[str, torch.Tensor], data: Any) -> Any:
+        return sum((value**2).sum() for value in call(parameters, data))
+
+    every = torch.vmap(torch.func.grad(loss), (None, 0))(parameters, rollouts)
+    for k, data in enumerate(rollouts.unbind(0)):
+        theirs.zero_grad()
+        result = theirs(data.clone())
+        sum((result[key] ** 2).sum() for key in theirs.out_keys).backward()
+        for name, parameter in theirs.named_parameters():
+            torch.testing.assert_close(every[name][k], parameter.grad, msg=name)
 
 
 @pytest.mark.parametrize("kind", STATES)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import fastrnn
 from tests.support.paths import ROOT
 
 EXAMPLES = ROOT / "examples"
@@ -94,6 +95,33 @@ def test_gradients(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(capsys.readouterr().out.splitlines()) == 1 + len(results)
 
 
+@pytest.mark.takes(10)
+def test_recurrent_ppo(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sb3_contrib")
+    script = example("recurrent_ppo")
+    error, outcomes = script.main(quick=True)
+    assert error < 1e-5
+    assert list(outcomes) == ["loop of torch.nn", "one call of fastrnn"]
+    for outcome in outcomes.values():
+        assert outcome.learned > outcome.played > 0 and 8 < outcome.mean_return <= 500
+    assert len(capsys.readouterr().out.splitlines()) == 1 + len(outcomes)
+
+
+def test_recurrent_ppo_processes_a_sequence_as_a_loop_does() -> None:
+    process_sequence = example("recurrent_ppo").process_sequence
+    lstm = fastrnn.LSTM(3, 5, num_layers=2)
+    features, starts = torch.randn(4 * 7, 3), (torch.rand(4 * 7) < 0.3).float()
+    states = torch.randn(2, 4, 5), torch.randn(2, 4, 5)
+    output, last = process_sequence(features, states, starts, lstm)
+    outputs = []
+    for x, start in zip(features.view(4, 7, 3).unbind(1), starts.view(4, 7).unbind(1), strict=True):
+        h, c = (s * (1 - start).view(1, 4, 1) for s in states)
+        y, states = lstm(x.unsqueeze(0), (h, c))
+        outputs.append(y[0])
+    torch.testing.assert_close(output, torch.stack(outputs, 1).flatten(0, 1))
+    torch.testing.assert_close(last, states)
+
+
 @pytest.mark.takes(15)
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 def test_train_ddp() -> None:
@@ -108,13 +136,21 @@ def test_train_ddp() -> None:
 
 @pytest.mark.parametrize(
     ("name", "package"),
-    [("classify_sequences", "scikit-learn"), ("forecast", "statsmodels")],
+    [
+        ("classify_sequences", "scikit-learn"),
+        ("forecast", "statsmodels"),
+        ("recurrent_ppo", "sb3-contrib"),
+    ],
 )
 def test_a_package_that_is_missing_is_named(
     name: str, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = example(name)
-    for module in ("sklearn.datasets", "statsmodels.datasets"):
+    for module in (
+        "sklearn.datasets",
+        "statsmodels.datasets",
+        "sb3_contrib.ppo_recurrent.policies",
+    ):
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(SystemExit, match=f"pip install {package}"):
         script.main(quick=True)
