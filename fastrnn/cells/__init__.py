@@ -34,6 +34,7 @@ __all__ = [
     "Params",
     "cell",
     "get",
+    "get_published",
     "gru",
     "lstm",
     "names",

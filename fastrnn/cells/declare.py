@@ -5,8 +5,9 @@ unit by unit. Its derivative, the values saved for the backward pass, the C++ an
 are all derived from this one function (`compiler/`); its arithmetic stands nowhere else.
 
 `u = W·x + b_ih` and `v = R·h + b_hh` arrive with one attribute per gate, and learned numbers `p`
-with one per parameter. State 0 is recurrent and is the output of the layer. A cell may use only
-pointwise functions of torch, so that within a step every hidden unit is independent of the others.
+with one per parameter. State 0 is recurrent and is the output of the layer. A cell uses pointwise
+functions of torch. Units of a row meet where it reduces over the last dimension (a mean, a norm, a
+softmax), and where it multiplies another value by the recurrent weights: `v(x)` is R·x + b_hh.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ MAX_GATES = 16
 MAX_STATES = 8
 MAX_PARAMS = 32
 
-_KINDS = ("unit", "one")
+_KINDS = ("unit", "one", "gates")
 _TAKEN = ("ih", "hh", "hr")  # weight_ih, weight_hh and weight_hr are torch's matrices
 
 
@@ -58,7 +59,8 @@ class Param:
     """A learned parameter of a cell.
 
     Attributes:
-        kind: "unit" for one number per hidden unit, [H]; "one" for one number in all, [1].
+        kind: "unit" for one number per hidden unit, [H]; "one" for one number in all, [1]; "gates"
+            for one per gate and hidden unit, [G*H], as the gain of a norm over all gates.
         init: the number it begins with, or a function that fills the tensor in place, as those of
             `torch.nn.init`; None for torch's uniform distribution within 1/sqrt(H), as for weights.
     """
@@ -66,9 +68,9 @@ class Param:
     kind: str = "unit"
     init: float | Callable[[Tensor], Any] | None = None
 
-    def size(self, hidden: int) -> int:
-        """Numbers in a layer of `hidden` units."""
-        return hidden if self.kind == "unit" else 1
+    def size(self, hidden: int, gates: int) -> int:
+        """Numbers in a layer of `hidden` units whose cell has so many gates."""
+        return {"unit": hidden, "one": 1, "gates": gates * hidden}[self.kind]
 
     def fill(self, tensor: Tensor) -> None:
         """Fill a tensor as `init` says, under `no_grad`; it stays as it is if that is None."""
@@ -84,33 +86,57 @@ class Param:
 
 
 class _Named:
-    """An argument of a cell's function: tensors as attributes."""
+    """An argument of a cell's function: tensors as attributes, each looked up when it is read."""
 
     _kind = ""
 
-    def __init__(self, cell: Cell, names: Iterable[str], values: Iterable[Tensor]) -> None:
-        self.__cell = cell
-        for name, value in zip(names, values, strict=True):
-            setattr(self, name, value)
+    def __init__(self, cell: Cell, names: Sequence[str], values: Sequence[Tensor]) -> None:
+        self.__cell, self.__names, self.__values = cell, names, values
 
     def __getattr__(self, name: str) -> Tensor:
         # On a half-made object, `self.__cell` would call this method again without end.
-        cell = vars(self).get("_Named__cell")
+        mine = vars(self)
+        names = mine.get("_Named__names", ())
+        if name in names:
+            value: Tensor = mine["_Named__values"][names.index(name)]
+            setattr(self, name, value)
+            return value
+        cell = mine.get("_Named__cell")
         raise AttributeError(
             f"cell {cell.name!r} has no {self._kind} {name!r}; its {self._kind}s are: "
-            + ", ".join(cell.gates if self._kind == "gate" else cell.params)
+            + ", ".join(names)
             if cell
             else name
         )
 
 
 class Gates(_Named):
-    """The argument `u` or `v` of a cell's function: one tensor per gate, as attributes."""
+    """The argument `u` of a cell's function: one tensor per gate, as attributes."""
 
     _kind = "gate"
 
-    def __init__(self, cell: Cell, values: Iterable[Tensor]) -> None:
+    def __init__(self, cell: Cell, values: Sequence[Tensor]) -> None:
         super().__init__(cell, cell.gates, values)
+
+
+class Projection(Gates):
+    """The argument `v` of a cell's function: one tensor per gate, as attributes. `v(x)` is the same
+    for another value than the state: the recurrent weights times x [..., H], with their bias."""
+
+    def __init__(
+        self,
+        cell: Cell,
+        values: Sequence[Tensor],
+        apply: Callable[[Tensor], Sequence[Tensor]] | None = None,
+    ) -> None:
+        super().__init__(cell, values)
+        self.__cell, self.__apply = cell, apply
+
+    def __call__(self, x: Tensor) -> Projection:
+        cell, apply = self.__cell, self.__apply
+        if apply is None:
+            raise TypeError(f"cell {cell.name!r} calls v(x), which needs the recurrent weights")
+        return Projection(cell, apply(x), apply)
 
 
 class Params(_Named):
@@ -118,8 +144,8 @@ class Params(_Named):
 
     _kind = "parameter"
 
-    def __init__(self, cell: Cell, values: Iterable[Tensor]) -> None:
-        super().__init__(cell, cell.params, values)
+    def __init__(self, cell: Cell, values: Sequence[Tensor]) -> None:
+        super().__init__(cell, tuple(cell.params), values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,8 +156,8 @@ class Cell:
         name: unique name, the key of the registry and of `torch.ops.fastrnn.scan`.
         gates: names of the gates, in the order of the blocks of `weight_ih` and `weight_hh`.
         states: names of the states; the first is recurrent and is the output.
-        function: `function(u, v, *states) -> states`, pointwise; `function(u, v, p, *states)` if
-            there are `params`.
+        function: `function(u, v, *states) -> states`; `function(u, v, p, *states)` if there are
+            `params`.
         params: learned parameters by name; in a layer, `p.gain` is `weight_gain_l0` and so on.
         initialize: `initialize(u, v)`, or `initialize(u, v, p)` if there are `params`, which writes
             the initial values of a layer's weights; see `cell`. Cells that differ in it alone are
@@ -168,15 +194,17 @@ class Cell:
         v: Sequence[Tensor],
         s: Sequence[Tensor],
         p: Sequence[Tensor] = (),
+        apply: Callable[[Tensor], Sequence[Tensor]] | None = None,
     ) -> list[Tensor]:
         """One time step on tensors: one per gate in `u` and `v`, per state in `s`, and per learned
-        parameter in `p`.
+        parameter in `p`. `apply(x)` gives the recurrent projections of another value than state 0,
+        for cells that call `v(x)`.
 
         Raises:
             ValueError: if the function returns another number of states than were declared.
         """
         params = (Params(self, p),) if self.params else ()
-        out = self.function(Gates(self, u), Gates(self, v), *params, *s)
+        out = self.function(Gates(self, u), Projection(self, v, apply), *params, *s)
         states = [out] if isinstance(out, Tensor) else list(out)
         if len(states) != len(self.states):
             raise ValueError(
@@ -187,6 +215,16 @@ class Cell:
 
     def __call__(self, *args: Tensor) -> Tensor | tuple[Tensor, ...]:
         return self.function(*args)
+
+    def param_rows(self) -> dict[str, tuple[str, ...]]:
+        """For each parameter, the names of its rows of numbers per unit: its own or, if it has a
+        number for each gate, one for each."""
+        return {
+            name: tuple(f"{name}.{gate}" for gate in self.gates)
+            if param.kind == "gates"
+            else (name,)
+            for name, param in self.params.items()
+        }
 
     @property
     def is_built_in(self) -> bool:
@@ -275,9 +313,10 @@ def cell(
         states: state names in the same form, at most `cells.MAX_STATES`; the first is recurrent
             and is the output.
         name: registry name; the function's own by default.
-        params: learned parameters besides the weights of `u` and `v`, at most `cells.MAX_PARAMS`:
-            for each name a `Param`, or its kind, "unit" or "one". The function gets them as one
-            more argument, `p`, and a layer has them as Parameters `weight_<name>_l0` and so on.
+        params: learned parameters besides the weights of `u` and `v`, at most `cells.MAX_PARAMS`
+            numbers per unit: for each name a `Param`, or its kind, "unit", "one" or "gates". The
+            function gets them as one more argument, `p`, and a layer has them as Parameters
+            `weight_<name>_l0` and so on.
         initialize: `initialize(u, v)`, or `initialize(u, v, p)` with `params`, called once for each
             layer, direction and head when a layer is made and by its `reset_parameters`, after
             torch's uniform values were written. `u.f.weight` [H, I] and `u.f.bias` [H] are the rows
@@ -305,6 +344,10 @@ def cell(
         >>> @fastrnn.cell(gates="h", states="h", params={"r": "unit"})
         ... def with_own_past(u, v, p, h):  # a learned number for each unit
         ...     return torch.tanh(u.h + v.h + p.r * h)
+        >>> @fastrnn.cell(gates="rzn", states="h")
+        ... def gru_reset_before(u, v, h):  # Cho et al. 2014, arXiv:1406.1078
+        ...     r, z = torch.sigmoid(u.r + v.r), torch.sigmoid(u.z + v.z)
+        ...     return (1 - z) * torch.tanh(u.n + v(r * h).n) + z * h
     """
     if function is not None:
         raise TypeError(
@@ -427,11 +470,6 @@ def _check_initialize(
 
 
 def _check_params(cell: Cell) -> None:
-    if len(cell.params) > MAX_PARAMS:
-        raise ValueError(
-            f"cell {cell.name!r} has {len(cell.params)} params, and the kernels are made for at "
-            f"most {MAX_PARAMS}; split it into several cells"
-        )
     for name, param in cell.params.items():
         valid = isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(name)
         if not valid or name in _TAKEN:
@@ -443,8 +481,15 @@ def _check_params(cell: Cell) -> None:
             what = repr(param.kind if isinstance(param, Param) else param)
             raise ValueError(
                 f"parameter {name!r} of cell {cell.name!r} must be 'unit' (a number for each "
-                f"hidden unit), 'one' (one number) or a fastrnn.Param of these kinds, got {what}"
+                "hidden unit), 'one' (one number), 'gates' (a number for each gate and unit) or a "
+                f"fastrnn.Param of these kinds, got {what}"
             )
+    count = sum(map(len, cell.param_rows().values()))
+    if count > MAX_PARAMS:
+        raise ValueError(
+            f"cell {cell.name!r} has {count} params, and the kernels are made for at "
+            f"most {MAX_PARAMS}; split it into several cells"
+        )
 
 
 def _kinds(params: Mapping[str, Param]) -> tuple[tuple[str, str], ...]:

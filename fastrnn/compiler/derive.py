@@ -1,27 +1,34 @@
 """Derives from a cell's function its derivative and the values saved for the backward pass.
 
 The function and its vector-Jacobian product are traced once (`trace.py`) into pointwise expressions
-(`expression.py`). Two rules then shape them:
+(`expression.py`), cut where units need each other. Rules then shape them:
 
 - **summed**: if the gradients of a gate's `u` and `v` are the same node, the cell depends only on
   their sum `a`, and one array serves both.
 - **saved**: the backward pass gets the states before and after the step, and recomputes whatever
   follows from them. A step saves the fewest other values from which the gradients follow by
-  arithmetic alone, without a transcendental function.
+  arithmetic alone, without a transcendental function. A cell with reductions or products of its own
+  also saves their results, a few numbers for each row, and may compute a transcendental function
+  again to save a value less.
+- **stages**: such a cell becomes a program of stages (`stages.py`), forward and backward. Its
+  gradients go back through every cut: that of a sum is the same for all units, that of the operand
+  of a product is the transposed product.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastrnn.cells import Cell
+from fastrnn.compiler.cut import Site
 from fastrnn.compiler.expression import (
     MASKS,
     TRANSCENDENTAL,
@@ -31,7 +38,8 @@ from fastrnn.compiler.expression import (
     ordered,
     uses,
 )
-from fastrnn.compiler.trace import Underivable, trace
+from fastrnn.compiler.stages import Exchange, Program, schedule
+from fastrnn.compiler.trace import Trace, Underivable, trace
 
 __all__ = ["Derived", "Underivable", "derive"]
 
@@ -43,7 +51,8 @@ class Derived:
     """Everything that is derived from a cell's function.
 
     Attributes:
-        name, gates, states, params: the cell's; of the parameters, the names.
+        name, gates, states, params: the cell's; of the parameters, the names of their rows of
+            numbers per unit, one for each gate if the parameter has that many.
         shared: per parameter, whether all units share one number.
         summed: per gate, whether the cell depends on `u + v` alone.
         saved: names of the values saved per unit and step for the backward pass: a gate's name for
@@ -54,6 +63,11 @@ class Derived:
         step: expressions of the next states and the saved values.
         gradients: expressions of the gradients of `u`, `v`, the states and the parameters; those
             of parameters are to be summed over steps and rows.
+        sites: where units need each other, in the order in which a step runs.
+        operands: of each site, its parts.
+        rows: labels of the results of reductions that a step saves, one number for each row.
+        exchanges: those of the backward pass, in order.
+        programs: the step and its gradients as stages; None for a cell without sites.
     """
 
     name: str
@@ -66,6 +80,11 @@ class Derived:
     projectable: bool
     step: tuple[Expr, ...]
     gradients: tuple[Expr, ...]
+    sites: tuple[Site, ...] = ()
+    operands: tuple[tuple[Expr, ...], ...] = ()
+    rows: tuple[str, ...] = ()
+    exchanges: tuple[Exchange, ...] = ()
+    programs: tuple[Program, Program] | None = None
 
     @property
     def summary(self) -> str:
@@ -75,10 +94,33 @@ class Derived:
         learned = f", parameters {' '.join(self.params)}" if self.params else ""
         return f"{name}: gates {gates}, states {states}{learned}; saves {saved or 'nothing'}"
 
-    def tape_width(self, projected: bool) -> int:
-        """Values per unit in a row of the tape: the states after the first, the saved values and,
-        if `projected`, state 0 before the projection."""
-        return len(self.states) - 1 + len(self.saved) + projected
+    def param_groups(self) -> list[slice]:
+        """The rows of each parameter: one, or one for each gate."""
+        groups: list[slice] = []
+        for k, name in enumerate(self.params):
+            if "." not in name:
+                groups.append(slice(k, k + 1))
+            elif name.endswith(f".{self.gates[0]}"):
+                groups.append(slice(k, k + len(self.gates)))
+        return groups
+
+    def gate_params(self) -> int:
+        """Bits of the first rows of the parameters that have a number for each gate."""
+        return sum(
+            1 << rows.start for rows in self.param_groups() if "." in self.params[rows.start]
+        )
+
+    @property
+    def stages(self) -> int:
+        """The number of stages of a step."""
+        return len(self.programs[0].stages) if self.programs else 1
+
+    def tape_width(self, projected: bool, hidden: int = 1, ratio: int = 1) -> int:
+        """Values per unit in a row of the tape: the states after the first, the saved values, and
+        if `projected`, state 0 before the projection. Numbers saved for each row follow in as many
+        values as they fill, in the compute type, which takes `ratio` numbers of the tape."""
+        row = -(-len(self.rows) * ratio // hidden) if self.rows else 0
+        return len(self.states) - 1 + len(self.saved) + projected + row
 
     def places(self, after: str = "next", dafter: str = "dnext") -> dict[str, str]:
         """The array element in generated code for each input of the expressions. `after` and
@@ -99,22 +141,42 @@ class Derived:
         v: Sequence[Tensor],
         s: Sequence[Tensor],
         p: Sequence[Tensor] = (),
+        apply: Callable[[Tensor], Sequence[Tensor]] | None = None,
     ) -> tuple[list[Tensor], list[Tensor]]:
         """One step on tensors of one shape, one per gate and state, and on parameters that may be
-        smaller. Returns `(next, saved)`.
+        smaller. Returns `(next, saved)`; after the saved values, `saved` has the numbers saved for
+        each row. `apply` is that of `Cell.step`.
 
         State 0 of a projectable cell may have any shape.
         """
         inputs = _labelled("s", self.states, s) | _labelled("p", self.params, p)
         if self.projectable:
             del inputs[f"s.{self.states[0]}"]
-        for name, summed, left, right in zip(self.gates, self.summed, u, v, strict=True):
-            if summed:
-                inputs[f"a.{name}"] = left + right
+        inputs["count"] = u[0].new_full((), u[0].size(-1))
+
+        def project(gate: int, right: Tensor) -> None:
+            name = self.gates[gate]
+            if self.summed[gate]:
+                inputs[f"a.{name}"] = u[gate] + right
             else:
-                inputs |= {f"u.{name}": left, f"v.{name}": right}
+                inputs.update({f"u.{name}": u[gate], f"v.{name}": right})
+
+        for gate, right in enumerate(v):
+            project(gate, right)
+        for site, parts in zip(self.sites, self.operands, strict=True):
+            values = evaluate(parts, inputs)
+            if site.kind == "product":
+                assert apply is not None
+                (operand,) = values
+                for name in site.gates:
+                    project(self.gates.index(name), apply(operand)[self.gates.index(name)])
+            else:
+                inputs.update(zip(site.results, reduced(site.kind, values), strict=True))
         out = evaluate(self.step, inputs)
-        return out[: len(self.states)], out[len(self.states) :]
+        return out[: len(self.states)], [
+            *out[len(self.states) :],
+            *(inputs[label] for label in self.rows),
+        ]
 
     def backward(
         self,
@@ -123,13 +185,30 @@ class Derived:
         next: Sequence[Tensor],
         dnext: Sequence[Tensor],
         p: Sequence[Tensor] = (),
+        transposed: Callable[[int, Tensor], Tensor] | None = None,
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
         """Gradients `(du, dv, ds, dp)` of that step, from the gradients `dnext` of its next states.
-        Those of parameters have a number for each row and unit."""
+        Those of parameters have a number for each row and unit. `transposed(k, dv)` is the product
+        of `dv` with the recurrent block of gate k, for a cell with products of its own."""
         inputs = _labelled("s", self.states, s) | _labelled("p", self.params, p)
         inputs |= _labelled("next", self.states, next)
         inputs |= _labelled("dnext", self.states, dnext)
-        inputs |= _labelled("saved", self.saved, saved)
+        inputs |= _labelled("saved", self.saved, saved[: len(self.saved)])
+        inputs |= dict(zip(self.rows, saved[len(self.saved) :], strict=True))
+        inputs["count"] = next[0].new_full((), next[0].size(-1))
+        for exchange in self.exchanges:
+            values = evaluate(exchange.operands, inputs)
+            if exchange.kind == "transposed":
+                assert transposed is not None
+                (label,) = exchange.results
+                names = self.sites[int(label.split(".")[1])].gates
+                terms = [
+                    transposed(self.gates.index(name), dv)
+                    for name, dv in zip(names, values, strict=True)
+                ]
+                inputs[label] = torch.stack(terms).sum(0)
+            else:
+                inputs.update(zip(exchange.results, reduced(exchange.kind, values), strict=True))
         du, dv, ds, dp = self.grouped(evaluate(self.gradients, inputs))
         return list(du), list(dv), list(ds), list(dp)
 
@@ -142,6 +221,17 @@ class Derived:
 
 def _labelled(kind: str, names: Sequence[str], values: Iterable[Tensor]) -> dict[str, Tensor]:
     return {f"{kind}.{name}": value for name, value in zip(names, values, strict=True)}
+
+
+def reduced(kind: str, values: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The results of a reduction of values of all units, which are in the last dimension."""
+    x = torch.cat(list(values), -1)
+    if kind == "sum":
+        return (x.sum(-1, keepdim=True),)
+    if kind == "amax":
+        return (x.amax(-1, keepdim=True),)
+    mean = x.mean(-1, keepdim=True)
+    return mean, (x - mean).square().sum(-1, keepdim=True)
 
 
 def derive(cell: Cell) -> Derived:
@@ -170,49 +260,176 @@ def _derive(cell: Cell) -> Derived | Underivable:
             return reason
 
 
+# The price of computing a transcendental function again, where saving a value costs 1: for cells
+# with more than one stage, whose programs are longer anyway.
+_AGAIN = 0.45
+
+
 def _derive_here(cell: Cell) -> Derived:
     algebra = Algebra()
     traced = trace(algebra, cell)
-    count, states = len(cell.gates), len(cell.states)
-    du, dv = traced[states : states + count], traced[states + count : states + 2 * count]
-    summed, traced = _sum_gates(
-        algebra, cell, traced, [a is b for a, b in zip(du, dv, strict=True)]
-    )
-    step, gradients = traced[:states], traced[states:]
-    gradients = _without_zero_gradients(algebra, gradients)
+    summed, traced = _sum_gates(algebra, cell, traced)
+    gradients, exchanges = _through_cuts(algebra, cell, traced)
+    pairs = zip(traced.sites, traced.operands, strict=True)
+    reads = [parts[0] for site, parts in pairs if site.kind == "product"]
+    outputs = [*gradients, *(e for x in exchanges for e in x.operands), *reads]
+    outputs = list(_without_zero_gradients(algebra, outputs))
     available = {
         node: algebra.input(f"next.{name}")
-        for node, name in reversed(list(zip(step, cell.states, strict=True)))
+        for node, name in reversed(list(zip(traced.states, cell.states, strict=True)))
         if node.op != "const" and not node.label.startswith("s.")
     }
-    saved = _name(_saved_values(gradients, available), available, cell.gates)
+    again = _AGAIN if traced.sites else float("inf")
+    saved = _name(_saved_values(outputs, available, again), available, cell.gates)
     known = available | {node: algebra.input(f"saved.{name}") for name, node in saved.items()}
-    gradients = algebra.rebuild(gradients, known)
+    outputs = list(algebra.rebuild(outputs, known))
+    given = iter(outputs)
+    gradients = tuple(itertools.islice(given, len(gradients)))
+    exchanges = [
+        Exchange(x.kind, x.results, tuple(itertools.islice(given, len(x.operands))))
+        for x in exchanges
+    ]
+    reads = list(given)
+    exchanges = _needed(exchanges, [*gradients, *reads])
+    step = (*traced.states, *saved.values())
+    results = [label for site in traced.sites for label in site.results]
+    rows = tuple(label for label in results if label in uses(outputs))
     first = f"s.{cell.states[0]}"
-    return Derived(
+    names = cell.param_rows()
+    shared = [cell.params[name].kind == "one" for name, own in names.items() for _ in own]
+    derived = Derived(
         name=cell.name,
         gates=cell.gates,
         states=cell.states,
-        params=tuple(cell.params),
-        shared=tuple(param.kind == "one" for param in cell.params.values()),
+        params=tuple(row for own in names.values() for row in own),
+        shared=tuple(shared),
         summed=summed,
         saved=tuple(saved),
-        projectable=first not in uses([*gradients, *step, *saved.values()])
-        and gradients[2 * count].constant == 0,
-        step=(*step, *saved.values()),
+        projectable=not traced.sites
+        and first not in uses([*gradients, *step])
+        and gradients[2 * len(cell.gates)].constant == 0,
+        step=step,
         gradients=gradients,
+        sites=traced.sites,
+        operands=traced.operands,
+        rows=rows,
+        exchanges=tuple(exchanges),
     )
+    if not traced.sites:
+        return derived
+    return replace(derived, programs=_programs(algebra, derived, reads))
+
+
+def _programs(algebra: Algebra, derived: Derived, reads: Sequence[Expr]) -> tuple[Program, Program]:
+    """The stages of a step and of its gradients; `reads` are the operands of the products, in the
+    terms of the backward pass."""
+    forward: list[Exchange] = []
+    for site, parts in zip(derived.sites, derived.operands, strict=True):
+        results = site.results
+        operands = parts
+        if site.kind == "product":
+            gates = [derived.gates.index(name) for name in site.gates]
+            results = tuple(
+                f"{'a' if derived.summed[k] else 'v'}.{derived.gates[k]}" for k in gates
+            )
+        elif site.kind in ("sum", "amax"):
+            op = "add" if site.kind == "sum" else "maximum"
+            operands = (functools.reduce(lambda a, b: algebra.make(op, a, b), parts),)
+        forward.append(Exchange(site.kind, results, operands))
+    step = {f"next.{n}": e for n, e in zip(derived.states, derived.step, strict=False)}
+    step |= {
+        f"saved.{n}": e
+        for n, e in zip(derived.saved, derived.step[len(derived.states) :], strict=True)
+    }
+    du, dv, ds, dp = derived.grouped(derived.gradients)
+    back = {f"du.{n}": e for n, e in zip(derived.gates, du, strict=True)}
+    back |= {f"dv.{n}": e for n, e in zip(derived.gates, dv, strict=True)}
+    back |= {f"ds.{n}": e for n, e in zip(derived.states, ds, strict=True)}
+    back |= {f"dp.{n}": e for n, e in zip(derived.params, dp, strict=True)}
+    back |= {f"operand.{k}": e for k, e in enumerate(reads)}
+    return schedule(algebra, step, forward), schedule(algebra, back, derived.exchanges)
+
+
+def _needed(exchanges: Sequence[Exchange], outputs: Iterable[Expr]) -> list[Exchange]:
+    """The exchanges whose results the outputs, or later exchanges that are needed, read."""
+    needed: list[Exchange] = []
+    read = uses(outputs)
+    for exchange in reversed(exchanges):
+        if not read.isdisjoint(exchange.results):
+            needed.append(exchange)
+            read |= uses(exchange.operands)
+    return needed[::-1]
+
+
+def _through_cuts(
+    algebra: Algebra, cell: Cell, traced: Trace
+) -> tuple[tuple[Expr, ...], list[Exchange]]:
+    """The gradients of a step as a whole, from those of the formulas between its cuts, and the
+    exchanges that they need, in order."""
+    make, const = algebra.make, algebra.const
+    known: dict[Expr, Expr] = {}
+    exchanges: list[Exchange] = []
+    own = dict(traced.results)
+    gates = len(cell.gates)
+
+    def gradient(expr: Expr) -> Expr:
+        return algebra.rebuild([expr], known)[0]
+
+    def total(label: str, expr: Expr) -> Expr:
+        """The sum of a gradient over the units."""
+        if expr.constant == 0:
+            return expr
+        exchanges.append(Exchange("sum", (label,), (expr,)))
+        return algebra.input(label)
+
+    for site, parts in reversed(list(zip(traced.sites, traced.operands, strict=True))):
+        k = site.number
+        if site.kind == "product":
+            places = [cell.gates.index(name) for name in site.gates]
+            dv = tuple(gradient(traced.gradients[gates + place]) for place in places)
+            reaches = any(each.constant != 0 for each in dv)
+            back = [algebra.input(f"back.{k}") if reaches else const(0)]
+            if reaches:
+                exchanges.append(Exchange("transposed", (f"back.{k}",), dv))
+        elif site.kind == "sum":
+            back = [total(f"dsum.{k}", gradient(own[f"sum.{k}"]))] * site.parts
+        elif site.kind == "amax":
+            d = total(f"dmax.{k}", gradient(own[f"max.{k}"]))
+            # The largest of what this pass computes again: a state that was stored in 16 bits may
+            # differ from the one that the step reduced.
+            most = algebra.input(f"most.{k}")
+            largest = functools.reduce(lambda a, b: make("maximum", a, b), parts)
+            exchanges.append(Exchange("amax", (f"most.{k}",), (largest,)))
+            here = [make("where", make("eq", x, most), const(1), const(0)) for x in parts]
+            if d.constant != 0:  # units that tie share the gradient, as in torch
+                all_here = functools.reduce(lambda a, b: make("add", a, b), here)
+                d = make("div", d, total(f"ties.{k}", all_here))
+            back = [make("mul", each, d) for each in here]
+        else:
+            d_mean = total(f"dmean.{k}", gradient(own[f"mean.{k}"]))
+            d_deviation = total(f"ddev.{k}", gradient(own[f"dev.{k}"]))
+            every = make("mul", algebra.input("count"), const(site.parts))
+            shift = make("div", d_mean, every)
+            # The deviations add up to zero, so that of the mean within them adds nothing.
+            scale = make("mul", const(2), d_deviation)
+            back = [
+                make("add", shift, make("mul", scale, make("sub", x, algebra.input(f"mean.{k}"))))
+                for x in parts
+            ]
+        for part, each in enumerate(back):
+            known[algebra.input(f"doperand.{k}.{part}")] = each
+    return algebra.rebuild(traced.gradients, known), exchanges
 
 
 # The rules.
 
 
-def _sum_gates(
-    algebra: Algebra, cell: Cell, traced: tuple[Expr, ...], alike: list[bool]
-) -> tuple[tuple[bool, ...], tuple[Expr, ...]]:
-    """Replace `v` by the sum `a`, and `u` by 0, for each gate where that leaves the cell the same.
-    `alike` tells the gates whose gradients of `u` and `v` are the same node."""
-    summed = list(alike)
+def _sum_gates(algebra: Algebra, cell: Cell, whole: Trace) -> tuple[tuple[bool, ...], Trace]:
+    """Replace `v` by the sum `a`, and `u` by 0, for each gate where that leaves the cell the
+    same."""
+    gates = len(cell.gates)
+    summed = [whole.gradients[k] is whole.gradients[gates + k] for k in range(gates)]
+    traced = whole.roots()
     for k, name in enumerate(cell.gates):
         if not summed[k]:
             continue
@@ -224,7 +441,7 @@ def _sum_gates(
         )
         if summed[k]:
             traced = reduced
-    return tuple(summed), traced
+    return tuple(summed), whole.with_roots(traced)
 
 
 def _agree(algebra: Algebra, some: tuple[Expr, ...], others: tuple[Expr, ...]) -> bool:
@@ -242,7 +459,7 @@ def _agree(algebra: Algebra, some: tuple[Expr, ...], others: tuple[Expr, ...]) -
     )
 
 
-def _without_zero_gradients(algebra: Algebra, gradients: tuple[Expr, ...]) -> tuple[Expr, ...]:
+def _without_zero_gradients(algebra: Algebra, gradients: Sequence[Expr]) -> tuple[Expr, ...]:
     """Drop products with a gradient that is zero by construction, as behind `sign` or `floor`.
 
     If the other factor depends on a gradient, the zero is the cell's own and the product stays.
@@ -251,15 +468,23 @@ def _without_zero_gradients(algebra: Algebra, gradients: tuple[Expr, ...]) -> tu
     def rule(node: Expr, args: tuple[Expr, ...]) -> Expr | None:
         if node.op in ("mul", "div"):
             for zero, other in (args, args[::-1])[: 2 if node.op == "mul" else 1]:
-                if zero.constant == 0 and not any(n.startswith("dnext.") for n in uses([other])):
+                if zero.constant == 0 and not any(n.startswith(_GRADIENTS) for n in uses([other])):
                     return algebra.const(0)
         return None
 
     return algebra.rebuild(gradients, {}, rule)
 
 
-def _saved_values(gradients: tuple[Expr, ...], available: Mapping[Expr, Expr]) -> list[Expr]:
-    """The fewest nodes from which, with the states, the gradients follow by arithmetic alone.
+# Labels of inputs that only the backward pass has.
+_GRADIENTS = ("dnext.", "back.", "dsum.", "dmax.", "dmean.", "ddev.", "most.", "ties.")
+
+
+def _saved_values(
+    gradients: Sequence[Expr], available: Mapping[Expr, Expr], again: float
+) -> list[Expr]:
+    """The fewest nodes from which, with the states and the results of reductions, the gradients
+    follow by arithmetic alone, or by transcendental functions too if computing one `again` is
+    cheaper than what it saves.
 
     They are a minimum vertex cut between the nodes that only the forward step knows (gates and
     values of transcendental functions) and the nodes that the backward pass reads. If there are
@@ -269,7 +494,7 @@ def _saved_values(gradients: tuple[Expr, ...], available: Mapping[Expr, Expr]) -
     known: set[Expr] = set(available)  # follows from the states
     backward: set[Expr] = set()  # involves a gradient
     for node in order:
-        if any(a in backward for a in node.args) or node.label.startswith("dnext."):
+        if any(a in backward for a in node.args) or node.label.startswith(_GRADIENTS):
             backward.add(node)
         elif all(a in known for a in node.args) and node.label[:2] not in ("u.", "v.", "a."):
             known.add(node)
@@ -290,18 +515,23 @@ def _saved_values(gradients: tuple[Expr, ...], available: Mapping[Expr, Expr]) -
             continue
         connect((node, 0), (node, 1), float("inf") if node.op in MASKS else 1)
         if not node.args or node.op in TRANSCENDENTAL:
-            connect(origin, (node, 0), float("inf"))
-        else:
+            connect(origin, (node, 0), again if node.args else float("inf"))
+        if node.args and (node.op not in TRANSCENDENTAL or again < float("inf")):
             for arg in node.args:
                 if arg not in known:
                     connect((arg, 1), (node, 0), float("inf"))
+    for node in gradients:  # operands of products, which no gradient is part of
+        if node not in backward and node not in known and node in order:
+            connect((node, 1), goal, float("inf"))
     while goal in (came := _reach(edges, origin)):
-        place = goal
+        way, place = [], goal
         while place != origin:
-            before = came[place]
-            edges[before][place] -= 1
-            edges[place][before] += 1
-            place = before
+            way.append((came[place], place))
+            place = came[place]
+        flow = min(edges[a][b] for a, b in way)
+        for a, b in way:
+            edges[a][b] -= flow
+            edges[b][a] += flow
     return [n for n in order if (n, 0) in came and (n, 1) in edges and (n, 1) not in came]
 
 

@@ -309,7 +309,8 @@ def _operands(
         found["w_hr"] = weights.w_hr.T
         if of_hr is not None:
             found["scale_hr"] = of_hr
-    values = {f"p.{n}": p for n, p in zip(derived.params, weights.params, strict=True)}
+    rows = [row for param in weights.params for row in param.split(plan.hidden)]
+    values = {f"p.{n}": row for n, row in zip(derived.params, rows, strict=True)}
     learned = [*_values(plan.units, values), *_values(plan.shared, values)]
     if learned:
         found["learned"] = torch.cat(learned)

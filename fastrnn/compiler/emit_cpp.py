@@ -6,13 +6,14 @@ import functools
 import hashlib
 import json
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fastrnn.cells import Cell, get, names
+from fastrnn.compiler import emit_stages
+from fastrnn.compiler.cpp import function
 from fastrnn.compiler.derive import Derived, derive
-from fastrnn.compiler.expression import MASKS, Expr, ordered, uses, write
+from fastrnn.compiler.expression import Expr
 
 __all__ = ["header", "key", "struct", "struct_name", "write_header"]
 
@@ -28,17 +29,8 @@ def struct(derived: Derived, name: str | None = None) -> str:
     """The C++ struct of a cell, known to the kernels as `name` (the cell's own by default)."""
     name = name or derived.name
     gates, states, saved = len(derived.gates), len(derived.states), len(derived.saved)
-    params = ("p",) if derived.params else ()
-    forward = _function(
-        derived,
-        "forward",
-        ("u", "v", "s", *params),
-        {"next": derived.step[:states], "saved": derived.step[states:]},
-    )
-    du, dv, ds, dp = derived.grouped(derived.gradients)
-    outputs = {"du": du, "dv": dv, "ds": ds} | ({"dp": dp} if params else {})
-    backward = _function(derived, "backward", ("saved", "s", *params, "next", "dnext"), outputs)
     shared = sum(shared << k for k, shared in enumerate(derived.shared))
+    functions = emit_stages.members(derived) if derived.programs else _pointwise(derived)
     return f"""\
 // {derived.summary}
 struct {struct_name(name)} {{
@@ -46,13 +38,13 @@ struct {struct_name(name)} {{
   static constexpr int kGates = {gates}, kStates = {states}, kSaved = {saved};
   static constexpr int kParams = {len(derived.params)};
   static constexpr unsigned kSharedParams = {shared};  // bit k: parameter k is one for all units
+{_gate_params(derived)}\
   static constexpr bool kSummed[kGates] = {_bools(derived.summed)};
   // Whether state 0 comes in through v alone.
   static constexpr bool kProjectable = {"true" if derived.projectable else "false"};
   // For a summed gate v[g] is the sum of both projections, u[g] is not read, du[g] equals dv[g].
   // All reads come before the first write, so that outputs may lie where inputs did.
-{forward}
-{backward}
+{functions}
 }};
 """
 
@@ -61,72 +53,28 @@ def _bools(values: Iterable[bool]) -> str:
     return "{" + ", ".join("true" if v else "false" for v in values) + "}"
 
 
-def _function(
-    derived: Derived, name: str, inputs: Sequence[str], outputs: Mapping[str, Sequence[Expr]]
-) -> str:
-    places = derived.places()
-
-    def leaf(node: Expr) -> str:
-        return places[node.label] if node.op == "input" else f"splat<V>({_number(node.label)})"
-
-    roots = _fused([root for group in outputs.values() for root in group])
-    passed = dict.fromkeys(root for root in roots if root.op == "input")
-    copies = {root: f"r{k}" for k, root in enumerate(passed)}
-    lines, names = write(roots, leaf)
-    body = [f"const V {copy} = {leaf(root)};" for root, copy in copies.items()]
-    body += [f"const {'auto' if n.op in MASKS else 'V'} {to} = {text};" for n, to, text in lines]
-    targets = [f"{array}[{k}]" for array, group in outputs.items() for k in range(len(group))]
-    body += [
-        f"{target} = {copies.get(root, text)};"
-        for target, root, text in zip(targets, roots, names, strict=True)
-    ]
-    read = {places[label].split("[")[0] for label in uses(roots)}
-    parameters = [f"const V* {n if n in read else f'/*{n}*/'}" for n in inputs]
-    parameters += [f"V* {n if group else f'/*{n}*/'}" for n, group in outputs.items()]
-    opening = f"  FASTRNN_HD FASTRNN_INLINE static void {name}("
-    signature = f"{opening}{', '.join(parameters)}) {{"
-    if len(signature) > 100:
-        half = len(inputs)
-        parts = (", ".join(parameters[:half]), ", ".join(parameters[half:]))
-        signature = f"{opening}\n      {parts[0]},\n      {parts[1]}) {{"
-    return "\n".join(["  template <class V>", signature, *(f"    {line}" for line in body), "  }"])
+def _gate_params(derived: Derived) -> str:
+    bits = derived.gate_params()
+    return f"  static constexpr unsigned kGateParams = {bits};  // bit k: G rows from k\n" * bool(
+        bits
+    )
 
 
-def _fused(roots: Sequence[Expr]) -> list[Expr]:
-    """The roots with every sum of a product that nothing else uses as one multiply-add.
-
-    Compilers may fuse no other (`-ffp-contract=off`), so a cell gives the same bits in every kernel
-    that it is inlined into.
-    """
-    count = Counter(roots)
-    order = ordered(roots)
-    count.update(arg for node in order for arg in node.args)
-    new: dict[Expr, Expr] = {}
-    for node in order:
-        args = tuple(new[arg] for arg in node.args)
-        products = [k for k, arg in enumerate(node.args) if arg.op == "mul" and count[arg] == 1]
-        if node.op in _FUSED and products:
-            k = products[-1]
-            new[node] = Expr(_FUSED[node.op][k], (*args[k].args, args[1 - k]))
-        else:
-            new[node] = Expr(node.op, args, node.label) if args else node
-    return [new[root] for root in roots]
+def _pointwise(derived: Derived) -> str:
+    states, places = len(derived.states), derived.places()
+    params = ("p",) if derived.params else ()
+    step = _elements(next=derived.step[:states], saved=derived.step[states:])
+    forward = function("forward", places, ("u", "v", "s", *params), step, ("next", "saved"))
+    du, dv, ds, dp = derived.grouped(derived.gradients)
+    back = _elements(du=du, dv=dv, ds=ds, dp=dp)
+    inputs, outputs = ("saved", "s", *params, "next", "dnext"), ("du", "dv", "ds", "dp")
+    backward = function("backward", places, inputs, back, outputs[: 3 + len(params)])
+    return f"{forward}\n{backward}"
 
 
-# The function of csrc/core/vec.h for a sum whose first or second term is a product.
-_FUSED = {
-    "add": ("multiply_add", "multiply_add"),
-    "sub": ("multiply_subtract", "subtract_product"),
-}
-
-
-def _number(label: str) -> str:
-    value = float(label)
-    if value != value:
-        return "std::numeric_limits<double>::quiet_NaN()"
-    if value in (float("inf"), float("-inf")):
-        return ("-" if value < 0 else "") + "std::numeric_limits<double>::infinity()"
-    return label
+def _elements(**arrays: Sequence[Expr]) -> dict[str, Expr]:
+    """The expressions by the elements of the arrays that they are assigned to."""
+    return {f"{name}[{k}]": e for name, group in arrays.items() for k, e in enumerate(group)}
 
 
 def header(deriveds: Sequence[Derived], keys: Sequence[str] | None = None) -> str:
@@ -136,6 +84,8 @@ def header(deriveds: Sequence[Derived], keys: Sequence[str] | None = None) -> st
     if len(set(structs)) != len(structs):
         raise ValueError(f"cells need different names in C++, got {', '.join(structs)}")
     body = "\n".join(struct(d, k) for d, k in zip(deriveds, keys, strict=True))
+    includes = ["core/math.h", *(["core/stages.h"] if any(d.programs for d in deriveds) else [])]
+    included = "\n".join(f'#include "{name}"' for name in includes)
     return f"""\
 // Generated from fastrnn/cells by fastrnn/compiler.
 #ifndef FASTRNN_CELLS_GEN_H_
@@ -143,7 +93,7 @@ def header(deriveds: Sequence[Derived], keys: Sequence[str] | None = None) -> st
 
 #include <limits>
 
-#include "core/math.h"
+{included}
 
 namespace fastrnn {{
 inline namespace FASTRNN_ISA {{

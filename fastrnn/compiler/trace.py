@@ -1,10 +1,17 @@
-"""Reads a cell's function and its vector-Jacobian product into expressions."""
+"""Reads a cell's function and its vector-Jacobian product into expressions.
+
+Expressions are pointwise. Where units need each other, at a product or a reduction, the step is cut
+(`cut.py`): the result is an input of what follows, and the operand is one more output.
+"""
 
 from __future__ import annotations
 
 import math
+import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -13,27 +20,62 @@ from torch._decomp import core_aten_decompositions, get_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastrnn.cells import Cell
+from fastrnn.compiler.cut import Cut, Site, Underivable
 from fastrnn.compiler.expression import MASKS, Algebra, Expr
 
-__all__ = ["Underivable", "trace"]
+__all__ = ["Trace", "Underivable", "trace"]
 
 
-class Underivable(TypeError):
-    """The cell's function is not a pointwise formula, so only the reference can run it."""
+@dataclass(frozen=True)
+class Trace:
+    """A cell's step and its derivative.
+
+    The inputs have the labels `u.i`, `v.i` for a gate i, `s.h`, `dnext.h` for a state h, `p.a` for
+    a parameter a (`p.a.i` if it has a number for each gate), `count` for the number of units, the
+    labels of `Site.results`, and `doperand.k.j` for the gradient of part j of the operand of site
+    k. Gradients of parameters are those of one row and unit; those of the results of a reduction
+    are to be summed over the units.
+
+    Attributes:
+        states: the next states.
+        sites: where the step is cut, in the order in which it runs.
+        operands: of each site, its parts.
+        gradients: of `u`, `v`, the states and the parameters.
+        results: gradients of the results of the reductions, by label.
+    """
+
+    states: tuple[Expr, ...]
+    sites: tuple[Site, ...]
+    operands: tuple[tuple[Expr, ...], ...]
+    gradients: tuple[Expr, ...]
+    results: tuple[tuple[str, Expr], ...]
+
+    def roots(self) -> tuple[Expr, ...]:
+        """All expressions."""
+        operands = [part for parts in self.operands for part in parts]
+        return (*self.states, *operands, *self.gradients, *(expr for _, expr in self.results))
+
+    def with_roots(self, roots: Iterable[Expr]) -> Trace:
+        """The same with other expressions, in the order of `roots()`."""
+        given = iter(roots)
+        return Trace(
+            tuple(islice(given, len(self.states))),
+            self.sites,
+            operands=tuple(tuple(islice(given, s.parts)) for s in self.sites),
+            gradients=tuple(islice(given, len(self.gradients))),
+            results=tuple((label, next(given)) for label, _ in self.results),
+        )
 
 
-def trace(algebra: Algebra, cell: Cell) -> tuple[Expr, ...]:
-    """Expressions of the next states and of the gradients of `u`, `v`, the states and the learned
-    parameters.
-
-    The inputs have the labels `u.i`, `v.i` for a gate i, `s.h`, `dnext.h` for a state h and `p.a`
-    for a parameter a. Gradients of parameters are those of one row and unit.
+def trace(algebra: Algebra, cell: Cell) -> Trace:
+    """Expressions of a cell's step and its derivative.
 
     Raises:
-        Underivable: if the function is not a pointwise formula of those inputs.
+        Underivable: if the function is not a formula of its arguments in terms of pointwise
+            functions, reductions over the units and products.
     """
     traced = _read(algebra, cell, (3,))
-    if any(a is not b for a, b in zip(traced, _read(algebra, cell, (2, 5)), strict=True)):
+    if traced != _read(algebra, cell, (2, 5)):
         raise Underivable(
             f"cell {cell.name!r} depends on the shape of its tensors, or is another formula each "
             "time it is called; a cell must be the same formula for every unit"
@@ -41,27 +83,49 @@ def trace(algebra: Algebra, cell: Cell) -> tuple[Expr, ...]:
     return traced
 
 
-def _read(algebra: Algebra, cell: Cell, shape: tuple[int, ...]) -> tuple[Expr, ...]:
-    gates, states, params = len(cell.gates), len(cell.states), len(cell.params)
-    ends = (gates, 2 * gates, 2 * gates + states)
+def _read(algebra: Algebra, cell: Cell, shape: tuple[int, ...]) -> Trace:
+    gates, states = len(cell.gates), len(cell.states)
+    *outer, width = shape
+
+    def zeros(*size: int) -> Tensor:
+        return torch.zeros(size, dtype=torch.float64, device="cpu")
 
     # Parameters have a number for each row, too: so their gradients are pointwise.
-    def step(*flat: Tensor) -> tuple[Tensor, ...]:
+    parts = [gates if param.kind == "gates" else 1 for param in cell.params.values()]
+    inputs = [zeros(*shape) for _ in range(2 * gates + states)]
+    inputs += [zeros(*outer, n * width) for n in parts]
+    own = len(inputs)
+    ends = (gates, 2 * gates, 2 * gates + states)
+    count = zeros() + width
+
+    def step(cut: Cut, flat: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         u, v, s, p = (flat[a:b] for a, b in zip((0, *ends), (*ends, None), strict=True))
-        return tuple(cell.step(u, v, s, p))
+        with cut:
+            return tuple(cell.step(u, cut.products(v, s[0]), s, p, cut.apply))
 
-    def sweep(*flat: Tensor) -> tuple[Tensor, ...]:
-        after, back = torch.func.vjp(step, *flat[:-states])[:2]
-        return (*after, *back(flat[-states:]))
-
-    inputs = [
-        torch.zeros(shape, dtype=torch.float64, device="cpu")
-        for _ in range(2 * gates + 2 * states + params)
-    ]
     try:
-        after = step(*(x.clone() for x in inputs[:-states]))
+        probe = Cut(cell, shape, count)
+        after = step(probe, tuple(x.clone() for x in inputs))
         _check_states(cell, after, shape)
-        traced = make_fx(sweep, decomposition_table=_decompositions())(*inputs)
+        sites = tuple(probe.sites)
+        results = [label for site in sites for label in site.results]
+        inputs += [zeros(*outer, 1) for _ in results]
+        active = len(inputs)
+        inputs += [zeros(*shape) for _ in cell.states]
+        inputs += [zeros(*outer, site.parts * width) for site in sites]
+
+        def sweep(*flat: Tensor) -> tuple[Tensor, ...]:
+            def function(*some: Tensor) -> tuple[Tensor, ...]:
+                cut = Cut(cell, shape, flat[-1], iter(some[own:]))
+                after = step(cut, some[:own])
+                if tuple(cut.sites) != sites:
+                    raise Underivable(f"cell {cell.name!r} is another formula each time")
+                return (*after, *cut.operands)
+
+            after, back = torch.func.vjp(function, *flat[:active])[:2]
+            return (*after, *back(flat[active:-1]))
+
+        traced = make_fx(sweep, decomposition_table=_decompositions())(*inputs, count)
     except RuntimeError as error:
         what = str(error).split("\n")[0]
         if re.search(r"Boolean value of Tensor|to get value out|to Scalar", what):
@@ -70,10 +134,25 @@ def _read(algebra: Algebra, cell: Cell, shape: tuple[int, ...]) -> tuple[Expr, .
         elif "in-place" in what:
             what = "it writes into one of its arguments; give the result a name of its own"
         raise Underivable(f"no code can be derived for cell {cell.name!r}: {what}") from error
-    labels = [f"{side}.{name}" for side in "uv" for name in cell.gates]
-    for side, names in (("s", cell.states), ("p", cell.params), ("dnext", cell.states)):
-        labels += [f"{side}.{name}" for name in names]
-    return _Reader(algebra, cell, shape).read(traced, labels)
+    labels: list[tuple[str, ...]] = []
+    labels += [(f"{side}.{name}",) for side in "uv" for name in cell.gates]
+    labels += [(f"s.{name}",) for name in cell.states]
+    labels += [tuple(f"p.{row}" for row in rows) for rows in cell.param_rows().values()]
+    labels += [(label,) for label in results]
+    labels += [(f"dnext.{name}",) for name in cell.states]
+    labels += [
+        tuple(f"doperand.{k}.{part}" for part in range(site.parts)) for k, site in enumerate(sites)
+    ]
+    read = _Reader(algebra, cell, shape).read(traced, [*labels, ("count",)])
+    first = states + len(sites)
+    gradients = read[first:]
+    return Trace(
+        tuple(value for (value,) in read[:states]),
+        sites,
+        tuple(read[states:first]),
+        tuple(value for parts in gradients[:own] for value in parts),
+        tuple(zip(results, (value for (value,) in gradients[own:]), strict=True)),
+    )
 
 
 def _check_states(cell: Cell, states: tuple[Any, ...], shape: tuple[int, ...]) -> None:
@@ -104,32 +183,44 @@ class _Reader:
         self.cell = cell
         self.shape = shape
         # Aliases share a one-element list, so that in-place operations reach all of them.
+        # Values that lie side by side in one tensor, as gates do after `cat`, are parts of it.
         self.values: dict[fx.Node, list[Expr]] = {}
-        self.arguments: set[int] = set()
+        self.pieces: dict[fx.Node, list[list[Expr]]] = {}  # results of `split`
+        self.fixed: set[int] = set()  # arguments, and parts of other values
+        self.part = 0  # which part a rule computes
 
-    def read(self, traced: fx.GraphModule, labels: list[str]) -> tuple[Expr, ...]:
+    def read(
+        self, traced: fx.GraphModule, labels: Iterable[tuple[str, ...]]
+    ) -> list[tuple[Expr, ...]]:
         names = iter(labels)
         for node in traced.graph.nodes:
             if node.op == "placeholder":
-                self.values[node] = [self.algebra.input(next(names))]
-                self.arguments.add(id(self.values[node]))
+                self.values[node] = [self.algebra.input(label) for label in next(names)]
+                self.fixed.add(id(self.values[node]))
             elif node.op == "get_attr":
                 self.values[node] = [self._captured(getattr(traced, node.target), node)]
             elif node.op == "call_function":
                 self._call(node)
             else:
-                return tuple(self.real(a) for a in node.args[0])
+                return [tuple(map(self._number, self.values[a])) for a in node.args[0]]
         raise AssertionError("a traced graph ends with its output")
+
+    def pick(self, node: fx.Node) -> Expr:
+        """The value of a node in the part that a rule computes."""
+        parts = self.values[node]
+        return parts[self.part if len(parts) > 1 else 0]
 
     def real(self, arg: Any) -> Expr:
         """An argument as a number: a mask becomes 1 and 0, as torch promotes it."""
-        value = self.values[arg][0] if isinstance(arg, fx.Node) else self.algebra.const(arg)
+        return self._number(self.pick(arg) if isinstance(arg, fx.Node) else self.algebra.const(arg))
+
+    def _number(self, value: Expr) -> Expr:
         if value.op in MASKS:
             return self.algebra.make("where", value, self.algebra.const(1), self.algebra.const(0))
         return value
 
     def mask(self, arg: Any) -> Expr:
-        value = self.values[arg][0] if isinstance(arg, fx.Node) else self.algebra.const(arg)
+        value = self.pick(arg) if isinstance(arg, fx.Node) else self.algebra.const(arg)
         return value if value.op in MASKS else self.algebra.make("ne", value, self.algebra.const(0))
 
     def _captured(self, tensor: Tensor, node: fx.Node) -> Expr:
@@ -142,46 +233,86 @@ class _Reader:
             )
         return self.algebra.const(tensor.item())
 
+    def _parts(self, shape: tuple[int, ...] | None) -> int:
+        """The number of parts of a value of that shape; 1 also for a number for each row or one in
+        all, and 0 for any other shape."""
+        *outer, width = self.shape
+        if shape is None or not shape or list(shape) == outer:
+            return shape is not None
+        if list(shape[:-1]) != outer:
+            return 0
+        return 1 if shape[-1] == 1 else 0 if shape[-1] % width else shape[-1] // width
+
     def _call(self, node: fx.Node) -> None:
         target: Any = node.target
         args: tuple[Any, ...] = node.args
         name = str(target.overloadpacket.__name__ if hasattr(target, "overloadpacket") else target)
+        if target is operator.getitem and args[0] in self.pieces:
+            self.values[node] = self.pieces[args[0]][args[1]]
+            return
+        if name in ("split", "split_with_sizes"):
+            self._split(node)
+            return
         in_place = name.endswith("_") and not name.endswith("__")
         name = name[:-1] if in_place else name
         rule = _FUNCTIONS.get(name) or _TENSORS.get(name)
+        side = _SIDE_BY_SIDE.get(name)
         like = node.meta.get("val")
         shape = getattr(like, "shape", None)
-        if shape not in (self.shape, ()) or not (rule or name in _ALIASES):
+        parts = self._parts(shape)
+        if not parts or not (rule or side or name in _ALIASES):
             raise self._refusal(node, shape)
+        if side:
+            beside = side(self, node)
+            if beside is None or len(beside) != parts:
+                raise self._refusal(node, shape)
+            self.values[node] = beside
+            # They may share memory with what they were made of.
+            self.fixed.update(id(self.values[n]) for n in (node, *node.all_input_nodes))
+            return
         if not rule:
             self.values[node] = self.values[args[0]]
             return
-        value = rule(self, *args, **node.kwargs)
-        if isinstance(value, str):
-            raise Underivable(f"cell {self.cell.name!r} calls {target}: {value}")
-        if like is not None and like.dtype == torch.bool and value.op not in MASKS:
-            value = self.algebra.make("ne", value, self.algebra.const(0))
-        place = self.values[args[0]] if in_place else [value]
-        if id(place) in self.arguments:
+        values = []
+        for self.part in range(parts):
+            value = rule(self, *args, **node.kwargs)
+            if isinstance(value, str):
+                raise Underivable(f"cell {self.cell.name!r} calls {target}: {value}")
+            if like is not None and like.dtype == torch.bool and value.op not in MASKS:
+                value = self.algebra.make("ne", value, self.algebra.const(0))
+            values.append(value)
+        place = self.values[args[0]] if in_place else values
+        if id(place) in self.fixed:
             raise Underivable(
-                f"cell {self.cell.name!r} writes into one of its arguments ({target}); "
-                "give the result a name of its own"
+                f"cell {self.cell.name!r} writes into one of its arguments, or into a part of a "
+                f"tensor ({target}); give the result a name of its own"
             )
-        place[0] = value
+        place[:] = values
         self.values[node] = place
+
+    def _split(self, node: fx.Node) -> None:
+        pieces = [piece.shape for piece in node.meta["val"]]
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        width = self.shape[-1]
+        if len(pieces[0]) != len(self.shape) or any(size[-1] % width for size in pieces):
+            raise self._refusal(node, pieces[0])
+        parts = iter(self.values[source])
+        self.pieces[node] = [[next(parts) for _ in range(size[-1] // width)] for size in pieces]
+        self.fixed.update(map(id, (*self.pieces[node], self.values[source])))
 
     def _refusal(self, node: fx.Node, shape: tuple[int, ...] | None) -> Underivable:
         input_shapes = [getattr(a.meta.get("val"), "shape", None) for a in node.all_input_nodes]
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             what = "is random; noise must come through u or a state"
         elif shape != self.shape and self.shape in input_shapes:
-            what = "changes the shape; units cannot be mixed, so no sum, mean, product or choice "
-            what += "over them can be part of a cell"
+            what = "changes the shape; units can be mixed by reductions over the last dimension "
+            what += "(sum, mean, var, std, amax, softmax, layer_norm, rms_norm) and by v(x) alone"
         else:
             what = "is not among the functions that code is derived for"
         return Underivable(
-            f"cell {self.cell.name!r} calls {node.target}, which {what}. A cell is a pointwise "
-            "formula of its gates and states, in terms of arithmetic, powers with a constant "
+            f"cell {self.cell.name!r} calls {node.target}, which {what}. Apart from these, a cell "
+            "is a pointwise formula, in terms of arithmetic, powers with a constant "
             "exponent, comparisons, where, maximum, minimum, clamp, abs, sign, floor, sqrt, exp, "
             "log, sin, cos, erf, sigmoid, tanh and the activations made of these"
         )
@@ -292,7 +423,7 @@ def _shrunk(reader: _Reader, gradient: Any, x: Any, bound: Any) -> Expr:
 def _cast(reader: _Reader, x: Any, dtype: torch.dtype | None = None, **_: Any) -> Expr | str:
     old = x.meta["val"].dtype
     if dtype in (None, old, torch.bool) or (old == torch.bool and dtype.is_floating_point):
-        return reader.values[x][0]
+        return reader.pick(x)
     return f"it converts {old} to {dtype}, but a cell computes in the dtype of its inputs"
 
 
@@ -301,7 +432,69 @@ def _argument(position: int) -> _Rule:
 
 
 def _copy(reader: _Reader, x: Any, **_: Any) -> Expr:
-    return reader.values[x][0]
+    return reader.pick(x)
+
+
+# Rules for values that lie side by side: they return all parts, or None if units would mix.
+
+
+def _cat(reader: _Reader, node: Any) -> list[Expr] | None:
+    tensors, *dim = node.args
+    last = (dim[0] if dim else 0) in (-1, len(reader.shape) - 1)
+    whole = all(t.meta["val"].shape[-1] % reader.shape[-1] == 0 for t in tensors)
+    return [part for t in tensors for part in reader.values[t]] if last and whole else None
+
+
+def _slice(reader: _Reader, node: Any) -> list[Expr] | None:
+    source = node.args[0]
+    parts = reader.values[source]
+    place = _place(reader, source, node.args[1:])
+    return None if place is None else parts[place]
+
+
+def _slice_scatter(reader: _Reader, node: Any) -> list[Expr] | None:
+    source, piece = node.args[:2]
+    place = _place(reader, source, node.args[2:])
+    if place is None:
+        return None
+    parts = list(reader.values[source])
+    parts = parts * (source.meta["val"].shape[-1] // reader.shape[-1] // len(parts))
+    parts[place] = reader.values[piece]
+    return parts
+
+
+def _place(reader: _Reader, source: Any, given: Sequence[Any]) -> slice | None:
+    """The parts of a value that `dim, begin, end, step` select, or None if units would mix."""
+    bounds: list[Any] = [*given, *(0, None, None, 1)[len(given) :]]
+    dim, begin, end, step = bounds
+    size, width = source.meta["val"].shape, reader.shape[-1]
+    if step != 1 or len(size) != len(reader.shape) or size[-1] % width:
+        return None
+    begin, end, _ = slice(begin, end).indices(size[dim])
+    if dim % len(size) != len(size) - 1:
+        return slice(None) if (begin, end) == (0, size[dim]) else None
+    return None if begin % width or end % width else slice(begin // width, end // width)
+
+
+def _pad(reader: _Reader, node: Any) -> list[Expr] | None:
+    source, pads = node.args[:2]
+    width = reader.shape[-1]
+    if any(pads[2:]) or pads[0] % width or pads[1] % width:
+        return None
+    fill = [reader.algebra.const(node.args[2] if len(node.args) > 2 else 0)]
+    return fill * (pads[0] // width) + reader.values[source] + fill * (pads[1] // width)
+
+
+def _sum_of_gradients(reader: _Reader, node: Any) -> list[Expr] | None:
+    """The gradient of a number that was broadcast to the units of a row. It is to be summed over
+    them (`Trace`), so it stays as it is; but its parts are added up."""
+    source, dims = node.args[:2] if len(node.args) > 1 else (node.args[0], None)
+    if dims not in ([-1], [len(reader.shape) - 1]):
+        return None
+    first, *others = (reader._number(part) for part in reader.values[source])
+    for part in others:
+        first = reader.algebra.make("add", first, part)
+    return [first]
 
 
 _PLAIN = """mul neg lt le gt ge eq ne maximum minimum relu abs sign floor sqrt rsqrt reciprocal
@@ -360,4 +553,13 @@ _TENSORS: dict[str, _Rule] = {
     "new_ones": _constant(1),
 }
 # Functions that return an alias of their first argument.
-_ALIASES = frozenset({"alias", "detach", "lift_fresh", "view", "_unsafe_view", "expand"})
+_ALIASES = frozenset(
+    {"alias", "detach", "lift_fresh", "view", "_unsafe_view", "expand", "squeeze", "unsqueeze"}
+)
+_SIDE_BY_SIDE: dict[str, Callable[[_Reader, Any], list[Expr] | None]] = {
+    "cat": _cat,
+    "slice": _slice,
+    "slice_scatter": _slice_scatter,
+    "constant_pad_nd": _pad,
+    "sum": _sum_of_gradients,
+}

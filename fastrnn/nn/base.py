@@ -103,7 +103,9 @@ class Layer(Freezable, FlatWeights):
         if self.proj_size:
             shapes["weight_hr"] = (self.proj_size, self.hidden_size)
         for name, param in cell.params.items():
-            shapes[f"weight_{name}"] = (param.size(self.hidden_size // self.heads),)
+            shapes[f"weight_{name}"] = (
+                param.size(self.hidden_size // self.heads, len(cell.gates)),
+            )
         if self.heads > 1:
             return {kind: (self.heads, *shape) for kind, shape in shapes.items()}
         return shapes

@@ -49,4 +49,4 @@ def gates_of(cell: Cell, weights: Weights) -> tuple[Gates, Gates]:
 def _rows(cell: Cell, weight: Tensor, bias: Tensor | None) -> Any:
     count = len(cell.gates)
     biases = [None] * count if bias is None else bias.chunk(count)
-    return map(Rows, weight.chunk(count), biases)
+    return tuple(map(Rows, weight.chunk(count), biases))

@@ -36,3 +36,42 @@ def test_a_saved_gate_is_not_taken_for_a_state_of_its_name() -> None:
     assert "  saved.h = tanh(a.h)\n" in text
     assert "  h'      = " in text and " * h + " in text
     assert "dh' * saved.h" in text
+
+
+def test_description_of_stages() -> None:
+    assert describe(derive(cells.get("gru_reset_before"))) == (
+        "cell gru_reset_before\n"
+        "  gates   r z n\n"
+        "  states  h\n"
+        "  summed  r z n\n"
+        "  saves   r z n: 12 bytes per unit and step in float32, besides the states\n"
+        "\n"
+        "forward, stage 0: 3 operations, 2 transcendental\n"
+        "  saved.r = sigmoid(a.r)\n"
+        "  saved.z = sigmoid(a.z)\n"
+        "  slot.0  = saved.r * h\n"
+        "  slot.1  = saved.z\n"
+        "\n"
+        "forward, stage 1: 4 operations, 1 transcendental\n"
+        "  begins with v.n: R times slot.0\n"
+        "  saved.n = tanh(a.n)\n"
+        "  h'      = saved.n + slot.1 * (h - saved.n)\n"
+        "\n"
+        "backward, stage 0: 11 operations, 0 transcendental\n"
+        "  da.z      = dh' * (h - saved.n) * (saved.z * (1 - saved.z))\n"
+        "  da.n      = (dh' - dh' * saved.z) * (1 - saved.n * saved.n)\n"
+        "  operand.0 = saved.r * h\n"
+        "\n"
+        "backward, stage 1: 7 operations, 0 transcendental\n"
+        "  begins with back.0: transposed R times dv.n\n"
+        "  da.r = back.0 * h * (saved.r * (1 - saved.r))\n"
+        "  dh   = dh' * saved.z + back.0 * saved.r"
+    )
+
+
+def test_description_of_reductions() -> None:
+    text = describe(derive(cells.get("layer_norm_lstm")))
+    assert "saves   u.i v.i u.f v.f u.g v.g u.o v.o mean.0 dev.0 mean.1 " in text
+    assert ": 32 bytes per unit, and 24 bytes per row and step in float32" in text
+    assert "mean.1 dev.1: mean and squared deviations of v.i v.f v.g v.o over the units" in text
+    assert "  begins with dmean.0: sum over the units\n" in text

@@ -30,7 +30,9 @@ def weights_of(cell: Cell, inputs: int, hidden: int) -> Weights:
     rows = len(cell.gates) * hidden
     w_ih, w_hh = 0.3 * torch.randn(rows, inputs), 0.3 * torch.randn(rows, hidden)
     b_ih, b_hh = 0.3 * torch.randn(2, rows)
-    params = tuple(0.3 * torch.randn(param.size(hidden)) for param in cell.params.values())
+    params = tuple(
+        0.3 * torch.randn(param.size(hidden, len(cell.gates))) for param in cell.params.values()
+    )
     return Weights(w_ih, w_hh, b_ih, b_hh, None, params)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastrnn.compiler.derive import derive
 from tests.support.derivations import by_autograd, choices, derived_step, inputs, make
 
 
@@ -13,7 +12,7 @@ from tests.support.derivations import by_autograd, choices, derived_step, inputs
 def test_expressions_compute_in_the_dtype_they_are_given(dtype: torch.dtype) -> None:
     cell = make("abcd", "hc", choices)
     u, v, s, dnext, p = inputs(cell, dtype=dtype)
-    after, grads = derived_step(derive(cell), u, v, s, dnext, p)
+    after, grads = derived_step(cell, u, v, s, dnext, p)
     assert {x.dtype for x in (*after, *grads)} == {dtype}
     want_after, want_grads = by_autograd(cell, u, v, s, dnext, p)
     torch.testing.assert_close(after, want_after)

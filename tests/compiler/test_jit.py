@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from fastrnn import cache
-from fastrnn.cells import Cell
+from fastrnn.cells import MAX_GATES, Cell
 from fastrnn.compiler import flags, jit
 from fastrnn.compiler.derive import Derived, derive
 from fastrnn.compiler.emit_cpp import key
@@ -389,6 +389,9 @@ class CompiledCell(ctypes.Structure):
     _fields_ = (
         ("traits", ctypes.c_int32 * 6),
         ("projectable", ctypes.c_bool),
+        ("gate_params", ctypes.c_uint32),
+        ("stages", ctypes.c_int32 * 3),
+        ("site_of", ctypes.c_int8 * MAX_GATES),
         ("name", ctypes.c_char_p),
         ("code", ctypes.c_void_p * len(FORMATS) * 6),
     )

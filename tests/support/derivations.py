@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from fastrnn import cells
 from fastrnn.cells import Cell, Param
-from fastrnn.compiler.derive import Derived
+from fastrnn.compiler.derive import derive
 from tests.support.names import BUILT_IN
 
 
@@ -113,19 +114,39 @@ every_cell = pytest.mark.parametrize("cell", ALL, ids=lambda c: c.name)
 def inputs(cell: Cell, units: int = 64, dtype: torch.dtype = torch.float64) -> list[list[Tensor]]:
     """Random `u`, `v`, states, gradients of next states, and parameters."""
     gates, states = len(cell.gates), len(cell.states)
-    made = [
-        [torch.randn(units, dtype=torch.float64).to(dtype) for _ in range(n)]
-        for n in (gates, gates, states, states, len(cell.params))
-    ]
+    rows = [units * len(own) for own in cell.param_rows().values()]
+    sizes = [[units] * n for n in (gates, gates, states, states)] + [rows]
+    made = [[torch.randn(n, dtype=torch.float64).to(dtype) for n in group] for group in sizes]
     if cell.name == "slstm":  # its normalizer is positive
         made[2][2] = made[2][2].abs() + 0.5
     return made
 
 
+class Blocks(NamedTuple):
+    """Recurrent weights [G, H, H], for cells that multiply another value than their state."""
+
+    weights: Tensor
+
+    @classmethod
+    def like(cls, cell: Cell, u: Tensor) -> Blocks:
+        random = torch.Generator().manual_seed(0)
+        size = len(cell.gates), u.size(-1), u.size(-1)
+        weights = torch.randn(size, generator=random, dtype=torch.float64).to(u.dtype)
+        return cls(weights / u.size(-1) ** 0.5)
+
+    def apply(self, x: Tensor) -> list[Tensor]:
+        return [x @ block.T for block in self.weights]
+
+    def transposed(self, gate: int, dv: Tensor) -> Tensor:
+        return dv @ self.weights[gate]
+
+
 def by_autograd(cell: Cell, u, v, s, dnext, p):
+    """The next states, and gradients of `u`, `v`, `s` and `p`; zero for a `v` of which the cell
+    makes the product itself."""
     leaves = [[x.clone().requires_grad_() for x in group] for group in (u, v, s, p)]
     flat = [x for group in leaves for x in group]
-    after = cell.step(*leaves)
+    after = cell.step(leaves[0], leaves[1], leaves[2], leaves[3], Blocks.like(cell, u[0]).apply)
     reached = [(a, d) for a, d in zip(after, dnext, strict=True) if a.requires_grad]
     grads = torch.autograd.grad(
         [a for a, _ in reached],
@@ -137,7 +158,14 @@ def by_autograd(cell: Cell, u, v, s, dnext, p):
     return [a.detach() for a in after], list(grads)
 
 
-def derived_step(derived: Derived, u, v, s, dnext, p) -> tuple[list[Tensor], list[Tensor]]:
-    after, saved = derived.forward(u, v, s, p)
-    du, dv, ds, dp = derived.backward(saved, s, after, dnext, p)
+def derived_step(cell: Cell, u, v, s, dnext, p) -> tuple[list[Tensor], list[Tensor]]:
+    """The same, from what is derived."""
+    derived = derive(cell)
+    blocks = Blocks.like(cell, u[0])
+    rows = [row for param in p for row in param.split(u[0].size(-1))]
+    after, saved = derived.forward(u, v, s, rows, blocks.apply)
+    du, dv, ds, dp = derived.backward(saved, s, after, dnext, rows, blocks.transposed)
+    own = {name for site in derived.sites for name in site.gates}
+    dv = [torch.zeros_like(d) if g in own else d for g, d in zip(cell.gates, dv, strict=True)]
+    dp = [torch.cat(dp[group], -1) for group in derived.param_groups()]
     return after, [*du, *dv, *ds, *dp]

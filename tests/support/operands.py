@@ -65,7 +65,9 @@ def operands(
             random(recurrent, hidden, scale=scale) for _ in per_recurrence if projected is not None
         ],
         "params": [
-            random(param.size(hidden)) for _ in per_recurrence for param in cell.params.values()
+            random(param.size(hidden, len(cell.gates)))
+            for _ in per_recurrence
+            for param in cell.params.values()
         ],
         "s0": [random(recurrences, batch, width) for width in widths],
         "reverse": 0b10 if recurrences == 2 else 0,

@@ -84,6 +84,74 @@ def janet(k: Gates, x: Tensor, h: Tensor) -> Any:
     return sigmoid(s) * h + (1 - sigmoid(s - beta)) * content
 
 
+def normed(x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
+    """A layer norm over the last dimension."""
+    centred = x - x.sum(-1, keepdim=True) / x.size(-1)
+    variance = (centred**2).sum(-1, keepdim=True) / x.size(-1)
+    return gain * centred / torch.sqrt(variance + 1e-5) + bias
+
+
+def layer_norm_lstm(k: Gates, p: Learned, x: Tensor, h: Tensor, c: Tensor) -> Any:
+    of_x = torch.cat([k[name].of_x(x) for name in "ifgo"], -1)
+    of_h = torch.cat([k[name].of_h(h) for name in "ifgo"], -1)
+    a = normed(of_x, p["gain_x"], p["bias_x"]) + normed(of_h, p["gain_h"], p["bias_h"])
+    i, f, g, o = a.split(h.size(-1), -1)
+    c = sigmoid(f) * c + sigmoid(i) * tanh(g)
+    return sigmoid(o) * tanh(normed(c, p["gain_c"], p["bias_c"])), c
+
+
+def layer_norm_lstm_sums(k: Gates, p: Learned, x: Tensor, h: Tensor, c: Tensor) -> Any:
+    gains, biases = p["gain"].view(4, -1), p["bias"].view(4, -1)
+    i, f, g, o = (normed(k[n](x, h), gains[j], biases[j]) for j, n in enumerate("ifgo"))
+    c = normed(sigmoid(f) * c + sigmoid(i) * tanh(g), p["gain_c"], p["bias_c"])
+    return sigmoid(o) * tanh(c), c
+
+
+def rms_norm_lstm(k: Gates, p: Learned, x: Tensor, h: Tensor, c: Tensor) -> Any:
+    a = torch.cat([k[name](x, h) for name in "ifgo"], -1)
+    a = p["gain"] * a / torch.sqrt((a**2).sum(-1, keepdim=True) / a.size(-1) + 1e-6)
+    i, f, g, o = a.split(h.size(-1), -1)
+    c = sigmoid(f) * c + sigmoid(i) * tanh(g)
+    return sigmoid(o) * tanh(c), c
+
+
+def layer_norm_gru(k: Gates, p: Learned, x: Tensor, h: Tensor) -> Any:
+    rows = {name: each.view(3, -1) for name, each in p.items()}
+    of_x, of_h = (
+        {
+            n: normed(side(k[n]), rows[f"gain_{end}"][j], rows[f"bias_{end}"][j])
+            for j, n in enumerate("rzn")
+        }
+        for end, side in (("x", lambda g: g.of_x(x)), ("h", lambda g: g.of_h(h)))
+    )
+    r, z = sigmoid(of_x["r"] + of_h["r"]), sigmoid(of_x["z"] + of_h["z"])
+    return (1 - z) * tanh(of_x["n"] + r * of_h["n"]) + z * h
+
+
+def dreamer_gru(k: Gates, p: Learned, x: Tensor, h: Tensor) -> Any:
+    a = normed(torch.cat([k[name](x, h) for name in "rnz"], -1), p["gain"], p["bias"])
+    r, n, z = a.split(h.size(-1), -1)
+    z = sigmoid(z - 1)
+    return z * tanh(sigmoid(r) * n) + (1 - z) * h
+
+
+def gru_reset_before(k: Gates, x: Tensor, h: Tensor) -> Any:
+    r, z = sigmoid(k["r"](x, h)), sigmoid(k["z"](x, h))
+    return (1 - z) * tanh(k["n"](x, r * h)) + z * h
+
+
+def mgu_reset_before(k: Gates, x: Tensor, h: Tensor) -> Any:
+    f = sigmoid(k["f"](x, h))
+    return (1 - f) * h + f * tanh(k["n"](x, f * h))
+
+
+def multiplicative_lstm(k: Gates, x: Tensor, h: Tensor, c: Tensor) -> Any:
+    m = k["m"].of_x(x) * k["m"].of_h(h)
+    i, f, o = (sigmoid(k[name](x, m)) for name in "ifo")
+    c = f * c + i * tanh(k["g"](x, m))
+    return o * tanh(c), c
+
+
 def ligru(k: Gates, x: Tensor, h: Tensor) -> Any:
     z = sigmoid(k["z"](x, h))
     return z * h + (1 - z) * torch.clamp(k["n"](x, h), min=0)
@@ -161,17 +229,25 @@ STEPS: dict[str, Callable[..., Any]] = {
         atr,
         cfn,
         cifg,
+        dreamer_gru,
         fast_grnn,
         fast_rnn,
         gated_antisymmetric_rnn,
+        gru_reset_before,
         irnn,
         janet,
+        layer_norm_gru,
+        layer_norm_lstm,
+        layer_norm_lstm_sums,
         ligru,
         mgu,
+        mgu_reset_before,
+        multiplicative_lstm,
         nas,
         nbrc,
         peephole_lstm,
         ran,
+        rms_norm_lstm,
         slstm,
         star,
         ugrnn,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import fastrnn
@@ -32,3 +33,23 @@ def peepholes(u: Any, v: Any, p: Any, h: Tensor, c: Tensor) -> tuple[Tensor, Ten
     i, f = torch.sigmoid(u.i + v.i + p.pi * c), torch.sigmoid(u.f + v.f + p.pf * c)
     c = f * c + i * torch.tanh(p.scale * (u.g + v.g))
     return torch.sigmoid(u.o + v.o + p.po * c) * torch.tanh(c), c
+
+
+@fastrnn.cell(
+    gates="ifgo",
+    states="hc",
+    params={
+        "gain": fastrnn.Param("gates", init=1.0),
+        "bias": fastrnn.Param("gates", init=torch.nn.init.normal_),
+        "peep": fastrnn.Param("unit", init=torch.nn.init.normal_),
+        "scale": fastrnn.Param("one", init=0.7),
+    },
+    name="shared_staged",
+)
+def staged(u: Any, v: Any, p: Any, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """What makes stages: a product of another value, a norm over all gates, a maximum."""
+    f = torch.sigmoid(u.f + v.f + p.peep * c)
+    a = torch.cat([u.i + v.i, u.f * v.f, u.g + v(f * h).g, u.o + v.o], -1)
+    i, k, g, o = F.layer_norm(a, a.shape[-1:], p.gain, p.bias).chunk(4, -1)
+    c = f * c + torch.sigmoid(i) * torch.tanh(g + p.scale * k)
+    return torch.sigmoid(o) * torch.tanh(c / (1 + c.abs().amax(-1, keepdim=True))), c

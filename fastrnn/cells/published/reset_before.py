@@ -1,0 +1,38 @@
+"""Gated units whose gate multiplies the state before the recurrent product."""
+
+from __future__ import annotations
+
+from torch import sigmoid, tanh
+
+from fastrnn.cells.declare import cell
+
+__all__ = ["gru_reset_before", "mgu_reset_before"]
+
+
+@cell(gates="rzn", states="h")
+def gru_reset_before(u, v, h):  # type: ignore[no-untyped-def]
+    """Gated recurrent unit, as it was published (Cho et al. 2014, arXiv:1406.1078).
+
+        r  = sigmoid(W_r·x + R_r·h + b_r)
+        z  = sigmoid(W_z·x + R_z·h + b_z)
+        n  = tanh(W_n·x + R_n·(r·h) + b_n)
+        h' = (1 - z)·n + z·h
+
+    torch.nn's GRU multiplies by `r` after the product: `r·(R_n·h + c_n)`. This is the GRU of Keras
+    with `reset_after=False`, and of ONNX with `linear_before_reset=0`.
+    """
+    r, z = sigmoid(u.r + v.r), sigmoid(u.z + v.z)
+    n = tanh(u.n + v(r * h).n)
+    return n + z * (h - n)
+
+
+@cell(gates="fn", states="h")
+def mgu_reset_before(u, v, h):  # type: ignore[no-untyped-def]
+    """Minimal gated unit, as it was published (Zhou et al. 2016, arXiv:1603.09420).
+
+    f  = sigmoid(W_f·x + R_f·h + b_f)
+    n  = tanh(W_n·x + R_n·(f·h) + b_n)
+    h' = (1 - f)·h + f·n
+    """
+    f = sigmoid(u.f + v.f)
+    return h + f * (tanh(u.n + v(f * h).n) - h)

@@ -1,0 +1,199 @@
+"""Steps in stages: derivatives through reductions and products, and how a step is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import sigmoid, tanh
+
+from fastrnn import cells
+from fastrnn.cells import Cell
+from fastrnn.compiler.derive import Derived, derive
+from tests.support.derivations import by_autograd, derived_step, inputs, make
+
+
+def moments(u: Any, v: Any, h: Any, c: Any) -> Any:
+    a = u.a + v.a
+    c = c + a.mean(-1, keepdim=True) * u.b
+    return tanh(a / (1 + a.std(-1, keepdim=True))) + c * a.var(-1, correction=0, keepdim=True), c
+
+
+def squeezed(u: Any, v: Any, h: Any, c: Any) -> Any:
+    total, least = (u.a * h).sum(-1), (v.b + c).amin(dim=-1)
+    return tanh(u.a + total.unsqueeze(-1)), c * 0.5 + v.a * least.unsqueeze(-1) + u.b
+
+
+def largest(u: Any, v: Any, h: Any, c: Any) -> Any:
+    a = tanh(u.a + v.a)
+    return h * 0.5 + a / (1 + a.abs().amax(-1, keepdim=True)), c + u.b
+
+
+def softmaxes(u: Any, v: Any, h: Any, c: Any) -> Any:
+    a, b = torch.softmax(u.a + v.a, -1), F.log_softmax(u.b, dim=-1)
+    return tanh(5 * a + c), tanh(b + v.b * torch.logsumexp(h, -1, keepdim=True))
+
+
+def side_by_side(u: Any, v: Any, h: Any, c: Any) -> Any:
+    both = torch.cat([u.a + v.a, u.b + v.b], -1)
+    a, b = F.softmax(F.layer_norm(both, both.shape[-1:]), -1).chunk(2, -1)
+    least = both.amin(-1, keepdim=True)
+    return tanh(3 * a + h), c * b + tanh(both[..., h.shape[-1] :]) / (1 + least * least)
+
+
+def of_every_state(u: Any, v: Any, h: Any, c: Any) -> Any:
+    """A product of another state, one of a norm of the state, and a norm of the next state."""
+    a, b = v(F.layer_norm(h, h.shape[-1:])).a, v(c).b
+    c = tanh(u.b + b) * c + a
+    return F.rms_norm(c + u.a, c.shape[-1:], eps=1e-5), c
+
+
+def one_after_the_other(u: Any, v: Any, h: Any, c: Any) -> Any:
+    a = tanh(u.a + v(tanh(h)).a)
+    b = v(a * c).b
+    return tanh(u.b + b + b.mean(-1, keepdim=True)), sigmoid(b) * c
+
+
+def norm_twice(u: Any, v: Any, h: Any, c: Any) -> Any:
+    """Reductions whose results meet no unit, and one of an input alone."""
+    ratio = (u.a.sum(-1, keepdim=True) / (1 + (h * h).sum(-1, keepdim=True))).tanh()
+    return h * 0.3 + u.b + ratio, c * ratio + v.a + v.b
+
+
+USERS = [
+    make("ab", "hc", function)
+    for function in (
+        moments,
+        squeezed,
+        largest,
+        softmaxes,
+        side_by_side,
+        of_every_state,
+        one_after_the_other,
+        norm_twice,
+    )
+]
+PUBLISHED = [
+    cells.get(name)
+    for name in (
+        "dreamer_gru",
+        "gru_reset_before",
+        "layer_norm_gru",
+        "layer_norm_lstm",
+        "layer_norm_lstm_sums",
+        "mgu_reset_before",
+        "multiplicative_lstm",
+        "rms_norm_lstm",
+    )
+]
+every_cell = pytest.mark.parametrize("cell", [*USERS, *PUBLISHED], ids=lambda c: c.name)
+
+
+def rows(cell: Cell, units: int = 7, batch: int = 5) -> list[list[torch.Tensor]]:
+    """The arguments of `by_autograd` for a batch of rows; parameters are the same in all."""
+    torch.manual_seed(0)
+    *groups, params = inputs(cell, units)
+    return [[torch.randn(batch, units).double() for _ in group] for group in groups] + [params]
+
+
+def summed(cell: Cell, grads: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Gradients of parameters summed over the batch; the others unchanged."""
+    own = len(cell.params)
+    plain, params = (grads[:-own], grads[-own:]) if own else (grads, [])
+    return [*plain, *(g.sum(0) if g.dim() == 2 else g for g in params)]
+
+
+@every_cell
+def test_values_and_gradients_are_those_of_autograd(cell: Cell) -> None:
+    groups = rows(cell)
+    after, grads = derived_step(cell, *groups)
+    want_after, want_grads = by_autograd(cell, *groups)
+    torch.testing.assert_close(after, want_after, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(summed(cell, grads), want_grads, rtol=1e-11, atol=1e-11)
+
+
+def test_units_that_tie_share_the_gradient_of_a_maximum() -> None:
+    cell = make("a", "h", lambda u, v, h: u.a + h.amax(-1, keepdim=True), "ties")
+    h = torch.tensor([[1.0, 3.0, 3.0, 2.0, 3.0]]).double()
+    one = torch.ones(1, 5).double()
+    derived = derive(cell)
+    after, saved = derived.forward([one], [one], [h])
+    _, _, (dh,), _ = derived.backward(saved, [h], after, [one])
+    torch.testing.assert_close(dh, 5 / 3 * (h == 3).double())
+
+
+@every_cell
+def test_no_stage_reads_what_an_earlier_one_does_not_write(cell: Cell) -> None:
+    derived = derive(cell)
+    assert derived.programs is not None
+    for program in derived.programs:
+        written: set[str] = set()
+        for stage in program.stages:
+            read = {n.label for e in stage.outputs.values() for n in _leaves(e)}
+            slots = {label for label in read if label.startswith("slot.")}
+            assert slots <= written
+            written |= {label for label in stage.outputs if label.startswith("slot.")}
+        assert len(written) == program.slots
+
+
+def _leaves(expr: Any) -> list[Any]:
+    return [expr] if not expr.args else [n for arg in expr.args for n in _leaves(arg)]
+
+
+@pytest.mark.parametrize(
+    ("name", "stages", "saved", "results"),
+    [
+        ("lstm", (1, 1), 4, 0),
+        ("gru_reset_before", (2, 2), 3, 0),
+        ("mgu_reset_before", (2, 2), 2, 0),
+        ("multiplicative_lstm", (2, 2), 6, 0),
+        ("rms_norm_lstm", (2, 2), 4, 1),
+        ("dreamer_gru", (2, 2), 3, 2),
+        ("layer_norm_gru", (2, 2), 6, 12),
+        ("layer_norm_lstm", (3, 3), 8, 6),
+        ("layer_norm_lstm_sums", (3, 3), 4, 10),
+    ],
+)
+def test_stages_and_saved_values(
+    name: str, stages: tuple[int, int], saved: int, results: int
+) -> None:
+    """As few as the formulas allow."""
+    derived = derive(cells.get(name))
+    programs = derived.programs
+    assert (tuple(len(p.stages) for p in programs) if programs else (1, 1)) == stages
+    assert (len(derived.saved), len(derived.rows)) == (saved, results)
+
+
+def summed_gates(function: Callable[..., Any]) -> tuple[bool, ...]:
+    return derive(make("ab", "h", function, "tried")).summed
+
+
+def test_gates_of_other_products_are_summed() -> None:
+    assert summed_gates(lambda u, v, h: tanh(u.a + v(h * u.b).a)) == (True, False)
+    assert summed_gates(lambda u, v, h: tanh(u.a * v(h).a + u.b + v.b)) == (False, True)
+
+
+def test_the_product_of_the_state_itself_is_no_stage() -> None:
+    assert derive(make("a", "h", lambda u, v, h: tanh(u.a + v(h).a), "plain")).programs is None
+
+
+def test_one_operand_of_several_gates_is_one_product() -> None:
+    def both(u: Any, v: Any, h: Any) -> Any:
+        x = v(tanh(h))
+        return tanh(u.a + x.a) * sigmoid(u.b + x.b)
+
+    derived: Derived = derive(make("ab", "h", both))
+    assert [site.gates for site in derived.sites] == [("a", "b")]
+    assert [x.kind for x in derived.exchanges] == ["transposed"]
+
+
+def test_the_width_of_the_tape() -> None:
+    """The results of a row follow the values of its units, in float32."""
+    derived = derive(cells.layer_norm_lstm)
+    assert derived.tape_width(False, hidden=64) == 1 + 8 + 1
+    assert derived.tape_width(False, hidden=4) == 1 + 8 + 2
+    assert derived.tape_width(False, hidden=4, ratio=2) == 1 + 8 + 3
+    assert derive(cells.lstm).tape_width(True, hidden=4, ratio=2) == 1 + 4 + 1
