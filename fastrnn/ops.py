@@ -274,8 +274,10 @@ def _scan_fake(cell: str, *arguments: Any) -> list[Tensor]:
                     f"scan: a weight or state is on {tensor.device} but x is on {x.device}"
                 ),
             )
-    gates, states, width = _C.cell_facts(cell, bool(w_hr))
+    gates, states, width, results = _C.cell_facts(cell, bool(w_hr))
     recurrences, hidden = len(w_hh), w_hh[0].size(0) // gates
+    if results:  # in float32, behind the other values of a row
+        width += -(-results * (2 if x.itemsize == 2 else 1) // hidden)
     recurrent = w_hr[0].size(0) if w_hr else hidden
     batch = s0[0].size(-2) if s0 else x.size(-2)
     rows = x.size(0) * x.size(1) if x.dim() == 3 else x.size(0)

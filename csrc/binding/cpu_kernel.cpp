@@ -103,11 +103,17 @@ void check_memory(bool enough) {
                    "fastrnn: no memory for prepacked weights and one chunk");
 }
 
+int64_t tape_width(const Call& call) {
+  const at::ScalarType stored = call.in.x.scalar_type();
+  const int64_t ratio = c10::elementSize(compute_type(stored)) / c10::elementSize(stored);
+  return call.cell.tape_width(call.n.projected, call.n.H, ratio);
+}
+
 void check_backward(const Call& call, const OutputGrads& grads, const Tensor& y,
                     const Tensor& tape) {
   const auto& [cell, in, n, tables] = call;
   const at::ScalarType stored = in.x.scalar_type();
-  TORCH_CHECK(tape.sizes() == at::IntArrayRef({n.R, n.P, cell.tape_width(n.projected), n.H}) &&
+  TORCH_CHECK(tape.sizes() == at::IntArrayRef({n.R, n.P, tape_width(call), n.H}) &&
                   tape.scalar_type() == stored && y.numel() == n.R * n.P * n.Q &&
                   y.scalar_type() == stored,
               "scan_backward: y and tape should be those of scan with tape=True, got ", y.sizes(),
@@ -163,25 +169,27 @@ struct StateGradients {
 class ChunkBuffers {
  public:
   // `rows` are the most of a chunk; `recurrent` and `inputs` the numbers of weights that are
-  // packed, `params` is the number of learned parameters whose gradients are wanted.
+  // packed.
   ChunkBuffers(const Call& call, Format format, at::ScalarType compute, int64_t rows,
-               int64_t recurrent, int64_t inputs, int64_t params)
+               int64_t recurrent, int64_t inputs)
       : P_(call.n.P),
         rows_(rows),
         gates_row_(gradient_row(format, call.cell.gates * call.n.H)),
         dh_row_(gradient_row(format, call.n.Q)),
         Q_(call.n.Q),
-        params_(params * call.n.H),
+        sites_(call.cell.sites),
+        operands_row_(sites_ * call.n.H),
         summed_(call.cell.all_summed()),
         projected_(call.n.projected),
-        workspace_(compute,
-                   {P_ * rows * gates_row_, summed_ ? 0 : P_ * rows * gates_row_, P_ * rows * Q_,
-                    projected_ ? P_ * rows * dh_row_ : 0, recurrent, inputs, P_ * rows * params_}),
+        workspace_(compute, {P_ * rows * gates_row_, summed_ ? 0 : P_ * rows * gates_row_,
+                             P_ * rows * Q_, projected_ ? P_ * rows * dh_row_ : 0, recurrent,
+                             inputs, P_ * rows * operands_row_}),
         dv_(pointers(kDv, gates_row_)),
         du_(pointers(summed_ ? kDv : kDu, gates_row_)),
         h_prev_(pointers(kHPrev, Q_)),
         dh_(pointers(kDh, dh_row_)),
-        dp_(pointers(kDp, params_)) {}
+        operands_(pointers(kOperands, operands_row_)),
+        site_of_(call.cell.site_of) {}
 
   void fill(BackwardArgs& args, GradientArgs& products) {
     products.du = args.du = du_.data();
@@ -189,15 +197,16 @@ class ChunkBuffers {
     products.h_prev = args.h_prev = h_prev_.data();
     args.dh = projected_ ? dh_.data() : nullptr;
     products.dh = dh_.data();
-    products.dp = args.dp = params_ ? dp_.data() : nullptr;
-    products.params = params_;
+    products.operands = args.operands = operands_.data();
+    products.sites = sites_;
+    products.site_of = site_of_;
     args.prepacked = workspace_.at(kRecurrentWeights);
     args.prepacked_for = &prepacked_for_;
     products.prepacked = workspace_.at(kInputWeights);
   }
 
  private:
-  enum Part { kDv, kDu, kHPrev, kDh, kRecurrentWeights, kInputWeights, kDp };
+  enum Part { kDv, kDu, kHPrev, kDh, kRecurrentWeights, kInputWeights, kOperands };
 
   Pointers pointers(Part part, int64_t width) const {
     Pointers at(P_);
@@ -205,10 +214,11 @@ class ChunkBuffers {
     return at;
   }
 
-  const int64_t P_, rows_, gates_row_, dh_row_, Q_, params_;
+  const int64_t P_, rows_, gates_row_, dh_row_, Q_, sites_, operands_row_;
   const bool summed_, projected_;
   const Workspace workspace_;
-  const Pointers dv_, du_, h_prev_, dh_, dp_;
+  const Pointers dv_, du_, h_prev_, dh_, operands_;
+  const int8_t* const site_of_;
   int32_t prepacked_for_ = 0;
 };
 
@@ -241,16 +251,19 @@ class WeightGradients {
     dw_hr_ = make(needs[kNeedWhr] && n.projected, tensors_.w_hr, {n.Q, n.H});
     db_ih_ = make(bias_, tensors_.b_ih, {depth});
     db_hh_ = make(bias_ && !summed, tensors_.b_hh, {depth});
-    dparams_ = make(needs[kNeedParams] && call.cell.params, params_, {call.cell.params, n.H});
+    for (int64_t p = 0; needs[kNeedParams] && call.cell.params && p < n.P; ++p) {
+      params_.push_back(fresh_zeros({n.B, call.cell.params, n.H}, compute));
+      dp_.push_back(params_.back().mutable_data_ptr());
+    }
   }
 
-  void fill(GradientArgs& products) {
+  void fill(BackwardArgs& args, GradientArgs& products) {
+    args.dp = or_null(dp_);
     products.dw_ih = or_null(dw_ih_);
     products.dw_hh = or_null(dw_hh_);
     products.dw_hr = or_null(dw_hr_);
     products.db_ih = or_null(db_ih_);
     products.db_hh = or_null(db_hh_);
-    products.dparams = or_null(dparams_);
     products.dx = needs_[kNeedX] ? tensors_.x.mutable_data_ptr() : nullptr;
     products.dx_reverse = dx_reverse_.defined() ? dx_reverse_.mutable_data_ptr() : nullptr;
   }
@@ -262,11 +275,14 @@ class WeightGradients {
       for (const Tensor& each : tensors_.b_ih) tensors_.b_hh.push_back(each.clone());
     if (dx_reverse_.defined()) tensors_.x.add_(dx_reverse_);
     if (needs_[kNeedX]) tensors_.x = tensors_.x.view(call_.in.x.sizes()).to(stored);
-    for (const Tensor& all : params_)
-      for (int64_t k = 0; k < call_.cell.params; ++k) {
-        const Tensor each = all.select(0, k);
+    for (const Tensor& sequences : params_) {
+      Tensor all = at::zeros({call_.cell.params, call_.n.H}, sequences.options());
+      for (const Tensor& each : sequences.unbind()) all.add_(each);
+      for_each_param(call_.cell, [&](int64_t k, int64_t rows) {
+        const Tensor each = all.narrow(0, k, rows).view({-1});
         tensors_.params.push_back(call_.cell.is_shared(k) ? each.sum().unsqueeze(0) : each);
-      }
+      });
+    }
     for (auto* group : {&tensors_.w_ih, &tensors_.w_hh, &tensors_.b_ih, &tensors_.b_hh,
                         &tensors_.w_hr, &tensors_.params})
       for (Tensor& each : *group) each = each.to(stored);
@@ -281,8 +297,8 @@ class WeightGradients {
   const bool bias_;
   Gradients tensors_;
   Tensor dx_reverse_;
-  std::vector<Tensor> params_;  // [N, H] for each recurrence
-  Pointers dw_ih_, dw_hh_, dw_hr_, db_ih_, db_hh_, dparams_;
+  std::vector<Tensor> params_;  // [B, N, H] for each recurrence
+  Pointers dw_ih_, dw_hh_, dw_hr_, db_ih_, db_hh_, dp_;
 };
 
 // Sets the scales of a recurrence, which point to the tensors that are returned.
@@ -341,7 +357,7 @@ Tensor pack(const CellFacts& cell, Format format, const std::vector<std::optiona
 
 ScanOutputs forward_on_cpu(const Call& call, const CpuPlan& plan, bool tape) {
   const auto& [cell, in, n, tables] = call;
-  const Format format = format_of(in);
+  const Format format = format_of(cell, in);
   const Storage storage = storage_of(in.x.scalar_type());
   check_prepacked(cell, in, n);
   const Operands operands(cell, in, n, format);
@@ -353,7 +369,7 @@ ScanOutputs forward_on_cpu(const Call& call, const CpuPlan& plan, bool tape) {
   ScanOutputs out;
   auto& [y, states, saved] = out;
   y = in.lengths ? fresh_zeros(y_size, stored) : fresh(y_size, stored);
-  saved = fresh({tape ? n.R : 0, n.P, cell.tape_width(n.projected), n.H}, stored);
+  saved = fresh({tape ? n.R : 0, n.P, tape_width(call), n.H}, stored);
   if (in.lengths && tape) saved.zero_();
   std::vector<void*> finals(n.P * cell.states);
   for (int32_t s = 0; s < cell.states; ++s) {
@@ -382,7 +398,7 @@ std::vector<Tensor> backward_on_cpu(const Call& call, const CpuPlan& plan, const
   const auto& [cell, in, n, tables] = call;
   check_backward(call, grads, y, tape);
   const at::ScalarType stored = in.x.scalar_type(), compute = compute_type(stored);
-  const Format format = format_of(stored);
+  const Format format = format_of(cell, stored);
   const Operands operands(cell, in, n, plain_format(stored));
   const Tensor x = with_unit_stride(in.x), y_rows = y.contiguous(), tape_rows = tape.contiguous();
   const auto in_storage = [&](const Tensor& gradient) {
@@ -400,10 +416,9 @@ std::vector<Tensor> backward_on_cpu(const Call& call, const CpuPlan& plan, const
   const bool prepacks = backward_layout(format, plan.weights) == WeightLayout::kPrepacked;
   ChunkBuffers buffers(
       call, format, compute, most, prepacks ? prepacked_for_backward(args, cell.gates) : 0,
-      prepacks && needs[kNeedX] ? n.P * prepacked_width(n.I) * cell.gates * n.H : 0,
-      needs[kNeedParams] ? cell.params : 0);
+      prepacks && needs[kNeedX] ? n.P * prepacked_width(n.I) * cell.gates * n.H : 0);
   buffers.fill(args, products);
-  weights.fill(products);
+  weights.fill(args, products);
   args.dy = dy.defined() ? dy.const_data_ptr() : nullptr;
   args.dsteps = dsteps.defined() ? dsteps.const_data_ptr() : nullptr;
   args.y = y_rows.const_data_ptr();

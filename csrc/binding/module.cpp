@@ -193,11 +193,15 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "add_cell_facts",
       [](const std::string& name, int32_t gates, int32_t states, int32_t saved, int32_t params,
-         uint32_t summed, uint32_t shared_params, bool projectable) {
-        add_cell_facts(name, {gates, states, saved, params, summed, shared_params, projectable});
+         uint32_t summed, uint32_t shared_params, bool projectable, uint32_t gate_params,
+         int32_t stages, int32_t rows) {
+        CellTraits traits{gates,         states,      saved,       params, summed,
+                          shared_params, projectable, gate_params, stages, rows};
+        add_cell_facts(name, traits);
       },
       py::arg("name"), py::kw_only(), py::arg("gates"), py::arg("states"), py::arg("saved"),
       py::arg("params"), py::arg("summed"), py::arg("shared_params"), py::arg("projectable"),
+      py::arg("gate_params") = 0, py::arg("stages") = 1, py::arg("rows") = 0,
       "Adds a cell without code for CPUs, which load_cells may add later.");
   m.def(
       "has_code",
@@ -219,10 +223,12 @@ PYBIND11_MODULE(_C, m) {
       [](const std::string& name, bool projected) -> py::object {
         const CellFacts* cell = find_cell(name);
         if (!cell) return py::none();
-        return py::make_tuple(cell->gates, cell->states, cell->tape_width(projected));
+        return py::make_tuple(cell->gates, cell->states, cell->tape_width(projected, 1, 0),
+                              cell->rows);
       },
       py::arg("name"), py::arg("projected") = false,
-      "(gates, states, width of the tape) of a cell, or None.");
+      "(gates, states, width of the tape without results of reductions, number of those) of a "
+      "cell, or None.");
   m.def(
       "autocast_dtype",
       [](const std::string& cell, const Tensor& x, const std::vector<Tensor>& s0) {

@@ -39,14 +39,28 @@ inline Tensor resolved(const Tensor& tensor) {
   return tensor.is_neg() ? tensor.resolve_neg() : tensor;
 }
 
+// Calls f(first row, rows) for each learned parameter of a cell: one row of numbers per unit, or
+// one for each gate.
+template <class F>
+void for_each_param(const CellFacts& cell, const F& f) {
+  for (int64_t k = 0; k < cell.params;) {
+    const int64_t rows = cell.gate_params >> k & 1 ? cell.gates : 1;
+    f(k, rows);
+    k += rows;
+  }
+}
+
 // A tensor for each learned parameter of the cell, those of a recurrence side by side.
 inline void check_params(const CellFacts& cell, const ScanInputs& in, const Shape& n) {
-  TORCH_CHECK(static_cast<int64_t>(in.params.size()) == n.P * cell.params,
-              "scan: params should hold ", cell.params, " tensors per recurrence, got ",
-              in.params.size(), " for ", n.P);
+  c10::SmallVector<int64_t, kMaxParams> sizes;
+  for_each_param(
+      cell, [&](int64_t k, int64_t rows) { sizes.push_back(cell.is_shared(k) ? 1 : rows * n.H); });
+  const int64_t count = sizes.size();
+  TORCH_CHECK(static_cast<int64_t>(in.params.size()) == n.P * count, "scan: params should hold ",
+              count, " tensors per recurrence, got ", in.params.size(), " for ", n.P);
   for (size_t i = 0; i < in.params.size(); ++i) {
     const Tensor& each = in.params[i];
-    const int64_t k = i % cell.params, size = cell.is_shared(k) ? 1 : n.H;
+    const int64_t k = i % count, size = sizes[k];
     check_plain(each, "params");
     TORCH_CHECK(each.dim() == 1 && each.size(0) == size, "scan: parameter ", k, " of cell ",
                 cell.name, " should be [", size, "], got ", each.sizes());
@@ -233,8 +247,12 @@ inline Format format_of(at::ScalarType stored) {
   return stored == at::kBFloat16 && has_format(Format::kBfloat16) ? Format::kBfloat16
                                                                   : plain_format(stored);
 }
-inline Format format_of(const ScanInputs& in) {
-  return in.packed.empty() ? format_of(in.x.scalar_type()) : in.format;
+// Steps of stages are computed in the formats without conversion alone.
+inline Format format_of(const CellFacts& cell, at::ScalarType stored) {
+  return cell.stages > 1 ? plain_format(stored) : format_of(stored);
+}
+inline Format format_of(const CellFacts& cell, const ScanInputs& in) {
+  return in.packed.empty() ? format_of(cell, in.x.scalar_type()) : in.format;
 }
 
 inline Storage storage_of(at::ScalarType type) {
@@ -260,13 +278,16 @@ inline std::vector<Tensor> in_words(TensorList tensors, at::ScalarType type, int
   return out;
 }
 
-// The `count` parameters of every recurrence as one [count, H]; a shared one is repeated.
-inline std::vector<Tensor> side_by_side(TensorList params, int64_t count, int64_t hidden,
+// The parameters of every recurrence as one [rows, H]; a shared one is repeated.
+inline std::vector<Tensor> side_by_side(TensorList params, const CellFacts& cell, int64_t hidden,
                                         at::ScalarType compute) {
   std::vector<Tensor> out;
-  for (size_t first = 0; first < params.size(); first += count) {
-    Tensor all = at::empty({count, hidden}, params[first].options().dtype(compute));
-    for (int64_t k = 0; k < count; ++k) all.select(0, k).copy_(resolved(params[first + k]));
+  for (size_t next = 0; next < params.size();) {
+    Tensor all = at::empty({cell.params, hidden}, params[next].options().dtype(compute));
+    for_each_param(cell, [&](int64_t k, int64_t rows) {
+      const Tensor each = resolved(params[next++]);
+      all.narrow(0, k, rows).copy_(rows > 1 ? each.view({rows, hidden}) : each);
+    });
     out.push_back(std::move(all));
   }
   return out;
@@ -312,7 +333,7 @@ struct Operands {
     b_ih = as_computed(in.b_ih, compute);
     b_hh = as_computed(in.b_hh, compute);
     w_hr = matrices(in.w_hr);
-    params = side_by_side(in.params, cell.params, n.H, compute);
+    params = side_by_side(in.params, cell, n.H, compute);
     for (int64_t p = 0; p < n.P; ++p) {
       Recurrence& recurrence = recurrences[p];
       recurrence.w_ih = w_ih[p].const_data_ptr();

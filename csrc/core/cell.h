@@ -13,6 +13,7 @@
 
 #include "cells.gen.h"
 #include "core/math.h"
+#include "core/stages.h"
 
 namespace fastrnn {
 inline namespace FASTRNN_ISA {

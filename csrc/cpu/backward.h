@@ -72,6 +72,8 @@ class Backward {
       for (int s = 0; s < S; ++s)
         visit(args_.ds[p * S + s],
               args_.rows.batch * (s ? args_.hidden : args_.recurrent) * sizeof(T));
+    for (int64_t p = 0; p < args_.recurrences && args_.dp; ++p)
+      visit(args_.dp[p], args_.rows.batch * N * args_.hidden * sizeof(T));
   }
 
   void thread(Member& me) const {
@@ -247,8 +249,10 @@ class Backward {
         F::put(dv, g * H + unit, gates_v[g], n);
         if constexpr (!all_summed<Cell>()) F::put(du, g * H + unit, gates_u[g], n);
       }
-      for (int k = 0; k < N && args_.dp; ++k)
-        store(static_cast<T*>(args_.dp[p]) + at.out * N * H + k * H + unit, dlearned[k], n);
+      for (int k = 0; k < N && args_.dp; ++k) {
+        T* to = static_cast<T*>(args_.dp[p]) + (at.b * N + k) * H + unit;
+        store(to, load<V>(to, n) + dlearned[k], n);
+      }
       if (!projected()) store(carried(0), at.cut ? splat<V>(0) : dbefore[0], n);
       for (int s = 1; s < S; ++s) store(carried(s), at.cut ? splat<V>(0) : dbefore[s], n);
     }

@@ -115,6 +115,14 @@ struct ForwardArgs : Scan {
   void* const* final_states = nullptr;  // [P][S], each shaped like s0
 };
 
+// Values [H] of a row of the tape: `values` of the units, and what `results` of the row fill, which
+// are stored in `computed` bytes each, where others take `stored`.
+constexpr int64_t tape_values(int64_t values, int64_t results, int64_t computed, int64_t stored,
+                              int64_t hidden) {
+  const int64_t numbers = results * computed / stored;
+  return values + (numbers > 0 ? (numbers + hidden - 1) / hidden : 0);
+}
+
 // Words of a row of gradients of `width` numbers in a format: of du, dv and dh.
 constexpr int64_t gradient_row(Format format, int64_t width) {
   return format == Format::kBfloat16 ? (width + 15) / 16 * 8 : width;
@@ -138,12 +146,15 @@ struct BackwardArgs : Scan {
   const void* y = nullptr;       // [rows, P, Q]
   const void* tape = nullptr;    // [rows, P, W, H]
   void* const* ds = nullptr;     // [P][S], each shaped like s0: gradient carried in and out
+  // [P], each [B, N*H]: gradients of the parameters, to which each step of a sequence adds, or
+  // null.
+  void* const* dp = nullptr;
   // [P] arrays each, with one row per live row:
-  void* const* du = nullptr;      // [G*H]; equals dv if all gates are summed
-  void* const* dv = nullptr;      // [G*H]
-  void* const* h_prev = nullptr;  // [Q], state 0 before the step
-  void* const* dh = nullptr;      // [Q], gradient of state 0 after it; null unless projected
-  void* const* dp = nullptr;      // [N*H] in the compute type; null if they are not wanted
+  void* const* du = nullptr;        // [G*H]; equals dv if all gates are summed
+  void* const* dv = nullptr;        // [G*H]
+  void* const* h_prev = nullptr;    // [Q], state 0 before the step
+  void* const* dh = nullptr;        // [Q], gradient of state 0 after it; null unless projected
+  void* const* operands = nullptr;  // [J*H], of the products with other values than state 0
 };
 
 // Gradients of weights, biases and x from du and dv of a chunk. x and tape are in the storage type,
@@ -164,17 +175,17 @@ struct GradientArgs : Scan {
   const void* const* dv = nullptr;
   const void* const* h_prev = nullptr;
   const void* const* dh = nullptr;
-  const void* const* dp = nullptr;
-  const void* tape = nullptr;  // [rows, P, tape_width, H], the last value being m
+  const void* const* operands = nullptr;
+  int64_t sites = 0;                // J
+  const int8_t* site_of = nullptr;  // [G], the operand of each gate, or -1 for h_prev; if J > 0
+  const void* tape = nullptr;       // [rows, P, tape_width, H], the last value being m
   int64_t tape_width = 0;
-  void* const* dw_ih = nullptr;    // [P], each [G*H, I]
-  void* const* dw_hr = nullptr;    // [P], each [recurrent, H]
-  void* const* dw_hh = nullptr;    // [P], each [G*H, recurrent]
-  void* const* db_ih = nullptr;    // [P], each [G*H]
-  void* const* db_hh = nullptr;    // [P], each [G*H]
-  int64_t params = 0;              // N*H
-  void* const* dparams = nullptr;  // [P], each [N*H]
-  void* dx = nullptr;              // [rows, I]; added to if there are several recurrences
+  void* const* dw_ih = nullptr;  // [P], each [G*H, I]
+  void* const* dw_hr = nullptr;  // [P], each [recurrent, H]
+  void* const* dw_hh = nullptr;  // [P], each [G*H, recurrent]
+  void* const* db_ih = nullptr;  // [P], each [G*H]
+  void* const* db_hh = nullptr;  // [P], each [G*H]
+  void* dx = nullptr;            // [rows, I]; added to if there are several recurrences
   // The same for the reverse recurrences, or null if they add to dx. A chunk has other times of
   // these, so in one array the order of more than two terms would depend on the chunks.
   void* dx_reverse = nullptr;
@@ -259,6 +270,12 @@ struct CellTraits {
   uint32_t summed = 0;         // bit g
   uint32_t shared_params = 0;  // bit n, if parameter n is one number for all units
   bool projectable = false;    // reads state 0 through v alone, so that it need not be H wide
+  uint32_t gate_params = 0;    // bit n, if parameters n to n + G - 1 are one tensor [G*H]
+  // Of a cell whose step has stages:
+  int32_t stages = 1;
+  int32_t rows = 0;                // results of reductions that a step saves
+  int32_t sites = 0;               // J, products with other values than state 0
+  int8_t site_of[kMaxGates] = {};  // which of these a gate is part of, or -1
 };
 
 // A cell compiled for one instruction set. The index is a Format; all pointers of one that was not

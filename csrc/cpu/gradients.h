@@ -307,13 +307,31 @@ class GradientSweep {
                              });
     if (args_.dw_hh) {
       const int64_t Q = args_.recurrent;
-      const T* h_prev = static_cast<const T*>(args_.h_prev[p]) + (depth ? rows.first * Q : 0);
-      if (du != dv) pack_gates<F>(dv, stride, gates, depth, tiles);
-      add_weight_gradient<F>(static_cast<T*>(args_.dw_hh[p]), Q, tiles, gates, words, begins(),
-                             band, [&](int64_t column, auto width, Word* to) {
-                               pack_columns<F>(h_prev + column, rows.direction * Q, Q - column,
-                                               depth, to, decltype(width)::value);
-                             });
+      // The gradient of `some` rows of w_hh, which multiply what lies in `factors`, rows apart.
+      const auto add = [&](Range some, const void* factors, int64_t row) {
+        const T* factor = static_cast<const T*>(factors) + (depth ? rows.first * row : 0);
+        add_weight_gradient<F>(static_cast<T*>(args_.dw_hh[p]), Q, tiles, some, words, begins(),
+                               band, [&](int64_t column, auto width, Word* to) {
+                                 pack_columns<F>(factor + column, rows.direction * row, Q - column,
+                                                 depth, to, decltype(width)::value);
+                               });
+      };
+      if (args_.sites == 0) {
+        if (du != dv) pack_gates<F>(dv, stride, gates, depth, tiles);
+        add(gates, args_.h_prev[p], Q);
+      } else {
+        const int64_t H = args_.hidden, J = args_.sites;
+        for (int64_t g = 0; g * H < args_.depth; ++g) {
+          const Range some{gates.begin > g * H ? gates.begin : g * H,
+                           gates.end < (g + 1) * H ? gates.end : (g + 1) * H};
+          if (some.size() <= 0) continue;
+          pack_gates<F>(dv, stride, some, depth, tiles);
+          if (const int site = args_.site_of[g]; site < 0)
+            add(some, args_.h_prev[p], Q);
+          else
+            add(some, static_cast<const T*>(args_.operands[p]) + site * H, J * H);
+        }
+      }
     }
     if (args_.dw_hr) {
       const int64_t Q = args_.recurrent, H = args_.hidden, W = args_.tape_width;
@@ -332,12 +350,6 @@ class GradientSweep {
       add_bias_gradient<F>(static_cast<T*>(args_.db_ih[p]), du, stride, gates, depth, begins());
     if (args_.db_hh)
       add_bias_gradient<F>(static_cast<T*>(args_.db_hh[p]), dv, stride, gates, depth, begins());
-    if (args_.dparams) {
-      const int64_t row = args_.params;
-      const T* dp = static_cast<const T*>(args_.dp[p]) + (depth ? rows.first * row : 0);
-      add_bias_gradient<Plain<T>>(static_cast<T*>(args_.dparams[p]), dp, rows.direction * row,
-                                  part_of(row, plan_.threads(), index), depth, begins());
-    }
   }
 
   Word* bands(int32_t p) const {

@@ -15,12 +15,35 @@
 #include "cpu/formats.h"
 #include "cpu/forward.h"
 #include "cpu/prepacked.h"
+#include "cpu/staged.h"
+#include "cpu/staged_backward.h"
+#include "cpu/staged_forward.h"
 #include "cpu/step.h"
 #ifndef FASTRNN_PART
 #include "cpu/gradients.h"
 #endif
 
 namespace fastrnn {
+
+namespace {
+
+// The kernels of a cell: one formula for each unit, or stages.
+template <class Cell, class F, bool kStaged = kIsStaged<Cell> >
+struct Kernels {
+  using Pass = Forward<Cell, F>;
+  using Gradient = Backward<Cell, F>;
+  using Weights = Prepacked<Cell, F>;
+  using Stepper = Step<Cell, F>;
+};
+template <class Cell, class F>
+struct Kernels<Cell, F, true> {
+  using Pass = StagedForward<Cell, F>;
+  using Gradient = StagedBackward<Cell, F>;
+  using Weights = StagedWeights<Cell, F>;
+  using Stepper = StagedStepper<Cell, F>;
+};
+
+}  // namespace
 
 #ifdef FASTRNN_PART
 using CustomFormat = FASTRNN_FORMAT;
@@ -35,9 +58,9 @@ void custom_step(const StepArgs&);
     if constexpr (CustomFormat::kScaled)                                \
       return false;                                                     \
     else                                                                \
-      return Backward<Cell, CustomFormat>::run(args, plan);             \
+      return Kernels<Cell, CustomFormat>::Gradient::run(args, plan);    \
   }                                                                     \
-  void custom_step(const StepArgs& args) { Step<Cell, CustomFormat>::run(args); }
+  void custom_step(const StepArgs& args) { Kernels<Cell, CustomFormat>::Stepper::run(args); }
 FASTRNN_CELLS(FASTRNN_REST)
 
 }  // namespace fastrnn
@@ -49,16 +72,17 @@ namespace {
 template <class Cell, class F>
 constexpr void add_code(CompiledCell& to) {
   constexpr int format = index_of(F::kFormat);
-  to.forward[format] = &Forward<Cell, F>::run;
-  to.prepacked_bytes[format] = &Prepacked<Cell, F>::bytes;
-  to.pack[format] = &Prepacked<Cell, F>::pack_all;
-  to.step_room[format] = &Step<Cell, F>::room;
+  using Own = Kernels<Cell, F>;
+  to.forward[format] = &Own::Pass::run;
+  to.prepacked_bytes[format] = &Own::Weights::bytes;
+  to.pack[format] = &Own::Weights::pack_all;
+  to.step_room[format] = &Own::Stepper::room;
 #ifdef FASTRNN_PART
   to.step[format] = custom_step;
   if constexpr (!F::kScaled) to.backward[format] = custom_backward;
 #else
-  to.step[format] = &Step<Cell, F>::run;
-  if constexpr (!F::kScaled) to.backward[format] = &Backward<Cell, F>::run;
+  to.step[format] = &Own::Stepper::run;
+  if constexpr (!F::kScaled) to.backward[format] = &Own::Gradient::run;
 #endif
 }
 
@@ -76,6 +100,13 @@ constexpr CompiledCell compiled() {
   cell.shared_params = Cell::kSharedParams;
   cell.summed = static_cast<uint32_t>(kSummedGates<Cell>);
   cell.projectable = Cell::kProjectable;
+  cell.gate_params = GateParams<Cell>::value;
+  if constexpr (kIsStaged<Cell>) {
+    cell.stages = sizeof(Cell::kForward.stage) / sizeof(Cell::kForward.stage[0]);
+    cell.rows = Cell::kRows;
+    cell.sites = Cell::kSites;
+    for (int g = 0; g < Cell::kGates; ++g) cell.site_of[g] = Cell::kSiteOf[g];
+  }
 #if defined(FASTRNN_PART)
   add_code<Cell, CustomFormat>(cell);
 #elif defined(FASTRNN_FORMATS)

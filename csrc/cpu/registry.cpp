@@ -121,9 +121,9 @@ const CompiledCell& CellFacts::code(Format format) const {
 }
 
 void add_cell_facts(const std::string& name, const CellTraits& traits) {
-  const auto& [gates, states, saved, params, summed, shared, projectable] = traits;
-  if (gates < 1 || gates > kMaxGates || states < 1 || states > kMaxStates || saved < 0 ||
-      params < 0 || params > kMaxParams)
+  if (traits.gates < 1 || traits.gates > kMaxGates || traits.states < 1 ||
+      traits.states > kMaxStates || traits.saved < 0 || traits.params < 0 ||
+      traits.params > kMaxParams)
     throw std::runtime_error("cell '" + name + "' should have at most " +
                              std::to_string(kMaxGates) + " gates, " + std::to_string(kMaxStates) +
                              " states and " + std::to_string(kMaxParams) + " parameters");

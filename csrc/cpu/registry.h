@@ -18,8 +18,11 @@ struct CellFacts : CellTraits {
   bool is_shared(int64_t param) const { return shared_params >> param & 1; }
   bool all_summed() const { return summed == (gates >= 32 ? ~0u : (1u << gates) - 1); }
   // Values on the tape for each row and unit: states past the first, saved values, and state 0
-  // before its projection.
-  int64_t tape_width(bool projected) const { return states - 1 + saved + projected; }
+  // before its projection; then results of reductions, in the compute type, which takes `ratio`
+  // numbers of the tape.
+  int64_t tape_width(bool projected, int64_t hidden, int64_t ratio) const {
+    return tape_values(states - 1 + saved + projected, rows, ratio, 1, hidden);
+  }
   bool has_code(Format format) const { return compiled[index_of(format)] != nullptr; }
   // Its code for CPUs; throws std::runtime_error if there is none in that format.
   const CompiledCell& code(Format format) const;

@@ -138,6 +138,7 @@ def _choose(key: str, operands: Operands, *, tape: bool, backward: bool = False)
         backward=backward,
         projected=bool(operands.w_hr),
         projectable=derive(cell).projectable,
+        stages=derive(cell).stages,
     )
     compiled = _C.has_code(key, "float64" if x.dtype == torch.float64 else "float32")
     offered = machine.current(x.device.type, compiled=compiled, index=x.device.index)

@@ -8,7 +8,7 @@ operations. Neither depends on the number of steps or sequences that the model i
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -168,8 +168,12 @@ def _as_scan(cell: Cell, operands: Operands, p: int) -> tuple[list[Tensor], list
             every[a:b] for a, b in zip([0, *ends], [*ends, None], strict=True)
         )
         before = [torch.where(at[-1], 0, s) for s in states] if has_cut else states
-        v = F.linear(before[0], w_hh, b_hh[0] if b_hh else None)
-        after = _next(cell, at[0].split(hidden, -1), v.split(hidden, -1), before, params)
+
+        def apply(h: Tensor) -> Sequence[Tensor]:
+            return F.linear(h, w_hh, b_hh[0] if b_hh else None).split(hidden, -1)
+
+        u, v = at[0].split(hidden, -1), apply(before[0])
+        after = _next(cell, u, v, before, params, apply)
         after = [a.expand(s.size(0), hidden) for a, s in zip(after, states, strict=True)]
         if w_hr:
             after = [F.linear(after[0], w_hr[0]), *after[1:]]
@@ -193,14 +197,16 @@ def _next(
     v: Sequence[Tensor],
     states: Sequence[Tensor],
     params: Sequence[Tensor],
+    apply: Callable[[Tensor], Sequence[Tensor]],
 ) -> list[Tensor]:
     """One step. The cell's expressions are recorded if it has them: a function may write in place,
     which a body cannot."""
     try:
         derived = derive(cell)
     except Underivable:
-        return cell.step(u, v, states, params)
-    return derived.forward(u, v, states, params)[0]
+        return cell.step(u, v, states, params, apply)
+    rows = [row for param in params for row in param.split(u[0].size(-1))]
+    return derived.forward(u, v, states, rows, apply)[0]
 
 
 def _flags(operands: Operands, backward: bool) -> tuple[Tensor | None, Tensor | None]:

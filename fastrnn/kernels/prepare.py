@@ -124,9 +124,11 @@ def on_cpu(
     format of their dtype, for input of `dtype`, by default theirs."""
     w_ih, w_hh = weights.w_ih, weights.w_hh
     dtype = dtype or w_ih.dtype
-    if format is None:
-        format = _FORMATS.get(dtype, "float32")
+    asked, format = format, format or _FORMATS.get(dtype, "float32")
     key = prepared_now(cell, w_ih.device.type, dtype, format)
+    stages = derive(cell).stages if key is not None else 1
+    if stages > 1 and asked is None and dtype != torch.float64:
+        format = "float32"
     device = current(w_ih.device.type, threads, compiled=key is not None)
     problem = plan.Problem(
         cell=cell.name,
@@ -137,6 +139,7 @@ def on_cpu(
         gates=len(cell.gates),
         dtype=str(dtype).removeprefix("torch."),
         format=format,
+        stages=stages,
     )
     return OnCpu(key, plan.refusal("cpu", problem, device), problem, device, format)
 
@@ -145,7 +148,11 @@ def _prepare(cell: Cell, format: str | None) -> None:
     """Compile the cell in a format, or make it known without code for CPUs."""
     compiled = format is not None
     try:
-        _keys[cell] = _add_facts(cell) if format is None else _load(cell, format)
+        if format is not None and derive(cell).stages > 1:
+            plain = "float64" if format == "float64" else "float32"
+            _keys[cell] = _compiled[plain][cell] = _load(cell, plain)
+        else:
+            _keys[cell] = _add_facts(cell) if format is None else _load(cell, format)
         if format is not None:
             _compiled[format][cell] = _keys[cell]
     except (Underivable, jit.CompilationFailed) as error:
@@ -174,6 +181,9 @@ def _add_facts(cell: Cell) -> str:
             summed=sum(summed << gate for gate, summed in enumerate(derived.summed)),
             shared_params=sum(shared << k for k, shared in enumerate(derived.shared)),
             projectable=derived.projectable,
+            gate_params=derived.gate_params(),
+            stages=derived.stages,
+            rows=len(derived.rows),
         )
     except RuntimeError as error:
         raise Underivable(str(error)) from error

@@ -6,7 +6,7 @@ or dtype that no other kernel supports run through it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -75,7 +75,8 @@ def scan(
             u = F.linear(steps[t], w_ih[p], b_ih[p] if b_ih else None)
             v = F.linear(before[0], w_hh[p], b_hh[p] if b_hh else None)
             gates_u, gates_v = u.split(hidden, -1), v.split(hidden, -1)
-            after = cell.step(gates_u, gates_v, before, params)
+            apply = _applied(operands, p)
+            after = cell.step(gates_u, gates_v, before, params, apply)
             if params:  # a state that follows from these alone may be smaller
                 after = [torch.broadcast_to(a, gates_u[0].shape) for a in after]
             if record is not None:
@@ -101,6 +102,26 @@ def scan(
     if one_step:
         return y, finals[0]
     return y, [torch.stack(list(s)) for s in zip(*finals, strict=True)]
+
+
+class _Blocks(Sequence[Tensor]):
+    """The recurrent projections of a value, each computed when it is read."""
+
+    def __init__(self, operands: Operands, p: int, x: Tensor) -> None:
+        self.w, self.x = operands.w_hh[p], x
+        self.b = operands.b_hh[p] if operands.b_hh else None
+
+    def __len__(self) -> int:
+        return self.w.size(0) // self.w.size(1)
+
+    def __getitem__(self, gate: Any) -> Any:
+        hidden = self.w.size(1)
+        rows = slice(gate * hidden, (gate + 1) * hidden)
+        return F.linear(self.x, self.w[rows], None if self.b is None else self.b[rows])
+
+
+def _applied(operands: Operands, p: int) -> Callable[[Tensor], Sequence[Tensor]]:
+    return lambda x: _Blocks(operands, p, x)
 
 
 def scan_with_steps(cell: Cell, operands: Operands) -> tuple[Tensor, list[Tensor], Tensor]:
@@ -133,7 +154,8 @@ def forward(cell: Cell, operands: Operands, tape: bool) -> tuple[Tensor, list[Te
     x = operands.x
     derived = derive(cell)
     hidden = operands.w_hh[0].size(0) // len(cell.gates)
-    width = derived.tape_width(bool(operands.w_hr))
+    ratio = 2 if x.element_size() == 2 else 1
+    width = derived.tape_width(bool(operands.w_hr), hidden, ratio)
     rows = x.shape[:-1].numel() if tape else 0
     saved = x.new_zeros(rows, len(operands.w_hh), width, hidden)
     first = _first_rows(operands)
@@ -142,11 +164,18 @@ def forward(cell: Cell, operands: Operands, tape: bool) -> tuple[Tensor, list[Te
         p: int, t: int, u: Tensor, v: Tensor, before: list[Tensor], after: list[Tensor]
     ) -> None:
         values = after[1:]
-        if derived.saved:
+        if derived.saved or derived.rows:
             gates = u.split(hidden, -1), v.split(hidden, -1)
-            values += derived.forward(*gates, before, operands.params_of(p))[1]
+            params = [row for param in operands.params_of(p) for row in param.split(hidden)]
+            values += derived.forward(*gates, before, params, _applied(operands, p))[1]
         if operands.w_hr:
             values.append(after[0])
+        if derived.rows:
+            results = torch.cat(values[-len(derived.rows) :], -1)
+            del values[-len(derived.rows) :]
+            numbers = results.to(torch.promote_types(x.dtype, torch.float32)).view(x.dtype)
+            rest = saved[first[t] : first[t] + numbers.size(0), p, len(values) :].flatten(1)
+            rest[:, : numbers.size(1)] = numbers
         for k, value in enumerate(values):
             if operands.lengths is not None:
                 value = torch.where((operands.lengths > t).unsqueeze(-1), value, 0)

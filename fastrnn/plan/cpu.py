@@ -39,11 +39,13 @@ def refuse(problem: Problem, device: Device) -> str | None:
         return reason
     if problem.projected and not problem.projectable:
         return f"cell {problem.cell!r} reads state 0 unit by unit, so it cannot be projected"
+    if problem.stages > 1 and not problem.products.in_torchs_layout:
+        return f"a step of cell {problem.cell!r} has stages, which are computed in float alone"
     return None
 
 
 def configure(problem: Problem, device: Device) -> Plan:
-    weights = "prepacked" if problem.frozen else _weights(problem)
+    weights = "prepacked" if problem.frozen or problem.stages > 1 else _weights(problem)
     recurrences, sequences, units = _split(problem, device, shared=weights == "prepacked")
     config = CpuConfig(
         weights,
@@ -92,6 +94,8 @@ def _split(problem: Problem, device: Device, shared: bool) -> tuple[int, int, in
         return 1, 1, 1
     recurrences = math.gcd(problem.recurrences, threads)
     remaining = threads // recurrences
+    if problem.stages > 1:  # a thread has all units of its rows
+        return recurrences, min(remaining, problem.batch), 1
     sequences = min(remaining, problem.batch) if shared else 1
     if _recurrent_bytes(problem) >= device.cpu.l2_bytes:
         sequences = max(1, min(sequences, problem.batch // _ROWS_FOR_SEQUENCE_SPLIT))
@@ -109,8 +113,10 @@ def _split(problem: Problem, device: Device, shared: bool) -> tuple[int, int, in
     return recurrences, sequences, units
 
 
-def step_threads(weight_bytes: int, device: Device) -> int:
+def step_threads(weight_bytes: int, device: Device, stages: int = 1) -> int:
     """Threads for a stepper: few enough that each reads `_STEP_BYTES_PER_THREAD` in a step."""
+    if stages > 1:
+        return 1
     return max(1, min(device.cpu.threads, weight_bytes // _STEP_BYTES_PER_THREAD))
 
 

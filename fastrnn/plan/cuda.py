@@ -31,6 +31,10 @@ def refuse(problem: Problem, device: Device) -> str | None:
         return reason
     if problem.projected:
         return "it does not project the output (proj_size)"
+    if problem.stages > 1:
+        return (
+            f"a step of cell {problem.cell!r} has {problem.stages} stages and this kernel runs one"
+        )
     if problem.hidden == 0:
         return "there are no hidden units"
     if gpu.capability < 80:

@@ -49,6 +49,7 @@ class Problem:
     format: str = ""  # of products on a CPU, one of `FORMATS`; "" for that of the dtype in float
     projected: bool = False  # state 0 goes through weight_hr
     projectable: bool = True  # the cell reads state 0 only through `v`
+    stages: int = 1  # of a step of the cell, between which units of a row need each other
 
     @property
     def live_rows(self) -> int:

@@ -36,6 +36,10 @@ def refuse(problem: Problem, device: Device) -> str | None:
         return f"it runs on GPUs, the tensors are on {device.kind}"
     if problem.projected and not problem.projectable:
         return f"cell {problem.cell!r} reads state 0 unit by unit, so it cannot be projected"
+    if problem.stages > 1:
+        return (
+            f"a step of cell {problem.cell!r} has {problem.stages} stages and this kernel runs one"
+        )
     if problem.hidden == 0:
         return "there are no hidden units"
     return None

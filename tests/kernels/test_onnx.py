@@ -145,7 +145,7 @@ def test_built_in_cells_are_standard_nodes(name: str, tmp_path: Path) -> None:
 @fastrnn.cell(gates="a", states="h", name="onnx_mixing")
 def mixing(u: Any, v: Any, h: Tensor) -> Tensor:
     """No formula of single units: no other kernel than the reference runs it."""
-    return torch.tanh(u.a + v.a - h.mean(-1, keepdim=True))
+    return torch.tanh(u.a + v.a - h.cumsum(-1))
 
 
 SCANS: dict[str, tuple[Any, Given]] = {
@@ -161,6 +161,8 @@ SCANS: dict[str, tuple[Any, Given]] = {
         lambda: fastrnn.Recurrent(cells.peephole_lstm, 3, 5, batch_first=True),
         Given(hx=True, resets=True),
     ),
+    "norms": (lambda: fastrnn.LayerNormLSTM(3, 5, 2), Given(True, True)),
+    "another product": (lambda: fastrnn.GRUResetBefore(3, 5, bidirectional=True), Given()),
     "no formula": (lambda: fastrnn.Recurrent(mixing, 3, 5), Given()),
 }
 

@@ -230,7 +230,7 @@ def test_elsewhere_no_compiler_is_asked_for(tmp_path: Path) -> None:
         y, states = elsewhere(x.to("meta"))
         assert y.shape == (5, 2, 4)
         key = prepare(mine, "cuda")
-        assert _C.cell_facts(key) == (2, 2, derive(mine).tape_width(False))
+        assert _C.cell_facts(key) == (2, 2, derive(mine).tape_width(False), 0)
         assert not _C.has_code(key)
         """,
         tmp_path,

@@ -141,6 +141,7 @@ def test_no_numbers_divide_by_zero() -> None:
         (LSTM, Device(cpu=CpuFacts(compiled=False)), "no compiled code for cell 'lstm'"),
         (replace(LSTM, dtype="ComplexFloat"), TWO, "not ComplexFloat"),
         (replace(LSTM, cell="gru", projected=True, projectable=False), TWO, "'gru' reads state 0"),
+        (replace(LSTM, stages=2, format="int8"), TWO, "stages, which are computed in float alone"),
     ],
 )
 def test_what_the_cpu_kernel_refuses(problem: Problem, device: Device, reason: str) -> None:
@@ -178,3 +179,24 @@ def test_without_cores_for_all_long_calls_have_threads() -> None:
     both_ways = replace(LSTM, recurrences=2)
     assert split(choose(both_ways, contended)) == (1, 1, 1)
     assert split(choose(replace(both_ways, steps=1000, hidden=512), contended)) == (2, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("recurrences", "batch", "split"),
+    [
+        (1, 1, (1, 1, 1)),
+        (1, 2, (1, 2, 1)),
+        (1, 64, (1, 2, 1)),
+        (2, 1, (2, 1, 1)),
+        (2, 8, (2, 1, 1)),
+    ],
+)
+@pytest.mark.parametrize("backward", [False, True])
+def test_threads_of_a_step_with_stages_share_no_units(
+    recurrences: int, batch: int, split: tuple[int, int, int], backward: bool
+) -> None:
+    problem = replace(LSTM, recurrences=recurrences, batch=batch, stages=2, backward=backward)
+    config = choose(problem, TWO).cpu
+    assert (config.split_recurrences, config.split_sequences, config.split_units) == split
+    assert config.weights == "prepacked"
+    assert choose(replace(problem, steps=1), TWO).cpu.weights == "prepacked"

@@ -31,6 +31,7 @@ BF16 = replace(LSTM, dtype="bfloat16", batch=64)
         (replace(BF16, dtype="ComplexFloat"), H200, "not ComplexFloat"),
         (replace(BF16, projected=True, projectable=False), H200, "reads state 0 unit by unit"),
         (BF16, INTERPRETED, "bfloat16 wrongly"),
+        (replace(BF16, stages=3), H200, "has 3 stages and this kernel runs one"),
     ],
 )
 def test_what_the_triton_kernel_refuses(problem: Problem, device: Device, reason: str) -> None:

@@ -261,9 +261,12 @@ class _Gradients:
         for group in (self.w_ih, self.w_hh, self.b_ih, self.b_hh, self.w_hr):
             out += [] if group is None else list(group.to(dtype).unbind(0))
         if self.params is not None:
-            shared = self.scan.derived.shared * self.scan.recurrences
-            for param, one in zip(self.params.flatten(0, 1), shared, strict=True):
-                out.append((param.sum(0, keepdim=True) if one else param).to(dtype))
+            derived = self.scan.derived
+            for own in self.params:
+                for rows in derived.param_groups():
+                    one = derived.shared[rows.start]
+                    param = own[rows].flatten()
+                    out.append((param.sum(0, keepdim=True) if one else param).to(dtype))
         return out
 
 

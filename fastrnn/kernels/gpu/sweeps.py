@@ -96,8 +96,13 @@ class Scan:
         self.w_hr = stacked(operands.w_hr) if operands.w_hr else None
         self.params: Tensor | None = None
         if operands.params:
-            every = [param.expand(self.hidden) for param in operands.params]
-            self.params = torch.stack(every).view(self.recurrences, -1, self.hidden)
+            every = [
+                param.view(-1, self.hidden)
+                if param.size(0) > self.hidden
+                else param.expand(1, self.hidden)
+                for param in operands.params
+            ]
+            self.params = torch.cat(every).view(self.recurrences, -1, self.hidden)
 
     def width(self, state: int) -> int:
         return self.hidden if state else self.recurrent

@@ -1,0 +1,98 @@
+// Cells whose step has stages, because units of a row need each other within it: at reductions over
+// the units, and at products of the recurrent weights with another value than state 0. Such a
+// generated struct also has
+//   kGateParams, kSites (J), kSiteOf[G], kOperand[J], kRows (R), kForward, kBackward
+//   forward_rows(Number<k>, results, count, r)
+//   forward(Number<k>, u[G], v[G], s[S], p[N], x, r, next[S], saved[K], x', part)
+//   backward_rows(Number<k>, results, count, r)
+//   backward(Number<k>, saved[K], s[S], p[N], next[S], dnext[S], x, back[J], r,
+//            du[G], dv[G], ds[S], dp[N], operand[J], x', part)
+// for every stage k. Slots `x` carry values from one stage to later ones, and x' are those that the
+// stage writes. Results are those of reductions, one number a row; the first R of a forward step
+// are saved for the backward pass. A stage's row formulas make `r` of them, once a row. `part` is
+// what a sum or a maximum reduces.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "core/math.h"
+
+namespace fastrnn {
+inline namespace FASTRNN_ISA {
+
+template <int n>
+struct Number {
+  static constexpr int value = n;
+};
+
+// One stage: bits of the sites whose products, or transposed products, come before it; of the
+// results that sums and maxima of its parts give; and of what it writes.
+struct Stage {
+  uint32_t sites = 0;
+  uint64_t sums = 0, maxima = 0;
+  uint64_t slots = 0;
+  uint32_t states = 0, saved = 0;  // states: next, or ds in the backward pass
+  uint32_t du = 0, dv = 0, dp = 0, operands = 0;
+};
+
+// Mean, and sum of squared deviations from it, of values side by side, complete before a stage.
+struct Moments {
+  int stage = 0;
+  int result = 0;  // of the mean; the deviation is the next
+  int parts = 0;
+  int first = 0;  // place of the first source; a source is a slot, ~g for v[g], ~(G + g) for u[g]
+};
+
+// The sizes of a program, with room for one stage and one reduction at least.
+template <int kStages, int kMoments, int kSources>
+struct Program {
+  int slots = 0, results = 0, rows = 0;  // slots, results, and most row formulas of a stage
+  Stage stage[kStages] = {};
+  int moments = 0;
+  Moments moment[kMoments > 0 ? kMoments : 1] = {};
+  int source[kSources > 0 ? kSources : 1] = {};
+};
+
+template <class Cell, class = void>
+struct IsStaged : std::false_type {};
+template <class Cell>
+struct IsStaged<Cell, std::void_t<decltype(Cell::kForward)> > : std::true_type {};
+template <class Cell>
+inline constexpr bool kIsStaged = IsStaged<Cell>::value;
+
+// Bits of the first rows of parameters that have a number for each gate.
+template <class Cell, class = void>
+struct GateParams {
+  static constexpr uint32_t value = 0;
+};
+template <class Cell>
+struct GateParams<Cell, std::void_t<decltype(Cell::kGateParams)> > {
+  static constexpr uint32_t value = Cell::kGateParams;
+};
+
+constexpr bool has(uint64_t bits, int k) { return bits >> k & 1; }
+
+// The sum, and the largest, of the lanes of a vector.
+template <class V>
+FASTRNN_INLINE Scalar<V> add_lanes(V x) {
+  constexpr int n = lanes<V>();
+  Scalar<V> lane[n];
+  store(lane, x);
+  for (int width = n / 2; width > 0; width /= 2)
+    for (int l = 0; l < width; ++l) lane[l] += lane[l + width];
+  return lane[0];
+}
+template <class V>
+FASTRNN_INLINE Scalar<V> largest_lane(V x) {
+  constexpr int n = lanes<V>();
+  Scalar<V> lane[n];
+  store(lane, x);
+  // As torch's, it is NaN if one of them is.
+  for (int l = 1; l < n; ++l)
+    if (!(lane[0] >= lane[l]) && lane[0] == lane[0]) lane[0] = lane[l];
+  return lane[0];
+}
+
+}  // namespace FASTRNN_ISA
+}  // namespace fastrnn

@@ -1,0 +1,423 @@
+// A step in stages, for cells whose units need each other within it (core/stages.h).
+//
+// A thread has all units of its rows, so what lies between two stages is no wait but the end of a
+// loop over them. It runs every stage for all of its rows at once: products read their weights once
+// for all, and what crosses between stages stays in the thread's cache. Sums take the units of a
+// row in their order, so that a row's numbers depend on that row alone.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+
+#include "core/cell.h"
+#include "core/math.h"
+#include "cpu/contract.h"
+#include "cpu/formats.h"
+#include "cpu/pack.h"
+#include "cpu/product.h"
+#include "cpu/team.h"
+
+namespace fastrnn {
+inline namespace FASTRNN_ISA {
+
+// Calls f(Number<0>), ..., f(Number<n - 1>).
+template <int n, int k = 0, class F>
+FASTRNN_INLINE void for_each_number(const F& f) {
+  if constexpr (k < n) {
+    f(Number<k>{});
+    for_each_number<n, k + 1>(f);
+  }
+}
+
+// The weights of a recurrence: for each gate its block of either matrix, in bands of units.
+template <class Cell, class F>
+struct StagedWeights {
+  using T = typename F::Word;
+  using V = Vec<T>;
+  static_assert(!F::kConverts, "stages are computed in float or double");
+  static constexpr int G = Cell::kGates, N = Cell::kParams;
+  static constexpr int kLanes = lanes<V>();
+
+  T *w_ih, *w_hh;      // [G][bands of H][I or H]
+  T *bias_u, *bias_v;  // [G][padded H]; bias_v serves gates that are not summed
+  T* params;           // [N][padded H]
+
+  static int64_t vectors(const RecurrenceSizes& n) { return (n.hidden + kLanes - 1) / kLanes; }
+  static int64_t padded(const RecurrenceSizes& n) { return vectors(n) * kLanes; }
+
+  // Takes memory by take(count), in an order that is part of the layout.
+  template <class Take>
+  void place(const RecurrenceSizes& n, const Take& take) {
+    w_ih = take(G * padded(n) * n.inputs);
+    w_hh = take(G * padded(n) * n.recurrent);
+    bias_u = take(G * padded(n));
+    bias_v = take(G * padded(n));
+    params = take(N * padded(n));
+  }
+  // A view of memory, in one piece, that pack_all() wrote or will write.
+  static StagedWeights at(const RecurrenceSizes& n, const void* base) {
+    StagedWeights out;
+    T* next = static_cast<T*>(const_cast<void*>(base));
+    out.place(n, [&](int64_t count) { return std::exchange(next, next + count); });
+    return out;
+  }
+  static int64_t bytes(const RecurrenceSizes& n) {
+    StagedWeights out;
+    int64_t total = 0;
+    out.place(n, [&](int64_t count) {
+      total += count;
+      return static_cast<T*>(nullptr);
+    });
+    return total * static_cast<int64_t>(sizeof(T));
+  }
+  static void pack_all(const RecurrenceSizes& n, const Recurrence& recurrence, void* base) {
+    at(n, base).pack(n, recurrence, 0, 1);
+  }
+
+  // Packs every `turns`-th gate, beginning with number `turn`.
+  void pack(const RecurrenceSizes& n, const Recurrence& recurrence, int32_t turn,
+            int32_t turns) const {
+    for (int g = turn; g < G; g += turns) {
+      pack_block(n, recurrence.w_ih, n.inputs, g, w_ih);
+      pack_block(n, recurrence.w_hh, n.recurrent, g, w_hh);
+      for (int64_t unit = 0; unit < padded(n); unit += kLanes) {
+        const V b_ih = numbers(recurrence.b_ih, g, n, unit);
+        const V b_hh = numbers(recurrence.b_hh, g, n, unit);
+        store(bias_u + g * padded(n) + unit, Cell::kSummed[g] ? b_ih + b_hh : b_ih);
+        store(bias_v + g * padded(n) + unit, b_hh);
+      }
+    }
+    for (int k = turn; k < N; k += turns)
+      for (int64_t unit = 0; unit < padded(n); unit += kLanes)
+        store(params + k * padded(n) + unit, numbers(recurrence.params, k, n, unit));
+  }
+
+  // The block of gate g of a packed matrix with rows of `depth` numbers.
+  static Matrix<T> block(const RecurrenceSizes& n, const T* matrix, int64_t depth, int g) {
+    return {matrix + g * padded(n) * depth, depth, n.hidden, true};
+  }
+
+ private:
+  static V numbers(const void* from, int row, const RecurrenceSizes& n, int64_t unit) {
+    return from ? load<V>(static_cast<const T*>(from) + row * n.hidden + unit,
+                          within<V>(unit, n.hidden))
+                : splat<V>(0);
+  }
+  static void pack_block(const RecurrenceSizes& n, const void* weights, int64_t depth, int g,
+                         T* matrix) {
+    const T* from = static_cast<const T*>(weights) + g * n.hidden * depth;
+    T* to = matrix + g * padded(n) * depth;
+    for_each_band(0, vectors(n), [&](int64_t vector, auto count) {
+      for (int v = 0; v < decltype(count)::value; ++v) {
+        const int64_t unit = (vector + v) * kLanes;
+        pack_transposed(from + unit * depth, depth, within<V>(unit, n.hidden), depth,
+                        to + vector * kLanes * depth, decltype(count)::value, v);
+      }
+    });
+  }
+};
+
+// The reductions of a program: a stage's parts, and the moments between two stages, give a row's
+// results.
+template <class T>
+class Results {
+  using V = Vec<T>;
+  static constexpr int kLanes = lanes<V>();
+
+ public:
+  static constexpr int kMost = 64;  // bits of Stage::sums
+
+  // Where the sums and maxima of a stage begin, for one row.
+  static FASTRNN_INLINE void begin(const Stage& stage, int results, V* total) {
+#pragma GCC unroll 64
+    for (int k = 0; k < results; ++k)
+      total[k] = has(stage.maxima, k) ? splat<V>(-__builtin_inf()) : splat<V>(0);
+  }
+  // Adds the parts of one vector of units, of which `live` count.
+  static FASTRNN_INLINE void add(const Stage& stage, int results, int live, V* part, V* total) {
+#pragma GCC unroll 64
+    for (int k = 0; k < results; ++k) {
+      if (has(stage.sums, k)) {
+        if (live < kLanes) part[k] = first_lanes(part[k], live, 0);
+        total[k] = total[k] + part[k];
+      } else if (has(stage.maxima, k)) {
+        if (live < kLanes) part[k] = first_lanes(part[k], live, -__builtin_inf());
+        total[k] = maximum(total[k], part[k]);
+      }
+    }
+  }
+  static FASTRNN_INLINE void end(const Stage& stage, int results, const V* total, T* to) {
+#pragma GCC unroll 64
+    for (int k = 0; k < results; ++k) {
+      if (has(stage.sums, k)) to[k] = add_lanes(total[k]);
+      if (has(stage.maxima, k)) to[k] = largest_lane(total[k]);
+    }
+  }
+
+  // Mean and sum of squared deviations of `parts` rows of `width` numbers; source(k) begins them.
+  template <class Source>
+  static FASTRNN_INLINE void moments(int parts, int64_t width, const Source& source, T* to) {
+    const auto total = [&](const auto& each) __attribute__((always_inline)) {
+      V sum = splat<V>(0);
+      for (int k = 0; k < parts; ++k) {
+        const T* from = source(k);
+        for (int64_t unit = 0; unit < width; unit += kLanes) {
+          const int live = within<V>(unit, width);
+          const V x = each(load<V>(from + unit));
+          sum = sum + (live < kLanes ? first_lanes(x, live, 0) : x);
+        }
+      }
+      return add_lanes(sum);
+    };
+    const T mean = total([](V x) { return x; }) / static_cast<T>(parts * width);
+    to[0] = mean;
+    to[1] = total([mean](V x) { return (x - mean) * (x - mean); });
+  }
+
+ private:
+  // x with `fill` past the first n lanes.
+  static FASTRNN_INLINE V first_lanes(V x, int n, double fill) {
+    T lane[kLanes];
+    store(lane, x);
+    for (int l = n; l < kLanes; ++l) lane[l] = static_cast<T>(fill);
+    return load<V>(lane);
+  }
+};
+
+// The rows of a tape [row][values][H]: states past the first, saved values, then the results that
+// are saved for the row, in the compute type.
+template <class Cell, class T>
+class StagedTape {
+ public:
+  StagedTape(int64_t hidden, Storage storage)
+      : hidden_(hidden),
+        bytes_(storage == Storage::kSame ? sizeof(T) : 2),
+        width_(tape_values(Cell::kStates - 1 + Cell::kSaved, Cell::kRows, sizeof(T), bytes_,
+                           hidden)) {}
+
+  // The element at which a value of a row begins.
+  FASTRNN_INLINE int64_t value(int64_t row, int k) const { return (row * width_ + k) * hidden_; }
+  void write_results(void* tape, int64_t row, const T* results) const {
+    memcpy(static_cast<char*>(tape) + results_at(row), results, Cell::kRows * sizeof(T));
+  }
+  void read_results(const void* tape, int64_t row, T* results) const {
+    memcpy(results, static_cast<const char*>(tape) + results_at(row), Cell::kRows * sizeof(T));
+  }
+
+ private:
+  int64_t results_at(int64_t row) const {
+    return value(row, Cell::kStates - 1 + Cell::kSaved) * bytes_;
+  }
+  const int64_t hidden_, bytes_, width_;
+};
+
+// The forward step of some rows of a recurrence.
+template <class Cell, class F>
+class StagedStep {
+  using T = typename F::Number;
+  using V = Vec<T>;
+  using Weights = StagedWeights<Cell, F>;
+  static constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kSaved, N = Cell::kParams;
+  static constexpr auto kProgram = Cell::kForward;
+  static constexpr int kStages = sizeof(kProgram.stage) / sizeof(kProgram.stage[0]);
+  static constexpr int kSlots = kProgram.slots, kResults = kProgram.results;
+  static constexpr int kLanes = lanes<V>();
+  using Reduced = Results<T>;
+  static_assert(kSlots <= 64 && kResults <= Reduced::kMost, "a bit for each");
+
+ public:
+  // Memory of a thread, for as many rows as a step has.
+  struct Rows {
+    T* v;                          // [rows][G][padded H]
+    T* slots;                      // [rows][kSlots][padded H]
+    T* results;                    // [rows][kResults]
+    T* next;                       // [rows][S][padded H]
+    const T* u = nullptr;          // [rows][G][padded H]
+    const T* state[S] = {};        // the states before the step,
+    int64_t state_stride[S] = {};  // and the distances of their rows
+
+    template <class Take>
+    void place(int64_t rows, int64_t padded, const Take& take) {
+      v = take(rows * G * padded);
+      slots = take(rows * kSlots * padded);
+      results = take(rows * kResults);
+      next = take(rows * S * padded);
+    }
+  };
+
+  StagedStep(const RecurrenceSizes& sizes, const Weights& weights)
+      : sizes_(sizes),
+        weights_(weights),
+        vectors_(Weights::vectors(sizes)),
+        padded_(Weights::padded(sizes)) {}
+
+  // u = x * w_ih^T with its bias, of rows x that are `stride` apart.
+  void project(const T* x, int64_t stride, int64_t count, T* u) const {
+    for (int g = 0; g < G; ++g) {
+      const T* bias = weights_.bias_u + g * padded_;
+      multiply_columns<F>(x, stride, count, Weights::block(sizes_, weights_.w_ih, sizes_.inputs, g),
+                          0, vectors_, [&](int64_t r, int64_t vector, const V* sum) {
+                            const int64_t unit = vector * kLanes;
+                            store(u + (r * G + g) * padded_ + unit, *sum + load<V>(bias + unit));
+                          });
+    }
+  }
+
+  // Runs the step of `count` rows; save(row, k, unit, value) takes the saved values.
+  template <class Save>
+  void run(const Rows& rows, int64_t count, const Save& save) const {
+    for (int g = 0; g < G; ++g)
+      if (Cell::kSiteOf[g] < 0) multiply(rows, count, rows.state[0], rows.state_stride[0], g);
+    for_each_number<kStages>([&](auto number) {
+      constexpr int k = decltype(number)::value;
+      constexpr Stage stage = kProgram.stage[k];
+      for (int g = 0; g < G; ++g) {
+        const int site = Cell::kSiteOf[g];
+        if (site >= 0 && has(stage.sites, site))
+          multiply(rows, count, rows.slots + Cell::kOperand[site] * padded_, kSlots * padded_, g);
+      }
+      for (int m = 0; m < kProgram.moments; ++m)
+        if (kProgram.moment[m].stage == k) find_moments(rows, count, kProgram.moment[m]);
+      for (int64_t r = 0; r < count; ++r) one_row<k>(rows, r, save);
+    });
+  }
+
+ private:
+  // v = operand * w_hh^T of one gate; of a summed gate, with u.
+  void multiply(const Rows& rows, int64_t count, const T* operand, int64_t stride, int g) const {
+    const T* bias = weights_.bias_v + g * padded_;
+    multiply_columns<F>(
+        operand, stride, count, Weights::block(sizes_, weights_.w_hh, sizes_.recurrent, g), 0,
+        vectors_, [&](int64_t r, int64_t vector, const V* sum) {
+          const int64_t unit = vector * kLanes, at = (r * G + g) * padded_ + unit;
+          store(rows.v + at, *sum + load<V>(Cell::kSummed[g] ? rows.u + at : bias + unit));
+        });
+  }
+
+  void find_moments(const Rows& rows, int64_t count, const Moments& of) const {
+    for (int64_t r = 0; r < count; ++r)
+      Reduced::moments(
+          of.parts, sizes_.hidden,
+          [&](int part) -> const T* {
+            const int source = kProgram.source[of.first + part];
+            if (source >= 0) return rows.slots + (r * kSlots + source) * padded_;
+            const int gate = ~source;
+            return gate < G ? rows.v + (r * G + gate) * padded_
+                            : rows.u + (r * G + gate - G) * padded_;
+          },
+          rows.results + r * kResults + of.result);
+  }
+
+  template <int k, class Save>
+  FASTRNN_INLINE void one_row(const Rows& rows, int64_t r, const Save& save) const {
+    constexpr Stage stage = kProgram.stage[k];
+    V results[kResults + 1], row[kProgram.rows + 1], total[kResults + 1];
+    T* own = rows.results + r * kResults;
+#pragma GCC unroll 64
+    for (int j = 0; j < kResults; ++j) results[j] = broadcast<V>(own[j]);
+    Cell::forward_rows(Number<k>{}, results, splat<V>(static_cast<double>(sizes_.hidden)), row);
+    Reduced::begin(stage, kResults, total);
+    for (int64_t unit = 0; unit < padded_; unit += kLanes) {
+      V u[G], v[G], s[S], p[N + 1], x[kSlots + 1], next[S], saved[K + 1], out[kSlots + 1];
+      V part[kResults + 1];
+#pragma GCC unroll 64
+      for (int g = 0; g < G; ++g) {
+        u[g] = load<V>(rows.u + (r * G + g) * padded_ + unit);
+        v[g] = load<V>(rows.v + (r * G + g) * padded_ + unit);
+      }
+#pragma GCC unroll 64
+      for (int j = 0; j < S; ++j) s[j] = load<V>(rows.state[j] + r * rows.state_stride[j] + unit);
+#pragma GCC unroll 64
+      for (int j = 0; j < N; ++j) p[j] = load<V>(weights_.params + j * padded_ + unit);
+#pragma GCC unroll 64
+      for (int j = 0; j < kSlots; ++j)
+        x[j] = load<V>(rows.slots + (r * kSlots + j) * padded_ + unit);
+      Cell::forward(Number<k>{}, u, v, s, p, x, row, next, saved, out, part);
+#pragma GCC unroll 64
+      for (int j = 0; j < S; ++j)
+        if (has(stage.states, j)) store(rows.next + (r * S + j) * padded_ + unit, next[j]);
+#pragma GCC unroll 64
+      for (int j = 0; j < K; ++j)
+        if (has(stage.saved, j)) save(r, j, unit, saved[j]);
+#pragma GCC unroll 64
+      for (int j = 0; j < kSlots; ++j)
+        if (has(stage.slots, j)) store(rows.slots + (r * kSlots + j) * padded_ + unit, out[j]);
+      Reduced::add(stage, kResults, within<V>(unit, sizes_.hidden), part, total);
+    }
+    Reduced::end(stage, kResults, total, own);
+  }
+
+  const RecurrenceSizes sizes_;
+  const Weights weights_;
+  const int64_t vectors_, padded_;
+};
+
+// The layer of a stepper at one time step. Its first part runs all units.
+template <class Cell, class F>
+class StagedStepper {
+  using T = typename F::Number;
+  using V = Vec<T>;
+  using Weights = StagedWeights<Cell, F>;
+  using Step = StagedStep<Cell, F>;
+  static constexpr int G = Cell::kGates, S = Cell::kStates;
+  static constexpr int kLanes = lanes<V>();
+
+ public:
+  // Bytes of StepArgs::room.
+  static int64_t room(const RecurrenceSizes& n, int64_t batch) {
+    int64_t total = 0;
+    Buffers().place(n, batch, [&](int64_t count) {
+      total += count;
+      return static_cast<T*>(nullptr);
+    });
+    return total * static_cast<int64_t>(sizeof(T));
+  }
+
+  static void run(const StepArgs& args) {
+    if (args.part > 0) return;
+    FlushDenormals flush;
+    const RecurrenceSizes& n = args.sizes;
+    const Step step(n, Weights::at(n, args.prepacked));
+    const int64_t padded = Weights::padded(n);
+    Buffers room;
+    T* next = static_cast<T*>(args.room);
+    room.place(n, args.batch, [&](int64_t count) { return std::exchange(next, next + count); });
+    for (int64_t b = 0; b < args.batch; ++b)
+      for (int64_t k = 0; k < n.inputs; k += kLanes) {
+        const int live = within<V>(k, n.inputs);
+        store(room.x + b * n.inputs + k,
+              load_as<V>(args.x, b * args.x_row + k, live, args.x_storage), live);
+      }
+    step.project(room.x, n.inputs, args.batch, room.u);
+    room.rows.u = room.u;
+    for (int s = 0; s < S; ++s) {
+      room.rows.state[s] = static_cast<const T*>(s ? args.s[s] : args.h);
+      room.rows.state_stride[s] = args.stride;
+    }
+    step.run(room.rows, args.batch, [](int64_t, int, int64_t, V) {});
+    for (int64_t b = 0; b < args.batch; ++b)
+      for (int s = 0; s < S; ++s)
+        for (int64_t unit = 0; unit < padded; unit += kLanes) {
+          const V x = load<V>(room.rows.next + (b * S + s) * padded + unit);
+          store(static_cast<T*>(s ? args.s[s] : args.next_h) + b * args.stride + unit, x);
+          if (s == 0 && args.y)
+            store_as(args.y, b * args.y_row + unit, x, within<V>(unit, n.hidden), args.y_storage);
+        }
+  }
+
+ private:
+  struct Buffers {
+    T *x, *u;
+    typename Step::Rows rows;
+
+    template <class Take>
+    void place(const RecurrenceSizes& n, int64_t batch, const Take& take) {
+      x = take(batch * n.inputs);
+      u = take(batch * G * Weights::padded(n));
+      rows.place(batch, Weights::padded(n), take);
+    }
+  };
+};
+
+}  // namespace FASTRNN_ISA
+}  // namespace fastrnn

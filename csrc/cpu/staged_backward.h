@@ -1,0 +1,314 @@
+// The backward sweep of cells whose step has stages (staged.h): one chunk of steps, from its end.
+//
+// Per step: the stages of the cell's derivative, with the transposed products that they need, give
+// du and dv; then dh = dv * w_hh of the gates that multiply h. Every thread owns a recurrence and a
+// range of sequences, with all of their units.
+#pragma once
+
+#include <cstdint>
+
+#include "core/cell.h"
+#include "core/math.h"
+#include "cpu/contract.h"
+#include "cpu/formats.h"
+#include "cpu/staged.h"
+#include "cpu/team.h"
+
+namespace fastrnn {
+inline namespace FASTRNN_ISA {
+
+template <class Cell, class F>
+class StagedBackward {
+  using T = typename F::Number;
+  using V = Vec<T>;
+  static constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kSaved, N = Cell::kParams;
+  static constexpr int J = Cell::kSites, R = Cell::kRows;
+  static constexpr auto kProgram = Cell::kBackward;
+  static constexpr int kStages = sizeof(kProgram.stage) / sizeof(kProgram.stage[0]);
+  static constexpr int kSlots = kProgram.slots, kResults = kProgram.results;
+  static constexpr int kLanes = lanes<V>();
+  using Reduced = Results<T>;
+  static_assert(kSlots <= 64 && kResults <= Reduced::kMost, "a bit for each");
+  static_assert(kProgram.moments == 0, "gradients need sums alone");
+
+  // The location of one row at one step of a recurrence, and of the state before it.
+  struct Place {
+    int64_t b, row, earlier;  // batch index, row of y and tape, and that of the previous step
+    int64_t out;              // row of the outputs
+    bool cut, continues;
+  };
+  // Memory of one thread, for the rows of a step.
+  struct Scratch {
+    T* dnext;    // [B][S][padded H]
+    T* back;     // [B][J][padded H]
+    T* slots;    // [B][kSlots][padded H]
+    T* results;  // [B][kResults]
+    Place* places;
+  };
+
+ public:
+  static bool run(const BackwardArgs& args, const CpuPlan& plan) {
+    if (args.rows.batch == 0 || args.hidden == 0) return true;
+    CpuPlan own = plan;
+    own.split_units = 1;
+    return run_sweep<StagedBackward>(args, own);
+  }
+
+  StagedBackward(const BackwardArgs& args, const CpuPlan& plan)
+      : args_(args),
+        plan_(plan),
+        vectors_((args.hidden + kLanes - 1) / kLanes),
+        padded_(vectors_ * kLanes),
+        tape_(args.hidden, args.storage) {
+    const int64_t first = args.begin, last = args.end - 1;
+    const Rows& rows = args.rows;
+    for (int32_t p = 0; p < args.recurrences; ++p) {
+      const bool reverse = args.recurrence[p].reverse;
+      const int64_t a = rows.time(first, reverse), b = rows.time(last, reverse);
+      origin_[reverse] = rows.compact_row(a < b ? a : b, 0);
+    }
+  }
+
+  void place(Arena& arena) {
+    const int64_t B = args_.rows.batch;
+    scratch_ = arena.take<Scratch>(plan_.threads());
+    for (int32_t i = 0; i < plan_.threads(); ++i) {
+      Scratch own;
+      own.dnext = arena.take<T>(B * S * padded_);
+      own.back = arena.take<T>(B * J * padded_);
+      own.slots = arena.take<T>(B * kSlots * padded_);
+      own.results = arena.take<T>(B * kResults);
+      own.places = arena.take<Place>(B);
+      if (arena.ready()) scratch_[i] = own;
+    }
+  }
+
+  static constexpr bool kRepeatable = false;  // it never waits within a step
+  template <class Visit>
+  void each_changed(const Visit&) const {}
+
+  void thread(Member& me) const {
+    const Rows& rows = args_.rows;
+    const Range own = part_of(args_.recurrences, plan_.split_recurrences, me.recurrence);
+    const bool pack_now = prepacks() && *args_.prepacked_for != 1;
+    for (int64_t p = own.begin; p < own.end && pack_now; ++p)
+      for (int g = me.sequence; g < G; g += plan_.split_sequences) pack(p, g);
+    me.publish(1);
+    me.wait_for_all(1);
+    if (me.index == 0 && pack_now) *args_.prepacked_for = 1;
+    for (int64_t p = own.begin; p < own.end; ++p) {
+      const bool reverse = args_.recurrence[p].reverse;
+      const int64_t a = rows.time(args_.begin, reverse), b = rows.time(args_.end - 1, reverse);
+      const Range sequences = sequences_of(rows, a < b ? a : b, (a < b ? b : a) + 1,
+                                           plan_.split_sequences, me.sequence);
+      for (int64_t step = args_.end - 1; step >= args_.begin; --step) {
+        const int64_t live = rows.live(rows.time(step, reverse));
+        const int64_t last = sequences.end < live ? sequences.end : live;
+        if (last > sequences.begin) one_step(p, step, {sequences.begin, last}, scratch_[me.index]);
+      }
+    }
+  }
+
+ private:
+  bool prepacks() const {
+    return backward_layout(F::kFormat, plan_.weights) == WeightLayout::kPrepacked;
+  }
+  // The block of a gate, whose columns are summed over its rows.
+  T* packed(int64_t p, int g) const {
+    return static_cast<T*>(args_.prepacked) + (p * G + g) * padded_ * args_.hidden;
+  }
+  const T* block(int64_t p, int g) const {
+    const int64_t H = args_.hidden;
+    return static_cast<const T*>(args_.recurrence[p].w_hh) + g * H * H;
+  }
+  void pack(int64_t p, int g) const {
+    const int64_t H = args_.hidden;
+    for_each_band(0, vectors_, [&](int64_t vector, auto count) {
+      const int64_t column = vector * kLanes;
+      pack_columns<F>(block(p, g) + column, H, H - column, H, packed(p, g) + column * H,
+                      decltype(count)::value);
+    });
+  }
+
+  Place locate(int64_t p, int64_t step, int64_t t, int64_t i) const {
+    const Rows& rows = args_.rows;
+    const bool reverse = args_.recurrence[p].reverse, continues = rows.continues(step, i, reverse);
+    const int64_t P = args_.recurrences;
+    return {rows.batch_index(i),
+            rows.row(t, i) * P + p,
+            continues ? rows.row(rows.time(step - 1, reverse), i) * P + p : 0,
+            rows.compact_row(t, i) - origin_[reverse],
+            rows.cut_before(step, i, reverse),
+            continues};
+  }
+
+  FASTRNN_INLINE V state_before(const Recurrence& recurrence, int s, const Place& at, int64_t unit,
+                                int n, Storage storage) const {
+    const int64_t H = args_.hidden;
+    if (at.cut) return splat<V>(0);
+    if (!at.continues)
+      return recurrence.s0[s] ? load_as<V>(recurrence.s0[s], at.b * H + unit, n, storage)
+                              : splat<V>(0);
+    if (s == 0) return load_as<V>(args_.y, at.earlier * H + unit, n, storage);
+    return load_as<V>(args_.tape, tape_.value(at.earlier, s - 1) + unit, n, storage);
+  }
+
+  T* carried(int64_t p, int s, const Place& at) const {
+    return static_cast<T*>(args_.ds[p * S + s]) + at.b * args_.hidden;
+  }
+
+  void one_step(int64_t p, int64_t step, Range sequences, const Scratch& own) const {
+    const int64_t t = args_.rows.time(step, args_.recurrence[p].reverse), H = args_.hidden;
+    const int64_t count = sequences.size();
+    for (int64_t r = 0; r < count; ++r) {
+      own.places[r] = locate(p, step, t, sequences.begin + r);
+      gather(p, own.places[r], r, own);
+    }
+    const int64_t first = own.places[0].out;
+    for_each_number<kStages>([&](auto number) {
+      constexpr int k = decltype(number)::value;
+      constexpr Stage stage = kProgram.stage[k];
+      for (int j = 0; j < J; ++j) {
+        if (!has(stage.sites, j)) continue;
+        bool begin = true;
+        for (int g = 0; g < G; ++g) {
+          if (Cell::kSiteOf[g] != j) continue;
+          T* const to = own.back + j * padded_;
+          transposed(p, g, first, count, [&](int64_t r, int64_t unit, V sum) {
+            T* at = to + r * J * padded_ + unit;
+            store(at, begin ? sum : load<V>(at) + sum);
+          });
+          begin = false;
+        }
+      }
+      for (int64_t r = 0; r < count; ++r) one_row<k>(p, own.places[r], r, own);
+    });
+    // The gradient of h through the gates that multiply it, but none crosses a cut.
+    for (int g = 0; g < G; ++g)
+      if (Cell::kSiteOf[g] < 0)
+        transposed(p, g, first, count, [&](int64_t r, int64_t unit, V sum) {
+          const Place& at = own.places[r];
+          if (at.cut) return;
+          T* to = carried(p, 0, at) + unit;
+          const int n = within<V>(unit, H);
+          store(to, load<V>(to, n) + sum, n);
+        });
+  }
+
+  // The gradients of the states after the step, the state before it, and the saved results.
+  void gather(int64_t p, const Place& at, int64_t r, const Scratch& own) const {
+    const int64_t H = args_.hidden;
+    T* h_prev = static_cast<T*>(args_.h_prev[p]) + at.out * H;
+    for (int64_t unit = 0; unit < padded_; unit += kLanes) {
+      const int n = within<V>(unit, H);
+      for (int s = 0; s < S; ++s) {
+        V gradient = load<V>(carried(p, s, at) + unit, n);
+        if (s == 0 && args_.dy)
+          gradient = gradient + load_as<V>(args_.dy, at.row * H + unit, n, args_.storage);
+        if (s > 0 && args_.dsteps)
+          gradient = gradient + load_as<V>(args_.dsteps, (at.row * (S - 1) + s - 1) * H + unit, n,
+                                           args_.storage);
+        store(own.dnext + (r * S + s) * padded_ + unit, gradient);
+      }
+      store(h_prev + unit, state_before(args_.recurrence[p], 0, at, unit, n, args_.storage), n);
+    }
+    if (R > 0) tape_.read_results(args_.tape, at.row, own.results + r * kResults);
+  }
+
+  // each(row, unit, sum): dv * w_hh of one gate, of the rows of dv from `first` on.
+  template <class Each>
+  void transposed(int64_t p, int g, int64_t first, int64_t count, const Each& each) const {
+    const int64_t H = args_.hidden;
+    const T* dv = static_cast<const T*>(args_.dv[p]) + (first * G + g) * H;
+    multiply_columns<F>(
+        dv, G * H, count, Matrix<T>{prepacks() ? packed(p, g) : block(p, g), H, H, prepacks()}, 0,
+        vectors_, [&](int64_t r, int64_t vector, const V* sum) { each(r, vector * kLanes, *sum); });
+  }
+
+  template <int k>
+  FASTRNN_INLINE void one_row(int64_t p, const Place& at, int64_t r, const Scratch& own) const {
+    constexpr Stage stage = kProgram.stage[k];
+    const int64_t H = args_.hidden;
+    V results[kResults + 1], row[kProgram.rows + 1], total[kResults + 1];
+    T* own_results = own.results + r * kResults;
+#pragma GCC unroll 64
+    for (int j = 0; j < kResults; ++j) results[j] = broadcast<V>(own_results[j]);
+    Cell::backward_rows(Number<k>{}, results, splat<V>(static_cast<double>(H)), row);
+    Reduced::begin(stage, kResults, total);
+    const bool plain = args_.storage == Storage::kSame;
+    for (int64_t unit = 0; unit < padded_; unit += kLanes) {
+      // Whole vectors of plain numbers, which most are, take no branches.
+      if (const int n = within<V>(unit, H); plain && n == kLanes)
+        units<k>(p, at, r, own, unit, kLanes, Storage::kSame, row, total);
+      else
+        units<k>(p, at, r, own, unit, n, args_.storage, row, total);
+    }
+    Reduced::end(stage, kResults, total, own_results);
+  }
+
+  template <int k>
+  FASTRNN_INLINE void units(int64_t p, const Place& at, int64_t r, const Scratch& own, int64_t unit,
+                            int n, Storage storage, const V* row, V* total) const {
+    constexpr Stage stage = kProgram.stage[k];
+    const Recurrence& recurrence = args_.recurrence[p];
+    const int64_t H = args_.hidden;
+    T* const du = static_cast<T*>(args_.du[p]) + at.out * G * H + unit;
+    T* const dv = static_cast<T*>(args_.dv[p]) + at.out * G * H + unit;
+    V saved[K + 1], before[S], next[S], dnext[S], learned[N + 1], x[kSlots + 1], back[J + 1];
+    V gates_u[G], gates_v[G], dbefore[S], dlearned[N + 1], operand[J + 1], out[kSlots + 1];
+    V part[kResults + 1];
+#pragma GCC unroll 64
+    for (int j = 0; j < K; ++j)
+      saved[j] = load_as<V>(args_.tape, tape_.value(at.row, S - 1 + j) + unit, n, storage);
+#pragma GCC unroll 64
+    for (int s = 0; s < S; ++s) {
+      before[s] = state_before(recurrence, s, at, unit, n, storage);
+      next[s] = s == 0 ? load_as<V>(args_.y, at.row * H + unit, n, storage)
+                       : load_as<V>(args_.tape, tape_.value(at.row, s - 1) + unit, n, storage);
+      dnext[s] = load<V>(own.dnext + (r * S + s) * padded_ + unit);
+    }
+#pragma GCC unroll 64
+    for (int j = 0; j < N; ++j)
+      learned[j] = load<V>(static_cast<const T*>(recurrence.params) + j * H + unit, n);
+#pragma GCC unroll 64
+    for (int j = 0; j < kSlots; ++j) x[j] = load<V>(own.slots + (r * kSlots + j) * padded_ + unit);
+#pragma GCC unroll 64
+    for (int j = 0; j < J; ++j) back[j] = load<V>(own.back + (r * J + j) * padded_ + unit);
+    Cell::backward(Number<k>{}, saved, before, learned, next, dnext, x, back, row, gates_u, gates_v,
+                   dbefore, dlearned, operand, out, part);
+#pragma GCC unroll 64
+    for (int g = 0; g < G; ++g) {
+      if (has(stage.dv, g)) store(dv + g * H, gates_v[g], n);
+      if constexpr (!all_summed<Cell>())
+        if (has(stage.du, g)) store(du + g * H, gates_u[g], n);
+    }
+#pragma GCC unroll 64
+    for (int s = 0; s < S; ++s)
+      if (has(stage.states, s))
+        store(carried(p, s, at) + unit, at.cut ? splat<V>(0) : dbefore[s], n);
+#pragma GCC unroll 64
+    for (int j = 0; j < N && args_.dp; ++j) {
+      if (!has(stage.dp, j)) continue;
+      T* to = static_cast<T*>(args_.dp[p]) + (at.b * N + j) * H + unit;
+      store(to, load<V>(to, n) + dlearned[j], n);
+    }
+#pragma GCC unroll 64
+    for (int j = 0; j < J; ++j)
+      if (has(stage.operands, j))
+        store(static_cast<T*>(args_.operands[p]) + (at.out * J + j) * H + unit, operand[j], n);
+#pragma GCC unroll 64
+    for (int j = 0; j < kSlots; ++j)
+      if (has(stage.slots, j)) store(own.slots + (r * kSlots + j) * padded_ + unit, out[j]);
+    Reduced::add(stage, kResults, n, part, total);
+  }
+
+  const BackwardArgs& args_;
+  const CpuPlan& plan_;
+  const int64_t vectors_, padded_;  // of units
+  const StagedTape<Cell, T> tape_;
+  int64_t origin_[2] = {};  // first compact row of the chunk, forward and reverse
+  Scratch* scratch_ = nullptr;
+};
+
+}  // namespace FASTRNN_ISA
+}  // namespace fastrnn
