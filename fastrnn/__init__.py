@@ -8,19 +8,33 @@ from fastrnn.nn.convert import from_torch, to_torch
 from fastrnn.nn.export import export_c
 from fastrnn.nn.freeze import freeze, unfreeze
 from fastrnn.nn.layers import GRU, LSTM, RNN, Recurrent
+from fastrnn.nn.published import (
+    SLSTM,
+    GRUResetBefore,
+    LayerNormGRU,
+    LayerNormLSTM,
+    PeepholeLSTM,
+)
 from fastrnn.nn.quantize import dequantize_, quantize_
 from fastrnn.nn.replace import replace_, restore_
+from fastrnn.nn.weight_drop import WeightDrop
 
 __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "SLSTM",
     "Cell",
     "GRUCell",
+    "GRUResetBefore",
     "LSTMCell",
+    "LayerNormGRU",
+    "LayerNormLSTM",
     "Param",
+    "PeepholeLSTM",
     "RNNCell",
     "Recurrent",
+    "WeightDrop",
     "__version__",
     "cell",
     "dequantize_",

@@ -48,8 +48,8 @@ def export_c(
     Raises:
         TypeError: if `layer` is not one of fastrnn's. If no code can be derived for a custom cell,
             it is an `Underivable`, which says why.
-        ValueError: if the layer is bidirectional, has heads, is not in float32, or has no weights
-            yet (`meta`), or if `name` cannot be a name in C.
+        ValueError: if the layer is bidirectional, has heads, is not in float32, has no weights yet
+            (`meta`) or a cell whose step has stages, or if `name` cannot be a name in C.
         OSError: if the files cannot be written.
 
     Example:
@@ -81,6 +81,11 @@ def export_c(
     if name is not None and emit_c.identifier(name) != name:
         raise ValueError(f"name should be a name in C, as 'my_gru', got {name!r}")
     derived = derive(cell)
+    if derived.stages > 1:
+        raise ValueError(
+            f"a step of cell {cell.name!r} has {derived.stages} stages, since its units need each "
+            "other within it, and the code in C has one formula for each unit"
+        )
     with torch.no_grad():
         weights = floats_of(layer)
         for weight in weights[0].present():

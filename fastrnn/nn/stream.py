@@ -119,6 +119,6 @@ def stepper(
             format,
             scales or [()] * len(weights),
             batch_size,
-            plan.step_threads(numbers * problem.products.weight_bytes, offered),
+            plan.step_threads(numbers * problem.products.weight_bytes, offered, problem.stages),
             release_gil,
         )

@@ -236,3 +236,30 @@ def test_wrong_shapes_are_refused() -> None:
     ]:
         with pytest.raises(RuntimeError, match=message):
             functional.rnn(peepholes, x, [own._replace(params=params)])
+
+
+@fastrnn.cell(
+    gates="zn",
+    states="h",
+    params={"gain": fastrnn.Param("gates", init=torch.nn.init.normal_), "own": "unit"},
+    name="scaled_gates",
+)
+def scaled_gates(u: Any, v: Any, p: Any, h: Tensor) -> Tensor:
+    z, n = (p.gain * torch.cat([u.z + v.z, u.n + v.n], -1)).chunk(2, -1)
+    return h + torch.sigmoid(z + p.own) * (torch.tanh(n) - h)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_a_parameter_may_have_a_number_for_each_gate(heads: int) -> None:
+    layer: Any = fastrnn.Recurrent(scaled_gates, 3, 6, 2, bidirectional=True, heads=heads).double()
+    assert layer.weight_gain_l0.shape == ((2, 6) if heads > 1 else (12,))
+    x = torch.randn(5, 2, 3, dtype=F64)
+    found = []
+    for kernel in ("cpu", "reference"):
+        with kernels.use(kernel):
+            y = layer(x)[0]
+            found.append([y, *torch.autograd.grad(y.square().sum(), list(layer.parameters()))])
+    torch.testing.assert_close(*found)
+    own = layer._weights()[0]
+    with pytest.raises(RuntimeError, match=r"parameter 0 of cell scaled_gates.* should be \["):
+        functional.rnn(scaled_gates, x[..., :3], [own._replace(params=own.params[::-1])])

@@ -1,0 +1,232 @@
+"""Layers of cells whose step has stages, in every way in which a layer is used."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import fastrnn
+from fastrnn import kernels
+from fastrnn.extension import _C
+from tests.support.kernels import planned
+from tests.support.shared import staged
+from tests.support.tensors import flatten
+
+F64 = torch.float64
+FORMS = ["dense", "packed", "lengths", "resets", "states"]
+
+
+def layer_of(inputs: int = 3, hidden: int = 21, layers: int = 1, **options: Any) -> Any:
+    torch.manual_seed(0)
+    return fastrnn.Recurrent(staged, inputs, hidden, layers, **options)
+
+
+def call(layer: Any, form: str, x: Tensor, states: Any) -> list[Tensor]:
+    steps, batch = x.shape[:2]
+    lengths = (torch.arange(batch) * 5 % steps) + 1
+    options: dict[str, Any] = {}
+    given: Any = x
+    if form == "packed":
+        given = pack_padded_sequence(x, lengths, enforce_sorted=False)
+    elif form == "lengths":
+        options["lengths"] = lengths
+    elif form == "resets":
+        options["resets"] = torch.arange(steps * batch).view(steps, batch) * 7 % 5 == 0
+    elif form == "states":
+        options["return_states"] = True
+    return list(flatten(layer(given, states, **options)))
+
+
+def with_gradients(layer: Any, form: str, x: Tensor, states: Any) -> list[Tensor]:
+    """The results, and gradients of everything."""
+    leaves = [x.clone().requires_grad_(), *(s.clone().requires_grad_() for s in states)]
+    out = [y for y in call(layer, form, leaves[0], tuple(leaves[1:])) if y.is_floating_point()]
+    random = torch.Generator().manual_seed(1)
+    terms = [(y * torch.randn(y.shape, generator=random, dtype=y.dtype)).sum() for y in out]
+    loss = torch.stack(terms).sum()
+    return [*out, *torch.autograd.grad(loss, [*leaves, *layer.parameters()])]
+
+
+def given(layer: Any, steps: int, batch: int, dtype: torch.dtype = F64) -> tuple[Tensor, Any]:
+    count = layer.num_layers * (2 if layer.bidirectional else 1)
+    random = torch.Generator().manual_seed(2)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, generator=random, dtype=F64).to(dtype)
+
+    states = tuple(draw(count, batch, layer.hidden_size) for _ in layer.cell.states)
+    return draw(steps, batch, layer.input_size), states
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("hidden", "steps", "batch", "options"),
+    [
+        (1, 3, 2, {}),
+        (5, 4, 3, {"bias": False}),
+        (16, 6, 1, {}),
+        (21, 7, 5, {"num_layers": 2, "bidirectional": True}),
+        (33, 5, 9, {}),
+        (64, 4, 2, {"heads": 2}),
+    ],
+    ids=str,
+)
+def test_results_and_gradients_are_those_of_the_reference(
+    form: str, hidden: int, steps: int, batch: int, options: dict[str, Any]
+) -> None:
+    layer = fastrnn.Recurrent(staged, 3, hidden, dtype=F64, **options)
+    x, states = given(layer, steps, batch)
+    found = []
+    for kernel in ("cpu", "reference"):
+        with kernels.use(kernel):
+            found.append(with_gradients(layer, form, x, states))
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("chunk_rows", [1, 7, 1 << 20])
+@pytest.mark.parametrize("form", FORMS)
+def test_threads_and_chunks_change_no_bit(form: str, chunk_rows: int) -> None:
+    layer = layer_of(3, 33, bidirectional=True)
+    x, states = given(layer, 9, 6, torch.float32)
+    found = []
+    for split in [(1, 1), (2, 1), (1, 2)]:
+        parts = dict(zip(("split_recurrences", "split_sequences"), split, strict=True))
+        with planned(chunk_rows=chunk_rows, **parts):
+            found.append(with_gradients(layer, form, x, states))
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sixteen_bits_are_near_to_float(dtype: torch.dtype) -> None:
+    layer = layer_of(5, 33).to(dtype)
+    x = torch.randn(7, 2, 5).to(dtype)
+    double = copy.deepcopy(layer).to(F64)
+    y, right = layer(x)[0], double(x.to(F64))[0]
+    torch.testing.assert_close(y.to(F64), right, rtol=0, atol=0.03)
+    y.sum().backward()
+    right.sum().backward()
+    for (name, ours), theirs in zip(layer.named_parameters(), double.parameters(), strict=True):
+        assert ours.grad is not None and theirs.grad is not None and ours.grad.dtype == dtype
+        error = (ours.grad.to(F64) - theirs.grad).norm() / (theirs.grad.norm() + 1e-3)
+        assert error < 0.1, name
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, F64, torch.bfloat16, torch.float16], ids=str)
+def test_streams(dtype: torch.dtype, threads: int) -> None:
+    # Between layers, a stepper rounds to no 16-bit float.
+    layer = layer_of(5, 33, 1 if dtype.itemsize == 2 else 2, dtype=dtype)
+    x = torch.randn(7, 2, 5).to(dtype)
+    stepper = layer.stream(2, threads=threads)
+    with torch.no_grad():
+        whole = layer(x)[0]
+    assert torch.equal(torch.stack([stepper.step(step) for step in x]), whole)
+
+
+def test_frozen_layers_notice_changes() -> None:
+    layer = layer_of()
+    x = torch.randn(5, 2, 3)
+    with torch.no_grad():
+        before = layer(x)[0]
+        fastrnn.freeze(layer)
+        assert torch.equal(layer(x)[0], before)
+        layer.weight_gain_l0.add_(1)
+        with pytest.raises(RuntimeError, match="changed or replaced after freezing"):
+            layer(x)
+        fastrnn.unfreeze(layer)
+        assert not torch.equal(layer(x)[0], before)
+
+
+def test_recompute_gives_the_same_gradients() -> None:
+    layer = layer_of(5, 33, 2)
+    x = torch.randn(7, 2, 5)
+    found: list[list[Tensor]] = []
+    for recompute in (False, True):
+        layer.recompute = recompute
+        found.append(list(torch.autograd.grad(layer(x)[0].sum(), list(layer.parameters()))))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_double_backward() -> None:
+    layer = layer_of(2, 3, dtype=F64)
+    x = torch.randn(3, 2, 2, dtype=F64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: layer(x)[0], (x,))
+
+
+def test_compiled_models() -> None:
+    layer = layer_of(3, 9)
+    x = torch.randn(4, 2, 3)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    results = []
+    for module in (layer, compiled):
+        y = module(x)[0]
+        results.append([y, *torch.autograd.grad(y.square().sum(), list(layer.parameters()))])
+    torch.testing.assert_close(*results)
+
+
+def test_a_tape_of_the_reference_serves_the_kernel() -> None:
+    layer = layer_of(3, 9, dtype=F64)
+    x = torch.randn(4, 2, 3, dtype=F64)
+    with kernels.use("reference"):
+        y = layer(x)[0]
+        right = torch.autograd.grad(layer(x)[0].sum(), list(layer.parameters()))
+    with kernels.use("cpu"):
+        ours = torch.autograd.grad(y.sum(), list(layer.parameters()))
+    torch.testing.assert_close(ours, right, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("special", [float("nan"), float("inf")])
+def test_a_row_that_is_not_finite_stays_alone(special: float) -> None:
+    layer = layer_of(3, 21)
+    x = torch.randn(4, 3, 3)
+    x[1, 1, 0] = special
+    with torch.no_grad():
+        y = layer(x)[0]
+        right = layer(x[:, [0, 2]])[0]
+    assert torch.equal(y[:, [0, 2]], right) and y[1:, 1].isnan().any()
+
+
+def test_quantize_leaves_them_alone_and_says_why() -> None:
+    layer = layer_of()
+    report = fastrnn.quantize_(torch.nn.Sequential(layer, fastrnn.GRU(21, 4)))
+    assert "has stages, which are computed in float alone" in str(report)
+    with pytest.raises(ValueError, match="'shared_staged' has stages"):
+        fastrnn.quantize_(layer)
+    assert layer.weight_hh_l0.dtype == torch.float32
+
+
+@pytest.mark.reruns
+@pytest.mark.takes(20)
+@pytest.mark.skipif("FASTRNN_ISA" in os.environ, reason="this is such a run")
+@pytest.mark.parametrize("isa", [isa for isa in _C.isas() if isa != _C.isa()])
+def test_other_instruction_sets(isa: str) -> None:
+    """Runs the tests of numbers again with the code for an older processor."""
+    given = ("-q", "-x", "-p", "no:cacheprovider", "-k", "results", __file__)
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", *given],
+        env={**os.environ, "FASTRNN_ISA": isa},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
