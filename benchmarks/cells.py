@@ -31,6 +31,7 @@ from benchmarks.report import RESULTS
 from fastrnn import cells, hardware
 from fastrnn.cells import Cell
 from fastrnn.cells.published import MODULES
+from fastrnn.compiler.derive import derive
 from fastrnn.tools.bench import machine, measure, store
 from fastrnn.tools.bench.implementation import Prepared
 
@@ -64,13 +65,28 @@ def loop(layer: Any, x: Tensor, step: Step) -> Tensor:
 
 
 def step_of(cell: Cell) -> Step:
+    """A step as one would write it: a product for the state, and one for another value, if the cell
+    multiplies one by the blocks of some gates."""
     gates = len(cell.gates)
+    others = {name for site in derive(cell).sites for name in site.gates}
+    own = [k for k, name in enumerate(cell.gates) if name not in others]
+    rest = [k for k, name in enumerate(cell.gates) if name in others]
 
     def step(
         u: Tensor, w_hh: Tensor, b_hh: Tensor, states: list[Tensor], params: Sequence[Tensor]
     ) -> Sequence[Tensor]:
-        v = F.linear(states[0], w_hh, b_hh)
-        return cell.step(u.chunk(gates, -1), v.chunk(gates, -1), states, params)
+        hidden = w_hh.size(0) // gates
+
+        def product(x: Tensor, chosen: list[int]) -> list[Any]:
+            rows = slice(chosen[0] * hidden, (chosen[-1] + 1) * hidden)
+            parts: list[Any] = [None] * gates
+            parts[chosen[0] : chosen[-1] + 1] = F.linear(x, w_hh[rows], b_hh[rows]).split(
+                hidden, -1
+            )
+            return parts
+
+        v = product(states[0], own)
+        return cell.step(u.chunk(gates, -1), v, states, params, lambda x: product(x, rest))
 
     return step
 

@@ -263,6 +263,7 @@ def _derive(cell: Cell) -> Derived | Underivable:
 # The price of computing a transcendental function again, where saving a value costs 1: for cells
 # with more than one stage, whose programs are longer anyway.
 _AGAIN = 0.45
+_MOST_BETWEEN_STAGES = 64  # bits of a mask of csrc/core/stages.h
 
 
 def _derive_here(cell: Cell) -> Derived:
@@ -347,7 +348,15 @@ def _programs(algebra: Algebra, derived: Derived, reads: Sequence[Expr]) -> tupl
     back |= {f"ds.{n}": e for n, e in zip(derived.states, ds, strict=True)}
     back |= {f"dp.{n}": e for n, e in zip(derived.params, dp, strict=True)}
     back |= {f"operand.{k}": e for k, e in enumerate(reads)}
-    return schedule(algebra, step, forward), schedule(algebra, back, derived.exchanges)
+    programs = schedule(algebra, step, forward), schedule(algebra, back, derived.exchanges)
+    results = len(derived.rows) + sum(len(x.results) for x in (*forward, *derived.exchanges))
+    most = max(results, *(program.slots for program in programs))
+    if most > _MOST_BETWEEN_STAGES:
+        raise Underivable(
+            f"a step of cell {derived.name!r} has {most} values between its stages, and the "
+            f"kernels are made for at most {_MOST_BETWEEN_STAGES}; split it into several cells"
+        )
+    return programs
 
 
 def _needed(exchanges: Sequence[Exchange], outputs: Iterable[Expr]) -> list[Exchange]:

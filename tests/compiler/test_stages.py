@@ -12,7 +12,7 @@ from torch import sigmoid, tanh
 
 from fastrnn import cells
 from fastrnn.cells import Cell
-from fastrnn.compiler.derive import Derived, derive
+from fastrnn.compiler.derive import Derived, Underivable, derive
 from tests.support.derivations import by_autograd, derived_step, inputs, make
 
 
@@ -197,3 +197,13 @@ def test_the_width_of_the_tape() -> None:
     assert derived.tape_width(False, hidden=4) == 1 + 8 + 2
     assert derived.tape_width(False, hidden=4, ratio=2) == 1 + 8 + 3
     assert derive(cells.lstm).tape_width(True, hidden=4, ratio=2) == 1 + 4 + 1
+
+
+def test_too_many_values_between_stages_are_refused() -> None:
+    def many(u: Any, v: Any, h: Any) -> Any:
+        for k in range(40):
+            h = tanh(h + u.a * (h * (k + 1)).mean(-1, keepdim=True))
+        return h + v.a
+
+    with pytest.raises(Underivable, match=r"has \d+ values between its stages.*at most 64"):
+        derive(make("a", "h", many))
