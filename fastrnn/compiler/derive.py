@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -30,15 +30,14 @@ from torch import Tensor
 from fastrnn.cells import Cell
 from fastrnn.compiler.cut import Site
 from fastrnn.compiler.expression import (
-    MASKS,
-    TRANSCENDENTAL,
     Algebra,
     Expr,
     evaluate,
-    ordered,
     uses,
 )
+from fastrnn.compiler.saved import GRADIENTS, named, saved_values
 from fastrnn.compiler.stages import Exchange, Program, schedule
+from fastrnn.compiler.through_cuts import needed, through_cuts
 from fastrnn.compiler.trace import Trace, Underivable, trace
 
 __all__ = ["Derived", "Underivable", "derive"]
@@ -270,7 +269,7 @@ def _derive_here(cell: Cell) -> Derived:
     algebra = Algebra()
     traced = trace(algebra, cell)
     summed, traced = _sum_gates(algebra, cell, traced)
-    gradients, exchanges = _through_cuts(algebra, cell, traced)
+    gradients, exchanges = through_cuts(algebra, cell, traced)
     pairs = zip(traced.sites, traced.operands, strict=True)
     reads = [parts[0] for site, parts in pairs if site.kind == "product"]
     outputs = [*gradients, *(e for x in exchanges for e in x.operands), *reads]
@@ -281,7 +280,7 @@ def _derive_here(cell: Cell) -> Derived:
         if node.op != "const" and not node.label.startswith("s.")
     }
     again = _AGAIN if traced.sites else float("inf")
-    saved = _name(_saved_values(outputs, available, again), available, cell.gates)
+    saved = named(saved_values(outputs, available, again), available, cell.gates)
     known = available | {node: algebra.input(f"saved.{name}") for name, node in saved.items()}
     outputs = list(algebra.rebuild(outputs, known))
     given = iter(outputs)
@@ -291,7 +290,7 @@ def _derive_here(cell: Cell) -> Derived:
         for x in exchanges
     ]
     reads = list(given)
-    exchanges = _needed(exchanges, [*gradients, *reads])
+    exchanges = needed(exchanges, [*gradients, *reads])
     step = (*traced.states, *saved.values())
     results = [label for site in traced.sites for label in site.results]
     rows = tuple(label for label in results if label in uses(outputs))
@@ -349,85 +348,15 @@ def _programs(algebra: Algebra, derived: Derived, reads: Sequence[Expr]) -> tupl
     back |= {f"dp.{n}": e for n, e in zip(derived.params, dp, strict=True)}
     back |= {f"operand.{k}": e for k, e in enumerate(reads)}
     programs = schedule(algebra, step, forward), schedule(algebra, back, derived.exchanges)
-    results = len(derived.rows) + sum(len(x.results) for x in (*forward, *derived.exchanges))
-    most = max(results, *(program.slots for program in programs))
+    reduced_to = len(derived.rows)
+    reduced_to += sum(len(x.results) for x in (*forward, *derived.exchanges))
+    most = max(reduced_to, *(program.slots for program in programs))
     if most > _MOST_BETWEEN_STAGES:
         raise Underivable(
             f"a step of cell {derived.name!r} has {most} values between its stages, and the "
             f"kernels are made for at most {_MOST_BETWEEN_STAGES}; split it into several cells"
         )
     return programs
-
-
-def _needed(exchanges: Sequence[Exchange], outputs: Iterable[Expr]) -> list[Exchange]:
-    """The exchanges whose results the outputs, or later exchanges that are needed, read."""
-    needed: list[Exchange] = []
-    read = uses(outputs)
-    for exchange in reversed(exchanges):
-        if not read.isdisjoint(exchange.results):
-            needed.append(exchange)
-            read |= uses(exchange.operands)
-    return needed[::-1]
-
-
-def _through_cuts(
-    algebra: Algebra, cell: Cell, traced: Trace
-) -> tuple[tuple[Expr, ...], list[Exchange]]:
-    """The gradients of a step as a whole, from those of the formulas between its cuts, and the
-    exchanges that they need, in order."""
-    make, const = algebra.make, algebra.const
-    known: dict[Expr, Expr] = {}
-    exchanges: list[Exchange] = []
-    own = dict(traced.results)
-    gates = len(cell.gates)
-
-    def gradient(expr: Expr) -> Expr:
-        return algebra.rebuild([expr], known)[0]
-
-    def total(label: str, expr: Expr) -> Expr:
-        """The sum of a gradient over the units."""
-        if expr.constant == 0:
-            return expr
-        exchanges.append(Exchange("sum", (label,), (expr,)))
-        return algebra.input(label)
-
-    for site, parts in reversed(list(zip(traced.sites, traced.operands, strict=True))):
-        k = site.number
-        if site.kind == "product":
-            places = [cell.gates.index(name) for name in site.gates]
-            dv = tuple(gradient(traced.gradients[gates + place]) for place in places)
-            reaches = any(each.constant != 0 for each in dv)
-            back = [algebra.input(f"back.{k}") if reaches else const(0)]
-            if reaches:
-                exchanges.append(Exchange("transposed", (f"back.{k}",), dv))
-        elif site.kind == "sum":
-            back = [total(f"dsum.{k}", gradient(own[f"sum.{k}"]))] * site.parts
-        elif site.kind == "amax":
-            d = total(f"dmax.{k}", gradient(own[f"max.{k}"]))
-            # The largest of what this pass computes again: a state that was stored in 16 bits may
-            # differ from the one that the step reduced.
-            most = algebra.input(f"most.{k}")
-            largest = functools.reduce(lambda a, b: make("maximum", a, b), parts)
-            exchanges.append(Exchange("amax", (f"most.{k}",), (largest,)))
-            here = [make("where", make("eq", x, most), const(1), const(0)) for x in parts]
-            if d.constant != 0:  # units that tie share the gradient, as in torch
-                all_here = functools.reduce(lambda a, b: make("add", a, b), here)
-                d = make("div", d, total(f"ties.{k}", all_here))
-            back = [make("mul", each, d) for each in here]
-        else:
-            d_mean = total(f"dmean.{k}", gradient(own[f"mean.{k}"]))
-            d_deviation = total(f"ddev.{k}", gradient(own[f"dev.{k}"]))
-            every = make("mul", algebra.input("count"), const(site.parts))
-            shift = make("div", d_mean, every)
-            # The deviations add up to zero, so that of the mean within them adds nothing.
-            scale = make("mul", const(2), d_deviation)
-            back = [
-                make("add", shift, make("mul", scale, make("sub", x, algebra.input(f"mean.{k}"))))
-                for x in parts
-            ]
-        for part, each in enumerate(back):
-            known[algebra.input(f"doperand.{k}.{part}")] = each
-    return algebra.rebuild(traced.gradients, known), exchanges
 
 
 # The rules.
@@ -477,115 +406,8 @@ def _without_zero_gradients(algebra: Algebra, gradients: Sequence[Expr]) -> tupl
     def rule(node: Expr, args: tuple[Expr, ...]) -> Expr | None:
         if node.op in ("mul", "div"):
             for zero, other in (args, args[::-1])[: 2 if node.op == "mul" else 1]:
-                if zero.constant == 0 and not any(n.startswith(_GRADIENTS) for n in uses([other])):
+                if zero.constant == 0 and not any(n.startswith(GRADIENTS) for n in uses([other])):
                     return algebra.const(0)
         return None
 
     return algebra.rebuild(gradients, {}, rule)
-
-
-# Labels of inputs that only the backward pass has.
-_GRADIENTS = ("dnext.", "back.", "dsum.", "dmax.", "dmean.", "ddev.", "most.", "ties.")
-
-
-def _saved_values(
-    gradients: Sequence[Expr], available: Mapping[Expr, Expr], again: float
-) -> list[Expr]:
-    """The fewest nodes from which, with the states and the results of reductions, the gradients
-    follow by arithmetic alone, or by transcendental functions too if computing one `again` is
-    cheaper than what it saves.
-
-    They are a minimum vertex cut between the nodes that only the forward step knows (gates and
-    values of transcendental functions) and the nodes that the backward pass reads. If there are
-    several such cuts, it is the one nearest to the former. Masks cannot be saved.
-    """
-    order = ordered(gradients, stop=available)
-    known: set[Expr] = set(available)  # follows from the states
-    backward: set[Expr] = set()  # involves a gradient
-    for node in order:
-        if any(a in backward for a in node.args) or node.label.startswith(_GRADIENTS):
-            backward.add(node)
-        elif all(a in known for a in node.args) and node.label[:2] not in ("u.", "v.", "a."):
-            known.add(node)
-    origin, goal = ("origin", 0), ("goal", 0)
-    edges: dict[Any, dict[Any, float]] = {origin: {}, goal: {}}
-
-    def connect(a: Any, b: Any, capacity: float) -> None:
-        edges.setdefault(a, {})[b] = capacity
-        edges.setdefault(b, {}).setdefault(a, 0)
-
-    for node in order:
-        if node in known:
-            continue
-        if node in backward:
-            for arg in node.args:
-                if arg not in backward and arg not in known:
-                    connect((arg, 1), goal, float("inf"))
-            continue
-        connect((node, 0), (node, 1), float("inf") if node.op in MASKS else 1)
-        if not node.args or node.op in TRANSCENDENTAL:
-            connect(origin, (node, 0), again if node.args else float("inf"))
-        if node.args and (node.op not in TRANSCENDENTAL or again < float("inf")):
-            for arg in node.args:
-                if arg not in known:
-                    connect((arg, 1), (node, 0), float("inf"))
-    for node in gradients:  # operands of products, which no gradient is part of
-        if node not in backward and node not in known and node in order:
-            connect((node, 1), goal, float("inf"))
-    while goal in (came := _reach(edges, origin)):
-        way, place = [], goal
-        while place != origin:
-            way.append((came[place], place))
-            place = came[place]
-        flow = min(edges[a][b] for a, b in way)
-        for a, b in way:
-            edges[a][b] -= flow
-            edges[b][a] += flow
-    return [n for n in order if (n, 0) in came and (n, 1) in edges and (n, 1) not in came]
-
-
-def _reach(edges: Mapping[Any, Mapping[Any, float]], start: Any) -> dict[Any, Any]:
-    """Every node that a path of free capacity from the start reaches, with its predecessor."""
-    came = {start: start}
-    queue = [start]
-    for place in queue:
-        for after, capacity in edges[place].items():
-            if capacity > 0 and after not in came:
-                came[after] = place
-                queue.append(after)
-    return came
-
-
-def _name(
-    saved: list[Expr], available: Mapping[Expr, Expr], gates: tuple[str, ...]
-) -> dict[str, Expr]:
-    """Names for saved values, in the order of the gates that they belong to."""
-    claims: list[tuple[int, int, str, Expr]] = []
-    for place, node in enumerate(saved):
-        near = sorted(_near_gates(node, available), key=lambda label: gates.index(label[2:]))
-        raw = node.op == "input"
-        single = near[0] if near and len({label[2:] for label in near}) == 1 else ""
-        name = (single if raw else single[2:]) or ""
-        rank = len(gates) * 2 if not name else gates.index(single[2:]) + (len(gates) if raw else 0)
-        claims.append((rank, place, name, node))
-    names: dict[str, Expr] = {}
-    for _, _, name, node in sorted(claims, key=lambda claim: claim[:2]):
-        if not name or name in names:
-            name = next(f"k{i}" for i in range(len(saved) + 1) if f"k{i}" not in names)
-        names[name] = node
-    return names
-
-
-def _near_gates(node: Expr, available: Mapping[Expr, Expr]) -> set[str]:
-    """Gate inputs that a node depends on through no nonlinearity, or else through one."""
-
-    @functools.cache
-    def within(at: Expr, nonlinearities: int) -> frozenset[str]:
-        if at.op == "input" and at.label[:2] in ("u.", "v.", "a."):
-            return frozenset({at.label})
-        left = nonlinearities - (at.op in TRANSCENDENTAL)
-        if left < 0 or at in available:
-            return frozenset()
-        return frozenset().union(*(within(arg, left) for arg in at.args))
-
-    return set(within(node, 0) or within(node, 1))
