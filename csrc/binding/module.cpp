@@ -20,6 +20,7 @@ namespace py = pybind11;
 namespace fastrnn {
 
 void bind_stepper(py::module_& m);  // stepper.cpp
+void bind_slots(py::module_& m);    // slots.cpp
 
 namespace {
 
@@ -160,6 +161,7 @@ std::vector<std::string> formats() {
 
 PYBIND11_MODULE(_C, m) {
   bind_stepper(m);
+  bind_slots(m);
   m.def("scan", scan_from_python, py::call_guard<py::gil_scoped_release>(),
         "torch.ops.fastrnn.scan without its tape.");
   m.def("step", step_from_python, "One step of a cell on plain tensors; None for others.",

@@ -99,7 +99,6 @@ Stepper::Stepper(const CompiledCell& cell, Format format, Storage storage, int64
     for (int64_t l = 0; l < L; ++l) {
       StepArgs& args = args_[part * L + l];
       args.sizes = sizes_[l];
-      args.batch = batch;
       args.prepacked = weights_[l];
       args.x_storage = l ? Storage::kSame : storage;
       args.room = rooms[part];
@@ -136,15 +135,15 @@ void Stepper::set_weights(int64_t layer, const void* prepacked) {
   std::memcpy(weights_[layer], prepacked, cell_.prepacked_bytes[index_of(format_)](sizes_[layer]));
 }
 
-void Stepper::step(const void* x, int64_t x_row, void* y, int64_t y_row) {
+void Stepper::step(const void* x, int64_t x_row, void* y, int64_t y_row, int64_t rows) {
   const auto extent = [&](const void* base, int64_t row, int64_t width) {
     const char* first = static_cast<const char*>(base);
-    const char* last = first + (batch_ - 1) * row * stored_bytes_;
+    const char* last = first + (rows - 1) * row * stored_bytes_;
     return std::make_pair(std::min(first, last), std::max(first, last) + width * stored_bytes_);
   };
   const auto read = extent(x, x_row, inputs()), written = extent(y, y_row, outputs());
   if (read.first < written.second && written.first < read.second) {
-    for (int64_t i = 0; i < batch_; ++i)
+    for (int64_t i = 0; i < rows; ++i)
       std::memcpy(x_copy_ + i * inputs() * stored_bytes_,
                   static_cast<const char*>(x) + i * x_row * stored_bytes_,
                   inputs() * stored_bytes_);
@@ -155,6 +154,7 @@ void Stepper::step(const void* x, int64_t x_row, void* y, int64_t y_row) {
   y_ = y;
   x_row_ = x_row;
   y_row_ = y_row;
+  rows_ = rows;
   const int64_t begin = threads_ > 1 && contention().remembered() ? nanoseconds() : 0;
   alone_ = threads_ == 1 || (begin && contention().lasts(begin));
   late_ = false;
@@ -175,6 +175,7 @@ void Stepper::run(int32_t part) {
   StepArgs& args = args_[part * L + layer_];
   args.h = states_[layer_ * buffers + odd_];
   args.next_h = states_[layer_ * buffers + !odd_];
+  args.batch = rows_;
   args.descending = odd_;
   args.project = project_;
   if (layer_ == 0) {
@@ -269,6 +270,18 @@ void Stepper::write(int32_t s, const void* from) {
   for (int64_t l = 0; l < layers(); ++l)
     for (int64_t i = 0; i < batch_; ++i, at += row)
       std::memcpy(state(l, s) + i * stride_ * computed_bytes_, at, row);
+}
+
+void Stepper::read_row(int64_t row, char* to) const {
+  for (int64_t l = 0; l < layers(); ++l)
+    for (int32_t s = 0; s < cell_.states; ++s, to += stride_bytes())
+      std::memcpy(to, state(l, s) + row * stride_bytes(), stride_bytes());
+}
+
+void Stepper::write_row(int64_t row, const char* from) {
+  for (int64_t l = 0; l < layers(); ++l)
+    for (int32_t s = 0; s < cell_.states; ++s, from += stride_bytes())
+      std::memcpy(state(l, s) + row * stride_bytes(), from, stride_bytes());
 }
 
 }  // namespace fastrnn

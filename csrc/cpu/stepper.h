@@ -31,12 +31,22 @@ class Stepper {
   void set_weights(int64_t layer, const void* prepacked);
   // x [B, I] to y [B, Q], both in the storage type, with rows x_row and y_row numbers apart. They
   // may overlap.
-  void step(const void* x, int64_t x_row, void* y, int64_t y_row);
+  void step(const void* x, int64_t x_row, void* y, int64_t y_row) {
+    step(x, x_row, y, y_row, batch_);
+  }
+  // The same for the first `rows` of the batch alone, at least one.
+  void step(const void* x, int64_t x_row, void* y, int64_t y_row, int64_t rows);
   // Sets all states to zero.
   void reset();
   // State `s` of all layers, [L, B, width] in the compute type.
   void read(int32_t s, void* to) const;
   void write(int32_t s, const void* from);
+  // All states of one row of the batch, row_bytes() with their padding.
+  void read_row(int64_t row, char* to) const;
+  void write_row(int64_t row, const char* from);
+  int64_t row_bytes() const { return layers() * cell_.states * stride_bytes(); }
+  // Of a row of one state.
+  int64_t stride_bytes() const { return stride_ * computed_bytes_; }
 
   int64_t layers() const { return static_cast<int64_t>(sizes_.size()); }
   int64_t batch() const { return batch_; }
@@ -46,6 +56,9 @@ class Stepper {
   int32_t states() const { return cell_.states; }
   int32_t threads() const { return threads_; }
   Format format() const { return format_; }
+  // Bytes of a number in the compute type and in the storage type.
+  int64_t computed_bytes() const { return computed_bytes_; }
+  int64_t stored_bytes() const { return stored_bytes_; }
   // Bytes of the copies of all weights.
   int64_t weight_bytes() const;
 
@@ -84,7 +97,7 @@ class Stepper {
 
   const void* x_ = nullptr;
   void* y_ = nullptr;
-  int64_t x_row_ = 0, y_row_ = 0;
+  int64_t x_row_ = 0, y_row_ = 0, rows_ = 0;
   bool alone_ = true;  // whether the caller runs all parts of this step
   bool late_ = false;  // whether a helper came late in this step
   bool odd_ = false;   // whether h is in its second buffer; weights are then read from their end

@@ -22,9 +22,9 @@ from fastrnn.nn import functional
 from fastrnn.nn.checks import States, check_arguments, check_dtype, check_heads, check_input
 from fastrnn.nn.convert import export_forward, scriptable
 from fastrnn.nn.flat_weights import FlatWeights
-from fastrnn.nn.freeze import Freezable, operands, precision_of, stepper_of
+from fastrnn.nn.freeze import Freezable, operands, precision_of, slots_of, stepper_of
 from fastrnn.nn.initial import initialize
-from fastrnn.nn.stream import Stepper
+from fastrnn.nn.stream import Slots, Stepper
 
 __all__ = ["CELL_OF_MODE", "Layer", "with_own_forward"]
 
@@ -209,6 +209,30 @@ class Layer(Freezable, FlatWeights):
             >>> stepper.step(x, y) is y
             True
         """
+        self._check_streamable()
+        return stepper_of(self, batch_size, threads, release_gil)
+
+    def stream_slots(self, capacity: int, *, threads: int = 1, release_gil: bool = True) -> Slots:
+        """Make slots for up to `capacity` streams, of which a server runs those together that have
+        a frame now.
+
+        Each stream has its own states; all share one copy of the weights. Dropout is not applied.
+        Other arguments and errors are those of `stream`.
+
+        Example:
+            >>> import numpy, fastrnn
+            >>> streams = fastrnn.GRU(8, 16).stream_slots(1000)
+            >>> first, second = streams.add(), streams.add()
+            >>> y = streams.step(numpy.zeros((2, 8), "float32"), [first, second])  # [2, 16]
+            >>> y = streams.step(numpy.zeros((1, 8), "float32"), [second])
+            >>> streams.remove(first)
+            >>> len(streams)
+            1
+        """
+        self._check_streamable()
+        return slots_of(self, capacity, threads, release_gil)
+
+    def _check_streamable(self) -> None:
         if self.bidirectional:
             raise ValueError(
                 "a bidirectional layer needs the whole sequence before its first output, "
@@ -219,7 +243,6 @@ class Layer(Freezable, FlatWeights):
                 f"a stepper runs one recurrence per layer, not heads={self.heads}; call the layer "
                 "on one step at a time instead"
             )
-        return stepper_of(self, batch_size, threads, release_gil)
 
     def _cell(self) -> Cell:
         cell = CELL_OF_MODE.get(self.mode)

@@ -12,8 +12,8 @@ from fastrnn.cells import Cell
 from fastrnn.kernels.operands import Weights
 from fastrnn.nn import functional
 from fastrnn.nn.convert import counterpart_of, export_forward, scriptable
-from fastrnn.nn.freeze import Freezable, operands, precision_of, stepper_of
-from fastrnn.nn.stream import Stepper
+from fastrnn.nn.freeze import Freezable, operands, precision_of, slots_of, stepper_of
+from fastrnn.nn.stream import Slots, Stepper
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 
@@ -45,6 +45,11 @@ class _Cell(Freezable):
             >>> h, c = stepper.state  # [1, B, H] each
         """
         return stepper_of(self, batch_size, threads, release_gil)
+
+    def stream_slots(self, capacity: int, *, threads: int = 1, release_gil: bool = True) -> Slots:
+        """Make slots for up to `capacity` streams. Arguments and errors are those of
+        `fastrnn.LSTM.stream_slots`."""
+        return slots_of(self, capacity, threads, release_gil)
 
     def __prepare_scriptable__(self) -> nn.Module:
         return scriptable(self)

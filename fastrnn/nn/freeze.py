@@ -24,7 +24,7 @@ from fastrnn.kernels import device
 from fastrnn.kernels.operands import Weights, side_by_side
 from fastrnn.nn import held, rounding
 from fastrnn.nn.rounding import Precision, Quantised
-from fastrnn.nn.stream import Stepper, stepper
+from fastrnn.nn.stream import Slots, Stepper, slots, stepper
 
 __all__ = [
     "Freezable",
@@ -39,6 +39,7 @@ __all__ = [
     "operands",
     "precision_of",
     "rounded_of",
+    "slots_of",
     "stepper_of",
     "unfreeze",
 ]
@@ -258,21 +259,25 @@ def floats_of(module: Freezable) -> list[Weights]:
 
 def stepper_of(module: Freezable, batch_size: int, threads: int, release_gil: bool) -> Stepper:
     """The stepper that `stream` returns."""
-    cell, precision = module._cell(), precision_of(module)
+    weights, packing = _weights_for_steps(module)
+    return stepper(module._cell(), weights, batch_size, threads, release_gil, **packing)
+
+
+def slots_of(module: Freezable, capacity: int, threads: int, release_gil: bool) -> Slots:
+    """The slots that `stream_slots` returns."""
+    weights, packing = _weights_for_steps(module)
+    return slots(module._cell(), weights, capacity, threads, release_gil, **packing)
+
+
+def _weights_for_steps(module: Freezable) -> tuple[list[Weights], dict[str, Any]]:
+    """Weights, and how a stepper packs those of a quantised module."""
+    precision = precision_of(module)
     if precision is None or not rounding.has_kernel(precision):
-        return stepper(cell, floats_of(module), batch_size, threads, release_gil)
+        return floats_of(module), {}
     recurrences = _rounded(module, precision)
     scales = [rounding.scales_of(recurrence) for recurrence in recurrences]
-    return stepper(
-        cell,
-        [recurrence.weights for recurrence in recurrences],
-        batch_size,
-        threads,
-        release_gil,
-        format=precision.format,
-        scales=scales,
-        dtype=precision.dtype,
-    )
+    packing = {"format": precision.format, "scales": scales, "dtype": precision.dtype}
+    return [recurrence.weights for recurrence in recurrences], packing
 
 
 def operands(

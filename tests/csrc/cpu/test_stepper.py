@@ -35,17 +35,18 @@ int posix_memalign(void** p, size_t a, size_t n) {
 """
 
 
-def test_a_step_allocates_nothing(tmp_path: Path) -> None:
+def run_counting(folder: Path, program: str) -> None:
+    """Runs a program whose function `allocations` counts the allocations of the process."""
     compiler = shutil.which("g++")
     if compiler is None or not hasattr(ctypes.CDLL(None), "__libc_malloc"):
         pytest.skip("needs g++ and glibc")
-    library = tmp_path / "counter.so"
-    (tmp_path / "counter.cpp").write_text(COUNTER)
+    library = folder / "counter.so"
+    (folder / "counter.cpp").write_text(COUNTER)
     subprocess.run(
-        [compiler, "-shared", "-fPIC", "-O1", str(tmp_path / "counter.cpp"), "-o", str(library)],
+        [compiler, "-shared", "-fPIC", "-O1", str(folder / "counter.cpp"), "-o", str(library)],
         check=True,
     )
-    program = f"""
+    begin = f"""
         import ctypes, sys
         import numpy as np, torch, fastrnn
         from fastrnn import kernels
@@ -54,6 +55,28 @@ def test_a_step_allocates_nothing(tmp_path: Path) -> None:
         from fastrnn.nn import stream
         count = ctypes.CDLL({str(library)!r}).allocations
         count.restype = ctypes.c_long
+        def check(call):
+            for _ in range(100):
+                call()
+            before = count(), sys.getallocatedblocks()
+            for _ in range(1000):
+                call()
+            after = count(), sys.getallocatedblocks()
+            # A few are the test's own.
+            assert max(a - b for a, b in zip(after, before)) < 10, (before, after)
+    """
+    end = "assert count() > 1000  # it does count"
+    result = subprocess.run(
+        [sys.executable, "-c", "\n".join(map(textwrap.dedent, (begin, program, end)))],
+        env={**os.environ, "LD_PRELOAD": str(library), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_step_allocates_nothing(tmp_path: Path) -> None:
+    program = """
         for dtype, proj in ((torch.float32, 0), (torch.bfloat16, 5)):
             layer = fastrnn.LSTM(7, 33, num_layers=2, proj_size=proj, dtype=dtype)
             key = prepare(layer._cell(), dtype=dtype)
@@ -66,23 +89,31 @@ def test_a_step_allocates_nothing(tmp_path: Path) -> None:
                 if not proj:
                     pairs.append((x.numpy(), out.numpy()))
                 for x, out in pairs:
-                    for _ in range(100):
-                        step(x, out)
-                    before = count(), sys.getallocatedblocks()
-                    for _ in range(1000):
-                        step(x, out)
-                    after = count(), sys.getallocatedblocks()
-                    # A few are the test's own.
-                    assert max(a - b for a, b in zip(after, before)) < 10, (before, after)
-        assert count() > 1000  # it does count
+                    check(lambda: step(x, out))
     """
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        env={**os.environ, "LD_PRELOAD": str(library), "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
+    run_counting(tmp_path, program)
+
+
+def test_a_step_of_slots_allocates_nothing(tmp_path: Path) -> None:
+    program = """
+        for dtype, proj in ((torch.float32, 0), (torch.bfloat16, 5)):
+            layer = fastrnn.LSTM(7, 33, num_layers=2, proj_size=proj, dtype=dtype)
+            slots = layer.stream_slots(200)
+            taken = [slots.add() for _ in range(200)]
+            for n in (1, 150):
+                x = torch.zeros(n, 3, 7, dtype=dtype)
+                out = torch.zeros(n, 3, proj or 33, dtype=dtype)
+                tensor = torch.tensor(taken[:n])
+                for chosen in (taken[:n], tensor):
+                    check(lambda: slots.run(x, chosen, out))
+                frame, result = x[:, 0], out[:, 0]
+                check(lambda: slots.step(frame, tensor, result))
+                check(lambda: (slots.remove(taken[0]), slots.add()))
+                if not proj:
+                    arrays = frame.numpy(), result.numpy()
+                    check(lambda: slots.step(arrays[0], tensor, arrays[1]))
+    """
+    run_counting(tmp_path, program)
 
 
 @pytest.mark.parametrize("sanitizer", [None, "thread"])
