@@ -21,6 +21,8 @@
 #               they cost, about 15 minutes; ARGS="--quick" or ARGS="--only lstm,gru" does less
 # make bench-formats
 #               time int8 and bfloat16 beside float32 and other libraries, a few minutes
+# make bench-slots
+#               time a server of 1,000 streams, slots beside one stepper for each, about a minute
 # make gpu      build, test and measure on this machine's NVIDIA GPU, 20 minutes;
 #               ARGS="--minutes 5 --only build,first" does less
 # make docs     build the documentation into site/, in an environment of its own: it needs no
@@ -46,7 +48,7 @@ CPP = $(foreach kind,h cpp cu cuh,$(shell find csrc tests benchmarks -name '*.$(
 GENERATOR = $(wildcard fastrnn/cells/*.py fastrnn/compiler/*.py)
 
 .PHONY: demo test test-long test-all clients bench bench-full bench-grid bench-load bench-cells \
-  bench-memory bench-formats gpu docs lint format clean in-place
+  bench-memory bench-formats bench-slots gpu docs lint format clean in-place
 
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
@@ -131,6 +133,9 @@ bench-memory: $(BASELINES)
 
 bench-formats: $(BASELINES)
 	$(PY) -m benchmarks.formats --save $(ARGS)
+
+bench-slots: $(BASELINES)
+	$(PY) -m benchmarks.slots --save $(ARGS)
 
 # It builds by itself, for this GPU alone, as one of its steps.
 gpu: $(INSTALLED)
