@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import inspect
 import re
@@ -120,6 +121,29 @@ def test_recurrent_ppo_processes_a_sequence_as_a_loop_does() -> None:
         outputs.append(y[0])
     torch.testing.assert_close(output, torch.stack(outputs, 1).flatten(0, 1))
     torch.testing.assert_close(last, states)
+
+
+def test_server(capsys: pytest.CaptureFixture[str]) -> None:
+    found = example("server").main(quick=True)
+    assert found["clients"] == 10 and found["frames"] >= found["steps"] >= 15
+    assert "the bits of one call of the layer" in capsys.readouterr().out
+
+
+def test_a_server_refuses_a_client_without_a_slot() -> None:
+    script = example("server")
+    layer = fastrnn.GRU(script.INPUTS, script.HIDDEN).requires_grad_(False)
+
+    async def answers() -> list[Any]:
+        server = script.Server(layer.stream_slots(2))
+        return list(await script.together(server, [x.numpy() for x in sequences]))
+
+    sequences = [torch.randn(20, script.INPUTS) for _ in range(3)]
+    lengths = []
+    for x, answer in zip(sequences, asyncio.run(answers()), strict=True):
+        lengths.append(len(answer))
+        if len(answer):
+            assert torch.equal(torch.from_numpy(answer), layer(x)[0])
+    assert sorted(lengths) == [0, 20, 20]
 
 
 @pytest.mark.takes(15)
