@@ -32,7 +32,8 @@ struct Stage {
   uint32_t sites = 0;
   uint64_t sums = 0, maxima = 0;
   uint64_t slots = 0;
-  uint32_t states = 0, saved = 0;  // states: next, or ds in the backward pass
+  uint32_t states = 0;
+  uint64_t saved = 0;  // states: next, or ds in the backward pass
   uint32_t du = 0, dv = 0, dp = 0, operands = 0;
 };
 

@@ -54,7 +54,7 @@ class _Products(Sequence[Tensor]):
 
     def __init__(self, cut: Cut, values: Sequence[Tensor], operand: Tensor | None) -> None:
         self.cut, self.values, self.operand = cut, values, operand
-        self.site: int | None = None
+        self.site: Site | None = None
 
     def __len__(self) -> int:
         return len(self.values)
@@ -92,7 +92,17 @@ class Cut(TorchFunctionMode):
         """The recurrent projections of another value than the state: `v(operand)`."""
         if operand is self._state:
             return _Products(self, self._values, None)
-        return _Products(self, self._values, operand)
+        if not isinstance(operand, Tensor) or operand.shape != self.shape:
+            what = type(operand).__name__
+            if isinstance(operand, Tensor):
+                what = f"tensor of shape {list(operand.shape)}"
+            raise Underivable(
+                f"cell {self.cell.name!r} calls v with a {what}, where its inputs are tensors of "
+                f"shape {list(self.shape)}; v takes one number for each unit"
+            )
+        self._check(operand, "calls v with")
+        # The value of now: the cell may write into it later.
+        return _Products(self, self._values, operand.clone())
 
     def product(self, asked: _Products, gate: int) -> Tensor:
         name = self.cell.gates[gate]
@@ -100,42 +110,44 @@ class Cut(TorchFunctionMode):
         if before.operand is not asked.operand:
             raise Underivable(
                 f"cell {self.cell.name!r} multiplies the recurrent block of gate {name!r} with two "
-                "values; declare a gate for each"
+                "values; declare a gate for each, or call v once and use its result twice"
             )
         if asked.operand is not None and before is asked:
-            self._add_gate(asked, name)
+            self._add_gate(asked, asked.operand, name)
         return self._values[gate]
 
-    def _add_gate(self, asked: _Products, name: str) -> None:
-        assert asked.operand is not None
-        same = [k for k, x in enumerate(self.operands) if x is asked.operand]
-        same = [k for k in same if self.sites[k].kind == "product"]
-        if not same:
-            operand = asked.operand
-            if operand.shape != self.shape:
-                raise Underivable(
-                    f"cell {self.cell.name!r} calls v with a tensor of shape "
-                    f"{list(operand.shape)}, where its inputs are of shape {list(self.shape)}; v "
-                    "takes one number for each unit"
-                )
-            self._note(operand, "product", (name,))
-        elif name not in self.sites[same[0]].gates:
-            old = self.sites[same[0]]
-            self.sites[same[0]] = Site("product", old.number, 1, (*old.gates, name))
+    def _add_gate(self, asked: _Products, operand: Tensor, name: str) -> None:
+        if asked.site is None:
+            asked.site = self._note(operand, "product", (name,))
+        elif name not in asked.site.gates:
+            old = asked.site
+            asked.site = Site("product", old.number, 1, (*old.gates, name))
+            self.sites[old.number] = asked.site
+
+    def _check(self, operand: Tensor, what: str) -> None:
+        if not operand.is_floating_point():
+            raise Underivable(
+                f"cell {self.cell.name!r} {what} a mask, which has no numbers; write "
+                "mask.to(h.dtype)"
+            )
+        if not torch.is_grad_enabled():
+            raise Underivable(
+                f"cell {self.cell.name!r} {what} a value under no_grad, which hides its gradient; "
+                "write detach()"
+            )
 
     def _note(self, operand: Tensor, kind: str, gates: tuple[str, ...] = ()) -> Site:
         width = self.shape[-1]
-        if operand.shape[-1] == 1 != width:
-            operand = operand.expand(self.shape)
         if operand.shape[:-1] != self.shape[:-1] or operand.shape[-1] % width:
             raise Underivable(
                 f"cell {self.cell.name!r} reduces a tensor of shape {list(operand.shape)}, where "
                 f"its inputs are of shape {list(self.shape)}; reductions are over all units of a "
                 "gate, or of gates side by side"
             )
+        self._check(operand, "reduces")
         site = Site(kind, len(self.sites), operand.shape[-1] // width, gates)
         self.sites.append(site)
-        self.operands.append(operand)
+        self.operands.append(operand.clone())
         return site
 
     # Reductions.
@@ -148,35 +160,59 @@ class Cut(TorchFunctionMode):
         return [next(self.given) for _ in site.results]
 
     def _total(self, x: Tensor) -> Tensor:
+        if self._is_row(x):
+            return torch.ones_like(self.count)
         parts = x.shape[-1] // self.shape[-1]
         return self.count * parts if parts > 1 else self.count
 
+    def _is_row(self, x: Tensor) -> bool:
+        """Whether a tensor has one number for each row, in a dimension of its own."""
+        return x.dim() == len(self.shape) and x.shape[-1] == 1
+
     def sum(self, x: Tensor) -> Tensor:
-        (total,) = self._reduced(x, "sum")
-        return total
+        return x if self._is_row(x) else self._reduced(x, "sum")[0]
 
     def amax(self, x: Tensor) -> Tensor:
-        (largest,) = self._reduced(x, "amax")
-        return largest
+        return x if self._is_row(x) else self._reduced(x, "amax")[0]
 
     def mean(self, x: Tensor) -> Tensor:
         return self.sum(x) / self._total(x)
 
     def moments(self, x: Tensor, correction: float) -> tuple[Tensor, Tensor]:
-        mean, deviation = self._reduced(x, "moments")
+        if self._is_row(x):
+            mean, deviation = x, torch.zeros_like(x)
+        else:
+            mean, deviation = self._reduced(x, "moments")
         total = self._total(x)
         return mean, deviation / (total - correction if correction else total)
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
         name = getattr(function, "__name__", "")
+        if name in (*_NORMS, *_REDUCTIONS) and not args and "input" in kwargs:
+            args = (kwargs.pop("input"),)
         if name in _NORMS and args:
             norm: Any = _NORMS[name]
             return norm(self, *args, **kwargs)
         if name not in _REDUCTIONS or not args or not isinstance(args[0], Tensor):
-            return function(*args, **kwargs)
+            result = function(*args, **kwargs)
+            self._check_mixes_no_units(name, args, result)
+            return result
+        if "axis" in kwargs:
+            kwargs["dim"] = kwargs.pop("axis")
+        if kwargs.pop("dtype", None) is not None:
+            raise Underivable(
+                f"cell {self.cell.name!r} calls {name} with dtype=, but a cell computes in the "
+                "dtype of its inputs"
+            )
+        if args[0].dim() != len(self.shape):
+            raise Underivable(
+                f"cell {self.cell.name!r} calls {name} of a tensor of {args[0].dim()} dimensions, "
+                f"where its inputs have {len(self.shape)}; a reduction whose result is reduced "
+                "again needs keepdim=True"
+            )
         dims = kwargs.get("dim", args[1] if len(args) > 1 else None)
         if isinstance(dims, (tuple, list)) and len(dims) == 1:
             dims = dims[0]
@@ -187,6 +223,24 @@ class Cut(TorchFunctionMode):
                 "last dimension, which is that of the units: dim=-1"
             )
         return _REDUCTIONS[name](self, *args, **kwargs)
+
+    def _check_mixes_no_units(self, name: str, args: tuple[Any, ...], result: Any) -> None:
+        """Refuse what makes fewer numbers of the units of a row than there are."""
+        outer = self.shape[:-1]
+
+        def is_whole(x: Any) -> bool:
+            return isinstance(x, Tensor) and x.shape[:-1] == outer and x.shape[-1:] > (1,)
+
+        results = result if isinstance(result, (tuple, list)) else [result]
+        rows = ((*outer, 1), outer)
+        made = any(isinstance(x, Tensor) and tuple(x.shape) in rows for x in results)
+        if made and any(map(is_whole, args)) and name not in ("new_zeros", "new_ones", "new_full"):
+            raise Underivable(
+                f"cell {self.cell.name!r} calls {name}, which makes one number of the units of a "
+                "row; units can be mixed by reductions over the last dimension (sum, mean, var, "
+                "std, amax, amin, softmax, log_softmax, logsumexp, layer_norm, rms_norm) and by "
+                "v(x) alone"
+            )
 
 
 def _shaped(row: Tensor, keepdim: bool) -> Tensor:
@@ -219,7 +273,9 @@ def _var(cut: Cut, x: Tensor, *args: Any, keepdim: bool = False, **named: Any) -
 
 
 def _std(cut: Cut, x: Tensor, *args: Any, **named: Any) -> Tensor:
-    return _var(cut, x, *args, **named).sqrt()
+    variance = _var(cut, x, *args, **named)
+    none = variance == 0  # there torch's gradient is zero
+    return torch.where(none, 0, torch.where(none, 1, variance).sqrt())
 
 
 def _softmax(cut: Cut, x: Tensor, dim: Any = None, *_: Any, **__: Any) -> Tensor:
@@ -234,6 +290,7 @@ def _log_softmax(cut: Cut, x: Tensor, dim: Any = None, *_: Any, **__: Any) -> Te
 
 def _logsumexp(cut: Cut, x: Tensor, dim: Any = None, keepdim: bool = False) -> Tensor:
     largest = cut.amax(x.detach())
+    largest = torch.where(largest.abs() == torch.inf, 0, largest)
     return _shaped(cut.sum((x - largest).exp()).log() + largest, keepdim)
 
 

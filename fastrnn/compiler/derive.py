@@ -292,8 +292,10 @@ def _derive_here(cell: Cell) -> Derived:
     reads = list(given)
     exchanges = needed(exchanges, [*gradients, *reads])
     step = (*traced.states, *saved.values())
-    results = [label for site in traced.sites for label in site.results]
-    rows = tuple(label for label in results if label in uses(outputs))
+    read = uses(outputs)
+    # A mean and its deviation lie side by side, so both are saved if one is.
+    saves = [site.results for site in traced.sites if not read.isdisjoint(site.results)]
+    rows = tuple(label for results in saves for label in results)
     first = f"s.{cell.states[0]}"
     names = cell.param_rows()
     shared = [cell.params[name].kind == "one" for name, own in names.items() for _ in own]
@@ -350,11 +352,12 @@ def _programs(algebra: Algebra, derived: Derived, reads: Sequence[Expr]) -> tupl
     programs = schedule(algebra, step, forward), schedule(algebra, back, derived.exchanges)
     reduced_to = len(derived.rows)
     reduced_to += sum(len(x.results) for x in (*forward, *derived.exchanges))
-    most = max(reduced_to, *(program.slots for program in programs))
+    most = max(reduced_to, len(derived.saved), *(program.slots for program in programs))
     if most > _MOST_BETWEEN_STAGES:
         raise Underivable(
-            f"a step of cell {derived.name!r} has {most} values between its stages, and the "
-            f"kernels are made for at most {_MOST_BETWEEN_STAGES}; split it into several cells"
+            f"a step of cell {derived.name!r} has {most} saved values, or values between its "
+            f"stages, and the kernels are made for at most {_MOST_BETWEEN_STAGES}; split it into "
+            "several cells"
         )
     return programs
 

@@ -11,7 +11,7 @@ from torch import fx
 
 from fastrnn.compiler.expression import Algebra, Expr
 
-__all__ = ["ALIASES", "FUNCTIONS", "SIDE_BY_SIDE", "TENSORS"]
+__all__ = ["ALIASES", "FUNCTIONS", "SIDE_BY_SIDE", "TENSORS", "parts_of"]
 
 
 class Reader(Protocol):
@@ -160,18 +160,23 @@ def _copy(reader: Reader, x: Any, **_: Any) -> Expr:
 # Rules for values that lie side by side: they return all parts, or None if units would mix.
 
 
+def parts_of(reader: Reader, node: Any) -> list[Expr]:
+    """The parts of a value of whole units; a number for each row is the same in all."""
+    parts = reader.values[node]
+    return parts * (node.meta["val"].shape[-1] // reader.shape[-1]) if len(parts) == 1 else parts
+
+
 def _cat(reader: Reader, node: Any) -> list[Expr] | None:
     tensors, *dim = node.args
     last = (dim[0] if dim else 0) in (-1, len(reader.shape) - 1)
     whole = all(t.meta["val"].shape[-1] % reader.shape[-1] == 0 for t in tensors)
-    return [part for t in tensors for part in reader.values[t]] if last and whole else None
+    return [part for t in tensors for part in parts_of(reader, t)] if last and whole else None
 
 
 def _slice(reader: Reader, node: Any) -> list[Expr] | None:
     source = node.args[0]
-    parts = reader.values[source]
     place = _place(reader, source, node.args[1:])
-    return None if place is None else parts[place]
+    return None if place is None else parts_of(reader, source)[place]
 
 
 def _slice_scatter(reader: Reader, node: Any) -> list[Expr] | None:
@@ -179,9 +184,8 @@ def _slice_scatter(reader: Reader, node: Any) -> list[Expr] | None:
     place = _place(reader, source, node.args[2:])
     if place is None:
         return None
-    parts = list(reader.values[source])
-    parts = parts * (source.meta["val"].shape[-1] // reader.shape[-1] // len(parts))
-    parts[place] = reader.values[piece]
+    parts = list(parts_of(reader, source))
+    parts[place] = parts_of(reader, piece)
     return parts
 
 
@@ -204,7 +208,7 @@ def _pad(reader: Reader, node: Any) -> list[Expr] | None:
     if any(pads[2:]) or pads[0] % width or pads[1] % width:
         return None
     fill = [reader.algebra.const(node.args[2] if len(node.args) > 2 else 0)]
-    return fill * (pads[0] // width) + reader.values[source] + fill * (pads[1] // width)
+    return fill * (pads[0] // width) + parts_of(reader, source) + fill * (pads[1] // width)
 
 
 def _sum_of_gradients(reader: Reader, node: Any) -> list[Expr] | None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fastrnn.compiler.expression import TRANSCENDENTAL, Algebra, Expr, ordered
+from fastrnn.compiler.expression import MASKS, TRANSCENDENTAL, Algebra, Expr, ordered
 
 __all__ = ["Exchange", "Program", "Stage", "schedule"]
 
@@ -126,7 +126,9 @@ class _Schedule:
     def is_row(self, node: Expr) -> bool:
         """Whether a value is one number for each row; constants are not."""
         for n in ordered([node], stop=self.row):
-            if n.args:
+            if n.op in MASKS:  # which can be handed on nowhere
+                own = False
+            elif n.args:
                 own = any(self.row[a] for a in n.args) and all(
                     self.row[a] or a.constant is not None for a in n.args
                 )
@@ -166,7 +168,7 @@ class _Schedule:
             if node in seen or not node.args or self.is_row(node):
                 continue
             seen.add(node)
-            if node in computed and not self.is_cheap(node):
+            if node in computed and node.op not in MASKS and not self.is_cheap(node):
                 self.slot(node)
             else:
                 pending.extend(node.args)

@@ -21,7 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fastrnn.cells import Cell
 from fastrnn.compiler.cut import Cut, Site, Underivable
 from fastrnn.compiler.expression import MASKS, Algebra, Expr
-from fastrnn.compiler.rules import ALIASES, FUNCTIONS, SIDE_BY_SIDE, TENSORS
+from fastrnn.compiler.rules import ALIASES, FUNCTIONS, SIDE_BY_SIDE, TENSORS, parts_of
 
 __all__ = ["Trace", "Underivable", "trace"]
 
@@ -91,9 +91,9 @@ def _read(algebra: Algebra, cell: Cell, shape: tuple[int, ...]) -> Trace:
         return torch.zeros(size, dtype=torch.float64, device="cpu")
 
     # Parameters have a number for each row, too: so their gradients are pointwise.
-    parts = [gates if param.kind == "gates" else 1 for param in cell.params.values()]
+    sizes = {"unit": width, "one": 1, "gates": gates * width}
     inputs = [zeros(*shape) for _ in range(2 * gates + states)]
-    inputs += [zeros(*outer, n * width) for n in parts]
+    inputs += [zeros(*outer, sizes[param.kind]) for param in cell.params.values()]
     own = len(inputs)
     ends = (gates, 2 * gates, 2 * gates + states)
     count = zeros() + width
@@ -297,7 +297,7 @@ class _Reader:
         width = self.shape[-1]
         if len(pieces[0]) != len(self.shape) or any(size[-1] % width for size in pieces):
             raise self._refusal(node, pieces[0])
-        parts = iter(self.values[source])
+        parts = iter(parts_of(self, source))
         self.pieces[node] = [[next(parts) for _ in range(size[-1] // width)] for size in pieces]
         self.fixed.update(map(id, (*self.pieces[node], self.values[source])))
 
@@ -305,6 +305,9 @@ class _Reader:
         input_shapes = [getattr(a.meta.get("val"), "shape", None) for a in node.all_input_nodes]
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             what = "is random; noise must come through u or a state"
+        elif "aten.sum" in str(node.target):
+            what = "adds up what was spread over rows; a number for each row, as a reduction gives "
+            what += "it, keeps its dimension: keepdim=True, or unsqueeze(-1)"
         elif shape != self.shape and self.shape in input_shapes:
             what = "changes the shape; units can be mixed by reductions over the last dimension "
             what += "(sum, mean, var, std, amax, softmax, layer_norm, rms_norm) and by v(x) alone"

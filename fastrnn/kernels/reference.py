@@ -108,7 +108,8 @@ class _Blocks(Sequence[Tensor]):
     """The recurrent projections of a value, each computed when it is read."""
 
     def __init__(self, operands: Operands, p: int, x: Tensor) -> None:
-        self.w, self.x = operands.w_hh[p], x
+        # A copy, in case the cell writes into x before it reads a projection.
+        self.w, self.x = operands.w_hh[p], x.clone()
         self.b = operands.b_hh[p] if operands.b_hh else None
 
     def __len__(self) -> int:

@@ -7,75 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import sigmoid, tanh
 
 from fastrnn import cells
 from fastrnn.cells import Cell
 from fastrnn.compiler.derive import Derived, Underivable, derive
 from tests.support.derivations import by_autograd, derived_step, inputs, make
+from tests.support.staged import USERS
 
-
-def moments(u: Any, v: Any, h: Any, c: Any) -> Any:
-    a = u.a + v.a
-    c = c + a.mean(-1, keepdim=True) * u.b
-    return tanh(a / (1 + a.std(-1, keepdim=True))) + c * a.var(-1, correction=0, keepdim=True), c
-
-
-def squeezed(u: Any, v: Any, h: Any, c: Any) -> Any:
-    total, least = (u.a * h).sum(-1), (v.b + c).amin(dim=-1)
-    return tanh(u.a + total.unsqueeze(-1)), c * 0.5 + v.a * least.unsqueeze(-1) + u.b
-
-
-def largest(u: Any, v: Any, h: Any, c: Any) -> Any:
-    a = tanh(u.a + v.a)
-    return h * 0.5 + a / (1 + a.abs().amax(-1, keepdim=True)), c + u.b
-
-
-def softmaxes(u: Any, v: Any, h: Any, c: Any) -> Any:
-    a, b = torch.softmax(u.a + v.a, -1), F.log_softmax(u.b, dim=-1)
-    return tanh(5 * a + c), tanh(b + v.b * torch.logsumexp(h, -1, keepdim=True))
-
-
-def side_by_side(u: Any, v: Any, h: Any, c: Any) -> Any:
-    both = torch.cat([u.a + v.a, u.b + v.b], -1)
-    a, b = F.softmax(F.layer_norm(both, both.shape[-1:]), -1).chunk(2, -1)
-    least = both.amin(-1, keepdim=True)
-    return tanh(3 * a + h), c * b + tanh(both[..., h.shape[-1] :]) / (1 + least * least)
-
-
-def of_every_state(u: Any, v: Any, h: Any, c: Any) -> Any:
-    """A product of another state, one of a norm of the state, and a norm of the next state."""
-    a, b = v(F.layer_norm(h, h.shape[-1:])).a, v(c).b
-    c = tanh(u.b + b) * c + a
-    return F.rms_norm(c + u.a, c.shape[-1:], eps=1e-5), c
-
-
-def one_after_the_other(u: Any, v: Any, h: Any, c: Any) -> Any:
-    a = tanh(u.a + v(tanh(h)).a)
-    b = v(a * c).b
-    return tanh(u.b + b + b.mean(-1, keepdim=True)), sigmoid(b) * c
-
-
-def norm_twice(u: Any, v: Any, h: Any, c: Any) -> Any:
-    """Reductions whose results meet no unit, and one of an input alone."""
-    ratio = (u.a.sum(-1, keepdim=True) / (1 + (h * h).sum(-1, keepdim=True))).tanh()
-    return h * 0.3 + u.b + ratio, c * ratio + v.a + v.b
-
-
-USERS = [
-    make("ab", "hc", function)
-    for function in (
-        moments,
-        squeezed,
-        largest,
-        softmaxes,
-        side_by_side,
-        of_every_state,
-        one_after_the_other,
-        norm_twice,
-    )
-]
 PUBLISHED = [
     cells.get(name)
     for name in (
@@ -205,5 +144,32 @@ def test_too_many_values_between_stages_are_refused() -> None:
             h = tanh(h + u.a * (h * (k + 1)).mean(-1, keepdim=True))
         return h + v.a
 
-    with pytest.raises(Underivable, match=r"has \d+ values between its stages.*at most 64"):
+    with pytest.raises(Underivable, match=r"has \d+ saved values, or .*at most 64"):
         derive(make("a", "h", many))
+
+
+def test_a_spread_of_zero_has_no_gradient() -> None:
+    """As in torch, where the derivative of the root would be infinite."""
+    cell = make("a", "h", lambda u, v, h: u.a + h / (1 + h.std(-1, keepdim=True)), "even")
+    one, zero = torch.ones(1, 5).double(), torch.zeros(1, 5).double()
+    derived = derive(cell)
+    after, saved = derived.forward([one], [one], [zero])
+    _, _, (dh,), _ = derived.backward(saved, [zero], after, [one])
+    torch.testing.assert_close(dh, one)
+
+
+def test_the_logarithm_of_a_sum_of_nothing() -> None:
+    derived = derive(make("a", "h", lambda u, v, h: u.a + torch.logsumexp(h, -1, keepdim=True)))
+    one, low = torch.zeros(1, 5).double(), torch.full((1, 5), -torch.inf).double()
+    assert (derived.forward([one], [one], [low])[0][0] == -torch.inf).all()
+
+
+def test_a_number_for_all_units_is_one_number() -> None:
+    """Its reductions are those of one number, as the reference has it."""
+    cell = make(
+        "a", "h", lambda u, v, p, h: tanh(u.a + v.a) * p.S.sum(-1, keepdim=True), params="S"
+    )
+    assert cell.params["S"].kind == "one"
+    one = torch.ones(1, 5).double()
+    (after,), _ = derive(cell).forward([one], [one], [one], [torch.full((1,), 3.0).double()])
+    torch.testing.assert_close(after, 3 * tanh(2 * one))

@@ -19,6 +19,7 @@ from fastrnn import kernels
 from fastrnn.extension import _C
 from tests.support.kernels import planned
 from tests.support.shared import staged
+from tests.support.staged import USERS
 from tests.support.tensors import flatten
 
 F64 = torch.float64
@@ -90,6 +91,20 @@ def test_results_and_gradients_are_those_of_the_reference(
         with kernels.use(kernel):
             found.append(with_gradients(layer, form, x, states))
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.compiles
+@pytest.mark.takes(10)
+@pytest.mark.parametrize("cell", USERS, ids=lambda c: c.name)
+def test_other_cells(cell: fastrnn.Cell) -> None:
+    layer: Any = fastrnn.Recurrent(cell, 3, 19, bidirectional=True, dtype=F64)
+    x, states = given(layer, 5, 4)
+    for form in FORMS:
+        found = []
+        for kernel in ("cpu", "reference"):
+            with kernels.use(kernel):
+                found.append(with_gradients(layer, form, x, states))
+        torch.testing.assert_close(*found, rtol=1e-9, atol=1e-10)
 
 
 @pytest.fixture
