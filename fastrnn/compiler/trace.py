@@ -101,7 +101,10 @@ def _read(algebra: Algebra, cell: Cell, shape: tuple[int, ...]) -> Trace:
     def step(cut: Cut, flat: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         u, v, s, p = (flat[a:b] for a, b in zip((0, *ends), (*ends, None), strict=True))
         with cut:
-            return tuple(cell.step(u, cut.products(v, s[0]), s, p, cut.apply))
+            after = tuple(cell.step(u, cut.products(v, s[0]), s, p, cut.apply))
+        # With parameters, a state may follow from one number for all units alone.
+        row = (*outer, 1) if cell.params else None
+        return tuple(a.expand(shape) if getattr(a, "shape", shape) == row else a for a in after)
 
     try:
         probe = Cut(cell, shape, count)
