@@ -18,7 +18,12 @@ from torch.overrides import TorchFunctionMode
 
 from fastrnn.cells import Cell
 
-__all__ = ["Cut", "Site", "Underivable"]
+__all__ = ["GRADIENT_RESULTS", "RESULTS", "Cut", "Site", "Underivable"]
+
+# How the labels of the results of reductions begin, which are one number for each row: those of a
+# step, and those of its backward pass (`through_cuts.py`).
+RESULTS = ("sum.", "max.", "mean.", "dev.")
+GRADIENT_RESULTS = ("dsum.", "dmax.", "dmean.", "ddev.", "most.", "ties.")
 
 
 class Underivable(TypeError):

@@ -6,12 +6,13 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fastrnn.compiler.cut import GRADIENT_RESULTS
 from fastrnn.compiler.expression import MASKS, TRANSCENDENTAL, Expr, ordered
 
 __all__ = ["GRADIENTS", "named", "saved_values"]
 
 # Labels of inputs that only the backward pass has.
-GRADIENTS = ("dnext.", "back.", "dsum.", "dmax.", "dmean.", "ddev.", "most.", "ties.")
+GRADIENTS = ("dnext.", "back.", *GRADIENT_RESULTS)
 
 
 def saved_values(

@@ -13,24 +13,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from fastrnn.compiler.cut import GRADIENT_RESULTS, RESULTS
 from fastrnn.compiler.expression import MASKS, TRANSCENDENTAL, Algebra, Expr, ordered
 
 __all__ = ["Exchange", "Program", "Stage", "schedule"]
 
 # Labels of inputs that have one number for each row.
-_ROW = (
-    "count",
-    "sum.",
-    "max.",
-    "mean.",
-    "dev.",
-    "dsum.",
-    "dmax.",
-    "dmean.",
-    "ddev.",
-    "most.",
-    "ties.",
-)
+_ROW = ("count", *RESULTS, *GRADIENT_RESULTS)
 # A value that more operations lead to is not computed again, but crosses in a slot.
 _CHEAP = 2
 _DEAR = TRANSCENDENTAL | {"div", "sqrt", "rsqrt", "reciprocal"}
