@@ -9,13 +9,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fastrnn import plan
-from fastrnn.compiler.derive import derive
 from fastrnn.extension import _C
 from fastrnn.kernels import device as machine
 from fastrnn.kernels import reference
@@ -25,6 +24,9 @@ from fastrnn.kernels.gpu.triton import launch
 from fastrnn.kernels.operands import Needs, Operands
 from fastrnn.kernels.prepare import cell_of, find
 from fastrnn.plan.dtypes import NAMES
+
+if TYPE_CHECKING:
+    from fastrnn.compiler.derive import Derived
 
 __all__: list[str] = []
 
@@ -63,7 +65,7 @@ def _forward(inputs: tuple[Any, ...], tape: bool) -> tuple[Tensor, list[Tensor],
     if chosen.kernel not in _SWEEPS:
         return reference.forward(cell_of(key), operands, tape)
     stacked = _with_recurrences(operands)
-    scan = Scan(key, derive(cell_of(key)), chosen, stacked)
+    scan = Scan(key, _derived(key), chosen, stacked)
     y, states, saved = driver.forward(_SWEEPS[chosen.kernel], scan, tape)
     return y, [s[0] for s in states] if stacked is not operands else states, saved
 
@@ -86,7 +88,7 @@ def _backward(
     if tape.size(2) and not tape.size(0) and y.numel() and not recomputes:
         tape = _forward(inputs, True)[2]
     stacked = _with_recurrences(operands)
-    scan = Scan(key, derive(cell_of(key)), chosen, stacked)
+    scan = Scan(key, _derived(key), chosen, stacked)
     grads = grads[:-1]
     if stacked is operands:
         return driver.backward(sweeps, scan, grads, y, tape, need)
@@ -101,6 +103,12 @@ def _differentiable_backward(
 ) -> list[Tensor]:
     key, operands = _split(inputs)
     return reference.gradients(cell_of(key), operands, grads, Needs(*needs), create_graph=True)
+
+
+def _derived(key: str) -> Derived:
+    from fastrnn.compiler.derive import derive
+
+    return derive(cell_of(key))
 
 
 def _split(inputs: tuple[Any, ...]) -> tuple[str, Operands]:
@@ -118,7 +126,7 @@ def _with_recurrences(operands: Operands) -> Operands:
 
 def _choose(key: str, operands: Operands, *, tape: bool, backward: bool = False) -> plan.Plan:
     """The plan of a call. It is not cached, because it also depends on switches of torch."""
-    cell, x = cell_of(key), operands.x
+    cell, derived, x = cell_of(key), _derived(key), operands.x
     if operands.batch_sizes is not None:
         steps, batch, rows = operands.batch_sizes.numel(), operands.s0[0].size(1), x.size(0)
     else:
@@ -137,8 +145,8 @@ def _choose(key: str, operands: Operands, *, tape: bool, backward: bool = False)
         tape=tape,
         backward=backward,
         projected=bool(operands.w_hr),
-        projectable=derive(cell).projectable,
-        stages=derive(cell).stages,
+        projectable=derived.projectable,
+        stages=derived.stages,
     )
     compiled = _C.has_code(key, "float64" if x.dtype == torch.float64 else "float32")
     offered = machine.current(x.device.type, compiled=compiled, index=x.device.index)

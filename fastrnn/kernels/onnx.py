@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrnn.cells import Cell
-from fastrnn.compiler.derive import Underivable, derive
 from fastrnn.kernels import reference
 from fastrnn.kernels.operands import Operands
 
@@ -201,6 +200,8 @@ def _next(
 ) -> list[Tensor]:
     """One step. The cell's expressions are recorded if it has them: a function may write in place,
     which a body cannot."""
+    from fastrnn.compiler.derive import Underivable, derive
+
     try:
         derived = derive(cell)
     except Underivable:

@@ -1,10 +1,11 @@
-"""Derives and compiles a cell, and registers it with the operator."""
+"""The key by which the operator knows a cell, which is derived and compiled on its first use.
+
+Most programs use built-in cells alone. So the compiler, whose import takes as long as that of all
+else, is imported where a cell needs it (`registration.py`)."""
 
 from __future__ import annotations
 
-import sys
 import threading
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,9 +13,6 @@ import torch
 
 from fastrnn import cells, plan
 from fastrnn.cells import Cell, Param
-from fastrnn.compiler import jit
-from fastrnn.compiler.derive import Underivable, derive
-from fastrnn.compiler.emit_cpp import key as key_of
 from fastrnn.extension import _C
 from fastrnn.kernels.device import asked_for, current
 from fastrnn.kernels.operands import Weights
@@ -126,7 +124,7 @@ def on_cpu(
     dtype = dtype or w_ih.dtype
     asked, format = format, format or _FORMATS.get(dtype, "float32")
     key = prepared_now(cell, w_ih.device.type, dtype, format)
-    stages = derive(cell).stages if key is not None else 1
+    stages = _stages(cell) if key is not None else 1
     if stages > 1 and asked is None and dtype != torch.float64:
         format = "float32"
     device = current(w_ih.device.type, threads, compiled=key is not None)
@@ -146,78 +144,35 @@ def on_cpu(
 
 def _prepare(cell: Cell, format: str | None) -> None:
     """Compile the cell in a format, or make it known without code for CPUs."""
+    from fastrnn.kernels import registration  # and with it the compiler
+
     compiled = format is not None
-    try:
-        if format is not None and derive(cell).stages > 1:
-            plain = "float64" if format == "float64" else "float32"
-            _keys[cell] = _compiled[plain][cell] = _load(cell, plain)
-        else:
-            _keys[cell] = _add_facts(cell) if format is None else _load(cell, format)
-        if format is not None:
-            _compiled[format][cell] = _keys[cell]
-    except (Underivable, jit.CompilationFailed) as error:
-        reason = f"cell {cell.name!r} is not compiled: {error}"
+    made = registration.register(cell, format)
+    if made.key is None:
+        reason = f"cell {cell.name!r} is not compiled: {made.reason}"
         _refused[cell, compiled] = reason
-        if isinstance(error, Underivable):
+        if not made.derived:
             _refused[cell, not compiled] = reason
-        warnings.warn(
-            f"cell {cell.name!r} runs as a loop of torch operations, many times slower than "
-            f"compiled: {error}",
-            UserWarning,
-            stacklevel=_callers_level(),
-        )
+        return
+    _prepared[made.key] = cell
+    _keys[cell] = made.key
+    for known in {format, made.format} - {None}:
+        _compiled[str(known)][cell] = made.key
 
 
-def _add_facts(cell: Cell) -> str:
-    """Register a cell without code for CPUs with the operator."""
-    key, derived = key_of(cell), derive(cell)
-    try:
-        _C.add_cell_facts(
-            key,
-            gates=len(derived.gates),
-            states=len(derived.states),
-            saved=len(derived.saved),
-            params=len(derived.params),
-            summed=sum(summed << gate for gate, summed in enumerate(derived.summed)),
-            shared_params=sum(shared << k for k, shared in enumerate(derived.shared)),
-            projectable=derived.projectable,
-            gate_params=derived.gate_params(),
-            stages=derived.stages,
-            rows=len(derived.rows),
-        )
-    except RuntimeError as error:
-        raise Underivable(str(error)) from error
-    _prepared[key] = cell
-    return key
+def _add_facts(cell: Cell) -> None:
+    from fastrnn.kernels import registration
+
+    _prepared[registration.add_facts(cell)] = cell
 
 
-def _load(cell: Cell, format: str) -> str:
-    """Compile a cell for the instruction set in use, unless the operator has this code already."""
-    key = key_of(cell)
-    if not _C.has_code(key, format):
-        derived = derive(cell)
-        library = jit.compile_cell(derived, key, format)
-        try:
-            _C.load_cells(str(library), jit.SYMBOL)
-        except RuntimeError as damaged:
-            library = jit.compile_cell(derived, key, format, fresh=True)
-            try:
-                _C.load_cells(str(library), jit.SYMBOL)
-            except RuntimeError:
-                raise jit.CompilationFailed(f"it cannot be loaded: {damaged}") from damaged
-    _prepared[key] = cell
-    return key
+def _stages(cell: Cell) -> int:
+    """The number of stages of a step. Those of built-in cells are known without the compiler."""
+    if cell.is_built_in:
+        return 1
+    from fastrnn.compiler.derive import derive
 
-
-def _callers_level() -> int:
-    """The `stacklevel` of the first frame that belongs neither to this package nor to torch."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in (
-        "fastrnn",
-        "torch",
-    ):
-        level, frame = level + 1, frame.f_back
-    return level
+    return derive(cell).stages
 
 
 def find(key: str, kind: str, format: str) -> None:

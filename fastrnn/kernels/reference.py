@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrnn.cells import Cell
-from fastrnn.compiler.derive import derive
 from fastrnn.kernels.operands import Needs, Operands
 
 __all__ = ["forward", "gradients", "scan", "scan_with_steps"]
@@ -152,6 +151,8 @@ def scan_with_steps(cell: Cell, operands: Operands) -> tuple[Tensor, list[Tensor
 def forward(cell: Cell, operands: Operands, tape: bool) -> tuple[Tensor, list[Tensor], Tensor]:
     """Output, final states and the tape, as `torch.ops.fastrnn.scan`; the tape has no rows unless
     `tape` is set."""
+    from fastrnn.compiler.derive import derive
+
     x = operands.x
     derived = derive(cell)
     hidden = operands.w_hh[0].size(0) // len(cell.gates)

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 
 from fastrnn._version import __version__
-from fastrnn.compiler import emit_c
-from fastrnn.compiler.derive import derive
 from fastrnn.kernels.operands import Weights
 from fastrnn.nn.freeze import Freezable, floats_of, rounded_of
 
@@ -60,6 +58,9 @@ def export_c(
         ...     "void gru_step(" in header.read_text()
         True
     """
+    from fastrnn.compiler import emit_c
+    from fastrnn.compiler.derive import derive
+
     if not isinstance(layer, Freezable):
         raise TypeError(
             f"layer should be a layer or cell of fastrnn, got: {type(layer).__name__}; "

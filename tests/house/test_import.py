@@ -27,7 +27,7 @@ def test_import_is_light() -> None:
     """At most 0.15 s, or on a slow machine an eighth of torch's own import, and 20 MiB; and no
     compiler, which takes ten times as much."""
     runs = []
-    for _ in range(3):
+    for _ in range(5):
         done = subprocess.run(
             [sys.executable, "-c", MEASURE], cwd=ROOT, capture_output=True, text=True, check=True
         )
@@ -35,7 +35,8 @@ def test_import_is_light() -> None:
     seconds, torchs, mib, modules = (min(values) for values in zip(*runs, strict=True))
     heavy = ("torch._dynamo", "torch._inductor", "torch._functorch._aot", "sympy", "triton")
     assert [m for m in modules if m.startswith(heavy)] == []
-    assert [m for m in modules if m.startswith("fastrnn.cells.published.")] == []
+    late = ("fastrnn.cells.published.", "fastrnn.compiler.", "fastrnn.integrations.")
+    assert [m for m in modules if m.startswith(late)] == []
     others = [m for m in modules if not m.startswith("fastrnn")]
     assert len(others) < 30, others
     assert seconds < max(0.15, torchs / 8)

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from fastrnn.compiler.derive import Derived
 from fastrnn.kernels.operands import Operands
 from fastrnn.plan import Plan
+
+if TYPE_CHECKING:
+    from fastrnn.compiler.derive import Derived
 
 __all__ = [
     "BackwardBuffers",

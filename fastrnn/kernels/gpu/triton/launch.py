@@ -15,17 +15,18 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fastrnn import cache
-from fastrnn.compiler import emit_triton
-from fastrnn.compiler.derive import Derived
 from fastrnn.kernels.gpu.sweeps import BackwardBuffers, ForwardBuffers, Scan, Tape
 from fastrnn.kernels.gpu.triton import tune
 from fastrnn.plan import TritonConfig, alternatives
+
+if TYPE_CHECKING:
+    from fastrnn.compiler.derive import Derived
 
 __all__ = [
     "cell_module",
@@ -44,6 +45,8 @@ def interpreted() -> bool:
 
 def cell_module(derived: Derived) -> ModuleType:
     """The module with the cell's functions. Triton reads their source from a file."""
+    from fastrnn.compiler import emit_triton
+
     return _cell_module(emit_triton.module(derived), derived.name)
 
 

@@ -1,0 +1,105 @@
+"""Derives and compiles a cell, and registers it with the operator."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import NamedTuple
+
+from fastrnn.cells import Cell
+from fastrnn.compiler import jit
+from fastrnn.compiler.derive import Underivable, derive
+from fastrnn.compiler.emit_cpp import key as key_of
+from fastrnn.extension import _C
+
+__all__ = ["Registered", "add_facts", "register"]
+
+
+class Registered(NamedTuple):
+    """What `register` did.
+
+    Attributes:
+        key: the key by which the operator now knows the cell, or None if that failed.
+        format: the format in which it has code for CPUs, if it has.
+        reason: why it failed.
+        derived: whether the cell could be derived, so that its compilation failed.
+    """
+
+    key: str | None
+    format: str | None = None
+    reason: str = ""
+    derived: bool = True
+
+
+def register(cell: Cell, format: str | None) -> Registered:
+    """Compile the cell in a format of products, or register it without code for CPUs if that is
+    None. A cell whose step has stages has code in the formats without conversion alone. If it
+    fails, a warning says why."""
+    try:
+        if format is None:
+            return Registered(add_facts(cell))
+        if derive(cell).stages > 1:
+            format = "float64" if format == "float64" else "float32"
+        return Registered(_load(cell, format), format)
+    except (Underivable, jit.CompilationFailed) as error:
+        warnings.warn(
+            f"cell {cell.name!r} runs as a loop of torch operations, many times slower than "
+            f"compiled: {error}",
+            UserWarning,
+            stacklevel=_callers_level(),
+        )
+        return Registered(None, None, str(error), not isinstance(error, Underivable))
+
+
+def add_facts(cell: Cell) -> str:
+    """Register a cell without code for CPUs with the operator; returns its key.
+
+    Raises:
+        Underivable: if no code can be derived from it.
+    """
+    key, derived = key_of(cell), derive(cell)
+    try:
+        _C.add_cell_facts(
+            key,
+            gates=len(derived.gates),
+            states=len(derived.states),
+            saved=len(derived.saved),
+            params=len(derived.params),
+            summed=sum(summed << gate for gate, summed in enumerate(derived.summed)),
+            shared_params=sum(shared << k for k, shared in enumerate(derived.shared)),
+            projectable=derived.projectable,
+            gate_params=derived.gate_params(),
+            stages=derived.stages,
+            rows=len(derived.rows),
+        )
+    except RuntimeError as error:
+        raise Underivable(str(error)) from error
+    return key
+
+
+def _load(cell: Cell, format: str) -> str:
+    """Compile a cell for the instruction set in use, unless the operator has this code already."""
+    key = key_of(cell)
+    if not _C.has_code(key, format):
+        derived = derive(cell)
+        library = jit.compile_cell(derived, key, format)
+        try:
+            _C.load_cells(str(library), jit.SYMBOL)
+        except RuntimeError as damaged:
+            library = jit.compile_cell(derived, key, format, fresh=True)
+            try:
+                _C.load_cells(str(library), jit.SYMBOL)
+            except RuntimeError:
+                raise jit.CompilationFailed(f"it cannot be loaded: {damaged}") from damaged
+    return key
+
+
+def _callers_level() -> int:
+    """The `stacklevel` of the first frame that belongs neither to this package nor to torch."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in (
+        "fastrnn",
+        "torch",
+    ):
+        level, frame = level + 1, frame.f_back
+    return level
