@@ -86,9 +86,11 @@ def scan(
     w_hr: Sequence[Tensor],
     params: Sequence[Tensor],
     s0: Sequence[Tensor],
+    reset_states: Sequence[Tensor],
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     resets: Tensor | None,
+    noise: Tensor | None,
     reverse: int,
     recompute: bool,
 ) -> tuple[Tensor, list[Tensor]]: ...
@@ -112,9 +114,11 @@ def scan_packed(
     w_hr: Sequence[Tensor],
     params: Sequence[Tensor],
     s0: Sequence[Tensor],
+    reset_states: Sequence[Tensor],
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     resets: Tensor | None,
+    noise: Tensor | None,
     reverse: int,
     packed: Sequence[Tensor],
     expected: Tensor,
@@ -147,6 +151,7 @@ def add_cell_facts(
     gate_params: int = 0,
     stages: int = 1,
     rows: int = 0,
+    draws: int = 0,
 ) -> None: ...
 def has_code(name: str, format: str = "float32") -> bool: ...
 def formats() -> list[str]: ...

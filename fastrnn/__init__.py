@@ -3,6 +3,7 @@
 from fastrnn import diagnostics, init
 from fastrnn._version import __version__
 from fastrnn.cells import Cell, Param, cell
+from fastrnn.cells.noise import bernoulli, dropout
 from fastrnn.nn.cell_modules import GRUCell, LSTMCell, RNNCell
 from fastrnn.nn.convert import from_torch, to_torch
 from fastrnn.nn.export import export_c
@@ -36,9 +37,11 @@ __all__ = [
     "Recurrent",
     "WeightDrop",
     "__version__",
+    "bernoulli",
     "cell",
     "dequantize_",
     "diagnostics",
+    "dropout",
     "export_c",
     "freeze",
     "from_torch",

@@ -7,6 +7,7 @@ operations instead.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -87,9 +88,11 @@ def scan(
     w_hr: Sequence[Tensor] = (),
     params: Sequence[Tensor] = (),
     s0: Sequence[Tensor] = (),
+    reset_states: Sequence[Tensor] = (),
     batch_sizes: Tensor | None = None,
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
+    noise: Tensor | None = None,
     reverse: int = 0,
     packed: Prepacked | None = None,
     recompute: bool = False,
@@ -111,7 +114,8 @@ def scan(
         fastrnn.plan.KernelRefused: if a kernel was asked for by name and cannot run this call.
     """
     weights = w_ih, w_hh, b_ih, b_hh, w_hr, params
-    operands = Operands(x, *weights, s0, batch_sizes, lengths, resets, reverse)
+    rows = batch_sizes, lengths, resets, noise
+    operands = Operands(x, *weights, s0, reset_states, *rows, reverse)
     return run(cell, operands, packed, recompute=recompute)[:2]
 
 
@@ -125,8 +129,8 @@ def run(
 ) -> tuple[Tensor, list[Tensor], Tensor | None]:
     """`scan` with the operands as one value. With `steps`, the third result holds the states past
     the first after every step, [R, P, S-1, H], with zeros past the end of a sequence."""
-    x, w_ih, w_hh, b_ih, b_hh, w_hr, params, s0 = operands[:8]
-    tensors = (x, *w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *params, *s0)
+    x = operands.x
+    tensors = [x, *itertools.chain(*operands.lists())]
     compiling = torch.compiler.is_compiling()
     if compiling and onnx.is_recording():
         return onnx.scan(cell, operands, steps)

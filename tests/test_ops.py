@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.library import opcheck
 
 from fastrnn import _C, GRU, cells, kernels, ops, plan
+from fastrnn.kernels.operands import Operands
 from fastrnn.kernels.prepare import prepare
 from tests.support.kernels import planned
 from tests.support.names import BUILT_IN
-from tests.support.operands import operands, run
+from tests.support.operands import EVERY_GRADIENT, operands, run
 from tests.support.tensors import flatten, mapped
 
 scan = torch.ops.fastrnn.scan.default
@@ -37,14 +38,12 @@ def call(name: str, grad: bool, **extra: Any) -> tuple[Any, ...]:
             return [leaf(v) for v in value]
         return value.clone().requires_grad_() if isinstance(value, Tensor) and grad else value
 
-    return (
-        prepare(cells.get(name)),
-        *(leaf(given[k]) for k in ("x", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "params", "s0")),
-        given.get("batch_sizes"),
-        given.get("lengths"),
-        given.get("resets"),
-        given["reverse"],
-    )
+    if "resets" in given:
+        given["reset_states"] = [torch.randn_like(s) for s in given["s0"]]
+    floats = ("x", *Operands._fields[1:9])
+    every = Operands(**given)._asdict()
+    values = (leaf(value) if name in floats else value for name, value in every.items())
+    return prepare(cells.get(name)), *values
 
 
 LAYOUTS: dict[str, Any] = {
@@ -66,7 +65,7 @@ def test_opcheck(name: str, layout: str) -> None:
     opcheck(scan, arguments)
     y, *states, every, tape = scan(*arguments, tape=True, steps=True)
     dstates = [torch.randn_like(states[0]), *[None] * (len(states) - 1)]
-    some, all_ = [False, True, False, True, False, False, False], [True] * 7
+    some, all_ = [False, True, False, True, *[False] * 4], EVERY_GRADIENT
     for dsteps, needs in ((None, all_), (None, some), (torch.randn_like(every), all_)):
         gradients = torch.randn_like(y), dstates, dsteps
         opcheck(scan_backward, (arguments[0], *gradients, *arguments[1:], y, tape, needs))
@@ -76,7 +75,7 @@ def test_only_the_gradients_asked_for_are_computed() -> None:
     arguments = call("gru", False)
     y, *_, tape = scan(*arguments, tape=True)
     grads = torch.ones_like(y), [None], None
-    full = scan_backward("gru", *grads, *arguments[1:], y, tape, [True] * 7)
+    full = scan_backward("gru", *grads, *arguments[1:], y, tape, EVERY_GRADIENT)
     assert [tuple(g.shape) for g in full] == [
         (4, 3, 5),
         *[(18, 5)] * 2,
@@ -84,7 +83,7 @@ def test_only_the_gradients_asked_for_are_computed() -> None:
         *[(18,)] * 4,
         (2, 3, 6),
     ]
-    only = [False, False, True, False, False, False, True]
+    only = [False, False, True, False, False, False, True, False]
     part = scan_backward("gru", *grads, *arguments[1:], y, tape, only)
     for ours, right in zip(part, [*full[3:5], full[-1]], strict=True):
         assert torch.equal(ours, right)
@@ -129,14 +128,14 @@ def test_one_weight_in_two_places_gets_both_gradients() -> None:
 @pytest.mark.parametrize("layout", ["dense", "lengths", "resets", "packed"])
 def test_double_backward(name: str, layout: str) -> None:
     arguments = call(name, False, **LAYOUTS[layout]())
-    sizes = [len(a) if isinstance(a, list) else 1 for a in arguments[1:9]]
-    flat = [t for a in arguments[1:9] for t in (a if isinstance(a, list) else [a])]
+    sizes = [len(a) if isinstance(a, (list, tuple)) else 1 for a in arguments[1:10]]
+    flat = [t for a in arguments[1:10] for t in (a if isinstance(a, (list, tuple)) else [a])]
     flat = [t.double().requires_grad_() for t in flat]
 
     def function(*tensors: Tensor) -> tuple[Tensor, ...]:
         rest = iter(tensors)
         groups = [[next(rest) for _ in range(n)] for n in sizes]
-        y, *states, _ = scan(name, groups[0][0], *groups[1:], *arguments[9:])
+        y, *states, _ = scan(name, groups[0][0], *groups[1:], *arguments[10:])
         return y, *states
 
     assert torch.autograd.gradcheck(function, flat, fast_mode=True)
@@ -159,7 +158,12 @@ def test_operands_that_do_not_fit_are_refused() -> None:
     refused(r"b_hh should be \[24\], got \[23\]", b_hh=[torch.randn(23)])
     refused(r"w_hh is Double but x is Float", w_hh=[torch.randn(24, 6).double()])
     refused(r"s0 should hold 2 states, got 1", s0=[torch.randn(1, 3, 6)])
-    refused(r"state 1 should be \[1, 3, 6\], got", s0=[torch.randn(1, 3, 6), torch.randn(1, 2, 6)])
+    wide = [torch.randn(1, 3, 6), torch.randn(1, 2, 6)]
+    refused(r"state 1 of s0 should be \[1, 3, 6\], got", s0=wide)
+    refused(r"state 1 of reset_states should be \[1, 3, 6\], got", reset_states=wide)
+    refused(
+        r"draws 0 random numbers for each unit, and noise is given", noise=torch.zeros(1).long()
+    )
     refused(r"resets should be bool", resets=torch.zeros(4, 3))
     refused(r"resets should be bool", resets=torch.zeros(3, 4, dtype=torch.bool))
     refused(r"lengths should be int64 \[3\]", lengths=torch.tensor([1, 2]))
@@ -219,7 +223,7 @@ def test_backward_refuses_a_foreign_tape() -> None:
     arguments = call("gru", False)
     y, *_, tape = scan(*arguments, tape=True)
     with pytest.raises(RuntimeError, match="tape=True"):
-        scan_backward("gru", y, [None], None, *arguments[1:], y, tape[1:], [True] * 7)
+        scan_backward("gru", y, [None], None, *arguments[1:], y, tape[1:], EVERY_GRADIENT)
 
 
 def test_backward_refuses_gradients_that_do_not_fit() -> None:
@@ -232,7 +236,7 @@ def test_backward_refuses_gradients_that_do_not_fit() -> None:
         (y, [None, torch.ones(1, 1, 1)], "gradient of state 1 should be"),
     ]:
         with pytest.raises(RuntimeError, match=match):
-            scan_backward("lstm", dy, dstates, None, *arguments[1:], y, tape, [True] * 7)
+            scan_backward("lstm", dy, dstates, None, *arguments[1:], y, tape, EVERY_GRADIENT)
 
 
 @pytest.mark.parametrize("kernel", ["cpu", "reference"])

@@ -29,12 +29,12 @@ std::vector<Tensor> autocast(FASTRNN_SCAN_PARAMETERS, bool tape, bool recompute,
   };
   const auto ih = cast_all(in.w_ih), hh = cast_all(in.w_hh), bi = cast_all(in.b_ih),
              bh = cast_all(in.b_hh), hr = cast_all(in.w_hr), p = cast_all(in.params),
-             s = cast_all(in.s0);
+             s = cast_all(in.s0), r = cast_all(in.reset_states);
   const Tensor cast_x = cast(x);
   Tensor states;
-  ScanOutputs out =
-      call_scan({cell, cast_x, ih, hh, bi, bh, hr, p, s, batch_sizes, lengths, resets, reverse},
-                tape, recompute, steps ? &states : nullptr);
+  ScanOutputs out = call_scan(
+      {cell, cast_x, ih, hh, bi, bh, hr, p, s, r, batch_sizes, lengths, resets, noise, reverse},
+      tape, recompute, steps ? &states : nullptr);
   return as_list(std::move(out), states);
 }
 

@@ -17,22 +17,21 @@ using torch::autograd::variable_list;
 
 // Autograd takes all tensors as one flat list; these sizes say where each list in it ends.
 struct Sizes {
-  int64_t recurrences, b, w_hr, params, s0;
+  int64_t recurrences, b, w_hr, params, s0, reset_states;
 };
 
 variable_list flattened(const ScanInputs& in) {
   variable_list flat;
-  flat.reserve(1 + 5 * in.w_hh.size() + in.params.size() + in.s0.size());
+  flat.reserve(1 + 5 * in.w_hh.size() + in.params.size() + in.s0.size() + in.reset_states.size());
   flat.push_back(in.x);
-  for (TensorList list : {in.w_ih, in.w_hh, in.b_ih, in.b_hh, in.w_hr, in.params, in.s0})
-    flat.insert(flat.end(), list.begin(), list.end());
+  for (TensorList list : in.lists()) flat.insert(flat.end(), list.begin(), list.end());
   return flat;
 }
 
 ScanInputs unflattened(std::string_view cell, TensorList flat, const Sizes& n,
                        const std::optional<Tensor>& batch_sizes,
                        const std::optional<Tensor>& lengths, const std::optional<Tensor>& resets,
-                       int64_t reverse) {
+                       const std::optional<Tensor>& noise, int64_t reverse) {
   size_t at = 1;
   auto next = [&](int64_t count) {
     TensorList part = flat.slice(at, count);
@@ -40,9 +39,10 @@ ScanInputs unflattened(std::string_view cell, TensorList flat, const Sizes& n,
     return part;
   };
   const TensorList w_ih = next(n.recurrences), w_hh = next(n.recurrences), b_ih = next(n.b),
-                   b_hh = next(n.b), w_hr = next(n.w_hr), params = next(n.params), s0 = next(n.s0);
-  return {cell,   flat[0], w_ih,        w_hh,    b_ih,   b_hh,   w_hr,
-          params, s0,      batch_sizes, lengths, resets, reverse};
+                   b_hh = next(n.b), w_hr = next(n.w_hr), params = next(n.params), s0 = next(n.s0),
+                   reset_states = next(n.reset_states);
+  return {cell, flat[0],      w_ih,        w_hh,    b_ih,   b_hh,  w_hr,   params,
+          s0,   reset_states, batch_sizes, lengths, resets, noise, reverse};
 }
 
 std::optional<Tensor> optional(const Tensor& tensor) {
@@ -59,7 +59,8 @@ std::vector<Tensor> call_scan_backward(const ScanInputs& in, const OutputGrads& 
     dstates.push_back(grad.defined() ? std::optional<Tensor>(grad) : std::nullopt);
   return op.call(in.cell, optional(grads.dy), dstates, optional(grads.dsteps), in.x, in.w_ih,
                  in.w_hh, or_none(in.b_ih), or_none(in.b_hh), or_none(in.w_hr), or_none(in.params),
-                 or_none(in.s0), in.batch_sizes, in.lengths, in.resets, in.reverse, y, tape, needs);
+                 or_none(in.s0), or_none(in.reset_states), in.batch_sizes, in.lengths, in.resets,
+                 in.noise, in.reverse, y, tape, needs);
 }
 
 // The data that backward needs besides tensors. It is one object, because each entry of a context
@@ -102,14 +103,16 @@ class ScanFunction : public torch::autograd::Function<ScanFunction> {
   static variable_list forward(AutogradContext* ctx, const std::string& cell, const Sizes& sizes,
                                TensorList flat, const std::optional<Tensor>& batch_sizes,
                                const std::optional<Tensor>& lengths,
-                               const std::optional<Tensor>& resets, int64_t reverse, bool recompute,
+                               const std::optional<Tensor>& resets,
+                               const std::optional<Tensor>& noise, int64_t reverse, bool recompute,
                                bool with_steps) {
     at::AutoDispatchBelowADInplaceOrView below;
-    const ScanInputs in = unflattened(cell, flat, sizes, batch_sizes, lengths, resets, reverse);
+    const ScanInputs in =
+        unflattened(cell, flat, sizes, batch_sizes, lengths, resets, noise, reverse);
     Tensor steps;
     auto [y, states, tape] = call_scan(in, !recompute, false, with_steps ? &steps : nullptr);
     variable_list saved = flat.vec();
-    for (const auto& tensor : {batch_sizes, lengths, resets})
+    for (const auto& tensor : {batch_sizes, lengths, resets, noise})
       saved.push_back(tensor ? *tensor : Tensor());
     // The caller may change y in place, as torch.nn allows for most of its layers: so y is saved
     // with a version counter of its own, and computed again if it was changed.
@@ -134,11 +137,11 @@ class ScanFunction : public torch::autograd::Function<ScanFunction> {
         c10::static_intrusive_pointer_cast<Recorded>(ctx->saved_data["call"].toCapsule());
     const Sizes& sizes = call->sizes;
     const variable_list saved = ctx->get_saved_variables();
-    const size_t flat_size = saved.size() - 5;
+    const size_t flat_size = saved.size() - 6;
     const auto batch_sizes = optional(saved[flat_size]), lengths = optional(saved[flat_size + 1]),
-               resets = optional(saved[flat_size + 2]);
+               resets = optional(saved[flat_size + 2]), noise = optional(saved[flat_size + 3]);
     const ScanInputs in = unflattened(call->cell, TensorList(saved.data(), flat_size), sizes,
-                                      batch_sizes, lengths, resets, call->reverse);
+                                      batch_sizes, lengths, resets, noise, call->reverse);
     // Of y, the states, perhaps the states after every step, and the tape.
     const auto last = grads.begin() + 1 + call->states;
     OutputGrads output_grads{grads[0], {grads.begin() + 1, last}};
@@ -150,22 +153,27 @@ class ScanFunction : public torch::autograd::Function<ScanFunction> {
       return false;
     };
     const size_t w_ih = 1, w_hh = w_ih + sizes.recurrences, b = w_hh + sizes.recurrences,
-                 w_hr = b + 2 * sizes.b, params = w_hr + sizes.w_hr, s0 = params + sizes.params;
-    const Needs needs{
-        needed(0, 1),           needed(w_ih, sizes.recurrences), needed(w_hh, sizes.recurrences),
-        needed(b, 2 * sizes.b), needed(w_hr, sizes.w_hr),        needed(params, sizes.params),
-        needed(s0, sizes.s0)};
+                 w_hr = b + 2 * sizes.b, params = w_hr + sizes.w_hr, s0 = params + sizes.params,
+                 reset_states = s0 + sizes.s0;
+    const Needs needs{needed(0, 1),
+                      needed(w_ih, sizes.recurrences),
+                      needed(w_hh, sizes.recurrences),
+                      needed(b, 2 * sizes.b),
+                      needed(w_hr, sizes.w_hr),
+                      needed(params, sizes.params),
+                      needed(s0, sizes.s0),
+                      needed(reset_states, sizes.reset_states)};
     std::vector<Tensor> gradients;
     if (at::GradMode::is_enabled() || batched(grads)) {
       gradients = python_differentiable_backward(in, output_grads, needs);
     } else {
       at::AutoDispatchBelowADInplaceOrView below;
-      Tensor y = saved[flat_size + 3], tape = saved[flat_size + 4];
+      Tensor y = saved[flat_size + 4], tape = saved[flat_size + 5];
       if (call->y_changed(y)) std::tie(y, std::ignore, tape) = call_scan(in, true);
       gradients = call_scan_backward(in, output_grads, y, tape, needs);
     }
 
-    variable_list out(kFlatArgument + flat_size + 6);
+    variable_list out(kFlatArgument + flat_size + 7);
     auto next = gradients.begin();
     auto place = [&](bool present, size_t first, int64_t count) {
       for (size_t i = first; present && i < first + count; ++i) out[kFlatArgument + i] = *next++;
@@ -177,6 +185,7 @@ class ScanFunction : public torch::autograd::Function<ScanFunction> {
     place(needs[kNeedWhr], w_hr, sizes.w_hr);
     place(needs[kNeedParams], params, sizes.params);
     place(needs[kNeedStates], s0, sizes.s0);
+    place(needs[kNeedResetStates], reset_states, sizes.reset_states);
     return out;
   }
 
@@ -189,7 +198,7 @@ std::vector<Tensor> scan_autograd(FASTRNN_SCAN_PARAMETERS, bool tape, bool recom
   TORCH_CHECK(in.b_ih.size() == in.b_hh.size(), "scan: b_ih and b_hh come together, got ",
               in.b_ih.size(), " and ", in.b_hh.size());
   bool differentiable = x.requires_grad();
-  for (TensorList list : {in.w_ih, in.w_hh, in.b_ih, in.b_hh, in.w_hr, in.params, in.s0})
+  for (TensorList list : in.lists())
     for (const Tensor& tensor : list) differentiable |= tensor.requires_grad();
   if (!differentiable || !at::GradMode::is_enabled()) {
     at::AutoDispatchBelowADInplaceOrView below;
@@ -197,12 +206,13 @@ std::vector<Tensor> scan_autograd(FASTRNN_SCAN_PARAMETERS, bool tape, bool recom
     ScanOutputs out = call_scan(in, tape, false, steps ? &states : nullptr);
     return as_list(std::move(out), states);
   }
-  const Sizes sizes{static_cast<int64_t>(in.w_hh.size()), static_cast<int64_t>(in.b_ih.size()),
-                    static_cast<int64_t>(in.w_hr.size()), static_cast<int64_t>(in.params.size()),
-                    static_cast<int64_t>(in.s0.size())};
+  const Sizes sizes{
+      static_cast<int64_t>(in.w_hh.size()), static_cast<int64_t>(in.b_ih.size()),
+      static_cast<int64_t>(in.w_hr.size()), static_cast<int64_t>(in.params.size()),
+      static_cast<int64_t>(in.s0.size()),   static_cast<int64_t>(in.reset_states.size())};
   const variable_list flat = flattened(in);
   return ScanFunction::apply(std::string(cell), sizes, TensorList(flat), batch_sizes, lengths,
-                             resets, reverse, recompute, steps);
+                             resets, noise, reverse, recompute, steps);
 }
 
 // y.transpose(0, 1), which shares memory and version counter with y, as a view does.

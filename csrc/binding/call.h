@@ -21,16 +21,32 @@ using at::TensorList;
 constexpr int kMostRecurrences = 64;
 
 // Which gradients a caller of scan_backward wants.
-enum Need { kNeedX, kNeedWih, kNeedWhh, kNeedBias, kNeedWhr, kNeedParams, kNeedStates, kNeeds };
+enum Need {
+  kNeedX,
+  kNeedWih,
+  kNeedWhh,
+  kNeedBias,
+  kNeedWhr,
+  kNeedParams,
+  kNeedStates,
+  kNeedResetStates,
+  kNeeds
+};
 using Needs = std::array<bool, kNeeds>;
 
 // The inputs of `scan` as its schema orders them; kernels/operands.py documents the shapes.
 struct ScanInputs {
   std::string_view cell;
   const Tensor& x;
-  TensorList w_ih, w_hh, b_ih, b_hh, w_hr, params, s0;
-  const std::optional<Tensor>&batch_sizes, &lengths, &resets;
+  TensorList w_ih, w_hh, b_ih, b_hh, w_hr, params, s0, reset_states;
+  const std::optional<Tensor>&batch_sizes, &lengths, &resets, &noise;
   int64_t reverse;
+
+  // Those that may have gradients, besides x, in order.
+  std::array<TensorList, 8> lists() const {
+    return {w_ih, w_hh, b_ih, b_hh, w_hr, params, s0, reset_states};
+  }
+
   TensorList packed = {};          // the weights of each recurrence by pack(), or none
   Format format = Format::kFloat;  // of `packed`
 };
@@ -79,15 +95,15 @@ struct OutputGrads {
 };
 
 // Gradients of the operator's inputs, in their order, only those that are needed: x, w_ih..,
-// w_hh.., b_ih.., b_hh.., w_hr.., params.., s0..
+// w_hh.., b_ih.., b_hh.., w_hr.., params.., s0.., reset_states..
 struct Gradients {
   Tensor x;
-  std::vector<Tensor> w_ih, w_hh, b_ih, b_hh, w_hr, params, s0;
+  std::vector<Tensor> w_ih, w_hh, b_ih, b_hh, w_hr, params, s0, reset_states;
 
   std::vector<Tensor> flat(const Needs& needs) const {
     std::vector<Tensor> all;
     if (needs[kNeedX]) all.push_back(x);
-    for (const auto* group : {&w_ih, &w_hh, &b_ih, &b_hh, &w_hr, &params, &s0})
+    for (const auto* group : {&w_ih, &w_hh, &b_ih, &b_hh, &w_hr, &params, &s0, &reset_states})
       all.insert(all.end(), group->begin(), group->end());
     return all;
   }

@@ -13,8 +13,9 @@ Callbacks* callbacks = nullptr;
 
 py::tuple inputs_to_python(const ScanInputs& in) {
   return py::make_tuple(std::string(in.cell), in.x, in.w_ih.vec(), in.w_hh.vec(), in.b_ih.vec(),
-                        in.b_hh.vec(), in.w_hr.vec(), in.params.vec(), in.s0.vec(), in.batch_sizes,
-                        in.lengths, in.resets, in.reverse);
+                        in.b_hh.vec(), in.w_hr.vec(), in.params.vec(), in.s0.vec(),
+                        in.reset_states.vec(), in.batch_sizes, in.lengths, in.resets, in.noise,
+                        in.reverse);
 }
 
 py::list output_grads_to_python(const OutputGrads& grads) {

@@ -145,23 +145,36 @@ void* const* or_null(const Pointers& pointers) {
   return pointers.empty() ? nullptr : pointers.data();
 }
 
-// Gradients of the states in the compute type, which the chunks carry to each other.
+// Gradients of the states in the compute type, which the chunks carry to each other, and of those
+// in which episodes begin.
 struct StateGradients {
-  std::vector<Tensor> ds;  // S
-  Pointers at;             // [P][S]
+  std::vector<Tensor> ds, dreset;  // S each; the latter if it is needed
+  Pointers at, reset_at;           // [P][S]
 
-  StateGradients(const Call& call, const OutputGrads& grads, at::ScalarType compute)
-      : ds(call.cell.states), at(call.n.P * call.cell.states) {
+  StateGradients(const Call& call, const OutputGrads& grads, const Needs& needs,
+                 at::ScalarType compute)
+      : ds(call.cell.states) {
     const Shape& n = call.n;
     const int64_t S = call.cell.states;
     for (int64_t s = 0; s < S; ++s) {
       const Tensor& last = grads.dstates[s];
       ds[s] = last.defined() ? last.to(compute, false, true).contiguous()
                              : fresh_zeros(n.state_size(s), compute);
-      for (int64_t p = 0; p < n.P; ++p)
-        at[p * S + s] = static_cast<char*>(ds[s].mutable_data_ptr()) +
-                        p * n.B * n.width(s) * static_cast<int64_t>(ds[s].itemsize());
+      if (needs[kNeedResetStates] && !call.in.reset_states.empty())
+        dreset.push_back(fresh_zeros(n.state_size(s), compute));
     }
+    at = pointers(n, ds);
+    reset_at = pointers(n, dreset);
+  }
+
+ private:
+  static Pointers pointers(const Shape& n, const std::vector<Tensor>& states) {
+    Pointers to;
+    for (int64_t p = 0; p < n.P; ++p)
+      for (size_t s = 0; s < states.size(); ++s)
+        to.push_back(static_cast<char*>(states[s].mutable_data_ptr()) +
+                     p * n.B * n.width(s) * static_cast<int64_t>(states[s].itemsize()));
+    return to;
   }
 };
 
@@ -288,6 +301,7 @@ class WeightGradients {
       for (Tensor& each : *group) each = each.to(stored);
     if (needs_[kNeedStates] && !call_.in.s0.empty())
       for (const Tensor& each : states.ds) tensors_.s0.push_back(each.to(stored));
+    for (const Tensor& each : states.dreset) tensors_.reset_states.push_back(each.to(stored));
     return tensors_.flat(needs_);
   }
 
@@ -337,7 +351,8 @@ Tensor pack(const CellFacts& cell, Format format, const std::vector<std::optiona
   const at::ScalarType compute = compute_type(format);
   const at::ScalarType type = b_ih.empty() ? w_ih[0].scalar_type() : b_ih[0].scalar_type();
   const Tensor x = at::empty({0, 1, w_ih[0].size(-1)}, w_ih[0].options().dtype(type));
-  ScanInputs in{cell.name, x, w_ih, w_hh, b_ih, b_hh, w_hr, params, {}, none, none, none, 0};
+  ScanInputs in{cell.name, x,  w_ih, w_hh, b_ih, b_hh, w_hr, params,
+                {},        {}, none, none, none, none, 0};
   in.packed = w_ih;  // for the check of shapes alone, which then accepts matrices in the format
   const Shape n = checked_shape(cell, in);
   in.packed = {};
@@ -405,7 +420,7 @@ std::vector<Tensor> backward_on_cpu(const Call& call, const CpuPlan& plan, const
     return gradient.defined() ? gradient.to(stored).contiguous() : Tensor();
   };
   const Tensor dy = in_storage(grads.dy), dsteps = in_storage(grads.dsteps);
-  StateGradients states(call, grads, compute);
+  StateGradients states(call, grads, needs, compute);
   WeightGradients weights(call, needs, compute);
 
   BackwardArgs args;
@@ -424,6 +439,7 @@ std::vector<Tensor> backward_on_cpu(const Call& call, const CpuPlan& plan, const
   args.y = y_rows.const_data_ptr();
   args.tape = products.tape = tape_rows.const_data_ptr();
   args.ds = states.at.data();
+  args.dreset = or_null(states.reset_at);
   products.depth = cell.gates * n.H;
   products.x = x.const_data_ptr();
   products.x_row = x.stride(-2);

@@ -30,11 +30,12 @@ std::pair<Tensor, std::vector<Tensor>> scan_from_python(
     const std::vector<Tensor>& w_hh, const std::vector<Tensor>& b_ih,
     const std::vector<Tensor>& b_hh, const std::vector<Tensor>& w_hr,
     const std::vector<Tensor>& params, const std::vector<Tensor>& s0,
-    const std::optional<Tensor>& batch_sizes, const std::optional<Tensor>& lengths,
-    const std::optional<Tensor>& resets, int64_t reverse, bool recompute) {
-  auto [y, states, tape] = call_scan(
-      {cell, x, w_ih, w_hh, b_ih, b_hh, w_hr, params, s0, batch_sizes, lengths, resets, reverse},
-      false, recompute);
+    const std::vector<Tensor>& reset_states, const std::optional<Tensor>& batch_sizes,
+    const std::optional<Tensor>& lengths, const std::optional<Tensor>& resets,
+    const std::optional<Tensor>& noise, int64_t reverse, bool recompute) {
+  auto [y, states, tape] = call_scan({cell, x, w_ih, w_hh, b_ih, b_hh, w_hr, params, s0,
+                                      reset_states, batch_sizes, lengths, resets, noise, reverse},
+                                     false, recompute);
   return {y, states};
 }
 
@@ -56,7 +57,7 @@ const Tensor* plain_tensor(py::handle object, at::IntArrayRef size, at::ScalarTy
 bool wants_gradients(const ScanInputs& in) {
   if (!at::GradMode::is_enabled()) return false;
   bool wanted = in.x.requires_grad();
-  for (TensorList list : {in.w_ih, in.w_hh, in.b_ih, in.b_hh, in.params, in.s0})
+  for (TensorList list : in.lists())
     for (const Tensor& tensor : list) wanted |= tensor.requires_grad();
   return wanted;
 }
@@ -103,6 +104,8 @@ py::object step_from_python(const std::string& cell, py::handle input, py::tuple
                 none,
                 none,
                 TensorList(s0.data(), before.size()),
+                none,
+                absent,
                 absent,
                 absent,
                 absent,
@@ -130,12 +133,13 @@ std::pair<Tensor, std::vector<Tensor>> packed_from_python(
     const std::vector<Tensor>& w_hh, const std::vector<Tensor>& b_ih,
     const std::vector<Tensor>& b_hh, const std::vector<Tensor>& w_hr,
     const std::vector<Tensor>& params, const std::vector<Tensor>& s0,
-    const std::optional<Tensor>& batch_sizes, const std::optional<Tensor>& lengths,
-    const std::optional<Tensor>& resets, int64_t reverse, const std::vector<Tensor>& packed,
+    const std::vector<Tensor>& reset_states, const std::optional<Tensor>& batch_sizes,
+    const std::optional<Tensor>& lengths, const std::optional<Tensor>& resets,
+    const std::optional<Tensor>& noise, int64_t reverse, const std::vector<Tensor>& packed,
     const Tensor& expected, const std::string& format) {
   std::vector<Tensor> list =
-      call_packed({cell, x, w_ih, w_hh, b_ih, b_hh, w_hr, params, s0, batch_sizes, lengths, resets,
-                   reverse, packed, format_named(format)},
+      call_packed({cell, x, w_ih, w_hh, b_ih, b_hh, w_hr, params, s0, reset_states, batch_sizes,
+                   lengths, resets, noise, reverse, packed, format_named(format)},
                   expected);
   Tensor y = std::move(list.front());
   list.erase(list.begin());
@@ -196,14 +200,15 @@ PYBIND11_MODULE(_C, m) {
       "add_cell_facts",
       [](const std::string& name, int32_t gates, int32_t states, int32_t saved, int32_t params,
          uint32_t summed, uint32_t shared_params, bool projectable, uint32_t gate_params,
-         int32_t stages, int32_t rows) {
+         int32_t stages, int32_t rows, int32_t draws) {
         CellTraits traits{gates,         states,      saved,       params, summed,
                           shared_params, projectable, gate_params, stages, rows};
+        traits.draws = draws;
         add_cell_facts(name, traits);
       },
       py::arg("name"), py::kw_only(), py::arg("gates"), py::arg("states"), py::arg("saved"),
       py::arg("params"), py::arg("summed"), py::arg("shared_params"), py::arg("projectable"),
-      py::arg("gate_params") = 0, py::arg("stages") = 1, py::arg("rows") = 0,
+      py::arg("gate_params") = 0, py::arg("stages") = 1, py::arg("rows") = 0, py::arg("draws") = 0,
       "Adds a cell without code for CPUs, which load_cells may add later.");
   m.def(
       "has_code",

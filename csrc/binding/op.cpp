@@ -58,8 +58,8 @@ ScanOutputs call_scan(const ScanInputs& in, bool tape, bool recompute, Tensor* s
                        .typed<std::vector<Tensor>(FASTRNN_SCAN_PARAMETERS, bool, bool, bool)>();
   std::vector<Tensor> list =
       op.call(in.cell, in.x, in.w_ih, in.w_hh, or_none(in.b_ih), or_none(in.b_hh), or_none(in.w_hr),
-              or_none(in.params), or_none(in.s0), in.batch_sizes, in.lengths, in.resets, in.reverse,
-              tape, recompute, steps != nullptr);
+              or_none(in.params), or_none(in.s0), or_none(in.reset_states), in.batch_sizes,
+              in.lengths, in.resets, in.noise, in.reverse, tape, recompute, steps != nullptr);
   if (steps) {
     *steps = std::move(list[list.size() - 2]);
     list.erase(list.end() - 2);
@@ -72,8 +72,9 @@ std::vector<Tensor> call_packed(const ScanInputs& in, const Tensor& expected, bo
                        .findSchemaOrThrow("fastrnn::scan_packed", "")
                        .typed<std::vector<Tensor>(FASTRNN_PACKED_PARAMETERS, bool)>();
   return op.call(in.cell, in.x, in.w_ih, in.w_hh, or_none(in.b_ih), or_none(in.b_hh),
-                 or_none(in.w_hr), or_none(in.params), or_none(in.s0), in.batch_sizes, in.lengths,
-                 in.resets, in.reverse, in.packed, expected, name_of(in.format), steps);
+                 or_none(in.w_hr), or_none(in.params), or_none(in.s0), or_none(in.reset_states),
+                 in.batch_sizes, in.lengths, in.resets, in.noise, in.reverse, in.packed, expected,
+                 name_of(in.format), steps);
 }
 
 // For a frozen layer. `in` has the weights for their sizes, and for kernels other than the CPU
@@ -113,7 +114,7 @@ std::vector<Tensor> cpu(FASTRNN_SCAN_PARAMETERS, bool tape, bool, bool steps) {
   // the other tensors.
   if (x.is_inference() && at::GradMode::is_enabled() &&
       !c10::impl::tls_is_dispatch_key_excluded(c10::DispatchKey::AutogradCPU))
-    for (TensorList list : {in.b_ih, in.b_hh, in.w_hr, in.params, in.s0})
+    for (TensorList list : in.lists())
       for (const Tensor& tensor : list)
         TORCH_CHECK(!tensor.requires_grad(),
                     "scan: a bias or state requires gradients, but x and the weights are inference "
@@ -179,24 +180,28 @@ TORCH_LIBRARY(fastrnn, m) {
   // compiled programs pass an empty list as none.
   m.def(
       "scan(str cell, Tensor x, Tensor[] w_ih, Tensor[] w_hh, Tensor[]? b_ih, Tensor[]? b_hh, "
-      "Tensor[]? w_hr, Tensor[]? params, Tensor[]? s0, Tensor? batch_sizes, Tensor? lengths, "
-      "Tensor? resets, int reverse, bool tape=False, bool recompute=False, bool steps=False) "
+      "Tensor[]? w_hr, Tensor[]? params, Tensor[]? s0, Tensor[]? reset_states, Tensor? "
+      "batch_sizes, Tensor? lengths, "
+      "Tensor? resets, Tensor? noise, int reverse, bool tape=False, bool recompute=False, bool "
+      "steps=False) "
       "-> Tensor[]");
   // Returns y, the states and, with `steps`, those after every step, from weights that pack()
   // packed in that format; `expected` is their fingerprint() of that time. It is a tensor, because
   // a number would be a constant of a traced graph.
   m.def(
       "scan_packed(str cell, Tensor x, Tensor[] w_ih, Tensor[] w_hh, Tensor[]? b_ih, "
-      "Tensor[]? b_hh, Tensor[]? w_hr, Tensor[]? params, Tensor[]? s0, Tensor? batch_sizes, "
-      "Tensor? lengths, Tensor? resets, int reverse, Tensor[] packed, Tensor expected, "
-      "str format, bool steps=False) -> Tensor[]");
-  // Returns gradients of x, w_ih, w_hh, b_ih, b_hh, w_hr, params, s0; `needs` selects from x, w_ih,
-  // w_hh, biases, w_hr, params, s0.
+      "Tensor[]? b_hh, Tensor[]? w_hr, Tensor[]? params, Tensor[]? s0, Tensor[]? reset_states, "
+      "Tensor? batch_sizes, "
+      "Tensor? lengths, Tensor? resets, Tensor? noise, int reverse, Tensor[] packed, "
+      "Tensor expected, str format, bool steps=False) -> Tensor[]");
+  // Returns gradients of x, w_ih, w_hh, b_ih, b_hh, w_hr, params, s0, reset_states; `needs`
+  // selects from x, w_ih, w_hh, biases, w_hr, params, s0, reset_states.
   m.def(
       "scan_backward(str cell, Tensor? dy, Tensor?[] dstates, Tensor? dsteps, Tensor x, "
       "Tensor[] w_ih, Tensor[] w_hh, Tensor[]? b_ih, Tensor[]? b_hh, Tensor[]? w_hr, "
-      "Tensor[]? params, Tensor[]? s0, Tensor? batch_sizes, Tensor? lengths, Tensor? resets, "
-      "int reverse, Tensor y, Tensor tape, bool[7] needs) -> Tensor[]");
+      "Tensor[]? params, Tensor[]? s0, Tensor[]? reset_states, Tensor? batch_sizes, Tensor? "
+      "lengths, Tensor? resets, "
+      "Tensor? noise, int reverse, Tensor y, Tensor tape, bool[8] needs) -> Tensor[]");
 }
 
 TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {

@@ -70,6 +70,21 @@ inline void check_params(const CellFacts& cell, const ScanInputs& in, const Shap
   }
 }
 
+// A seed, the thresholds of the cell's draws, and perhaps the index of each sequence.
+inline void check_noise(const CellFacts& cell, const ScanInputs& in, const Shape& n) {
+  TORCH_CHECK(in.noise.has_value() == (cell.draws > 0), "scan: cell ", cell.name, " draws ",
+              cell.draws, " random numbers for each unit, and noise is ",
+              in.noise ? "given" : "missing");
+  if (!in.noise) return;
+  const Tensor& noise = *in.noise;
+  check_plain(noise, "noise");
+  const int64_t least = 1 + cell.draws;
+  TORCH_CHECK(noise.dim() == 1 && noise.scalar_type() == at::kLong && noise.is_cpu() &&
+                  (noise.size(0) == least || noise.size(0) == least + n.B),
+              "scan: noise should be int64 [", least, "] or [", least + n.B, "] on the CPU, got ",
+              noise.scalar_type(), " ", noise.sizes(), " on ", noise.device());
+}
+
 // Checks all that memory safety needs. Modules check before, with torch.nn's messages.
 inline Shape checked_shape(const CellFacts& cell, const ScanInputs& in) {
   const Tensor& x = in.x;
@@ -127,17 +142,21 @@ inline Shape checked_shape(const CellFacts& cell, const ScanInputs& in) {
     n.T = x.dim() == 3 ? x.size(0) : 1;
     n.B = x.dim() == 3 ? x.size(1) : x.size(0);
   }
-  TORCH_CHECK(in.s0.empty() || static_cast<int64_t>(in.s0.size()) == cell.states,
-              "scan: s0 should hold ", cell.states, " states, got ", in.s0.size());
-  for (size_t s = 0; s < in.s0.size(); ++s) {
-    const Tensor& state = in.s0[s];
-    check_plain(state, "s0");
-    TORCH_CHECK(state.sizes() == n.state_size(s), "scan: state ", s, " should be ",
-                at::IntArrayRef(n.state_size(s)), ", got ", state.sizes());
-    TORCH_CHECK(state.scalar_type() == x.scalar_type() && state.device() == x.device(),
-                "scan: state ", s, " is ", state.scalar_type(), " on ", state.device(),
-                " but x is ", x.scalar_type(), " on ", x.device());
-  }
+  const auto states = [&](TensorList given, const char* name) {
+    TORCH_CHECK(given.empty() || static_cast<int64_t>(given.size()) == cell.states, "scan: ", name,
+                " should hold ", cell.states, " states, got ", given.size());
+    for (size_t s = 0; s < given.size(); ++s) {
+      const Tensor& state = given[s];
+      check_plain(state, name);
+      TORCH_CHECK(state.sizes() == n.state_size(s), "scan: state ", s, " of ", name, " should be ",
+                  at::IntArrayRef(n.state_size(s)), ", got ", state.sizes());
+      TORCH_CHECK(state.scalar_type() == x.scalar_type() && state.device() == x.device(),
+                  "scan: state ", s, " of ", name, " is ", state.scalar_type(), " on ",
+                  state.device(), " but x is ", x.scalar_type(), " on ", x.device());
+    }
+  };
+  states(in.s0, "s0");
+  states(in.reset_states, "reset_states");
   if (in.lengths)
     TORCH_CHECK(in.lengths->dim() == 1 && in.lengths->size(0) == n.B &&
                     in.lengths->scalar_type() == at::kLong,
@@ -148,6 +167,7 @@ inline Shape checked_shape(const CellFacts& cell, const ScanInputs& in) {
                     in.resets->sizes() == x.sizes().slice(0, x.dim() - 1),
                 "scan: resets should be bool with x's shape but for the last dimension, got ",
                 in.resets->scalar_type(), " ", in.resets->sizes(), " for x ", x.sizes());
+  check_noise(cell, in, n);
   return n;
 }
 
@@ -306,17 +326,29 @@ inline std::vector<Tensor> contiguous(TensorList tensors) {
 
 // Owns what `Scan` points to, for either sweep.
 struct Operands {
-  std::vector<Tensor> w_ih, w_hh, b_ih, b_hh, w_hr, params, s0;
+  std::vector<Tensor> w_ih, w_hh, b_ih, b_hh, w_hr, params, s0, reset_states;
   std::vector<Recurrence> recurrences;
+  Tensor numbers;
+  std::optional<Noise> noise;
 
   Operands(const CellFacts& cell, const ScanInputs& in, const Shape& n, Format format)
-      : s0(contiguous(in.s0)), recurrences(n.P) {
+      : s0(contiguous(in.s0)), reset_states(contiguous(in.reset_states)), recurrences(n.P) {
     for (int64_t p = 0; p < n.P; ++p) {
       Recurrence& recurrence = recurrences[p];
       recurrence.reverse = in.reverse >> p & 1;
-      for (size_t s = 0; s < s0.size(); ++s)
-        recurrence.s0[s] = static_cast<const char*>(s0[s].const_data_ptr()) +
-                           p * n.B * n.width(s) * s0[s].itemsize();
+      const auto states = [&](const std::vector<Tensor>& from, const void** to) {
+        for (size_t s = 0; s < from.size(); ++s)
+          to[s] = static_cast<const char*>(from[s].const_data_ptr()) +
+                  p * n.B * n.width(s) * from[s].itemsize();
+      };
+      states(s0, recurrence.s0);
+      states(reset_states, recurrence.reset);
+    }
+    if (in.noise) {
+      numbers = in.noise->contiguous();
+      const int64_t* at = numbers.const_data_ptr<int64_t>();
+      const bool ordered = numbers.size(0) > 1 + cell.draws;
+      noise = {static_cast<uint64_t>(at[0]), at + 1, ordered ? at + 1 + cell.draws : nullptr};
     }
     if (!in.packed.empty()) {
       for (int64_t p = 0; p < n.P; ++p) recurrences[p].prepacked = in.packed[p].const_data_ptr();
@@ -354,6 +386,7 @@ struct Operands {
     scan.recurrences = static_cast<int32_t>(n.P);
     scan.storage = storage;
     scan.recurrence = recurrences.data();
+    scan.noise = noise ? &*noise : nullptr;
   }
 };
 

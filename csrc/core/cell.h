@@ -6,10 +6,13 @@
 // or, with learned parameters,
 //   forward(u[G], v[G], s[S], p[N], next[S], saved[K])
 //   backward(saved[K], s[S], p[N], next[S], dnext[S], du[G], dv[G], ds[S], dp[N])
-// on a lane type V. For a summed gate, v[g] is the sum of both projections, u[g] is not read, and
-// du[g] equals dv[g]. A projectable cell does not read s[0] and sets ds[0] to zero: state 0 enters
-// through v alone.
+// on a lane type V. A cell that draws random numbers has kDraws, kSequenceDraws and kScaledDraws
+// (core/noise.h), and finds its numbers in p behind the parameters. For a summed gate, v[g] is the
+// sum of both projections, u[g] is not read, and du[g] equals dv[g]. A projectable cell does not
+// read s[0] and sets ds[0] to zero: state 0 enters through v alone.
 #pragma once
+
+#include <type_traits>
 
 #include "cells.gen.h"
 #include "core/math.h"
@@ -41,11 +44,28 @@ FASTRNN_HD constexpr bool all_summed() {
   return kSummedGates<Cell> == ~uint64_t{0} >> (64 - Cell::kGates);
 }
 
+// What a cell draws: how many numbers for each unit and, a bit for each, which of them are drawn
+// once for all steps of a sequence, and which are scaled so that their mean is 1.
+template <class Cell, class = void>
+struct Draws {
+  static constexpr int count = 0;
+  static constexpr uint32_t per_sequence = 0, scaled = 0;
+};
+template <class Cell>
+struct Draws<Cell, std::void_t<decltype(Cell::kDraws)> > {
+  static constexpr int count = Cell::kDraws;
+  static constexpr uint32_t per_sequence = Cell::kSequenceDraws, scaled = Cell::kScaledDraws;
+};
+
+// Values that a cell's functions find in p: its parameters, then its draws.
+template <class Cell>
+inline constexpr int kGiven = Cell::kParams + Draws<Cell>::count;
+
 // The cell's functions, with the arguments of a cell that has learned parameters.
 template <class Cell, class V>
 FASTRNN_HD FASTRNN_INLINE void step_forward(const V* u, const V* v, const V* s, const V* p, V* next,
                                             V* saved) {
-  if constexpr (Cell::kParams > 0)
+  if constexpr (kGiven<Cell> > 0)
     Cell::forward(u, v, s, p, next, saved);
   else
     Cell::forward(u, v, s, next, saved);
@@ -53,7 +73,7 @@ FASTRNN_HD FASTRNN_INLINE void step_forward(const V* u, const V* v, const V* s, 
 template <class Cell, class V>
 FASTRNN_HD FASTRNN_INLINE void step_backward(const V* saved, const V* s, const V* p, const V* next,
                                              const V* dnext, V* du, V* dv, V* ds, V* dp) {
-  if constexpr (Cell::kParams > 0)
+  if constexpr (kGiven<Cell> > 0)
     Cell::backward(saved, s, p, next, dnext, du, dv, ds, dp);
   else
     Cell::backward(saved, s, next, dnext, du, dv, ds);

@@ -12,6 +12,7 @@
 #include "core/cell.h"
 #include "core/math.h"
 #include "cpu/contract.h"
+#include "cpu/drawn.h"
 #include "cpu/formats.h"
 #include "cpu/product.h"
 #include "cpu/team.h"
@@ -61,7 +62,15 @@ class Backward {
   void place(Arena& arena) {
     w_hh_ = static_cast<Word*>(args_.prepacked);
     w_hr_ = w_hh_ + args_.recurrences * columns_ * kLanes * words_of<F>(depth_);
-    dm_ = arena.take<T>(projected() ? args_.recurrences * args_.rows.batch * vectors_ * kLanes : 0);
+    const int64_t B = args_.rows.batch;
+    dm_ = arena.take<T>(projected() ? args_.recurrences * B * vectors_ * kLanes : 0);
+    const int64_t own_vectors = (vectors_ + plan_.split_units - 1) / plan_.split_units;
+    drawn_ = arena.take<Drawn<Cell, T>>(plan_.threads());
+    for (int32_t i = 0; i < plan_.threads(); ++i) {
+      Drawn<Cell, T> own;
+      own.place(B, own_vectors * kLanes, [&](int64_t n) { return arena.take<T>(n); });
+      if (arena.ready()) drawn_[i] = own;
+    }
   }
 
   // Each step adds to the gradients of the states.
@@ -71,6 +80,10 @@ class Backward {
     for (int64_t p = 0; p < args_.recurrences; ++p)
       for (int s = 0; s < S; ++s)
         visit(args_.ds[p * S + s],
+              args_.rows.batch * (s ? args_.hidden : args_.recurrent) * sizeof(T));
+    for (int64_t p = 0; p < args_.recurrences && args_.dreset; ++p)
+      for (int s = 0; s < S; ++s)
+        visit(args_.dreset[p * S + s],
               args_.rows.batch * (s ? args_.hidden : args_.recurrent) * sizeof(T));
     for (int64_t p = 0; p < args_.recurrences && args_.dp; ++p)
       visit(args_.dp[p], args_.rows.batch * N * args_.hidden * sizeof(T));
@@ -102,6 +115,8 @@ class Backward {
       const int64_t a = rows.time(args_.begin, reverse), b = rows.time(args_.end - 1, reverse);
       const Range sequences = sequences_of(rows, a < b ? a : b, (a < b ? b : a) + 1,
                                            plan_.split_sequences, me.sequence);
+      const Drawn<Cell, T>& drawn = drawn_[me.index];
+      drawn.begin(args_, p, sequences, numbers_of(units));
       for (int64_t step = args_.end - 1; step >= args_.begin; --step) {
         const int64_t t = rows.time(step, reverse);
         const int64_t last = sequences.end < rows.live(t) ? sequences.end : rows.live(t);
@@ -111,7 +126,10 @@ class Backward {
           meet();
           if (last > sequences.begin) unproject(p, t, {sequences.begin, last}, units);
         }
-        for (int64_t i = sequences.begin; i < last; ++i) differentiate(p, step, t, i, units);
+        if (last > sequences.begin)
+          drawn.step(args_, p, t, {sequences.begin, last}, numbers_of(units));
+        for (int64_t i = sequences.begin; i < last; ++i)
+          differentiate(p, step, t, i, units, drawn, i - sequences.begin);
         meet();
         if (last > sequences.begin) propagate(p, step, t, {sequences.begin, last}, columns);
       }
@@ -161,11 +179,10 @@ class Backward {
   FASTRNN_INLINE V state_before(const Recurrence& recurrence, int s, const Place& at, int64_t unit,
                                 int n) const {
     const int64_t H = args_.hidden, Q = args_.recurrent;
-    if (at.cut) return splat<V>(0);
-    if (!at.continues)
-      return recurrence.s0[s]
-                 ? load_as<V>(recurrence.s0[s], at.b * (s ? H : Q) + unit, n, args_.storage)
-                 : splat<V>(0);
+    if (at.cut || !at.continues) {
+      const void* given = at.cut ? recurrence.reset[s] : recurrence.s0[s];
+      return given ? load_as<V>(given, at.b * (s ? H : Q) + unit, n, args_.storage) : splat<V>(0);
+    }
     if (s == 0) return load_as<V>(args_.y, at.earlier * Q + unit, n, args_.storage);
     return load_as<V>(args_.tape, (at.earlier * tape_width_ + s - 1) * H + unit, n, args_.storage);
   }
@@ -202,8 +219,11 @@ class Backward {
         });
   }
 
+  static Range numbers_of(Range vectors) { return {vectors.begin * kLanes, vectors.end * kLanes}; }
+
   // Writes du, dv and the gradients that reach the previous states without passing w_hh.
-  void differentiate(int64_t p, int64_t step, int64_t t, int64_t i, Range units) const {
+  void differentiate(int64_t p, int64_t step, int64_t t, int64_t i, Range units,
+                     const Drawn<Cell, T>& drawn, int64_t drawn_row) const {
     const Recurrence& recurrence = args_.recurrence[p];
     const int64_t H = args_.hidden;
     const Place at = locate(p, step, t, i);
@@ -213,7 +233,7 @@ class Backward {
     for (int64_t unit = units.begin * kLanes; unit < units.end * kLanes; unit += kLanes) {
       const int n = within<V>(unit, H);
       V saved[K + 1], before[S], next[S], dnext[S], gates_u[G], gates_v[G], dbefore[S];
-      V learned[N + 1], dlearned[N + 1];
+      V given[kGiven<Cell> + 1], dlearned[N + 1];
       const auto taped = [&](int value) {
         return load_as<V>(args_.tape, (at.row * tape_width_ + value) * H + unit, n, args_.storage);
       };
@@ -242,8 +262,9 @@ class Backward {
       }
       for (int k = 0; k < K; ++k) saved[k] = taped(S - 1 + k);
       for (int k = 0; k < N; ++k)
-        learned[k] = load<V>(static_cast<const T*>(recurrence.params) + k * H + unit, n);
-      step_backward<Cell>(saved, before, learned, next, dnext, gates_u, gates_v, dbefore, dlearned);
+        given[k] = load<V>(static_cast<const T*>(recurrence.params) + k * H + unit, n);
+      drawn.load(drawn_row, numbers_of(units), unit, given + N);
+      step_backward<Cell>(saved, before, given, next, dnext, gates_u, gates_v, dbefore, dlearned);
 
       for (int g = 0; g < G; ++g) {
         F::put(dv, g * H + unit, gates_v[g], n);
@@ -253,8 +274,13 @@ class Backward {
         T* to = static_cast<T*>(args_.dp[p]) + (at.b * N + k) * H + unit;
         store(to, load<V>(to, n) + dlearned[k], n);
       }
-      if (!projected()) store(carried(0), at.cut ? splat<V>(0) : dbefore[0], n);
-      for (int s = 1; s < S; ++s) store(carried(s), at.cut ? splat<V>(0) : dbefore[s], n);
+      for (int s = projected(); s < S; ++s) {
+        if (at.cut && args_.dreset) {
+          T* to = static_cast<T*>(args_.dreset[p * S + s]) + at.b * H + unit;
+          store(to, load<V>(to, n) + dbefore[s], n);
+        }
+        store(carried(s), at.cut ? splat<V>(0) : dbefore[s], n);
+      }
     }
     if (units.end == vectors_) {
       F::end_row(dv, depth_);
@@ -262,7 +288,7 @@ class Backward {
     }
   }
 
-  // ds0 += dv * w_hh, but no gradient crosses a cut.
+  // ds0 += dv * w_hh, but no gradient crosses a cut: it is that of the state given there.
   void propagate(int64_t p, int64_t step, int64_t t, Range sequences, Range columns) const {
     const Rows& rows = args_.rows;
     const bool reverse = args_.recurrence[p].reverse;
@@ -270,14 +296,16 @@ class Backward {
     const Word* dv = static_cast<const Word*>(args_.dv[p]) +
                      (rows.compact_row(t, sequences.begin) - origin_[reverse]) * gates_row_;
     T* ds = static_cast<T*>(args_.ds[p * S]);
+    T* dreset = args_.dreset ? static_cast<T*>(args_.dreset[p * S]) : nullptr;
     multiply_columns<F>(
         dv, gates_row_, sequences.size(), matrix(w_hh(p), args_.recurrence[p].w_hh, depth_, Q),
         columns.begin, columns.end,
         [&](int64_t r, int64_t vector, const V* sum) __attribute__((always_inline)) {
           const int64_t i = sequences.begin + r, column = vector * kLanes;
-          if (rows.cut_before(step, i, reverse)) return;
+          T* const all = rows.cut_before(step, i, reverse) ? dreset : ds;
+          if (!all) return;
           const int n = within<V>(column, Q);
-          T* to = ds + rows.batch_index(i) * Q + column;
+          T* to = all + rows.batch_index(i) * Q + column;
           store(to, load<V>(to, n) + *sum, n);
         });
   }
@@ -291,6 +319,7 @@ class Backward {
   int64_t origin_[2] = {};                  // first compact row of the chunk, forward and reverse
   Word *w_hh_ = nullptr, *w_hr_ = nullptr;  // [P], bands of columns
   T* dm_ = nullptr;                         // [P][B][padded H]
+  Drawn<Cell, T>* drawn_ = nullptr;         // [threads]
 };
 
 }  // namespace FASTRNN_ISA

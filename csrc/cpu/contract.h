@@ -74,21 +74,30 @@ struct RecurrenceSizes {
   bool projected = false;  // only for cells that are `projectable`
 };
 
+// What the random numbers of a call follow from.
+struct Noise {
+  uint64_t seed = 0;
+  const int64_t* thresholds = nullptr;  // of each draw of the cell, its probability times 2^32
+  const int64_t* sequences = nullptr;   // [B], the caller's index of sequence i, or null: its
+                                        // batch index
+};
+
 // One scan. Weights are in the format, their rows padded with zeros to whole words; biases are in
 // the compute type, states in the storage type.
 struct Recurrence {
   bool reverse = false;
-  const void* w_ih = nullptr;       // [G*H, I]
-  const void* w_hh = nullptr;       // [G*H, Q]
-  const void* b_ih = nullptr;       // [G*H] or null
-  const void* b_hh = nullptr;       // [G*H] or null
-  const void* w_hr = nullptr;       // [Q, H] if state 0 is projected
-  const void* params = nullptr;     // [N, H] in the compute type, if the cell has parameters
-  const float* scale_ih = nullptr;  // [G*H] if the format has scales: of the rows of w_ih,
-  const float* scale_hh = nullptr;  // [G*H] of w_hh,
-  const float* scale_hr = nullptr;  // [Q] and of w_hr
-  const void* prepacked = nullptr;  // output of CompiledCell::pack; null: the call packs
-  const void* s0[kMaxStates] = {};  // [B, Q] for state 0, [B, H] for others, or null for zeros
+  const void* w_ih = nullptr;          // [G*H, I]
+  const void* w_hh = nullptr;          // [G*H, Q]
+  const void* b_ih = nullptr;          // [G*H] or null
+  const void* b_hh = nullptr;          // [G*H] or null
+  const void* w_hr = nullptr;          // [Q, H] if state 0 is projected
+  const void* params = nullptr;        // [N, H] in the compute type, if the cell has parameters
+  const float* scale_ih = nullptr;     // [G*H] if the format has scales: of the rows of w_ih,
+  const float* scale_hh = nullptr;     // [G*H] of w_hh,
+  const float* scale_hr = nullptr;     // [Q] and of w_hr
+  const void* prepacked = nullptr;     // output of CompiledCell::pack; null: the call packs
+  const void* s0[kMaxStates] = {};     // [B, Q] for state 0, [B, H] for others, or null for zeros
+  const void* reset[kMaxStates] = {};  // the same of the states in which an episode begins
 };
 
 // Arguments of both sweeps. Row r of recurrence p begins at (r*P + p)*Q in `y` and at (r*P + p)*W*H
@@ -103,6 +112,7 @@ struct Scan {
   int32_t recurrences = 0;
   Storage storage = Storage::kSame;
   const Recurrence* recurrence = nullptr;  // [P]
+  const Noise* noise = nullptr;            // if the cell draws random numbers
   bool* late = nullptr;                    // set if a thread waited long for another, or null
 };
 
@@ -146,6 +156,9 @@ struct BackwardArgs : Scan {
   const void* y = nullptr;       // [rows, P, Q]
   const void* tape = nullptr;    // [rows, P, W, H]
   void* const* ds = nullptr;     // [P][S], each shaped like s0: gradient carried in and out
+  // [P][S], each shaped like s0: gradients of the states in which episodes begin, which are added
+  // to, or null.
+  void* const* dreset = nullptr;
   // [P], each [B, N*H]: gradients of the parameters, to which each step of a sequence adds, or
   // null.
   void* const* dp = nullptr;
@@ -276,6 +289,7 @@ struct CellTraits {
   int32_t rows = 0;                // results of reductions that a step saves
   int32_t sites = 0;               // J, products with other values than state 0
   int8_t site_of[kMaxGates] = {};  // which of these a gate is part of, or -1
+  int32_t draws = 0;               // random numbers for each unit
 };
 
 // A cell compiled for one instruction set. The index is a Format; all pointers of one that was not

@@ -13,6 +13,7 @@
 #include "core/cell.h"
 #include "core/math.h"
 #include "cpu/contract.h"
+#include "cpu/drawn.h"
 #include "cpu/formats.h"
 #include "cpu/prepacked.h"
 #include "cpu/product.h"
@@ -50,6 +51,7 @@ class Forward {
     Word* state;      // [B][row of H or Q] if rows are converted: of h, then of m
     T* state_scale;   // [B]
     Word* panel;      // [words of I or Q][kWidth] if weights are packed panel by panel
+    Drawn<Cell, T> drawn;
   };
   // A thread's part of every step. The ranges may reach past a state's width, into its padding.
   struct Share {
@@ -102,6 +104,7 @@ class Forward {
       own.state_scale = arena.take<T>(F::kScaled ? B : 0);
       const int64_t depth = words_of<F>(I > args_.recurrent ? I : args_.recurrent);
       own.panel = arena.take<Word>(layout() == WeightLayout::kPanels ? depth * kWidth : 0);
+      own.drawn.place(B, own_panels * kUnits, [&](int64_t n) { return arena.take<T>(n); });
       if (arena.ready()) scratch_[i] = own;
     }
   }
@@ -193,10 +196,7 @@ class Forward {
       for (int s = 0; s < S; ++s) {
         const Range own = s ? share.units : share.columns;
         for (int64_t at = own.begin; at < own.end; at += kLanes) {
-          const V value = recurrence.s0[s] && !cut
-                              ? load_as<V>(recurrence.s0[s], rows.batch_index(i) * width(s) + at,
-                                           within<V>(at, width(s)), args_.storage)
-                              : splat<V>(0);
+          const V value = given_state(cut ? recurrence.reset[s] : recurrence.s0[s], s, i, at);
           if (s == 0) {
             store(out.h[0] + i * padded_h_ + at, value);
             store(out.h[1] + i * padded_h_ + at, value);
@@ -208,11 +208,19 @@ class Forward {
     }
   }
 
+  // A vector of a state of sequence i that the caller gave, or zeros.
+  V given_state(const void* state, int s, int64_t i, int64_t at) const {
+    return state ? load_as<V>(state, args_.rows.batch_index(i) * width(s) + at,
+                              within<V>(at, width(s)), args_.storage)
+                 : splat<V>(0);
+  }
+
   void sweep(Member& me, int64_t p, const Share& share, const Scratch& own, int64_t& done) const {
     const Rows& rows = args_.rows;
     const Range sequences = share.sequences;
     const bool reverse = args_.recurrence[p].reverse;
     const int64_t own_panels = share.panels.size();
+    own.drawn.begin(args_, p, sequences, share.units);
     for (int64_t begin = 0, end = 0; begin < rows.steps; begin = end) {
       int64_t count = 0;
       for (; end < rows.steps; ++end) {
@@ -227,7 +235,10 @@ class Forward {
       for (int64_t step = begin; step < end; ++step, ++done) {
         const int64_t t = rows.time(step, reverse);
         const int64_t last = sequences.end < rows.live(t) ? sequences.end : rows.live(t);
-        if (last > sequences.begin) one_step(me, p, step, share, {sequences.begin, last}, u, done);
+        if (last > sequences.begin) {
+          own.drawn.step(args_, p, t, {sequences.begin, last}, share.units);
+          one_step(me, p, step, share, {sequences.begin, last}, u, done);
+        }
         if (!me.alone()) me.publish(done + 1);
         u += (last > sequences.begin ? last - sequences.begin : 0) * own_panels * kWidth;
       }
@@ -397,8 +408,8 @@ class Forward {
     const auto apply = [&](auto projected) {
       for (int r = 0; r < kTile; ++r)
         for (int q = 0; q < kUnitVectors; ++q)
-          units<decltype(projected)::value>(recurrence, p, step, t, reverse, first + r,
-                                            panel * kUnits + q * kLanes, h,
+          units<decltype(projected)::value>(recurrence, own.drawn, share, p, step, t, reverse,
+                                            first + r, panel * kUnits + q * kLanes, h,
                                             u + r * stride + q * G * kLanes, &acc[r][q * G]);
     };
     if (projected())
@@ -472,19 +483,20 @@ class Forward {
 
   // Applies the cell to one vector of units of one row.
   template <bool kProjected>
-  FASTRNN_INLINE void units(const Shared& recurrence, int64_t p, int64_t step, int64_t t,
-                            bool reverse, int64_t i, int64_t unit, const T* h, const T* u,
-                            const V* v) const {
+  FASTRNN_INLINE void units(const Shared& recurrence, const Drawn<Cell, T>& drawn,
+                            const Share& share, int64_t p, int64_t step, int64_t t, bool reverse,
+                            int64_t i, int64_t unit, const T* h, const T* u, const V* v) const {
     const int64_t H = args_.hidden;
     const int live = within<V>(unit, H);
     if (live == 0) return;
     const int64_t at = i * padded_ + unit;
-    V gates[G], before[S], learned[N + 1], next[S], saved[K + 1];
+    V gates[G], before[S], given[kGiven<Cell> + 1], next[S], saved[K + 1];
     for (int g = 0; g < G; ++g) gates[g] = Cell::kSummed[g] ? v[g] : load<V>(u + g * kLanes);
     before[0] = Cell::kProjectable ? splat<V>(0) : load<V>(h + at);  // not read if projectable
     for (int s = 1; s < S; ++s) before[s] = load<V>(recurrence.s[s] + at);
-    recurrence.load_params(padded_, unit, learned);
-    step_forward<Cell>(gates, v, before, learned, next, saved);
+    recurrence.load_params(padded_, unit, given);
+    drawn.load(i - share.sequences.begin, share.units, unit, given + N);
+    step_forward<Cell>(gates, v, before, given, next, saved);
 
     const int64_t row = args_.rows.row(t, i) * args_.recurrences + p;
     const auto save = [&](int value, V x) {
@@ -499,9 +511,10 @@ class Forward {
       store(recurrence.m + at, next[0]);
     else
       store_as(args_.y, row * H + unit, next[0], live, args_.storage);
-    // No state crosses into a new episode: the next step reads zeros.
+    // No state crosses into a new episode.
     if (args_.rows.cut_after(step, i, reverse))
-      for (int s = 0; s < S; ++s) next[s] = splat<V>(0);
+      for (int s = kProjected; s < S; ++s)
+        next[s] = given_state(args_.recurrence[p].reset[s], s, i, unit);
     if constexpr (!kProjected) store(recurrence.h[(step + 1) & 1] + at, next[0]);
     for (int s = 1; s < S; ++s) store(recurrence.s[s] + at, next[s]);
   }
@@ -517,7 +530,9 @@ class Forward {
       const int64_t row = args_.rows.row(t, i) * args_.recurrences + p;
       store_as(args_.y, row * Q + column, value, within<V>(column, Q), args_.storage);
       store(recurrence.h[(step + 1) & 1] + i * padded_h_ + column,
-            args_.rows.cut_after(step, i, reverse) ? splat<V>(0) : value);
+            args_.rows.cut_after(step, i, reverse)
+                ? given_state(args_.recurrence[p].reset[0], 0, i, column)
+                : value);
     };
     if (packed() || F::kConverts) {
       const Word* m;

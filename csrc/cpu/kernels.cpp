@@ -101,6 +101,7 @@ constexpr CompiledCell compiled() {
   cell.summed = static_cast<uint32_t>(kSummedGates<Cell>);
   cell.projectable = Cell::kProjectable;
   cell.gate_params = GateParams<Cell>::value;
+  cell.draws = Draws<Cell>::count;
   if constexpr (kIsStaged<Cell>) {
     cell.stages = sizeof(Cell::kForward.stage) / sizeof(Cell::kForward.stage[0]);
     cell.rows = Cell::kRows;

@@ -12,6 +12,7 @@
 #include "core/cell.h"
 #include "core/math.h"
 #include "cpu/contract.h"
+#include "cpu/drawn.h"
 #include "cpu/formats.h"
 #include "cpu/pack.h"
 #include "cpu/product.h"
@@ -235,6 +236,7 @@ class StagedStep {
     const T* u = nullptr;          // [rows][G][padded H]
     const T* state[S] = {};        // the states before the step,
     int64_t state_stride[S] = {};  // and the distances of their rows
+    Drawn<Cell, T> drawn;          // of a pass that draws
 
     template <class Take>
     void place(int64_t rows, int64_t padded, const Take& take) {
@@ -318,7 +320,8 @@ class StagedStep {
     Cell::forward_rows(Number<k>{}, results, splat<V>(static_cast<double>(sizes_.hidden)), row);
     Reduced::begin(stage, kResults, total);
     for (int64_t unit = 0; unit < padded_; unit += kLanes) {
-      V u[G], v[G], s[S], p[N + 1], x[kSlots + 1], next[S], saved[K + 1], out[kSlots + 1];
+      V u[G], v[G], s[S], p[kGiven<Cell> + 1], x[kSlots + 1], next[S], saved[K + 1];
+      V out[kSlots + 1];
       V part[kResults + 1];
 #pragma GCC unroll 64
       for (int g = 0; g < G; ++g) {
@@ -329,6 +332,7 @@ class StagedStep {
       for (int j = 0; j < S; ++j) s[j] = load<V>(rows.state[j] + r * rows.state_stride[j] + unit);
 #pragma GCC unroll 64
       for (int j = 0; j < N; ++j) p[j] = load<V>(weights_.params + j * padded_ + unit);
+      rows.drawn.load(r, {0, padded_}, unit, p + N);
 #pragma GCC unroll 64
       for (int j = 0; j < kSlots; ++j)
         x[j] = load<V>(rows.slots + (r * kSlots + j) * padded_ + unit);

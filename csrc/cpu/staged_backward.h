@@ -43,6 +43,7 @@ class StagedBackward {
     T* back;     // [B][J][padded H]
     T* slots;    // [B][kSlots][padded H]
     T* results;  // [B][kResults]
+    Drawn<Cell, T> drawn;
     Place* places;
   };
 
@@ -79,6 +80,7 @@ class StagedBackward {
       own.slots = arena.take<T>(B * kSlots * padded_);
       own.results = arena.take<T>(B * kResults);
       own.places = arena.take<Place>(B);
+      own.drawn.place(B, padded_, [&](int64_t n) { return arena.take<T>(n); });
       if (arena.ready()) scratch_[i] = own;
     }
   }
@@ -101,6 +103,7 @@ class StagedBackward {
       const int64_t a = rows.time(args_.begin, reverse), b = rows.time(args_.end - 1, reverse);
       const Range sequences = sequences_of(rows, a < b ? a : b, (a < b ? b : a) + 1,
                                            plan_.split_sequences, me.sequence);
+      scratch_[me.index].drawn.begin(args_, p, sequences, {0, padded_});
       for (int64_t step = args_.end - 1; step >= args_.begin; --step) {
         const int64_t live = rows.live(rows.time(step, reverse));
         const int64_t last = sequences.end < live ? sequences.end : live;
@@ -145,10 +148,10 @@ class StagedBackward {
   FASTRNN_INLINE V state_before(const Recurrence& recurrence, int s, const Place& at, int64_t unit,
                                 int n, Storage storage) const {
     const int64_t H = args_.hidden;
-    if (at.cut) return splat<V>(0);
-    if (!at.continues)
-      return recurrence.s0[s] ? load_as<V>(recurrence.s0[s], at.b * H + unit, n, storage)
-                              : splat<V>(0);
+    if (at.cut || !at.continues) {
+      const void* given = at.cut ? recurrence.reset[s] : recurrence.s0[s];
+      return given ? load_as<V>(given, at.b * H + unit, n, storage) : splat<V>(0);
+    }
     if (s == 0) return load_as<V>(args_.y, at.earlier * H + unit, n, storage);
     return load_as<V>(args_.tape, tape_.value(at.earlier, s - 1) + unit, n, storage);
   }
@@ -157,9 +160,14 @@ class StagedBackward {
     return static_cast<T*>(args_.ds[p * S + s]) + at.b * args_.hidden;
   }
 
+  T* reset_gradient(int64_t p, int s, const Place& at) const {
+    return static_cast<T*>(args_.dreset[p * S + s]) + at.b * args_.hidden;
+  }
+
   void one_step(int64_t p, int64_t step, Range sequences, const Scratch& own) const {
     const int64_t t = args_.rows.time(step, args_.recurrence[p].reverse), H = args_.hidden;
     const int64_t count = sequences.size();
+    own.drawn.step(args_, p, t, sequences, {0, padded_});
     for (int64_t r = 0; r < count; ++r) {
       own.places[r] = locate(p, step, t, sequences.begin + r);
       gather(p, own.places[r], r, own);
@@ -183,13 +191,14 @@ class StagedBackward {
       }
       for (int64_t r = 0; r < count; ++r) one_row<k>(p, own.places[r], r, own);
     });
-    // The gradient of h through the gates that multiply it, but none crosses a cut.
+    // The gradient of h through the gates that multiply it; across a cut, that of the state given
+    // there.
     for (int g = 0; g < G; ++g)
       if (Cell::kSiteOf[g] < 0)
         transposed(p, g, first, count, [&](int64_t r, int64_t unit, V sum) {
           const Place& at = own.places[r];
-          if (at.cut) return;
-          T* to = carried(p, 0, at) + unit;
+          if (at.cut && !args_.dreset) return;
+          T* to = (at.cut ? reset_gradient(p, 0, at) : carried(p, 0, at)) + unit;
           const int n = within<V>(unit, H);
           store(to, load<V>(to, n) + sum, n);
         });
@@ -254,7 +263,8 @@ class StagedBackward {
     const int64_t H = args_.hidden;
     T* const du = static_cast<T*>(args_.du[p]) + at.out * G * H + unit;
     T* const dv = static_cast<T*>(args_.dv[p]) + at.out * G * H + unit;
-    V saved[K + 1], before[S], next[S], dnext[S], learned[N + 1], x[kSlots + 1], back[J + 1];
+    V saved[K + 1], before[S], next[S], dnext[S], given[kGiven<Cell> + 1], x[kSlots + 1];
+    V back[J + 1];
     V gates_u[G], gates_v[G], dbefore[S], dlearned[N + 1], operand[J + 1], out[kSlots + 1];
     V part[kResults + 1];
 #pragma GCC unroll 64
@@ -269,12 +279,13 @@ class StagedBackward {
     }
 #pragma GCC unroll 64
     for (int j = 0; j < N; ++j)
-      learned[j] = load<V>(static_cast<const T*>(recurrence.params) + j * H + unit, n);
+      given[j] = load<V>(static_cast<const T*>(recurrence.params) + j * H + unit, n);
+    own.drawn.load(r, {0, padded_}, unit, given + N);
 #pragma GCC unroll 64
     for (int j = 0; j < kSlots; ++j) x[j] = load<V>(own.slots + (r * kSlots + j) * padded_ + unit);
 #pragma GCC unroll 64
     for (int j = 0; j < J; ++j) back[j] = load<V>(own.back + (r * J + j) * padded_ + unit);
-    Cell::backward(Number<k>{}, saved, before, learned, next, dnext, x, back, row, gates_u, gates_v,
+    Cell::backward(Number<k>{}, saved, before, given, next, dnext, x, back, row, gates_u, gates_v,
                    dbefore, dlearned, operand, out, part);
 #pragma GCC unroll 64
     for (int g = 0; g < G; ++g) {
@@ -283,9 +294,14 @@ class StagedBackward {
         if (has(stage.du, g)) store(du + g * H, gates_u[g], n);
     }
 #pragma GCC unroll 64
-    for (int s = 0; s < S; ++s)
-      if (has(stage.states, s))
-        store(carried(p, s, at) + unit, at.cut ? splat<V>(0) : dbefore[s], n);
+    for (int s = 0; s < S; ++s) {
+      if (!has(stage.states, s)) continue;
+      if (at.cut && args_.dreset) {
+        T* to = reset_gradient(p, s, at) + unit;
+        store(to, load<V>(to, n) + dbefore[s], n);
+      }
+      store(carried(p, s, at) + unit, at.cut ? splat<V>(0) : dbefore[s], n);
+    }
 #pragma GCC unroll 64
     for (int j = 0; j < N && args_.dp; ++j) {
       if (!has(stage.dp, j)) continue;

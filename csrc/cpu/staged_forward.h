@@ -64,6 +64,7 @@ class StagedForward {
       own.u = take(chunk_rows() * G * padded_);
       own.state = take(args_.rows.batch * S * padded_);
       own.rows.place(args_.rows.batch, padded_, take);
+      own.rows.drawn.place(args_.rows.batch, padded_, take);
       if (arena.ready()) scratch_[i] = own;
     }
   }
@@ -114,17 +115,22 @@ class StagedForward {
       for (int s = 0; s < S; ++s)
         for (int64_t unit = 0; unit < padded_; unit += kLanes)
           store(state(own, i - sequences.begin, s) + unit,
-                recurrence.s0[s] && !cut
-                    ? load_as<V>(recurrence.s0[s], rows.batch_index(i) * args_.hidden + unit,
-                                 within<V>(unit, args_.hidden), args_.storage)
-                    : splat<V>(0));
+                given_state(cut ? recurrence.reset[s] : recurrence.s0[s], i, unit));
     }
+  }
+
+  // A vector of a state of sequence i that the caller gave, or zeros.
+  V given_state(const void* state, int64_t i, int64_t unit) const {
+    return state ? load_as<V>(state, args_.rows.batch_index(i) * args_.hidden + unit,
+                              within<V>(unit, args_.hidden), args_.storage)
+                 : splat<V>(0);
   }
 
   void sweep(int64_t p, Range sequences, const Scratch& own) const {
     const Rows& rows = args_.rows;
     const bool reverse = args_.recurrence[p].reverse;
     const Step step(sizes_, weights_[p]);
+    own.rows.drawn.begin(args_, p, sequences, {0, padded_});
     for (int64_t begin = 0, end = 0; begin < rows.steps; begin = end) {
       int64_t count = 0;
       for (; end < rows.steps; ++end) {
@@ -161,6 +167,7 @@ class StagedForward {
     const bool reverse = args_.recurrence[p].reverse;
     const int64_t t = rows.time(at, reverse), H = args_.hidden;
     typename Step::Rows of = own.rows;
+    of.drawn.step(args_, p, t, {first, first + count}, {0, padded_});
     of.u = u;
     for (int s = 0; s < S; ++s) {
       of.state[s] = own.state + s * padded_;
@@ -183,8 +190,9 @@ class StagedForward {
             store_as(args_.y, row * H + unit, next, live, args_.storage);
           else if (args_.tape)
             store_as(args_.tape, tape_.value(row, s - 1) + unit, next, live, args_.storage);
-          // No state crosses into a new episode: the next step reads zeros.
-          store(state(own, r, s) + unit, cut ? splat<V>(0) : next);
+          // No state crosses into a new episode.
+          store(state(own, r, s) + unit,
+                cut ? given_state(args_.recurrence[p].reset[s], first + r, unit) : next);
         }
       if (args_.tape && Cell::kRows > 0)
         tape_.write_results(args_.tape, row, of.results + r * Cell::kForward.results);

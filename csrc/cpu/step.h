@@ -151,12 +151,12 @@ class Step {
     const int live = within<V>(unit, args_.sizes.hidden);
     if (live == 0) return;
     const int64_t at = i * args_.stride + unit;
-    V gates[G], before[S], learned[N + 1], next[S], saved[K + 1];
+    V gates[G], before[S], given[kGiven<Cell> + 1], next[S], saved[K + 1];
     for (int g = 0; g < G; ++g) gates[g] = Cell::kSummed[g] ? v[g] : u[g];
     before[0] = Cell::kProjectable ? splat<V>(0) : load<V>(static_cast<const T*>(args_.h) + at);
     for (int s = 1; s < S; ++s) before[s] = load<V>(static_cast<const T*>(args_.s[s]) + at);
-    w_.load_params(Weights::padded(args_.sizes), unit, learned);
-    step_forward<Cell>(gates, v, before, learned, next, saved);
+    w_.load_params(Weights::padded(args_.sizes), unit, given);
+    step_forward<Cell>(gates, v, before, given, next, saved);
     for (int s = 1; s < S; ++s) store(static_cast<T*>(args_.s[s]) + at, next[s]);
     if (args_.sizes.projected) {
       store(static_cast<T*>(args_.m) + at, next[0]);

@@ -16,6 +16,7 @@ from fastrnn.cells.declare import (
     seal,
 )
 from fastrnn.cells.published import MODULES as _MODULES
+from fastrnn.cells.variants import clip_grad, recurrent_dropout, zoneout
 
 # isort: off
 # The order of these imports is the order in which the cells are listed.
@@ -33,13 +34,16 @@ __all__ = [
     "Param",
     "Params",
     "cell",
+    "clip_grad",
     "get",
     "get_published",
     "gru",
     "lstm",
     "names",
+    "recurrent_dropout",
     "rnn_relu",
     "rnn_tanh",
+    "zoneout",
 ]
 
 seal()

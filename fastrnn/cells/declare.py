@@ -27,7 +27,10 @@ from dataclasses import dataclass, field
 from types import CellType, CodeType, FunctionType, MappingProxyType, ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from fastrnn.cells.noise import MAX_DRAWS, Draw, drawing
 
 __all__ = [
     "MAX_GATES",
@@ -162,6 +165,8 @@ class Cell:
         initialize: `initialize(u, v)`, or `initialize(u, v, p)` if there are `params`, which writes
             the initial values of a layer's weights; see `cell`. Cells that differ in it alone are
             equal: they compute the same.
+        noise: whether the function draws random numbers, as in training; see `noisy`.
+        made_by: a function and its arguments, if they make this cell of another one.
     """
 
     name: str
@@ -170,6 +175,8 @@ class Cell:
     function: Callable[..., Tensor | tuple[Tensor, ...]]
     params: Mapping[str, Param] = field(default_factory=dict)
     initialize: Callable[..., object] | None = None
+    noise: bool = False
+    made_by: tuple[Callable[..., Cell], tuple[Any, ...]] | None = None
 
     def __post_init__(self) -> None:
         # A copy, so that nobody who has the dictionary changes the cell.
@@ -182,7 +189,7 @@ class Cell:
 
     def _identity(self) -> tuple[object, ...]:
         # The order of the parameters is that of compiled code; how they begin is not part of it.
-        return self.name, self.gates, self.states, self.function, _kinds(self.params)
+        return self.name, self.gates, self.states, self.function, _kinds(self.params), self.noise
 
     def __hash__(self) -> int:
         # Every call of a layer looks up its cell; the dataclass would hash all fields each time.
@@ -195,16 +202,22 @@ class Cell:
         s: Sequence[Tensor],
         p: Sequence[Tensor] = (),
         apply: Callable[[Tensor], Sequence[Tensor]] | None = None,
+        z: Sequence[Tensor] = (),
     ) -> list[Tensor]:
         """One time step on tensors: one per gate in `u` and `v`, per state in `s`, and per learned
         parameter in `p`. `apply(x)` gives the recurrent projections of another value than state 0,
-        for cells that call `v(x)`.
+        for cells that call `v(x)`. `z` are the numbers of the draws, for a cell with noise.
 
         Raises:
             ValueError: if the function returns another number of states than were declared.
         """
         params = (Params(self, p),) if self.params else ()
-        out = self.function(Gates(self, u), Projection(self, v, apply), *params, *s)
+        arguments = (Gates(self, u), Projection(self, v, apply), *params, *s)
+        if self.noise:
+            with drawing(_Given(self, z)):
+                out = self.function(*arguments)
+        else:
+            out = self.function(*arguments)
         states = [out] if isinstance(out, Tensor) else list(out)
         if len(states) != len(self.states):
             raise ValueError(
@@ -215,6 +228,59 @@ class Cell:
 
     def __call__(self, *args: Tensor) -> Tensor | tuple[Tensor, ...]:
         return self.function(*args)
+
+    @functools.cached_property
+    def draws(self) -> tuple[Draw, ...]:
+        """What the function draws in training, in order, by `fastrnn.dropout` and
+        `fastrnn.bernoulli`."""
+        return self._found_draws[0]
+
+    @functools.cached_property
+    def _found_draws(self) -> tuple[tuple[Draw, ...], Exception | None]:
+        """The draws of a call with tensors [1, 2], or why that failed."""
+        if self.is_built_in:
+            return (), None
+        found: list[Draw] = []
+
+        def record(draw: Draw) -> Tensor:
+            found.append(draw)
+            return rows[0]
+
+        sizes = [param.size(2, len(self.gates)) for param in self.params.values()]
+        rows = [torch.ones(1, 2, device="cpu")] * max(len(self.gates), len(self.states))
+        u, s = rows[: len(self.gates)], rows[: len(self.states)]
+        quiet = self._with_noise(False)
+        try:
+            with torch.no_grad(), drawing(record):
+                quiet.step(u, u, s, [torch.ones(size, device="cpu") for size in sizes], lambda x: u)
+        except Exception as error:  # such a function cannot be derived, so the reference calls it
+            return (), error
+        if len(found) > MAX_DRAWS:
+            raise ValueError(
+                f"cell {self.name!r} draws {len(found)} random numbers for each unit, and the "
+                f"kernels are made for at most {MAX_DRAWS}"
+            )
+        return tuple(found), None
+
+    @functools.cached_property
+    def noisy(self) -> Cell:
+        """The cell as it is in training: with random numbers, if the function draws any."""
+        draws, failed = self._found_draws
+        return self._with_noise(True) if draws or failed else self
+
+    def _with_noise(self, noise: bool) -> Cell:
+        if noise == self.noise:
+            return self
+        return Cell(
+            self.name,
+            self.gates,
+            self.states,
+            self.function,
+            self.params,
+            self.initialize,
+            noise,
+            self.made_by,
+        )
 
     def param_rows(self) -> dict[str, tuple[str, ...]]:
         """For each parameter, the names of its rows of numbers per unit: its own or, if it has a
@@ -244,6 +310,10 @@ class Cell:
         that carries the function to processes that cannot import it."""
         if self.is_built_in:
             return get, (self.name,)
+        if self.noise:
+            return operator.attrgetter("noisy"), (self._with_noise(False),)
+        if self.made_by is not None:
+            return self.made_by
         where = (getattr(self.function, a, None) for a in ("__module__", "__qualname__"))
         digest = _digest(self.function)
         parts = self.name, self.gates, self.states, digest, *where, self._carrier
@@ -259,6 +329,26 @@ class Cell:
         if self.initialize is not None:
             body["initialize"] = staticmethod(self.initialize)
         return _register_carrier(_Carrier("_carrier", (), body), self)
+
+
+class _Given:
+    """A source of draws that hands out given numbers, in the order of the cell's draws."""
+
+    def __init__(self, cell: Cell, numbers: Sequence[Tensor]) -> None:
+        self.cell, self.rest = cell, list(zip(cell.draws, numbers, strict=True))
+
+    def __call__(self, draw: Draw) -> Tensor:
+        if failed := self.cell._found_draws[1]:
+            raise ValueError(
+                f"cell {self.cell.name!r} draws random numbers, but a call of its function with "
+                "tensors of shape [1, 2], which would find the places of its draws, fails"
+            ) from failed
+        if not self.rest or self.rest[0][0] != draw:
+            raise ValueError(
+                f"cell {self.cell.name!r} draws other random numbers each time it is called; "
+                "draws must be the same for every step"
+            )
+        return self.rest.pop(0)[1]
 
 
 class _Carrier(type):

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from fastrnn.cells import Cell
+from fastrnn.cells.noise import Draw
 from fastrnn.compiler.cut import Site
 from fastrnn.compiler.expression import (
     Algebra,
@@ -67,6 +68,7 @@ class Derived:
         rows: labels of the results of reductions that a step saves, one number for each row.
         exchanges: those of the backward pass, in order.
         programs: the step and its gradients as stages; None for a cell without sites.
+        draws: what a step draws at random, in order.
     """
 
     name: str
@@ -84,6 +86,7 @@ class Derived:
     rows: tuple[str, ...] = ()
     exchanges: tuple[Exchange, ...] = ()
     programs: tuple[Program, Program] | None = None
+    draws: tuple[Draw, ...] = ()
 
     @property
     def summary(self) -> str:
@@ -128,11 +131,13 @@ class Derived:
         arrays["p"] = self.params
         arrays |= dict.fromkeys(("s", "next", "dnext"), self.states)
         named = {"a": "v", "next": after, "dnext": dafter}
-        return {
+        places = {
             f"{array}.{name}": f"{named.get(array, array)}[{k}]"
             for array, names in arrays.items()
             for k, name in enumerate(names)
         }
+        learned = len(self.params)
+        return places | {f"z.{k}": f"p[{learned + k}]" for k in range(len(self.draws))}
 
     def forward(
         self,
@@ -141,10 +146,11 @@ class Derived:
         s: Sequence[Tensor],
         p: Sequence[Tensor] = (),
         apply: Callable[[Tensor], Sequence[Tensor]] | None = None,
+        z: Sequence[Tensor] = (),
     ) -> tuple[list[Tensor], list[Tensor]]:
         """One step on tensors of one shape, one per gate and state, and on parameters that may be
         smaller. Returns `(next, saved)`; after the saved values, `saved` has the numbers saved for
-        each row. `apply` is that of `Cell.step`.
+        each row. `apply` and `z` are those of `Cell.step`.
 
         State 0 of a projectable cell may have any shape.
         """
@@ -152,6 +158,7 @@ class Derived:
         if self.projectable:
             del inputs[f"s.{self.states[0]}"]
         inputs["count"] = u[0].new_full((), u[0].size(-1))
+        inputs |= {f"z.{k}": numbers for k, numbers in enumerate(z)}
 
         def project(gate: int, right: Tensor) -> None:
             name = self.gates[gate]
@@ -185,6 +192,7 @@ class Derived:
         dnext: Sequence[Tensor],
         p: Sequence[Tensor] = (),
         transposed: Callable[[int, Tensor], Tensor] | None = None,
+        z: Sequence[Tensor] = (),
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
         """Gradients `(du, dv, ds, dp)` of that step, from the gradients `dnext` of its next states.
         Those of parameters have a number for each row and unit. `transposed(k, dv)` is the product
@@ -195,6 +203,7 @@ class Derived:
         inputs |= _labelled("saved", self.saved, saved[: len(self.saved)])
         inputs |= dict(zip(self.rows, saved[len(self.saved) :], strict=True))
         inputs["count"] = next[0].new_full((), next[0].size(-1))
+        inputs |= {f"z.{k}": numbers for k, numbers in enumerate(z)}
         for exchange in self.exchanges:
             values = evaluate(exchange.operands, inputs)
             if exchange.kind == "transposed":
@@ -316,6 +325,7 @@ def _derive_here(cell: Cell) -> Derived:
         operands=traced.operands,
         rows=rows,
         exchanges=tuple(exchanges),
+        draws=cell.draws if cell.noise else (),
     )
     if not traced.sites:
         return derived

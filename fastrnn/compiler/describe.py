@@ -28,6 +28,7 @@ def describe(derived: Derived) -> str:
             f"  gates   {' '.join(derived.gates)}",
             f"  states  {' '.join(derived.states)}",
             *([f"  params  {_params(derived)}"] if derived.params else []),
+            *([f"  draws   {_draws(derived)}"] if derived.draws else []),
             f"  summed  {' '.join(sums) or 'none'}",
             f"  saves   {' '.join([*derived.saved, *derived.rows]) or 'nothing'}: {bytes} bytes "
             f"per unit{rows} and step in float32, besides the states",
@@ -131,6 +132,14 @@ def _equations(
 def _params(derived: Derived) -> str:
     pairs = zip(derived.params, derived.shared, strict=True)
     return " ".join(name + " (one for all units)" * shared for name, shared in pairs)
+
+
+def _draws(derived: Derived) -> str:
+    return ", ".join(
+        f"z.{k} per {draw.per}: {1 / draw.probability if draw.scaled else 1:g} with probability "
+        f"{draw.probability:g}, else 0"
+        for k, draw in enumerate(derived.draws)
+    )
 
 
 def _cost(roots: Sequence[Expr]) -> str:

@@ -38,7 +38,7 @@ struct {struct_name(name)} {{
   static constexpr int kGates = {gates}, kStates = {states}, kSaved = {saved};
   static constexpr int kParams = {len(derived.params)};
   static constexpr unsigned kSharedParams = {shared};  // bit k: parameter k is one for all units
-{_gate_params(derived)}\
+{_gate_params(derived)}{_draws(derived)}\
   static constexpr bool kSummed[kGates] = {_bools(derived.summed)};
   // Whether state 0 comes in through v alone.
   static constexpr bool kProjectable = {"true" if derived.projectable else "false"};
@@ -60,9 +60,21 @@ def _gate_params(derived: Derived) -> str:
     )
 
 
+def _draws(derived: Derived) -> str:
+    draws = derived.draws
+    if not draws:
+        return ""
+    per_sequence = sum((d.per == "sequence") << k for k, d in enumerate(draws))
+    scaled = sum(d.scaled << k for k, d in enumerate(draws))
+    return (
+        f"  static constexpr int kDraws = {len(draws)};  // random numbers, in p\n"
+        f"  static constexpr unsigned kSequenceDraws = {per_sequence}, kScaledDraws = {scaled};\n"
+    )
+
+
 def _pointwise(derived: Derived) -> str:
     states, places = len(derived.states), derived.places()
-    params = ("p",) if derived.params else ()
+    params = ("p",) if derived.params or derived.draws else ()
     step = _elements(next=derived.step[:states], saved=derived.step[states:])
     forward = function("forward", places, ("u", "v", "s", *params), step, ("next", "saved"))
     du, dv, ds, dp = derived.grouped(derived.gradients)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -31,7 +31,8 @@ class Trace:
     """A cell's step and its derivative.
 
     The inputs have the labels `u.i`, `v.i` for a gate i, `s.h`, `dnext.h` for a state h, `p.a` for
-    a parameter a (`p.a.i` if it has a number for each gate), `count` for the number of units, the
+    a parameter a (`p.a.i` if it has a number for each gate), `z.k` for the numbers of draw k,
+    `count` for the number of units, the
     labels of `Site.results`, and `doperand.k.j` for the gradient of part j of the operand of site
     k. Gradients of parameters are those of one row and unit; those of the results of a reduction
     are to be summed over the units.
@@ -97,18 +98,20 @@ def _read(algebra: Algebra, cell: Cell, shape: tuple[int, ...]) -> Trace:
     own = len(inputs)
     ends = (gates, 2 * gates, 2 * gates + states)
     count = zeros() + width
+    numbers = [zeros(*shape) for _ in cell.draws] if cell.noise else []
+    last = -1 - len(numbers)
 
-    def step(cut: Cut, flat: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def step(cut: Cut, flat: tuple[Tensor, ...], z: Sequence[Tensor]) -> tuple[Tensor, ...]:
         u, v, s, p = (flat[a:b] for a, b in zip((0, *ends), (*ends, None), strict=True))
         with cut:
-            after = tuple(cell.step(u, cut.products(v, s[0]), s, p, cut.apply))
+            after = tuple(cell.step(u, cut.products(v, s[0]), s, p, cut.apply, z))
         # With parameters, a state may follow from one number for all units alone.
         row = (*outer, 1) if cell.params else None
         return tuple(a.expand(shape) if getattr(a, "shape", shape) == row else a for a in after)
 
     try:
         probe = Cut(cell, shape, count)
-        after = step(probe, tuple(x.clone() for x in inputs))
+        after = step(probe, tuple(x.clone() for x in inputs), numbers)
         _check_states(cell, after, shape)
         sites = tuple(probe.sites)
         results = [label for site in sites for label in site.results]
@@ -120,15 +123,15 @@ def _read(algebra: Algebra, cell: Cell, shape: tuple[int, ...]) -> Trace:
         def sweep(*flat: Tensor) -> tuple[Tensor, ...]:
             def function(*some: Tensor) -> tuple[Tensor, ...]:
                 cut = Cut(cell, shape, flat[-1], iter(some[own:]))
-                after = step(cut, some[:own])
+                after = step(cut, some[:own], flat[last:-1])
                 if tuple(cut.sites) != sites:
                     raise Underivable(f"cell {cell.name!r} is another formula each time")
                 return (*after, *cut.operands)
 
             after, back = torch.func.vjp(function, *flat[:active])[:2]
-            return (*after, *back(flat[active:-1]))
+            return (*after, *back(flat[active:last]))
 
-        traced = make_fx(sweep, decomposition_table=_decompositions())(*inputs, count)
+        traced = make_fx(sweep, decomposition_table=_decompositions())(*inputs, *numbers, count)
     except RuntimeError as error:
         what = str(error).split("\n")[0]
         if re.search(r"Boolean value of Tensor|to get value out|to Scalar", what):
@@ -146,6 +149,7 @@ def _read(algebra: Algebra, cell: Cell, shape: tuple[int, ...]) -> Trace:
     labels += [
         tuple(f"doperand.{k}.{part}" for part in range(site.parts)) for k, site in enumerate(sites)
     ]
+    labels += [(f"z.{k}",) for k in range(len(numbers))]
     read = _Reader(algebra, cell, shape).read(traced, [*labels, ("count",)])
     first = states + len(sites)
     gradients = read[first:]
@@ -307,7 +311,7 @@ class _Reader:
     def _refusal(self, node: fx.Node, shape: tuple[int, ...] | None) -> Underivable:
         input_shapes = [getattr(a.meta.get("val"), "shape", None) for a in node.all_input_nodes]
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-            what = "is random; noise must come through u or a state"
+            what = "is random; call fastrnn.dropout or fastrnn.bernoulli instead"
         elif "aten.sum" in str(node.target):
             what = "adds up what was spread over rows; a number for each row, as a reduction gives "
             what += "it, keeps its dimension: keepdim=True, or unsqueeze(-1)"

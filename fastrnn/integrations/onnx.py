@@ -31,10 +31,10 @@ def decompositions() -> dict[OpOverload, Callable[..., list[Tensor]]]:
 def _scan(key: str, *arguments: Any) -> list[Tensor]:
     """The results of the operator in nodes of ONNX, with an empty tape."""
     count = len(Operands._fields)
-    x, w_ih, w_hh, *others = arguments[:count]
-    lists: Any = [() if group is None else group for group in others[:5]]
-    operands = Operands(x, w_ih, w_hh, *lists, *others[5:])
+    given = Operands(*arguments[:count])
+    lists: Any = [() if group is None else group for group in given.lists()]
+    operands = Operands(given.x, *lists, *given[1 + len(lists) :])
     _, _, steps, *_ = *arguments[count:], False, False, False
     find(key, "cpu", "float32")  # the program may be of another process
     y, last, every = onnx.scan(cell_of(key), operands, steps)
-    return [y, *last, *([] if every is None else [every]), x.new_empty(0)]
+    return [y, *last, *([] if every is None else [every]), operands.x.new_empty(0)]

@@ -121,7 +121,8 @@ def _with_recurrences(operands: Operands) -> Operands:
     """Operands with states [1, B, *], if they are those of one step [B, I]; else unchanged."""
     if operands.x.dim() == 3 or operands.batch_sizes is not None:
         return operands
-    return operands._replace(s0=[s.unsqueeze(0) for s in operands.s0])
+    s0, begins = ([s.unsqueeze(0) for s in group] for group in operands.lists()[-2:])
+    return operands._replace(s0=s0, reset_states=begins)
 
 
 def _choose(key: str, operands: Operands, *, tape: bool, backward: bool = False) -> plan.Plan:
@@ -147,6 +148,8 @@ def _choose(key: str, operands: Operands, *, tape: bool, backward: bool = False)
         projected=bool(operands.w_hr),
         projectable=derived.projectable,
         stages=derived.stages,
+        noise=bool(derived.draws),
+        reset_states=bool(operands.reset_states),
     )
     compiled = _C.has_code(key, "float64" if x.dtype == torch.float64 else "float32")
     offered = machine.current(x.device.type, compiled=compiled, index=x.device.index)

@@ -56,11 +56,15 @@ def scan(cell: Cell, operands: Operands, steps: bool) -> tuple[Tensor, list[Tens
     """The results of `ops.run`, recorded as nodes of ONNX.
 
     Raises:
-        NotImplementedError: for packed input.
+        NotImplementedError: for packed input, and for cells that draw random numbers.
     """
     if operands.batch_sizes is not None:
         raise NotImplementedError(
             "ONNX has no packed sequences; pad the input and give the layer lengths= instead"
+        )
+    if operands.noise is not None:
+        raise NotImplementedError(
+            "the random numbers of training are not exported to ONNX; call eval() on the model"
         )
     if operands.x.dim() == 2:  # one step
         return *reference.scan(cell, operands), None
@@ -158,15 +162,20 @@ def _as_scan(cell: Cell, operands: Operands, p: int) -> tuple[list[Tensor], list
 
     # A body reads nothing from outside, so the weights of a step are arguments as well.
     weights = [w_hh, *(group[p] for group in (operands.b_hh, operands.w_hr) if group)]
-    weights += operands.params_of(p)
-    counts = len(s0), len(over), 1, bool(operands.b_hh), bool(operands.w_hr)
+    weights += [*(s[p] for s in operands.reset_states), *operands.params_of(p)]
+    given = bool(operands.b_hh), bool(operands.w_hr), len(operands.reset_states)
+    counts = len(s0), len(over), 1, *given
     ends = list(itertools.accumulate(counts))
 
     def step(*every: Tensor) -> list[Tensor]:
-        states, at, (w_hh,), b_hh, w_hr, params = (
+        states, at, (w_hh,), b_hh, w_hr, begins, params = (
             every[a:b] for a, b in zip([0, *ends], [*ends, None], strict=True)
         )
-        before = [torch.where(at[-1], 0, s) for s in states] if has_cut else states
+        before = states
+        if has_cut:
+            instead: Any = begins or [0] * len(states)
+            pairs = zip(instead, states, strict=True)
+            before = tuple(torch.where(at[-1], begin, s) for begin, s in pairs)
 
         def apply(h: Tensor) -> Sequence[Tensor]:
             return F.linear(h, w_hh, b_hh[0] if b_hh else None).split(hidden, -1)

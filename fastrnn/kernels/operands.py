@@ -27,12 +27,17 @@ class Operands(NamedTuple):
             of recurrence 1 and so on.
         s0: `S` initial states, [P, B, Q] for state 0 and [P, B, H] for the others; none for zeros
             (not with `batch_sizes`).
+        reset_states: the states in which episodes begin, as `s0`; none for zeros.
         batch_sizes: int64 [T] on the CPU, non-increasing: sequences alive at each step of packed
             input.
         lengths: int64 [B], for dense input: steps of each sequence, in any order, zero allowed.
             Output past the end is zero, and the final state is that of the last valid step.
         resets: bool, in `x`'s shape without the last dimension: whether an episode begins at this
-            row. No state crosses from the previous step to it, in either direction.
+            row. No state crosses from the previous step to it, in either direction: the step reads
+            `reset_states`.
+        noise: int64, if the cell draws random numbers: a seed, the probability of each draw times
+            2^32 and, for packed input, the caller's index of each sequence. It is on the device of
+            `x`; see `cells.noise.seeded`.
         reverse: if bit `p` is set, recurrence `p` runs backward in time.
     """
 
@@ -44,14 +49,16 @@ class Operands(NamedTuple):
     w_hr: Sequence[Tensor] = ()
     params: Sequence[Tensor] = ()
     s0: Sequence[Tensor] = ()
+    reset_states: Sequence[Tensor] = ()
     batch_sizes: Tensor | None = None
     lengths: Tensor | None = None
     resets: Tensor | None = None
+    noise: Tensor | None = None
     reverse: int = 0
 
-    def lists(self) -> tuple[_L, _L, _L, _L, _L, _L, _L]:
-        """w_ih, w_hh, b_ih, b_hh, w_hr, params and s0."""
-        return self[1:8]
+    def lists(self) -> tuple[_L, _L, _L, _L, _L, _L, _L, _L]:
+        """w_ih, w_hh, b_ih, b_hh, w_hr, params, s0 and reset_states."""
+        return self[1:9]
 
     def params_of(self, recurrence: int) -> Sequence[Tensor]:
         """The learned parameters of one recurrence."""
@@ -69,11 +76,13 @@ class Needs(NamedTuple):
     w_hr: bool
     params: bool
     s0: bool
+    reset_states: bool
 
     def groups(self) -> tuple[bool, ...]:
-        """One flag for each of x, w_ih, w_hh, b_ih, b_hh, w_hr, params and s0, in this order."""
+        """One flag for each of x and the `lists()` of `Operands`, in this order."""
         biases = self.biases, self.biases
-        return (self.x, self.w_ih, self.w_hh, *biases, self.w_hr, self.params, self.s0)
+        learned = self.w_hr, self.params
+        return (self.x, self.w_ih, self.w_hh, *biases, *learned, self.s0, self.reset_states)
 
 
 class Weights(NamedTuple):

@@ -45,7 +45,7 @@ def prepare(cell: Cell, kind: str = "cpu", dtype: torch.dtype = torch.float32) -
     if torch.compiler.is_compiling():
         # The compiler of torch 2.11 does not accept a whole cell as a constant, but its parts.
         names, kinds = tuple(cell.params), tuple(p.kind for p in cell.params.values())
-        parts = cell.name, cell.gates, cell.states, cell.function, names, kinds
+        parts = cell.name, cell.gates, cell.states, cell.function, names, kinds, cell.noise
         return _prepared_once(*parts, kind, dtype)
     return prepared_now(cell, kind, dtype)
 
@@ -57,11 +57,13 @@ def _prepared_once(
     function: Callable[..., Any],
     params: tuple[str, ...],
     kinds: tuple[str, ...],
+    noise: bool,
     kind: str,
     dtype: torch.dtype,
 ) -> str | None:
     learned = {n: Param(param) for n, param in zip(params, kinds, strict=True)}
-    return prepared_now(Cell(name, gates, states, function, learned), kind, dtype)
+    cell = Cell(name, gates, states, function, learned, noise=noise)
+    return prepared_now(cell, kind, dtype)
 
 
 # This is what `torch.compiler.assume_constant_result` does, without the import of the compiler,

@@ -14,15 +14,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrnn.cells import Cell
+from fastrnn.cells.noise import numbers as numbers_of
 from fastrnn.kernels.operands import Needs, Operands
 
 __all__ = ["forward", "gradients", "scan", "scan_with_steps"]
+
+_L = list[Tensor]
+# Gets recurrence, time, u, v, states before and after the step, and the numbers of the draws.
+_Record = Callable[[int, int, Tensor, Tensor, _L, _L, _L], None]
 
 
 def scan(
     cell: Cell,
     operands: Operands,
-    record: Callable[[int, int, Tensor, Tensor, list[Tensor], list[Tensor]], None] | None = None,
+    record: _Record | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Run `P` independent scans of one cell over the same input.
 
@@ -35,11 +40,12 @@ def scan(
     Returns:
         `y`, in `x`'s shape with `P*Q` in place of `I`, and the `S` final states, shaped as `s0`.
     """
-    x, w_ih, w_hh, b_ih, b_hh, w_hr, _, s0, batch_sizes, lengths, resets, reverse = operands
+    x, w_ih, w_hh, b_ih, b_hh, w_hr, _, s0, begins = operands[:9]
+    batch_sizes, lengths, resets, _, reverse = operands[9:]
     packed = batch_sizes is not None
     one_step = x.dim() == 2 and not packed
     if one_step:
-        s0 = [s.unsqueeze(0) for s in s0]
+        s0, begins = ([s.unsqueeze(0) for s in states] for states in (s0, begins))
     steps = _steps(x, batch_sizes)
     sizes = [s.size(-2) for s in steps]
     batch = sizes[0] if sizes else (s0[0].size(1) if s0 else 0)
@@ -51,6 +57,7 @@ def scan(
         hidden = w_hh[p].size(0) // len(cell.gates)
         recurrent = w_hh[p].size(1)
         params = operands.params_of(p)
+        drawn = _drawn(cell, operands, p, (len(steps), batch, hidden))
         if s0:
             states = [s[p] for s in s0]
         else:
@@ -70,16 +77,18 @@ def scan(
                     cut = flags[edge]
                     if alive is not None:
                         cut = cut & (alive > edge).unsqueeze(-1)
-                    before = [_cut(s, cut) for s in before]
+                    instead = [s[p] for s in begins] if begins else [None] * len(before)
+                    before = [_cut(s, cut, b) for s, b in zip(before, instead, strict=True)]
             u = F.linear(steps[t], w_ih[p], b_ih[p] if b_ih else None)
             v = F.linear(before[0], w_hh[p], b_hh[p] if b_hh else None)
             gates_u, gates_v = u.split(hidden, -1), v.split(hidden, -1)
             apply = _applied(operands, p)
-            after = cell.step(gates_u, gates_v, before, params, apply)
+            z = [numbers[t if len(numbers) > 1 else 0, :n] for numbers in drawn]
+            after = cell.step(gates_u, gates_v, before, params, apply, z)
             if params:  # a state that follows from these alone may be smaller
                 after = [torch.broadcast_to(a, gates_u[0].shape) for a in after]
             if record is not None:
-                record(p, t, u, v, before, after)
+                record(p, t, u, v, before, after, z)
             if w_hr:
                 after = [F.linear(after[0], w_hr[p]), *after[1:]]
             y = after[0]
@@ -101,6 +110,18 @@ def scan(
     if one_step:
         return y, finals[0]
     return y, [torch.stack(list(s)) for s in zip(*finals, strict=True)]
+
+
+def _drawn(
+    cell: Cell, operands: Operands, recurrence: int, size: tuple[int, int, int]
+) -> list[Tensor]:
+    """The random numbers of a recurrence, for each draw of its cell."""
+    if not cell.noise:
+        return []
+    if operands.noise is None:
+        raise RuntimeError(f"scan: cell {cell.name!r} draws random numbers, and noise is missing")
+    made = numbers_of(cell.draws, operands.noise, recurrence, size)
+    return [each.to(operands.x.dtype) for each in made]
 
 
 class _Blocks(Sequence[Tensor]):
@@ -131,9 +152,7 @@ def scan_with_steps(cell: Cell, operands: Operands) -> tuple[Tensor, list[Tensor
     alive = None if lengths is None else lengths.to(x.device)
     made: list[dict[int, Tensor]] = [{} for _ in operands.w_hh]
 
-    def record(
-        p: int, t: int, u: Tensor, v: Tensor, before: list[Tensor], after: list[Tensor]
-    ) -> None:
+    def record(p: int, t: int, u: Tensor, v: Tensor, before: _L, after: _L, z: _L) -> None:
         hidden = operands.w_hh[p].size(0) // len(cell.gates)
         states = torch.cat(after[1:], -1) if len(after) > 1 else u[:, :0]
         if alive is not None:
@@ -162,14 +181,12 @@ def forward(cell: Cell, operands: Operands, tape: bool) -> tuple[Tensor, list[Te
     saved = x.new_zeros(rows, len(operands.w_hh), width, hidden)
     first = _first_rows(operands)
 
-    def record(
-        p: int, t: int, u: Tensor, v: Tensor, before: list[Tensor], after: list[Tensor]
-    ) -> None:
+    def record(p: int, t: int, u: Tensor, v: Tensor, before: _L, after: _L, z: _L) -> None:
         values = after[1:]
         if derived.saved or derived.rows:
             gates = u.split(hidden, -1), v.split(hidden, -1)
             params = [row for param in operands.params_of(p) for row in param.split(hidden)]
-            values += derived.forward(*gates, before, params, _applied(operands, p))[1]
+            values += derived.forward(*gates, before, params, _applied(operands, p), z)[1]
         if operands.w_hr:
             values.append(after[0])
         if derived.rows:
@@ -251,8 +268,9 @@ def _steps(rows: Tensor, batch_sizes: Tensor | None) -> list[Tensor]:
     return list(rows.unbind(0)) if rows.dim() == 3 else [rows]
 
 
-def _cut(state: Tensor, flags: Tensor) -> Tensor:
-    """`state` with zeros in the rows where `flags` [n, 1] is set; rows from n on stay."""
+def _cut(state: Tensor, flags: Tensor, begin: Tensor | None) -> Tensor:
+    """`state` with the rows of `begin`, or zeros, where `flags` [n, 1] is set; rows from n on
+    stay."""
     n = flags.size(0)
-    head = torch.where(flags, 0, state[:n])
+    head = torch.where(flags, 0 if begin is None else begin[:n], state[:n])
     return head if n == state.size(0) else torch.cat([head, state[n:]])

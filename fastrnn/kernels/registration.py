@@ -71,6 +71,7 @@ def add_facts(cell: Cell) -> str:
             gate_params=derived.gate_params(),
             stages=derived.stages,
             rows=len(derived.rows),
+            draws=len(derived.draws),
         )
     except RuntimeError as error:
         raise Underivable(str(error)) from error

@@ -49,7 +49,15 @@ class Layer(Freezable, FlatWeights):
     # Defaults for layers converted from torch.nn and for older pickles.
     heads = 1
     recompute = False
+    zoneout: float | tuple[float, ...] = 0.0
+    recurrent_dropout = 0.0
+    recurrent_dropout_per = "sequence"
+    clip_grad_step: float | None = None
     _param_count = 0  # of the cell's learned parameters
+    # The cell with what these arguments add, in evaluation and in training; None if they add
+    # nothing.
+    _quiet: Cell | None = None
+    _noisy: Cell | None = None
 
     def __init__(self, cell: Cell, mode: str, arguments: Mapping[str, Any]) -> None:
         """`arguments` holds the arguments of the public constructor by name, and `proj_size`."""
@@ -70,6 +78,7 @@ class Layer(Freezable, FlatWeights):
             self.heads = arguments["heads"]
         if arguments["recompute"]:
             self.recompute = True
+        self._vary(cell, arguments)
         if cell.params:
             self._param_count = len(cell.params)
         # RNNBase's methods expect this list. It stays empty, because weak references to parameters
@@ -88,6 +97,29 @@ class Layer(Freezable, FlatWeights):
                 self._flat_weights_names.extend(names)
                 self._all_weights.append(names)
         self.reset_parameters()
+
+    def _vary(self, cell: Cell, arguments: Mapping[str, Any]) -> None:
+        """Make the variants of the cell that the arguments ask for."""
+        quiet = cell
+        if arguments["zoneout"]:
+            self.zoneout = arguments["zoneout"]
+            if self.proj_size:
+                raise ValueError("zoneout is for states that are not projected; use proj_size=0")
+            quiet = cells.zoneout(quiet, self.zoneout)
+        if arguments["clip_grad_step"] is not None:
+            self.clip_grad_step = arguments["clip_grad_step"]
+            quiet = cells.clip_grad(quiet, self.clip_grad_step)
+        noisy = quiet
+        if arguments["recurrent_dropout"]:
+            self.recurrent_dropout = arguments["recurrent_dropout"]
+            self.recurrent_dropout_per = arguments["recurrent_dropout_per"]
+            noisy = cells.recurrent_dropout(
+                quiet, self.recurrent_dropout, self.recurrent_dropout_per
+            )
+        if quiet is not cell:
+            self._quiet = quiet
+        if noisy.noisy is not cell:
+            self._noisy = noisy.noisy
 
     def _shapes(self, cell: Cell, layer: int) -> dict[str, tuple[int, ...]]:
         """The shapes of a layer's parameters in one direction, in torch.nn's order."""
@@ -142,12 +174,15 @@ class Layer(Freezable, FlatWeights):
         *,
         lengths: Lengths = None,
         resets: Resets = None,
+        reset_states: States | None = None,
         return_states: bool | None = None,  # None and not False: see `_slow_forward`
     ) -> tuple[Any, ...]:
         """Run the layer. The class documents the shapes."""
         extras: dict[str, Any] = (
             {} if lengths is None and resets is None else {"lengths": lengths, "resets": resets}
         )
+        if reset_states is not None:
+            extras["reset_states"] = reset_states
         if return_states:
             extras["return_states"] = True
         if (other := export_forward(self, input, extras)) is not None:
@@ -157,8 +192,9 @@ class Layer(Freezable, FlatWeights):
             weights, packed = self._weights(), () if frozen is None else frozen.layers
         else:
             weights, packed = operands(self, input)
+        noisy = self._noisy if self.training and frozen is None else None
         return functional.rnn(
-            self._cell(),
+            noisy or self._cell(),
             input,
             weights,
             hx,
@@ -169,6 +205,7 @@ class Layer(Freezable, FlatWeights):
             training=self.training,
             lengths=lengths,
             resets=resets,
+            reset_states=reset_states,
             recompute=self.recompute,
             return_states=bool(return_states),
             name=self._name,
@@ -245,7 +282,7 @@ class Layer(Freezable, FlatWeights):
             )
 
     def _cell(self) -> Cell:
-        cell = CELL_OF_MODE.get(self.mode)
+        cell = self._quiet or CELL_OF_MODE.get(self.mode)
         if cell is None:
             raise AssertionError(f"mode must be RNN_TANH or RNN_RELU, got {self.mode}")
         return cell
@@ -299,7 +336,13 @@ class Layer(Freezable, FlatWeights):
     def extra_repr(self) -> str:
         """The arguments that differ from their defaults."""
         heads = f", heads={self.heads}" if self.heads > 1 else ""
-        return super().extra_repr() + heads + (", recompute=True" if self.recompute else "")
+        own = heads + (", recompute=True" if self.recompute else "")
+        for name in ("zoneout", "recurrent_dropout", "clip_grad_step"):
+            if value := getattr(self, name):
+                own += f", {name}={value}"
+        if self.recurrent_dropout and self.recurrent_dropout_per != "sequence":
+            own += f", recurrent_dropout_per={self.recurrent_dropout_per!r}"
+        return super().extra_repr() + own
 
     def __prepare_scriptable__(self) -> nn.Module:
         return scriptable(self)

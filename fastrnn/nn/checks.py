@@ -24,6 +24,7 @@ __all__ = [
     "check_heads",
     "check_input",
     "check_lengths",
+    "check_reset_states",
     "check_resets",
     "check_sizes",
     "check_states",
@@ -266,6 +267,37 @@ def check_resets(
             f"{_callers_shape(x.shape[:-1], swap)}, got {_callers_shape(resets.shape, swap)}"
         )
     return resets.to(x.device)
+
+
+def check_reset_states(
+    given: States, sizes: Sequence[tuple[int, int, int]], like: Tensor, batched: bool
+) -> list[Tensor]:
+    """`reset_states` as tensors of these sizes [L*D, B, *], in the caller's order; checked."""
+    states = [given] if isinstance(given, Tensor) else list(given)
+    if len(states) != len(sizes):
+        raise ValueError(
+            f"reset_states must hold a tensor for each of the {len(sizes)} states, "
+            f"got {len(states)}"
+        )
+    whole = []
+    for state, size in zip(states, sizes, strict=True):
+        full = state if batched else state.unsqueeze(1)
+        if full.size() not in (size, (size[0], 1, size[2])):
+            shape = size if batched else (size[0], size[2])
+            raise ValueError(
+                f"reset_states must have the shape of hx, {tuple(shape)}"
+                f"{', or a batch of 1' * batched}, got {tuple(state.shape)}"
+            )
+        if full.dtype != like.dtype and not torch._C._is_any_autocast_enabled():
+            raise ValueError(
+                f"reset_states must have the dtype of the input, {like.dtype}, got {full.dtype}"
+            )
+        if full.device != like.device:
+            raise ValueError(
+                f"reset_states must be on the device of the input, {like.device}, got {full.device}"
+            )
+        whole.append(full.expand(size))
+    return whole
 
 
 def _callers_shape(shape: torch.Size, swap: bool) -> tuple[int, ...]:

@@ -25,6 +25,7 @@ __all__ = [
     "TO_TORCH",
     "WRAPPERS",
     "Wrapper",
+    "beyond_torch",
     "converted",
     "counterpart_of",
     "export_forward",
@@ -157,8 +158,18 @@ def _refuse(module: nn.Module, source: type) -> None:
         raise TypeError(
             f"cannot convert this {source.__qualname__}: its forward was replaced on the instance"
         )
+    if (extra := beyond_torch(module)) is not None:
+        raise TypeError(f"cannot convert this {source.__qualname__}: torch.nn has no {extra}")
+
+
+def beyond_torch(module: nn.Module) -> str | None:
+    """What a layer has that torch.nn's layers do not have, or None."""
     if getattr(module, "heads", 1) > 1:
-        raise TypeError(f"cannot convert this {source.__qualname__}: torch.nn has no heads")
+        return "heads"
+    for name in ("zoneout", "recurrent_dropout", "clip_grad_step"):
+        if getattr(module, name, None):
+            return name
+    return None
 
 
 def converted(module: nn.Module, target: type[nn.Module]) -> nn.Module:
@@ -200,7 +211,7 @@ def export_forward(module: nn.Module, input: Any, extras: dict[str, Any] | None 
     scripted = torch._C._get_tracing_state() is not None
     if scripted or (not isinstance(module, nn.RNNBase) and onnx.is_recording()):
         known = [c for c in type(module).__mro__ if c in TO_TORCH]
-        if known and not extras and getattr(module, "heads", 1) == 1:
+        if known and not extras and beyond_torch(module) is None:
             return converted(in_floats(module), TO_TORCH[known[0]]).forward
     if isinstance(input, Proxy):
         tracer: Any = input.tracer

@@ -17,12 +17,14 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import ops
 from fastrnn.cells import Cell
+from fastrnn.cells.noise import seeded
 from fastrnn.kernels.operands import Operands, Weights, named, side_by_side
 from fastrnn.nn.checks import (
     Check,
     States,
     check_device,
     check_lengths,
+    check_reset_states,
     check_resets,
     check_sizes,
     check_states,
@@ -47,6 +49,7 @@ def rnn(
     training: bool = False,
     lengths: Tensor | Sequence[int] | None = None,
     resets: Tensor | PackedSequence | None = None,
+    reset_states: States | None = None,
     recompute: bool = False,
     return_states: bool = False,
     name: str = "rnn",
@@ -56,7 +59,8 @@ def rnn(
     """Run a stack of recurrent layers, `L` layers of `D` directions.
 
     Args:
-        cell: the cell, with `G` gates and `S` states.
+        cell: the cell, with `G` gates and `S` states; `cell.noisy` to draw random numbers, as in
+            training.
         input: [T, B, I]; [B, T, I] with `batch_first`; [T, I] unbatched; or a `PackedSequence`.
         weights: for every layer and direction `Weights`, or the list that `all_weights` of torch's
             layers holds, with the cell's learned parameters at its end. With `heads`, one for
@@ -77,6 +81,8 @@ def rnn(
         resets: bool, whether an episode begins at a step: [T, B], [B, T] with `batch_first`, [T]
             unbatched, or packed like the input. No state crosses from the previous step to this
             one, in either direction.
+        reset_states: the states in which these episodes begin, in the form of `hx`, with gradients;
+            a batch of 1 stands for all sequences. None for zeros.
         recompute: save only the output of every layer for the backward pass, which recomputes the
             cells' values from it. It needs less memory and more time. The CUDA kernels recompute a
             chunk of steps at a time, the others a layer at a time.
@@ -95,7 +101,8 @@ def rnn(
 
     Raises:
         ValueError: if `input` has the wrong number of dimensions or not the dtype of the weights,
-            or if `lengths` or `resets` have a wrong shape or are out of range.
+            if `lengths`, `resets` or `reset_states` have a wrong shape or are out of range, or if
+            `reset_states` come without `resets`.
         RuntimeError: if `input` or `hx` have wrong sizes, devices differ, or T = 0 without
             `lengths`.
         TypeError: if `lengths` or `resets` have a wrong type or dtype.
@@ -157,6 +164,15 @@ def rnn(
         )
     if resets is not None:
         resets = check_resets(resets, x, batch_sizes, order, batch_first and batched)
+    begins: Sequence[Tensor] = ()
+    if reset_states is not None:
+        if resets is None:
+            raise ValueError("reset_states= is for resets=, which is missing")
+        batch = _batch_size(x, batch_sizes, order)
+        sizes = [(len(every) // heads, batch, n) for n in widths(cell, every[0], heads)]
+        begins = check_reset_states(reset_states, sizes, x, batched)
+        if order is not None:
+            begins = [s.index_select(1, order) for s in begins]
     if not states and (batch_sizes is not None or (lengths is not None and x.shape[0] == 0)):
         states = _zeros(cell, x, every, heads, _batch_size(x, batch_sizes, order))
 
@@ -166,12 +182,14 @@ def rnn(
         x,
         every,
         states if heads == 1 else [_split(s, heads) for s in states],
+        begins if heads == 1 else [_split(s, heads) for s in begins],
         directions=2 if bidirectional else 1,
         heads=heads,
         dropout=dropout if training else 0.0,
         batch_sizes=batch_sizes,
         lengths=lengths,
         resets=resets,
+        order=order,
         recompute=recompute,
         packed=packed,
         every_step=every_step,
@@ -284,6 +302,7 @@ def _stack(
     x: Tensor,
     weights: Sequence[Weights],
     s0: Sequence[Tensor],
+    begins: Sequence[Tensor],
     *,
     directions: int,
     heads: int,
@@ -291,17 +310,21 @@ def _stack(
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     resets: Tensor | None,
+    order: Tensor | None,
     recompute: bool,
     packed: Sequence[ops.Prepacked | None],
     every_step: list[tuple[Tensor, ...]] | None = None,
 ) -> tuple[Tensor, Sequence[Tensor]]:
     """Run the layers on canonical operands: `x` [T, B, I] or packed [R, I], and `S` states
-    [L*D*heads, B, *] in `s0`. The states after every step are appended to `every_step`."""
+    [L*D*heads, B, *] in `s0` and, perhaps, in `begins`. The states after every step are appended to
+    `every_step`."""
     scans = directions * heads
     reverse = 0 if directions == 1 else (1 << heads) - 1 << heads  # the second half
     reverse -= (reverse >> 63) << 64  # as a signed 64-bit integer
     if len(weights) == scans:  # the common case of one layer
-        operands = Operands(x, *side_by_side(weights), s0, batch_sizes, lengths, resets, reverse)
+        noise = seeded(cell.draws, x, order) if cell.noise else None
+        rows = batch_sizes, lengths, resets, noise
+        operands = Operands(x, *side_by_side(weights), s0, begins, *rows, reverse)
         wanted = every_step is not None and len(cell.states) > 1
         y, last, steps = ops.run(
             cell, operands, packed[0] if packed else None, recompute=recompute, steps=wanted
@@ -319,11 +342,13 @@ def _stack(
             F.dropout(x, dropout, True) if dropout and first else x,
             weights[first : first + scans],
             [h[first : first + scans] for h in s0],
+            [h[first : first + scans] for h in begins],
             directions=directions,
             heads=heads,
             batch_sizes=batch_sizes,
             lengths=lengths,
             resets=resets,
+            order=order,
             recompute=recompute,
             packed=packed[first // scans :],
             every_step=every_step,

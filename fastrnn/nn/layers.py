@@ -56,12 +56,22 @@ class RNN(_NoProjection):
         recompute: whether training saves only outputs for the backward pass, which recomputes all
             else; see `functional.rnn`. The attribute of this name may be set at any time, also on
             a layer that replaced one of torch.nn. torch.nn does not have this argument.
+        zoneout: probability with which a unit keeps its state of the step before while training,
+            for all states or one for each; see `cells.zoneout`. torch.nn does not have these four
+            arguments, which are fixed when the layer is made.
+        recurrent_dropout: probability of zeroing units of what the recurrent weights multiply while
+            training; see `cells.recurrent_dropout`.
+        recurrent_dropout_per: `"sequence"` to zero the same units at all steps of a sequence,
+            `"step"` to draw them at every step.
+        clip_grad_step: largest absolute value of the gradients of the states at every step of the
+            backward pass, or None; see `cells.clip_grad`.
 
     Call:
         `output, h_n = layer(input, hx=None, *, lengths=None, resets=None)` with `input`
         [T, B, I], [T, I] or a `PackedSequence`; `hx` and `h_n` [num_layers*D, B, H]; `output`
         [T, B, D*H]. `lengths` [B] gives the steps of each sequence, in any order, and `resets`
-        (bool, [T, B]) marks steps where an episode begins; `functional.rnn` describes both.
+        (bool, [T, B]) marks steps where an episode begins, from zeros or from `reset_states`, in
+        the form of `hx`; `functional.rnn` describes them.
         With `return_states=True` there is a third result: for every layer a tuple of its states
         after every step, in the form of `output`, with gradients.
 
@@ -89,6 +99,10 @@ class RNN(_NoProjection):
         *,
         heads: int = 1,
         recompute: bool = False,
+        zoneout: float | Sequence[float] = 0.0,
+        recurrent_dropout: float = 0.0,
+        recurrent_dropout_per: str = "sequence",
+        clip_grad_step: float | None = None,
         **unknown: Any,
     ) -> None:
         refuse_unknown(self, unknown)
@@ -129,6 +143,10 @@ class GRU(_NoProjection):
         *,
         heads: int = 1,
         recompute: bool = False,
+        zoneout: float | Sequence[float] = 0.0,
+        recurrent_dropout: float = 0.0,
+        recurrent_dropout_per: str = "sequence",
+        clip_grad_step: float | None = None,
         **unknown: Any,
     ) -> None:
         refuse_unknown(self, unknown)
@@ -197,6 +215,10 @@ class LSTM(_MultiState):
         *,
         heads: int = 1,
         recompute: bool = False,
+        zoneout: float | Sequence[float] = 0.0,
+        recurrent_dropout: float = 0.0,
+        recurrent_dropout_per: str = "sequence",
+        clip_grad_step: float | None = None,
     ) -> None:
         super().__init__(cells.lstm, "LSTM", locals())
 
@@ -244,7 +266,8 @@ class Recurrent(_MultiState):
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional: as in `RNN`.
         device, dtype: device and dtype of the parameters. They have torch's names:
             `weight_ih_l0` [G*H, I] and so on.
-        heads, recompute: as in `RNN`.
+        heads, recompute, zoneout, recurrent_dropout, recurrent_dropout_per, clip_grad_step: as in
+            `RNN`.
 
     Call:
         As in `RNN`, also with `return_states=True`. `hx` and the final states are one tensor
@@ -283,6 +306,10 @@ class Recurrent(_MultiState):
         *,
         heads: int = 1,
         recompute: bool = False,
+        zoneout: float | Sequence[float] = 0.0,
+        recurrent_dropout: float = 0.0,
+        recurrent_dropout_per: str = "sequence",
+        clip_grad_step: float | None = None,
     ) -> None:
         if not isinstance(cell, Cell):
             raise TypeError(
@@ -293,7 +320,7 @@ class Recurrent(_MultiState):
         super().__init__(cell, cell.name, locals() | {"proj_size": 0})
 
     def _cell(self) -> Cell:
-        return self.cell
+        return self._quiet or self.cell
 
     def check_forward_args(
         self,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from fastrnn.cells import get_published
@@ -27,6 +29,10 @@ class _Published(Recurrent):
         *,
         heads: int = 1,
         recompute: bool = False,
+        zoneout: float | Sequence[float] = 0.0,
+        recurrent_dropout: float = 0.0,
+        recurrent_dropout_per: str = "sequence",
+        clip_grad_step: float | None = None,
     ) -> None:
         super().__init__(
             get_published(self._cell_name),
@@ -41,6 +47,10 @@ class _Published(Recurrent):
             dtype,
             heads=heads,
             recompute=recompute,
+            zoneout=zoneout,
+            recurrent_dropout=recurrent_dropout,
+            recurrent_dropout_per=recurrent_dropout_per,
+            clip_grad_step=clip_grad_step,
         )
 
     def extra_repr(self) -> str:

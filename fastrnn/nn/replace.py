@@ -18,7 +18,14 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from fastrnn.nn.convert import FROM_TORCH, TO_TORCH, WRAPPERS, converted, on_fastrnn
+from fastrnn.nn.convert import (
+    FROM_TORCH,
+    TO_TORCH,
+    WRAPPERS,
+    beyond_torch,
+    converted,
+    on_fastrnn,
+)
 from fastrnn.nn.freeze import Freezable
 from fastrnn.nn.layers import Recurrent
 from fastrnn.nn.rebase import obstacle
@@ -222,8 +229,8 @@ def _refusal(
     if kind in targets or (made and targets is TO_TORCH):
         if "forward" in vars(module):
             return "its forward was set on the instance and would be bypassed or call the old class"
-        if targets is TO_TORCH and getattr(module, "heads", 1) > 1:
-            return "has heads, which torch.nn does not have"
+        if targets is TO_TORCH and (extra := beyond_torch(module)) is not None:
+            return f"has {extra}, which torch.nn does not have"
         return None
     if kind in targets.values() or made:
         return f"is {_label(kind)} already"

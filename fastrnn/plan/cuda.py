@@ -35,6 +35,10 @@ def refuse(problem: Problem, device: Device) -> str | None:
         return (
             f"a step of cell {problem.cell!r} has {problem.stages} stages and this kernel runs one"
         )
+    if problem.noise:
+        return f"cell {problem.cell!r} draws random numbers, which this kernel does not"
+    if problem.reset_states:
+        return "episodes begin in given states, and this kernel lets them begin with zeros"
     if problem.hidden == 0:
         return "there are no hidden units"
     if gpu.capability < 80:

@@ -17,7 +17,7 @@ import fastrnn
 from fastrnn import cells, kernels
 from fastrnn.integrations.onnx import decompositions
 from tests.support.derivations import USERS
-from tests.support.tensors import flatten
+from tests.support.tensors import flatten, mapped
 
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -31,6 +31,7 @@ class Given(NamedTuple):
     hx: bool = False
     lengths: bool = False
     resets: bool = False
+    begins: bool = False
 
 
 class Model(nn.Module):
@@ -39,9 +40,15 @@ class Model(nn.Module):
         self.layer, self.options = layer, options
 
     def forward(
-        self, x: Tensor, hx: Any = None, lengths: Tensor | None = None, resets: Any = None
+        self,
+        x: Tensor,
+        hx: Any = None,
+        lengths: Tensor | None = None,
+        resets: Any = None,
+        begins: Any = None,
     ) -> Any:
-        return self.layer(x, hx, lengths=lengths, resets=resets, **self.options)
+        options = self.options if begins is None else {**self.options, "reset_states": begins}
+        return self.layer(x, hx, lengths=lengths, resets=resets, **options)
 
 
 def arguments(layer: Any, given: Given, steps: int, batch: int) -> tuple[Any, ...]:
@@ -55,6 +62,7 @@ def arguments(layer: Any, given: Given, steps: int, batch: int) -> tuple[Any, ..
         (states if len(states) > 1 else states[0]) if given.hx else None,
         torch.randint(0, steps + 1, (batch,)) if given.lengths else None,
         torch.rand(shape) < 0.3 if given.resets else None,
+        mapped(states if len(states) > 1 else states[0], torch.tanh) if given.begins else None,
     )
 
 
@@ -66,6 +74,7 @@ def shapes(layer: Any, given: Given) -> tuple[Any, ...]:
         (states if len(states) > 1 else states[0]) if given.hx else None,
         {0: Dim("B")} if given.lengths else None,
         first if given.resets else None,
+        (states if len(states) > 1 else states[0]) if given.begins else None,
     )
 
 
@@ -160,6 +169,10 @@ SCANS: dict[str, tuple[Any, Given]] = {
     "batch first": (
         lambda: fastrnn.Recurrent(cells.peephole_lstm, 3, 5, batch_first=True),
         Given(hx=True, resets=True),
+    ),
+    "episodes": (
+        lambda: fastrnn.LSTM(3, 5, num_layers=2, bidirectional=True),
+        Given(hx=True, lengths=True, resets=True, begins=True),
     ),
     "norms": (lambda: fastrnn.LayerNormLSTM(3, 5, 2), Given(True, True)),
     "another product": (lambda: fastrnn.GRUResetBefore(3, 5, bidirectional=True), Given()),

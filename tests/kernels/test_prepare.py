@@ -22,7 +22,7 @@ from fastrnn.compiler.derive import derive
 from fastrnn.extension import _C
 from fastrnn.kernels.prepare import prepare
 from fastrnn.tools.tolerance import largest_error
-from tests.support.operands import by_reference, operands, run
+from tests.support.operands import by_reference, operands, positional, run
 from tests.support.paths import ROOT
 
 
@@ -260,8 +260,7 @@ def test_facts_first_and_code_later() -> None:
 
 def by_key(key: str, given: dict[str, Any]) -> list[Tensor]:
     """Calls the operator as an exported program does, without preparation."""
-    order = ("x", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "params", "s0")
-    return torch.ops.fastrnn.scan(key, *(given[k] for k in order), None, None, None, 0)
+    return torch.ops.fastrnn.scan(*positional(key, given))
 
 
 def in_float(given: dict[str, Any]) -> dict[str, Any]:

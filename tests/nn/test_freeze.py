@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pack_sequence
 
 import fastrnn
 from fastrnn import kernels
+from fastrnn.kernels.operands import Operands
 from tests.support.names import DTYPES
 from tests.support.shared import minimal
 from tests.support.tensors import batches, flatten
@@ -387,11 +388,11 @@ def test_the_operator_checks_what_it_is_given() -> None:
     packed: Any
     assert module._frozen is not None
     (packed,) = module._frozen.layers
-    w_ih, w_hh, b_ih, b_hh = ([w] for w in module._weights()[0][:4])
+    w_ih, w_hh, b_ih, b_hh = ([w] for w in module._weights()[0].present())
 
     def call(*last: Any) -> Any:
-        given = (w_ih, w_hh, b_ih, b_hh, [], [], [], None, None, None, 0, *last)
-        return torch.ops.fastrnn.scan_packed("gru", torch.randn(4, 3, 5), *given)
+        given = Operands(torch.randn(4, 3, 5), w_ih, w_hh, b_ih, b_hh)
+        return torch.ops.fastrnn.scan_packed("gru", *given, *last)
 
     call(*packed)
     for weights in ([packed.weights[0][:-1]], [packed.weights[0].double()], packed.weights * 2):

@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import fastrnn
+from fastrnn import kernels
+from tests.support.kernels import planned
 from tests.support.modules import twins
 from tests.support.names import LAYERS
 from tests.support.properties import given, settings, st
+from tests.support.shared import noisy, staged
 from tests.support.tensors import flatten, mapped, sum_of
 
 F64 = torch.float64
@@ -105,11 +108,13 @@ def test_lengths_are_separate_sequences(
     options=OPTIONS,
     flags=st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=1, max_size=3),
     with_states=st.booleans(),
+    begins=st.sampled_from(["zeros", "each", "one for all"]),
 )
 def test_resets_are_separate_episodes(
-    name: str, options: Any, flags: list[list[bool]], with_states: bool
+    name: str, options: Any, flags: list[list[bool]], with_states: bool, begins: str
 ) -> None:
-    """Each episode alone, layer by layer, from zeros, except the episode that hx enters."""
+    """Each episode alone, layer by layer, from zeros or given states, except the episode that hx
+    enters."""
     ours, theirs, _ = twins(name, 3, 4, **options)
     batch, steps = len(flags), 6
     directions = 1 + options["bidirectional"]
@@ -117,28 +122,37 @@ def test_resets_are_separate_episodes(
     x = torch.randn(steps, batch, 3, dtype=F64, requires_grad=True)
     hx = states(name, rows, batch, 4) if with_states else None
     resets = torch.tensor(flags).T
+    extras: dict[str, Any] = {}
+    if begins != "zeros":
+        extras["reset_states"] = states(name, rows, batch if begins == "each" else 1, 4)
     if options["batch_first"]:
-        output, final = ours(x.transpose(0, 1), hx, resets=resets.T)
+        output, final = ours(x.transpose(0, 1), hx, resets=resets.T, **extras)
         output = output.transpose(0, 1)
     else:
-        output, final = ours(x, hx, resets=resets)
+        output, final = ours(x, hx, resets=resets, **extras)
 
     start = hx if with_states else mapped(final, torch.zeros_like)
+    begin = mapped(
+        extras.get("reset_states", mapped(final, torch.zeros_like)),
+        lambda t: t.expand(rows, batch, 4),
+    )
     columns, finals = [], []
     for k in range(batch):
-        y, s = episodes(theirs, x[:, k : k + 1], column(start, k), flags[k])
+        y, s = episodes(theirs, x[:, k : k + 1], column(start, k), column(begin, k), flags[k])
         columns.append(y)
         finals.append(s)
     wanted = torch.cat(columns, 1)
     merged = [torch.cat(s, 1) for s in zip(*finals, strict=True)]
     assert_same([output, final], [wanted, merged])
-    leaves = [x, hx]
+    leaves = [x, hx, extras.get("reset_states")]
     assert_same(
         gradients([output, final], ours, *leaves), gradients([wanted, merged], theirs, *leaves)
     )
 
 
-def episodes(module: Any, x: Tensor, start: Any, flags: list[bool]) -> tuple[Tensor, list[Tensor]]:
+def episodes(
+    module: Any, x: Tensor, start: Any, begin: Any, flags: list[bool]
+) -> tuple[Tensor, list[Tensor]]:
     """One sequence [T, 1, I] through torch.nn's own layers, cut where `flags` says.
 
     It runs one layer in one direction at a time, because each is cut anew.
@@ -158,12 +172,15 @@ def episodes(module: Any, x: Tensor, start: Any, flags: list[bool]) -> tuple[Ten
                 for own, n in zip(single._flat_weights_names, names, strict=True)
             }
             row = layer * directions + direction
-            given = mapped(start, partial(Tensor.narrow, dim=0, start=row, length=1))
+            given, fresh = (
+                mapped(each, partial(Tensor.narrow, dim=0, start=row, length=1))
+                for each in (start, begin)
+            )
             parts = []
             for first, last in reversed(spans) if direction else spans:
                 # hx enters at the step that runs first, unless an episode begins at this step.
                 enters = last == len(flags) if direction else first == 0 and not flags[0]
-                s = given if enters else mapped(given, torch.zeros_like)
+                s = given if enters else fresh
                 piece = x[first:last].flip(0) if direction else x[first:last]
                 y, after = torch.func.functional_call(single, weights, (piece, s))
                 parts.append((first, y.flip(0) if direction else y, after))
@@ -260,6 +277,59 @@ def test_padding_does_not_matter(name: str) -> None:
     assert_same(found, clean)
 
 
+WIDE: dict[str, Any] = {
+    "projected": lambda: fastrnn.LSTM(3, 21, 2, proj_size=9, bidirectional=True, dtype=F64),
+    "heads": lambda: fastrnn.GRU(3, 20, heads=2, bidirectional=True, dtype=F64),
+    "staged": lambda: fastrnn.Recurrent(staged, 3, 33, 2, dtype=F64),
+    "noisy": lambda: fastrnn.Recurrent(noisy, 3, 33, bidirectional=True, dtype=F64),
+}
+
+
+@pytest.mark.parametrize("kind", WIDE)
+@pytest.mark.parametrize("form", ["dense", "packed", "unbatched"])
+@pytest.mark.parametrize("plans", [{}, {"split_units": 2}, {"chunk_rows": 4}], ids=str)
+def test_episodes_begin_in_given_states(kind: str, form: str, plans: dict[str, int]) -> None:
+    """The kernel against the reference, with gradients of these states."""
+    torch.manual_seed(0)
+    layer = WIDE[kind]()
+    steps, batch = 7, 5 if form != "unbatched" else 1
+    x = torch.randn(steps, batch, 3, dtype=F64, requires_grad=True)
+    resets = torch.rand(steps, batch) < 0.4
+    rows = layer.num_layers * (2 if layer.bidirectional else 1)
+    shapes = [layer.proj_size or layer.hidden_size, layer.hidden_size]
+    sizes = shapes if len(layer._cell().states) > 1 else shapes[:1]
+
+    def draw() -> Any:
+        made = tuple(torch.randn(rows, batch, n, dtype=F64, requires_grad=True) for n in sizes)
+        return made if len(made) > 1 else made[0]
+
+    hx, begins = draw(), draw()
+    extras: dict[str, Any] = {"resets": resets}
+    lengths = torch.tensor([3, 7, 1, 6, 6])
+    if form == "packed":
+        extras["resets"] = pack_padded_sequence(resets, lengths, enforce_sorted=False)
+    one = form == "unbatched"
+
+    def run() -> list[Tensor]:
+        torch.manual_seed(1)
+        states, begin = (mapped(s, lambda t: t[:, 0]) if one else s for s in (hx, begins))
+        call = dict(extras, resets=resets[:, 0]) if one else extras
+        input: Any = x[:, 0] if one else x
+        if form == "packed":
+            input = pack_padded_sequence(x, lengths, enforce_sorted=False)
+        y, final = layer(input, states, reset_states=begin, **call)
+        outputs = [y.data if form == "packed" else y, *flatten(final)]
+        return [*outputs, *gradients(outputs, layer, x, hx, begins)]
+
+    with planned(**plans):
+        ours = run()
+    with kernels.use("reference"):
+        theirs = run()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    assert all(g.abs().max() > 0 for g in ours[-len(sizes) :])
+
+
 @pytest.mark.parametrize(
     ("extras", "error", "message"),
     [
@@ -279,6 +349,22 @@ def test_padding_does_not_matter(name: str) -> None:
         ({"resets": torch.zeros(4, 2)}, TypeError, r"must be bool, got torch.float32; .*bool\(\)"),
         ({"resets": torch.zeros(2, 4).bool()}, ValueError, r"dimension, \(4, 2\), got \(2, 4\)"),
         ({"resets": torch.zeros(4).bool()}, ValueError, r"dimension, \(4, 2\), got \(4,\)"),
+        ({"reset_states": torch.zeros(1, 2, 5)}, ValueError, "for resets=, which is missing"),
+        (
+            {"resets": torch.zeros(4, 2).bool(), "reset_states": torch.zeros(1, 3, 5)},
+            ValueError,
+            r"the shape of hx, \(1, 2, 5\), or a batch of 1, got \(1, 3, 5\)",
+        ),
+        (
+            {"resets": torch.zeros(4, 2).bool(), "reset_states": torch.zeros(1, 2, 5).double()},
+            ValueError,
+            "the dtype of the input, torch.float32, got torch.float64",
+        ),
+        (
+            {"resets": torch.zeros(4, 2).bool(), "reset_states": [torch.zeros(1, 2, 5)] * 2},
+            ValueError,
+            "a tensor for each of the 1 states, got 2",
+        ),
         (
             {"resets": PackedSequence(torch.zeros(8).bool(), torch.tensor([2] * 4))},
             ValueError,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import fastrnn
 from fastrnn import kernels
+from fastrnn.kernels.operands import Operands, side_by_side
 from tests.support.tensors import flatten, sum_of
 
 
@@ -124,7 +125,7 @@ def test_compiled() -> None:
     assert little < much
     for a, b in zip(ours, right, strict=True):
         torch.testing.assert_close(a, b)
-    arguments = (x, *([w] for w in layer._weights()[0][:4]), [], [], [], None, None, None, 0)
+    arguments = Operands(x, *side_by_side(layer._weights()[:1]))
     x.requires_grad_()
     torch.library.opcheck(torch.ops.fastrnn.scan.default, ("lstm", *arguments, False, True))
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastrnn import cells
 from fastrnn.kernels import reference
-from fastrnn.kernels.operands import Operands
+from fastrnn.kernels.operands import Needs, Operands
 from tests.support.names import BUILT_IN
 from tests.support.tensors import flatten
 
@@ -27,6 +27,8 @@ def linear_projectable(u, v, p, h, c):
     c = c + v.b - 2 * u.b + p.each * u.a
     return u.a - v.a + c + p.all, c - p.all * v.a
 
+
+EVERY_GRADIENT = [True] * len(Needs._fields)
 
 # T, B, I, H, P.
 Shape: TypeAlias = tuple[int, int, int, int, int]
@@ -112,6 +114,11 @@ def run(scan: Any, cell: cells.Cell, given: dict[str, Any]) -> dict[str, Tensor]
             if leaf.requires_grad:
                 found[f"gradient of {name} {k}"] = leaf.grad
     return found
+
+
+def positional(key: str | None, given: dict[str, Any]) -> tuple[Any, ...]:
+    """The arguments of the operator."""
+    return key, *Operands(**given)
 
 
 def by_reference(cell: cells.Cell, **given: Any) -> tuple[Tensor, list[Tensor]]:

@@ -53,3 +53,28 @@ def staged(u: Any, v: Any, p: Any, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor
     i, k, g, o = F.layer_norm(a, a.shape[-1:], p.gain, p.bias).chunk(4, -1)
     c = f * c + torch.sigmoid(i) * torch.tanh(g + p.scale * k)
     return torch.sigmoid(o) * torch.tanh(c / (1 + c.abs().amax(-1, keepdim=True))), c
+
+
+@fastrnn.cell(gates="ifgo", states="hc", params={"scale": "one"}, name="shared_noisy")
+def noisy(u: Any, v: Any, p: Any, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """Zoneout of c, dropout of the candidate at every step, and of the output once a sequence."""
+    i, f, o = torch.sigmoid(u.i + v.i), torch.sigmoid(u.f + v.f), torch.sigmoid(u.o + v.o)
+    stay = fastrnn.bernoulli(0.3)
+    new = f * c + i * fastrnn.dropout(torch.tanh(u.g + v.g), 0.25) * p.scale
+    c = stay * c + (1 - stay) * new
+    return fastrnn.dropout(o, 0.5, per="sequence") * torch.tanh(c), c
+
+
+@fastrnn.cell(
+    gates="ifgo",
+    states="hc",
+    params={"gain": fastrnn.Param("unit", init=1.0)},
+    name="shared_noisy_staged",
+)
+def noisy_staged(u: Any, v: Any, p: Any, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of what the recurrent weights multiply, and of a norm."""
+    v = v(fastrnn.dropout(h, 0.25, per="sequence"))
+    i, f, o = torch.sigmoid(u.i + v.i), torch.sigmoid(u.f + v.f), torch.sigmoid(u.o + v.o)
+    c = f * c + i * torch.tanh(u.g + v.g)
+    norm = F.layer_norm(fastrnn.dropout(c, 0.5), c.shape[-1:], p.gain)
+    return o * torch.tanh(norm), c

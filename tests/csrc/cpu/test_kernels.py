@@ -14,7 +14,17 @@ from fastrnn.kernels.prepare import prepare
 from fastrnn.tools.tolerance import largest_error
 from tests.support.kernels import check, planned
 from tests.support.names import BUILT_IN, LONG
-from tests.support.operands import PLAIN, PROJECTED, Shape, by_reference, operands, run, whole
+from tests.support.operands import (
+    EVERY_GRADIENT,
+    PLAIN,
+    PROJECTED,
+    Shape,
+    by_reference,
+    operands,
+    positional,
+    run,
+    whole,
+)
 from tests.support.tensors import flatten
 
 SHAPES = [  # T, B, I, H, P: 1, primes, near vectors of 2 to 16 lanes and tiles of up to 6 rows
@@ -167,14 +177,7 @@ def test_a_kernel_takes_the_tape_of_another(name: str, projected: int | None) ->
     cell = cells.get(name)
     for extra in ({}, {"resets": torch.rand(6, 4) < 0.3}, {"lengths": torch.tensor([3, 6, 0, 5])}):
         given = {**operands(cell, 6, 4, 3, 19, recurrences=2, projected=projected), **extra}
-        arguments = (
-            prepare(cell),
-            *(given[k] for k in ("x", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "params", "s0")),
-            None,
-            given.get("lengths"),
-            given.get("resets"),
-            given["reverse"],
-        )
+        arguments = positional(prepare(cell), given)
         tapes, gradients = {}, {}
         for kernel in ("cpu", "reference"):
             with kernels.use(kernel):
@@ -187,7 +190,7 @@ def test_a_kernel_takes_the_tape_of_another(name: str, projected: int | None) ->
             for reader in ("cpu", "reference"):
                 with kernels.use(reader):
                     gradients[writer, reader] = torch.ops.fastrnn.scan_backward(
-                        arguments[0], *output_grads, None, *arguments[1:], y, tape, [True] * 7
+                        arguments[0], *output_grads, None, *arguments[1:], y, tape, EVERY_GRADIENT
                     )
         right = gradients.pop(("reference", "reference"))
         for pair, ours in gradients.items():

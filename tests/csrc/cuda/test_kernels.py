@@ -28,7 +28,17 @@ from fastrnn.kernels.prepare import prepare
 from fastrnn.tools.tolerance import largest_error
 from tests.cudasim.build import build, missing
 from tests.support.names import BUILT_IN
-from tests.support.operands import Shape, by_reference, doubled, linear, operands, run, whole
+from tests.support.operands import (
+    EVERY_GRADIENT,
+    Shape,
+    by_reference,
+    doubled,
+    linear,
+    operands,
+    positional,
+    run,
+    whole,
+)
 from tests.support.simulated import (
     PARTS,
     PRECISIONS,
@@ -254,14 +264,7 @@ def test_a_kernel_takes_the_tape_of_another(name: str, part: str) -> None:
     tolerance = 1e-12 if part == "step" else 2e-5
     for extra in ({}, {"resets": torch.rand(4, 3) < 0.3}, {"lengths": torch.tensor([3, 0, 4])}):
         given = {**operands(cell, 4, 3, 3, 19, 2, PRECISIONS[precision]), **extra}
-        arguments = (
-            emit_cpp.key(cell),
-            *(given[k] for k in ("x", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "params", "s0")),
-            None,
-            given.get("lengths"),
-            given.get("resets"),
-            given["reverse"],
-        )
+        arguments = positional(emit_cpp.key(cell), given)
 
         def using(kernel: str) -> Any:
             residency, blocks = ways(part, 19)[0]
@@ -283,7 +286,7 @@ def test_a_kernel_takes_the_tape_of_another(name: str, part: str) -> None:
             for reader in ("cpu", "cuda"):
                 with using(reader):
                     gradients[writer, reader] = torch.ops.fastrnn.scan_backward(
-                        arguments[0], *output_grads, None, *arguments[1:], y, tape, [True] * 7
+                        arguments[0], *output_grads, None, *arguments[1:], y, tape, EVERY_GRADIENT
                     )
         right = gradients.pop(("cpu", "cpu"))
         for pair, ours in gradients.items():
@@ -322,12 +325,11 @@ def test_only_wanted_gradients_and_none_that_is_absent(part: str) -> None:
     precision = "float64" if part == "step" else "tf32x3"
     given = operands(cell, 3, 2, 3, 5, bias=False, dtype=PRECISIONS[precision])
     given["s0"] = []
-    arguments = (cell.name, *(given[k] for k in ("x", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr")))
-    arguments += (None, given["s0"], None, None, None, 0)
+    arguments = positional(cell.name, given)
     residency, blocks = ways(part, 5)[0]
     with running(residency, blocks, precision):
         y, *states, tape = torch.ops.fastrnn.scan(*arguments, tape=True)
-    for needs in ([True] + [False] * 6, [False, False, True, True, True, True, True]):
+    for needs in ([True] + [False] * 7, [False] * 2 + [True] * 6):
         for dy, dstates in ((y, [None, None]), (None, [None, states[1]])):
             found = {}
             for kernel in (running(residency, blocks, precision), kernels.use("cpu")):

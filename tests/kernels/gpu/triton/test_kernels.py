@@ -30,12 +30,14 @@ from tests.support.interpreter import INTERPRETED, interpreted
 from tests.support.kernels import check, planned
 from tests.support.names import BUILT_IN
 from tests.support.operands import (
+    EVERY_GRADIENT,
     PLAIN,
     Shape,
     by_reference,
     linear,
     linear_projectable,
     operands,
+    positional,
     run,
     whole,
 )
@@ -185,14 +187,7 @@ def test_a_kernel_takes_the_tape_of_another(name: str, projected: int | None) ->
     cell = cells.get(name)
     for extra in ({}, {"resets": torch.rand(4, 3) < 0.3}, {"lengths": torch.tensor([3, 0, 4])}):
         given = {**operands(cell, 4, 3, 3, 19, recurrences=2, projected=projected), **extra}
-        arguments = (
-            prepare(cell),
-            *(given[k] for k in ("x", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "params", "s0")),
-            None,
-            given.get("lengths"),
-            given.get("resets"),
-            given["reverse"],
-        )
+        arguments = positional(prepare(cell), given)
         results = {}
         for kernel in ("cpu", "triton"):
             with kernels.use(kernel):
@@ -206,7 +201,7 @@ def test_a_kernel_takes_the_tape_of_another(name: str, projected: int | None) ->
             for reader in ("cpu", "triton"):
                 with kernels.use(reader):
                     gradients[writer, reader] = torch.ops.fastrnn.scan_backward(
-                        arguments[0], *output_grads, None, *arguments[1:], y, tape, [True] * 7
+                        arguments[0], *output_grads, None, *arguments[1:], y, tape, EVERY_GRADIENT
                     )
         right = gradients.pop(("cpu", "cpu"))
         for pair, ours in gradients.items():
@@ -219,11 +214,10 @@ def test_only_wanted_gradients_and_none_that_is_absent() -> None:
     cell = cells.get("lstm")
     given = operands(cell, 3, 2, 3, 5, bias=False)
     given["s0"] = []
-    arguments = (cell.name, *(given[k] for k in ("x", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr")))
-    arguments += (None, given["s0"], None, None, None, 0)
+    arguments = positional(cell.name, given)
     with kernels.use("triton"):
         y, *states, tape = torch.ops.fastrnn.scan(*arguments, tape=True)
-    for needs in ([True] + [False] * 6, [False, False, True, True, True, True, True]):
+    for needs in ([True] + [False] * 7, [False] * 2 + [True] * 6):
         for dy, dstates in ((y, [None, None]), (None, [None, states[1]])):
             found = {}
             for kernel in ("triton", "cpu"):

@@ -1,0 +1,185 @@
+"""Cells made of another cell: with zoneout, recurrent dropout, or clipped gradients."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from fastrnn.cells.declare import Cell
+from fastrnn.cells.noise import bernoulli, dropout
+
+__all__ = ["clip_grad", "recurrent_dropout", "zoneout"]
+
+_States = list[Tensor]
+
+
+def zoneout(cell: Cell, rate: float | Sequence[float]) -> Cell:
+    """A cell whose units keep their states of the step before at random (Krueger et al. 2017,
+    arXiv:1606.01305).
+
+    In training each unit of a state keeps its old value with a probability, drawn anew at every
+    step; in evaluation a state is the mean of old and new value with that weight.
+
+    Args:
+        cell: the cell.
+        rate: the probability, for all states or one for each.
+
+    Raises:
+        ValueError: if a rate is no probability, or if their number is not that of the states.
+
+    Example:
+        >>> import torch, fastrnn
+        >>> cell = fastrnn.cells.zoneout(fastrnn.cells.lstm, (0.05, 0.5))  # of h and of c
+        >>> fastrnn.Recurrent(cell, 4, 8)(torch.randn(5, 3, 4))[0].shape
+        torch.Size([5, 3, 8])
+    """
+    count = len(cell.states)
+    rates = (rate,) * count if isinstance(rate, (int, float)) else tuple(rate)
+    if len(rates) != count:
+        raise ValueError(
+            f"zoneout of cell {cell.name!r} takes one rate, or one for each of the states "
+            f"{', '.join(cell.states)}, got {len(rates)}"
+        )
+    _check("zoneout", rates)
+    return _zoneout(cell, tuple(map(float, rates)))
+
+
+@functools.cache
+def _zoneout(cell: Cell, rates: tuple[float, ...]) -> Cell:
+    def function(u: Any, v: Any, *rest: Any) -> _States:
+        before = rest[1:] if cell.params else rest
+        after = _listed(cell.function(u, v, *rest))
+        return [
+            new if rate == 0 else _mixed(bernoulli(rate), old, new)
+            for rate, old, new in zip(rates, before, after, strict=True)
+        ]
+
+    return _made(cell, "zoneout", function, _zoneout, rates)
+
+
+def _mixed(stay: Any, old: Tensor, new: Tensor) -> Tensor:
+    return cast(Tensor, stay * old + (1 - stay) * new)
+
+
+def recurrent_dropout(cell: Cell, p: float, per: str = "sequence") -> Cell:
+    """A cell that drops units of what it multiplies by the recurrent weights, in training; see
+    `fastrnn.dropout`.
+
+    Args:
+        cell: the cell.
+        p: the probability that a unit is dropped.
+        per: "sequence" to drop the same units at all steps (Gal and Ghahramani 2016,
+            arXiv:1512.05287), "step" to draw them anew at every step.
+
+    Raises:
+        ValueError: if `p` is no probability, or for another `per`.
+    """
+    _check("recurrent_dropout", (p,))
+    if per not in ("step", "sequence"):
+        raise ValueError(f"recurrent_dropout draws per='step' or per='sequence', got {per!r}")
+    return _recurrent_dropout(cell, float(p), per)
+
+
+@functools.cache
+def _recurrent_dropout(cell: Cell, p: float, per: str) -> Cell:
+    def function(u: Any, v: Any, *rest: Any) -> Any:
+        h = rest[1] if cell.params else rest[0]
+        return cell.function(u, _Dropped(v, h, p, per), *rest)
+
+    return _made(cell, "dropout", function, _recurrent_dropout, p, per)
+
+
+class _Dropped:
+    """The argument `v` of a cell's function, which multiplies what dropout leaves."""
+
+    def __init__(self, v: Any, h: Tensor, p: float, per: str) -> None:
+        self._v, self._h, self._p, self._per = v, h, p, per
+
+    def __getattr__(self, gate: str) -> Any:
+        if gate.startswith("_"):
+            raise AttributeError(gate)
+        if "_own" not in self.__dict__:
+            self._own = self(self._h)
+        return getattr(self._own, gate)
+
+    def __call__(self, x: Tensor) -> Any:
+        return self._v(dropout(x, self._p, self._per))
+
+
+def clip_grad(cell: Cell, limit: float) -> Cell:
+    """A cell whose backward pass clips, at every step, the gradients of the states after the step
+    to [-limit, limit] (Graves 2013, arXiv:1308.0850): that of the output and what later steps send
+    back, together. So no gradient grows without bound on its way through the steps.
+
+    Args:
+        cell: the cell.
+        limit: the largest absolute value.
+
+    Raises:
+        ValueError: if `limit` is not positive.
+    """
+    if not limit > 0:
+        raise ValueError(f"clip_grad takes a positive limit, got {limit!r}")
+    return _clip_grad(cell, float(limit))
+
+
+@functools.cache
+def _clip_grad(cell: Cell, limit: float) -> Cell:
+    def function(*arguments: Any) -> _States:
+        return [clipped(state, limit) for state in _listed(cell.function(*arguments))]
+
+    return _made(cell, "clip", function, _clip_grad, limit)
+
+
+class _Clip(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, limit: float) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.limit = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return dy.clamp(-ctx.limit, ctx.limit), None
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor, _: None) -> Tensor:
+        return dx.clone()
+
+
+def clipped(x: Tensor, limit: float) -> Tensor:
+    """`x`, whose gradient is clipped to [-limit, limit]."""
+    function: Any = _Clip
+    return cast(Tensor, function.apply(x, limit))
+
+
+def _check(name: str, rates: Sequence[float]) -> None:
+    for rate in rates:
+        if not 0 <= rate <= 1:
+            raise ValueError(f"{name} takes a probability from 0 to 1, got {rate!r}")
+
+
+def _listed(states: Tensor | Sequence[Tensor]) -> _States:
+    return [states] if isinstance(states, Tensor) else list(states)
+
+
+def _made(
+    cell: Cell, suffix: str, function: Callable[..., Any], maker: Callable[..., Cell], *how: Any
+) -> Cell:
+    return Cell(
+        f"{cell.name}_{suffix}",
+        cell.gates,
+        cell.states,
+        function,
+        cell.params,
+        cell.initialize,
+        made_by=(maker, (cell, *how)),
+    )

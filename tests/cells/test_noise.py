@@ -1,0 +1,104 @@
+"""Random numbers within a cell."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastrnn
+from fastrnn.cells.noise import Draw, drawing, numbers, philox, seeded
+from fastrnn.cells.variants import clipped
+
+
+@pytest.mark.parametrize(
+    ("seed", "counter", "words"),
+    [
+        (0, (0, 0, 0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        (-1, (0xFFFFFFFF,) * 4, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            0x299F31D0A4093822,
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_the_generator_gives_the_published_words(
+    seed: int, counter: tuple[int, ...], words: tuple[int, ...]
+) -> None:
+    """The known answers of Random123, the authors' library."""
+    made = philox(torch.tensor(seed), *map(torch.tensor, counter))
+    assert tuple(int(word) for word in made) == words
+
+
+def test_numbers_follow_from_seed_sequence_step_unit_and_draw() -> None:
+    draws = (Draw(0.25, "step", True), Draw(0.5, "sequence", False), Draw(0.5, "step", False))
+    torch.manual_seed(0)
+    noise = seeded(draws, torch.empty(0))
+    large = numbers(draws, noise, 0, (7, 5, 130))
+    assert [each.shape[0] for each in large] == [7, 1, 7]
+    small = numbers(draws, noise, 0, (3, 2, 33))
+    for big, part in zip(large, small, strict=True):
+        assert torch.equal(big[: part.size(0), :2, :33], part)
+    order = torch.tensor([3, 0])
+    some = numbers(draws, torch.cat([noise, order]), 0, (7, 2, 130))
+    for big, part in zip(large, some, strict=True):
+        assert torch.equal(big[:, order], part)
+    assert set(large[0].unique().tolist()) == {0.0, 4.0}
+    assert not torch.equal(large[0][0], large[0][1])
+    assert not torch.equal(large[2][0], large[1][0])
+    assert not torch.equal(numbers(draws, noise, 1, (7, 5, 130))[0], large[0])
+
+
+def test_frequencies_are_the_probabilities() -> None:
+    draws = tuple(Draw(p, "step", False) for p in (0.01, 0.3, 0.5, 0.999))
+    torch.manual_seed(1)
+    made = numbers(draws, seeded(draws, torch.empty(0)), 0, (50, 8, 256))
+    count = made[0].numel()
+    for draw, each in zip(draws, made, strict=True):
+        p = draw.probability
+        assert abs(each.mean().item() - p) < 5 * (p * (1 - p) / count) ** 0.5
+    # Neighbours, steps and draws are not correlated.
+    half = made[2] - 0.5
+    for a, b in ((half[1:], half[:-1]), (half[..., 1:], half[..., :-1]), (half, made[1] - 0.3)):
+        assert abs((a * b).mean().item()) < 5 * 0.25 / count**0.5
+
+
+def test_outside_training_they_give_the_mean() -> None:
+    x = torch.randn(3)
+    assert fastrnn.dropout(x, 0.3) is x
+    assert fastrnn.bernoulli(0.3) == 0.3
+
+
+def test_probabilities_without_chance_draw_nothing() -> None:
+    def refuse(draw: Draw) -> torch.Tensor:
+        raise AssertionError(draw)
+
+    x = torch.randn(3)
+    with drawing(refuse):
+        assert fastrnn.dropout(x, 0) is x
+        assert fastrnn.dropout(x, 1).eq(0).all()
+        assert fastrnn.bernoulli(0) == 0
+        assert fastrnn.bernoulli(1) == 1
+
+
+@pytest.mark.parametrize("p", [-0.1, 1.1, float("nan"), torch.tensor(0.5)])
+def test_faulty_probabilities_are_refused(p: float) -> None:
+    with pytest.raises(ValueError, match="a probability from 0 to 1"):
+        fastrnn.dropout(torch.zeros(1), p)
+    with pytest.raises(ValueError, match="a probability from 0 to 1"):
+        fastrnn.bernoulli(p)
+
+
+def test_what_a_draw_is_made_for_is_step_or_sequence() -> None:
+    with pytest.raises(ValueError, match="per='step' or per='sequence', got 'batch'"):
+        fastrnn.dropout(torch.zeros(1), 0.5, per="batch")
+
+
+def test_clipped_gradients() -> None:
+    x = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64, requires_grad=True)
+    y = clipped(x * x, 0.5)
+    assert torch.equal(y, x * x)
+    (dx,) = torch.autograd.grad(y, x, torch.tensor([0.1, -2.0, float("nan")]).double())
+    assert torch.equal(dx[:2], torch.tensor([0.2, -2.0]).double())
+    assert dx[2].isnan()
+    assert torch.autograd.gradgradcheck(lambda x: clipped(x * x, 100.0), x)

@@ -1,0 +1,360 @@
+"""Layers whose cells draw random numbers in training."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.utils.checkpoint import checkpoint
+
+import fastrnn
+from fastrnn import cells, kernels
+from tests.support.kernels import planned
+from tests.support.shared import noisy, noisy_staged
+from tests.support.tensors import flatten
+
+F64 = torch.float64
+CELLS = {"pointwise": noisy, "staged": noisy_staged}
+each_cell = pytest.mark.parametrize("cell", CELLS.values(), ids=list(CELLS))
+
+
+def layer_of(cell: cells.Cell, hidden: int = 33, layers: int = 1, **options: Any) -> Any:
+    torch.manual_seed(0)
+    return fastrnn.Recurrent(cell, 3, hidden, layers, dtype=F64, **options)
+
+
+def given(layer: Any, steps: int, batch: int, dtype: torch.dtype = F64) -> tuple[Tensor, Any]:
+    count = layer.num_layers * (2 if layer.bidirectional else 1)
+    random = torch.Generator().manual_seed(2)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, generator=random, dtype=F64).to(dtype)
+
+    states = tuple(draw(count, batch, layer.hidden_size) for _ in layer._cell().states)
+    return draw(steps, batch, layer.input_size), states
+
+
+def call(layer: Any, form: str, x: Tensor, states: Any, seed: int = 3) -> list[Tensor]:
+    steps, batch = x.shape[:2]
+    lengths = (torch.arange(batch) * 5 % steps) + 1
+    options: dict[str, Any] = {}
+    input: Any = x
+    if form == "packed":
+        input = pack_padded_sequence(x, lengths, enforce_sorted=False)
+    elif form == "lengths":
+        options["lengths"] = lengths
+    elif form == "resets":
+        options["resets"] = torch.arange(steps * batch).view(steps, batch) * 7 % 5 == 0
+    elif form == "states":
+        options["return_states"] = True
+    hx = states[0] if states and len(states) == 1 else states
+    torch.manual_seed(seed)
+    return list(flatten(layer(input, hx, **options)))
+
+
+def with_gradients(layer: Any, form: str, x: Tensor, states: Any) -> list[Tensor]:
+    """The results, and gradients of everything."""
+    leaves = [x.clone().requires_grad_(), *(s.clone().requires_grad_() for s in states)]
+    out = [y for y in call(layer, form, leaves[0], tuple(leaves[1:])) if y.is_floating_point()]
+    random = torch.Generator().manual_seed(1)
+    terms = [(y * torch.randn(y.shape, generator=random, dtype=y.dtype)).sum() for y in out]
+    loss = torch.stack(terms).sum()
+    return [*out, *torch.autograd.grad(loss, [*leaves, *layer.parameters()])]
+
+
+@each_cell
+@pytest.mark.parametrize("form", ["dense", "packed", "lengths", "resets", "states"])
+@pytest.mark.parametrize(
+    ("hidden", "steps", "batch", "options"),
+    [
+        (1, 3, 2, {}),
+        (5, 4, 3, {"bias": False}),
+        (64, 5, 4, {"heads": 2}),
+        (130, 4, 9, {"num_layers": 2, "bidirectional": True}),
+    ],
+)
+def test_kernel_and_reference_draw_the_same(
+    cell: cells.Cell, form: str, hidden: int, steps: int, batch: int, options: dict[str, Any]
+) -> None:
+    options = {**options}
+    layer = layer_of(cell, hidden, options.pop("num_layers", 1), **options)
+    x, states = given(layer, steps, batch)
+    ours = with_gradients(layer, form, x, states)
+    with kernels.use("reference"):
+        theirs = with_gradients(layer, form, x, states)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@each_cell
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_dtype_draws_the_same(cell: cells.Cell, dtype: torch.dtype) -> None:
+    layer = layer_of(cell, 70)
+    x, states = given(layer, 4, 5)
+    exact = call(layer, "dense", x, states)[0]
+    rounded = call(layer.to(dtype), "dense", x.to(dtype), tuple(s.to(dtype) for s in states))[0]
+    torch.testing.assert_close(rounded.double(), exact, rtol=0.1, atol=0.1)
+    if cell is noisy:
+        assert torch.equal(rounded == 0, exact == 0)
+        assert 0.3 < (exact == 0).double().mean() < 0.7
+
+
+@each_cell
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"split_sequences": 2},
+        {"split_recurrences": 2},
+        {"split_units": 2},
+        {"chunk_rows": 6},
+        {"weights": "unpacked"},
+    ],
+    ids=str,
+)
+def test_numbers_do_not_depend_on_the_plan(cell: cells.Cell, changes: dict[str, Any]) -> None:
+    if cell is noisy_staged and "split_units" in changes:
+        pytest.skip("a thread has all units of a row of a step in stages")
+    layer = layer_of(cell, 130, bidirectional=True)
+    x, states = given(layer, 7, 6)
+    usual = with_gradients(layer, "lengths", x, states)
+    with planned(**changes):
+        changed = with_gradients(layer, "lengths", x, states)
+    for a, b in zip(usual, changed, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+
+
+@each_cell
+def test_recomputation_draws_the_same(cell: cells.Cell) -> None:
+    layer = layer_of(cell, 20, 2)
+    x, states = given(layer, 5, 3)
+    usual = with_gradients(layer, "dense", x, states)
+    layer.recompute = True
+    for a, b in zip(usual, with_gradients(layer, "dense", x, states), strict=True):
+        assert torch.equal(a, b)
+
+    def part(x: Tensor) -> Tensor:
+        return layer(x)[0]
+
+    leaf = x.clone().requires_grad_()
+    torch.manual_seed(5)
+    (plain,) = torch.autograd.grad(part(leaf).square().sum(), leaf)
+    torch.manual_seed(5)
+    y: Any = checkpoint(part, leaf, use_reentrant=False)
+    assert torch.equal(torch.autograd.grad(y.square().sum(), leaf)[0], plain)
+
+
+@each_cell
+def test_packing_keeps_the_numbers_of_a_sequence(cell: cells.Cell) -> None:
+    layer = layer_of(cell)
+    x, states = given(layer, 6, 5)
+    lengths = (torch.arange(5) * 5 % 6) + 1
+    torch.manual_seed(3)
+    packed = layer(pack_padded_sequence(x, lengths, enforce_sorted=False), states)
+    torch.manual_seed(3)
+    padded = layer(x, states, lengths=lengths)
+    y, _ = pad_packed_sequence(packed[0], total_length=6)
+    assert torch.equal(y, padded[0])
+    for a, b in zip(packed[1], padded[1], strict=True):
+        assert torch.equal(a, b)
+
+
+@each_cell
+def test_double_backward_draws_the_same(cell: cells.Cell) -> None:
+    layer = layer_of(cell, 2)
+    x, states = given(layer, 2, 2)
+
+    def function(x: Tensor, *states: Tensor) -> Tensor:
+        torch.manual_seed(4)
+        y: Tensor = layer(x, states)[0]
+        return y
+
+    leaves = [x.requires_grad_(), *(s.requires_grad_() for s in states)]
+    assert torch.autograd.gradgradcheck(function, leaves)
+
+
+@each_cell
+def test_the_seed_is_that_of_torch(cell: cells.Cell) -> None:
+    layer = layer_of(cell)
+    x, states = given(layer, 4, 3)
+    first, again = call(layer, "dense", x, states), call(layer, "dense", x, states)
+    other = call(layer, "dense", x, states, seed=4)
+    assert all(map(torch.equal, first, again))
+    assert not torch.equal(first[0], other[0])
+    # Layers and directions draw numbers of their own.
+    deep = layer_of(noisy, 64, 2, bidirectional=True) if cell is noisy else None
+    if deep:
+        y = call(deep, "dense", *given(deep, 4, 3))[0]
+        assert not torch.equal(y[..., :64] == 0, y[..., 64:] == 0)
+
+
+@each_cell
+def test_evaluation_draws_nothing(cell: cells.Cell) -> None:
+    layer = layer_of(cell, 16).eval()
+    x, states = given(layer, 4, 3)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    y = layer(x, states)[0]
+    assert torch.equal(torch.get_rng_state(), before)
+    loop = []
+    s = [state[0] for state in states]
+    w = layer._weights()[0]
+    for step in x:
+        u = torch.nn.functional.linear(step, w.w_ih, w.b_ih).chunk(4, -1)
+
+        def project(h: Tensor) -> Any:
+            return torch.nn.functional.linear(h, w.w_hh, w.b_hh).chunk(4, -1)
+
+        s = cell.step(u, project(s[0]), s, w.params, project)
+        loop.append(s[0])
+    torch.testing.assert_close(y, torch.stack(loop))
+    frozen = fastrnn.freeze(copy.deepcopy(layer).train())
+    with torch.no_grad():
+        torch.testing.assert_close(frozen(x, states)[0], y)
+    stepper = layer.stream(batch_size=3)
+    with torch.no_grad():
+        torch.testing.assert_close(stepper.step(x[0]), layer(x[:1])[0][0])
+
+
+def test_compiled_graphs_draw_anew() -> None:
+    layer = layer_of(noisy, 16)
+    x, states = given(layer, 4, 3)
+    compiled: Any = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.manual_seed(3)
+    ours = compiled(x, states)
+    for a, b in zip(flatten(ours), call(layer, "dense", x, states), strict=True):
+        torch.testing.assert_close(a, b)
+    assert not torch.equal(compiled(x, states)[0], ours[0])
+
+
+def test_vmap_draws_for_every_member() -> None:
+    layer = layer_of(noisy, 5)
+    x, _ = given(layer, 4, 3)
+
+    def run(x: Tensor) -> Any:
+        return layer(x)[0]
+
+    y: Any = torch.func.vmap(run, randomness="different")(x.expand(3, -1, -1, -1).clone())
+    assert y.shape == (3, 4, 3, 5)
+    assert not torch.equal(y[0], y[1])
+
+
+LAYERS: dict[str, Any] = {"RNN": fastrnn.RNN, "GRU": fastrnn.GRU, "LSTM": fastrnn.LSTM}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("per", ["step", "sequence"])
+def test_keywords_of_layers(kind: str, per: str) -> None:
+    """Against a loop over torch operations with the same numbers."""
+    options = {"zoneout": 0.25, "recurrent_dropout": 0.5, "recurrent_dropout_per": per}
+    torch.manual_seed(0)
+    layer = LAYERS[kind](3, 17, dtype=F64, clip_grad_step=0.02, **options)
+    x, states = given(layer, 6, 4)
+    with planned():
+        ours = with_gradients(layer, "dense", x, states if kind == "LSTM" else states[:1])
+    with kernels.use("reference"):
+        theirs = with_gradients(layer, "dense", x, states if kind == "LSTM" else states[:1])
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    for name in ("zoneout=0.25", "recurrent_dropout=0.5", "clip_grad_step=0.02"):
+        assert name in repr(layer)
+    for again in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert again._noisy == layer._noisy
+        copied = call(again, "dense", x, None)
+        assert all(map(torch.equal, copied, call(layer, "dense", x, None)))
+    with pytest.raises(TypeError, match=r"torch.nn has no zoneout"):
+        fastrnn.to_torch(layer)
+
+
+def test_zoneout_keeps_states_at_its_rate() -> None:
+    layer: Any = fastrnn.LSTM(3, 256, dtype=F64, zoneout=(0.1, 0.4))
+    x, states = given(layer, 20, 4)
+    torch.manual_seed(0)
+    y, _, ((_, c),) = layer(x, states, return_states=True)
+    for state, rate in ((y, 0.1), (c, 0.4)):
+        share = (state[1:] == state[:-1]).double().mean().item()
+        assert abs(share - rate) < 0.02
+    # In evaluation a state is the mean.
+    layer.eval()
+    fresh: Any = fastrnn.LSTM(3, 256, dtype=F64)
+    fresh.load_state_dict(layer.state_dict())
+    (h, c), (new_h, new_c) = layer(x[:1], states)[1], fresh(x[:1], states)[1]
+    torch.testing.assert_close(h, 0.1 * states[0] + 0.9 * new_h)
+    torch.testing.assert_close(c, 0.4 * states[1] + 0.6 * new_c)
+
+
+@pytest.mark.parametrize("per", ["step", "sequence"])
+def test_recurrent_dropout_drops_what_the_weights_multiply(per: str) -> None:
+    layer: Any = fastrnn.RNN(2, 64, bias=False, recurrent_dropout=0.5, recurrent_dropout_per=per)
+    with torch.no_grad():
+        layer.weight_hh_l0.copy_(torch.eye(64))
+        layer.weight_ih_l0.fill_(1)
+    y = layer(torch.full((5, 3, 2), 0.1))[0]
+    # A unit whose state was dropped sees the input alone.
+    dropped = (y[1:] - torch.tanh(torch.tensor(0.2))).abs() < 1e-6
+    assert 0.4 < dropped.float().mean() < 0.6
+    assert torch.equal(dropped[0], dropped[1]) == (per == "sequence")
+
+
+def test_clipping_bounds_what_goes_back() -> None:
+    torch.manual_seed(0)
+    plain: Any = fastrnn.RNN(2, 8, nonlinearity="relu", dtype=F64)
+    with torch.no_grad():
+        plain.weight_hh_l0.copy_(3 * torch.eye(8))
+    layer: Any = fastrnn.RNN(2, 8, nonlinearity="relu", dtype=F64, clip_grad_step=0.5)
+    layer.load_state_dict(plain.state_dict())
+    grads = []
+    for each in (plain, layer):
+        h0 = torch.ones(1, 3, 8, dtype=F64, requires_grad=True)
+        y = each(torch.zeros(20, 3, 2, dtype=F64), h0)[0]
+        grads.append(torch.autograd.grad(y[-1].sum(), h0)[0])
+    assert grads[0].max() > 1e6
+    assert grads[1].abs().max() <= 0.5 * 3
+    torch.testing.assert_close(
+        layer(torch.zeros(4, 3, 2, dtype=F64))[0], plain(torch.zeros(4, 3, 2, dtype=F64))[0]
+    )
+
+
+def test_faulty_arguments() -> None:
+    with pytest.raises(ValueError, match=r"a probability from 0 to 1, got 1\.5"):
+        fastrnn.LSTM(2, 3, zoneout=1.5)
+    with pytest.raises(ValueError, match="one for each of the states h, c, got 3"):
+        fastrnn.LSTM(2, 3, zoneout=(0.1, 0.2, 0.3))
+    with pytest.raises(ValueError, match="states that are not projected"):
+        fastrnn.LSTM(2, 3, proj_size=2, zoneout=0.1)
+    with pytest.raises(ValueError, match="per='step' or per='sequence', got 'batch'"):
+        fastrnn.GRU(2, 3, recurrent_dropout=0.1, recurrent_dropout_per="batch")
+    with pytest.raises(ValueError, match="a positive limit, got 0"):
+        fastrnn.RNN(2, 3, clip_grad_step=0)
+
+
+def test_draws_that_change_are_refused() -> None:
+    calls = iter(range(100))
+
+    @fastrnn.cell(gates="h", states="h")
+    def changing(u: Any, v: Any, h: Tensor) -> Tensor:
+        x = torch.tanh(u.h + v.h)
+        return fastrnn.dropout(x, 0.1) if next(calls) % 2 == 0 else x
+
+    layer = fastrnn.Recurrent(changing, 2, 3)
+    with pytest.raises(ValueError, match="draws other random numbers each time"):
+        layer(torch.zeros(4, 1, 2))
+
+
+def test_draws_that_cannot_be_found_are_refused() -> None:
+    """Not ignored: a layer that trains without its noise looks like one that trains."""
+    scale = torch.ones(3)
+
+    @fastrnn.cell(gates="h", states="h")
+    def narrow(u: Any, v: Any, h: Tensor) -> Tensor:
+        return fastrnn.dropout(torch.tanh(u.h + v.h) * scale, 0.5)
+
+    layer = fastrnn.Recurrent(narrow, 2, 3)
+    with pytest.warns(UserWarning, match="loop of torch operations"):
+        assert layer.eval()(torch.zeros(4, 1, 2))[0].shape == (4, 1, 3)
+    with pytest.raises(ValueError, match=r"tensors of shape \[1, 2\]"), pytest.warns(UserWarning):
+        layer.train()(torch.zeros(4, 1, 2))
