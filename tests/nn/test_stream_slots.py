@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
 import random
-import subprocess
 import sys
 import threading
 import time
@@ -23,6 +21,7 @@ import fastrnn
 from fastrnn.extension import _C
 from fastrnn.kernels.prepare import prepare
 from fastrnn.nn import stream
+from tests.support.reruns import for_other_instruction_sets, run_again
 from tests.support.tensors import flatten
 
 
@@ -453,17 +452,8 @@ def test_facts() -> None:
     assert fastrnn.GRU(256, 256).stream_slots(4, threads=2).threads == 2
 
 
-@pytest.mark.reruns
-@pytest.mark.takes(8)
-@pytest.mark.skipif("FASTRNN_ISA" in os.environ, reason="this is such a run")
-@pytest.mark.parametrize("isa", [isa for isa in _C.isas() if isa != _C.isa()])
+@for_other_instruction_sets(20)
 def test_other_instruction_sets(isa: str) -> None:
     """Runs the tests of numbers again with the code for an older processor."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(
-        [*command, "-k", "stepper_of_its_own or no_number or at_a_time or quantised"],
-        env={**os.environ, "FASTRNN_ISA": isa},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+    chosen = "stepper_of_its_own or no_number or at_a_time or quantised"
+    run_again(isa, __file__, "-k", chosen)
