@@ -24,7 +24,7 @@ int with_cell(int cell, F f) {
   return kInvalidValue;
 }
 
-// The precisions that are compiled, one bit each. A test that needs some of them compiles no others.
+// The precisions that are compiled, one bit each. A test that needs some compiles no others.
 #ifndef FASTRNN_PRECISIONS
 #define FASTRNN_PRECISIONS 0x3f
 #endif
