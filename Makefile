@@ -1,7 +1,9 @@
 # make demo     train a model of torch.nn and the same model with its layers replaced, side by side
 # make test     test the CPU path and the public API; ARGS="-k lstm" passes options to pytest
-# make test-all run those tests and the long ones (make test-long): GPU kernels in the simulator and
-#               the interpreter, what compiles for minutes, the kernels of each instruction set
+# make test-long run the long tests: GPU kernels in the simulator and the interpreter, what compiles
+#               for minutes, the kernels of other instruction sets; of products of kernels, cells and
+#               GPUs a selection that has each
+# make test-all run all tests, and whole products (FASTRNN_TESTS=all); half an hour and more
 # make clients  run packages that use torch.nn's layers with theirs and with ours, in an environment
 #               of their own: equality, gradients, checkpoints, and times, written to
 #               docs/clients.md; ARGS="-k medaka" runs less and writes nothing
@@ -47,7 +49,7 @@ CPP = $(foreach kind,h cpp cu cuh,$(shell find csrc tests benchmarks -name '*.$(
 
 GENERATOR = $(wildcard fastrnn/cells/*.py fastrnn/compiler/*.py)
 
-.PHONY: demo test test-long test-all clients bench bench-full bench-grid bench-load bench-cells \
+.PHONY: demo tools test test-long test-all clients bench bench-full bench-grid bench-load bench-cells \
   bench-memory bench-formats bench-slots gpu docs lint format clean in-place
 
 ifeq ($(strip $(VENV)),)
@@ -69,6 +71,9 @@ endif
 demo: $(BUILT)
 	$(PY) -m fastrnn demo $(ARGS)
 
+# What the tests and `make lint` need: make one of it before both run side by side.
+tools: $(TOOLS)
+
 # Plugins are used where they are installed: an environment used as it is may lack them. The threads
 # of OpenMP sleep while they wait: beside another worker they would spin for most of the time.
 PYTEST = OMP_WAIT_POLICY=passive $(PY) -m pytest $$($(PY) -c 'from importlib.util import find_spec as has; \
@@ -84,6 +89,7 @@ test: $(BUILT)
 test-long: $(BUILT)
 	$(PYTEST) $(SINGLY) -m "$(LONG)" $(ARGS)
 
+test-all: export FASTRNN_TESTS = all
 test-all: test test-long
 
 # Always in an environment of its own, so that theirs and ours keep clear of each other.

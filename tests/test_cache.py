@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -257,6 +258,8 @@ def test_one_at_a_time_makes_a_target(tmp_path: Path) -> None:
         with cache.locked(tmp_path / "a.so", lambda: waited.append(number)):
             inside.append(number)
             most.append(len(inside))
+            while not waited and len(inside) == 1:  # until another wants the target too
+                time.sleep(0.001)
             for _ in range(20):
                 os.sched_yield()
             inside.remove(number)

@@ -20,7 +20,7 @@ def test_is_a_module_to_run() -> None:
         [sys.executable, "-m", "fastrnn", "--version"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert (done.returncode, done.stdout.strip()) == (0, __version__)
     assert fastrnn.__version__ == __version__

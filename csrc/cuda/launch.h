@@ -24,6 +24,14 @@ int with_cell(int cell, F f) {
   return kInvalidValue;
 }
 
+// The precisions that are compiled, one bit each. A test that needs some compiles no others.
+#ifndef FASTRNN_PRECISIONS
+#define FASTRNN_PRECISIONS 0x3f
+#endif
+constexpr bool is_compiled(Precision precision) {
+  return FASTRNN_PRECISIONS >> static_cast<int>(precision) & 1;
+}
+
 // The most recurrences of a sweep: `Sweep::reverse` has a bit for each.
 constexpr int kMostRecurrences = 64;
 

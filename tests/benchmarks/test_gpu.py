@@ -45,12 +45,12 @@ def python(code: str) -> tuple[str, ...]:
 
 def test_steps_survive_each_other(tmp_path: Path) -> None:
     steps = (
-        Step("dies", 1, python("import os; print('a last word'); os.kill(os.getpid(), 9)")),
-        Step("hangs", 1, python("import time; time.sleep(99)")),
+        Step("dies", 9, python("import os; print('a last word'); os.kill(os.getpid(), 9)")),
+        Step("hangs", 0.01, python("import time; time.sleep(999)")),  # its share is a second
         Step("absent", 1, ("true",), needs="no-such-program"),
         Step("works", 9, python("import os; print(int(os.environ['FASTRNN_SECONDS']) > 1)")),
     )
-    outcomes = driver.run(steps, tmp_path / "device", 0.2, dict(os.environ))
+    outcomes = driver.run(steps, tmp_path / "device", 10, dict(os.environ))
     assert [each.status for each in outcomes] == ["failed", "out of time", "skipped", "passed"]
     assert outcomes[0].last_line == "a last word"
     assert outcomes[3].last_line == "True"
@@ -61,7 +61,7 @@ def test_steps_survive_each_other(tmp_path: Path) -> None:
 
 def test_nothing_follows_a_build_that_fails(tmp_path: Path) -> None:
     steps = (Step("build", 1, python("raise SystemExit(1)")), Step("works", 1, python("")))
-    outcomes = driver.run(steps, tmp_path, 0.2, dict(os.environ))
+    outcomes = driver.run(steps, tmp_path, 10, dict(os.environ))
     assert [each.name for each in outcomes] == ["build"]
 
 
@@ -115,7 +115,7 @@ def test_exchange_compiles(architecture: str, tmp_path: Path) -> None:
     program = tmp_path / "exchange"
     command = exchange.compile_command(architecture, program)
     compiled = subprocess.run(
-        [*command, "-Xptxas", "-warn-spills"], capture_output=True, text=True, timeout=300
+        [*command, "-Xptxas", "-warn-spills"], capture_output=True, text=True, timeout=600
     )
     assert compiled.returncode == 0, compiled.stderr
     assert "spill" not in compiled.stderr.lower(), compiled.stderr

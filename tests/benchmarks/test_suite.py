@@ -24,7 +24,7 @@ def test_the_suite_and_its_report(tmp_path: Path) -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (file,) = tmp_path.glob("*/suite.json")

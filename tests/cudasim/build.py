@@ -96,9 +96,11 @@ def build(
     sanitizer: str | None = None,
     mutate: Iterable[Fault] = (),
     cells: str | None = None,
+    flags: str = "",
 ) -> Path:
     """Builds the library of `sources` (default: all kernels of csrc) and the simulator. `cells` is
-    the text of cells.gen.h, by default that of the built-in cells."""
+    the text of cells.gen.h, by default that of the built-in cells; `flags` are more flags for the
+    sources."""
     reason = missing()
     if reason:
         raise RuntimeError(reason)
@@ -120,7 +122,7 @@ def build(
         quoted = " ".join(f"-iquote {shlex.quote(str(path))}" for path in folders)
         include = f"{quoted} -isystem {shlex.quote(str(cuda_headers()))}"
         kernel_flags, simulator_flags = SANITIZERS[sanitizer]
-        kernel = f"{FLAGS} {kernel_flags} -DFASTRNN_CUDASIM -DFASTRNN_ISA=cudasim -x c++"
+        kernel = f"{FLAGS} {kernel_flags} {flags} -DFASTRNN_CUDASIM -DFASTRNN_ISA=cudasim -x c++"
         kernel += "" if cells is None else f" -DFASTRNN_CELLS_OF={header.name.replace('-', '_')}"
         simulator = f"{FLAGS} {simulator_flags} -fno-tree-loop-distribute-patterns"
         jobs = [(source, simulator) for source in sorted(SIMULATOR.glob("*.cpp"))]

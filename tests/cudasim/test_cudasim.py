@@ -120,7 +120,7 @@ def report(sanitizer: str, cases: Sequence[str]) -> str:
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode in (0, 66), done.stderr[-2000:]
     return done.stderr

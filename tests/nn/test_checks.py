@@ -493,7 +493,7 @@ def test_error_inputs_of_torchs_own_tests() -> None:
         [sys.executable, "-c", TORCHS_OWN],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,8 +13,8 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
 from fastrnn import kernels
-from fastrnn.extension import _C
 from tests.support.kernels import planned
+from tests.support.reruns import for_other_instruction_sets, run_again
 from tests.support.shared import staged
 from tests.support.staged import USERS
 from tests.support.tensors import flatten
@@ -236,17 +233,7 @@ def test_quantize_leaves_them_alone_and_says_why() -> None:
     assert layer.weight_hh_l0.dtype == torch.float32
 
 
-@pytest.mark.reruns
-@pytest.mark.takes(20)
-@pytest.mark.skipif("FASTRNN_ISA" in os.environ, reason="this is such a run")
-@pytest.mark.parametrize("isa", [isa for isa in _C.isas() if isa != _C.isa()])
+@for_other_instruction_sets(10)
 def test_other_instruction_sets(isa: str) -> None:
     """Runs the tests of numbers again with the code for an older processor."""
-    given = ("-q", "-x", "-p", "no:cacheprovider", "-k", "results", __file__)
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", *given],
-        env={**os.environ, "FASTRNN_ISA": isa},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+    run_again(isa, __file__, "-k", "results")

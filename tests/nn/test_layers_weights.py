@@ -267,9 +267,9 @@ def test_forked_process(name: str) -> None:
     child = context.Process(target=_child, args=(ours, x, out))
     child.start()
     try:
-        assert out.get(timeout=60) == expected
+        assert out.get(timeout=600) == expected
     finally:
-        child.join(timeout=10)
+        child.join(timeout=600)
     assert child.exitcode == 0
 
 

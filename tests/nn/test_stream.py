@@ -7,8 +7,6 @@ import copy
 import gc
 import os
 import pickle
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -28,6 +26,7 @@ from fastrnn.nn import stream
 from tests.support.modules import twins
 from tests.support.names import CELLS, DTYPES
 from tests.support.paths import ROOT
+from tests.support.reruns import for_other_instruction_sets, run_again
 from tests.support.tensors import flatten
 from tests.support.tolerance import assert_matches
 
@@ -445,24 +444,8 @@ def test_threads_are_for_weights_that_take_time_to_read() -> None:
     assert fastrnn.GRU(256, 256).stream(threads=2).threads == 2
 
 
-@pytest.mark.reruns
-@pytest.mark.takes(8)
-@pytest.mark.skipif("FASTRNN_ISA" in os.environ, reason="this is such a run")
-@pytest.mark.parametrize("isa", [isa for isa in _C.isas() if isa != _C.isa()])
+@for_other_instruction_sets(15)
 def test_other_instruction_sets(isa: str) -> None:
     """Runs the tests of numbers again with the code for an older processor, frozen modules too."""
-    result = subprocess.run(
-        [
-            *(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"),
-            *(
-                "-k",
-                "sequence and 67 or accurate or results",
-                __file__,
-                str(ROOT / "tests/nn/test_freeze.py"),
-            ),
-        ],
-        env={**os.environ, "FASTRNN_ISA": isa},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+    freezing = str(ROOT / "tests/nn/test_freeze.py")
+    run_again(isa, __file__, freezing, "-k", "sequence and 67 or accurate or results")

@@ -30,7 +30,7 @@ def library(sources: Sequence[Path], *flags: str) -> ctypes.CDLL:
     """The sources as one shared library beside the first."""
     target = sources[0].with_suffix(".so")
     command = [compiler(), *STRICT, *(flags or ("-O2",)), "-fPIC", "-shared", *map(str, sources)]
-    subprocess.run([*command, "-o", str(target), "-lm"], check=True, timeout=300)
+    subprocess.run([*command, "-o", str(target), "-lm"], check=True, timeout=600)
     return ctypes.CDLL(str(target))
 
 

@@ -43,6 +43,6 @@ def compiled(
 
 def run(*command: str, text: str = "") -> str:
     """What the command prints; it must succeed."""
-    done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fastrnn import _C, cells, kernels, plan
+from fastrnn.kernels.gpu import cuda
 from tests.support.kernels import with_row_group
 from tests.support.operands import by_reference, converted, doubled, run
 from tests.support.tolerance import assert_near
@@ -30,6 +31,11 @@ WAYS = {
     "cluster": [("cluster", 2), ("cluster", 4), ("cluster", 8)],
     "grid": [("grid", 2), ("grid", 3), ("grid", 7)],
 }
+
+
+def only(precisions: Iterable[str]) -> str:
+    """The flag with which the kernels are compiled in these precisions alone."""
+    return f"-DFASTRNN_PRECISIONS={sum(1 << cuda.PRECISIONS[name] for name in precisions)}"
 
 
 def precisions(part: str) -> list[str]:

@@ -96,16 +96,17 @@ int with_row_group(const CudaPlan& plan, F f) {
 
 template <class Direction, class Cell, Precision precision, class F>
 int with_columns(const CudaPlan& plan, F f) {
-  switch (plan.batch_tile) {
-    case 8:
-      return with_row_group<Direction, Cell, precision, 1>(plan, f);
-    case 16:
-      return with_row_group<Direction, Cell, precision, 2>(plan, f);
-    case 32:
-      return with_row_group<Direction, Cell, precision, 4>(plan, f);
-    default:
-      return kInvalidConfiguration;
+  if constexpr (is_compiled(precision)) {
+    switch (plan.batch_tile) {
+      case 8:
+        return with_row_group<Direction, Cell, precision, 1>(plan, f);
+      case 16:
+        return with_row_group<Direction, Cell, precision, 2>(plan, f);
+      case 32:
+        return with_row_group<Direction, Cell, precision, 4>(plan, f);
+    }
   }
+  return kInvalidConfiguration;
 }
 
 // Calls f(X{}) with the traits of the kernel for a cell and a plan.

@@ -461,21 +461,26 @@ template <Precision precision>
 struct PrecisionConstant {
   static constexpr Precision kValue = precision;
 };
+template <Precision precision, class F>
+int if_compiled(F f) {
+  if constexpr (is_compiled(precision)) return f(PrecisionConstant<precision>{});
+  return kInvalidConfiguration;
+}
 template <class F>
 int with_precision(Precision precision, F f) {
   switch (precision) {
     case Precision::kFloat64:
-      return f(PrecisionConstant<Precision::kFloat64>{});
+      return if_compiled<Precision::kFloat64>(f);
     case Precision::kFloat32:
-      return f(PrecisionConstant<Precision::kFloat32>{});
+      return if_compiled<Precision::kFloat32>(f);
     case Precision::kTf32:
-      return f(PrecisionConstant<Precision::kTf32>{});
+      return if_compiled<Precision::kTf32>(f);
     case Precision::kTf32x3:
-      return f(PrecisionConstant<Precision::kTf32x3>{});
+      return if_compiled<Precision::kTf32x3>(f);
     case Precision::kBfloat16:
-      return f(PrecisionConstant<Precision::kBfloat16>{});
+      return if_compiled<Precision::kBfloat16>(f);
     case Precision::kFloat16:
-      return f(PrecisionConstant<Precision::kFloat16>{});
+      return if_compiled<Precision::kFloat16>(f);
   }
   return kInvalidValue;
 }

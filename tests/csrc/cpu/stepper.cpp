@@ -57,15 +57,19 @@ std::vector<float> run(int32_t threads, bool disturbed) {
   return y;
 }
 
-bool one_sleep_is_remembered() {
+// Of many sleeps all: on a busy machine this thread may notice one too late to forget it.
+bool each_sleep_is_remembered() {
   const CompiledCell cell = toy();
   const RecurrenceSizes layer{kUnits, kUnits, kUnits, false};
   Stepper stepper(cell, Format::kFloat, Storage::kSame, 1, {layer}, 3);
   std::vector<float> x(kUnits, 3), y(kUnits);
-  contention().end();
-  sleepy = 40;
-  while (sleepy > 0) stepper.step(x.data(), kUnits, y.data(), kUnits);
-  return contention().lasts();
+  for (int attempt = 0; attempt < 50; ++attempt) {
+    contention().end();
+    sleepy = 40;
+    while (sleepy > 0) stepper.step(x.data(), kUnits, y.data(), kUnits);
+    if (!contention().lasts()) return false;
+  }
+  return true;
 }
 
 }  // namespace
@@ -76,5 +80,5 @@ int main() {
   const bool together = run(3, false) == right;
   contention().end();
   const bool disturbed = run(3, true) == right;
-  std::printf("%d %d %d\n", together, disturbed, one_sleep_is_remembered());
+  std::printf("%d %d %d\n", together, disturbed, each_sleep_is_remembered());
 }

@@ -38,7 +38,7 @@ namespace {
 using namespace fastrnn;
 
 constexpr int kSteps = 200, kUnits = 12, kModulus = 9973;
-constexpr auto kSleep = std::chrono::milliseconds(50);
+constexpr auto kNap = std::chrono::milliseconds(50);
 
 struct Args {
   int* sums;             // [kUnits], changed in place by every step
@@ -83,8 +83,11 @@ class Numbers {
 
  private:
   void sleep(const Member& me, int step) const {
-    if (step == args_.late_at && me.index > 0 && me.index + 1 == plan_.threads())
-      std::this_thread::sleep_for(kSleep);
+    if (step != args_.late_at || me.index == 0 || me.index + 1 != plan_.threads()) return;
+    // Until the others have noticed, which takes long on a busy machine. Where the team does not
+    // break up, nothing tells.
+    int naps = kBreakable && plan_.split_units > 1 ? 1000 : 10;
+    while (naps-- > 0 && !me.broken()) std::this_thread::sleep_for(kNap);
   }
 
   const Args& args_;

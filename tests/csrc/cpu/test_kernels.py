@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
-from fastrnn import _C, cells, kernels, ops, plan
+from fastrnn import cells, kernels, ops, plan
 from fastrnn.kernels.prepare import prepare
 from fastrnn.tools.tolerance import largest_error
 from tests.support.kernels import check, planned
@@ -25,6 +21,7 @@ from tests.support.operands import (
     run,
     whole,
 )
+from tests.support.reruns import for_other_instruction_sets, run_again
 from tests.support.tensors import flatten
 
 SHAPES = [  # T, B, I, H, P: 1, primes, near vectors of 2 to 16 lanes and tiles of up to 6 rows
@@ -250,16 +247,7 @@ def test_input_of_any_strides_is_not_copied_wrongly() -> None:
         assert torch.equal(y, plain["y"])
 
 
-@pytest.mark.reruns
-@pytest.mark.takes(30)
-@pytest.mark.skipif("FASTRNN_ISA" in os.environ, reason="this is such a run")
-@pytest.mark.parametrize("isa", [isa for isa in _C.isas() if isa != _C.isa()])
+@for_other_instruction_sets(25)
 def test_other_instruction_sets(isa: str) -> None:
     """Runs the tests above again with the code for an older processor."""
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
-        env={**os.environ, "FASTRNN_ISA": isa},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+    run_again(isa, __file__)

@@ -1,8 +1,8 @@
 """Compiles the CUDA kernels for their GPUs, without a GPU. No register may spill, and ptxas may
 give no warning.
 
-The tests compile for the oldest GPUs and Hopper, with a cell of each number of gates; in CI each
-target has some of these cells, and each cell one target.
+The tests compile for the oldest GPUs and Hopper, with a cell of each number of gates. Each target,
+cell and precision is in COVERING at least once; FASTRNN_TESTS=all compiles their whole product.
 `python -m tests.csrc.cuda.test_compile [sm_90a ...]` compiles all cells, for all targets or the
 named ones, and prints their needs. `--save` writes the table to benchmarks/results/cuda-compile.md.
 Objects are in build/cuda-compile and are compiled again only if their sources change.
@@ -30,6 +30,8 @@ from fastrnn.compiler import emit_cpp
 from fastrnn.compiler.derive import derive
 from fastrnn.kernels.gpu import cuda
 from tests.support.paths import ROOT
+from tests.support.selection import ALL_TESTS
+from tests.support.simulated import only
 
 pytestmark = pytest.mark.compiles
 
@@ -60,13 +62,15 @@ needs_nvcc = pytest.mark.skipif(
 
 @dataclass(frozen=True)
 class Selection:
-    """The kernels of these cells."""
+    """The kernels of these cells in these precisions."""
 
     cells: tuple[str, ...]
+    precisions: tuple[str, ...] = tuple(cuda.PRECISIONS)
 
     @property
     def folder(self) -> Path:
-        return FOLDER / "-".join(self.cells)
+        some = self.precisions if len(self.precisions) < len(cuda.PRECISIONS) else ()
+        return FOLDER / "-".join(self.cells + some)
 
     def log(self, target: str, source: Path) -> Path:
         return self.folder / target / f"{ninja.object_of(source)}.log"
@@ -74,8 +78,12 @@ class Selection:
 
 ALL = Selection(("rnn_tanh", "rnn_relu", "lstm", "gru"))
 SOME = Selection(("rnn_tanh", "lstm", "gru"))
-IN_CI = {"sm_80": Selection(("lstm",)), "sm_90a": Selection(("rnn_tanh", "gru"))}
-TESTED = IN_CI if "CI" in os.environ else dict.fromkeys(IN_CI, SOME)
+# The most gates need the most registers, and so do products in three parts.
+COVERING = {
+    "sm_80": Selection(("lstm",), ("float64", "tf32", "tf32x3", "float16")),
+    "sm_90a": Selection(("rnn_tanh", "gru"), ("float32", "bfloat16")),
+}
+TESTED = dict.fromkeys(COVERING, SOME) if ALL_TESTS else COVERING
 LOADED = TESTED["sm_90a"]
 
 
@@ -105,7 +113,7 @@ def _make(selection: Selection, *outputs: str) -> subprocess.CompletedProcess[st
     assert nvcc is not None, "there is no nvcc"
     text = NINJA_FILE.format(
         nvcc=ninja.quote(nvcc),
-        flags=" ".join(building.flags_of(folder)),
+        flags=" ".join([*building.flags_of(folder), only(selection.precisions)]),
         builds="\n".join(builds),
     )
     (folder / "build.ninja").write_text(text)
@@ -198,9 +206,14 @@ def table(selection: Selection, targets: list[str]) -> str:
     return "\n".join(lines)
 
 
+def test_the_selection_covers_each_cell_and_precision() -> None:
+    assert set(SOME.cells) == {cell for some in COVERING.values() for cell in some.cells}
+    assert set(SOME.precisions) == {name for some in COVERING.values() for name in some.precisions}
+
+
 @needs_nvcc
 @pytest.mark.timeout(SECONDS)
-@pytest.mark.takes(120)
+@pytest.mark.takes(70)
 @pytest.mark.parametrize("target", TESTED)
 def test_kernels_compile_and_spill_nothing(target: str) -> None:
     selection = TESTED[target]

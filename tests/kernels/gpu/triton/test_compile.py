@@ -1,13 +1,14 @@
 """Compiles the Triton kernels for their GPUs, without a GPU. They must fit into shared memory and
 spill no registers.
 
-The tests compile one kernel for every plan of every dtype, forward and backward, for IN_CI: of
-NVIDIA's GPUs that with the most and that with the least shared memory, and AMD's. The command
-compiles for all targets; `--full` compiles every cell, with and without packed rows, and sizes that
-are no multiple of a tile.
-`python -m tests.kernels.gpu.triton.test_compile [--full] [--no-counts] [target...]` prints the
-needs of each kernel: registers, shared memory, matrix instructions and size of the code. Without
-counts of instructions it takes two thirds of the time.
+There is one kernel for every plan of every dtype, forward and backward. The tests compile each for
+one of the targets whose plan it is, and those that may take all registers for each of these
+targets; FASTRNN_TESTS=all compiles each for all its targets, as the command does.
+`python -m tests.kernels.gpu.triton.test_compile [--covering] [--full] [--no-counts] [name...]`
+prints the needs of each kernel: registers, shared memory, matrix instructions and size of the code.
+The names are those of targets or back ends. Without counts of instructions it takes two thirds of
+the time; `--full` compiles every cell, with and without packed rows, and sizes that are no multiple
+of a tile.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,7 +35,9 @@ import torch
 from fastrnn import cells, plan
 from fastrnn.compiler.derive import derive
 from fastrnn.kernels.gpu.triton import launch
+from tests.support import selection
 from tests.support.paths import ROOT
+from tests.support.selection import pairs
 from tests.support.shared import peepholes
 
 pytestmark = pytest.mark.compiles
@@ -75,7 +78,7 @@ TARGETS = [
     Target("cuda", 120, 99 * KIB),
     Target("hip", "gfx942", 64 * KIB, 64),
 ]
-IN_CI = [target for target in TARGETS if target.name in ("sm_90", "sm_120", "gfx942")]
+BACKENDS = ("cuda", "hip")
 POINTERS = {
     "float32": "*fp32",
     "float64": "*fp64",
@@ -241,6 +244,7 @@ def _output(*command: Any) -> str:
     ).stdout
 
 
+MOST_REGISTERS = 255  # that a thread can have
 CELLS = ("lstm", "gru", "rnn_tanh", "wide", peepholes.name)
 SIZES = (1, 32, 64, 100, 128, 256, 512, 1000)
 FEW = (64, 512)  # for a projection, and for a cell with learned parameters
@@ -261,7 +265,16 @@ def problems() -> Iterator[plan.Problem]:
                 )  # fmt: skip
 
 
-def cases(target: Target, full: bool) -> Iterator[Case]:
+def key_of(case: Case) -> tuple[Any, ...]:
+    """What makes a kernel another one on the same GPU."""
+    problem, learns = case.problem, bool(cells.get(case.problem.cell).params)
+    return (
+        *(problem.dtype, case.precision, problem.backward, problem.projected),
+        *(replace(case.plan, chunk_rows=1), learns),
+    )
+
+
+def cases(target: Target, full: bool = False) -> Iterator[Case]:
     """One kernel for each plan, dtype and pass, every other one packed; `full`: for every cell."""
     seen: set[Any] = set()
     for problem in problems():
@@ -271,8 +284,7 @@ def cases(target: Target, full: bool) -> Iterator[Case]:
         three = target.backend == "cuda" and problem.dtype == "float32"
         for precision in ("tf32x3", "tf32") if three else ("ieee",):
             case = Case(target, problem, precision, len(seen) % 2 == 0)
-            key: tuple[Any, ...] = problem.dtype, precision, problem.backward, problem.projected
-            key += (replace(case.plan, chunk_rows=1), learns)
+            key = key_of(case)
             if full:
                 key += (problem.cell, problem.hidden % 16 == 0)
             if key not in seen:
@@ -282,31 +294,71 @@ def cases(target: Target, full: bool) -> Iterator[Case]:
                     yield replace(case, packed=not case.packed)
 
 
-def main(names: list[str], full: bool, counts: bool) -> int:
+def values(case: Case) -> tuple[Hashable, ...]:
+    """What a selection pairs with each other; the first is the target."""
+    problem, config = case.problem, case.plan.triton
+    return (
+        *(case.target.name, ("dtype", problem.dtype, case.precision), ("cell", problem.cell)),
+        *(("backward", problem.backward), ("packed", case.packed)),
+        *(("projected", problem.projected), ("resident", config.resident)),
+    )
+
+
+def covering(targets: Sequence[Target]) -> list[Case]:
+    """Each kernel for one of the targets that have it. Those whose plan lets a thread have as many
+    registers as there are may spill on one GPU alone: for each."""
+    kernels: dict[Any, list[Case]] = {}
+    for case in itertools.chain.from_iterable(map(cases, targets)):
+        kernels.setdefault((case.target.backend, *key_of(case)), []).append(case)
+    every = [same for same in kernels.values() if same[0].plan.triton.registers == MOST_REGISTERS]
+    some = [same for same in kernels.values() if same not in every]
+    return [*itertools.chain(*every), *selection.covering(some, values)]
+
+
+def main(chosen: Sequence[Case], counts: bool) -> int:
     """The number of kernels that do not fit or that spill."""
-    chosen = [t for t in TARGETS if not names or t.name in names]
     bad = 0
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as pool:
         needs = partial(compiled, counts=counts)
-        for report in pool.map(needs, [c for t in chosen for c in cases(t, full)]):
+        for report in pool.map(needs, chosen):
             bad += bool(report.wrong)
             print(report.row, flush=True)
     return bad
 
 
-@pytest.mark.takes(90)
-@pytest.mark.parametrize("target", IN_CI, ids=lambda t: t.name)
-def test_kernels_fit_and_spill_nothing(target: Target) -> None:
+def select(names: Sequence[str]) -> list[Target]:
+    """The targets that have one of these names or back ends; all without names."""
+    return [t for t in TARGETS if not names or t.name in names or t.backend in names]
+
+
+@pytest.mark.takes(45)
+@pytest.mark.parametrize("name", [t.name for t in TARGETS] if selection.ALL_TESTS else BACKENDS)
+def test_kernels_fit_and_spill_nothing(name: str) -> None:
     """Runs in a process of its own, without the interpreter that other tests need."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    options = ["--no-counts", *(() if selection.ALL_TESTS else ("--covering",))]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.gpu.triton.test_compile", "--no-counts", target.name],
+        [sys.executable, "-m", "tests.kernels.gpu.triton.test_compile", *options, name],
         env=environment,
         capture_output=True,
         text=True,
         cwd=ROOT,
     )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_selection_has_each_kernel_and_all_values_for_each_target(backend: str) -> None:
+    targets = select([backend])
+    whole = [case for target in targets for case in cases(target)]
+    chosen = covering(targets)
+    assert set(chosen) <= set(whole)
+    assert set(map(key_of, chosen)) == set(map(key_of, whole))
+
+    def with_target(some: Sequence[Case]) -> set[Any]:
+        return {pair for case in some for pair in pairs(values(case)) if case.target.name in pair}
+
+    assert with_target(chosen) == with_target(whole)
 
 
 def test_what_a_batch_decides_is_no_constant_of_a_kernel() -> None:
@@ -325,5 +377,7 @@ def test_what_a_batch_decides_is_no_constant_of_a_kernel() -> None:
 
 
 if __name__ == "__main__":
-    names = [a for a in sys.argv[1:] if not a.startswith("--")]
-    sys.exit(main(names, "--full" in sys.argv, "--no-counts" not in sys.argv) > 0)
+    chosen = select([a for a in sys.argv[1:] if not a.startswith("--")])
+    some = covering(chosen) if "--covering" in sys.argv else None
+    every = [case for target in chosen for case in cases(target, "--full" in sys.argv)]
+    sys.exit(main(every if some is None else some, "--no-counts" not in sys.argv) > 0)

@@ -41,6 +41,7 @@ from tests.support.operands import (
     run,
     whole,
 )
+from tests.support.selection import pairwise
 from tests.support.tensors import batches, flatten, sum_of
 
 pytestmark = pytest.mark.interpreter
@@ -50,6 +51,7 @@ if importlib.util.find_spec("triton") is None:
 
 TILES = {"batch_tile": 16, "matrix_units": True}
 ONE_ROW = {"batch_tile": 1, "matrix_units": False}
+WAYS = ("resident", "streamed")
 
 
 FILES = [str(Path(__file__).with_name(f"test_{name}.py")) for name in ("kernels", "launch", "math")]
@@ -97,7 +99,7 @@ def residency(name: str, hidden: int, batch: int, dtype: torch.dtype) -> dict[st
 
 
 @interpreted
-@pytest.mark.parametrize("way", ["resident", "streamed"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", [*BUILT_IN, "linear"])
 def test_shapes(name: str, shape: Shape, way: str) -> None:
@@ -125,18 +127,18 @@ def test_shapes_projected_and_streamed(name: str) -> None:
 
 
 RAGGED = [(1, 2, 3, 1), (5, 7, 17, 2)]  # T, B, H, P
-WAYS = [
-    *((name, way, None) for name in ("gru", "lstm", "linear") for way in ("resident", "streamed")),
-    ("linear_projectable", "resident", None),  # with learned parameters
-    ("linear_projectable", "streamed", None),
-    ("linear_projectable", "streamed", 11),
-    ("linear_projectable", "streamed", 19),
-]
+LAYOUTS = ("dense", "lengths", "packed")
+WITH_PARAMETERS = "linear_projectable"
 
 
 @interpreted
-@pytest.mark.parametrize("layout", ["dense", "lengths", "packed"])
-@pytest.mark.parametrize(("name", "way", "projected"), WAYS)
+@pytest.mark.parametrize(
+    ("name", "way", "projected", "layout"),
+    [
+        *pairwise(("gru", "lstm", "linear", WITH_PARAMETERS), WAYS, [None], LAYOUTS),
+        *pairwise([WITH_PARAMETERS], ["streamed"], (11, 19), LAYOUTS),
+    ],
+)
 def test_ragged_batches_resets_and_chunks(
     name: str, way: str, projected: int | None, layout: str
 ) -> None:
