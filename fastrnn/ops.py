@@ -7,7 +7,6 @@ operations instead.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -129,8 +128,8 @@ def run(
 ) -> tuple[Tensor, list[Tensor], Tensor | None]:
     """`scan` with the operands as one value. With `steps`, the third result holds the states past
     the first after every step, [R, P, S-1, H], with zeros past the end of a sequence."""
-    x = operands.x
-    tensors = [x, *itertools.chain(*operands.lists())]
+    x, w_ih, w_hh, b_ih, b_hh, w_hr, params, s0, begins = operands[:9]
+    tensors = (x, *w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *params, *s0, *begins)
     compiling = torch.compiler.is_compiling()
     if compiling and onnx.is_recording():
         return onnx.scan(cell, operands, steps)

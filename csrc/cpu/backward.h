@@ -11,6 +11,7 @@
 
 #include "core/cell.h"
 #include "core/math.h"
+#include "cpu/chunk.h"
 #include "cpu/contract.h"
 #include "cpu/drawn.h"
 #include "cpu/formats.h"
@@ -28,13 +29,6 @@ class Backward {
   static constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kSaved, N = Cell::kParams;
   static constexpr int kLanes = lanes<V>();
 
-  // The location of one row at one step of a recurrence, and of the state before it.
-  struct Place {
-    int64_t b, row, earlier;  // batch index, row of y and tape, and that of the previous step
-    int64_t out;              // row of the outputs
-    bool cut, continues;
-  };
-
  public:
   static bool run(const BackwardArgs& args, const CpuPlan& plan) {
     if (args.rows.batch == 0 || args.hidden + args.recurrent == 0) return true;
@@ -49,15 +43,7 @@ class Backward {
         depth_(G * args.hidden),
         gates_row_(gradient_row(F::kFormat, depth_)),
         dh_row_(gradient_row(F::kFormat, args.recurrent)),
-        tape_width_(S - 1 + K + args.projected) {
-    const int64_t first = args.begin, last = args.end - 1;
-    const Rows& rows = args.rows;
-    for (int32_t p = 0; p < args.recurrences; ++p) {
-      const bool reverse = args.recurrence[p].reverse;
-      const int64_t a = rows.time(first, reverse), b = rows.time(last, reverse);
-      origin_[reverse] = rows.compact_row(a < b ? a : b, 0);
-    }
-  }
+        chunk_(args, S - 1 + K + args.projected) {}
 
   void place(Arena& arena) {
     w_hh_ = static_cast<Word*>(args_.prepacked);
@@ -77,16 +63,7 @@ class Backward {
   static constexpr bool kRepeatable = true;
   template <class Visit>
   void each_changed(const Visit& visit) const {
-    for (int64_t p = 0; p < args_.recurrences; ++p)
-      for (int s = 0; s < S; ++s)
-        visit(args_.ds[p * S + s],
-              args_.rows.batch * (s ? args_.hidden : args_.recurrent) * sizeof(T));
-    for (int64_t p = 0; p < args_.recurrences && args_.dreset; ++p)
-      for (int s = 0; s < S; ++s)
-        visit(args_.dreset[p * S + s],
-              args_.rows.batch * (s ? args_.hidden : args_.recurrent) * sizeof(T));
-    for (int64_t p = 0; p < args_.recurrences && args_.dp; ++p)
-      visit(args_.dp[p], args_.rows.batch * N * args_.hidden * sizeof(T));
+    chunk_.each_changed<T>(S, N, visit);
   }
 
   void thread(Member& me) const {
@@ -112,9 +89,7 @@ class Backward {
     };
     for (int64_t p = own.begin; p < own.end; ++p) {
       const bool reverse = args_.recurrence[p].reverse;
-      const int64_t a = rows.time(args_.begin, reverse), b = rows.time(args_.end - 1, reverse);
-      const Range sequences = sequences_of(rows, a < b ? a : b, (a < b ? b : a) + 1,
-                                           plan_.split_sequences, me.sequence);
+      const Range sequences = chunk_.sequences(p, plan_.split_sequences, me.sequence);
       const Drawn<Cell, T>& drawn = drawn_[me.index];
       drawn.begin(args_, p, sequences, numbers_of(units));
       for (int64_t step = args_.end - 1; step >= args_.begin; --step) {
@@ -164,33 +139,10 @@ class Backward {
     });
   }
 
-  FASTRNN_INLINE Place locate(int64_t p, int64_t step, int64_t t, int64_t i) const {
-    const Rows& rows = args_.rows;
-    const bool reverse = args_.recurrence[p].reverse, continues = rows.continues(step, i, reverse);
-    const int64_t P = args_.recurrences;
-    return {rows.batch_index(i),
-            rows.row(t, i) * P + p,
-            continues ? rows.row(rows.time(step - 1, reverse), i) * P + p : 0,
-            rows.compact_row(t, i) - origin_[reverse],
-            rows.cut_before(step, i, reverse),
-            continues};
-  }
-
-  FASTRNN_INLINE V state_before(const Recurrence& recurrence, int s, const Place& at, int64_t unit,
-                                int n) const {
-    const int64_t H = args_.hidden, Q = args_.recurrent;
-    if (at.cut || !at.continues) {
-      const void* given = at.cut ? recurrence.reset[s] : recurrence.s0[s];
-      return given ? load_as<V>(given, at.b * (s ? H : Q) + unit, n, args_.storage) : splat<V>(0);
-    }
-    if (s == 0) return load_as<V>(args_.y, at.earlier * Q + unit, n, args_.storage);
-    return load_as<V>(args_.tape, (at.earlier * tape_width_ + s - 1) * H + unit, n, args_.storage);
-  }
-
   // Writes the whole gradient dh of a projected state 0, all of which goes on to dm, and h_prev.
   void add_output_gradient(int64_t p, int64_t step, int64_t t, int64_t i, Range columns) const {
     const int64_t Q = args_.recurrent;
-    const Place at = locate(p, step, t, i);
+    const Place at = chunk_.locate(p, step, t, i);
     Word* dh = static_cast<Word*>(args_.dh[p]) + at.out * dh_row_;
     T* h_prev = static_cast<T*>(args_.h_prev[p]) + at.out * Q;
     T* ds = static_cast<T*>(args_.ds[p * S]) + at.b * Q;
@@ -201,16 +153,17 @@ class Backward {
         gradient = gradient + load_as<V>(args_.dy, at.row * Q + column, n, args_.storage);
       F::put(dh, column, gradient, n);
       store(ds + column, splat<V>(0), n);
-      store(h_prev + column, state_before(args_.recurrence[p], 0, at, column, n), n);
+      store(h_prev + column,
+            chunk_.state_before<V>(args_.recurrence[p], 0, at, column, n, args_.storage), n);
     }
     if (columns.end == columns_) F::end_row(dh, Q);
   }
 
   // dm = dh * w_hr
   void unproject(int64_t p, int64_t t, Range sequences, Range units) const {
-    const int64_t Q = args_.recurrent, first = args_.rows.compact_row(t, sequences.begin);
-    const Word* dh = static_cast<const Word*>(args_.dh[p]) +
-                     (first - origin_[args_.recurrence[p].reverse]) * dh_row_;
+    const int64_t Q = args_.recurrent;
+    const Word* dh =
+        static_cast<const Word*>(args_.dh[p]) + chunk_.out(p, t, sequences.begin) * dh_row_;
     multiply_columns<F>(
         dh, dh_row_, sequences.size(), matrix(w_hr(p), args_.recurrence[p].w_hr, Q, args_.hidden),
         units.begin, units.end,
@@ -226,7 +179,7 @@ class Backward {
                      const Drawn<Cell, T>& drawn, int64_t drawn_row) const {
     const Recurrence& recurrence = args_.recurrence[p];
     const int64_t H = args_.hidden;
-    const Place at = locate(p, step, t, i);
+    const Place at = chunk_.locate(p, step, t, i);
     Word* du = static_cast<Word*>(args_.du[p]) + at.out * gates_row_;
     Word* dv = static_cast<Word*>(args_.dv[p]) + at.out * gates_row_;
 
@@ -235,7 +188,7 @@ class Backward {
       V saved[K + 1], before[S], next[S], dnext[S], gates_u[G], gates_v[G], dbefore[S];
       V given[kGiven<Cell> + 1], dlearned[N + 1];
       const auto taped = [&](int value) {
-        return load_as<V>(args_.tape, (at.row * tape_width_ + value) * H + unit, n, args_.storage);
+        return load_as<V>(args_.tape, chunk_.taped(at.row, value) + unit, n, args_.storage);
       };
       const auto carried = [&](int s) {
         return static_cast<T*>(args_.ds[p * S + s]) + at.b * H + unit;
@@ -245,7 +198,7 @@ class Backward {
         next[0] = taped(S - 1 + K);
         dnext[0] = load<V>(dm(p, i) + unit);
       } else {
-        before[0] = state_before(recurrence, 0, at, unit, n);
+        before[0] = chunk_.state_before<V>(recurrence, 0, at, unit, n, args_.storage);
         next[0] = load_as<V>(args_.y, at.row * H + unit, n, args_.storage);
         dnext[0] = load<V>(carried(0), n);
         if (args_.dy)
@@ -253,7 +206,7 @@ class Backward {
         store(static_cast<T*>(args_.h_prev[p]) + at.out * H + unit, before[0], n);
       }
       for (int s = 1; s < S; ++s) {
-        before[s] = state_before(recurrence, s, at, unit, n);
+        before[s] = chunk_.state_before<V>(recurrence, s, at, unit, n, args_.storage);
         next[s] = taped(s - 1);
         dnext[s] = load<V>(carried(s), n);
         if (args_.dsteps)
@@ -293,8 +246,8 @@ class Backward {
     const Rows& rows = args_.rows;
     const bool reverse = args_.recurrence[p].reverse;
     const int64_t Q = args_.recurrent;
-    const Word* dv = static_cast<const Word*>(args_.dv[p]) +
-                     (rows.compact_row(t, sequences.begin) - origin_[reverse]) * gates_row_;
+    const Word* dv =
+        static_cast<const Word*>(args_.dv[p]) + chunk_.out(p, t, sequences.begin) * gates_row_;
     T* ds = static_cast<T*>(args_.ds[p * S]);
     T* dreset = args_.dreset ? static_cast<T*>(args_.dreset[p * S]) : nullptr;
     multiply_columns<F>(
@@ -312,11 +265,10 @@ class Backward {
 
   const BackwardArgs& args_;
   const CpuPlan& plan_;
-  const int64_t vectors_, columns_;         // vectors of units, and of the columns of h
-  const int64_t depth_;                     // gates of a row
-  const int64_t gates_row_, dh_row_;        // words of a row of du or dv, and of dh
-  const int64_t tape_width_;                // values of a unit on the tape
-  int64_t origin_[2] = {};                  // first compact row of the chunk, forward and reverse
+  const int64_t vectors_, columns_;   // vectors of units, and of the columns of h
+  const int64_t depth_;               // gates of a row
+  const int64_t gates_row_, dh_row_;  // words of a row of du or dv, and of dh
+  const Chunk chunk_;
   Word *w_hh_ = nullptr, *w_hr_ = nullptr;  // [P], bands of columns
   T* dm_ = nullptr;                         // [P][B][padded H]
   Drawn<Cell, T>* drawn_ = nullptr;         // [threads]

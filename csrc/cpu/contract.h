@@ -261,8 +261,8 @@ struct CpuPlan {
   WeightLayout weights = WeightLayout::kPrepacked;
   int32_t split_recurrences = 1;  // threads = recurrences x sequences x units
   int32_t split_sequences = 1;
-  int32_t split_units = 1;
-  int64_t chunk_rows = 1;  // of each thread in the forward pass, of all in the backward pass
+  int32_t split_units = 1;  // 1 for a cell whose step has stages
+  int64_t chunk_rows = 1;   // of each thread in the forward pass, of all in the backward pass
 
   FASTRNN_INLINE int32_t threads() const {
     return split_recurrences * split_sequences * split_units;

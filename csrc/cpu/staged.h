@@ -196,6 +196,7 @@ class StagedTape {
         width_(tape_values(Cell::kStates - 1 + Cell::kSaved, Cell::kRows, sizeof(T), bytes_,
                            hidden)) {}
 
+  int64_t width() const { return width_; }
   // The element at which a value of a row begins.
   FASTRNN_INLINE int64_t value(int64_t row, int k) const { return (row * width_ + k) * hidden_; }
   void write_results(void* tape, int64_t row, const T* results) const {

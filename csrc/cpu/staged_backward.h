@@ -9,6 +9,7 @@
 
 #include "core/cell.h"
 #include "core/math.h"
+#include "cpu/chunk.h"
 #include "cpu/contract.h"
 #include "cpu/formats.h"
 #include "cpu/staged.h"
@@ -31,12 +32,6 @@ class StagedBackward {
   static_assert(kSlots <= 64 && kResults <= Reduced::kMost, "a bit for each");
   static_assert(kProgram.moments == 0, "gradients need sums alone");
 
-  // The location of one row at one step of a recurrence, and of the state before it.
-  struct Place {
-    int64_t b, row, earlier;  // batch index, row of y and tape, and that of the previous step
-    int64_t out;              // row of the outputs
-    bool cut, continues;
-  };
   // Memory of one thread, for the rows of a step.
   struct Scratch {
     T* dnext;    // [B][S][padded H]
@@ -50,9 +45,7 @@ class StagedBackward {
  public:
   static bool run(const BackwardArgs& args, const CpuPlan& plan) {
     if (args.rows.batch == 0 || args.hidden == 0) return true;
-    CpuPlan own = plan;
-    own.split_units = 1;
-    return run_sweep<StagedBackward>(args, own);
+    return run_sweep<StagedBackward>(args, plan);
   }
 
   StagedBackward(const BackwardArgs& args, const CpuPlan& plan)
@@ -60,15 +53,8 @@ class StagedBackward {
         plan_(plan),
         vectors_((args.hidden + kLanes - 1) / kLanes),
         padded_(vectors_ * kLanes),
-        tape_(args.hidden, args.storage) {
-    const int64_t first = args.begin, last = args.end - 1;
-    const Rows& rows = args.rows;
-    for (int32_t p = 0; p < args.recurrences; ++p) {
-      const bool reverse = args.recurrence[p].reverse;
-      const int64_t a = rows.time(first, reverse), b = rows.time(last, reverse);
-      origin_[reverse] = rows.compact_row(a < b ? a : b, 0);
-    }
-  }
+        tape_(args.hidden, args.storage),
+        chunk_(args, tape_.width()) {}
 
   void place(Arena& arena) {
     const int64_t B = args_.rows.batch;
@@ -100,9 +86,7 @@ class StagedBackward {
     if (me.index == 0 && pack_now) *args_.prepacked_for = 1;
     for (int64_t p = own.begin; p < own.end; ++p) {
       const bool reverse = args_.recurrence[p].reverse;
-      const int64_t a = rows.time(args_.begin, reverse), b = rows.time(args_.end - 1, reverse);
-      const Range sequences = sequences_of(rows, a < b ? a : b, (a < b ? b : a) + 1,
-                                           plan_.split_sequences, me.sequence);
+      const Range sequences = chunk_.sequences(p, plan_.split_sequences, me.sequence);
       scratch_[me.index].drawn.begin(args_, p, sequences, {0, padded_});
       for (int64_t step = args_.end - 1; step >= args_.begin; --step) {
         const int64_t live = rows.live(rows.time(step, reverse));
@@ -133,29 +117,6 @@ class StagedBackward {
     });
   }
 
-  Place locate(int64_t p, int64_t step, int64_t t, int64_t i) const {
-    const Rows& rows = args_.rows;
-    const bool reverse = args_.recurrence[p].reverse, continues = rows.continues(step, i, reverse);
-    const int64_t P = args_.recurrences;
-    return {rows.batch_index(i),
-            rows.row(t, i) * P + p,
-            continues ? rows.row(rows.time(step - 1, reverse), i) * P + p : 0,
-            rows.compact_row(t, i) - origin_[reverse],
-            rows.cut_before(step, i, reverse),
-            continues};
-  }
-
-  FASTRNN_INLINE V state_before(const Recurrence& recurrence, int s, const Place& at, int64_t unit,
-                                int n, Storage storage) const {
-    const int64_t H = args_.hidden;
-    if (at.cut || !at.continues) {
-      const void* given = at.cut ? recurrence.reset[s] : recurrence.s0[s];
-      return given ? load_as<V>(given, at.b * H + unit, n, storage) : splat<V>(0);
-    }
-    if (s == 0) return load_as<V>(args_.y, at.earlier * H + unit, n, storage);
-    return load_as<V>(args_.tape, tape_.value(at.earlier, s - 1) + unit, n, storage);
-  }
-
   T* carried(int64_t p, int s, const Place& at) const {
     return static_cast<T*>(args_.ds[p * S + s]) + at.b * args_.hidden;
   }
@@ -169,7 +130,7 @@ class StagedBackward {
     const int64_t count = sequences.size();
     own.drawn.step(args_, p, t, sequences, {0, padded_});
     for (int64_t r = 0; r < count; ++r) {
-      own.places[r] = locate(p, step, t, sequences.begin + r);
+      own.places[r] = chunk_.locate(p, step, t, sequences.begin + r);
       gather(p, own.places[r], r, own);
     }
     const int64_t first = own.places[0].out;
@@ -219,7 +180,8 @@ class StagedBackward {
                                            args_.storage);
         store(own.dnext + (r * S + s) * padded_ + unit, gradient);
       }
-      store(h_prev + unit, state_before(args_.recurrence[p], 0, at, unit, n, args_.storage), n);
+      store(h_prev + unit,
+            chunk_.state_before<V>(args_.recurrence[p], 0, at, unit, n, args_.storage), n);
     }
     if (R > 0) tape_.read_results(args_.tape, at.row, own.results + r * kResults);
   }
@@ -269,12 +231,12 @@ class StagedBackward {
     V part[kResults + 1];
 #pragma GCC unroll 64
     for (int j = 0; j < K; ++j)
-      saved[j] = load_as<V>(args_.tape, tape_.value(at.row, S - 1 + j) + unit, n, storage);
+      saved[j] = load_as<V>(args_.tape, chunk_.taped(at.row, S - 1 + j) + unit, n, storage);
 #pragma GCC unroll 64
     for (int s = 0; s < S; ++s) {
-      before[s] = state_before(recurrence, s, at, unit, n, storage);
+      before[s] = chunk_.state_before<V>(recurrence, s, at, unit, n, storage);
       next[s] = s == 0 ? load_as<V>(args_.y, at.row * H + unit, n, storage)
-                       : load_as<V>(args_.tape, tape_.value(at.row, s - 1) + unit, n, storage);
+                       : load_as<V>(args_.tape, chunk_.taped(at.row, s - 1) + unit, n, storage);
       dnext[s] = load<V>(own.dnext + (r * S + s) * padded_ + unit);
     }
 #pragma GCC unroll 64
@@ -322,7 +284,7 @@ class StagedBackward {
   const CpuPlan& plan_;
   const int64_t vectors_, padded_;  // of units
   const StagedTape<Cell, T> tape_;
-  int64_t origin_[2] = {};  // first compact row of the chunk, forward and reverse
+  const Chunk chunk_;
   Scratch* scratch_ = nullptr;
 };
 

@@ -34,9 +34,7 @@ class StagedForward {
  public:
   static bool run(const ForwardArgs& args, const CpuPlan& plan) {
     if (args.rows.batch == 0 || args.hidden == 0) return true;
-    CpuPlan own = plan;
-    own.split_units = 1;
-    return run_sweep<StagedForward>(args, own);
+    return run_sweep<StagedForward>(args, plan);
   }
 
   StagedForward(const ForwardArgs& args, const CpuPlan& plan)

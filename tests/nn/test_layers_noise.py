@@ -117,8 +117,6 @@ def test_every_dtype_draws_the_same(cell: cells.Cell, dtype: torch.dtype) -> Non
     ids=str,
 )
 def test_numbers_do_not_depend_on_the_plan(cell: cells.Cell, changes: dict[str, Any]) -> None:
-    if cell is noisy_staged and "split_units" in changes:
-        pytest.skip("a thread has all units of a row of a step in stages")
     layer = layer_of(cell, 130, bidirectional=True)
     x, states = given(layer, 7, 6)
     usual = with_gradients(layer, "lengths", x, states)
