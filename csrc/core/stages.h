@@ -7,10 +7,10 @@
 //   backward_rows(Number<k>, results, count, r)
 //   backward(Number<k>, saved[K], s[S], p[N], next[S], dnext[S], x, back[J], r,
 //            du[G], dv[G], ds[S], dp[N], operand[J], x', part)
-// for every stage k. Slots `x` carry values from one stage to later ones, and x' are those that the
-// stage writes. Results are those of reductions, one number a row; the first R of a forward step
-// are saved for the backward pass. A stage's row formulas make `r` of them, once a row. `part` is
-// what a sum or a maximum reduces.
+// for every stage k. Temporaries `x` carry values from one stage to later ones, and x' are those
+// that the stage writes. Results are those of reductions, one number a row; the first R of a
+// forward step are saved for the backward pass. A stage's row formulas make `r` of them, once a
+// row. `part` is what a sum or a maximum reduces.
 #pragma once
 
 #include <cstdint>
@@ -31,7 +31,7 @@ struct Number {
 struct Stage {
   uint32_t sites = 0;
   uint64_t sums = 0, maxima = 0;
-  uint64_t slots = 0;
+  uint64_t temporaries = 0;
   uint32_t states = 0;
   uint64_t saved = 0;  // states: next, or ds in the backward pass
   uint32_t du = 0, dv = 0, dp = 0, operands = 0;
@@ -42,13 +42,14 @@ struct Moments {
   int stage = 0;
   int result = 0;  // of the mean; the deviation is the next
   int parts = 0;
-  int first = 0;  // place of the first source; a source is a slot, ~g for v[g], ~(G + g) for u[g]
+  // Place of the first source; a source is a temporary, ~g for v[g], ~(G + g) for u[g].
+  int first = 0;
 };
 
 // The sizes of a program, with room for one stage and one reduction at least.
 template <int kStages, int kMoments, int kSources>
 struct Program {
-  int slots = 0, results = 0, rows = 0;  // slots, results, and most row formulas of a stage
+  int temporaries = 0, results = 0, rows = 0;  // rows: most row formulas of a stage
   Stage stage[kStages] = {};
   int moments = 0;
   Moments moment[kMoments > 0 ? kMoments : 1] = {};

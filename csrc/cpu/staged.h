@@ -222,16 +222,16 @@ class StagedStep {
   static constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kSaved, N = Cell::kParams;
   static constexpr auto kProgram = Cell::kForward;
   static constexpr int kStages = sizeof(kProgram.stage) / sizeof(kProgram.stage[0]);
-  static constexpr int kSlots = kProgram.slots, kResults = kProgram.results;
+  static constexpr int kTemporaries = kProgram.temporaries, kResults = kProgram.results;
   static constexpr int kLanes = lanes<V>();
   using Reduced = Results<T>;
-  static_assert(kSlots <= 64 && kResults <= Reduced::kMost, "a bit for each");
+  static_assert(kTemporaries <= 64 && kResults <= Reduced::kMost, "a bit for each");
 
  public:
   // Memory of a thread, for as many rows as a step has.
   struct Rows {
     T* v;                          // [rows][G][padded H]
-    T* slots;                      // [rows][kSlots][padded H]
+    T* temporaries;                // [rows][kTemporaries][padded H]
     T* results;                    // [rows][kResults]
     T* next;                       // [rows][S][padded H]
     const T* u = nullptr;          // [rows][G][padded H]
@@ -242,7 +242,7 @@ class StagedStep {
     template <class Take>
     void place(int64_t rows, int64_t padded, const Take& take) {
       v = take(rows * G * padded);
-      slots = take(rows * kSlots * padded);
+      temporaries = take(rows * kTemporaries * padded);
       results = take(rows * kResults);
       next = take(rows * S * padded);
     }
@@ -277,7 +277,8 @@ class StagedStep {
       for (int g = 0; g < G; ++g) {
         const int site = Cell::kSiteOf[g];
         if (site >= 0 && has(stage.sites, site))
-          multiply(rows, count, rows.slots + Cell::kOperand[site] * padded_, kSlots * padded_, g);
+          multiply(rows, count, rows.temporaries + Cell::kOperand[site] * padded_,
+                   kTemporaries * padded_, g);
       }
       for (int m = 0; m < kProgram.moments; ++m)
         if (kProgram.moment[m].stage == k) find_moments(rows, count, kProgram.moment[m]);
@@ -303,7 +304,7 @@ class StagedStep {
           of.parts, sizes_.hidden,
           [&](int part) -> const T* {
             const int source = kProgram.source[of.first + part];
-            if (source >= 0) return rows.slots + (r * kSlots + source) * padded_;
+            if (source >= 0) return rows.temporaries + (r * kTemporaries + source) * padded_;
             const int gate = ~source;
             return gate < G ? rows.v + (r * G + gate) * padded_
                             : rows.u + (r * G + gate - G) * padded_;
@@ -321,8 +322,8 @@ class StagedStep {
     Cell::forward_rows(Number<k>{}, results, splat<V>(static_cast<double>(sizes_.hidden)), row);
     Reduced::begin(stage, kResults, total);
     for (int64_t unit = 0; unit < padded_; unit += kLanes) {
-      V u[G], v[G], s[S], p[kGiven<Cell> + 1], x[kSlots + 1], next[S], saved[K + 1];
-      V out[kSlots + 1];
+      V u[G], v[G], s[S], p[kGiven<Cell> + 1], x[kTemporaries + 1], next[S], saved[K + 1];
+      V out[kTemporaries + 1];
       V part[kResults + 1];
 #pragma GCC unroll 64
       for (int g = 0; g < G; ++g) {
@@ -335,8 +336,8 @@ class StagedStep {
       for (int j = 0; j < N; ++j) p[j] = load<V>(weights_.params + j * padded_ + unit);
       rows.drawn.load(r, {0, padded_}, unit, p + N);
 #pragma GCC unroll 64
-      for (int j = 0; j < kSlots; ++j)
-        x[j] = load<V>(rows.slots + (r * kSlots + j) * padded_ + unit);
+      for (int j = 0; j < kTemporaries; ++j)
+        x[j] = load<V>(rows.temporaries + (r * kTemporaries + j) * padded_ + unit);
       Cell::forward(Number<k>{}, u, v, s, p, x, row, next, saved, out, part);
 #pragma GCC unroll 64
       for (int j = 0; j < S; ++j)
@@ -345,8 +346,9 @@ class StagedStep {
       for (int j = 0; j < K; ++j)
         if (has(stage.saved, j)) save(r, j, unit, saved[j]);
 #pragma GCC unroll 64
-      for (int j = 0; j < kSlots; ++j)
-        if (has(stage.slots, j)) store(rows.slots + (r * kSlots + j) * padded_ + unit, out[j]);
+      for (int j = 0; j < kTemporaries; ++j)
+        if (has(stage.temporaries, j))
+          store(rows.temporaries + (r * kTemporaries + j) * padded_ + unit, out[j]);
       Reduced::add(stage, kResults, within<V>(unit, sizes_.hidden), part, total);
     }
     Reduced::end(stage, kResults, total, own);

@@ -26,18 +26,18 @@ class StagedBackward {
   static constexpr int J = Cell::kSites, R = Cell::kRows;
   static constexpr auto kProgram = Cell::kBackward;
   static constexpr int kStages = sizeof(kProgram.stage) / sizeof(kProgram.stage[0]);
-  static constexpr int kSlots = kProgram.slots, kResults = kProgram.results;
+  static constexpr int kTemporaries = kProgram.temporaries, kResults = kProgram.results;
   static constexpr int kLanes = lanes<V>();
   using Reduced = Results<T>;
-  static_assert(kSlots <= 64 && kResults <= Reduced::kMost, "a bit for each");
+  static_assert(kTemporaries <= 64 && kResults <= Reduced::kMost, "a bit for each");
   static_assert(kProgram.moments == 0, "gradients need sums alone");
 
   // Memory of one thread, for the rows of a step.
   struct Scratch {
-    T* dnext;    // [B][S][padded H]
-    T* back;     // [B][J][padded H]
-    T* slots;    // [B][kSlots][padded H]
-    T* results;  // [B][kResults]
+    T* dnext;        // [B][S][padded H]
+    T* back;         // [B][J][padded H]
+    T* temporaries;  // [B][kTemporaries][padded H]
+    T* results;      // [B][kResults]
     Drawn<Cell, T> drawn;
     Place* places;
   };
@@ -63,7 +63,7 @@ class StagedBackward {
       Scratch own;
       own.dnext = arena.take<T>(B * S * padded_);
       own.back = arena.take<T>(B * J * padded_);
-      own.slots = arena.take<T>(B * kSlots * padded_);
+      own.temporaries = arena.take<T>(B * kTemporaries * padded_);
       own.results = arena.take<T>(B * kResults);
       own.places = arena.take<Place>(B);
       own.drawn.place(B, padded_, [&](int64_t n) { return arena.take<T>(n); });
@@ -225,9 +225,9 @@ class StagedBackward {
     const int64_t H = args_.hidden;
     T* const du = static_cast<T*>(args_.du[p]) + at.out * G * H + unit;
     T* const dv = static_cast<T*>(args_.dv[p]) + at.out * G * H + unit;
-    V saved[K + 1], before[S], next[S], dnext[S], given[kGiven<Cell> + 1], x[kSlots + 1];
+    V saved[K + 1], before[S], next[S], dnext[S], given[kGiven<Cell> + 1], x[kTemporaries + 1];
     V back[J + 1];
-    V gates_u[G], gates_v[G], dbefore[S], dlearned[N + 1], operand[J + 1], out[kSlots + 1];
+    V gates_u[G], gates_v[G], dbefore[S], dlearned[N + 1], operand[J + 1], out[kTemporaries + 1];
     V part[kResults + 1];
 #pragma GCC unroll 64
     for (int j = 0; j < K; ++j)
@@ -244,7 +244,8 @@ class StagedBackward {
       given[j] = load<V>(static_cast<const T*>(recurrence.params) + j * H + unit, n);
     own.drawn.load(r, {0, padded_}, unit, given + N);
 #pragma GCC unroll 64
-    for (int j = 0; j < kSlots; ++j) x[j] = load<V>(own.slots + (r * kSlots + j) * padded_ + unit);
+    for (int j = 0; j < kTemporaries; ++j)
+      x[j] = load<V>(own.temporaries + (r * kTemporaries + j) * padded_ + unit);
 #pragma GCC unroll 64
     for (int j = 0; j < J; ++j) back[j] = load<V>(own.back + (r * J + j) * padded_ + unit);
     Cell::backward(Number<k>{}, saved, before, given, next, dnext, x, back, row, gates_u, gates_v,
@@ -275,8 +276,9 @@ class StagedBackward {
       if (has(stage.operands, j))
         store(static_cast<T*>(args_.operands[p]) + (at.out * J + j) * H + unit, operand[j], n);
 #pragma GCC unroll 64
-    for (int j = 0; j < kSlots; ++j)
-      if (has(stage.slots, j)) store(own.slots + (r * kSlots + j) * padded_ + unit, out[j]);
+    for (int j = 0; j < kTemporaries; ++j)
+      if (has(stage.temporaries, j))
+        store(own.temporaries + (r * kTemporaries + j) * padded_ + unit, out[j]);
     Reduced::add(stage, kResults, n, part, total);
   }
 

@@ -362,7 +362,7 @@ def _programs(algebra: Algebra, derived: Derived, reads: Sequence[Expr]) -> tupl
     programs = schedule(algebra, step, forward), schedule(algebra, back, derived.exchanges)
     reduced_to = len(derived.rows)
     reduced_to += sum(len(x.results) for x in (*forward, *derived.exchanges))
-    most = max(reduced_to, len(derived.saved), *(program.slots for program in programs))
+    most = max(reduced_to, len(derived.saved), *(program.temporaries for program in programs))
     if most > _MOST_BETWEEN_STAGES:
         raise Underivable(
             f"a step of cell {derived.name!r} has {most} saved values, or values between its "

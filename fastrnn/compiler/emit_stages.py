@@ -31,7 +31,7 @@ def members(derived: Derived) -> str:
     return f"""\
   static constexpr int kSites = {len(products)}, kRows = {len(derived.rows)};
   static constexpr int kSiteOf[kGates] = {_ints(site_of)};  // -1: multiplies state 0
-  static constexpr int kOperand[] = {_ints(forward.operands() or [0])};  // slots
+  static constexpr int kOperand[] = {_ints(forward.operands() or [0])};  // temporaries
 {forward.members()}
 {backward.members()}"""
 
@@ -58,7 +58,7 @@ class _Program:
         self.site = {f"back.{number}": j for j, number in enumerate(products)}
         self.operand = {f"operand.{j}": j for j in range(len(products))}
         self.places = derived.places() | {
-            **{f"slot.{k}": f"x[{k}]" for k in range(self.program.slots)},
+            **{f"temp.{k}": f"x[{k}]" for k in range(self.program.temporaries)},
             **{label: f"back[{j}]" for label, j in self.site.items()},
             **{label: f"results[{k}]" for k, label in enumerate(self.results)},
             "count": "count",
@@ -68,7 +68,7 @@ class _Program:
         self.most_rows = most
 
     def operands(self) -> list[int]:
-        """The slots of the operands of the products."""
+        """The temporaries of the operands of the products."""
         pairs = zip(self.exchanges, self.program.sources, strict=True)
         return [_number_of(labels[0]) for x, labels in pairs if x.kind == "product"]
 
@@ -92,7 +92,7 @@ class _Program:
 
     def _targets(self, stage: Stage) -> dict[str, Expr]:
         places = self.derived.places() | {
-            **{f"slot.{k}": f"x_out[{k}]" for k in range(self.program.slots)},
+            **{f"temp.{k}": f"x_out[{k}]" for k in range(self.program.temporaries)},
             **{f"operand.{j}": f"operand[{j}]" for j in self.operand.values()},
             **{f"part.{label}": f"part[{k}]" for k, label in enumerate(self.results)},
         }
@@ -141,7 +141,7 @@ class _Program:
                 sources += [self._source(label) for label in labels]
         name = "kForward" if self.forward else "kBackward"
         shape = f"Program<{len(stages)}, {len(moments)}, {len(sources)}>"
-        sizes = f"{self.program.slots}, {len(self.results)}, {self.most_rows}"
+        sizes = f"{self.program.temporaries}, {len(self.results)}, {self.most_rows}"
         fields = [sizes, "{" + ", ".join(stages) + "}", str(len(moments))]
         fields += ["{" + ", ".join(moments or ["{}"]) + "}", _ints(sources or [0])]
         return f"  static constexpr {shape} {name} = {{\n      {', '.join(fields)}}};"
@@ -157,7 +157,7 @@ class _Program:
         return bits
 
     def _source(self, label: str) -> int:
-        if label.startswith("slot."):
+        if label.startswith("temp."):
             return _number_of(label)
         array, name = label.split(".", 1)
         gates = self.derived.gates

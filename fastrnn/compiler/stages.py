@@ -3,9 +3,8 @@
 A *stage* begins with what needs all units of a row (products of the recurrent weights, completed
 reductions) and goes on with pointwise formulas. What follows from k such exchanges one after the
 other is computed in stage k, so there are as few stages as the formulas allow. A value that one
-stage computes and a later one reads crosses between them in a *slot*, unless it is cheap to compute
-again. Formulas of numbers that all units of a row share are *row formulas*: a stage computes them
-once a row.
+stage computes and a later one reads is a *temporary*, unless it is cheap to compute again. Formulas
+of numbers that all units of a row share are *row formulas*: a stage computes them once a row.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ __all__ = ["Exchange", "Program", "Stage", "schedule"]
 
 # Labels of inputs that have one number for each row.
 _ROW = ("count", *RESULTS, *GRADIENT_RESULTS)
-# A value that more operations lead to is not computed again, but crosses in a slot.
+# A value that more operations lead to is not computed again, but a temporary.
 _CHEAP = 2
 _DEAR = TRANSCENDENTAL | {"div", "sqrt", "rsqrt", "reciprocal"}
 
@@ -55,16 +54,16 @@ class Program:
     """A step as stages.
 
     Attributes:
-        stages: in order. Outputs are the given ones, `slot.k`, and `part.x` for the value that a
+        stages: in order. Outputs are the given ones, `temp.k`, and `part.x` for the value that a
             sum or maximum with the result x reduces.
-        slots: number of slots; a later stage reads slot k as the input `slot.k`.
+        temporaries: their number; a later stage reads number k as the input `temp.k`.
         begins: the stage before which each exchange is complete.
-        sources: for "product" and "moments", the labels of their operands: a slot, or an input
+        sources: for "product" and "moments", the labels of their operands: a temporary, or an input
             that lies in memory.
     """
 
     stages: tuple[Stage, ...]
-    slots: int
+    temporaries: int
     begins: tuple[int, ...]
     sources: tuple[tuple[str, ...], ...]
 
@@ -84,7 +83,7 @@ class _Schedule:
         self.came: dict[str, int] = {}  # the stage that an exchange's result comes before
         self.levels: dict[Expr, int] = {}
         self.row: dict[Expr, bool] = {}
-        self.slots: dict[Expr, int] = {}
+        self.temporaries: dict[Expr, int] = {}
         self.begins: list[int] = []
         for exchange in exchanges:
             after = 1 + max(map(self.level, exchange.operands))
@@ -102,7 +101,7 @@ class _Schedule:
         for stage in range(len(self.targets) - 1, 0, -1):
             self.find_crossing(stage)
         stages = tuple(self.stage(k) for k in range(len(self.targets)))
-        return Program(stages, len(self.slots), tuple(self.begins), sources)
+        return Program(stages, len(self.temporaries), tuple(self.begins), sources)
 
     def level(self, node: Expr) -> int:
         """The stage in which a value is first known."""
@@ -126,9 +125,9 @@ class _Schedule:
             self.row[n] = own
         return self.row[node]
 
-    def slot(self, node: Expr) -> str:
-        """The slot of a value, which the stage writes in which it is first known."""
-        label = f"slot.{self.slots.setdefault(node, len(self.slots))}"
+    def temporary(self, node: Expr) -> str:
+        """The label of a temporary, which the stage writes in which it is first known."""
+        label = f"temp.{self.temporaries.setdefault(node, len(self.temporaries))}"
         self.targets[self.level(node)][label] = node
         return label
 
@@ -141,13 +140,13 @@ class _Schedule:
 
         def source(operand: Expr) -> str:
             gate = operand.op == "input" and operand.label.startswith(("u.", "v.", "a."))
-            return operand.label if gate and exchange.kind == "moments" else self.slot(operand)
+            return operand.label if gate and exchange.kind == "moments" else self.temporary(operand)
 
         return tuple(map(source, exchange.operands))
 
     def find_crossing(self, stage: int) -> None:
-        """Give slots to values that this stage reads, that an earlier one computes anyway, and that
-        are not cheap to compute again."""
+        """Make temporaries of values that this stage reads, that an earlier one computes anyway,
+        and that are not cheap to compute again."""
         earlier = [e for targets in self.targets[:stage] for e in targets.values()]
         computed = set(ordered(earlier))
         seen: set[Expr] = set()
@@ -158,7 +157,7 @@ class _Schedule:
                 continue
             seen.add(node)
             if node in computed and node.op not in MASKS and not self.is_cheap(node):
-                self.slot(node)
+                self.temporary(node)
             else:
                 pending.extend(node.args)
 
@@ -166,13 +165,13 @@ class _Schedule:
         operations, pending = 0, [node]
         while pending:
             at = pending.pop()
-            if not at.args or self.is_row(at) or (at in self.slots and at is not node):
+            if not at.args or self.is_row(at) or (at in self.temporaries and at is not node):
                 continue
             operations += 1
             if at.op in _DEAR or operations > _CHEAP:
                 return False
             pending.extend(at.args)
-        return node not in self.slots
+        return node not in self.temporaries
 
     def multiplied(self, roots: Sequence[Expr], stop: Mapping[Expr, Expr]) -> list[Expr]:
         """The roots with quotients by a number for each row as products with its inverse, of which
@@ -189,8 +188,8 @@ class _Schedule:
 
     def stage(self, stage: int) -> Stage:
         known = {
-            node: self.algebra.input(f"slot.{k}")
-            for node, k in self.slots.items()
+            node: self.algebra.input(f"temp.{k}")
+            for node, k in self.temporaries.items()
             if self.level(node) < stage
         }
         shared: dict[Expr, None] = {}

@@ -323,8 +323,8 @@ def _stack(
     reverse -= (reverse >> 63) << 64  # as a signed 64-bit integer
     if len(weights) == scans:  # the common case of one layer
         noise = seeded(cell.draws, x, order) if cell.noise else None
-        given = s0, begins, batch_sizes, lengths, resets, noise, reverse
-        operands = Operands(x, *side_by_side(weights), *given)
+        rows = batch_sizes, lengths, resets, noise
+        operands = Operands(x, *side_by_side(weights), s0, begins, *rows, reverse)
         wanted = every_step is not None and len(cell.states) > 1
         y, last, steps = ops.run(
             cell, operands, packed[0] if packed else None, recompute=recompute, steps=wanted

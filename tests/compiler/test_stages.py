@@ -72,10 +72,10 @@ def test_no_stage_reads_what_an_earlier_one_does_not_write(cell: Cell) -> None:
         written: set[str] = set()
         for stage in program.stages:
             read = {n.label for e in stage.outputs.values() for n in _leaves(e)}
-            slots = {label for label in read if label.startswith("slot.")}
-            assert slots <= written
-            written |= {label for label in stage.outputs if label.startswith("slot.")}
-        assert len(written) == program.slots
+            temporaries = {label for label in read if label.startswith("temp.")}
+            assert temporaries <= written
+            written |= {label for label in stage.outputs if label.startswith("temp.")}
+        assert len(written) == program.temporaries
 
 
 def _leaves(expr: Any) -> list[Any]:
