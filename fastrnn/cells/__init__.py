@@ -1,13 +1,11 @@
 """The definition of a cell, the built-in cells, and on demand the published ones."""
 
+from fastrnn.cells.arguments import Gates, Param, Params
 from fastrnn.cells.declare import (
     MAX_GATES,
     MAX_PARAMS,
     MAX_STATES,
     Cell,
-    Gates,
-    Param,
-    Params,
     cell,
     get,
     get_published,

@@ -13,23 +13,22 @@ softmax), and where it multiplies another value by the recurrent weights: `v(x)`
 from __future__ import annotations
 
 import copyreg
-import dis
 import functools
-import hashlib
 import importlib
 import inspect
 import keyword
 import operator
-import sys
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import CellType, CodeType, FunctionType, MappingProxyType, ModuleType
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastrnn.cells.arguments import KINDS, Gates, Param, Params, Projection
+from fastrnn.cells.digest import digest_of
 from fastrnn.cells.noise import MAX_DRAWS, Draw, drawing
 
 __all__ = [
@@ -53,102 +52,7 @@ MAX_GATES = 16
 MAX_STATES = 8
 MAX_PARAMS = 32
 
-_KINDS = ("unit", "one", "gates")
 _TAKEN = ("ih", "hh", "hr")  # weight_ih, weight_hh and weight_hr are torch's matrices
-
-
-@dataclass(frozen=True)
-class Param:
-    """A learned parameter of a cell.
-
-    Attributes:
-        kind: "unit" for one number per hidden unit, [H]; "one" for one number in all, [1]; "gates"
-            for one per gate and hidden unit, [G*H], as the gain of a norm over all gates.
-        init: the number it begins with, or a function that fills the tensor in place, as those of
-            `torch.nn.init`; None for torch's uniform distribution within 1/sqrt(H), as for weights.
-    """
-
-    kind: str = "unit"
-    init: float | Callable[[Tensor], Any] | None = None
-
-    def size(self, hidden: int, gates: int) -> int:
-        """Numbers in a layer of `hidden` units whose cell has so many gates."""
-        return {"unit": hidden, "one": 1, "gates": gates * hidden}[self.kind]
-
-    def fill(self, tensor: Tensor) -> None:
-        """Fill a tensor as `init` says, under `no_grad`; it stays as it is if that is None."""
-        if callable(self.init):
-            result = self.init(tensor)
-            if isinstance(result, Tensor) and result.data_ptr() != tensor.data_ptr():
-                raise TypeError(
-                    f"init of a fastrnn.Param should fill the tensor in place, but {self.init!r} "
-                    "returned another one"
-                )
-        elif self.init is not None:
-            tensor.fill_(self.init)
-
-
-class _Named:
-    """An argument of a cell's function: tensors as attributes, each looked up when it is read."""
-
-    _kind = ""
-
-    def __init__(self, cell: Cell, names: Sequence[str], values: Sequence[Tensor]) -> None:
-        self.__cell, self.__names, self.__values = cell, names, values
-
-    def __getattr__(self, name: str) -> Tensor:
-        # On a half-made object, `self.__cell` would call this method again without end.
-        mine = vars(self)
-        names = mine.get("_Named__names", ())
-        if name in names:
-            value: Tensor = mine["_Named__values"][names.index(name)]
-            setattr(self, name, value)
-            return value
-        cell = mine.get("_Named__cell")
-        raise AttributeError(
-            f"cell {cell.name!r} has no {self._kind} {name!r}; its {self._kind}s are: "
-            + ", ".join(names)
-            if cell
-            else name
-        )
-
-
-class Gates(_Named):
-    """The argument `u` of a cell's function: one tensor per gate, as attributes."""
-
-    _kind = "gate"
-
-    def __init__(self, cell: Cell, values: Sequence[Tensor]) -> None:
-        super().__init__(cell, cell.gates, values)
-
-
-class Projection(Gates):
-    """The argument `v` of a cell's function: one tensor per gate, as attributes. `v(x)` is the same
-    for another value than the state: the recurrent weights times x [..., H], with their bias."""
-
-    def __init__(
-        self,
-        cell: Cell,
-        values: Sequence[Tensor],
-        apply: Callable[[Tensor], Sequence[Tensor]] | None = None,
-    ) -> None:
-        super().__init__(cell, values)
-        self.__cell, self.__apply = cell, apply
-
-    def __call__(self, x: Tensor) -> Projection:
-        cell, apply = self.__cell, self.__apply
-        if apply is None:
-            raise TypeError(f"cell {cell.name!r} calls v(x), which needs the recurrent weights")
-        return Projection(cell, apply(x), apply)
-
-
-class Params(_Named):
-    """The argument `p` of a cell's function: one tensor per learned parameter, as attributes."""
-
-    _kind = "parameter"
-
-    def __init__(self, cell: Cell, values: Sequence[Tensor]) -> None:
-        super().__init__(cell, tuple(cell.params), values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,6 +94,10 @@ class Cell:
     def _identity(self) -> tuple[object, ...]:
         # The order of the parameters is that of compiled code; how they begin is not part of it.
         return self.name, self.gates, self.states, self.function, _kinds(self.params), self.noise
+
+    def digested(self) -> tuple[tuple[object, ...], Callable[..., Any]]:
+        """What the digest of a function that reads this cell takes of it."""
+        return (self.gates, self.states, _kinds(self.params)), self.function
 
     def __hash__(self) -> int:
         # Every call of a layer looks up its cell; the dataclass would hash all fields each time.
@@ -315,7 +223,7 @@ class Cell:
         if self.made_by is not None:
             return self.made_by
         where = (getattr(self.function, a, None) for a in ("__module__", "__qualname__"))
-        digest = _digest(self.function)
+        digest = digest_of(self.function)
         parts = self.name, self.gates, self.states, digest, *where, self._carrier
         return _restore, (*parts, _kinds(self.params))
 
@@ -567,7 +475,7 @@ def _check_params(cell: Cell) -> None:
                 f"params of cell {cell.name!r} must be identifiers other than {', '.join(_TAKEN)}, "
                 f"the names of a layer's matrices: {name!r}"
             )
-        if not isinstance(param, Param) or param.kind not in _KINDS:
+        if not isinstance(param, Param) or param.kind not in KINDS:
             what = repr(param.kind if isinstance(param, Param) else param)
             raise ValueError(
                 f"parameter {name!r} of cell {cell.name!r} must be 'unit' (a number for each "
@@ -608,7 +516,7 @@ def _restore(
             return False
         if (found.gates, found.states, _kinds(found.params)) != (gates, states, kinds):
             return False
-        own = _digest(found.function)
+        own = digest_of(found.function)
         # Another version of Python compiles the same source to different byte code.
         return own == digest or own.split()[0] != digest.split()[0]
 
@@ -659,51 +567,3 @@ def _unpacked(
 def _register_carrier(carrier: _Carrier, cell: Cell) -> _Carrier:
     _carried[carrier] = weakref.ref(cell)  # weak, since the cell holds its carrier
     return carrier
-
-
-def _digest(function: Callable[..., Any]) -> str:
-    """Python's version, and a digest of everything that decides the function's behaviour."""
-    content = repr(_content(function, getattr(function, "__module__", None), ()))
-    return f"{sys.implementation.cache_tag} {hashlib.sha256(content.encode()).hexdigest()[:16]}"
-
-
-def _content(value: Any, module: str | None, above: tuple[object, ...]) -> object:
-    """`value` as text and tuples without addresses; functions of `module` by their byte code."""
-
-    def inside(values: Iterable[Any]) -> tuple[object, ...]:
-        return tuple(_content(v, module, (*above, value)) for v in values)
-
-    if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
-        return repr(value)
-    if isinstance(value, (tuple, list)):
-        return inside(value)
-    if isinstance(value, frozenset):
-        return sorted(map(repr, value))
-    if isinstance(value, dict):
-        return inside(sorted(value.items(), key=repr))
-    if not isinstance(value, type) and hasattr(value, "tolist"):  # torch and NumPy
-        return str(value.dtype), value.tolist()
-    if isinstance(value, Cell):
-        return value.gates, value.states, _kinds(value.params), inside([value.function])
-    if isinstance(value, functools.partial):
-        return inside([value.func, value.args, sorted(value.keywords.items())])
-    if isinstance(value, CodeType):
-        return value.co_code, value.co_names, inside(value.co_consts)
-    if isinstance(value, FunctionType) and value.__module__ == module and value not in above:
-        code = value.__code__
-        constants = [None if c == value.__doc__ else c for c in code.co_consts]
-        read = [value.__globals__[n] for n in _globals(code) if n in value.__globals__]
-        captured = [c.cell_contents for c in value.__closure__ or () if c != CellType()]
-        defaults = value.__defaults__, sorted((value.__kwdefaults__ or {}).items())
-        return code.co_code, code.co_names, inside([constants, read, captured, defaults])
-    if hasattr(value, "__dict__") and not isinstance(value, (type, FunctionType, ModuleType)):
-        plain = {n: v for n, v in vars(value).items() if isinstance(v, (int, float, complex, str))}
-        return str(type(value)), inside(sorted(plain.items()))
-    return getattr(value, "__module__", None), getattr(value, "__qualname__", str(type(value)))
-
-
-def _globals(code: CodeType) -> list[str]:
-    """Names of the globals that the code and the functions inside it read."""
-    inner = [n for c in code.co_consts if isinstance(c, CodeType) for n in _globals(c)]
-    own = [i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"]
-    return sorted({*own, *inner})

@@ -23,6 +23,7 @@ import fastrnn
 from fastrnn import cells
 from fastrnn.cells import Cell, Gates
 from fastrnn.cells import declare as declaration
+from fastrnn.cells.digest import digest_of
 from tests.support.paths import ROOT
 
 
@@ -316,7 +317,7 @@ def make(kept):
 def digest(source: str, kept: float = 2.0) -> str:
     module = types.ModuleType("written")
     exec(source, vars(module))
-    return declaration._digest(module.make(kept))
+    return digest_of(module.make(kept))
 
 
 def test_the_digest_is_that_of_behaviour() -> None:
@@ -510,7 +511,7 @@ def test_the_digest_sees_captured_tensors_and_settings() -> None:
         def step(u: Any, v: Any, h: Tensor) -> Tensor:
             return value * h + u.a
 
-        return declaration._digest(step)
+        return digest_of(step)
 
     def settings(rate: float) -> types.SimpleNamespace:
         return types.SimpleNamespace(rate=rate)

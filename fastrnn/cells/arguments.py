@@ -1,0 +1,110 @@
+"""The arguments of a cell's function, and what a parameter is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fastrnn.cells.declare import Cell
+
+__all__ = ["KINDS", "Gates", "Param", "Params", "Projection"]
+
+KINDS = ("unit", "one", "gates")
+
+
+@dataclass(frozen=True)
+class Param:
+    """A learned parameter of a cell.
+
+    Attributes:
+        kind: "unit" for one number per hidden unit, [H]; "one" for one number in all, [1]; "gates"
+            for one per gate and hidden unit, [G*H], as the gain of a norm over all gates.
+        init: the number it begins with, or a function that fills the tensor in place, as those of
+            `torch.nn.init`; None for torch's uniform distribution within 1/sqrt(H), as for weights.
+    """
+
+    kind: str = "unit"
+    init: float | Callable[[Tensor], Any] | None = None
+
+    def size(self, hidden: int, gates: int) -> int:
+        """Numbers in a layer of `hidden` units whose cell has so many gates."""
+        return {"unit": hidden, "one": 1, "gates": gates * hidden}[self.kind]
+
+    def fill(self, tensor: Tensor) -> None:
+        """Fill a tensor as `init` says, under `no_grad`; it stays as it is if that is None."""
+        if callable(self.init):
+            result = self.init(tensor)
+            if isinstance(result, Tensor) and result.data_ptr() != tensor.data_ptr():
+                raise TypeError(
+                    f"init of a fastrnn.Param should fill the tensor in place, but {self.init!r} "
+                    "returned another one"
+                )
+        elif self.init is not None:
+            tensor.fill_(self.init)
+
+
+class _Named:
+    """An argument of a cell's function: tensors as attributes, each looked up when it is read."""
+
+    _kind = ""
+
+    def __init__(self, cell: Cell, names: Sequence[str], values: Sequence[Tensor]) -> None:
+        self.__cell, self.__names, self.__values = cell, names, values
+
+    def __getattr__(self, name: str) -> Tensor:
+        # On a half-made object, `self.__cell` would call this method again without end.
+        mine = vars(self)
+        names = mine.get("_Named__names", ())
+        if name in names:
+            value: Tensor = mine["_Named__values"][names.index(name)]
+            setattr(self, name, value)
+            return value
+        cell = mine.get("_Named__cell")
+        raise AttributeError(
+            f"cell {cell.name!r} has no {self._kind} {name!r}; its {self._kind}s are: "
+            + ", ".join(names)
+            if cell
+            else name
+        )
+
+
+class Gates(_Named):
+    """The argument `u` of a cell's function: one tensor per gate, as attributes."""
+
+    _kind = "gate"
+
+    def __init__(self, cell: Cell, values: Sequence[Tensor]) -> None:
+        super().__init__(cell, cell.gates, values)
+
+
+class Projection(Gates):
+    """The argument `v` of a cell's function: one tensor per gate, as attributes. `v(x)` is the same
+    for another value than the state: the recurrent weights times x [..., H], with their bias."""
+
+    def __init__(
+        self,
+        cell: Cell,
+        values: Sequence[Tensor],
+        apply: Callable[[Tensor], Sequence[Tensor]] | None = None,
+    ) -> None:
+        super().__init__(cell, values)
+        self.__cell, self.__apply = cell, apply
+
+    def __call__(self, x: Tensor) -> Projection:
+        cell, apply = self.__cell, self.__apply
+        if apply is None:
+            raise TypeError(f"cell {cell.name!r} calls v(x), which needs the recurrent weights")
+        return Projection(cell, apply(x), apply)
+
+
+class Params(_Named):
+    """The argument `p` of a cell's function: one tensor per learned parameter, as attributes."""
+
+    _kind = "parameter"
+
+    def __init__(self, cell: Cell, values: Sequence[Tensor]) -> None:
+        super().__init__(cell, tuple(cell.params), values)
