@@ -27,7 +27,8 @@
 #               ARGS="--minutes 5 --only build,first" does less
 # make wheel    build one wheel for the versions of torch in TORCHES, into dist/, which needs no
 #               compiler where it is installed; make sdist: the source distribution;
-#               make wheel-aarch64: the wheel for ARM, by a cross compiler
+#               make wheel-aarch64: the wheel for ARM, by a cross compiler; make test-aarch64: tests
+#               in an emulator
 # make clean-install-test
 #               install the wheel beside each of TORCHES in a new environment, without a compiler,
 #               and the source distribution beside the first
@@ -58,7 +59,7 @@ CPP = $(foreach kind,h cpp cu cuh,$(shell find csrc tests benchmarks -name '*.$(
 GENERATOR = $(wildcard fastrnn/cells/*.py fastrnn/compiler/*.py)
 
 .PHONY: demo test test-long test-all clients bench bench-full bench-grid bench-load bench-cells \
-  bench-memory bench-formats bench-slots gpu wheel wheel-aarch64 sdist \
+  bench-memory bench-formats bench-slots gpu wheel wheel-aarch64 test-aarch64 sdist \
   clean-install-test docs lint format clean in-place
 
 ifeq ($(strip $(VENV)),)
@@ -179,6 +180,13 @@ wheel-aarch64: $(TOOLBOX)/.installed $(TORCHES:%=$(WHEELS)/%/.installed) \
 
 sdist: $(TOOLBOX)/.installed
 	$(TOOLBOX)/bin/python -m build --sdist --no-isolation --skip-dependency-check --outdir dist .
+
+# Teams, steppers and slots in an emulator, which needs g++-aarch64-linux-gnu and qemu-user. These
+# tests compile programs without torch.
+test-aarch64: $(BUILT)
+	cd tests/csrc/cpu && EMULATED=aarch64 $(abspath $(PY)) -m pytest test_contention.py test_slots.py \
+	  test_stepper.py::test_contention_changes_no_number \
+	  test_team.py::test_a_team_with_a_late_member_breaks_up $(ARGS)
 
 # In new environments, with no path to a compiler. The source distribution is compiled without
 # optimisation, which takes less time and shows the same.
