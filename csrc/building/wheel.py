@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 BINDING = re.compile(r"fastrnn/_C\.torch(\d+)\.(\d+)\..+\.so")
-PLATFORM = "manylinux_2_28"
+GLIBC = 28  # of version 2, the newest that a wheel may need
 # Torch brings these, and loads them first.
 TORCHS_OWN = ("libtorch.so", "libtorch_cpu.so", "libtorch_python.so", "libc10.so", "libgomp.so.1")
 
@@ -29,10 +30,24 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as work:
         merged = merge(options.wheels, Path(work))
-        machine = merged.stem.split("linux_")[1]
         excluded = [part for name in TORCHS_OWN for part in ("--exclude", name)]
-        platform = f"{PLATFORM}_{machine}"
-        run("auditwheel", "repair", "--plat", platform, *excluded, "-w", options.out, merged)
+        repaired = Path(work, "repaired")
+        # A name of the platform would have to be one of this machine.
+        run("auditwheel", "repair", "--plat", "auto", *excluded, "-w", repaired, merged)
+        (wheel,) = repaired.iterdir()
+        check_platform(wheel.name)
+        options.out.mkdir(exist_ok=True)
+        shutil.move(wheel, options.out / wheel.name)
+
+
+def check_platform(wheel: str) -> None:
+    """Raise SystemExit if a wheel needs a glibc newer than GLIBC, by its name."""
+    versions = [int(minor) for minor in re.findall(r"manylinux_2_(\d+)_", wheel)]
+    if not versions or min(versions) > GLIBC:
+        raise SystemExit(
+            f"auditwheel calls the wheel {wheel}, but it should be for glibc 2.{GLIBC} or older: "
+            "`auditwheel show` lists the newer symbols; add them to csrc/building/manylinux.cpp"
+        )
 
 
 def merge(wheels: Sequence[Path], work: Path) -> Path:

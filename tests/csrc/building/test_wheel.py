@@ -62,6 +62,13 @@ def test_wheels_of_other_sources_are_not_merged(
         wheel.merge(unpacked, tmp_path / "work")
 
 
+def test_a_wheel_for_newer_systems_is_refused() -> None:
+    wheel.check_platform("fastrnn-1-cp311-cp311-manylinux_2_27_x86_64.manylinux_2_28_x86_64.whl")
+    for platform in ("manylinux_2_29_aarch64", "manylinux_2_34_x86_64", "linux_x86_64"):
+        with pytest.raises(SystemExit, match=r"for glibc 2\.28 or older.*auditwheel show"):
+            wheel.check_platform(f"fastrnn-1-cp311-cp311-{platform}.whl")
+
+
 def test_a_wheel_requires_a_torch_that_it_has_a_binding_to() -> None:
     assert wheel.requirement([(2, 13)]) == "torch>=2.13,<2.14"
     assert wheel.requirement([(2, 10), (2, 9)]) == "torch>=2.9,<2.11"
