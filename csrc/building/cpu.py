@@ -104,7 +104,7 @@ def binding_objects(torch: Torch) -> dict[str, tuple[Path, str]]:
     """The objects of the binding to a torch."""
     includes = (*torch.includes, sysconfig.get_path("include"))
     extra = [
-        # A call of the library then costs what one within the binding does.
+        # Calls of the library are made without a jump in between.
         "-fno-plt",
         "-std=c++20" if torch.release >= (2, 13) else "-std=c++17",
         quote(f'-DFASTRNN_TORCH_VERSION="{torch.version}"'),
