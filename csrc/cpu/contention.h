@@ -9,6 +9,7 @@
 #include <atomic>
 #include <cstdint>
 
+#include "cpu/exported.h"
 #include "cpu/spin.h"
 
 namespace fastrnn {
@@ -18,7 +19,7 @@ namespace fastrnn {
 // It lasts for kShortest after a peer came late, then one sweep tries again. If that meets a late
 // peer too, it lasts kGrowth times as long, at most kLongest. It is forgotten after threads have
 // exchanged numbers undisturbed for as long as it lasted, or after kForgotten without a try.
-class Contention {
+class FASTRNN_EXPORTED Contention {
  public:
   static constexpr int64_t kShortest = 5'000'000, kLongest = 2'000'000'000, kGrowth = 4;
   static constexpr int64_t kForgotten = 60'000'000'000;
@@ -43,6 +44,6 @@ class Contention {
 };
 
 // That of this process.
-Contention& contention();
+FASTRNN_EXPORTED Contention& contention();
 
 }  // namespace fastrnn

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/contract.h"
+#include "cpu/exported.h"
 
 namespace fastrnn {
 
@@ -25,29 +26,29 @@ struct CellFacts : CellTraits {
   }
   bool has_code(Format format) const { return compiled[index_of(format)] != nullptr; }
   // Its code for CPUs; throws std::runtime_error if there is none in that format.
-  const CompiledCell& code(Format format) const;
+  FASTRNN_EXPORTED const CompiledCell& code(Format format) const;
 };
 
 // The facts of a cell, or null. The pointer stays valid until the process ends.
-const CellFacts* find_cell(const std::string& name);
+FASTRNN_EXPORTED const CellFacts* find_cell(const std::string& name);
 // Adds a cell by its facts alone, unless it is known.
-void add_cell_facts(const std::string& name, const CellTraits& traits);
+FASTRNN_EXPORTED void add_cell_facts(const std::string& name, const CellTraits& traits);
 // Adds the cells of a shared library; throws std::runtime_error when it cannot be loaded.
-void load_cells(const std::string& path, const std::string& symbol);
+FASTRNN_EXPORTED void load_cells(const std::string& path, const std::string& symbol);
 
 // The cell-independent part of the backward pass, in a format without scales.
-bool run_gradients(Format format, const GradientArgs& args, const CpuPlan& plan);
+FASTRNN_EXPORTED bool run_gradients(Format format, const GradientArgs& args, const CpuPlan& plan);
 
 // Instruction sets that are compiled in and that this machine has, best last; and the one in use:
 // the best of them, or the one that the environment variable FASTRNN_ISA names.
-std::vector<std::string> compiled_isas();
-std::string isa_in_use();
+FASTRNN_EXPORTED std::vector<std::string> compiled_isas();
+FASTRNN_EXPORTED std::string isa_in_use();
 // Whether that instruction set has kernels for a format.
-bool has_format(Format format);
+FASTRNN_EXPORTED bool has_format(Format format);
 // The name of a format, and the format of a name; throws std::runtime_error for an unknown name.
-const char* name_of(Format format);
-Format format_named(std::string_view name);
+FASTRNN_EXPORTED const char* name_of(Format format);
+FASTRNN_EXPORTED Format format_named(std::string_view name);
 // Widest vector of the instruction set in use.
-int64_t vector_bytes();
+FASTRNN_EXPORTED int64_t vector_bytes();
 
 }  // namespace fastrnn

@@ -9,11 +9,12 @@
 #include <vector>
 
 #include "cpu/contract.h"
+#include "cpu/exported.h"
 #include "cpu/stepper.h"
 
 namespace fastrnn {
 
-class Slots {
+class FASTRNN_EXPORTED Slots {
  public:
   // Frames of rows and steps: element (i, t) of n rows of T steps begins at i*row + t*step.
   struct Frames {

@@ -15,10 +15,11 @@
 #include <vector>
 
 #include "cpu/contract.h"
+#include "cpu/exported.h"
 
 namespace fastrnn {
 
-class Stepper {
+class FASTRNN_EXPORTED Stepper {
  public:
   // `layers` begins at the input; throws std::bad_alloc.
   Stepper(const CompiledCell& cell, Format format, Storage storage, int64_t batch,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastrnn import cache, cells, hardware, plan
 from fastrnn._version import __version__
 from fastrnn.compiler import jit
-from fastrnn.extension import _C
+from fastrnn.extension import _C, bindings
 from fastrnn.kernels import device as machine
 from fastrnn.kernels.prepare import prepare
 from fastrnn.nn.layers import LSTM
@@ -65,6 +65,8 @@ class Facts:
     instruction_sets: list[str]
     instruction_set: str
     formats: list[str]
+    binding: str
+    bindings: list[str]
     gpus: list[str]
     compiler: str
     compiled_cells: str
@@ -88,6 +90,8 @@ def collect() -> Facts:
         instruction_sets=_C.isas(),
         instruction_set=_C.isa(),
         formats=_C.formats(),
+        binding=".".join(_C.built_for.split(".")[:2]),
+        bindings=[*bindings()],
         gpus=[torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())],
         compiler=_compiler(),
         compiled_cells=_cache_folder(),
@@ -133,6 +137,7 @@ def text(facts: Facts) -> str:
         ("caches", ", ".join(f"{name} {size}" for name, size in facts.caches.items())),
         ("instruction sets", f"{facts.instruction_set} in use, of {_join(facts.instruction_sets)}"),
         ("formats of products", _join(facts.formats)),
+        ("bindings to torch", f"{facts.binding} in use, of {_join(facts.bindings)}"),
         ("GPUs", _join(facts.gpus)),
         ("compiler for custom cells", facts.compiler),
         ("compiled cells are kept in", facts.compiled_cells),

@@ -24,21 +24,42 @@ def build() -> ModuleType:
     return module
 
 
-def test_cuda_kernels_go_with_the_extension_into_the_sources(
+def test_libraries_go_with_the_extension_into_the_sources(
     build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     command = build.BuildExt(Distribution())
     command.extensions, command.build_lib = [], str(tmp_path / "lib")
     monkeypatch.setattr(build, "ROOT", tmp_path)
-    built, there = (tmp_path / part / "fastrnn" / "_cuda.so" for part in ("lib", "."))
-    for path in (built, there):
-        path.parent.mkdir(parents=True)
-        path.write_text(f"in {path.parent}")
+    built, there = tmp_path / "lib" / "fastrnn", tmp_path / "fastrnn"
+    libraries = ["_cuda.so", "libfastrnn_cpu.so"]
+    for folder in (built, there):
+        folder.mkdir(parents=True)
+        for name in libraries:
+            (folder / name).write_text(f"in {folder}")
+    (built / "_C.torch2.13.cpython-311.so").touch()
+    for old in ("_C.torch2.13.cpython-310.so", "_C.torch2.11.cpython-311.so", "_C.cpython-311.so"):
+        (there / old).touch()
     command.copy_extensions_to_source()
-    assert there.read_text() == built.read_text()
-    built.unlink()
+    for name in libraries:
+        assert (there / name).read_text() == (built / name).read_text()
+    left = sorted(path.name for path in there.iterdir())
+    assert left == ["_C.torch2.13.cpython-311.so", *libraries], "others were of other sources"
+    (built / "_cuda.so").unlink()
     command.copy_extensions_to_source()
-    assert not there.exists(), "they are not of these sources"
+    assert not (there / "_cuda.so").exists(), "it is not of these sources"
+
+
+def test_the_extension_is_named_after_torch(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = build.BuildExt(Distribution())
+    command.ext_map = {}
+    plain = super(build.BuildExt, command).get_ext_filename("fastrnn._C")
+    monkeypatch.setattr(build.torches, "version", lambda: "2.13.1+cpu")
+    named = command.get_ext_filename("fastrnn._C")
+    assert named == plain.replace("_C.", "_C.torch2.13.") != plain
+    monkeypatch.setattr(build.torches, "version", lambda: None)
+    assert command.get_ext_filename("fastrnn._C") == plain
 
 
 def test_unchanged_cells_keep_their_time(tmp_path: Path) -> None:

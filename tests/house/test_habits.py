@@ -37,7 +37,7 @@ def test_workflows_have_pinned_steps_and_known_targets(file: Path) -> None:
 
 
 def test_there_are_the_workflows() -> None:
-    assert [file.stem for file in WORKFLOWS] == ["all", "docs", "lint", "tests"]
+    assert [file.stem for file in WORKFLOWS] == ["all", "docs", "lint", "tests", "wheels"]
 
 
 @pytest.mark.parametrize("file", TEMPLATES, ids=lambda f: f.stem)

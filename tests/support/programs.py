@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,7 +11,11 @@ import pytest
 
 from tests.support.paths import ROOT
 
-GXX = shutil.which("g++")  # by name, because of what GCC makes of OpenMP
+# Another processor, as in "aarch64", whose programs GCC's cross compiler makes and qemu runs.
+EMULATED = os.environ.get("EMULATED")
+CROSS = f"{EMULATED}-linux-gnu"
+GXX = shutil.which(f"{CROSS}-g++" if EMULATED else "g++")  # because of what GCC makes of OpenMP
+EMULATOR = (f"qemu-{EMULATED}", "-L", f"/usr/{CROSS}") if EMULATED else ()
 FLAGS = ("-std=c++17", "-O1", "-g", "-fopenmp", "-DFASTRNN_ISA=baseline")
 
 
@@ -24,6 +29,8 @@ def compiled(
     """
     if GXX is None:
         pytest.skip("needs g++")
+    if EMULATED:
+        sanitizer = None  # an emulator has none
     sanitized = (f"-fsanitize={sanitizer}",) if sanitizer else ()
     objects = []
     for number, file in enumerate((source, *(ROOT / "csrc" / other for other in others))):
@@ -38,11 +45,12 @@ def compiled(
     assert done.returncode == 0, done.stderr
     # The shadow memory of the thread sanitizer has no room for randomized addresses.
     setarch = shutil.which("setarch") if sanitizer == "thread" else None
-    return (setarch, "-R", program) if setarch else (program,)
+    return (setarch, "-R", program) if setarch else (*EMULATOR, program)
 
 
 def run(*command: str, text: str = "") -> str:
     """What the command prints; it must succeed."""
-    done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=600)
+    seconds = 900 if EMULATED else 600  # emulated threads spin for long
+    done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=seconds)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

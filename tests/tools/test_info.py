@@ -35,6 +35,8 @@ def test_info_json_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     assert facts["versions"]["torch"] == torch.__version__
     assert facts["threads"] == torch.get_num_threads()
     assert facts["instruction_set"] in facts["instruction_sets"]
+    assert facts["binding"] in facts["bindings"]
+    assert torch.__version__.startswith(f"{facts['binding']}.")
     assert facts["compiled_cells"] == str(cache.folder())
     assert facts["kernels"]["cpu"] is None
     assert facts["self_check"]["passed"] is True
