@@ -5,7 +5,7 @@ so `csrc/building/` writes the files for ninja. The objects lie in `build/` unde
 Python and torch, where they survive pip's temporary folders.
 
 Switches: CXX, MAX_JOBS, FASTRNN_CXXFLAGS, FASTRNN_LDFLAGS, FASTRNN_DEBUG=1; for the CUDA kernels
-FASTRNN_CUDA=auto|0|1, NVCC, CUDA_HOME, TORCH_CUDA_ARCH_LIST.
+FASTRNN_CUDA=auto|0|1, FASTRNN_WATCHDOG=0|1, NVCC, CUDA_HOME, TORCH_CUDA_ARCH_LIST.
 """
 
 from __future__ import annotations

@@ -100,6 +100,8 @@ FASTRNN_EXPORT int64_t fastrnn_cuda_shared_bytes(const char* cell, const Sweep* 
                         -1);
 }
 
+FASTRNN_EXPORT int fastrnn_cuda_usable(int* architecture) { return fastrnn::usable(architecture); }
+
 FASTRNN_EXPORT int fastrnn_cuda_resident_clusters(int blocks, int threads, int64_t shared_bytes) {
   return fastrnn::resident_clusters(blocks, threads, shared_bytes);
 }

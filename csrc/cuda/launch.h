@@ -34,6 +34,7 @@ int launch_step_backward(int cell, const Sweep& sweep, const CudaPlan& plan, voi
 // csrc/cuda/recompute.cu
 int launch_h_prev(int cell, const Sweep& sweep, const CudaPlan& plan, void* stream);
 int launch_recompute(int cell, const Sweep& sweep, const CudaPlan& plan, void* stream);
+int usable(int* architecture);
 
 // The persistent kernels of a direction: how they are launched, and what a launch needs.
 struct PersistentKernels {

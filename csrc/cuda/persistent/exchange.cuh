@@ -174,8 +174,8 @@ struct Exchange {
       const int lane = threadIdx.x;
       for (int block = lane; block < at.active; block += kWarp) {
         const uint32_t* flag = reinterpret_cast<const uint32_t*>(flags + block * kFlag);
-        while (platform::load_acquire(flag) < static_cast<uint32_t>(i)) {
-        }
+        const platform::Watch watch;
+        while (platform::load_acquire(flag) < static_cast<uint32_t>(i)) watch.look();
       }
     }
     __syncthreads();
