@@ -185,6 +185,7 @@ PYBIND11_MODULE(_C, m) {
       "The format in which tensors of the dtype of `x` are multiplied.");
   m.def("vector_bytes", vector_bytes);
   m.def("forget_plans", forget_plans);
+  m.def("plans_forgotten", plans_forgotten, "How often plans were forgotten.");
   m.def(
       "contended", [] { return contention().lasts(); },
       "Whether a thread came late a short time ago, because other work has its core.");

@@ -97,6 +97,8 @@ def _resident(problem: Problem, gpu: CudaFacts, tf32: bool) -> list[CudaConfig]:
             ("cluster", [n for n in _CLUSTERS if n <= octets and resident.get(n)]),
             ("grid", [n for n in sorted(block_counts) if 1 < n <= gpu.multiprocessors]),
         ):
+            if residency == "grid" and not gpu.cooperative:
+                continue
             for blocks in choices:
                 config = CudaConfig(
                     precision=precision,
