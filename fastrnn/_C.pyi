@@ -163,6 +163,6 @@ def set_callbacks(
     find: Callable[[str, str, str], None],
     forward: Callable[..., Any],
     backward: Callable[..., Any],
-    differentiable_backward: Callable[..., Any],
+    reference_backward: Callable[..., Any],
     significant_bits: int,
 ) -> None: ...

@@ -243,12 +243,12 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "set_callbacks",
       [](py::object plan, py::object find, py::object forward, py::object backward,
-         py::object differentiable_backward, int significant_bits) {
-        set_callbacks(new Callbacks{plan, find, forward, backward, differentiable_backward,
-                                    significant_bits});
+         py::object reference_backward, int significant_bits) {
+        set_callbacks(
+            new Callbacks{plan, find, forward, backward, reference_backward, significant_bits});
       },
       py::kw_only(), py::arg("plan"), py::arg("find"), py::arg("forward"), py::arg("backward"),
-      py::arg("differentiable_backward"), py::arg("significant_bits"));
+      py::arg("reference_backward"), py::arg("significant_bits"));
 }
 
 }  // namespace fastrnn

@@ -87,14 +87,14 @@ def _backward(
     y: Tensor,
     tape: Tensor,
     needs: Sequence[bool],
-) -> list[Tensor]:
+) -> list[Tensor] | None:
+    """The gradients by a kernel that Python launches; None if the reference must give them."""
     (key, operands), need = _split(inputs), Needs(*needs)
     shape = _shape(key, operands, (True, True))
     sweeps = shape.sweeps
     if sweeps is None or grads[-1] is not None:
-        # The gradients come from autograd of the reference, which needs no tape. The kernels for
-        # GPUs read no gradients of the states after every step.
-        return reference.gradients(cell_of(key), operands, grads, need, create_graph=False)
+        # The kernels for GPUs read no gradients of the states after every step.
+        return None
     if tape.size(2) and not tape.size(0) and y.numel() and sweeps is not cuda.sweeps:
         tape = _forward(inputs, True)[2]
     stacked = _with_recurrences(operands)
@@ -113,11 +113,15 @@ def _backward(
     return out[: len(out) - states] + [g[0] for g in out[len(out) - states :]]
 
 
-def _differentiable_backward(
-    inputs: tuple[Any, ...], grads: list[Tensor | None], needs: Sequence[bool]
+def _reference_backward(
+    inputs: tuple[Any, ...],
+    grads: list[Tensor | None],
+    needs: Sequence[bool],
+    differentiable: bool,
 ) -> list[Tensor]:
-    key, operands = _split(inputs)
-    return reference.gradients(cell_of(key), operands, grads, Needs(*needs), create_graph=True)
+    """The gradients by autograd of the reference, which needs no tape."""
+    (key, operands), need = _split(inputs), Needs(*needs)
+    return reference.gradients(cell_of(key), operands, grads, need, create_graph=differentiable)
 
 
 def _split(inputs: tuple[Any, ...]) -> tuple[str, Operands]:
@@ -192,6 +196,6 @@ _C.set_callbacks(
     find=find,
     forward=_forward,
     backward=_backward,
-    differentiable_backward=_differentiable_backward,
+    reference_backward=_reference_backward,
     significant_bits=plan.SIGNIFICANT_BITS,
 )

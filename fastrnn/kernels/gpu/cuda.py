@@ -212,6 +212,7 @@ def _library(named: str) -> Library | str:
         return f"the library of CUDA kernels cannot be loaded: {error}"
 
 
+_here: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
 _Tensors = dict[str, Tensor | None]  # by their names in `Sweep`
 
 
@@ -311,38 +312,26 @@ def _launch(
     copies = []  # they live until the launch, after which the stream keeps them
     for name, tensor in read.items():
         if tensor is not None:
-            if tensor.data_ptr() % 16:  # vector reads need aligned addresses
-                tensor = tensor.clone()
-                copies.append(tensor)
-            setattr(sweep, name, tensor.data_ptr())
+            address = tensor.data_ptr()
+            if address % 16:  # vector reads need aligned addresses
+                copies.append(tensor.clone())
+                address = copies[-1].data_ptr()
+            setattr(sweep, name, address)
     for name, tensor in written.items():
         if tensor is not None:
             setattr(sweep, name, tensor.data_ptr())
     device = scan.device
-    with _on(device):
-        if call.workspace > 0:
-            workspace = torch.empty(call.workspace, dtype=torch.uint8, device=device)
-            sweep.workspace = workspace.data_ptr()
-        call.kernels.launch(kind, call.cell, sweep, call.plan, _stream(device))
+    if call.workspace > 0:
+        workspace = torch.empty(call.workspace, dtype=torch.uint8, device=device)
+        sweep.workspace = workspace.data_ptr()
+    if device.type != "cuda":
+        call.kernels.launch(kind, call.cell, sweep, call.plan, None)
+        return
+    stream = torch.cuda.current_stream(device).cuda_stream
+    with _here if device.index == torch.cuda.current_device() else torch.cuda.device(device):
+        call.kernels.launch(kind, call.cell, sweep, call.plan, stream)
 
 
 def cuda_plan(config: CudaConfig) -> CudaPlan:
     sizes = config.batch_tile, config.blocks, config.warps, config.groups, config.row_group
     return CudaPlan(PRECISIONS[config.precision], RESIDENCIES[config.residency], *sizes)
-
-
-def _stream(device: torch.device) -> int | None:
-    """The current stream of the device."""
-    if device.type != "cuda":
-        return None
-    return int(torch.cuda.current_stream(device).cuda_stream)
-
-
-_here = contextlib.nullcontext()
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Make `device` the current one, on which CUDA launches kernels."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return _here
-    return torch.cuda.device(device)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -165,8 +164,7 @@ class Scan(Shape):
         return part.reshape(high - low, self.inputs)
 
 
-@dataclass(frozen=True)
-class Tape:
+class Tape(NamedTuple):
     """The saved values of some rows for the backward pass.
 
     Attributes:
