@@ -9,6 +9,7 @@ import shlex
 import shutil
 import sys
 import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
 
 from building.ninja import ROOT, SOURCES, escape, object_of, quote
@@ -37,11 +38,26 @@ rule link
 """
 
 
-def ninja_file(folder: Path) -> str:
+@dataclass(frozen=True)
+class Target:
+    """The torch and the Python to compile for: version, folders of headers and of libraries."""
+
+    torch: str
+    includes: tuple[str, ...]
+    libraries: tuple[str, ...]
+
+
+def this_process() -> Target:
     import torch
     from torch.utils.cpp_extension import include_paths, library_paths
 
-    release = tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2])
+    includes = (*include_paths(), sysconfig.get_path("include"))
+    return Target(torch.__version__, includes, tuple(library_paths()))
+
+
+def ninja_file(folder: Path, target: Target | None = None) -> str:
+    target = target or this_process()
+    release = tuple(int(n) for n in target.torch.split("+")[0].split(".")[:2])
     debug = os.environ.get("FASTRNN_DEBUG") == "1"
     flags = [
         "-O0 -g" if debug else FLAGS["OPTIMISED"],
@@ -51,11 +67,11 @@ def ninja_file(folder: Path) -> str:
     ]
     binding = [
         "-std=c++20" if release >= (2, 13) else "-std=c++17",
-        quote(f'-DFASTRNN_TORCH_VERSION="{torch.__version__}"'),
-        *(f"-isystem {quote(path)}" for path in (*include_paths(), sysconfig.get_path("include"))),
+        quote(f'-DFASTRNN_TORCH_VERSION="{target.torch}"'),
+        *(f"-isystem {quote(path)}" for path in target.includes),
     ]
     libraries = [
-        *(f"-L{quote(path)}" for path in library_paths()),
+        *(f"-L{quote(path)}" for path in target.libraries),
         "-lc10 -ltorch_cpu -ltorch -ltorch_python -fopenmp -ldl",
         os.environ.get("FASTRNN_LDFLAGS", ""),
     ]

@@ -12,8 +12,10 @@ from tests.support.paths import CSRC
 
 SOURCE = """
 #include "cuda/persistent/exchange.cuh"
-__global__ void waits(fastrnn::tile::Exchange exchange, const char** to) {
-  *to = exchange.wait(1, true);
+using namespace fastrnn;
+__global__ void waits(tile::Exchange<kCluster> one, tile::Exchange<kGrid> two, const char** to) {
+  to[0] = one.wait(1, true);
+  to[1] = two.wait(1, true);
 }
 """
 
