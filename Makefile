@@ -24,7 +24,8 @@
 # make bench-slots
 #               time a server of 1,000 streams, slots beside one stepper for each, about a minute
 # make gpu      build, test and measure on this machine's NVIDIA GPU, 20 minutes;
-#               ARGS="--minutes 5 --only build,first" does less
+#               ARGS="--minutes 5 --only build,first" does less; make bench-gpu-host: what a call
+#               costs on the host, with or without a GPU, a minute
 # make docs     build the documentation into site/, in an environment of its own: it needs no
 #               compiler and no torch
 # make lint     check the sources: style, types, imports
@@ -48,7 +49,7 @@ CPP = $(foreach kind,h cpp cu cuh,$(shell find csrc tests benchmarks -name '*.$(
 GENERATOR = $(wildcard fastrnn/cells/*.py fastrnn/compiler/*.py)
 
 .PHONY: demo test test-long test-all clients bench bench-full bench-grid bench-load bench-cells \
-  bench-memory bench-formats bench-slots gpu docs lint format clean in-place
+  bench-memory bench-formats bench-slots bench-gpu-host gpu docs lint format clean in-place
 
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
@@ -136,6 +137,9 @@ bench-formats: $(BASELINES)
 
 bench-slots: $(BASELINES)
 	$(PY) -m benchmarks.slots --save $(ARGS)
+
+bench-gpu-host: $(BUILT)
+	$(PY) -m benchmarks.gpu.host $(ARGS)
 
 # It builds by itself, for this GPU alone, as one of its steps.
 gpu: $(INSTALLED)

@@ -80,6 +80,7 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
   using Stored = typename X::Stored;
   constexpr int G = X::kGates, S = X::kStates, K = X::kSaved;
   constexpr int kColumnTiles = X::kColumnTiles;
+  if constexpr (kResidency == kCluster && !platform::kClusters) return;  // never launched
   FASTRNN_SHARED(char, shared);
   const Layout& layout = launched.at;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;

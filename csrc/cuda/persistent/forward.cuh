@@ -44,9 +44,8 @@ struct Traits {
   // In a grid a flag tells that all is visible that was stored before it. So a block raises it
   // before it stores anything else, if there are registers for the values of all columns.
   template <int kResidency>
-  static constexpr bool publishes_first() {
-    return kResidency == kGrid && !(kSize == 4 && kOctets > 1 && kColumnTiles > 1);
-  }
+  static constexpr bool kPublishesFirst =
+      kResidency == kGrid && kOctets * kColumnTiles * kSize <= 8;
 
   static tile::Need need(int64_t hidden) {
     const int64_t octets = (hidden + 7) / 8;
@@ -73,6 +72,7 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
   using Value = typename X::Value;
   constexpr int G = X::kGates, S = X::kStates;
   constexpr int kOctets = X::kOctets, kColumnTiles = X::kColumnTiles;
+  if constexpr (kResidency == kCluster && !platform::kClusters) return;  // never launched
   FASTRNN_SHARED(char, shared);
   const Layout& layout = launched.at;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -272,12 +272,12 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
             exchange.template send<X::kPieces>(
                 i + 1, staging, 8 * j, [&](int piece) { return offset + piece * tile::kPiece; });
           }
-          if (!X::template publishes_first<kResidency>()) finish(j);
+          if (!X::template kPublishesFirst<kResidency>) finish(j);
         }
       }
     }
     if (sends) exchange.sent(i + 1);
-    if (owns && X::template publishes_first<kResidency>()) {
+    if (owns && X::template kPublishesFirst<kResidency>) {
 #pragma unroll
       for (int j = 0; j < kColumnTiles; ++j) finish(j);
     }

@@ -43,12 +43,11 @@ def forward(sweeps: Sweeps, scan: Scan, tape: bool) -> tuple[Tensor, list[Tensor
     carry = torch.zeros(size, dtype=scan.compute, device=x.device)
     for j, state in enumerate(operands.s0):
         carry[j, ..., : scan.width(j)] = state
-    if recurrences == 1 and scan.chunk_steps >= scan.steps and operands.lengths is None:
-        if scan.batch and scan.steps:
-            b, b_hh = _biases_of_one(scan)
-            u = F.linear(x, operands.w_ih[0], b).contiguous()
-            buffers = ForwardBuffers(u, b_hh, carry, y, saved if tape else None)
-            sweeps.forward(scan, 0, scan.steps, buffers)
+    if scan.alone and operands.lengths is None:
+        b, b_hh = _biases_of_one(scan)
+        u = F.linear(x, operands.w_ih[0], b).contiguous()
+        buffers = ForwardBuffers(u, b_hh, carry, y, saved if tape else None)
+        sweeps.forward(scan, 0, scan.steps, buffers)
     else:
         b_ih, b_hh = _biases(scan)
         u = x.new_empty(recurrences, scan.chunk_rows, scan.gates * hidden)
@@ -131,17 +130,17 @@ def backward(
         grad = grads[1 + j]
         if grad is not None:
             ds[j, ..., : scan.width(j)] = grad
+    if scan.alone and operands.lengths is None and (tape.size(0) or not scan.tape_width()):
+        return _backward_of_one(sweeps, scan, grads[0], y, tape, needs, s0, ds)
     y, saved = y.contiguous(), Tape(tape.contiguous())
     steps = scan.steps if scan.batch else 0
     chunks = [(max(0, end - scan.chunk_steps), end) for end in range(steps, 0, -scan.chunk_steps)]
     recomputes = bool(chunks and scan.tape_width() and not tape.size(0))
-    alone = not recomputes and recurrences == 1 and len(chunks) == 1
-    alone = alone and scan.w_hr is None and scan.params is None
-    sizes = (scan.rows,) if alone else (recurrences, scan.chunk_rows)
     depth = scan.gates * hidden
 
     def empty(width: int, dtype: torch.dtype = x.dtype) -> Tensor:
-        return torch.empty(*sizes, width, dtype=dtype, device=x.device)
+        size = recurrences, scan.chunk_rows, width
+        return torch.empty(size, dtype=dtype, device=x.device)
 
     dv = empty(depth)
     buffers = BackwardBuffers(
@@ -159,7 +158,7 @@ def backward(
     if recomputes:
         assert isinstance(sweeps, RecomputingSweeps), "these need a tape"
         recomputed = _RecomputedTape(sweeps, scan, chunks, buffers)
-    gradients = None if alone else _Gradients(scan, needs, len(chunks))
+    gradients = _Gradients(scan, needs, len(chunks))
     for begin, end in chunks:
         chunk_tape = saved if recomputed is None else recomputed.tape(begin, end)
         if operands.lengths is not None:  # rows past the end of a sequence have no gradient
@@ -167,12 +166,47 @@ def backward(
                 if buffer is not None:
                     buffer.zero_()
         sweeps.backward(scan, begin, end, buffers, chunk_tape)
-        if gradients is not None:
-            gradients.add(begin, end, buffers, saved.values)
-    out = _gradients(scan, needs, buffers) if gradients is None else gradients.all()
+        gradients.add(begin, end, buffers, saved.values)
+    out = gradients.all()
     if needs.s0:
         for j in range(len(operands.s0)):
             out.append(ds[j, ..., : scan.width(j)].to(x.dtype, copy=True).contiguous())
+    return out
+
+
+def _backward_of_one(
+    sweeps: Sweeps,
+    scan: Scan,
+    dy: Tensor | None,
+    y: Tensor,
+    tape: Tensor,
+    needs: Needs,
+    s0: Tensor,
+    ds: Tensor,
+) -> list[Tensor]:
+    """What `backward` does for a call that is `alone`, in fewer operations."""
+    operands, rows, depth = scan.operands, scan.rows, scan.gates * scan.hidden
+    dtype, device = scan.dtype, scan.device
+    du = dv = torch.empty(rows, depth, dtype=dtype, device=device)
+    if not scan.all_summed:
+        du = torch.empty(rows, depth, dtype=dtype, device=device)
+    h_prev = torch.empty(rows, scan.hidden, dtype=dtype, device=device)
+    dy = None if dy is None else dy.contiguous()
+    buffers = BackwardBuffers(dy, s0, ds, y.contiguous(), du, dv, h_prev, None, None)
+    sweeps.backward(scan, 0, scan.steps, buffers, Tape(tape.contiguous()))
+    du_t = du.t()
+    out = []
+    if needs.x:
+        out.append(torch.mm(du, operands.w_ih[0]).view(operands.x.shape))
+    if needs.w_ih:
+        out.append(torch.mm(du_t, operands.x.reshape(rows, scan.inputs)))
+    if needs.w_hh:
+        out.append(torch.mm(du_t if dv is du else dv.t(), h_prev))
+    if needs.biases and operands.b_ih:
+        b_ih = du.sum(0)
+        out += b_ih, b_ih.clone() if dv is du else dv.sum(0)
+    if needs.s0:
+        out += [ds[j].to(dtype, copy=True) for j in range(len(operands.s0))]
     return out
 
 
@@ -232,23 +266,6 @@ class _RecomputedTape:
             torch.bmm(h_prev[recurrences, :count], w_hh, out=v[recurrences, :count])
         buffers = RecomputeBuffers(u, v, self._b_hh, h_prev, carry)
         self._sweeps.recompute(scan, begin, end, buffers, tape)
-
-
-def _gradients(scan: Scan, needs: Needs, buffers: BackwardBuffers) -> list[Tensor]:
-    """What `_Gradients` gives for one recurrence in one chunk, in fewer operations."""
-    operands, du, dv = scan.operands, buffers.du, buffers.dv
-    du_t = du.t()
-    out = []
-    if needs.x:
-        out.append(torch.mm(du, operands.w_ih[0]).view(operands.x.shape))
-    if needs.w_ih:
-        out.append(torch.mm(du_t, scan.x_rows((0, scan.rows))))
-    if needs.w_hh:
-        out.append(torch.mm(du_t if dv is du else dv.t(), buffers.h_prev))
-    if needs.biases and operands.b_ih:
-        b_ih = du.sum(0)
-        out += b_ih, b_ih.clone() if dv is du else dv.sum(0)
-    return out
 
 
 class _Gradients:

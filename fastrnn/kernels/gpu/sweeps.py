@@ -66,6 +66,9 @@ class Shape:
         ]
         self.chunk_steps = plan.chunk_steps(self.steps, self.batch)
         self.chunk_rows = min(self.rows, self.chunk_steps * self.batch)
+        # Whether the call is one recurrence in one chunk, and state 0 is the output.
+        self.alone = self.recurrences == 1 and self.chunk_steps >= self.steps > 0
+        self.alone = self.alone and self.batch > 0 and not (operands.w_hr or operands.params)
         self.summed = derived.summed
         self.all_summed = all(derived.summed)
         self.remembered: dict[str, Any] = {}
@@ -89,6 +92,8 @@ class Scan(Shape):
         reverse: one bit per recurrence.
         summed, all_summed: for each gate, whether its two projections are only ever added; whether
             all are.
+        alone: whether the call is one recurrence in one chunk of steps, without parameters of the
+            cell, and state 0 is the output. There are shorter ways for it.
         chunk_steps, chunk_rows: time steps of a launch, and the most rows that they have.
     """
 
@@ -153,8 +158,6 @@ class Scan(Shape):
         x, (low, high) = self.operands.x, rows
         if x.dim() == 2:
             return x[low:high]
-        if self.length is None and high - low == self.rows:
-            return x.reshape(self.rows, self.inputs)
         batch = max(1, self.batch)
         times = slice(low // batch, high // batch)
         part = x[times]
