@@ -95,9 +95,12 @@ def steps(
         # One source of the kernels compiles for minutes, on any number of processors.
         Step("build", 30, (python, "setup.py", "--quiet", "build_ext", "--inplace")),
         tests("first", 4, ("-m", "first")),
-        *(tests(f"tests-cuda-{each}", 2, ("-m", "cuda", "-k", each)) for each in RESIDENCIES),
-        tests("tests-triton", 4, ("-m", "triton")),
-        tests("tests-whole", 4, ("-m", "whole")),
+        *(
+            tests(f"tests-cuda-{each}", 2, ("-m", "cuda", "-k", each, *workers(8)))
+            for each in RESIDENCIES
+        ),
+        tests("tests-triton", 4, ("-m", "triton", *workers(8))),
+        tests("tests-whole", 4, ("-m", "whole", *workers(4))),
         Step("host", 1, module("host")),
         Step("exchange", 1, module("exchange"), "nvcc"),
         tests("memcheck", 2, ("-m", "small"), sanitizer("memcheck"), "compute-sanitizer"),
@@ -118,7 +121,8 @@ def patience() -> list[str]:
 def workers(count: int) -> list[str]:
     """Options of pytest for several processes, which share the GPU: most time goes into compiling
     Triton's kernels and into references on the CPU."""
-    return ["-n", str(count)] if importlib.util.find_spec("xdist") else []
+    count = min(count, os.cpu_count() or 1)
+    return ["-n", str(count)] if count > 1 and importlib.util.find_spec("xdist") else []
 
 
 def _calls(

@@ -20,13 +20,14 @@ class Tables(NamedTuple):
         sizes: `batch_sizes` as they were.
         first: [T+1], the first row of each step.
         on_device: int64 [T+1+B]: `first`, then the number of steps of each sequence.
-        ready: marks the end of the copy to the device; None on a CPU.
+        stream, ready: on NVIDIA's GPUs the stream of the copy to the device, and the event after it.
     """
 
     sizes: Tensor
     first: list[int]
     on_device: Tensor
-    ready: Any
+    stream: Any = None
+    ready: Any = None
 
     def first_on_device(self) -> Tensor:
         return self.on_device[: len(self.first)]
@@ -63,12 +64,13 @@ def _make(sizes: Tensor, batch: int, device: torch.device) -> Tables:
     # A sequence is as long as there are steps with more sequences than come before it.
     ends = torch.bincount(sizes, minlength=batch + 1).flip(0).cumsum(0).flip(0)
     length.copy_(ends[1 : batch + 1])
-    on_device = host.to(device, non_blocking=True) if device.type != "cpu" else host
-    ready = None
-    if device.type == "cuda":
-        ready = torch.cuda.Event()
-        ready.record(torch.cuda.current_stream(device))
-    return Tables(sizes.clone(), first.tolist(), on_device, ready)
+    made = Tables(sizes.clone(), first.tolist(), host)
+    if device.type != "cuda":
+        return made._replace(on_device=host.to(device))
+    stream, ready = torch.cuda.current_stream(device), torch.cuda.Event()
+    made = made._replace(on_device=host.to(device, non_blocking=True))
+    ready.record(stream)
+    return made._replace(stream=stream, ready=ready)
 
 
 def _await(found: Tables, device: torch.device) -> None:
@@ -78,5 +80,6 @@ def _await(found: Tables, device: torch.device) -> None:
             _captured.append(found)
         return
     stream = torch.cuda.current_stream(device)
-    stream.wait_event(found.ready)
-    found.on_device.record_stream(stream)
+    if stream != found.stream:
+        stream.wait_event(found.ready)
+        found.on_device.record_stream(stream)
