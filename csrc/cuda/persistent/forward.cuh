@@ -42,10 +42,13 @@ struct Traits {
   using Product = tile::Product<precision, kTiles, kColumnTiles, kResident>;
 
   // In a grid a flag tells that all is visible that was stored before it. So a block raises it
-  // before it stores anything else, if there are registers for the values of all columns.
+  // before it stores anything else, if there are registers for the values of all columns. In a
+  // cluster the order does not matter, but one kernel spills registers without it.
+  static constexpr int kValueBytes = kOctets * kColumnTiles * kSize;
   template <int kResidency>
   static constexpr bool kPublishesFirst =
-      kResidency == kGrid && kOctets * kColumnTiles * kSize <= 8;
+      kResidency == kGrid ? kValueBytes <= 8
+                          : kResidency == kCluster && kOctets == 1 && kValueBytes == 16;
 
   static tile::Need need(int64_t hidden) {
     const int64_t octets = (hidden + 7) / 8;

@@ -134,6 +134,15 @@ FAULTS = [
         ),
     ),
     Planted(
+        "a block whose flag no thread polls",
+        "grid",
+        Fault(
+            EXCHANGE,
+            "block < at.active; block += blockDim.x",
+            "block < at.active - PLANTED; block += blockDim.x",
+        ),
+    ),
+    Planted(
         "a flag that does not speak for all warps",
         "grid",
         Fault(
