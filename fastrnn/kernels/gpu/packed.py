@@ -20,7 +20,7 @@ class Tables(NamedTuple):
         sizes: `batch_sizes` as they were.
         first: [T+1], the first row of each step.
         on_device: int64 [T+1+B]: `first`, then the number of steps of each sequence.
-        stream, ready: on NVIDIA's GPUs the stream of the copy to the device, and the event after it.
+        stream, ready: on NVIDIA's GPUs, the stream of the copy to the device and its end.
     """
 
     sizes: Tensor
