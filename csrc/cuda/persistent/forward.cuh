@@ -44,11 +44,11 @@ struct Traits {
   // In a grid a flag tells that all is visible that was stored before it. So a block raises it
   // before it stores anything else, if there are registers for the values of all columns. In a
   // cluster the order does not matter, but one kernel spills registers without it.
-  static constexpr int kValueBytes = kOctets * kColumnTiles * kSize;
   template <int kResidency>
   static constexpr bool kPublishesFirst =
-      kResidency == kGrid ? kValueBytes <= 8
-                          : kResidency == kCluster && kOctets == 1 && kValueBytes == 16;
+      kResidency == kGrid
+          ? kOctets == 1 || kColumnTiles == 1 || (kColumnTiles == 2 && kSize == 2)
+          : kResidency == kCluster && kOctets == 1 && kColumnTiles == 4 && kSize == 4;
 
   static tile::Need need(int64_t hidden) {
     const int64_t octets = (hidden + 7) / 8;
