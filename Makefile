@@ -26,7 +26,8 @@
 # make bench-slots
 #               time a server of 1,000 streams, slots beside one stepper for each, about a minute
 # make gpu      build, test and measure on this machine's NVIDIA GPU, 20 minutes;
-#               ARGS="--minutes 5 --only build,first" does less
+#               ARGS="--minutes 5 --only build,first" does less; make bench-gpu-host: what a call
+#               costs on the host, with or without a GPU, a minute
 # make wheel    build one wheel for the versions of torch in TORCHES, into dist/, which needs no
 #               compiler where it is installed; make sdist: the source distribution;
 #               make wheel-aarch64: the wheel for ARM, by a cross compiler; make test-aarch64: tests
@@ -61,8 +62,8 @@ CPP = $(foreach kind,h cpp cu cuh,$(shell find csrc tests benchmarks -name '*.$(
 GENERATOR = $(wildcard fastrnn/cells/*.py fastrnn/compiler/*.py)
 
 .PHONY: demo tools test test-long test-all clients bench bench-full bench-grid bench-load \
-  bench-cells bench-memory bench-formats bench-slots gpu wheel wheel-aarch64 test-aarch64 sdist \
-  clean-install-test docs lint format clean in-place
+  bench-cells bench-memory bench-formats bench-slots bench-gpu-host gpu wheel wheel-aarch64 \
+  test-aarch64 sdist clean-install-test docs lint format clean in-place
 
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
@@ -154,6 +155,9 @@ bench-formats: $(BASELINES)
 
 bench-slots: $(BASELINES)
 	$(PY) -m benchmarks.slots --save $(ARGS)
+
+bench-gpu-host: $(BUILT)
+	$(PY) -m benchmarks.gpu.host $(ARGS)
 
 # It builds by itself, for this GPU alone, as one of its steps.
 gpu: $(INSTALLED)

@@ -6,7 +6,7 @@ so `csrc/building/` writes the files for ninja. The objects lie in `build/`, whe
 pip's temporary folders; those of the binding under the versions of Python and torch.
 
 Switches: CXX, MAX_JOBS, FASTRNN_CXXFLAGS, FASTRNN_LDFLAGS, FASTRNN_DEBUG=1, FASTRNN_TORCH; for the
-CUDA kernels FASTRNN_CUDA=auto|0|1, NVCC, CUDA_HOME, TORCH_CUDA_ARCH_LIST.
+CUDA kernels FASTRNN_CUDA=auto|0|1, FASTRNN_WATCHDOG=0|1, NVCC, CUDA_HOME, TORCH_CUDA_ARCH_LIST.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Compile exchange.cu for this GPU, run it, and save each line that it prints at once.
 
-python -m benchmarks.gpu.exchange FILE
+    python -m benchmarks.gpu.exchange FILE [PROGRAM]
+
+PROGRAM is one that was compiled before (benchmarks/gpu/prebuild.py).
 """
 
 from __future__ import annotations
@@ -35,13 +37,18 @@ def main() -> int:
     from fastrnn.tools.bench import store
 
     path = Path(sys.argv[1])
-    conditions = asdict(store.conditions(NO_MACHINE, "python -m benchmarks.gpu.exchange", "cuda"))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    conditions = asdict(store.conditions(NO_MACHINE, "python -m benchmarks.gpu.exchange", device))
     rows = []
-    major, minor = torch.cuda.get_device_capability()
+    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
     architecture = f"{major}{minor}" + ("a" if major == 9 else "")
     with tempfile.TemporaryDirectory() as folder:
-        program = Path(folder) / "exchange"
-        if subprocess.run(compile_command(architecture, program)).returncode:
+        program = Path(sys.argv[2]) if len(sys.argv) > 2 else Path(folder) / "exchange"
+        built = (
+            len(sys.argv) > 2
+            or not subprocess.run(compile_command(architecture, program)).returncode
+        )
+        if not built:
             return 1
         with subprocess.Popen([program], stdout=subprocess.PIPE, text=True) as running:
             assert running.stdout is not None

@@ -39,6 +39,15 @@ class WithAutograd {
   c10::impl::ForceDispatchKeyGuard guard_;
 };
 
+std::vector<Tensor> reference_backward(const ScanInputs& in, const OutputGrads& grads,
+                                       const Needs& needs, bool differentiable) {
+  py::gil_scoped_acquire gil;
+  return python()
+      .reference_backward(inputs_to_python(in), output_grads_to_python(grads), needs,
+                          differentiable)
+      .cast<std::vector<Tensor>>();
+}
+
 }  // namespace
 
 void set_callbacks(Callbacks* functions) { callbacks = functions; }
@@ -70,19 +79,19 @@ ScanOutputs python_forward(const ScanInputs& in, bool tape) {
 
 std::vector<Tensor> python_backward(const ScanInputs& in, const OutputGrads& grads, const Tensor& y,
                                     const Tensor& tape, const Needs& needs) {
+  {
+    py::gil_scoped_acquire gil;
+    const py::object found =
+        python().backward(inputs_to_python(in), output_grads_to_python(grads), y, tape, needs);
+    if (!found.is_none()) return found.cast<std::vector<Tensor>>();
+  }
   WithAutograd autograd;
-  py::gil_scoped_acquire gil;
-  return python()
-      .backward(inputs_to_python(in), output_grads_to_python(grads), y, tape, needs)
-      .cast<std::vector<Tensor>>();
+  return reference_backward(in, grads, needs, false);
 }
 
 std::vector<Tensor> python_differentiable_backward(const ScanInputs& in, const OutputGrads& grads,
                                                    const Needs& needs) {
-  py::gil_scoped_acquire gil;
-  return python()
-      .differentiable_backward(inputs_to_python(in), output_grads_to_python(grads), needs)
-      .cast<std::vector<Tensor>>();
+  return reference_backward(in, grads, needs, true);
 }
 
 }  // namespace fastrnn

@@ -13,7 +13,7 @@ namespace fastrnn {
 // Functions of Python, set once on import. They are leaked on purpose: no destructor may run after
 // the interpreter is gone.
 struct Callbacks {
-  pybind11::object plan, find, forward, backward, differentiable_backward;
+  pybind11::object plan, find, forward, backward, reference_backward;
   int significant_bits;  // of numbers of steps and rows; problems that agree in them share a plan
 };
 void set_callbacks(Callbacks* functions);

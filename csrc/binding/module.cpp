@@ -189,6 +189,7 @@ PYBIND11_MODULE(_C, m) {
       "The format in which tensors of the dtype of `x` are multiplied.");
   m.def("vector_bytes", vector_bytes);
   m.def("forget_plans", forget_plans);
+  m.def("plans_forgotten", plans_forgotten, "How often plans were forgotten.");
   m.def(
       "contended", [] { return contention().lasts(); },
       "Whether a thread came late a short time ago, because other work has its core.");
@@ -247,12 +248,12 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "set_callbacks",
       [](py::object plan, py::object find, py::object forward, py::object backward,
-         py::object differentiable_backward, int significant_bits) {
-        set_callbacks(new Callbacks{plan, find, forward, backward, differentiable_backward,
-                                    significant_bits});
+         py::object reference_backward, int significant_bits) {
+        set_callbacks(
+            new Callbacks{plan, find, forward, backward, reference_backward, significant_bits});
       },
       py::kw_only(), py::arg("plan"), py::arg("find"), py::arg("forward"), py::arg("backward"),
-      py::arg("differentiable_backward"), py::arg("significant_bits"));
+      py::arg("reference_backward"), py::arg("significant_bits"));
 }
 
 }  // namespace fastrnn

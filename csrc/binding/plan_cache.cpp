@@ -82,4 +82,6 @@ std::optional<CpuPlan> cpu_plan(const CellFacts& cell, const Problem& p) {
 
 void forget_plans() { ++plans_epoch; }
 
+int64_t plans_forgotten() { return plans_epoch; }
+
 }  // namespace fastrnn

@@ -25,5 +25,7 @@ struct Problem {
 std::optional<CpuPlan> cpu_plan(const CellFacts& cell, const Problem& problem);
 // Forgets all plans, in every thread.
 void forget_plans();
+// How often they were forgotten, for a cache that is not in C++.
+int64_t plans_forgotten();
 
 }  // namespace fastrnn

@@ -102,7 +102,7 @@ def kernel_objects() -> dict[str, tuple[Path, str]]:
 
 def binding_objects(torch: Torch) -> dict[str, tuple[Path, str]]:
     """The objects of the binding to a torch."""
-    includes = (*torch.includes, sysconfig.get_path("include"))
+    includes = (*torch.includes, torch.python)
     extra = [
         # Calls of the library are made without a jump in between.
         "-fno-plt",

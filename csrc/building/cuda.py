@@ -47,8 +47,12 @@ def ninja_file(folder: Path) -> str:
     objects = {object_of(path, ".cu.o"): path for path in sorted(SOURCES.rglob("*.cu"))}
     targets = targets_of(os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES)
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    watchdog = os.environ.get("FASTRNN_WATCHDOG") or "0"
+    if watchdog not in ("0", "1"):
+        raise SystemExit(f"FASTRNN_WATCHDOG is 0 or 1, not {watchdog!r}")
     flags = [
         *flags_of(folder),
+        *(["-DFASTRNN_WATCHDOG"] if watchdog == "1" else []),
         f"--threads {max(1, jobs // len(objects))}",
         *targets,
     ]

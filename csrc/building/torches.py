@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
+import sysconfig
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
 
 @dataclass(frozen=True)
 class Torch:
-    """A torch: its version, and its folders of headers and libraries."""
+    """A torch: its version, and its folders of headers and libraries; and the folder of headers of
+    the Python that has it, by default this one."""
 
     version: str
     includes: tuple[str, ...]
     libraries: tuple[str, ...]
+    python: str = field(default_factory=lambda: sysconfig.get_path("include"))
 
     @property
     def release(self) -> tuple[int, int]:

@@ -145,8 +145,13 @@ int64_t fastrnn_cuda_workspace_bytes(const char* cell, const fastrnn::Sweep*,
 // Shared memory per block of a persistent kernel, in bytes; negative if the plan fits no block.
 int64_t fastrnn_cuda_shared_bytes(const char* cell, const fastrnn::Sweep*, const fastrnn::CudaPlan*,
                                   int backward);
+// Whether the kernels run on the current device, with its driver: 0, or the cudaError_t of a driver
+// that is too old, of a GPU for which there is no code, and so on. `architecture` receives what the
+// code that runs there was compiled for, 90 for compute capability 9.0.
+int fastrnn_cuda_usable(int* architecture);
 // The number of clusters of `blocks` blocks, each with `shared_bytes` of shared memory, that run at
-// the same time on the current device; 0 if it has no clusters, negative for an error.
+// the same time on the current device; 0 if it has none or the code in use was compiled for GPUs
+// without them, negative for an error.
 int fastrnn_cuda_resident_clusters(int blocks, int threads, int64_t shared_bytes);
 // The constants that a plan uses; valid while the library is loaded.
 const fastrnn::CudaTables* fastrnn_cuda_tables();

@@ -34,6 +34,18 @@ bool valid(int cell, const Sweep& s, const CudaPlan& plan) {
   return cell >= 0 && sizes && chunk && narrow && known;
 }
 
+// The kernels of a residency other than kStep.
+const PersistentKernels& persistent_kernels(int residency, bool backward) {
+  switch (residency) {
+    case kBlock:
+      return backward ? kBackwardBlock : kForwardBlock;
+    case kCluster:
+      return backward ? kBackwardCluster : kForwardCluster;
+    default:
+      return backward ? kBackwardGrid : kForwardGrid;
+  }
+}
+
 using Launch = int (*)(int cell, const Sweep& sweep, const CudaPlan& plan, void* stream);
 
 // Launches what a call asks for. A sweep of no steps launches nothing.
@@ -50,7 +62,7 @@ int64_t bytes(const char* cell, const Sweep& sweep, const CudaPlan& plan, int ba
               Bytes PersistentKernels::* function, int64_t without) {
   const int index = cell_index(cell);
   if (plan.residency == kStep || !valid(index, sweep, plan)) return without;
-  const PersistentKernels& kernels = backward ? kPersistentBackward : kPersistentForward;
+  const PersistentKernels& kernels = persistent_kernels(plan.residency, backward != 0);
   return (kernels.*function)(index, sweep, plan);
 }
 
@@ -66,15 +78,17 @@ extern "C" {
 
 FASTRNN_EXPORT int fastrnn_cuda_forward(const char* cell, const Sweep* sweep, const CudaPlan* plan,
                                         void* stream) {
-  const auto launch = plan->residency == fastrnn::kStep ? fastrnn::launch_step_forward
-                                                        : fastrnn::kPersistentForward.launch;
+  const auto launch = plan->residency == fastrnn::kStep
+                          ? fastrnn::launch_step_forward
+                          : fastrnn::persistent_kernels(plan->residency, false).launch;
   return fastrnn::run(cell, *sweep, *plan, stream, launch);
 }
 
 FASTRNN_EXPORT int fastrnn_cuda_backward(const char* cell, const Sweep* sweep, const CudaPlan* plan,
                                          void* stream) {
-  const auto launch = plan->residency == fastrnn::kStep ? fastrnn::launch_step_backward
-                                                        : fastrnn::kPersistentBackward.launch;
+  const auto launch = plan->residency == fastrnn::kStep
+                          ? fastrnn::launch_step_backward
+                          : fastrnn::persistent_kernels(plan->residency, true).launch;
   return fastrnn::run(cell, *sweep, *plan, stream, launch);
 }
 
@@ -99,6 +113,8 @@ FASTRNN_EXPORT int64_t fastrnn_cuda_shared_bytes(const char* cell, const Sweep* 
   return fastrnn::bytes(cell, *sweep, *plan, backward, &fastrnn::PersistentKernels::shared_bytes,
                         -1);
 }
+
+FASTRNN_EXPORT int fastrnn_cuda_usable(int* architecture) { return fastrnn::usable(architecture); }
 
 FASTRNN_EXPORT int fastrnn_cuda_resident_clusters(int blocks, int threads, int64_t shared_bytes) {
   return fastrnn::resident_clusters(blocks, threads, shared_bytes);

@@ -42,19 +42,19 @@ int launch_step_backward(int cell, const Sweep& sweep, const CudaPlan& plan, voi
 // csrc/cuda/recompute.cu
 int launch_h_prev(int cell, const Sweep& sweep, const CudaPlan& plan, void* stream);
 int launch_recompute(int cell, const Sweep& sweep, const CudaPlan& plan, void* stream);
+int usable(int* architecture);
 
-// The persistent kernels of a direction: how they are launched, and what a launch needs.
+// The persistent kernels of a direction and a residency: how they are launched, and what a launch
+// needs.
 struct PersistentKernels {
   int (*launch)(int cell, const Sweep& sweep, const CudaPlan& plan, void* stream);
   int64_t (*workspace_bytes)(int cell, const Sweep& sweep, const CudaPlan& plan);
   int64_t (*shared_bytes)(int cell, const Sweep& sweep, const CudaPlan& plan);
 };
 
-// csrc/cuda/persistent/forward.cu
-extern const PersistentKernels kPersistentForward;
+// csrc/cuda/persistent/forward_block.cu and its siblings
+extern const PersistentKernels kForwardBlock, kForwardCluster, kForwardGrid;
+extern const PersistentKernels kBackwardBlock, kBackwardCluster, kBackwardGrid;
 int resident_clusters(int blocks, int threads, int64_t shared_bytes);
-
-// csrc/cuda/persistent/backward.cu
-extern const PersistentKernels kPersistentBackward;
 
 }  // namespace fastrnn

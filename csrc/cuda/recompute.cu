@@ -162,6 +162,14 @@ int launch_h_prev(int, const Sweep& sweep, const CudaPlan& plan, void* stream) {
   });
 }
 
+// All sources are compiled for the same GPUs, so one kernel stands for all.
+int usable(int* architecture) {
+  const auto kernel = h_prev_rows<float, float>;
+  const platform::KernelFacts facts = platform::facts_of(reinterpret_cast<const void*>(kernel));
+  *architecture = facts.architecture;
+  return facts.error;
+}
+
 int launch_recompute(int cell, const Sweep& sweep, const CudaPlan& plan, void* stream) {
   return with_cell(cell, [&](auto c) {
     using Cell = decltype(c);

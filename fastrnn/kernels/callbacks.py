@@ -19,7 +19,7 @@ from fastrnn.extension import _C
 from fastrnn.kernels import device as machine
 from fastrnn.kernels import reference
 from fastrnn.kernels.gpu import cuda, driver
-from fastrnn.kernels.gpu.sweeps import RecomputingSweeps, Scan, Sweeps
+from fastrnn.kernels.gpu.sweeps import Scan, Shape, Sweeps, tf32_allowed
 from fastrnn.kernels.gpu.triton import launch
 from fastrnn.kernels.operands import Needs, Operands
 from fastrnn.kernels.prepare import cell_of, find
@@ -32,6 +32,15 @@ __all__: list[str] = []
 
 # The kernels for GPUs, which are launched from Python.
 _SWEEPS: dict[str, Sweeps] = {"cuda": cuda.sweeps, "triton": launch.sweeps}
+
+
+class Planned(Shape):
+    """A shape, with the sweeps of its plan's kernel; None for the reference."""
+
+    def __init__(self, cell: str, derived: Derived, chosen: plan.Plan, operands: Operands) -> None:
+        super().__init__(cell, derived, chosen, operands)
+        self.sweeps = _SWEEPS.get(chosen.kernel)
+
 
 _logged: set[tuple[plan.Problem, plan.Device]] = set()
 
@@ -60,13 +69,17 @@ def _log(problem: plan.Problem, device: plan.Device, chosen: plan.Plan) -> None:
 
 def _forward(inputs: tuple[Any, ...], tape: bool) -> tuple[Tensor, list[Tensor], Tensor]:
     """The forward pass of a kernel that Python launches."""
-    key, operands = _split(inputs)
-    chosen = _choose(key, operands, tape=tape)
-    if chosen.kernel not in _SWEEPS:
+    (key, operands), flags = _split(inputs), (tape, False)
+    shape = _shape(key, operands, flags)
+    if shape.sweeps is None:
         return reference.forward(cell_of(key), operands, tape)
     stacked = _with_recurrences(operands)
-    scan = Scan(key, _derived(key), chosen, stacked)
-    y, states, saved = driver.forward(_SWEEPS[chosen.kernel], scan, tape)
+    try:
+        y, states, saved = driver.forward(shape.sweeps, Scan(shape, stacked), tape)
+    except cuda.CooperativeLaunchRefused:
+        if not machine.go_on_without_grids(operands.x.device):
+            raise
+        return _forward(inputs, tape)
     return y, [s[0] for s in states] if stacked is not operands else states, saved
 
 
@@ -76,33 +89,41 @@ def _backward(
     y: Tensor,
     tape: Tensor,
     needs: Sequence[bool],
-) -> list[Tensor]:
+) -> list[Tensor] | None:
+    """The gradients by a kernel that Python launches; None if the reference must give them."""
     (key, operands), need = _split(inputs), Needs(*needs)
-    chosen = _choose(key, operands, tape=True, backward=True)
-    if chosen.kernel not in _SWEEPS or grads[-1] is not None:
-        # The gradients come from autograd of the reference, which needs no tape. The kernels for
-        # GPUs read no gradients of the states after every step.
-        return reference.gradients(cell_of(key), operands, grads, need, create_graph=False)
-    sweeps = _SWEEPS[chosen.kernel]
-    recomputes = isinstance(sweeps, RecomputingSweeps)
-    if tape.size(2) and not tape.size(0) and y.numel() and not recomputes:
+    shape = _shape(key, operands, (True, True))
+    sweeps = shape.sweeps
+    if sweeps is None or grads[-1] is not None:
+        # The kernels for GPUs read no gradients of the states after every step.
+        return None
+    if tape.size(2) and not tape.size(0) and y.numel() and sweeps is not cuda.sweeps:
         tape = _forward(inputs, True)[2]
     stacked = _with_recurrences(operands)
-    scan = Scan(key, _derived(key), chosen, stacked)
-    grads = grads[:-1]
+    ours = grads[:-1]
+    if stacked is not operands:
+        ours = [grads[0], *[None if g is None else g.unsqueeze(0) for g in ours[1:]]]
+    try:
+        out = driver.backward(sweeps, Scan(shape, stacked), ours, y, tape, need)
+    except cuda.CooperativeLaunchRefused:
+        if not machine.go_on_without_grids(operands.x.device):
+            raise
+        return _backward(inputs, grads, y, tape, needs)
     if stacked is operands:
-        return driver.backward(sweeps, scan, grads, y, tape, need)
-    grads = [grads[0], *[None if g is None else g.unsqueeze(0) for g in grads[1:]]]
-    out = driver.backward(sweeps, scan, grads, y, tape, need)
+        return out
     states = len(operands.s0) if need.s0 else 0
     return out[: len(out) - states] + [g[0] for g in out[len(out) - states :]]
 
 
-def _differentiable_backward(
-    inputs: tuple[Any, ...], grads: list[Tensor | None], needs: Sequence[bool]
+def _reference_backward(
+    inputs: tuple[Any, ...],
+    grads: list[Tensor | None],
+    needs: Sequence[bool],
+    differentiable: bool,
 ) -> list[Tensor]:
-    key, operands = _split(inputs)
-    return reference.gradients(cell_of(key), operands, grads, Needs(*needs), create_graph=True)
+    """The gradients by autograd of the reference, which needs no tape."""
+    (key, operands), need = _split(inputs), Needs(*needs)
+    return reference.gradients(cell_of(key), operands, grads, need, create_graph=differentiable)
 
 
 def _derived(key: str) -> Derived:
@@ -125,13 +146,36 @@ def _with_recurrences(operands: Operands) -> Operands:
     return operands._replace(s0=s0, reset_states=begins)
 
 
-def _choose(key: str, operands: Operands, *, tape: bool, backward: bool = False) -> plan.Plan:
-    """The plan of a call. It is not cached, because it also depends on switches of torch."""
-    cell, derived, x = cell_of(key), _derived(key), operands.x
-    if operands.batch_sizes is not None:
-        steps, batch, rows = operands.batch_sizes.numel(), operands.s0[0].size(1), x.size(0)
+# A plan takes longer than a small layer, so each shape is planned once. As in C++,
+# `forget_plans` ends all plans.
+_MOST_SHAPES = 1024
+_shapes: dict[Any, Planned] = {}
+
+
+def _shape(key: str, operands: Operands, flags: tuple[bool, bool]) -> Planned:
+    """What this call has in common with others that have the same plan and sizes. `flags` tell
+    whether it makes or uses a tape, and whether it is a backward pass."""
+    x, w_hh, sizes = operands.x, operands.w_hh, operands.batch_sizes
+    packed = None if sizes is None else (sizes.numel(), operands.s0[0].size(-2))
+    kind = key, x.shape, x.dtype, x.device, flags, packed, operands.reverse
+    weights = len(w_hh), w_hh[0].shape, bool(operands.w_hr), bool(operands.reset_states)
+    tf32 = x.dtype == torch.float32 and tf32_allowed()
+    name = kind, weights, tf32, _C.plans_forgotten()
+    found = _shapes.get(name)
+    if found is None:
+        if len(_shapes) >= _MOST_SHAPES:
+            _shapes.clear()
+        found = _shapes[name] = _planned(key, operands, *flags)
+    return found
+
+
+def _planned(key: str, operands: Operands, tape: bool, backward: bool) -> Planned:
+    cell, x, sizes = cell_of(key), operands.x, operands.batch_sizes
+    if sizes is not None:
+        steps, batch, rows = sizes.numel(), operands.s0[0].size(1), x.size(0)
     else:
         steps, batch, rows = x.size(0) if x.dim() == 3 else 1, x.size(-2), -1
+    derived = _derived(key)
     problem = plan.Problem(
         cell=key,
         steps=steps,
@@ -155,7 +199,7 @@ def _choose(key: str, operands: Operands, *, tape: bool, backward: bool = False)
     offered = machine.current(x.device.type, compiled=compiled, index=x.device.index)
     chosen = plan.choose(problem, offered)
     _log(problem, offered, chosen)
-    return chosen
+    return Planned(key, derived, chosen, operands)
 
 
 _C.set_callbacks(
@@ -163,6 +207,6 @@ _C.set_callbacks(
     find=find,
     forward=_forward,
     backward=_backward,
-    differentiable_backward=_differentiable_backward,
+    reference_backward=_reference_backward,
     significant_bits=plan.SIGNIFICANT_BITS,
 )

@@ -18,7 +18,7 @@ from fastrnn.kernels.gpu import cuda
 from fastrnn.kernels.gpu.sweeps import tf32_allowed
 from fastrnn.kernels.gpu.triton import launch
 
-__all__ = ["asked_for", "current", "use"]
+__all__ = ["asked_for", "current", "go_on_without_grids", "use"]
 
 _forced: list[str] = []
 
@@ -76,9 +76,30 @@ def current(
             l2_bytes=hardware.cache_bytes().get("L2", 1 << 20),
             compiled=compiled,
         ),
-        cuda=_cuda_facts(kind, index, cuda.library()),
+        cuda=_without_grids(kind, index, _cuda_facts(kind, index, cuda.library())),
         triton=_triton_facts(kind, index, launch.interpreted()),
     )
+
+
+_refused: set[tuple[str, int | None]] = set()  # devices that refused a cooperative launch
+
+
+def go_on_without_grids(device: torch.device) -> bool:
+    """From now on no plan for this device has the residency "grid". Returns whether this is new."""
+    name = device.type, device.index
+    if name in _refused:
+        return False
+    _refused.add(name)
+    _C.forget_plans()
+    return True
+
+
+def _without_grids(
+    kind: str, index: int | None, facts: plan.CudaFacts | str
+) -> plan.CudaFacts | str:
+    if isinstance(facts, str) or (kind, index) not in _refused:
+        return facts
+    return replace(facts, cooperative=False)
 
 
 @cache
@@ -118,12 +139,15 @@ def _cuda_facts(kind: str, index: int | None, library: cuda.Library | str) -> pl
     if isinstance(library, str):
         return library
     if library.simulated:
-        return replace(_SIMULATED, cells=library.cells, tables=library.tables)
+        facts = replace(_SIMULATED, cells=library.cells, tables=library.tables)
+        return library.usable() or facts
     if kind != "cuda" or not torch.cuda.is_available():
         return plan.CudaFacts(library.cells, tables=library.tables)
     if torch.version.hip is not None:
         return "it runs on NVIDIA's GPUs, and torch is built for AMD's"
     with torch.cuda.device(index):
+        if (reason := library.usable()) is not None:
+            return reason
         properties: Any = torch.cuda.get_device_properties(index)
         shared = int(properties.shared_memory_per_block_optin)
         counts = [(n, library.resident_clusters(n, 256, shared)) for n in (2, 4, 8, 16)]

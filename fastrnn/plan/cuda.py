@@ -9,7 +9,7 @@ from fastrnn.plan import dtypes
 from fastrnn.plan.problem import CudaConfig, CudaFacts, Device, Plan, Problem
 from fastrnn.plan.tables import Tables
 
-__all__ = ["Layout", "configure", "cycles", "lay_out", "refuse", "row_group"]
+__all__ = ["Layout", "configurations", "configure", "cycles", "lay_out", "refuse", "row_group"]
 
 _CHUNK_BYTES = 64 << 20  # bytes of u or du: a launch loads all weights, so it should be long
 _CLUSTERS = (2, 4, 8, 16)  # blocks
@@ -61,10 +61,16 @@ def configure(problem: Problem, device: Device) -> Plan:
 @lru_cache(maxsize=1024)
 def _best(problem: Problem, gpu: CudaFacts, tf32: bool) -> CudaConfig:
     """The configuration with the least estimated time of a step."""
+    configs = configurations(problem, gpu, tf32)
+    return min(configs, key=lambda config: cycles(problem, gpu, config))
+
+
+def configurations(problem: Problem, gpu: CudaFacts, tf32: bool) -> list[CudaConfig]:
+    """All configurations that can run a problem."""
     configs = _steps(problem, gpu.tables, tf32)
     if problem.dtype != "float64" and problem.batch and problem.steps > _FEW_STEPS:
         configs += _resident(problem, gpu, tf32)
-    return min(configs, key=lambda config: cycles(problem, gpu, config))
+    return configs
 
 
 def _precision(problem: Problem, tf32: bool) -> str:
@@ -101,6 +107,8 @@ def _resident(problem: Problem, gpu: CudaFacts, tf32: bool) -> list[CudaConfig]:
             ("cluster", [n for n in _CLUSTERS if n <= octets and resident.get(n)]),
             ("grid", [n for n in sorted(block_counts) if 1 < n <= gpu.multiprocessors]),
         ):
+            if residency == "grid" and not gpu.cooperative:
+                continue
             for blocks in choices:
                 config = CudaConfig(
                     precision=precision,

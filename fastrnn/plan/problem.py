@@ -110,6 +110,8 @@ class CudaFacts:
         tables: the constants that the kernels were compiled with.
         clusters: `(blocks, count)` for each cluster size: `count` clusters of `blocks` blocks run
             at the same time, with one block per multiprocessor.
+        cooperative: whether all blocks of a grid as large as the GPU run at the same time. Another
+            process on it may prevent that.
     """
 
     cells: tuple[str, ...] = ()
@@ -119,6 +121,7 @@ class CudaFacts:
     shared_bytes: int = 48 << 10
     tables: Tables = field(default_factory=Tables)
     clusters: tuple[tuple[int, int], ...] = ()
+    cooperative: bool = True
 
 
 @dataclass(frozen=True)

@@ -116,12 +116,13 @@ def _cache_folder() -> str:
 
 
 def _usable_kernels() -> dict[str, str | None]:
-    """For every kernel: None if it runs a plain LSTM on a device of this machine, else a reason."""
+    """For every kernel: None if it runs a plain LSTM on a device of this machine, else a reason:
+    that for GPUs, if there are any."""
     kinds = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     usable: dict[str, str | None] = {}
     for name in plan.KERNELS:
         reasons = [plan.refusal(name, _TYPICAL, machine.current(kind)) for kind in kinds]
-        usable[name] = None if None in reasons else reasons[0]
+        usable[name] = None if None in reasons else reasons[-1]
     return usable
 
 

@@ -7,17 +7,21 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from building import cpu
 
 from benchmarks.gpu import __main__ as driver
-from benchmarks.gpu import baseline, exchange, results
+from benchmarks.gpu import baseline, exchange, host, prebuild, profiled, results
 from benchmarks.gpu.__main__ import Step
 from benchmarks.workloads import GPU
 from fastrnn.tools.bench.machine import slug
+from tests.cudasim.build import missing
 from tests.support.paths import ROOT
 
 
@@ -75,23 +79,129 @@ def test_what_a_step_writes_can_be_read(tmp_path: Path) -> None:
     assert len(list((tmp_path / "new").iterdir())) == 1
 
 
+def collected(*chosen: str) -> set[str]:
+    command = [sys.executable, "-m", "pytest", driver.TESTS, "--collect-only", "-q"]
+    command += ["-p", "no:cacheprovider", *chosen]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    found = {line for line in ran.stdout.splitlines() if "::" in line}
+    assert found, ran.stdout + ran.stderr
+    return found
+
+
+def chosen_by(steps: tuple[Step, ...], option: str) -> list[str]:
+    """What follows this option of pytest in the steps that run it."""
+    commands = [step.command for step in steps]
+    commands = [each[each.index(driver.TESTS) :] for each in commands if driver.TESTS in each]
+    return [each[each.index(option) + 1] for each in commands if option in each]
+
+
 def test_the_parts_leave_no_test_of_the_kernels_out(tmp_path: Path) -> None:
-    def collected(*chosen: str) -> set[str]:
-        command = [sys.executable, "-m", "pytest", driver.TESTS, "--collect-only", "-q"]
-        command += ["-p", "no:cacheprovider", *chosen]
-        ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        found = {line for line in ran.stdout.splitlines() if "::" in line}
-        assert found, ran.stdout + ran.stderr
-        return found
+    steps = driver.steps(tmp_path, tmp_path)
+    marks, words = chosen_by(steps, "-m"), chosen_by(steps, "-k")
+    assert len(marks) == 9
+    assert collected("-m", " or ".join(set(marks))) == collected()
+    assert collected("-m", "cuda", "-k", " or ".join(words)) == collected("-m", "cuda")
 
-    def chosen(option: str) -> list[str]:
-        commands = [step.command for step in driver.steps(tmp_path, tmp_path)]
-        commands = [each[each.index(driver.TESTS) :] for each in commands if driver.TESTS in each]
-        return [each[each.index(option) + 1] for each in commands if option in each]
 
-    assert len(chosen("-m")) == 9
-    assert collected("-m", " or ".join(set(chosen("-m")))) == collected()
-    assert collected("-m", "cuda", "-k", " or ".join(chosen("-k"))) == collected("-m", "cuda")
+def test_two_calls_with_prebuilt_parts_leave_no_test_out(tmp_path: Path) -> None:
+    calls = [driver.steps(tmp_path, tmp_path, call, tmp_path) for call in (1, 2)]
+    steps = calls[0] + calls[1]
+    assert collected("-m", " or ".join(chosen_by(steps, "-m"))) == collected()
+    assert not any(step.name == "build" for step in steps)
+    assert len({step.name for step in steps}) == len(steps)
+
+
+def test_results_are_packed_after_every_step(tmp_path: Path) -> None:
+    """The last step looks into the archive of those before it."""
+    archive = tmp_path / "all.tar.gz"
+    look = f"import tarfile; print(sorted(tarfile.open({str(archive)!r}).getnames()))"
+    steps = (Step("works", 1, python("print('said')")), Step("looks", 1, python(look)))
+    outcomes = driver.run(steps, tmp_path / "device", 0.2, dict(os.environ), archive)
+    assert outcomes[1].last_line == "['device', 'device/run.json', 'device/works.log']"
+    with tarfile.open(archive) as packed:
+        assert "device/looks.log" in packed.getnames()
+        log = packed.extractfile("device/works.log")
+        assert log is not None and log.read() == b"said\n"
+
+
+def test_the_summary_is_short_and_shows_what_failed(tmp_path: Path) -> None:
+    steps = (
+        Step("times", 1, python("print('one row\\n' * 9999, 'the table')")),
+        Step("broken", 1, python("print('a reason'); raise SystemExit(1)")),
+        Step("fine", 1, python("print('a word')")),
+    )
+    outcomes = driver.run(steps, tmp_path, 0.2, dict(os.environ))
+    said = driver.summary(outcomes, tmp_path)
+    assert "the table" in said and "broken:\na reason" in said and "fine:" not in said
+    assert "| fine | passed |" in said
+    assert 5000 < len(said) < 12_000
+
+
+def test_prebuilt_parts_and_calls_come_together(capsys: pytest.CaptureFixture[str]) -> None:
+    for given in (["--prebuilt", "."], ["--call", "1"]):
+        with pytest.raises(SystemExit):
+            driver.main(given)
+        assert "--prebuilt and --call come together" in capsys.readouterr().err
+
+
+def test_parts_for_another_machine_are_compiled_for_its_torch_and_python(tmp_path: Path) -> None:
+    wheel = tmp_path / "torch.whl"
+    with zipfile.ZipFile(wheel, "w") as made:
+        for name in ("include/ATen/ATen.h", "lib/libc10.so", "lib/libtorch_cuda.so", "_C.so"):
+            made.writestr(f"torch/{name}", "")
+        made.writestr("torch/version.py", "__version__ = '2.11.0+cu130'\n")
+    (tmp_path / "prefix" / "include" / "python3.12").mkdir(parents=True)
+    torch_there = prebuild.unpacked(wheel, tmp_path / "out")
+    found = {path.name for path in torch_there.rglob("*.*")}
+    assert found == {"ATen.h", "libc10.so", "version.py"}
+    target, name = prebuild.target_of(torch_there, tmp_path / "prefix")
+    assert name == "_C.torch2.11.cpython-312-x86_64-linux-gnu.so"
+    text = cpu.ninja_file(tmp_path, target)
+    assert '-DFASTRNN_TORCH_VERSION="2.11.0+cu130"' in text and "-std=c++17" in text
+    assert f"-isystem {tmp_path}/prefix/include/python3.12" in text
+    assert f"-L{torch_there}/lib" in text and torch.__file__.rpartition("/")[0] not in text
+
+
+def test_cost_on_the_host(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    if reason := missing():
+        pytest.skip(reason)
+    with host.stub():
+        rows = list(host.rows("cpu", calls=20))
+    assert [(row["cell"], row["mode"]) for row in rows[:2]] == [
+        ("LSTM", "inference"),
+        ("LSTM", "forward and backward"),
+    ]
+    for row in rows:
+        parts = row["layer, operator, plan"], row["memory and products"], row["launch"]
+        assert all(part > 0 for part in parts)
+        assert sum(parts) == pytest.approx(row["us"], abs=0.2)
+    assert "torch.nn" in host.table(rows)
+
+
+def test_times_try_themselves_without_a_gpu(tmp_path: Path) -> None:
+    if reason := missing():
+        pytest.skip(reason)
+    path = tmp_path / "times.json"
+    ran = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu.times", str(path)],
+        env={**os.environ, "FASTRNN_SECONDS": "60"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    rows = json.loads(path.read_text())["rows"]
+    assert {row["part"] for row in rows} == {"layer", "kernel", "short"}
+    assert not any("error" in row for row in rows)
+    assert {row["residency"] for row in rows if row["part"] == "kernel"} == {
+        *("step", "block", "cluster", "grid")
+    }
+    assert "| part | way | number |" in ran.stdout
+
+
+def test_what_a_profiler_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["profiled", "2", "8", "3"])
+    assert profiled.main("cpu") == 0
 
 
 def test_cases_of_the_baseline_are_possible_and_begin_with_the_targets() -> None:

@@ -13,6 +13,7 @@ import torch
 import fastrnn
 from fastrnn import __main__, cache, hardware, plan
 from fastrnn._version import __version__
+from fastrnn.kernels import device
 from fastrnn.tools import info
 from tests.support.command import run
 
@@ -52,6 +53,17 @@ def test_info_markdown_is_a_table_of_all_kernels(capsys: pytest.CaptureFixture[s
     by_label = {row.split("|")[1].strip(): row.split("|")[2:-1] for row in rows}
     assert by_label["float32"][0].strip() == "✓"
     assert "no compiled code" in by_label["custom cell, no compiler"][0]
+
+
+def test_info_says_why_kernels_do_not_run_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def current(kind: str) -> plan.Device:
+        return plan.Device(kind=kind, cuda=f"an error of {kind}")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(device, "current", current)
+    found = info.collect().kernels
+    assert found["cuda"] == "an error of cuda"
+    assert found["cpu"] is None and found["reference"] is None
 
 
 @pytest.mark.parametrize("wrong", [0.999, float("nan")])

@@ -41,9 +41,9 @@ constexpr int staged_bytes() {
 // Two buffers for B are enough. A block writes operand i + 1 into a buffer, its own or a peer's,
 // after it has received all of operand i. Each warp that read operand i - 1, from the same buffer,
 // had a part in some piece of operand i, which was sent only after that warp had finished reading.
+template <int kResidency>
 struct Exchange {
   const Layout& at;
-  int residency;
   int rank;            // of this block in its group
   int columns;         // of B: rows of the batch
   int operands;        // their number, operand 0 included
@@ -57,10 +57,10 @@ struct Exchange {
   // Call `begin` before operand 0 is written: it clears the buffers, padding included, and sets up
   // barriers. After `ready`, the block, or all of the cluster, has done so.
   __device__ __forceinline__ void begin() const {
-    const int bytes = at.tile * (residency == kGrid ? 1 : 2);
+    const int bytes = at.tile * (kResidency == kGrid ? 1 : 2);
     for (int i = threadIdx.x * 16; i < bytes; i += blockDim.x * 16)
       *reinterpret_cast<uint4*>(tiles + i) = make_uint4(0, 0, 0, 0);
-    if (residency == kCluster && threadIdx.x == 0) {
+    if (kResidency == kCluster && threadIdx.x == 0) {
       platform::barrier_init(&barriers[0], 1);
       platform::barrier_init(&barriers[1], 1);
       platform::barrier_fence_init();
@@ -70,7 +70,7 @@ struct Exchange {
   }
 
   __device__ __forceinline__ void ready() const {
-    if (residency == kCluster)
+    if (kResidency == kCluster)
       platform::cluster_sync();
     else
       __syncthreads();
@@ -79,27 +79,27 @@ struct Exchange {
   // Call before overwriting the states that every block read to build operand 0. A later operand,
   // or `ready` in a cluster or a lone block, proves that all read them; else the grid waits here.
   __device__ __forceinline__ void settle() const {
-    if (residency != kGrid || operands > 1) return;
+    if (kResidency != kGrid || operands > 1) return;
     sent(1);
     await(1);
   }
 
   // Call before a block returns: its peers may still write into its shared memory.
   __device__ __forceinline__ void end() const {
-    if (residency == kCluster) platform::cluster_sync();
+    if (kResidency == kCluster) platform::cluster_sync();
   }
 
   // A warp without units must not wait on the cluster barrier: nothing that it sends holds its
   // peers back, so they could run two phases ahead, which parity cannot tell from none.
   __device__ __forceinline__ const char* wait(int i, bool computes) const {
-    if (residency == kGrid) {
+    if (kResidency == kGrid) {
       if (i > 0) await(i);
       if (at.tile == 0) return arrived(i);
       if (i > 0) receive(i);
       return tiles;
     }
     const int place = i & 1;
-    if (residency == kBlock) {
+    if (kResidency == kBlock) {
       if (i > 0) __syncthreads();
     } else {
       if (i > 0 && computes) platform::barrier_wait(&barriers[place], (i - 1) >> 1 & 1);
@@ -119,7 +119,7 @@ struct Exchange {
   };
   template <int kPieces>
   __device__ __forceinline__ Place place(int i, const char* staging, int column, int offset) const {
-    const bool alone = residency == kBlock;
+    const bool alone = kResidency == kBlock;
     const int pair = threadIdx.x % 4 * 2;
     // A choice of offsets, not of pointers, lets the compiler see that this is shared memory.
     const int own = static_cast<int>(staging - tiles);
@@ -134,7 +134,7 @@ struct Exchange {
   template <int kPieces, class Offset>
   __device__ __forceinline__ void send(int i, const char* staging, int column,
                                        Offset offset) const {
-    if (residency == kBlock) return;
+    if (kResidency == kBlock) return;
     constexpr int kAll = 8 * kPieces;
     constexpr int kAtOnce = kAll % kWarp == 0 ? kWarp : kAll % 16 == 0 ? 16 : 8;  // lanes per peer
     const int lane = threadIdx.x % kWarp, place = i & 1;
@@ -146,7 +146,7 @@ struct Exchange {
       if (to >= at.exchanged) continue;
       const char* from = staging + piece * kPiece + staged_gaps<kPieces>(row);
       const uint4 value = *reinterpret_cast<const uint4*>(from);
-      if (residency == kCluster) {
+      if (kResidency == kCluster) {
         const char* here = tiles + place * at.tile + n * at.pitch + to;
         for (int peer = lane / kAtOnce; peer < at.active; peer += kWarp / kAtOnce) {
           platform::st_async16(platform::peer_address(here, peer), value,
@@ -161,22 +161,20 @@ struct Exchange {
   }
 
   __device__ __forceinline__ void sent(int i) const {
-    if (residency != kGrid) return;
+    if (kResidency != kGrid) return;
     __syncthreads();
     if (threadIdx.x == 0)
       platform::store_release(reinterpret_cast<uint32_t*>(flags + rank * kFlag), i);
   }
 
  private:
-  // Waits until all blocks of a grid's group have sent operand i.
+  // Waits until all blocks of a grid's group have sent operand i. Each thread polls other flags:
+  // one after the other they would take a trip to the L2 cache each.
   __device__ __forceinline__ void await(int i) const {
-    if (threadIdx.x < kWarp) {
-      const int lane = threadIdx.x;
-      for (int block = lane; block < at.active; block += kWarp) {
-        const uint32_t* flag = reinterpret_cast<const uint32_t*>(flags + block * kFlag);
-        while (platform::load_acquire(flag) < static_cast<uint32_t>(i)) {
-        }
-      }
+    for (int block = threadIdx.x; block < at.active; block += blockDim.x) {
+      const uint32_t* flag = reinterpret_cast<const uint32_t*>(flags + block * kFlag);
+      const platform::Watch watch;
+      while (platform::load_acquire(flag) < static_cast<uint32_t>(i)) watch.look();
     }
     __syncthreads();
   }

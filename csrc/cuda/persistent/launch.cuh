@@ -1,9 +1,11 @@
-// How a plan becomes a launch, for the persistent kernels of both directions.
+// How a plan becomes a launch, for the persistent kernels of both directions. The residency is a
+// parameter of their templates, because a step is too short for its branches. Each has a source of
+// its own, because one takes minutes to compile.
 //
 // Each direction has a struct `Direction` with
 //   Traits<Cell, precision, units, kColumnTiles>: the traits X of the kernel for row groups of that
 //     many units and tiles of 8 * kColumnTiles columns; X::need(hidden) gives its needs
-//   kernel<X>(): the kernel
+//   kernel<X, residency>(): the kernel
 //   registers, row_groups: as in `tile::Forward` and `tile::Backward`
 #pragma once
 
@@ -20,7 +22,6 @@ namespace persistent {
 // local variables, because their lambdas could not capture structured bindings.
 struct Launched {
   tile::Layout at;
-  int residency;
   int first;    // first group of this launch
   int tiles;    // of the batch
   int blocks;   // of a group, those without units included
@@ -29,12 +30,12 @@ struct Launched {
 };
 
 // The exchange of the group of blocks `task`, for its block of this rank.
-template <class X>
-__device__ __forceinline__ tile::Exchange exchange_of(const Launched& launched, int task, int rank,
-                                                      int operands, char* shared) {
+template <class X, int kResidency>
+__device__ __forceinline__ tile::Exchange<kResidency> exchange_of(const Launched& launched,
+                                                                  int task, int rank, int operands,
+                                                                  char* shared) {
   const tile::Layout& at = launched.at;
   return {at,
-          launched.residency,
           rank,
           X::kColumns,
           operands,
@@ -132,7 +133,7 @@ int with_traits(int cell, const CudaPlan& plan, F f) {
   });
 }
 
-template <class X>
+template <class X, int kResidency>
 int launch_kernel(void (*kernel)(Sweep, Launched), const Sweep& sweep, const CudaPlan& plan,
                   void* stream) {
   const tile::Layout at = lay_out<X>(sweep, plan);
@@ -141,18 +142,18 @@ int launch_kernel(void (*kernel)(Sweep, Launched), const Sweep& sweep, const Cud
   if (at.groups == 0 || too_many || plan.groups < 1) return kInvalidConfiguration;
   char* flags = static_cast<char*>(sweep.workspace);
   const int64_t flag_bytes = all * tile::flag_bytes(at);
-  if (plan.residency == kGrid) {
+  if (kResidency == kGrid) {
     const int error = platform::clear(flags, flag_bytes, stream);
     if (error != 0) return error;
   }
   const int tiles = static_cast<int>(batch_tiles(sweep, plan));
-  Launched launched{at, plan.residency, 0, tiles, plan.blocks, flags, flags + flag_bytes};
+  Launched launched{at, 0, tiles, plan.blocks, flags, flags + flag_bytes};
   platform::Launch how;
   how.block = dim3(tile::kWarp * at.warps());
   how.shared_bytes = at.bytes;
-  how.cluster = plan.residency == kCluster ? plan.blocks : 1;
-  how.cooperative = plan.residency == kGrid;
-  const int64_t at_once = plan.residency == kGrid ? plan.groups : all;
+  how.cluster = kResidency == kCluster ? plan.blocks : 1;
+  how.cooperative = kResidency == kGrid;
+  const int64_t at_once = kResidency == kGrid ? plan.groups : all;
   for (int64_t first = 0; first < all; first += at_once) {
     launched.first = static_cast<int>(first);
     const int64_t now = all - first < at_once ? all - first : at_once;
@@ -165,18 +166,19 @@ int launch_kernel(void (*kernel)(Sweep, Launched), const Sweep& sweep, const Cud
 
 // ---- Entry -------------------------------------------------------------------------------------
 
-template <class Direction>
+template <class Direction, int kResidency>
 int launch(int cell, const Sweep& sweep, const CudaPlan& plan, void* stream) {
   return with_traits<Direction>(cell, plan, [&](auto x) {
     using X = decltype(x);
-    return launch_kernel<X>(Direction::template kernel<X>(), sweep, plan, stream);
+    return launch_kernel<X, kResidency>(Direction::template kernel<X, kResidency>(), sweep, plan,
+                                        stream);
   });
 }
 
-template <class Direction>
+template <class Direction, int kResidency>
 int64_t workspace_bytes(int cell, const Sweep& sweep, const CudaPlan& plan) {
   int64_t bytes = 0;
-  if (plan.residency != kGrid) return bytes;
+  if (kResidency != kGrid) return bytes;
   with_traits<Direction>(cell, plan, [&](auto x) {
     using X = decltype(x);
     const tile::Layout at = lay_out<X>(sweep, plan);
@@ -198,9 +200,11 @@ int64_t shared_bytes(int cell, const Sweep& sweep, const CudaPlan& plan) {
   return bytes;
 }
 
-template <class Direction>
+// What a source of the kernels of a direction and a residency defines.
+template <class Direction, int kResidency>
 constexpr PersistentKernels entry() {
-  return {launch<Direction>, workspace_bytes<Direction>, shared_bytes<Direction>};
+  return {launch<Direction, kResidency>, workspace_bytes<Direction, kResidency>,
+          shared_bytes<Direction>};
 }
 
 }  // namespace persistent

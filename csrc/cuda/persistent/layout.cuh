@@ -129,7 +129,8 @@ struct Backward {
   // Whole k-blocks of one tile; the parts of split numbers take some.
   static constexpr int registers(bool split, int tiles, int column_tiles) {
     const int parts = !split ? 0 : tiles * column_tiles >= 8 ? 6 : 4;
-    return kKBlockRegisters * ((column_tiles == 4 ? 8 : 10) - parts);
+    const int whole = column_tiles < 4 ? 10 : tiles == 1 ? 8 : 7;
+    return kKBlockRegisters * (whole - parts);
   }
 
   // A row group has one row for each of its units.

@@ -38,5 +38,12 @@ constexpr bool kSimulated = true;
 constexpr bool kSimulated = false;
 #endif
 
+// Whether the code that is being compiled has clusters: in device code, that for GPUs from 9.0 on.
+#if defined(FASTRNN_CUDASIM) || defined(FASTRNN_CLUSTERS)
+constexpr bool kClusters = true;
+#else
+constexpr bool kClusters = false;
+#endif
+
 }  // namespace platform
 }  // namespace fastrnn

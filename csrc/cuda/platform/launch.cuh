@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "cuda/platform/compiler.cuh"
+#include "cuda/platform/kernel.cuh"
 
 namespace fastrnn {
 namespace platform {
@@ -32,7 +33,8 @@ struct Launch {
   size_t shared_bytes = 0;
   unsigned cluster = 1;      // blocks of a cluster, along x
   bool cooperative = false;  // all blocks run at the same time, or the launch fails
-  bool overlaps = false;     // may begin before the previous launch ends, if that allows it
+  bool overlaps = false;     // may begin before the previous launch ends, if that allows it, and if
+                             // the kernel's code waits for it in wait_for_previous_launch()
 };
 
 // Returns 0 or a cudaError_t. In the simulator the kernel has run when this returns.
@@ -45,16 +47,10 @@ int launch(void (*kernel)(Parameters...), const Launch& how, void* stream, Argum
                      [&] { std::apply(kernel, values); });
 #else
   const auto function = reinterpret_cast<const void*>(kernel);
-  constexpr size_t kAlwaysAllowed = 48 * 1024;
-  cudaError_t error = cudaSuccess;
-  if (how.shared_bytes > kAlwaysAllowed) {
-    error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(how.shared_bytes));
-  }
-  constexpr unsigned kPortableCluster = 8;
-  if (error == cudaSuccess && how.cluster > kPortableCluster) {
-    error = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  }
+  const KernelFacts facts = facts_of(function);
+  cudaError_t error = static_cast<cudaError_t>(facts.error);
+  // Its code would end in a trap, which takes the whole context down.
+  if (error == cudaSuccess && how.cluster > 1 && !facts.clusters()) error = cudaErrorNotSupported;
   if (error == cudaSuccess) {
     cudaLaunchAttribute attributes[3];
     cudaLaunchConfig_t config{};
@@ -74,7 +70,7 @@ int launch(void (*kernel)(Parameters...), const Launch& how, void* stream, Argum
       attribute.id = cudaLaunchAttributeCooperative;
       attribute.val.cooperative = 1;
     }
-    if (how.overlaps) {
+    if (how.overlaps && facts.clusters()) {
       cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
       attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
       attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -123,7 +119,7 @@ inline int copy(void* to, const void* from, size_t bytes, void* stream) {
 }
 
 // The number of clusters of `blocks` blocks of a kernel that run at the same time on the current
-// device; 0 if it has no clusters, a negative cudaError_t for an error.
+// device; 0 if it or the kernel's code has no clusters, a negative cudaError_t for an error.
 template <class... Parameters>
 int resident_clusters(void (*kernel)(Parameters...), int blocks, int threads, size_t shared_bytes) {
 #if defined(FASTRNN_CUDASIM)
@@ -131,32 +127,21 @@ int resident_clusters(void (*kernel)(Parameters...), int blocks, int threads, si
   return sim::resident_clusters(blocks, shared_bytes);
 #else
   const auto function = reinterpret_cast<const void*>(kernel);
-  int device = 0, supported = 0, clusters = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&supported, cudaDevAttrClusterLaunch, device);
-  }
-  if (error == cudaSuccess && !supported) return 0;
-  if (error == cudaSuccess) {
-    error = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  }
-  if (error == cudaSuccess) {
-    error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(shared_bytes));
-  }
-  if (error == cudaSuccess) {
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = static_cast<unsigned>(blocks);
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = static_cast<unsigned>(blocks);
-    config.blockDim = static_cast<unsigned>(threads);
-    config.dynamicSmemBytes = shared_bytes;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    error = cudaOccupancyMaxActiveClusters(&clusters, function, &config);
-  }
+  const KernelFacts facts = facts_of(function);
+  if (facts.error != 0) return -facts.error;
+  if (!facts.clusters()) return 0;
+  int clusters = 0;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(blocks);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = static_cast<unsigned>(blocks);
+  config.blockDim = static_cast<unsigned>(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, function, &config);
   cudaGetLastError();
   return error == cudaSuccess ? clusters : -static_cast<int>(error);
 #endif

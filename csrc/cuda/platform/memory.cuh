@@ -40,6 +40,26 @@ __device__ __forceinline__ void copy_async_wait() {
 #endif
 }
 
+// ---- Waiting -----------------------------------------------------------------------------------
+
+// In a build with FASTRNN_WATCHDOG, a thread that has waited for two seconds for what another one
+// should have sent ends the kernel: an error, in place of a GPU that hangs.
+struct Watch {
+#if defined(FASTRNN_WATCHDOG) && defined(__CUDA_ARCH__)
+  uint64_t begin = now();
+  static __device__ __forceinline__ uint64_t now() {
+    uint64_t nanoseconds;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(nanoseconds));
+    return nanoseconds;
+  }
+  __device__ __forceinline__ void look() const {
+    if (now() - begin > 2000000000) __trap();
+  }
+#else
+  __device__ __forceinline__ void look() const {}
+#endif
+};
+
 // ---- Flags in global memory --------------------------------------------------------------------
 
 __device__ __forceinline__ uint32_t load_acquire(const uint32_t* p) {
@@ -134,7 +154,9 @@ __device__ __forceinline__ void barrier_wait(uint64_t* b, unsigned parity) {
 #elif defined(FASTRNN_CLUSTERS)
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(b));
   uint32_t done;
+  const Watch watch;
   do {
+    watch.look();
     asm volatile(
         "{\n"
         ".reg .pred p;\n"

@@ -28,7 +28,7 @@ from fastrnn.kernels.gpu.sweeps import (
 from fastrnn.plan import CudaConfig
 from fastrnn.plan.tables import RowGroup, Tables
 
-__all__ = ["Library", "library", "read_tables", "sweeps"]
+__all__ = ["CooperativeLaunchRefused", "Library", "library", "read_tables", "sweeps"]
 
 
 class Sweep(ctypes.Structure):
@@ -94,6 +94,7 @@ class CudaTables(ctypes.Structure):
 
 PRECISIONS = {"float64": 0, "float32": 1, "tf32": 2, "tf32x3": 3, "bfloat16": 4, "float16": 5}
 RESIDENCIES = {"step": 0, "block": 1, "cluster": 2, "grid": 3}
+_TOO_LARGE = 720  # cudaErrorCooperativeLaunchTooLarge
 
 
 def _tables(exported: CudaTables) -> Tables:
@@ -146,6 +147,7 @@ class Library:
         self._launch = {kind: function(kind, integer, *call, ctypes.c_void_p) for kind in kinds}
         self._workspace_bytes = function("workspace_bytes", size, *call, integer)
         self._shared_bytes = function("shared_bytes", size, *call, integer)
+        self._usable = function("usable", integer, ctypes.POINTER(integer))
         self._resident_clusters = function("resident_clusters", integer, integer, integer, size)
         self._error = function("error", text, integer)
         self.simulated = bool(function("simulated", integer)())
@@ -160,7 +162,7 @@ class Library:
         return int(self._shared_bytes(cell.encode(), sweep, plan, backward))
 
     def launch(
-        self, kind: str, cell: str, sweep: Sweep, plan: CudaPlan, stream: int | None
+        self, kind: str, cell: bytes, sweep: Sweep, plan: CudaPlan, stream: int | None
     ) -> None:
         """Launch kernels without waiting for them.
 
@@ -169,20 +171,29 @@ class Library:
                 recompute a tape.
 
         Raises:
+            CooperativeLaunchRefused: if not all blocks of a grid can run at the same time.
             RuntimeError: if CUDA refuses the launch; the message has CUDA's reason.
         """
-        self._check(self._launch[kind](cell.encode(), sweep, plan, stream))
+        if error := self._launch[kind](cell, sweep, plan, stream):
+            refused = CooperativeLaunchRefused if error == _TOO_LARGE else RuntimeError
+            raise refused(f"the CUDA kernels of fastrnn failed: {self._text(error)}")
+
+    def usable(self) -> str | None:
+        """Why the kernels do not run on the current device with its driver, or None."""
+        error = int(self._usable(ctypes.c_int()))
+        return (
+            f"its library cannot run on this GPU and driver: {self._text(error)}" if error else None
+        )
 
     def resident_clusters(self, blocks: int, threads: int, shared_bytes: int) -> int:
         """How many clusters of `blocks` blocks the current device runs at the same time."""
         count = int(self._resident_clusters(blocks, threads, shared_bytes))
         return max(count, 0)
 
-    def _check(self, error: int) -> None:
-        if error:
-            text = self._error(error)
-            reason = "no text" if text is None else text.decode(errors="replace")
-            raise RuntimeError(f"the CUDA kernels of fastrnn failed: {reason} (error {error})")
+    def _text(self, error: int) -> str:
+        text = self._error(error)
+        reason = "no text" if text is None else text.decode(errors="replace")
+        return f"{reason} (error {error})"
 
 
 def library() -> Library | str:
@@ -201,100 +212,126 @@ def _library(named: str) -> Library | str:
         return f"the library of CUDA kernels cannot be loaded: {error}"
 
 
+_here: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+_Tensors = dict[str, Tensor | None]  # by their names in `Sweep`
+
+
+class CooperativeLaunchRefused(RuntimeError):
+    """The device does not run all blocks of a grid at the same time, though it is large enough:
+    other processes or a part of the device that is set aside limit it."""
+
+
 class _Sweeps:
     """`sweeps.RecomputingSweeps` in CUDA C++."""
 
     def forward(self, scan: Scan, begin: int, end: int, buffers: ForwardBuffers) -> None:
-        tensors = buffers._asdict()
-        tape = tensors.pop("tape")
-        _launch("forward", scan, begin, end, None if tape is None else Tape(tape), **tensors)
+        u, b_hh, carry, y, tape = buffers
+        read: _Tensors = {"u": u, "b_hh": b_hh}
+        written: _Tensors = {"carry": carry, "y": y, "tape": tape}
+        _launch("forward", scan, begin, end, read, written)
 
     def backward(
         self, scan: Scan, begin: int, end: int, buffers: BackwardBuffers, tape: Tape
     ) -> None:
-        tensors = buffers._asdict()
-        dh, dp = tensors.pop("dh"), tensors.pop("dp")
+        dy, s0, ds, y, du, dv, h_prev, dh, dp = buffers
         assert dh is None, "the CUDA kernels do not project"
         assert dp is None, "the CUDA kernels have no cells with learned parameters"
-        _launch("backward", scan, begin, end, tape, **tensors)
+        read: _Tensors = {"dy": dy, "s0": s0, "y": y, "tape": tape.values}
+        written: _Tensors = {"ds": ds, "du": du, "dv": dv, "h_prev": h_prev}
+        _launch("backward", scan, begin, end, read, written, tape.base)
 
     def h_prev(
         self, scan: Scan, begin: int, end: int, s0: Tensor, y: Tensor, h_prev: Tensor
     ) -> None:
-        _launch("h_prev", scan, begin, end, None, s0=s0, y=y, h_prev=h_prev)
+        _launch("h_prev", scan, begin, end, {"s0": s0, "y": y}, {"h_prev": h_prev})
 
     def recompute(
         self, scan: Scan, begin: int, end: int, buffers: RecomputeBuffers, tape: Tape | None
     ) -> None:
-        _launch("recompute", scan, begin, end, tape, **buffers._asdict())
+        u, v, b_hh, h_prev, carry = buffers
+        read: _Tensors = {"u": u, "v": v, "b_hh": b_hh, "h_prev": h_prev}
+        written: _Tensors = {"carry": carry, "tape": None if tape is None else tape.values}
+        base = (0, 0) if tape is None else tape.base
+        _launch("recompute", scan, begin, end, read, written, base)
 
 
 sweeps = _Sweeps()
 
 
-# Buffers that each kind of launch writes. They were allocated for this call, hence are aligned.
-_WRITTEN = {
-    "forward": ("carry", "y", "tape"),
-    "backward": ("ds", "du", "dv", "h_prev"),
-    "h_prev": ("h_prev",),
-    "recompute": ("carry", "tape"),
-}
+class _Call:
+    """What launches of one kind have in common for all calls of a shape."""
+
+    def __init__(self, kind: str, scan: Scan) -> None:
+        found = library()
+        assert isinstance(found, Library), found
+        self.kernels, self.kind, self.cell = found, kind, scan.cell.encode()
+        self.plan = cuda_plan(scan.plan.cuda)
+        self.sweep = Sweep(
+            steps=scan.steps,
+            batch=scan.batch,
+            hidden=scan.hidden,
+            recurrences=scan.recurrences,
+            end=scan.steps,
+            chunk_rows=scan.chunk_rows,
+            reverse=scan.reverse,
+        )
+        self.workspace = 0
+        if kind in ("forward", "backward"):
+            backward = kind == "backward"
+            self.workspace = found.workspace_bytes(scan.cell, self.sweep, self.plan, backward)
 
 
 def _launch(
-    kind: str, scan: Scan, begin: int, end: int, tape: Tape | None, **tensors: Tensor | None
+    kind: str,
+    scan: Scan,
+    begin: int,
+    end: int,
+    read: _Tensors,
+    written: _Tensors,
+    tape_base: tuple[int, int] = (0, 0),
 ) -> None:
-    kernels = library()
-    assert isinstance(kernels, Library), kernels
-    tensors |= {
-        "tape": None if tape is None else tape.values,
-        "w_hh": scan.w_hh,
-        "first": scan.first_on_device,
-        "length": scan.length,
-        "resets": scan.resets,
-    }
-    held = {
-        name: tensor if name in _WRITTEN[kind] else _aligned(tensor)
-        for name, tensor in tensors.items()
-        if tensor is not None
-    }
-    sweep = Sweep(
-        steps=scan.steps,
-        batch=scan.batch,
-        hidden=scan.hidden,
-        recurrences=scan.recurrences,
-        begin=begin,
-        end=end,
-        base=scan.row_range(begin, end, False)[0],
-        base_reverse=scan.row_range(begin, end, True)[0],
-        chunk_rows=scan.chunk_rows,
-        tape_base=0 if tape is None else tape.base[0],
-        tape_base_reverse=0 if tape is None else tape.base[1],
-        reverse=scan.reverse,
-        **{name: tensor.data_ptr() for name, tensor in held.items()},
-    )
-    plan = cuda_plan(scan.plan.cuda)
-    x = scan.operands.x
-    with _on(x.device):
-        if kind in ("forward", "backward"):
-            size = kernels.workspace_bytes(scan.cell, sweep, plan, kind == "backward")
-            if size > 0:
-                held["workspace"] = torch.empty(size, dtype=torch.uint8, device=x.device)
-                sweep.workspace = held["workspace"].data_ptr()
-        stream = torch.cuda.current_stream().cuda_stream if x.is_cuda else None
-        kernels.launch(kind, scan.cell, sweep, plan, stream)
+    """Launch the kernels for the steps [begin, end). The tensors in `written` were allocated for
+    this call, hence they are aligned."""
+    call = scan.remembered.get(kind)
+    if call is None:
+        call = scan.remembered[kind] = _Call(kind, scan)
+    sweep = Sweep.from_buffer_copy(call.sweep)
+    sweep.begin, sweep.end = begin, end
+    if begin or end != scan.steps:
+        sweep.base = scan.row_range(begin, end, False)[0]
+        sweep.base_reverse = scan.row_range(begin, end, True)[0]
+    sweep.tape_base, sweep.tape_base_reverse = tape_base
+    one = scan.operands.w_hh[0]
+    read["w_hh"] = one if scan.recurrences == 1 and one.is_contiguous() else scan.w_hh
+    if scan.first_on_device is not None:
+        sweep.first = scan.first_on_device.data_ptr()
+    if scan.length is not None:
+        read["length"] = scan.length
+    if scan.resets is not None:
+        read["resets"] = scan.resets
+    copies = []  # they live until the launch, after which the stream keeps them
+    for name, tensor in read.items():
+        if tensor is not None:
+            address = tensor.data_ptr()
+            if address % 16:  # vector reads need aligned addresses
+                copies.append(tensor.clone())
+                address = copies[-1].data_ptr()
+            setattr(sweep, name, address)
+    for name, tensor in written.items():
+        if tensor is not None:
+            setattr(sweep, name, tensor.data_ptr())
+    device = scan.device
+    if call.workspace > 0:
+        workspace = torch.empty(call.workspace, dtype=torch.uint8, device=device)
+        sweep.workspace = workspace.data_ptr()
+    if device.type != "cuda":
+        call.kernels.launch(kind, call.cell, sweep, call.plan, None)
+        return
+    stream = torch.cuda.current_stream(device).cuda_stream
+    with _here if device.index == torch.cuda.current_device() else torch.cuda.device(device):
+        call.kernels.launch(kind, call.cell, sweep, call.plan, stream)
 
 
 def cuda_plan(config: CudaConfig) -> CudaPlan:
     sizes = config.batch_tile, config.blocks, config.warps, config.groups, config.row_group
     return CudaPlan(PRECISIONS[config.precision], RESIDENCIES[config.residency], *sizes)
-
-
-def _aligned(tensor: Tensor) -> Tensor:
-    """The tensor, copied if its address is not a multiple of 16 bytes, as vector reads need."""
-    return tensor.clone() if tensor.data_ptr() % 16 else tensor
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Make `device` the current one, on which CUDA launches kernels."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -7,9 +7,11 @@ recomputed tapes of chunks if none was saved.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastrnn.kernels.gpu.sweeps import (
@@ -34,40 +36,63 @@ def forward(sweeps: Sweeps, scan: Scan, tape: bool) -> tuple[Tensor, list[Tensor
     # Rows past the end of a sequence are zero.
     allocate = torch.empty if operands.lengths is None else torch.zeros
     y = allocate(*x.shape[:-1], recurrences * scan.recurrent, dtype=x.dtype, device=x.device)
-    size = scan.rows if tape else 0, recurrences, scan.tape_width(), hidden
-    saved = allocate(size, dtype=x.dtype, device=x.device)
+    rows = scan.rows if tape else 0
+    saved = allocate(rows, recurrences, scan.tape_width(), hidden, dtype=x.dtype, device=x.device)
     widest = max(hidden, scan.recurrent)
-    carry = x.new_zeros(scan.states + 1, recurrences, scan.batch, widest, dtype=scan.compute)
+    size = scan.states + 1, recurrences, scan.batch, widest
+    carry = torch.zeros(size, dtype=scan.compute, device=x.device)
     for j, state in enumerate(operands.s0):
         carry[j, ..., : scan.width(j)] = state
-    b_ih, b_hh = _biases(scan)
-    u = x.new_empty(recurrences, scan.chunk_rows, scan.gates * hidden)
-    buffers = ForwardBuffers(u, b_hh, carry, y, saved if tape else None)
-    for begin in range(0, scan.steps if scan.batch else 0, scan.chunk_steps):
-        end = min(scan.steps, begin + scan.chunk_steps)
-        _project(scan, u, b_ih, begin, end)
-        sweeps.forward(scan, begin, end, buffers)
-    last = [carry[j, ..., : scan.width(j)] for j in range(scan.states)]
+    if scan.alone and operands.lengths is None:
+        b, b_hh = _biases_of_one(scan)
+        u = F.linear(x, operands.w_ih[0], b).contiguous()
+        buffers = ForwardBuffers(u, b_hh, carry, y, saved if tape else None)
+        sweeps.forward(scan, 0, scan.steps, buffers)
+    else:
+        b_ih, b_hh = _biases(scan)
+        u = x.new_empty(recurrences, scan.chunk_rows, scan.gates * hidden)
+        buffers = ForwardBuffers(u, b_hh, carry, y, saved if tape else None)
+        for begin in range(0, scan.steps if scan.batch else 0, scan.chunk_steps):
+            end = min(scan.steps, begin + scan.chunk_steps)
+            _project(scan, u, b_ih, begin, end)
+            sweeps.forward(scan, begin, end, buffers)
     # The states are copied, so that they neither share `carry` nor keep it alive.
+    if hidden == scan.recurrent:
+        return y, [carry[j].to(x.dtype, copy=True) for j in range(scan.states)], saved
+    last = [carry[j, ..., : scan.width(j)] for j in range(scan.states)]
     return y, [state.to(x.dtype, copy=True).contiguous() for state in last], saved
 
 
 def _biases(scan: Scan) -> tuple[Tensor | None, Tensor | None]:
     """[P, G*H] to add to u, and [P, G*H] to add to v. u takes both biases of a summed gate."""
-    operands, summed = scan.operands, scan.derived.summed
+    operands = scan.operands
     if not operands.b_ih:
         return None, None
-    b_ih, b_hh = stacked(operands.b_ih).clone(), stacked(operands.b_hh)
-    for g in range(scan.gates):
-        if summed[g]:
-            part = slice(g * scan.hidden, (g + 1) * scan.hidden)
+    b_ih, b_hh = stacked(operands.b_ih), stacked(operands.b_hh)
+    if scan.all_summed:
+        return b_ih + b_hh, None
+    if any(scan.summed):
+        b_ih = b_ih.clone()
+    for gates in _runs(scan.summed):
+        if scan.summed[gates.start]:
+            part = slice(gates.start * scan.hidden, gates.stop * scan.hidden)
             b_ih[:, part] += b_hh[:, part]
-    return b_ih, None if all(summed) else b_hh
+    return b_ih, b_hh
+
+
+def _biases_of_one(scan: Scan) -> tuple[Tensor | None, Tensor | None]:
+    """The same for one recurrence, [G*H]."""
+    operands = scan.operands
+    if scan.all_summed and operands.b_ih:
+        return operands.b_ih[0] + operands.b_hh[0], None
+    b_ih, b_hh = _biases(scan)
+    return None if b_ih is None else b_ih[0], b_hh
 
 
 def _project(scan: Scan, u: Tensor, bias: Tensor | None, begin: int, end: int) -> None:
     """Write u = x * w_ih^T + b for the rows of a chunk, of every recurrence in its direction."""
-    for p, recurrences in _runs(scan.reversed_recurrences):
+    for recurrences in _runs(scan.reversed_recurrences):
+        p = recurrences.start
         low, high = scan.row_range(begin, end, scan.reversed_recurrences[p])
         x = scan.x_rows((low, high))
         w = scan.w_ih[recurrences].transpose(1, 2)
@@ -97,14 +122,20 @@ def backward(
     operands, x = scan.operands, scan.operands.x
     recurrences, hidden, compute = scan.recurrences, scan.hidden, scan.compute
     widest = max(hidden, scan.recurrent)
-    s0 = x.new_zeros(scan.states, recurrences, scan.batch, widest, dtype=compute)
-    ds = torch.zeros_like(s0)
+    size = 2, scan.states, recurrences, scan.batch, widest
+    s0, ds = torch.zeros(size, dtype=compute, device=x.device).unbind(0)
     for j in range(scan.states):
         if operands.s0:
             s0[j, ..., : scan.width(j)] = operands.s0[j]
         grad = grads[1 + j]
         if grad is not None:
             ds[j, ..., : scan.width(j)] = grad
+    if scan.alone and operands.lengths is None and (tape.size(0) or not scan.tape_width()):
+        return _backward_of_one(sweeps, scan, grads[0], y, tape, needs, s0, ds)
+    y, saved = y.contiguous(), Tape(tape.contiguous())
+    steps = scan.steps if scan.batch else 0
+    chunks = [(max(0, end - scan.chunk_steps), end) for end in range(steps, 0, -scan.chunk_steps)]
+    recomputes = bool(chunks and scan.tape_width() and not tape.size(0))
     depth = scan.gates * hidden
 
     def empty(width: int, dtype: torch.dtype = x.dtype) -> Tensor:
@@ -112,25 +143,22 @@ def backward(
         return torch.empty(size, dtype=dtype, device=x.device)
 
     dv = empty(depth)
-    y, saved = y.contiguous(), Tape(tape.contiguous())
     buffers = BackwardBuffers(
         dy=None if grads[0] is None else grads[0].contiguous(),
         s0=s0,
         ds=ds,
         y=y,
-        du=dv if all(scan.derived.summed) else empty(depth),
+        du=dv if scan.all_summed else empty(depth),
         dv=dv,
         h_prev=empty(scan.recurrent),
         dh=None if scan.w_hr is None else empty(scan.recurrent),
         dp=None if scan.params is None else empty(scan.params[0].numel(), compute),
     )
-    gradients = _Gradients(scan, needs)
-    steps = scan.steps if scan.batch else 0
-    chunks = [(max(0, end - scan.chunk_steps), end) for end in range(steps, 0, -scan.chunk_steps)]
     recomputed = None
-    if chunks and scan.tape_width() and not tape.size(0):
+    if recomputes:
         assert isinstance(sweeps, RecomputingSweeps), "these need a tape"
         recomputed = _RecomputedTape(sweeps, scan, chunks, buffers)
+    gradients = _Gradients(scan, needs, len(chunks))
     for begin, end in chunks:
         chunk_tape = saved if recomputed is None else recomputed.tape(begin, end)
         if operands.lengths is not None:  # rows past the end of a sequence have no gradient
@@ -143,6 +171,42 @@ def backward(
     if needs.s0:
         for j in range(len(operands.s0)):
             out.append(ds[j, ..., : scan.width(j)].to(x.dtype, copy=True).contiguous())
+    return out
+
+
+def _backward_of_one(
+    sweeps: Sweeps,
+    scan: Scan,
+    dy: Tensor | None,
+    y: Tensor,
+    tape: Tensor,
+    needs: Needs,
+    s0: Tensor,
+    ds: Tensor,
+) -> list[Tensor]:
+    """What `backward` does for a call that is `alone`, in fewer operations."""
+    operands, rows, depth = scan.operands, scan.rows, scan.gates * scan.hidden
+    dtype, device = scan.dtype, scan.device
+    du = dv = torch.empty(rows, depth, dtype=dtype, device=device)
+    if not scan.all_summed:
+        du = torch.empty(rows, depth, dtype=dtype, device=device)
+    h_prev = torch.empty(rows, scan.hidden, dtype=dtype, device=device)
+    dy = None if dy is None else dy.contiguous()
+    buffers = BackwardBuffers(dy, s0, ds, y.contiguous(), du, dv, h_prev, None, None)
+    sweeps.backward(scan, 0, scan.steps, buffers, Tape(tape.contiguous()))
+    du_t = du.t()
+    out = []
+    if needs.x:
+        out.append(torch.mm(du, operands.w_ih[0]).view(operands.x.shape))
+    if needs.w_ih:
+        out.append(torch.mm(du_t, operands.x.reshape(rows, scan.inputs)))
+    if needs.w_hh:
+        out.append(torch.mm(du_t if dv is du else dv.t(), h_prev))
+    if needs.biases and operands.b_ih:
+        b_ih = du.sum(0)
+        out += b_ih, b_ih.clone() if dv is du else dv.sum(0)
+    if needs.s0:
+        out += [ds[j].to(dtype, copy=True) for j in range(len(operands.s0))]
     return out
 
 
@@ -195,8 +259,8 @@ class _RecomputedTape:
         scan, u, v, h_prev = self._scan, self._u, self._v, self._h_prev
         _project(scan, u, self._b_ih, begin, end)
         self._sweeps.h_prev(scan, begin, end, self._s0, self._y, h_prev)
-        for p, recurrences in _runs(scan.reversed_recurrences):
-            low, high = scan.row_range(begin, end, scan.reversed_recurrences[p])
+        for recurrences in _runs(scan.reversed_recurrences):
+            low, high = scan.row_range(begin, end, scan.reversed_recurrences[recurrences.start])
             count = high - low
             w_hh = scan.w_hh[recurrences].transpose(1, 2)
             torch.bmm(h_prev[recurrences, :count], w_hh, out=v[recurrences, :count])
@@ -205,73 +269,124 @@ class _RecomputedTape:
 
 
 class _Gradients:
-    """Gradients of the weights, the biases and x, summed over the chunks."""
+    """Gradients of the weights, the biases and x, summed over the chunks.
 
-    def __init__(self, scan: Scan, needs: Needs) -> None:
-        self.scan = scan
-        recurrences, depth, x = scan.recurrences, scan.gates * scan.hidden, scan.operands.x
-        biased = needs.biases and bool(scan.operands.b_ih)
+    A sum of several terms is in the dtype of sums. Of one term, the product is the gradient.
+    """
 
-        def zeros(wanted: bool, *shape: int) -> Tensor | None:
-            return x.new_zeros(shape, dtype=scan.compute) if wanted else None
-
-        self.x = zeros(needs.x, scan.rows, scan.inputs)
-        self.w_ih = zeros(needs.w_ih, recurrences, depth, scan.inputs)
-        self.w_hh = zeros(needs.w_hh, recurrences, depth, scan.recurrent)
-        projected = needs.w_hr and scan.w_hr is not None
-        self.w_hr = zeros(projected, recurrences, scan.recurrent, scan.hidden)
-        self.b_ih = zeros(biased, recurrences, depth)
-        self.b_hh = zeros(biased, recurrences, depth)
-        size = () if scan.params is None else scan.params.shape
-        self.params = zeros(needs.params and scan.params is not None, *size)
+    def __init__(self, scan: Scan, needs: Needs, chunks: int) -> None:
+        self.scan, self.needs, self.chunks = scan, needs, chunks
+        self.runs = _runs(scan.reversed_recurrences)
+        self.sums: dict[tuple[str, int], Tensor] = {}  # by name and number of the run
+        self.own_x: Tensor | None = None
+        self.summed_x: Tensor | None = None
+        self.biased = needs.biases and bool(scan.operands.b_ih)
+        if needs.x and not (chunks and scan.recurrences == 1):
+            size = scan.rows, scan.inputs
+            self.summed_x = torch.zeros(size, dtype=scan.compute, device=scan.device)
 
     def add(self, begin: int, end: int, buffers: BackwardBuffers, tape: Tensor) -> None:
-        scan, dh, dp = self.scan, buffers.dh, buffers.dp
-        for p, recurrences in _runs(scan.reversed_recurrences):
-            low, high = scan.row_range(begin, end, scan.reversed_recurrences[p])
+        scan, needs, dh, dp = self.scan, self.needs, buffers.dh, buffers.dp
+        for run, recurrences in enumerate(self.runs):
+            low, high = scan.row_range(begin, end, scan.reversed_recurrences[recurrences.start])
             count = high - low
             u, v, h = (
                 rows[recurrences, :count] for rows in (buffers.du, buffers.dv, buffers.h_prev)
             )
-            if self.w_ih is not None:
+            if needs.w_ih:
                 x = scan.x_rows((low, high))
-                self.w_ih[recurrences] += torch.bmm(
-                    u.transpose(1, 2), x.expand(u.size(0), *x.shape)
-                )
-            if self.w_hh is not None:
-                self.w_hh[recurrences] += torch.bmm(v.transpose(1, 2), h)
-            if self.w_hr is not None and dh is not None:
+                self._add("w_ih", run, _products(u, x.expand(u.size(0), *x.shape)))
+            if needs.w_hh:
+                self._add("w_hh", run, _products(v, h))
+            if needs.w_hr and dh is not None:
                 unprojected = tape[low:high, recurrences, -1].transpose(0, 1)
-                self.w_hr[recurrences] += torch.bmm(
-                    dh[recurrences, :count].transpose(1, 2), unprojected
-                )
-            if self.b_ih is not None and self.b_hh is not None:
-                self.b_ih[recurrences] += u.sum(1, dtype=scan.compute)
-                self.b_hh[recurrences] += v.sum(1, dtype=scan.compute)
-            if self.params is not None and dp is not None:
-                sums = dp[recurrences, :count].sum(1)
-                self.params[recurrences] += sums.view_as(self.params[recurrences])
-            if self.x is not None:
-                for recurrence, gradient in enumerate(u, p):
-                    self.x[low:high] += torch.mm(gradient, scan.w_ih[recurrence])
+                self._add("w_hr", run, _products(dh[recurrences, :count], unprojected))
+            if self.biased:
+                dtype = scan.dtype if self.chunks == 1 else scan.compute
+                self._add("b_ih", run, u.sum(1, dtype=dtype))
+                if not scan.all_summed:
+                    self._add("b_hh", run, v.sum(1, dtype=dtype))
+            if needs.params and dp is not None:
+                self._add("params", run, dp[recurrences, :count].sum(1))
+            if needs.x:
+                self._add_to_x(low, high, u, recurrences.start)
+
+    def _add(self, name: str, run: int, term: Tensor) -> None:
+        before = self.sums.get((name, run))
+        if before is not None:
+            before += term
+        else:
+            self.sums[name, run] = term if self.chunks == 1 else term.to(self.scan.compute)
+
+    def _add_to_x(self, low: int, high: int, u: Tensor, first: int) -> None:
+        scan = self.scan
+        if self.summed_x is not None:
+            for recurrence, gradient in enumerate(u, first):
+                self.summed_x[low:high] += torch.mm(gradient, scan.w_ih[recurrence])
+            return
+        # One recurrence and direction: each row belongs to one chunk.
+        if self.own_x is None:
+            self.own_x = u.new_empty(scan.rows, scan.inputs)
+        torch.mm(u[0], scan.operands.w_ih[0], out=self.own_x[low:high])
 
     def all(self) -> list[Tensor]:
-        dtype, shape = self.scan.operands.x.dtype, self.scan.operands.x.shape
-        out = [] if self.x is None else [self.x.view(shape).to(dtype)]
-        for group in (self.w_ih, self.w_hh, self.b_ih, self.b_hh, self.w_hr):
-            out += [] if group is None else list(group.to(dtype).unbind(0))
-        if self.params is not None:
-            derived = self.scan.derived
-            for own in self.params:
-                for rows in derived.param_groups():
-                    one = derived.shared[rows.start]
-                    param = own[rows].flatten()
-                    out.append((param.sum(0, keepdim=True) if one else param).to(dtype))
+        scan, needs = self.scan, self.needs
+        x = self.own_x if self.summed_x is None else self.summed_x
+        out = [] if x is None else [x.view(scan.operands.x.shape).to(scan.dtype)]
+        depth = scan.gates * scan.hidden
+        if needs.w_ih:
+            out += self._of_all("w_ih", depth, scan.inputs)
+        if needs.w_hh:
+            out += self._of_all("w_hh", depth, scan.recurrent)
+        if self.biased:
+            b_ih = self._of_all("b_ih", depth)
+            out += b_ih
+            out += [b.clone() for b in b_ih] if scan.all_summed else self._of_all("b_hh", depth)
+        if needs.w_hr and scan.operands.w_hr:
+            out += self._of_all("w_hr", scan.recurrent, scan.hidden)
+        if needs.params and scan.params is not None:
+            out += self._params(scan.params)
         return out
 
+    def _of_all(self, name: str, *shape: int) -> list[Tensor]:
+        """The gradients of each recurrence."""
+        scan = self.scan
+        if not self.chunks:
+            zeros = torch.zeros(scan.recurrences, *shape, dtype=scan.dtype, device=scan.device)
+            return list(zeros.unbind(0))
+        parts = [self.sums[name, run].to(scan.dtype) for run in range(len(self.runs))]
+        return [own for part in parts for own in part.unbind(0)]
 
-def _runs(backward: Sequence[bool]) -> list[tuple[int, slice]]:
-    """Runs of neighbouring recurrences with the same direction: `(first, slice)` each."""
-    edges = [p for p in range(len(backward)) if p == 0 or backward[p] != backward[p - 1]]
-    ends = [*edges[1:], len(backward)]
-    return [(p, slice(p, end)) for p, end in zip(edges, ends, strict=True)]
+    def _params(self, params: Tensor) -> list[Tensor]:
+        scan, out = self.scan, []
+        own = self._sums_of_params(params)
+        for recurrence in own:
+            for rows in scan.derived.param_groups():
+                one = scan.derived.shared[rows.start]
+                param = recurrence[rows].flatten()
+                out.append((param.sum(0, keepdim=True) if one else param).to(scan.dtype))
+        return out
+
+    def _sums_of_params(self, params: Tensor) -> Tensor:
+        if not self.chunks:
+            return torch.zeros_like(params, dtype=self.scan.compute)
+        parts = [self.sums["params", run] for run in range(len(self.runs))]
+        return torch.cat(parts).view_as(params)
+
+
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """[P, I, J] from a [P, rows, I] and b [P, rows, J]."""
+    if a.size(0) == 1:
+        return torch.mm(a[0].t(), b[0]).unsqueeze(0)
+    return torch.bmm(a.transpose(1, 2), b)
+
+
+@functools.cache
+def _runs_of(flags: tuple[bool, ...]) -> tuple[slice, ...]:
+    edges = [p for p in range(len(flags)) if p == 0 or flags[p] != flags[p - 1]]
+    return tuple(map(slice, edges, [*edges[1:], len(flags)]))
+
+
+def _runs(flags: Sequence[bool]) -> tuple[slice, ...]:
+    """Runs of neighbouring recurrences, or gates, with the same flag."""
+    return _runs_of(tuple(flags))

@@ -6,13 +6,14 @@ some steps, and the values that describe a call to them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from fastrnn.kernels.gpu import packed
 from fastrnn.kernels.operands import Operands
 from fastrnn.plan import Plan
 
@@ -25,6 +26,7 @@ __all__ = [
     "RecomputeBuffers",
     "RecomputingSweeps",
     "Scan",
+    "Shape",
     "Sweeps",
     "Tape",
     "stacked",
@@ -35,11 +37,46 @@ __all__ = [
 def tf32_allowed() -> bool:
     """Whether float32 is multiplied by recurrent weights as TF32. torch's switches for `nn.LSTM`
     decide: `torch.backends.cudnn.rnn.fp32_precision` and `torch.backends.cudnn.allow_tf32`."""
-    rnn: Any = torch.backends.cudnn.rnn  # its type lacks this attribute
-    return bool(rnn.fp32_precision == "tf32")
+    # The switch itself is a property that takes as long as an operation of torch.
+    return bool(torch._C._get_fp32_precision_getter("cuda", "rnn") == "tf32")
 
 
-class Scan:
+class Shape:
+    """What calls have in common that have the same plan, cell and sizes; `Scan` has the attributes.
+
+    `remembered` is for what the kernels compute once for all these calls.
+    """
+
+    def __init__(self, cell: str, derived: Derived, plan: Plan, operands: Operands) -> None:
+        self.cell, self.derived, self.plan = cell, derived, plan
+        x = operands.x
+        self.gates, self.states = len(derived.gates), len(derived.states)
+        self.recurrences = len(operands.w_hh)
+        self.hidden = operands.w_hh[0].size(0) // self.gates
+        self.recurrent = operands.w_hh[0].size(1)
+        self.inputs = x.size(-1)
+        self.dtype, self.device = x.dtype, x.device
+        self.compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+        self.rows = x.shape[:-1].numel()
+        if operands.batch_sizes is not None:
+            self.steps, self.batch = operands.batch_sizes.numel(), operands.s0[0].size(-2)
+        else:
+            self.steps, self.batch = (x.size(0), x.size(1)) if x.dim() == 3 else (1, x.size(0))
+        self.reverse = operands.reverse
+        self.reversed_recurrences = [
+            bool(operands.reverse >> p & 1) for p in range(self.recurrences)
+        ]
+        self.chunk_steps = plan.chunk_steps(self.steps, self.batch)
+        self.chunk_rows = min(self.rows, self.chunk_steps * self.batch)
+        # Whether the call is one recurrence in one chunk, and state 0 is the output.
+        self.alone = self.recurrences == 1 and self.chunk_steps >= self.steps > 0
+        self.alone = self.alone and self.batch > 0 and not (operands.w_hr or operands.params)
+        self.summed = derived.summed
+        self.all_summed = all(derived.summed)
+        self.remembered: dict[str, Any] = {}
+
+
+class Scan(Shape):
     """The description of a call, for the forward and the backward pass.
 
     Attributes:
@@ -48,70 +85,66 @@ class Scan:
         gates, states, recurrences, hidden, inputs, steps, batch, rows: G, S, P, H, I, T, B and the
             number of rows, including padded ones.
         recurrent: Q, the width of state 0 and of the output: H unless it is projected.
-        compute: the dtype of sums and states.
+        dtype, compute: the dtypes of tensors, and of sums and states.
         w_ih, w_hh, w_hr: [P, G*H, I], [P, G*H, Q] and, if state 0 is projected, [P, Q, H].
         params: [P, N, H], the learned parameters of a cell that has some; a shared one is repeated.
         first, first_on_device: int64 [T+1], the first row of each step, for packed input.
         length: int64 [B], steps of each sequence; None if all have `steps`.
         resets: uint8 [rows], whether an episode begins there.
         reverse: one bit per recurrence.
+        summed, all_summed: for each gate, whether its two projections are only ever added; whether
+            all are.
+        alone: whether the call is one recurrence in one chunk of steps, without parameters of the
+            cell, and state 0 is the output. There are shorter ways for it.
         chunk_steps, chunk_rows: time steps of a launch, and the most rows that they have.
     """
 
-    def __init__(self, cell: str, derived: Derived, plan: Plan, operands: Operands) -> None:
-        self.cell, self.derived, self.plan, self.operands = cell, derived, plan, operands
-        x = operands.x
-        self.gates, self.states = len(derived.gates), len(derived.states)
-        self.recurrences = len(operands.w_hh)
-        self.hidden = operands.w_hh[0].size(0) // self.gates
-        self.recurrent = operands.w_hh[0].size(1)
-        self.inputs = x.size(-1)
-        self.compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-        self.rows = x.shape[:-1].numel()
+    def __init__(self, shape: Shape, operands: Operands) -> None:
+        vars(self).update(vars(shape))
+        self.operands = operands
         self.first: list[int] | None = None
-        self.first_on_device = self.length = None
+        self.first_on_device: Tensor | None = None
+        self.length: Tensor | None = None
         if operands.batch_sizes is not None:
-            sizes = operands.batch_sizes
-            self.steps, self.batch = sizes.numel(), operands.s0[0].size(1)
-            first = torch.zeros(self.steps + 1, dtype=torch.int64, device="cpu")
-            torch.cumsum(sizes, 0, out=first[1:])
-            self.first = first.tolist()
-            sequences = torch.arange(self.batch, device="cpu")
-            length = (sizes > sequences.unsqueeze(1)).sum(1)
-            self.first_on_device = first.to(x.device, non_blocking=True)
-            self.length = length.to(x.device, non_blocking=True)
-        else:
-            self.steps, self.batch = (x.size(0), x.size(1)) if x.dim() == 3 else (1, x.size(0))
-            if operands.lengths is not None:
-                self.length = operands.lengths.to(x.device).contiguous()
+            tables = packed.tables(operands.batch_sizes, self.batch, self.device)
+            self.first = tables.first
+            self.first_on_device, self.length = tables.first_on_device(), tables.length()
+        elif operands.lengths is not None:
+            self.length = operands.lengths.to(self.device).contiguous()
         self.resets = (
             None if operands.resets is None else operands.resets.contiguous().view(torch.uint8)
         )
-        self.reverse = operands.reverse
-        self.reversed_recurrences = [
-            bool(operands.reverse >> p & 1) for p in range(self.recurrences)
+
+    @functools.cached_property
+    def w_ih(self) -> Tensor:
+        return stacked(self.operands.w_ih)
+
+    @functools.cached_property
+    def w_hh(self) -> Tensor:
+        return stacked(self.operands.w_hh)
+
+    @functools.cached_property
+    def w_hr(self) -> Tensor | None:
+        return stacked(self.operands.w_hr) if self.operands.w_hr else None
+
+    @functools.cached_property
+    def params(self) -> Tensor | None:
+        if not self.operands.params:
+            return None
+        every = [
+            param.view(-1, self.hidden)
+            if param.size(0) > self.hidden
+            else param.expand(1, self.hidden)
+            for param in self.operands.params
         ]
-        self.chunk_steps = plan.chunk_steps(self.steps, self.batch)
-        self.chunk_rows = min(self.rows, self.chunk_steps * self.batch)
-        self.w_hh = stacked(operands.w_hh)
-        self.w_ih = stacked(operands.w_ih)
-        self.w_hr = stacked(operands.w_hr) if operands.w_hr else None
-        self.params: Tensor | None = None
-        if operands.params:
-            every = [
-                param.view(-1, self.hidden)
-                if param.size(0) > self.hidden
-                else param.expand(1, self.hidden)
-                for param in operands.params
-            ]
-            self.params = torch.cat(every).view(self.recurrences, -1, self.hidden)
+        return torch.cat(every).view(self.recurrences, -1, self.hidden)
 
     def width(self, state: int) -> int:
         return self.hidden if state else self.recurrent
 
     def tape_width(self) -> int:
         """W, the number of values [H] in a row of the tape."""
-        return self.derived.tape_width(self.w_hr is not None)
+        return self.derived.tape_width(bool(self.operands.w_hr))
 
     def row(self, t: int) -> int:
         return t * self.batch if self.first is None else self.first[t]
@@ -136,8 +169,7 @@ class Scan:
         return part.reshape(high - low, self.inputs)
 
 
-@dataclass(frozen=True)
-class Tape:
+class Tape(NamedTuple):
     """The saved values of some rows for the backward pass.
 
     Attributes:
@@ -152,7 +184,9 @@ class Tape:
 
 
 # Tensors of the buffers are contiguous. Row r of the input is row
-# `r - scan.row_range(begin, end, ..)[0]` of `u`, `v`, `du`, `dv`, `h_prev` and `dh`.
+# `r - scan.row_range(begin, end, ..)[0]` of `u`, `v`, `du`, `dv`, `h_prev` and `dh`. Kernels read
+# pointers: in a call of one recurrence and one chunk, tensors may lack the first dimension, or have
+# steps and batch in the place of rows.
 
 
 class ForwardBuffers(NamedTuple):

@@ -59,6 +59,18 @@ def test_cuda_kernels_that_are_asked_for_need_nvcc(
     assert cuda.ninja_file(folder) == ""
 
 
+def test_a_watchdog_is_built_in_where_it_is_asked_for(
+    toolkit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTRNN_CUDA", "1")
+    for wanted, there in (("", False), ("0", False), ("1", True)):
+        monkeypatch.setenv("FASTRNN_WATCHDOG", wanted)
+        assert ("-DFASTRNN_WATCHDOG" in cuda.ninja_file(ROOT / "build" / "any")) is there
+    monkeypatch.setenv("FASTRNN_WATCHDOG", "yes")
+    with pytest.raises(SystemExit, match="FASTRNN_WATCHDOG is 0 or 1, not 'yes'"):
+        cuda.ninja_file(ROOT / "build" / "any")
+
+
 def test_gpus_to_build_for(toolkit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def codes(architectures: str) -> list[str]:
         return [t.rpartition("code=")[2] for t in cuda.targets_of(architectures)]

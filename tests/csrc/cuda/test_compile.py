@@ -240,6 +240,7 @@ found = cuda.Library({str(library)!r})
 assert not found.simulated
 assert found.cells == {LOADED.cells!r}, found.cells
 assert found.resident_clusters(8, 256, 1 << 16) == 0
+assert "(error" in found.usable()
 sweep = Sweep(steps=3, batch=2, hidden=8, recurrences=1, end=3)
 for residency in range(4):
     for precision in range(6):
@@ -247,13 +248,13 @@ for residency in range(4):
         for kind in ("forward", "backward", "h_prev", "recompute"):
             found.workspace_bytes({LOADED.cells[-1]!r}, sweep, plan, kind == "backward")
             try:
-                found.launch(kind, {LOADED.cells[-1]!r}, sweep, plan, None)
+                found.launch(kind, {LOADED.cells[-1]!r}.encode(), sweep, plan, None)
             except RuntimeError as error:
                 assert "error" in str(error) and "no text" not in str(error), error
             else:
                 raise AssertionError(f"ran where no GPU is: {{precision}} {{residency}}")
 try:
-    found.launch("forward", "no such cell", sweep, CudaPlan(), None)
+    found.launch("forward", b"no such cell", sweep, CudaPlan(), None)
 except RuntimeError as error:
     assert "invalid argument" in str(error), error
 else:

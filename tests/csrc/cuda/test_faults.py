@@ -28,7 +28,7 @@ pytestmark = [
 ]
 
 TILE, EXCHANGE = "cuda/persistent/product.cuh", "cuda/persistent/exchange.cuh"
-FORWARD, BACKWARD = "cuda/persistent/forward.cu", "cuda/persistent/backward.cu"
+FORWARD, BACKWARD = "cuda/persistent/forward.cuh", "cuda/persistent/backward.cuh"
 LAUNCH, RECOMPUTE = "cuda/persistent/launch.cuh", "cuda/recompute.cu"
 STEP = "cuda/step/product.cuh"
 AGAIN = {"chunk": 2}  # chunks of 2 steps; then tapes are recomputed too
@@ -132,7 +132,18 @@ FAULTS = [
     Planted(
         "a flag of the step before",
         "grid",
-        Fault(EXCHANGE, "static_cast<uint32_t>(i)) {", "static_cast<uint32_t>(i - PLANTED)) {"),
+        Fault(
+            EXCHANGE, "static_cast<uint32_t>(i)) watch", "static_cast<uint32_t>(i - PLANTED)) watch"
+        ),
+    ),
+    Planted(
+        "a block whose flag no thread polls",
+        "grid",
+        Fault(
+            EXCHANGE,
+            "block < at.active; block += blockDim.x",
+            "block < at.active - PLANTED; block += blockDim.x",
+        ),
     ),
     Planted(
         "a flag that does not speak for all warps",
@@ -292,7 +303,11 @@ FAULTS = [
     Planted(
         "one value on the tape for another",
         "block",
-        Fault(FORWARD, "saved[o][e][k - (S - 1)].x", "saved[o][e][PLANTED ? 0 : k - (S - 1)].x"),
+        Fault(
+            FORWARD,
+            "saved[j][o][e][k - (S - 1)].x",
+            "saved[j][o][e][PLANTED ? 0 : k - (S - 1)].x",
+        ),
     ),
     Planted(
         "a first operand that is not there yet",

@@ -360,6 +360,33 @@ def test_graph(kernel: str) -> None:
             close(ours, both_ways(layer, x))
 
 
+@pytest.mark.first
+def test_graph_of_packed_input(kernel: str) -> None:
+    """The tables of the batch come from the call before the capture, and live as long as it."""
+    sizes = torch.tensor([4, 4, 3, 1, 1])
+    for layer in layers():
+        x = torch.randn(13, 32, device="cuda")
+
+        def call(layer: nn.Module = layer, x: Tensor = x) -> list[Tensor]:
+            y, _ = layer(nn.utils.rnn.PackedSequence(x, sizes))
+            return [y.data, *torch.autograd.grad(y.data.sin().sum(), list(layer.parameters()))]
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            ours = call()
+        for n in range(1, 40):  # other batches, which push the tables out
+            sequences = torch.randn(n, 32, device="cuda")
+            layer(nn.utils.rnn.PackedSequence(sequences, torch.ones(n, dtype=torch.int64)))
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        close(ours, call())
+
+
 @pytest.mark.whole
 def test_compiled(kernel: str) -> None:
     for layer in layers():

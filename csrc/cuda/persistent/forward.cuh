@@ -1,4 +1,5 @@
 // The forward sweep in one launch: the recurrent weights stay on chip, the steps are a loop.
+#pragma once
 
 #include <type_traits>
 
@@ -40,6 +41,15 @@ struct Traits {
   using Value = std::conditional_t<precision == Precision::kBfloat16, Rough, Quick>;
   using Product = tile::Product<precision, kTiles, kColumnTiles, kResident>;
 
+  // In a grid a flag tells that all is visible that was stored before it. So a block raises it
+  // before it stores anything else, if there are registers for the values of all columns. In a
+  // cluster the order does not matter, but one kernel spills registers without it.
+  template <int kResidency>
+  static constexpr bool kPublishesFirst =
+      kResidency == kGrid
+          ? kOctets == 1 || kColumnTiles == 1 || (kColumnTiles == 2 && kSize == 2)
+          : kResidency == kCluster && kOctets == 1 && kColumnTiles == 4 && kSize == 4;
+
   static tile::Need need(int64_t hidden) {
     const int64_t octets = (hidden + 7) / 8;
     return {(octets + kOctets - 1) / kOctets, octets * 8 * kSize, kTiles, kColumns, kResident,
@@ -56,7 +66,7 @@ struct Traits {
 // u of the next step is loaded before the wait, so that it is there when it is needed. A block
 // waits only in the exchange (see tile::Exchange), for the blocks of its group. Per step and group,
 // with C = kColumns: 2*G*H*H*C FLOP; G*H*C numbers of u in, (S + K)*H*C of y and tape out.
-template <class X>
+template <class X, int kResidency>
 __global__ void __launch_bounds__(tile::kThreads, 1)
     persistent_forward(const Sweep sweep, const Launched launched) {
   using Cell = typename X::Cell;
@@ -65,6 +75,7 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
   using Value = typename X::Value;
   constexpr int G = X::kGates, S = X::kStates;
   constexpr int kOctets = X::kOctets, kColumnTiles = X::kColumnTiles;
+  if constexpr (kResidency == kCluster && !platform::kClusters) return;  // never launched
   FASTRNN_SHARED(char, shared);
   const Layout& layout = launched.at;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -95,7 +106,7 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
   const int low = at.low(longest), steps = at.high(longest) - low;
   if (steps <= 0) return;  // and so does the whole group
 
-  const tile::Exchange exchange = persistent::exchange_of<X>(launched, task, rank, steps, shared);
+  const auto exchange = persistent::exchange_of<X, kResidency>(launched, task, rank, steps, shared);
   if (rank >= layout.active) {
     exchange.ready();
     exchange.end();
@@ -201,16 +212,40 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
     }
     const char* operand = exchange.wait(i, computes);
     const bool sends = i + 1 < steps;
+    Value saved[kColumnTiles][kOctets][2][X::kSaved + 1];
+    // Loads u of the next step, and stores what no other thread waits for.
+    const auto finish = [&](int j) {
+      if (sends) fetch(at.time(low + i + 1), j);
+      const int64_t row0 = at.row(t, b0);
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        if (t >= stop[j][e]) continue;
+        const int n = 8 * j + column + e;
+        Stored* y = static_cast<Stored*>(sweep.y) + at.output(row0) + unit;
+        // The forward pass has the tape of all rows: no `tape_base`.
+        Stored* tape = static_cast<Stored*>(sweep.tape) + at.output(row0) * X::kTaped + unit;
+        const int y_row = n * static_cast<int>(sweep.recurrences) * hidden;
+#pragma unroll
+        for (int o = 0; o < kOctets; ++o) {
+          if (unit + 8 * o >= hidden) continue;
+          platform::store(y + y_row + 8 * o, s[0][o][j][e]);
+          if (sweep.tape == nullptr) continue;
+#pragma unroll
+          for (int k = 0; k < X::kTaped; ++k) {
+            const float value = k < S - 1 ? s[k + 1][o][j][e] : saved[j][o][e][k - (S - 1)].x;
+            platform::store(tape + y_row * X::kTaped + k * hidden + 8 * o, value);
+          }
+        }
+      }
+    };
     if (computes) {
       typename X::Product::Sums sum;
       product.run(operand, sum);
       tile::add_slices(layout, shared, group, slice, sum);
       if (owns) {
-        const int64_t row0 = at.row(t, b0);
 #pragma unroll
         for (int j = 0; j < kColumnTiles; ++j) {
-          Value saved[kOctets][2][X::kSaved + 1];
-          const auto place = exchange.place<X::kPieces>(i + 1, staging, 8 * j, offset);
+          const auto place = exchange.template place<X::kPieces>(i + 1, staging, 8 * j, offset);
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             auto* to = reinterpret_cast<typename X::Operand*>(place.to + e * place.pitch);
@@ -228,7 +263,7 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
               }
 #pragma unroll
               for (int k = 0; k < S; ++k) before[k] = cut ? 0 : s[k][o][j][e];
-              Cell::forward(us, vs, before, after, saved[o][e]);
+              Cell::forward(us, vs, before, after, saved[j][o][e]);
               const bool here = t < stop[j][e] && unit + 8 * o < hidden;
 #pragma unroll
               for (int k = 0; k < S; ++k) s[k][o][j][e] = here ? after[k].x : s[k][o][j][e];
@@ -237,35 +272,18 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
             }
           }
           if (sends) {
-            exchange.send<X::kPieces>(i + 1, staging, 8 * j,
-                                      [&](int piece) { return offset + piece * tile::kPiece; });
-            fetch(at.time(low + i + 1), j);
+            exchange.template send<X::kPieces>(
+                i + 1, staging, 8 * j, [&](int piece) { return offset + piece * tile::kPiece; });
           }
-          // No other thread waits for these stores.
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            if (t >= stop[j][e]) continue;
-            const int n = 8 * j + column + e;
-            Stored* y = static_cast<Stored*>(sweep.y) + at.output(row0) + unit;
-            // The forward pass has the tape of all rows: no `tape_base`.
-            Stored* tape = static_cast<Stored*>(sweep.tape) + at.output(row0) * X::kTaped + unit;
-            const int y_row = n * static_cast<int>(sweep.recurrences) * hidden;
-#pragma unroll
-            for (int o = 0; o < kOctets; ++o) {
-              if (unit + 8 * o >= hidden) continue;
-              platform::store(y + y_row + 8 * o, s[0][o][j][e]);
-              if (sweep.tape == nullptr) continue;
-#pragma unroll
-              for (int k = 0; k < X::kTaped; ++k) {
-                const float value = k < S - 1 ? s[k + 1][o][j][e] : saved[o][e][k - (S - 1)].x;
-                platform::store(tape + y_row * X::kTaped + k * hidden + 8 * o, value);
-              }
-            }
-          }
+          if (!X::template kPublishesFirst<kResidency>) finish(j);
         }
       }
     }
     if (sends) exchange.sent(i + 1);
+    if (owns && X::template kPublishesFirst<kResidency>) {
+#pragma unroll
+      for (int j = 0; j < kColumnTiles; ++j) finish(j);
+    }
   }
 
   exchange.settle();
@@ -280,30 +298,15 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
 
 // ---- Launch ------------------------------------------------------------------------------------
 
-// This struct names the kernel of this file, so each file has one of the same shape.
+// This struct names the kernel of this file, so each direction has one of the same shape.
 struct Direction : tile::Forward {
   template <class Cell, Precision precision, int units, int kColumnTiles>
   using Traits = fastrnn::Traits<Cell, precision, units / 8, kColumnTiles>;
-  template <class X>
+  template <class X, int kResidency>
   static auto kernel() {
-    return persistent_forward<X>;
+    return persistent_forward<X, kResidency>;
   }
 };
 
 }  // namespace
-
-// ---- Entry -------------------------------------------------------------------------------------
-
-const PersistentKernels kPersistentForward = persistent::entry<Direction>();
-
-// The same for all persistent kernels: each runs one block per multiprocessor.
-int resident_clusters(int blocks, int threads, int64_t shared_bytes) {
-  return with_cell(0, [&](auto cell) {
-    using Cell = decltype(cell);
-    constexpr int kUnits = Direction::row_groups(Cell::kGates, 1).units[0];
-    using X = Direction::Traits<Cell, Precision::kBfloat16, kUnits, 1>;
-    return platform::resident_clusters(persistent_forward<X>, blocks, threads, shared_bytes);
-  });
-}
-
 }  // namespace fastrnn

@@ -1,4 +1,5 @@
 // The backward sweep in one launch: the recurrent weights stay on chip, the steps are a loop.
+#pragma once
 
 #include "cuda/persistent/launch.cuh"
 #include "cuda/quick_math.cuh"
@@ -71,7 +72,7 @@ struct Values {
 //   wait for dv of all units -> R^T * dv -> add up the slices -> cell -> send dv -> store it.
 // The cell's inputs are loaded two items ahead: for most plans that is a whole step. Per step and
 // group, with C = kColumns: 2*G*H*H*C FLOP; (S + K + 2)*H*C numbers in, (G + 1)*H*C out.
-template <class X>
+template <class X, int kResidency>
 __global__ void __launch_bounds__(tile::kThreads, 1)
     persistent_backward(const Sweep sweep, const Launched launched) {
   using Cell = typename X::Cell;
@@ -79,6 +80,7 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
   using Stored = typename X::Stored;
   constexpr int G = X::kGates, S = X::kStates, K = X::kSaved;
   constexpr int kColumnTiles = X::kColumnTiles;
+  if constexpr (kResidency == kCluster && !platform::kClusters) return;  // never launched
   FASTRNN_SHARED(char, shared);
   const Layout& layout = launched.at;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -101,8 +103,8 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
   const int low = at.low(longest), high = at.high(longest), steps = high - low;
   if (steps <= 0) return;  // and so does the whole group
 
-  const tile::Exchange exchange =
-      persistent::exchange_of<X>(launched, task, rank, steps + 1, shared);
+  const auto exchange =
+      persistent::exchange_of<X, kResidency>(launched, task, rank, steps + 1, shared);
   if (rank >= layout.active) {
     exchange.ready();
     exchange.end();
@@ -195,7 +197,7 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
   if (items > 0) fetch(even, 0, time(0), row0, row0_before);
   if (items > 1) fetch(odd, 1, time(0), row0, row0_before);
   char* staging = shared + layout.staging + warp * layout.staged;
-  const int gate_stride = launched.residency == kBlock ? padded : 8;  // in a row at `place`
+  const int gate_stride = kResidency == kBlock ? padded : 8;  // in a row at `place`
   uint32_t passes = 0;  // a bit per number: whether the next product is added to it
   const auto add_product = [&](int i, float2 x) {
     const float2 sum = tile::sum_of<X::kItems>(layout, shared, group, item(i));
@@ -209,7 +211,7 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
     const char* operand = exchange.wait(step, computes);
     if (computes && step > 0) {
       typename X::Product::Sums sum;
-      if (launched.residency == kGrid)
+      if (kResidency == kGrid)
         product.run_in_place(operand, sum);
       else
         product.run(operand, sum);
@@ -225,7 +227,7 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
       for (int k = 0; k < S; ++k) ds[k] = gradient(i, k);
       if (step > 0) ds[0] = add_product(i, ds[0]);
       const auto place =
-          exchange.place<X::kPieces>(step + 1, staging, column(i), unit(i) * X::kSize);
+          exchange.template place<X::kPieces>(step + 1, staging, column(i), unit(i) * X::kSize);
       Quick du[2][G], dv[2][G];
       Stored h_prev[2];
       const bool alive[2] = {given.alive[0], given.alive[1]};
@@ -257,7 +259,7 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
         const uint32_t bit = 1u << (2 * i + e);
         passes = alive[e] && !cut ? passes | bit : passes & ~bit;
       }
-      exchange.send<X::kPieces>(step + 1, staging, column(i), [&](int piece) {
+      exchange.template send<X::kPieces>(step + 1, staging, column(i), [&](int piece) {
         const int g = piece / X::kGatePieces, part = piece % X::kGatePieces;
         return (g * padded + unit(i)) * X::kSize + part * tile::kPiece;
       });
@@ -303,20 +305,15 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
 
 // ---- Launch ------------------------------------------------------------------------------------
 
-// This struct names the kernel of this file, so each file has one of the same shape.
+// This struct names the kernel of this file, so each direction has one of the same shape.
 struct Direction : tile::Backward {
   template <class Cell, Precision precision, int units, int kColumnTiles>
   using Traits = fastrnn::Traits<Cell, precision, units / 16, kColumnTiles>;
-  template <class X>
+  template <class X, int kResidency>
   static auto kernel() {
-    return persistent_backward<X>;
+    return persistent_backward<X, kResidency>;
   }
 };
 
 }  // namespace
-
-// ---- Entry -------------------------------------------------------------------------------------
-
-const PersistentKernels kPersistentBackward = persistent::entry<Direction>();
-
 }  // namespace fastrnn

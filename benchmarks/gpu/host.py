@@ -1,0 +1,169 @@
+"""What a call of a layer costs on the host, part by part, beside torch.nn.
+
+    python -m benchmarks.gpu.host [FILE]
+
+On a GPU each call begins when the GPU is idle, and is not waited for. Elsewhere the tensors are on
+the CPU and a library takes the place of the CUDA kernels that does nothing, so the parts of fastrnn
+are those of a GPU, without the microseconds that CUDA takes for each launch.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastrnn
+from benchmarks.gpu import results
+from benchmarks.gpu.baseline import NO_MACHINE
+from fastrnn import kernels
+from fastrnn.kernels.gpu import cuda, driver
+from fastrnn.tools.bench import store
+
+STEPS, BATCH, HIDDEN = 4, 2, 16  # products of this size take a microsecond on a CPU
+CALLS = 1000
+PARTS = (("memory and products", driver, ("forward", "backward")),
+         ("launch", cuda.Library, ("launch",)))  # fmt: skip
+
+Call = Callable[[], object]
+
+
+def wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def quartile(numbers: list[float]) -> float:
+    return round(sorted(numbers)[len(numbers) // 4], 1)
+
+
+def whole(call: Call, calls: int) -> float:
+    """Microseconds of a call: the lower quartile."""
+    took = []
+    for n in range(calls + calls // 10):
+        wait()
+        begin = time.perf_counter()
+        call()
+        if n >= calls // 10:
+            took.append(1e6 * (time.perf_counter() - begin))
+    return quartile(took)
+
+
+@contextmanager
+def timed(owner: Any, names: tuple[str, ...], took: list[float]) -> Iterator[None]:
+    """Adds the microseconds of every call of these functions to `took`."""
+    plain = {name: getattr(owner, name) for name in names}
+
+    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*given: Any, **options: Any) -> Any:
+            begin = time.perf_counter()
+            try:
+                return function(*given, **options)
+            finally:
+                took.append(1e6 * (time.perf_counter() - begin))
+
+        return run
+
+    for name, function in plain.items():
+        setattr(owner, name, watched(function))
+    try:
+        yield
+    finally:
+        for name, function in plain.items():
+            setattr(owner, name, function)
+
+
+def of_parts(call: Call, calls: int) -> dict[str, float]:
+    """Microseconds of the parts of a call; each includes the parts that follow it in `PARTS`."""
+    found = {}
+    for name, owner, functions in PARTS:
+        took: list[float] = []
+        with timed(owner, functions, took):
+            for _ in range(calls):
+                wait()
+                before = len(took)
+                call()
+                took[before:] = [sum(took[before:])]
+        found[name] = quartile(took)
+    return found
+
+
+def inference(layer: torch.nn.Module, x: torch.Tensor) -> Call:
+    def call() -> object:
+        with torch.inference_mode():
+            return layer(x)
+
+    return call
+
+
+def both(layer: torch.nn.Module, x: torch.Tensor) -> Call:
+    """Forward and backward, with the gradient of the input."""
+    x = x.clone().requires_grad_()
+    dy = torch.randn(*x.shape[:-1], HIDDEN, device=x.device)
+    wanted = [x, *layer.parameters()]
+    return lambda: torch.autograd.grad(layer(x)[0], wanted, dy)
+
+
+def rows(device: str, calls: int = CALLS) -> Iterator[dict[str, Any]]:
+    for cell in ("LSTM", "GRU", "RNN"):
+        theirs = getattr(torch.nn, cell)(HIDDEN, HIDDEN, device=device)
+        ours = fastrnn.from_torch(theirs)
+        x = torch.randn(STEPS, BATCH, HIDDEN, device=device)
+        for mode, make in (("inference", inference), ("forward and backward", both)):
+            took, parts = whole(make(ours, x), calls), of_parts(make(ours, x), calls)
+            middle, launch = parts["memory and products"], parts["launch"]
+            yield {
+                "cell": cell,
+                "mode": mode,
+                "us": took,
+                "layer, operator, plan": round(took - middle, 1),
+                "memory and products": round(middle - launch, 1),
+                "launch": launch,
+                "torch.nn": whole(make(theirs, x), calls),
+            }
+
+
+@contextmanager
+def stub() -> Iterator[None]:
+    """Runs the calls inside the block with a library that does nothing."""
+    from tests.support.stub import library
+
+    name, before = "FASTRNN_CUDA_LIBRARY", os.environ.get("FASTRNN_CUDA_LIBRARY")
+    os.environ[name] = str(library())
+    try:
+        with kernels.use("cuda"):
+            yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
+def table(made: list[dict[str, Any]]) -> str:
+    lines = ["| " + " | ".join(made[0]) + " |", "|---" * len(made[0]) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(map(str, row.values())) + " |" for row in made])
+
+
+def main() -> int:
+    torch.set_num_threads(1)
+    on_gpu = torch.cuda.is_available()
+    device = "cuda" if on_gpu else "cpu"
+    with nullcontext() if on_gpu else stub():
+        made = list(rows(device))
+    print(f"microseconds on the host, T {STEPS}, B {BATCH}, H {HIDDEN}, float32, on {device}")
+    print(table(made))
+    if len(sys.argv) > 1:
+        conditions = asdict(store.conditions(NO_MACHINE, "python -m benchmarks.gpu.host", device))
+        results.save(Path(sys.argv[1]), made, conditions)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
