@@ -1,48 +1,24 @@
 """The Python functions that the compiled operator calls.
 
 It asks for a plan when it sees a shape on a CPU for the first time, and for a cell that it does not
-know yet. Python also plans and launches every kernel except the CPU's.
+know yet. All other kernels are Python's: `launched.py` plans and launches them. A CPU needs none of
+these, so their import waits for the first such call.
 """
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastrnn import plan
 from fastrnn.extension import _C
 from fastrnn.kernels import device as machine
-from fastrnn.kernels import reference
-from fastrnn.kernels.gpu import cuda, driver
-from fastrnn.kernels.gpu.sweeps import Scan, Shape, Sweeps, tf32_allowed
-from fastrnn.kernels.gpu.triton import launch
-from fastrnn.kernels.operands import Needs, Operands
-from fastrnn.kernels.prepare import cell_of, find
+from fastrnn.kernels.prepare import find
 from fastrnn.plan.dtypes import NAMES
 
-if TYPE_CHECKING:
-    from fastrnn.compiler.derive import Derived
-
 __all__: list[str] = []
-
-# The kernels for GPUs, which are launched from Python.
-_SWEEPS: dict[str, Sweeps] = {"cuda": cuda.sweeps, "triton": launch.sweeps}
-
-
-class Planned(Shape):
-    """A shape, with the sweeps of its plan's kernel; None for the reference."""
-
-    def __init__(self, cell: str, derived: Derived, chosen: plan.Plan, operands: Operands) -> None:
-        super().__init__(cell, derived, chosen, operands)
-        self.sweeps = _SWEEPS.get(chosen.kernel)
-
-
-_logged: set[tuple[plan.Problem, plan.Device]] = set()
 
 
 def _cpu_plan(
@@ -54,33 +30,16 @@ def _cpu_plan(
     chosen = plan.choose(asked, offered)
     if chosen.kernel != "cpu":
         return None
-    _log(asked, offered, chosen)
+    machine.log(asked, offered, chosen)
     config = chosen.cpu
     split = config.split_recurrences, config.split_sequences, config.split_units
     return plan.WEIGHT_LAYOUTS.index(config.weights), *split, chosen.chunk_rows
 
 
-def _log(problem: plan.Problem, device: plan.Device, chosen: plan.Plan) -> None:
-    if "plan" in os.environ.get("FASTRNN_LOG", "") and (problem, device) not in _logged:
-        _logged.add((problem, device))
-        busy = f"\n      on {device.cpu} because threads came late" * device.cpu.contended
-        print(f"fastrnn: {problem}{busy}\n      -> {chosen}", file=sys.stderr)
-
-
 def _forward(inputs: tuple[Any, ...], tape: bool) -> tuple[Tensor, list[Tensor], Tensor]:
-    """The forward pass of a kernel that Python launches."""
-    (key, operands), flags = _split(inputs), (tape, False)
-    shape = _shape(key, operands, flags)
-    if shape.sweeps is None:
-        return reference.forward(cell_of(key), operands, tape)
-    stacked = _with_recurrences(operands)
-    try:
-        y, states, saved = driver.forward(shape.sweeps, Scan(shape, stacked), tape)
-    except cuda.CooperativeLaunchRefused:
-        if not machine.go_on_without_grids(operands.x.device):
-            raise
-        return _forward(inputs, tape)
-    return y, [s[0] for s in states] if stacked is not operands else states, saved
+    from fastrnn.kernels import launched
+
+    return launched.forward(inputs, tape)
 
 
 def _backward(
@@ -90,29 +49,9 @@ def _backward(
     tape: Tensor,
     needs: Sequence[bool],
 ) -> list[Tensor] | None:
-    """The gradients by a kernel that Python launches; None if the reference must give them."""
-    (key, operands), need = _split(inputs), Needs(*needs)
-    shape = _shape(key, operands, (True, True))
-    sweeps = shape.sweeps
-    if sweeps is None or grads[-1] is not None:
-        # The kernels for GPUs read no gradients of the states after every step.
-        return None
-    if tape.size(2) and not tape.size(0) and y.numel() and sweeps is not cuda.sweeps:
-        tape = _forward(inputs, True)[2]
-    stacked = _with_recurrences(operands)
-    ours = grads[:-1]
-    if stacked is not operands:
-        ours = [grads[0], *[None if g is None else g.unsqueeze(0) for g in ours[1:]]]
-    try:
-        out = driver.backward(sweeps, Scan(shape, stacked), ours, y, tape, need)
-    except cuda.CooperativeLaunchRefused:
-        if not machine.go_on_without_grids(operands.x.device):
-            raise
-        return _backward(inputs, grads, y, tape, needs)
-    if stacked is operands:
-        return out
-    states = len(operands.s0) if need.s0 else 0
-    return out[: len(out) - states] + [g[0] for g in out[len(out) - states :]]
+    from fastrnn.kernels import launched
+
+    return launched.backward(inputs, grads, y, tape, needs)
 
 
 def _reference_backward(
@@ -121,85 +60,9 @@ def _reference_backward(
     needs: Sequence[bool],
     differentiable: bool,
 ) -> list[Tensor]:
-    """The gradients by autograd of the reference, which needs no tape."""
-    (key, operands), need = _split(inputs), Needs(*needs)
-    return reference.gradients(cell_of(key), operands, grads, need, create_graph=differentiable)
+    from fastrnn.kernels import launched
 
-
-def _derived(key: str) -> Derived:
-    from fastrnn.compiler.derive import derive
-
-    return derive(cell_of(key))
-
-
-def _split(inputs: tuple[Any, ...]) -> tuple[str, Operands]:
-    """Split the inputs of the operator into the key of the cell and the operands."""
-    key, *operands = inputs
-    return key, Operands(*operands)
-
-
-def _with_recurrences(operands: Operands) -> Operands:
-    """Operands with states [1, B, *], if they are those of one step [B, I]; else unchanged."""
-    if operands.x.dim() == 3 or operands.batch_sizes is not None:
-        return operands
-    s0, begins = ([s.unsqueeze(0) for s in group] for group in operands.lists()[-2:])
-    return operands._replace(s0=s0, reset_states=begins)
-
-
-# A plan takes longer than a small layer, so each shape is planned once. As in C++,
-# `forget_plans` ends all plans.
-_MOST_SHAPES = 1024
-_shapes: dict[Any, Planned] = {}
-
-
-def _shape(key: str, operands: Operands, flags: tuple[bool, bool]) -> Planned:
-    """What this call has in common with others that have the same plan and sizes. `flags` tell
-    whether it makes or uses a tape, and whether it is a backward pass."""
-    x, w_hh, sizes = operands.x, operands.w_hh, operands.batch_sizes
-    packed = None if sizes is None else (sizes.numel(), operands.s0[0].size(-2))
-    kind = key, x.shape, x.dtype, x.device, flags, packed, operands.reverse
-    weights = len(w_hh), w_hh[0].shape, bool(operands.w_hr), bool(operands.reset_states)
-    tf32 = x.dtype == torch.float32 and tf32_allowed()
-    name = kind, weights, tf32, _C.plans_forgotten()
-    found = _shapes.get(name)
-    if found is None:
-        if len(_shapes) >= _MOST_SHAPES:
-            _shapes.clear()
-        found = _shapes[name] = _planned(key, operands, *flags)
-    return found
-
-
-def _planned(key: str, operands: Operands, tape: bool, backward: bool) -> Planned:
-    cell, x, sizes = cell_of(key), operands.x, operands.batch_sizes
-    if sizes is not None:
-        steps, batch, rows = sizes.numel(), operands.s0[0].size(1), x.size(0)
-    else:
-        steps, batch, rows = x.size(0) if x.dim() == 3 else 1, x.size(-2), -1
-    derived = _derived(key)
-    problem = plan.Problem(
-        cell=key,
-        steps=steps,
-        batch=batch,
-        inputs=x.size(-1),
-        hidden=operands.w_hh[0].size(0) // len(cell.gates),
-        gates=len(cell.gates),
-        states=len(cell.states),
-        recurrences=len(operands.w_hh),
-        rows=rows,
-        dtype=str(x.dtype).removeprefix("torch."),
-        tape=tape,
-        backward=backward,
-        projected=bool(operands.w_hr),
-        projectable=derived.projectable,
-        stages=derived.stages,
-        noise=bool(derived.draws),
-        reset_states=bool(operands.reset_states),
-    )
-    compiled = _C.has_code(key, "float64" if x.dtype == torch.float64 else "float32")
-    offered = machine.current(x.device.type, compiled=compiled, index=x.device.index)
-    chosen = plan.choose(problem, offered)
-    _log(problem, offered, chosen)
-    return Planned(key, derived, chosen, operands)
+    return launched.reference_backward(inputs, grads, needs, differentiable)
 
 
 _C.set_callbacks(

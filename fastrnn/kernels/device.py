@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fastrnn import hardware, plan
 from fastrnn.extension import _C
-from fastrnn.kernels.gpu import cuda
-from fastrnn.kernels.gpu.sweeps import tf32_allowed
-from fastrnn.kernels.gpu.triton import launch
 
-__all__ = ["asked_for", "current", "go_on_without_grids", "use"]
+if TYPE_CHECKING:
+    from fastrnn.kernels.gpu import cuda
+
+__all__ = ["asked_for", "current", "go_on_without_grids", "log", "use"]
 
 _forced: list[str] = []
+_logged: set[tuple[plan.Problem, plan.Device]] = set()
 
 
 @contextmanager
@@ -63,12 +65,16 @@ def current(
     """The facts about this machine for a call with `threads` CPU threads, by default torch's
     number, on the device `kind:index`, by default the current one. `compiled` tells whether the
     cell has code for CPUs, `contended` whether threads came late a short time ago."""
+    # Imported with the first plan, because they take a third of the time of `import fastrnn`.
+    from fastrnn.kernels.gpu import cuda, sweeps
+    from fastrnn.kernels.gpu.triton import launch
+
     if threads is None:
         threads = torch.get_num_threads()
     return plan.Device(
         kind=kind,
         forced=asked_for(),
-        tf32=tf32_allowed(),
+        tf32=sweeps.tf32_allowed(),
         cpu=plan.CpuFacts(
             threads=min(threads, hardware.cores()),
             contended=contended,
@@ -79,6 +85,14 @@ def current(
         cuda=_without_grids(kind, index, _cuda_facts(kind, index, cuda.library())),
         triton=_triton_facts(kind, index, launch.interpreted()),
     )
+
+
+def log(problem: plan.Problem, device: plan.Device, chosen: plan.Plan) -> None:
+    """Print a plan once, if FASTRNN_LOG=plan asks for it."""
+    if "plan" in os.environ.get("FASTRNN_LOG", "") and (problem, device) not in _logged:
+        _logged.add((problem, device))
+        busy = f"\n      on {device.cpu} because threads came late" * device.cpu.contended
+        print(f"fastrnn: {problem}{busy}\n      -> {chosen}", file=sys.stderr)
 
 
 _refused: set[tuple[str, int | None]] = set()  # devices that refused a cooperative launch

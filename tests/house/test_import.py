@@ -35,7 +35,7 @@ def test_import_is_light() -> None:
     seconds, torchs, mib, modules = (min(values) for values in zip(*runs, strict=True))
     heavy = ("torch._dynamo", "torch._inductor", "torch._functorch._aot", "sympy", "triton")
     assert [m for m in modules if m.startswith(heavy)] == []
-    late = ("fastrnn.cells.published.", "fastrnn.compiler.", "fastrnn.integrations.")
+    late = ("fastrnn.cells.published.", "fastrnn.compiler.", "fastrnn.kernels.gpu.")
     assert [m for m in modules if m.startswith(late)] == []
     others = [m for m in modules if not m.startswith("fastrnn")]
     assert len(others) < 30, others
