@@ -326,8 +326,10 @@ def test_faulty_arguments() -> None:
         fastrnn.LSTM(2, 3, zoneout=(0.1, 0.2, 0.3))
     with pytest.raises(ValueError, match="states that are not projected"):
         fastrnn.LSTM(2, 3, proj_size=2, zoneout=0.1)
+    with pytest.raises(ValueError, match="recurrent_dropout is for states that are not projected"):
+        fastrnn.LSTM(2, 3, proj_size=2, recurrent_dropout=0.1)
     with pytest.raises(ValueError, match="per='step' or per='sequence', got 'batch'"):
-        fastrnn.GRU(2, 3, recurrent_dropout=0.1, recurrent_dropout_per="batch")
+        fastrnn.GRU(2, 3, recurrent_dropout_per="batch")
     with pytest.raises(ValueError, match="a positive limit, got 0"):
         fastrnn.RNN(2, 3, clip_grad_step=0)
 
