@@ -112,18 +112,19 @@ def _recurrent_dropout_function(cell: Cell, p: float, per: str) -> _Function:
 class _Dropped:
     """The argument `v` of a cell's function, which multiplies what dropout leaves."""
 
+    # The names of attributes are mangled, so that no gate has them.
     def __init__(self, v: Any, h: Tensor, p: float, per: str) -> None:
-        self._v, self._h, self._p, self._per = v, h, p, per
+        self.__v, self.__h, self.__p, self.__per = v, h, p, per
 
     def __getattr__(self, gate: str) -> Any:
-        if gate.startswith("_"):
+        if gate.startswith("__") or "_Dropped__h" not in vars(self):
             raise AttributeError(gate)
-        if "_own" not in self.__dict__:
-            self._own = self(self._h)
-        return getattr(self._own, gate)
+        if "_Dropped__own" not in vars(self):
+            self.__own = self(self.__h)
+        return getattr(self.__own, gate)
 
     def __call__(self, x: Tensor) -> Any:
-        return self._v(dropout(x, self._p, self._per))
+        return self.__v(dropout(x, self.__p, self.__per))
 
 
 def clip_grad(cell: Cell, limit: float) -> Cell:
