@@ -153,3 +153,20 @@ def test_rates_of_variants() -> None:
             cells.zoneout(cells.lstm, rate)
     with pytest.raises(ValueError, match="recurrent_dropout takes a probability from 0 to 1"):
         cells.recurrent_dropout(cells.lstm, torch.tensor(0.1))
+
+
+def test_draws_are_found_within_the_context_of_another_device() -> None:
+    def function(u: Any, v: Any, h: Tensor) -> Tensor:
+        return fastrnn.dropout(torch.tanh(u.h + v.h), 0.5) * torch.ones(1, 1)
+
+    with torch.device("meta"):
+        cell = fastrnn.cell(gates="h", states="h", name="on_meta")(function).noisy
+    assert [draw.probability for draw in cell.draws] == [0.5]
+
+
+def test_any_gate_can_be_read_after_recurrent_dropout() -> None:
+    def function(u: Any, v: Any, h: Tensor) -> Tensor:
+        return torch.tanh(u._h + v._h) + v._own
+
+    cell = fastrnn.cell(gates=("_h", "_own"), states="h", name="hidden_gates")(function)
+    assert len(cells.recurrent_dropout(cell, 0.5).draws) == 1
