@@ -182,7 +182,7 @@ def clipped(x: Tensor, limit: float) -> Tensor:
     return cast(Tensor, function.apply(x, limit))
 
 
-def _check(name: str, rates: Sequence[float]) -> None:
+def _check(name: str, rates: Sequence[Any]) -> None:
     for rate in rates:
         if isinstance(rate, Tensor) or not 0 <= rate <= 1:  # it cannot be learned
             raise ValueError(f"{name} takes a probability from 0 to 1, got {rate!r}")

@@ -148,11 +148,12 @@ def test_rates_of_variants() -> None:
     assert cells.zoneout(cells.lstm, numpy.float32(0.5)) == cells.zoneout(cells.lstm, (0.5, 0.5))
     assert cells.zoneout(cells.lstm, (0, 0)) is cells.lstm
     assert cells.recurrent_dropout(cells.gru, 0.0) is cells.gru
-    for rate in (torch.tensor(0.1), torch.tensor([0.1, 0.2]), (0.1, torch.tensor(0.2))):
+    learned: list[Any] = [torch.tensor(0.1), torch.tensor([0.1, 0.2]), (0.1, torch.tensor(0.2))]
+    for rate in learned:
         with pytest.raises(ValueError, match="zoneout takes a probability from 0 to 1"):
             cells.zoneout(cells.lstm, rate)
     with pytest.raises(ValueError, match="recurrent_dropout takes a probability from 0 to 1"):
-        cells.recurrent_dropout(cells.lstm, torch.tensor(0.1))
+        cells.recurrent_dropout(cells.lstm, learned[0])
 
 
 def test_draws_are_found_within_the_context_of_another_device() -> None:
