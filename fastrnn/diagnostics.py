@@ -21,7 +21,7 @@ from fastrnn.cells import Cell
 from fastrnn.kernels.operands import Weights, named
 from fastrnn.nn import functional
 from fastrnn.nn.base import CELL_OF_MODE, Layer
-from fastrnn.nn.checks import check_lengths, check_resets, widths
+from fastrnn.nn.checks import check_lengths, check_reset_states, check_resets, widths
 from fastrnn.nn.freeze import precision_of
 
 __all__ = ["GradientFlow", "StateGradient", "gradient_flow"]
@@ -129,7 +129,8 @@ def gradient_flow(
     For this one pass, every layer of fastrnn or torch.nn runs one step per call, with fastrnn's
     kernels and the same numbers up to rounding. This takes longer than a usual pass. Cells that
     the model calls in a loop of its own are recorded too, one step per call. The model runs in the
-    mode that it is in, training or not. Neither its weights nor their `grad` change.
+    mode that it is in, training or not, but random numbers within cells are replaced by their
+    means. Neither its weights nor their `grad` change.
 
     Args:
         model: the model, or a layer alone. A compiled model runs as it is written. Of a
@@ -297,7 +298,17 @@ class _Trace:
                 states = [s.unsqueeze(1) for s in states]
             if order is not None:
                 states = [s.index_select(1, order) for s in states]
-        every, last = self._stack(name, layer, cell, weights, sequences, states)
+        begins: list[Tensor] = []
+        if (own := given.get("reset_states")) is not None:
+            count = layer.num_layers * (2 if layer.bidirectional else 1)
+            sizes = widths(cell, weights[0], getattr(layer, "heads", 1))
+            x = sequences.x
+            shapes = [(count, x.size(1), width) for width in sizes]
+            batched = isinstance(input, PackedSequence) or input.dim() == 3
+            begins = check_reset_states(own, shapes, x, batched)
+            if order is not None:
+                begins = [s.index_select(1, order) for s in begins]
+        every, last = self._stack(name, layer, cell, weights, sequences, states, begins)
         if isinstance(input, PackedSequence):
             alive = cast(Tensor, sequences.alive)
             every = [[input._replace(data=s[alive]) for s in own] for own in every]
@@ -321,6 +332,7 @@ class _Trace:
         weights: Sequence[Weights],
         sequences: _Sequences,
         s0: Sequence[Tensor],
+        begins: Sequence[Tensor],
     ) -> tuple[list[list[Any]], list[Tensor]]:
         """The states after every step, [T, B, D*H] for each layer and state, and the last states
         [L*D, B, H]."""
@@ -343,7 +355,8 @@ class _Trace:
                     sequences.x.new_zeros(sequences.x.size(1), width)
                     for width in widths(cell, own[0], heads)
                 ]
-                steps = _sweep(cell, own, sequences, start, heads=heads, reverse=reverse)
+                fresh = [s[index] for s in begins] or [torch.zeros_like(s) for s in start]
+                steps = _sweep(cell, own, sequences, start, fresh, heads=heads, reverse=reverse)
                 for k, state in enumerate(cell.states):
                     key = _Key(name, number, reverse, state, call)
                     self.steps[key] = [after[k] for after in steps.recorded]
@@ -364,6 +377,7 @@ def _sweep(
     weights: Sequence[Weights],
     sequences: _Sequences,
     states: list[Tensor],
+    begins: list[Tensor],
     *,
     heads: int,
     reverse: bool,
@@ -378,7 +392,8 @@ def _sweep(
         before = states
         edge = t + 1 if reverse else t
         if cut is not None and edge < len(rows):
-            before = [torch.where(cut[edge].unsqueeze(-1), 0, s) for s in states]
+            flags = cut[edge].unsqueeze(-1)
+            before = [torch.where(flags, b, s) for b, s in zip(begins, states, strict=True)]
         hx: Any = [s.unsqueeze(0) for s in before]
         hx = hx[0] if len(hx) == 1 else hx
         _, after = functional.rnn(cell, rows[t].unsqueeze(0), weights, hx, heads=heads)

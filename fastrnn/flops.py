@@ -37,7 +37,7 @@ def backward(named: dict[str, Any]) -> int:
     The first step needs no product for the initial states, unless those need a gradient. Without a
     tape, the forward pass counts again.
     """
-    needs_x, needs_w_ih, needs_w_hh, _, needs_w_hr, _, needs_states = named["needs"]
+    needs_x, needs_w_ih, needs_w_hh, _, needs_w_hr, _, needs_states, _ = named["needs"]
     rows, states = _rows(named), named["s0"]
     batch = states[0].shape[-2] if states else named["x"].shape[-2]
     w_ih, w_hh, w_hr = (_numel(named, name) for name in ("w_ih", "w_hh", "w_hr"))

@@ -182,7 +182,10 @@ def _cell_of(module: nn.Module) -> Cell:
             raise RuntimeError(
                 "this module holds its matrices quantised: call fastrnn.dequantize_(module) first"
             )
-        return module._cell()
+        cell = module._cell()
+        while cell.made_by is not None:  # the gates mean what they mean in the cell it is made of
+            cell = cell.made_by[1][0]
+        return cell
     if isinstance(module, nn.RNNBase):
         return CELL_OF_MODE[module.mode]
     if isinstance(module, nn.RNNCell):

@@ -177,10 +177,12 @@ def test_what_torch_nn_does_not_have(name: str) -> None:
     lengths = [4, 0, 7]
     flow = same_result(layer, x, states(layer, B), lengths=lengths, return_states=True)
     same_result(layer, x, states(layer, B), resets=resets)
+    same_result(layer, x, states(layer, B), resets=resets, reset_states=states(layer, 1))
     same_result(layer, x, lengths=lengths, resets=resets, return_states=True)
     packed = pack_padded_sequence(x, torch.tensor([7, 2, 4]), enforce_sorted=False)
     flags = pack_padded_sequence(resets, torch.tensor([7, 2, 4]), enforce_sorted=False)
     same_result(layer, packed, resets=flags)
+    same_result(layer, packed, resets=flags, reset_states=states(layer, B))
     alone = gradient_flow(layer, lambda: total(layer(x[:4, :1], lengths=[4])))
     alone_longer = gradient_flow(layer, lambda: total(layer(x[:, :1], lengths=[4])[1]))
     assert alone_longer["l0.h"][4:].sum() == 0, "past the end there are no steps"

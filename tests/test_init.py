@@ -114,6 +114,8 @@ def test_the_forget_gate_of_other_cells() -> None:
     assert ((layer.bias_ih_l0 + layer.bias_hh_l0)[5:10] == 2).all()
     layer = init.forget_gate_bias_(fastrnn.LSTM(3, 6, heads=2), 2.0)
     assert ((layer.bias_ih_l0 + layer.bias_hh_l0)[:, 3:6] == 2).all()
+    layer = init.forget_gate_bias_(fastrnn.LSTM(3, 5, zoneout=0.1, clip_grad_step=1.0), 2.0)
+    assert ((layer.bias_ih_l0 + layer.bias_hh_l0)[5:10] == 2).all()
 
 
 def test_a_larger_bias_remembers_longer() -> None:

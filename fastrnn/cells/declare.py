@@ -159,7 +159,8 @@ class Cell:
         u, s = rows[: len(self.gates)], rows[: len(self.states)]
         quiet = self._with_noise(False)
         try:
-            with torch.no_grad(), drawing(record):
+            # A layer may be made within the context of another device.
+            with torch.no_grad(), torch.device("cpu"), drawing(record):
                 quiet.step(u, u, s, [torch.ones(size, device="cpu") for size in sizes], lambda x: u)
         except Exception as error:  # such a function cannot be derived, so the reference calls it
             return (), error
@@ -173,8 +174,13 @@ class Cell:
     @functools.cached_property
     def noisy(self) -> Cell:
         """The cell as it is in training: with random numbers, if the function draws any."""
-        draws, failed = self._found_draws
-        return self._with_noise(True) if draws or failed else self
+        found = draws, failed = self._found_draws
+        if self.noise or not (draws or failed):
+            return self
+        made = self._with_noise(True)
+        # In Python 3.11, torch.compile cannot trace the lock of a property that is not cached yet.
+        vars(made).update(_found_draws=found, draws=draws)
+        return made
 
     def _with_noise(self, noise: bool) -> Cell:
         if noise == self.noise:
@@ -249,7 +255,8 @@ class _Given:
         if failed := self.cell._found_draws[1]:
             raise ValueError(
                 f"cell {self.cell.name!r} draws random numbers, but a call of its function with "
-                "tensors of shape [1, 2], which would find the places of its draws, fails"
+                "tensors of shape [1, 2], which would find the places of its draws, fails: "
+                f"{failed}. A draw has a number for each unit; drop gates before torch.cat"
             ) from failed
         if not self.rest or self.rest[0][0] != draw:
             raise ValueError(

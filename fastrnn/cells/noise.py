@@ -69,7 +69,7 @@ def bernoulli(probability: float, per: str = "step") -> Any:
     """Draw 1 with a probability and else 0, for each unit of a cell.
 
     It is for functions of `fastrnn.cell`. Outside training it gives the probability, which is the
-    mean.
+    mean: so choose by `stay * a + (1 - stay) * b`, not by `torch.where`.
 
     Args:
         probability: a number from 0 to 1; it cannot be learned.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -15,6 +16,9 @@ from fastrnn.cells.noise import bernoulli, dropout
 __all__ = ["clip_grad", "recurrent_dropout", "zoneout"]
 
 _States = list[Tensor]
+_Function = Callable[..., Any]
+# Equal cells share the function made of theirs, and so the compiled code. The made cell itself is
+# not shared: equal cells may begin with other weights.
 
 
 def zoneout(cell: Cell, rate: float | Sequence[float]) -> Cell:
@@ -38,18 +42,25 @@ def zoneout(cell: Cell, rate: float | Sequence[float]) -> Cell:
         torch.Size([5, 3, 8])
     """
     count = len(cell.states)
-    rates = (rate,) * count if isinstance(rate, (int, float)) else tuple(rate)
+    single = isinstance(rate, (numbers.Real, Tensor))  # a tensor is refused below
+    rates: tuple[Any, ...] = (rate,) * count if single else tuple(cast(Sequence[float], rate))
     if len(rates) != count:
         raise ValueError(
             f"zoneout of cell {cell.name!r} takes one rate, or one for each of the states "
             f"{', '.join(cell.states)}, got {len(rates)}"
         )
     _check("zoneout", rates)
+    if not any(rates):
+        return cell
     return _zoneout(cell, tuple(map(float, rates)))
 
 
-@functools.cache
 def _zoneout(cell: Cell, rates: tuple[float, ...]) -> Cell:
+    return _made(cell, "zoneout", _zoneout_function(cell, rates), _zoneout, rates)
+
+
+@functools.cache
+def _zoneout_function(cell: Cell, rates: tuple[float, ...]) -> _Function:
     def function(u: Any, v: Any, *rest: Any) -> _States:
         before = rest[1:] if cell.params else rest
         after = _listed(cell.function(u, v, *rest))
@@ -58,7 +69,7 @@ def _zoneout(cell: Cell, rates: tuple[float, ...]) -> Cell:
             for rate, old, new in zip(rates, before, after, strict=True)
         ]
 
-    return _made(cell, "zoneout", function, _zoneout, rates)
+    return function
 
 
 def _mixed(stay: Any, old: Tensor, new: Tensor) -> Tensor:
@@ -81,33 +92,39 @@ def recurrent_dropout(cell: Cell, p: float, per: str = "sequence") -> Cell:
     _check("recurrent_dropout", (p,))
     if per not in ("step", "sequence"):
         raise ValueError(f"recurrent_dropout draws per='step' or per='sequence', got {per!r}")
-    return _recurrent_dropout(cell, float(p), per)
+    return _recurrent_dropout(cell, float(p), per) if p else cell
+
+
+def _recurrent_dropout(cell: Cell, p: float, per: str) -> Cell:
+    function = _recurrent_dropout_function(cell, p, per)
+    return _made(cell, "dropout", function, _recurrent_dropout, p, per)
 
 
 @functools.cache
-def _recurrent_dropout(cell: Cell, p: float, per: str) -> Cell:
+def _recurrent_dropout_function(cell: Cell, p: float, per: str) -> _Function:
     def function(u: Any, v: Any, *rest: Any) -> Any:
         h = rest[1] if cell.params else rest[0]
         return cell.function(u, _Dropped(v, h, p, per), *rest)
 
-    return _made(cell, "dropout", function, _recurrent_dropout, p, per)
+    return function
 
 
 class _Dropped:
     """The argument `v` of a cell's function, which multiplies what dropout leaves."""
 
+    # The names of attributes are mangled, so that no gate has them.
     def __init__(self, v: Any, h: Tensor, p: float, per: str) -> None:
-        self._v, self._h, self._p, self._per = v, h, p, per
+        self.__v, self.__h, self.__p, self.__per = v, h, p, per
 
     def __getattr__(self, gate: str) -> Any:
-        if gate.startswith("_"):
+        if gate.startswith("__") or "_Dropped__h" not in vars(self):
             raise AttributeError(gate)
-        if "_own" not in self.__dict__:
-            self._own = self(self._h)
-        return getattr(self._own, gate)
+        if "_Dropped__own" not in vars(self):
+            self.__own = self(self.__h)
+        return getattr(self.__own, gate)
 
     def __call__(self, x: Tensor) -> Any:
-        return self._v(dropout(x, self._p, self._per))
+        return self.__v(dropout(x, self.__p, self.__per))
 
 
 def clip_grad(cell: Cell, limit: float) -> Cell:
@@ -127,12 +144,16 @@ def clip_grad(cell: Cell, limit: float) -> Cell:
     return _clip_grad(cell, float(limit))
 
 
-@functools.cache
 def _clip_grad(cell: Cell, limit: float) -> Cell:
+    return _made(cell, "clip", _clip_grad_function(cell, limit), _clip_grad, limit)
+
+
+@functools.cache
+def _clip_grad_function(cell: Cell, limit: float) -> _Function:
     def function(*arguments: Any) -> _States:
         return [clipped(state, limit) for state in _listed(cell.function(*arguments))]
 
-    return _made(cell, "clip", function, _clip_grad, limit)
+    return function
 
 
 class _Clip(torch.autograd.Function):
@@ -161,9 +182,9 @@ def clipped(x: Tensor, limit: float) -> Tensor:
     return cast(Tensor, function.apply(x, limit))
 
 
-def _check(name: str, rates: Sequence[float]) -> None:
+def _check(name: str, rates: Sequence[Any]) -> None:
     for rate in rates:
-        if not 0 <= rate <= 1:
+        if isinstance(rate, Tensor) or not 0 <= rate <= 1:  # it cannot be learned
             raise ValueError(f"{name} takes a probability from 0 to 1, got {rate!r}")
 
 
@@ -172,7 +193,7 @@ def _listed(states: Tensor | Sequence[Tensor]) -> _States:
 
 
 def _made(
-    cell: Cell, suffix: str, function: Callable[..., Any], maker: Callable[..., Cell], *how: Any
+    cell: Cell, suffix: str, function: _Function, maker: Callable[..., Cell], *how: Any
 ) -> Cell:
     return Cell(
         f"{cell.name}_{suffix}",

@@ -232,7 +232,8 @@ def uses(roots: Iterable[Expr]) -> set[str]:
 def evaluate(roots: Sequence[Expr], inputs: Mapping[str, Tensor]) -> list[Tensor]:
     """Values of the roots, in the shape, dtype and device of the inputs; an input that the roots do
     not depend on may be smaller."""
-    like = max(inputs.values(), key=Tensor.numel)
+    # Not the one with most numbers: none is left of a batch of 0, but of the parameters.
+    like = max(inputs.values(), key=lambda each: (each.dim(), *each.shape))
     values: dict[Expr, Tensor] = {}
     for node in ordered(roots):
         if node.op == "input":

@@ -162,7 +162,8 @@ def _as_scan(cell: Cell, operands: Operands, p: int) -> tuple[list[Tensor], list
 
     # A body reads nothing from outside, so the weights of a step are arguments as well.
     weights = [w_hh, *(group[p] for group in (operands.b_hh, operands.w_hr) if group)]
-    weights += [*(s[p] for s in operands.reset_states), *operands.params_of(p)]
+    # Copies, because what a body is given may share no memory.
+    weights += [*(s[p].clone() for s in operands.reset_states), *operands.params_of(p)]
     given = bool(operands.b_hh), bool(operands.w_hr), len(operands.reset_states)
     counts = len(s0), len(over), 1, *given
     ends = list(itertools.accumulate(counts))

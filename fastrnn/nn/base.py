@@ -102,20 +102,20 @@ class Layer(Freezable, FlatWeights):
         """Make the variants of the cell that the arguments ask for."""
         quiet = cell
         if arguments["zoneout"]:
+            quiet = cells.zoneout(quiet, arguments["zoneout"])
+        if quiet is not cell:
             self.zoneout = arguments["zoneout"]
-            if self.proj_size:
-                raise ValueError("zoneout is for states that are not projected; use proj_size=0")
-            quiet = cells.zoneout(quiet, self.zoneout)
         if arguments["clip_grad_step"] is not None:
             self.clip_grad_step = arguments["clip_grad_step"]
             quiet = cells.clip_grad(quiet, self.clip_grad_step)
-        noisy = quiet
-        if arguments["recurrent_dropout"]:
+        per = arguments["recurrent_dropout_per"]
+        noisy = cells.recurrent_dropout(quiet, arguments["recurrent_dropout"], per)
+        if noisy is not quiet:
             self.recurrent_dropout = arguments["recurrent_dropout"]
-            self.recurrent_dropout_per = arguments["recurrent_dropout_per"]
-            noisy = cells.recurrent_dropout(
-                quiet, self.recurrent_dropout, self.recurrent_dropout_per
-            )
+            self.recurrent_dropout_per = per
+        for name in ("zoneout", "recurrent_dropout"):
+            if self.proj_size and getattr(self, name):
+                raise ValueError(f"{name} is for states that are not projected; use proj_size=0")
         if quiet is not cell:
             self._quiet = quiet
         if noisy.noisy is not cell:

@@ -273,7 +273,12 @@ def check_reset_states(
     given: States, sizes: Sequence[tuple[int, int, int]], like: Tensor, batched: bool
 ) -> list[Tensor]:
     """`reset_states` as tensors of these sizes [L*D, B, *], in the caller's order; checked."""
-    states = [given] if isinstance(given, Tensor) else list(given)
+    states = [given] if isinstance(given, Tensor) else given
+    if not isinstance(states, Sequence) or not all(isinstance(s, Tensor) for s in states):
+        raise TypeError(
+            "reset_states must be tensors in the form of hx, one or a tuple for several states, "
+            f"got {given!r}"
+        )
     if len(states) != len(sizes):
         raise ValueError(
             f"reset_states must hold a tensor for each of the {len(sizes)} states, "

@@ -193,7 +193,8 @@ class LSTM(_MultiState):
 
     Arguments, call and errors are those of `RNN`, without `nonlinearity` and with `proj_size`. If
     that is positive, `h` and the output have `proj_size` features, fewer than `hidden_size` (Sak
-    et al. 2014, arXiv:1402.1128). States are pairs `(h, c)`.
+    et al. 2014, arXiv:1402.1128); `zoneout` and `recurrent_dropout` are then refused. States are
+    pairs `(h, c)`.
 
     https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html
     """

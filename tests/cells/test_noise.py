@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
+import numpy
 import pytest
 import torch
+from torch import Tensor
 
 import fastrnn
+from fastrnn import cells
 from fastrnn.cells.noise import Draw, drawing, numbers, philox, seeded
 from fastrnn.cells.variants import clipped
 
@@ -102,3 +108,66 @@ def test_clipped_gradients() -> None:
     assert torch.equal(dx[:2], torch.tensor([0.2, -2.0]).double())
     assert dx[2].isnan()
     assert torch.autograd.gradgradcheck(lambda x: clipped(x * x, 100.0), x)
+
+
+@fastrnn.cell(
+    gates="h",
+    states="h",
+    params={"gain": fastrnn.Param(init=1.0)},
+    initialize=lambda u, v, p: u.h.weight.fill_(3),
+)
+def begun(u: Any, v: Any, p: Any, h: Tensor) -> Tensor:
+    return torch.tanh(u.h + p.gain * v.h)
+
+
+VARIANTS: dict[str, Any] = {
+    "zoneout": lambda cell: cells.zoneout(cell, 0.1),
+    "recurrent_dropout": lambda cell: cells.recurrent_dropout(cell, 0.1),
+    "clip_grad": lambda cell: cells.clip_grad(cell, 0.1),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_begin_as_their_own_cell_does(name: str) -> None:
+    """Cells that differ in their initial values alone are equal."""
+    other = dataclasses.replace(
+        begun,
+        params={"gain": fastrnn.Param(init=2.0)},
+        initialize=lambda u, v, p: u.h.weight.fill_(4),
+    )
+    assert other == begun
+    variants = [VARIANTS[name](each) for each in (begun, other)]
+    assert variants[0] == variants[1]
+    for variant, weight, gain in zip(variants, (3, 4), (1, 2), strict=True):
+        layer: Any = fastrnn.Recurrent(variant, 2, 5)
+        assert (layer.weight_ih_l0 == weight).all()
+        assert (layer.weight_gain_l0 == gain).all()
+
+
+def test_rates_of_variants() -> None:
+    assert cells.zoneout(cells.lstm, numpy.float32(0.5)) == cells.zoneout(cells.lstm, (0.5, 0.5))
+    assert cells.zoneout(cells.lstm, (0, 0)) is cells.lstm
+    assert cells.recurrent_dropout(cells.gru, 0.0) is cells.gru
+    learned: list[Any] = [torch.tensor(0.1), torch.tensor([0.1, 0.2]), (0.1, torch.tensor(0.2))]
+    for rate in learned:
+        with pytest.raises(ValueError, match="zoneout takes a probability from 0 to 1"):
+            cells.zoneout(cells.lstm, rate)
+    with pytest.raises(ValueError, match="recurrent_dropout takes a probability from 0 to 1"):
+        cells.recurrent_dropout(cells.lstm, learned[0])
+
+
+def test_draws_are_found_within_the_context_of_another_device() -> None:
+    def function(u: Any, v: Any, h: Tensor) -> Tensor:
+        return fastrnn.dropout(torch.tanh(u.h + v.h), 0.5) * torch.ones(1, 1)
+
+    with torch.device("meta"):
+        cell = fastrnn.cell(gates="h", states="h", name="on_meta")(function).noisy
+    assert [draw.probability for draw in cell.draws] == [0.5]
+
+
+def test_any_gate_can_be_read_after_recurrent_dropout() -> None:
+    def function(u: Any, v: Any, h: Tensor) -> Tensor:
+        return torch.tanh(u._h + v._h) + v._own
+
+    cell = fastrnn.cell(gates=("_h", "_own"), states="h", name="hidden_gates")(function)
+    assert len(cells.recurrent_dropout(cell, 0.5).draws) == 1

@@ -190,6 +190,21 @@ def test_all_else_is_a_scan(name: str, tmp_path: Path) -> None:
     assert nodes["LSTM"] + nodes["GRU"] + nodes["RNN"] == 0
 
 
+def test_episodes_begin_in_parts_of_one_tensor(tmp_path: Path) -> None:
+    class Learned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = fastrnn.LSTM(3, 5)
+            self.begins = nn.Parameter(torch.randn(2, 1, 1, 5))
+
+        def forward(self, x: Tensor, resets: Tensor) -> Any:
+            return self.layer(x, resets=resets, reset_states=self.begins.unbind())
+
+    model, args = Learned().eval(), (torch.randn(4, 2, 3), torch.rand(4, 2) < 0.5)
+    _, run = exported(model, args, None, tmp_path)
+    assert_same(run, model, args)
+
+
 @pytest.mark.takes(35)
 def test_every_function_of_a_cell(tmp_path: Path) -> None:
     """In one model, because exporting takes seconds."""

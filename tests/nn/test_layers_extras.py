@@ -366,6 +366,16 @@ def test_episodes_begin_in_given_states(kind: str, form: str, plans: dict[str, i
             "a tensor for each of the 1 states, got 2",
         ),
         (
+            {"resets": torch.zeros(4, 2).bool(), "reset_states": 0},
+            TypeError,
+            "reset_states must be tensors in the form of hx, .* got 0",
+        ),
+        (
+            {"resets": torch.zeros(4, 2).bool(), "reset_states": (None,)},
+            TypeError,
+            "reset_states must be tensors in the form of hx",
+        ),
+        (
             {"resets": PackedSequence(torch.zeros(8).bool(), torch.tensor([2] * 4))},
             ValueError,
             "resets is a PackedSequence, but the input is not",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -219,7 +220,7 @@ def test_evaluation_draws_nothing(cell: cells.Cell) -> None:
 
 
 def test_compiled_graphs_draw_anew() -> None:
-    layer = layer_of(noisy, 16)
+    layer = layer_of(replace(noisy), 16)  # a cell whose draws no call has asked for yet
     x, states = given(layer, 4, 3)
     compiled: Any = torch.compile(layer, backend="aot_eager", fullgraph=True)
     torch.manual_seed(3)
@@ -324,8 +325,10 @@ def test_faulty_arguments() -> None:
         fastrnn.LSTM(2, 3, zoneout=(0.1, 0.2, 0.3))
     with pytest.raises(ValueError, match="states that are not projected"):
         fastrnn.LSTM(2, 3, proj_size=2, zoneout=0.1)
+    with pytest.raises(ValueError, match="recurrent_dropout is for states that are not projected"):
+        fastrnn.LSTM(2, 3, proj_size=2, recurrent_dropout=0.1)
     with pytest.raises(ValueError, match="per='step' or per='sequence', got 'batch'"):
-        fastrnn.GRU(2, 3, recurrent_dropout=0.1, recurrent_dropout_per="batch")
+        fastrnn.GRU(2, 3, recurrent_dropout_per="batch")
     with pytest.raises(ValueError, match="a positive limit, got 0"):
         fastrnn.RNN(2, 3, clip_grad_step=0)
 
