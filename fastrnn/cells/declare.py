@@ -122,8 +122,10 @@ class Cell:
         params = (Params(self, p),) if self.params else ()
         arguments = (Gates(self, u), Projection(self, v, apply), *params, *s)
         if self.noise:
-            with drawing(_Given(self, z)):
+            given = _Given(self, z)
+            with drawing(given):
                 out = self.function(*arguments)
+            given.check(not given.rest)
         else:
             out = self.function(*arguments)
         states = [out] if isinstance(out, Tensor) else list(out)
@@ -258,12 +260,15 @@ class _Given:
                 "tensors of shape [1, 2], which would find the places of its draws, fails: "
                 f"{failed}. A draw has a number for each unit; drop gates before torch.cat"
             ) from failed
-        if not self.rest or self.rest[0][0] != draw:
+        self.check(bool(self.rest) and self.rest[0][0] == draw)
+        return self.rest.pop(0)[1]
+
+    def check(self, same: bool) -> None:
+        if not same:
             raise ValueError(
                 f"cell {self.cell.name!r} draws other random numbers each time it is called; "
                 "draws must be the same for every step"
             )
-        return self.rest.pop(0)[1]
 
 
 class _Carrier(type):
