@@ -1,4 +1,5 @@
-# make demo     train a model of torch.nn and the same model with its layers replaced, side by side
+# make demo     train a model of torch.nn and the same model with its layers replaced, side by side,
+#               and a custom cell beside a loop
 # make test     test the CPU path and the public API; ARGS="-k lstm" passes options to pytest
 # make test-long run the long tests: GPU kernels in the simulator and the interpreter, what compiles
 #               for minutes, the kernels of other instruction sets; of products of kernels, cells and
