@@ -21,7 +21,8 @@
 #               minutes
 # make bench-memory
 #               train several cells to remember, and measure for how many steps they do and what
-#               they cost, about 15 minutes; ARGS="--quick" or ARGS="--only lstm,gru" does less
+#               they cost, about 15 minutes; ARGS="--quick" does less, ARGS="--only lstm,gru"
+#               adds these rows to the saved table
 # make bench-formats
 #               time int8 and bfloat16 beside float32 and other libraries, a few minutes
 # make bench-slots
