@@ -21,6 +21,7 @@ from fastrnn.tools import demo
 from fastrnn.tools.corpus import Corpus
 from fastrnn.tools.curves import COMPILED, FASTRNN, LOOP, TORCH
 from fastrnn.tools.demo import NextCharacter, Options
+from fastrnn.tools.loop import Loop
 from tests.support.imports import without
 
 TINY = ["--hidden", "8", "--window", "5", "--batch", "4", "--text", __file__, "--sample", "30"]
@@ -74,7 +75,7 @@ def test_a_cell_that_torch_lacks_trains_beside_loops(
 def test_a_wrong_loop_is_noticed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Wrong(demo.Loop):
+    class Wrong(Loop):
         def forward(self, x: torch.Tensor, state: Any = None) -> tuple[torch.Tensor, Any]:
             y, state = super().forward(x, state)
             return 1.01 * y, state
