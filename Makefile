@@ -1,4 +1,5 @@
-# make demo     train a model of torch.nn and the same model with its layers replaced, side by side
+# make demo     train a model of torch.nn and the same model with its layers replaced, side by side,
+#               and a custom cell beside a loop
 # make test     test the CPU path and the public API; ARGS="-k lstm" passes options to pytest
 # make test-long run the long tests: GPU kernels in the simulator and the interpreter, what compiles
 #               for minutes, the kernels of other instruction sets; of products of kernels, cells and
@@ -20,7 +21,8 @@
 #               minutes
 # make bench-memory
 #               train several cells to remember, and measure for how many steps they do and what
-#               they cost, about 15 minutes; ARGS="--quick" or ARGS="--only lstm,gru" does less
+#               they cost, about 15 minutes; ARGS="--quick" does less, ARGS="--only lstm,gru"
+#               adds these rows to the saved table
 # make bench-formats
 #               time int8 and bfloat16 beside float32 and other libraries, a few minutes
 # make bench-slots

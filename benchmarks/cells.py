@@ -23,24 +23,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import fastrnn
 from benchmarks.report import RESULTS
 from fastrnn import cells, hardware
-from fastrnn.cells import Cell
 from fastrnn.cells.published import MODULES
-from fastrnn.compiler.derive import derive
 from fastrnn.tools.bench import machine, measure, store
 from fastrnn.tools.bench.implementation import Prepared
+from fastrnn.tools.loop import Loop
 
 SHAPE = (100, 8, 64, 64)  # T, B, I, H
 LEAST_OVER_LOOP = 8.0
 BUILT_IN = ("rnn_tanh", "gru", "lstm")
 LIMIT = 1e-3  # of the difference to the loop, relative to the largest number
-
-Step = Callable[..., Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -51,44 +47,6 @@ class Row:
     ours: float
     loop: float
     compiled: float | None
-
-
-def loop(layer: Any, x: Tensor, step: Step) -> Tensor:
-    """The output of a layer of one direction, in torch operations."""
-    (weights,) = layer._weights()
-    states = [x.new_zeros(x.size(1), layer.hidden_size) for _ in layer.cell.states]
-    outputs = []
-    for u in F.linear(x, weights.w_ih, weights.b_ih).unbind():
-        states = list(step(u, weights.w_hh, weights.b_hh, states, weights.params))
-        outputs.append(states[0])
-    return torch.stack(outputs)
-
-
-def step_of(cell: Cell) -> Step:
-    """A step as one would write it: a product for the state, and one for another value, if the cell
-    multiplies one by the blocks of some gates."""
-    gates = len(cell.gates)
-    others = {name for site in derive(cell).sites for name in site.gates}
-    own = [k for k, name in enumerate(cell.gates) if name not in others]
-    rest = [k for k, name in enumerate(cell.gates) if name in others]
-
-    def step(
-        u: Tensor, w_hh: Tensor, b_hh: Tensor, states: list[Tensor], params: Sequence[Tensor]
-    ) -> Sequence[Tensor]:
-        hidden = w_hh.size(0) // gates
-
-        def product(x: Tensor, chosen: list[int]) -> list[Any]:
-            rows = slice(chosen[0] * hidden, (chosen[-1] + 1) * hidden)
-            parts: list[Any] = [None] * gates
-            parts[chosen[0] : chosen[-1] + 1] = F.linear(x, w_hh[rows], b_hh[rows]).split(
-                hidden, -1
-            )
-            return parts
-
-        v = product(states[0], own)
-        return cell.step(u.chunk(gates, -1), v, states, params, lambda x: product(x, rest))
-
-    return step
 
 
 def training(forward: Callable[[], Tensor], leaves: Sequence[Tensor]) -> Callable[[], Any]:
@@ -105,15 +63,15 @@ def time_cell(name: str, shape: Sequence[int], compiled: bool, seconds: float) -
     layer: Any = fastrnn.Recurrent(cells.get(name), inputs, hidden)
     x = torch.randn(steps, batch, inputs, requires_grad=True)
     leaves = [x, *layer.parameters()]
-    step = step_of(layer.cell)
+    loop = Loop(layer)
     calls = {
         "ours": training(lambda: layer(x)[0], leaves),
-        "loop": training(lambda: loop(layer, x, step), leaves),
+        "loop": training(lambda: loop(x)[0], leaves),
     }
     if compiled:
         torch._dynamo.reset()
-        in_one = torch.compile(step, dynamic=False)
-        calls["compiled"] = training(lambda: loop(layer, x, in_one), leaves)
+        in_one = Loop(layer, compiled=True)
+        calls["compiled"] = training(lambda: in_one(x)[0], leaves)
     right = calls["loop"]()
     for other, call in calls.items():
         for one, expected in zip(call(), right, strict=True):

@@ -4,7 +4,8 @@
     python -m benchmarks.memory_tasks --only lstm,janet    some, or any other cell
     python -m benchmarks.memory_tasks --updates 2000 --hidden 64 --seeds 5
     python -m benchmarks.memory_tasks --save               writes results/<machine>/memory_tasks.md
-                                                           and, with matplotlib, .svg
+                                                           and, with matplotlib, .svg;
+                                                           with --only, it adds to the saved rows
     python -m benchmarks.memory_tasks --save --docs docs/cells.md    rewrites this page as well
 
 Each task has a lag: so many steps lie between what is shown and when it is asked for. A cell with
@@ -26,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import statistics
 import sys
 import time
@@ -63,6 +65,7 @@ NETWORKS = (
     Network("ligru", "ligru"),
     Network("peephole_lstm", "peephole_lstm"),
     Network("slstm", "slstm"),
+    Network("layer_norm_lstm", "layer_norm_lstm"),
 )
 LAGS = (5, 10, 20, 40, 80, 160, 320)
 SHAPE = (100, 32, 32)  # T, B, I of the calls that are timed; H is that of the tasks
@@ -289,17 +292,51 @@ def counted(number: int, what: str) -> str:
 
 def conditions(budget: Budget, shape: Sequence[int], command: str) -> str:
     """How the table was made, in one paragraph."""
-    threads, seeds = counted(torch.get_num_threads(), "thread"), counted(budget.seeds, "seed")
+    threads = counted(torch.get_num_threads(), "thread")
     return (
         f"*{hardware.processor_and_model()} ({_C.isa()}), {threads}, float32, load average "
         f"{os.getloadavg()[1]:.1f} on {hardware.cores()} cores; fastrnn {fastrnn.__version__}, "
         f"torch {torch.__version__}; commit {store.commit()}, {time.strftime('%Y-%m-%d')}; "
-        f"`{command}`. Lags {', '.join(map(str, budget.lags))}; for each, at most "
+        f"`{command}`. {terms(budget, shape)}*"
+    )
+
+
+def terms(budget: Budget, shape: Sequence[int]) -> str:
+    """What rows of one table have in common."""
+    seeds = counted(budget.seeds, "seed")
+    return (
+        f"Lags {', '.join(map(str, budget.lags))}; for each, at most "
         f"{budget.updates} updates of Adam ({budget.rate:g}) on {budget.batch} sequences, "
         f"H = {budget.hidden}; median over {seeds}, and the range if they differ. Times and bytes "
         f"are of one layer at (T, B, I, H) = {(*shape, budget.hidden)}; an inference step is of "
-        "one sequence.*"
+        "one sequence."
     )
+
+
+def parsed(text: str) -> Row:
+    """The row of a line of the table. Of the seeds' lags it has the least, the median and the
+    greatest."""
+    name, *entries = (entry.strip() for entry in text.strip(" |").split("|"))
+    lags = {}
+    for task, entry in zip(TASKS, entries, strict=False):
+        middle, *ends = (int(n) for n in re.findall(r"\d+", entry.replace("–", "0")))
+        lags[task.name] = (ends[0], middle, ends[1]) if ends else (middle,)
+    training, step, saved, parameters = entries[len(TASKS) :]
+    cost = Cost(int(parameters), 1e3 * float(training), float(step), round(float(saved) * 2**20))
+    return Row(name, lags, cost)
+
+
+def merged(text: str, rows: Sequence[Row], about: str) -> tuple[list[Row], str]:
+    """The rows of a saved page, with these in the place of older ones or behind all, and the
+    conditions of both."""
+    new = {row.network: row for row in rows}
+    lines = text.splitlines()
+    start = lines.index(HEAD.splitlines()[0]) + 2
+    saved = [parsed(each) for each in lines[start:] if each.startswith("|")]
+    all_rows = [new.pop(row.network, row) for row in saved]
+    names = f"*{', '.join(row.network for row in rows)}: "
+    told = [each for each in lines if each.startswith("*") and not each.startswith(names)]
+    return [*all_rows, *new.values()], "\n\n".join([*told, names + about.removeprefix("*")])
 
 
 def page(rows: Sequence[Row], budget: Budget, about: str) -> str:
@@ -393,6 +430,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if min(updates, seeds) < 1 or min(lags) < 2 or sorted(lags) != list(lags):
         parser.error("updates and seeds begin with 1, lags with 2, and lags ascend")
     budget = Budget(updates, options.hidden, options.batch, seeds, options.rate, tuple(lags))
+    folder = options.results / machine.slug(hardware.processor_and_model(), hardware.cores())
+    saved = folder / "memory_tasks.md"
+    before = ""
+    if options.save and options.only is not NETWORKS and saved.exists():
+        before, same = saved.read_text(), counted(options.threads, "thread") + ", float32"
+        if same not in before or terms(budget, options.shape) not in before:
+            parser.error(
+                f"the rows of {saved} were made on other terms: leave out --only, or --save"
+            )
     threads = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     try:
@@ -404,8 +450,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(threads)
     print(told)
     if options.save:
-        slug = machine.slug(hardware.processor_and_model(), hardware.cores())
-        write(rows, budget, told, options.results / slug, options.docs)
+        if before:
+            rows, told = merged(before, rows, told)
+        write(rows, budget, told, folder, options.docs)
     return 0
 
 

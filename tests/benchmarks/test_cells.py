@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-import fastrnn
 from benchmarks import cells as benchmark
-from tests.support.shared import peepholes
 
 
 def test_the_table_is_printed_and_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -22,13 +19,6 @@ def test_the_table_is_printed_and_saved(tmp_path: Path, capsys: pytest.CaptureFi
     assert len(rows) == 2
     assert rows[0] in printed and rows[0].endswith("| 1.00 |")
     assert "--only lstm,gru" in file.read_text()
-
-
-def test_the_loop_computes_what_the_layer_does() -> None:
-    layer: Any = fastrnn.Recurrent(peepholes, 3, 5, dtype=torch.float64)
-    x = torch.randn(4, 2, 3, dtype=torch.float64)
-    step = benchmark.step_of(layer.cell)
-    torch.testing.assert_close(benchmark.loop(layer, x, step), layer(x)[0])
 
 
 def test_other_results_are_not_timed() -> None:

@@ -35,6 +35,42 @@ def test_the_table_is_printed_and_saved(tmp_path: Path, capsys: pytest.CaptureFi
     assert all(row in text for row in rows)
 
 
+def test_rows_are_added_to_a_saved_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lags = {"gru": (2, 4, 2), "mgu": (0, 0, 0), "lstm": (4, 4, 4)}
+
+    def run(chosen: list[benchmark.Network], *rest: object) -> list[benchmark.Row]:
+        cost = benchmark.Cost(10, 1230.0, 1.5, 2**19)
+        tasks = [task.name for task in benchmark.TASKS]
+        return [benchmark.Row(n.name, dict.fromkeys(tasks, lags[n.name]), cost) for n in chosen]
+
+    monkeypatch.setattr(benchmark, "run", run)
+
+    def table(*options: str) -> tuple[list[str], list[str]]:
+        results = ["--save", "--results", str(tmp_path)]
+        assert benchmark.main([*options, "--lags", "2,4", *results]) == 0
+        (file,) = tmp_path.glob("*/memory_tasks.md")
+        lines = file.read_text().splitlines()
+        return [each for each in lines if each.startswith("| ")][1:], [
+            each for each in lines if each.startswith("*")
+        ]
+
+    rows, about = table("--only", "gru,mgu")
+    assert [benchmark.line(benchmark.parsed(row), 4) for row in rows] == rows
+    lags["mgu"] = (2, 2, 2)
+    more, told = table("--only", "mgu,lstm")
+    assert more[0] == rows[0] and "2 (2 to 4)" in rows[0]
+    assert [row.split()[1] for row in more] == ["gru", "mgu", "lstm"]
+    assert "| – |" in rows[1] and "| 2 |" in more[1] and "≥ 4" in more[2]
+    assert told[0] == about[0] and told[1].startswith("*mgu, lstm: ") and len(told) == 2
+    assert len(table("--only", "mgu,lstm")[1]) == 2, "one paragraph for the same rows"
+    for other in (["--updates", "7"], ["--threads", "2"]):
+        with pytest.raises(SystemExit):
+            table("--only", "lstm", *other)
+        assert "made on other terms" in capsys.readouterr().err
+
+
 def test_the_image_is_drawn_twice_alike(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     cost = benchmark.Cost(10, 1000.0, 1.0, 2**20)
@@ -132,7 +168,16 @@ def test_other_initial_values_are_those_of_the_network() -> None:
 
 def test_the_networks_are_the_ones_that_are_asked_for() -> None:
     names = {network.cell for network in benchmark.NETWORKS}
-    assert names >= {"rnn_tanh", "lstm", "gru", "mgu", "ligru", "peephole_lstm", "slstm"}
+    assert names >= {
+        "rnn_tanh",
+        "lstm",
+        "gru",
+        "mgu",
+        "ligru",
+        "peephole_lstm",
+        "slstm",
+        "layer_norm_lstm",
+    }
 
 
 @pytest.mark.parametrize(

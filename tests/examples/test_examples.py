@@ -81,6 +81,71 @@ def test_translate_dates(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.takes(6)
+def test_sentiment(capsys: pytest.CaptureFixture[str]) -> None:
+    accuracies = example("sentiment").main(quick=True)
+    assert list(accuracies) == ["bag of words", "fastrnn.LSTM"]
+    bag, ours = accuracies.values()
+    assert ours > 0.95 and abs(bag - 0.5) < 0.06, "half is chance"
+    assert f"{ours:.1%} of 2000 new reviews" in capsys.readouterr().out
+
+
+def test_the_sentiment_of_a_review_depends_on_the_order_of_its_words() -> None:
+    """The words of a review in another order make one of the opposite sentiment."""
+    script = example("sentiment")
+    draw = script.random.Random(0)
+    judged: dict[tuple[str, ...], set[bool]] = {}
+    judgements = 0
+    for _ in range(3000):
+        text, positive = script.review(draw)
+        assert set(text.split()) <= set(script.CODES)
+        kinds = dict.fromkeys(script.GOOD, "good") | dict.fromkeys(script.BAD, "bad")
+        drop = set(script.THINGS) | set(script.VERY) | set(" ".join(script.ASIDES).split())
+        words = [kinds.get(word, word) for word in text.split() if word not in drop - {"that"}]
+        judged.setdefault(tuple(sorted(words)), set()).add(positive)
+        # Read the text by rules: a denial, the clause that counts, its negation, its judgement.
+        body = text.removeprefix("it is not true that ")
+        first, _, second = body.removeprefix("although ").partition(" , ")
+        clause = first if second.startswith("although") else second
+        good = bool(set(clause.split()) & set(script.GOOD))
+        negated = bool(set(clause.split()) & set(script.NOT))
+        assert positive == ((good != negated) != (body != text))
+        judgements += positive
+    assert 1350 < judgements < 1650
+    common = [found for found in judged.values() if len(found) == 2]
+    assert len(common) > 30, "bags of words with reviews of both kinds"
+
+
+@pytest.mark.takes(20)
+def test_spoken_digits(capsys: pytest.CaptureFixture[str]) -> None:
+    batch, stream = example("spoken_digits").main(quick=True)
+    assert batch == stream > 0.8  # a tenth is chance
+    assert f"{batch:.1%} of 500 digits in new voices" in capsys.readouterr().out
+
+
+def test_spoken_vowels_have_their_formants() -> None:
+    script = example("spoken_digits")
+    script.DIGITS = ("iy iy iy", "aa aa aa")
+    frequencies = torch.fft.rfftfreq(256, 1 / script.RATE)
+    high, middle = frequencies > 1800, (frequencies > 600) & (frequencies < 1400)
+    shares = []
+    for vowel in range(2):
+        sound = torch.from_numpy(script.speak(vowel, script.np.random.default_rng(0))).float()
+        frames = sound.unfold(0, 256, 80) * torch.hann_window(256)
+        power = torch.fft.rfft(frames).abs().square().sum(0)
+        shares.append((power[high].sum() / power[middle].sum()).item())
+    assert shares[0] > 3 * shares[1], "the second formant of iy is at 2290 Hz, that of aa at 1090"
+
+
+def test_a_frame_of_speech_reads_no_later_sound() -> None:
+    script = example("spoken_digits")
+    sound = script.speak(3, script.np.random.default_rng(0))
+    whole = script.log_mel(sound)
+    assert whole.shape[1] == script.MELS and len(whole) > 20
+    part = script.log_mel(sound[: 9 * script.HOP + script.FRAME])
+    torch.testing.assert_close(part, whole[:10])
+
+
+@pytest.mark.takes(6)
 def test_gradients(capsys: pytest.CaptureFixture[str]) -> None:
     results = example("gradients").main(quick=True)
     arriving = {name: arrived for name, (arrived, _) in results.items()}
@@ -215,4 +280,4 @@ def test_scripts_are_short_and_listed(file: Path) -> None:
 
 
 def test_there_are_scripts() -> None:
-    assert len(SCRIPTS) >= 6
+    assert len(SCRIPTS) >= 10

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import itertools
 import re
 import statistics
-import sys
-import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +18,11 @@ from torch import nn
 
 import fastrnn
 from fastrnn.tools import demo
-from fastrnn.tools.demo import FASTRNN, TORCH, Corpus, NextCharacter, Options
+from fastrnn.tools.corpus import Corpus
+from fastrnn.tools.curves import COMPILED, FASTRNN, LOOP, TORCH
+from fastrnn.tools.demo import NextCharacter, Options
+from fastrnn.tools.loop import Loop
+from tests.support.imports import without
 
 TINY = ["--hidden", "8", "--window", "5", "--batch", "4", "--text", __file__, "--sample", "30"]
 
@@ -46,6 +47,68 @@ def test_whole_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert text.count("written by the trained model:\ndef ") == 3
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.stat().st_size > 10_000
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda step, **options: step)
+
+
+def test_a_cell_that_torch_lacks_trains_beside_loops(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], uncompiled: None
+) -> None:
+    picture = tmp_path / "comparison.png"
+    steps = ["--steps", "12", "--cell", "layer_norm_lstm"]
+    assert demo.main([*TINY, *steps, "--out", str(picture)]) == 0
+    text = capsys.readouterr().out
+    assert "LAYER_NORM_LSTM: fastrnn.Recurrent beside a loop of torch operations" in text
+    row = r"^ +(\d+) +(\d\.\d{4}) +(\d\.\d{4}) +(\d\.\d{4}) +\S+$"
+    rows = re.findall(row, text, re.MULTILINE)
+    assert [int(step) for step, *_ in rows] == [1, 2, 3, 4, 6, 7, 8, 9, 10, 12]
+    for _, *losses in rows:
+        assert max(map(float, losses)) - min(map(float, losses)) < 2e-4
+    assert "times as fast as the loop, and " in text and " times as the compiled loop (" in text
+    assert "written by the trained model:\ndef " in text
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_wrong_loop_is_noticed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Wrong(Loop):
+        def forward(self, x: torch.Tensor, state: Any = None) -> tuple[torch.Tensor, Any]:
+            y, state = super().forward(x, state)
+            return 1.01 * y, state
+
+    monkeypatch.setattr(torch, "compile", lambda step, **options: step)
+    monkeypatch.setattr(demo, "Loop", Wrong)
+    run = [*TINY, "--steps", "3", "--cell", "layer_norm_lstm", "--out", str(tmp_path / "a.png")]
+    assert demo.main(run) == 1
+    assert "do NOT agree" in capsys.readouterr().err
+
+
+def test_why_the_loop_is_not_compiled_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*inputs: Any) -> Any:
+        raise RuntimeError("\nno C++ compiler\nlong advice")
+
+    monkeypatch.setattr(torch, "compile", lambda step, **options: refused)
+    options = Options(steps=2, hidden=8, window=5, batch=4)
+    comparison, _, report = demo.run(
+        "layer_norm_lstm", Corpus.of("some text " * 9), options, lambda *_: None
+    )
+    assert comparison.names == (LOOP, FASTRNN) and comparison.steps == 2
+    assert report.endswith("torch.compile does not work here: no C++ compiler")
+
+
+@pytest.mark.compiles
+@pytest.mark.takes(60)
+def test_the_compiled_loop_trains_alike() -> None:
+    options = Options(steps=3, hidden=8, window=4, batch=4)
+    comparison, _, _ = demo.run(
+        "layer_norm_lstm", Corpus.of("some text " * 9), options, lambda *_: None
+    )
+    assert comparison.names == (LOOP, COMPILED, FASTRNN)
+    assert comparison.early_difference() < 1e-5
 
 
 def test_both_learn_the_same() -> None:
@@ -102,20 +165,6 @@ def test_a_wrong_replacement_is_noticed(
     assert "do NOT agree" in capsys.readouterr().err
 
 
-def test_speed_is_of_the_median_step() -> None:
-    comparison = demo.Comparison("lstm")
-    comparison.losses[TORCH].extend([3.0, 2.0, 1.0])
-    comparison.losses[FASTRNN].extend([3.0, 2.5, 1.0])
-    comparison.times[TORCH].extend([0.5, 0.5, 9.0])
-    comparison.times[FASTRNN].extend([0.1, 4.0, 0.1])
-    assert comparison.ratio() == pytest.approx(5)
-    assert comparison.curve_difference() == comparison.early_difference() == pytest.approx(0.5)
-    comparison.losses[FASTRNN][1] = float("nan")
-    assert not comparison.curve_difference() <= 1
-    assert not comparison.early_difference() <= 1
-    assert comparison.curve(TORCH) == [(1, 3.0), (2, 2.0), (3, 1.0)]
-
-
 def test_time_budget_ends_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = itertools.count()  # it is read five times in each step
     monkeypatch.setattr(demo, "time", SimpleNamespace(perf_counter=lambda: next(clock) / 100))
@@ -129,22 +178,6 @@ def test_time_budget_ends_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen[-1] == 1.0
 
 
-def test_standard_library_is_text_enough() -> None:
-    corpus = Corpus.standard_library()
-    assert len(corpus.codes) > 1_000_000
-    assert len(corpus.symbols) > 90
-    head = corpus.decode(corpus.codes[:2000].tolist())
-    assert corpus.decode(corpus.encode(head.replace("    ", "\t"))[0].tolist()) == head
-    word = corpus.encode("self.")[0]
-    assert (corpus.codes.unfold(0, len(word), 1) == word).all(1).sum() > 1000
-
-
-def test_no_sources_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
-    with pytest.raises(FileNotFoundError, match="pass a text with --text"):
-        Corpus.standard_library()
-
-
 def test_generation_carries_the_state() -> None:
     torch.manual_seed(0)
     corpus = Corpus.of("abcdefgh")
@@ -153,17 +186,6 @@ def test_generation_carries_the_state() -> None:
     for length in range(3, 22):
         logits, _ = model(corpus.encode(text[:length]))
         assert corpus.symbols[int(logits.argmax())] == text[length]
-
-
-def without(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    load = importlib.import_module
-
-    def refuse(wanted: str, *rest: Any) -> Any:
-        if wanted.split(".")[0] == name:
-            raise ModuleNotFoundError(f"No module named {name!r}")
-        return load(wanted, *rest)
-
-    monkeypatch.setattr(importlib, "import_module", refuse)
 
 
 def test_without_matplotlib_the_way_out_is_named(
@@ -176,22 +198,7 @@ def test_without_matplotlib_the_way_out_is_named(
     assert not picture.exists()
 
 
-def test_bar_of_our_own_without_rich(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    without("rich", monkeypatch)
-    with demo._bar() as show:
-        show(0.5, "on no terminal")
-        assert capsys.readouterr().out == ""
-        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-        show(0.5, "half")
-        show(1.0, "all")
-    halves = capsys.readouterr().out.split("\r")[1:]
-    assert [h.count("#") for h in halves] == [15, 30]
-    assert halves[1].endswith("\n")
-
-
-@pytest.mark.parametrize("wrong", [["--steps", "0"], ["--seconds", "-1"], ["--cell", "mgu"]])
+@pytest.mark.parametrize("wrong", [["--steps", "0"], ["--seconds", "-1"], ["--cell", "lstn"]])
 def test_wrong_arguments(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         demo.main(wrong)
