@@ -129,7 +129,7 @@ struct Backward {
   // Whole k-blocks of one tile; the parts of split numbers take some.
   static constexpr int registers(bool split, int tiles, int column_tiles) {
     const int parts = !split ? 0 : tiles * column_tiles >= 8 ? 6 : 4;
-    const int whole = column_tiles < 4 ? 10 : tiles == 1 ? 8 : 7;
+    const int whole = column_tiles < 4 ? 10 : tiles == 1 ? 6 : 7;
     return kKBlockRegisters * (whole - parts);
   }
 
