@@ -30,6 +30,6 @@ def test_an_error_names_recurrent() -> None:
 @pytest.mark.parametrize("name", [*NAMES, "Recurrent"])
 def test_the_forward_of_a_class_shows_its_arguments(name: str) -> None:
     forward = getattr(fastrnn, name).forward
-    parameters = ["self", "input", "hx", "lengths", "resets", "return_states"]
+    parameters = ["self", "input", "hx", "lengths", "resets", "reset_states", "return_states"]
     assert list(inspect.signature(forward).parameters) == parameters
     assert "class documents the shapes" in forward.__doc__

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -56,8 +56,11 @@ def test_info_markdown_is_a_table_of_all_kernels(capsys: pytest.CaptureFixture[s
 
 
 def test_info_says_why_kernels_do_not_run_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    def current(kind: str) -> plan.Device:
-        return plan.Device(kind=kind, cuda=f"an error of {kind}")
+    real = device.current
+
+    def current(kind: str, *arguments: Any, **keywords: Any) -> plan.Device:
+        facts = real(kind, *arguments, **keywords) if kind == "cpu" else plan.Device(kind=kind)
+        return replace(facts, cuda=f"an error of {kind}")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(device, "current", current)
