@@ -11,14 +11,22 @@ from benchmarks import cells as benchmark
 
 
 def test_the_table_is_printed_and_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--only", "lstm,gru", "--shape", "3,2,4,5", "--seconds", "0.001", "--no-compiled"]
+    options = [
+        "--only",
+        "lstm,gru,lstm+zoneout",
+        "--shape",
+        "3,2,4,5",
+        "--seconds",
+        "0.001",
+        "--no-compiled",
+    ]
     assert benchmark.main([*options, "--save", "--results", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     (file,) = tmp_path.glob("*/cells.md")
     rows = [line for line in file.read_text().splitlines() if line.startswith(("| lstm", "| gru"))]
-    assert len(rows) == 2
-    assert rows[0] in printed and rows[0].endswith("| 1.00 |")
-    assert "--only lstm,gru" in file.read_text()
+    assert len(rows) == 3
+    assert rows[0] in printed and len(rows[0].split("|")) == 9
+    assert "--only lstm,gru,lstm+zoneout" in file.read_text()
 
 
 def test_other_results_are_not_timed() -> None:
