@@ -82,6 +82,10 @@ def step_of(cell: Cell) -> Step:
             return parts
 
         v = product(states[0], own)
-        return cell.step(u.chunk(gates, -1), v, states, params, lambda x: product(x, rest))
+
+        def apply(x: Tensor) -> list[Any]:
+            return v if x is states[0] else product(x, rest)
+
+        return cell.step(u.chunk(gates, -1), v, states, params, apply)
 
     return step
