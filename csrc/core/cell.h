@@ -7,7 +7,7 @@
 //   forward(u[G], v[G], s[S], p[N], next[S], saved[K])
 //   backward(saved[K], s[S], p[N], next[S], dnext[S], du[G], dv[G], ds[S], dp[N])
 // on a lane type V. A cell that draws random numbers has kDraws, kSequenceDraws and kScaledDraws
-// (core/noise.h), and finds its numbers in p behind the parameters. For a summed gate, v[g] is the
+// (`Draws` below), and finds its numbers in p behind the parameters. For a summed gate, v[g] is the
 // sum of both projections, u[g] is not read, and du[g] equals dv[g]. A projectable cell does not
 // read s[0] and sets ds[0] to zero: state 0 enters through v alone.
 #pragma once

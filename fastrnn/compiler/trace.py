@@ -32,10 +32,9 @@ class Trace:
 
     The inputs have the labels `u.i`, `v.i` for a gate i, `s.h`, `dnext.h` for a state h, `p.a` for
     a parameter a (`p.a.i` if it has a number for each gate), `z.k` for the numbers of draw k,
-    `count` for the number of units, the
-    labels of `Site.results`, and `doperand.k.j` for the gradient of part j of the operand of site
-    k. Gradients of parameters are those of one row and unit; those of the results of a reduction
-    are to be summed over the units.
+    `count` for the number of units, the labels of `Site.results`, and `doperand.k.j` for the
+    gradient of part j of the operand of site k. Gradients of parameters are those of one row and
+    unit; those of the results of a reduction are to be summed over the units.
 
     Attributes:
         states: the next states.
