@@ -7,10 +7,8 @@ these, so their import waits for the first such call.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
-
-from torch import Tensor
 
 from fastrnn import plan
 from fastrnn.extension import _C
@@ -36,40 +34,22 @@ def _cpu_plan(
     return plan.WEIGHT_LAYOUTS.index(config.weights), *split, chosen.chunk_rows
 
 
-def _forward(inputs: tuple[Any, ...], tape: bool) -> tuple[Tensor, list[Tensor], Tensor]:
-    from fastrnn.kernels import launched
+def _launched(name: str) -> Callable[..., Any]:
+    """The function of `launched.py`, which the first call imports."""
 
-    return launched.forward(inputs, tape)
+    def call(*arguments: Any) -> Any:
+        from fastrnn.kernels import launched
 
+        return getattr(launched, name)(*arguments)
 
-def _backward(
-    inputs: tuple[Any, ...],
-    grads: list[Tensor | None],
-    y: Tensor,
-    tape: Tensor,
-    needs: Sequence[bool],
-) -> list[Tensor] | None:
-    from fastrnn.kernels import launched
-
-    return launched.backward(inputs, grads, y, tape, needs)
-
-
-def _reference_backward(
-    inputs: tuple[Any, ...],
-    grads: list[Tensor | None],
-    needs: Sequence[bool],
-    differentiable: bool,
-) -> list[Tensor]:
-    from fastrnn.kernels import launched
-
-    return launched.reference_backward(inputs, grads, needs, differentiable)
+    return call
 
 
 _C.set_callbacks(
     plan=_cpu_plan,
     find=find,
-    forward=_forward,
-    backward=_backward,
-    reference_backward=_reference_backward,
+    forward=_launched("forward"),
+    backward=_launched("backward"),
+    reference_backward=_launched("reference_backward"),
     significant_bits=plan.SIGNIFICANT_BITS,
 )

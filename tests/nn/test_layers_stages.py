@@ -9,60 +9,21 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
 from fastrnn import kernels
+from tests.support.forms import FORMS, given, with_gradients
 from tests.support.kernels import planned
 from tests.support.reruns import for_other_instruction_sets, run_again
 from tests.support.shared import staged
 from tests.support.staged import USERS
-from tests.support.tensors import flatten
 
 F64 = torch.float64
-FORMS = ["dense", "packed", "lengths", "resets", "states"]
 
 
 def layer_of(inputs: int = 3, hidden: int = 21, layers: int = 1, **options: Any) -> Any:
     torch.manual_seed(0)
     return fastrnn.Recurrent(staged, inputs, hidden, layers, **options)
-
-
-def call(layer: Any, form: str, x: Tensor, states: Any) -> list[Tensor]:
-    steps, batch = x.shape[:2]
-    lengths = (torch.arange(batch) * 5 % steps) + 1
-    options: dict[str, Any] = {}
-    given: Any = x
-    if form == "packed":
-        given = pack_padded_sequence(x, lengths, enforce_sorted=False)
-    elif form == "lengths":
-        options["lengths"] = lengths
-    elif form == "resets":
-        options["resets"] = torch.arange(steps * batch).view(steps, batch) * 7 % 5 == 0
-    elif form == "states":
-        options["return_states"] = True
-    return list(flatten(layer(given, states, **options)))
-
-
-def with_gradients(layer: Any, form: str, x: Tensor, states: Any) -> list[Tensor]:
-    """The results, and gradients of everything."""
-    leaves = [x.clone().requires_grad_(), *(s.clone().requires_grad_() for s in states)]
-    out = [y for y in call(layer, form, leaves[0], tuple(leaves[1:])) if y.is_floating_point()]
-    random = torch.Generator().manual_seed(1)
-    terms = [(y * torch.randn(y.shape, generator=random, dtype=y.dtype)).sum() for y in out]
-    loss = torch.stack(terms).sum()
-    return [*out, *torch.autograd.grad(loss, [*leaves, *layer.parameters()])]
-
-
-def given(layer: Any, steps: int, batch: int, dtype: torch.dtype = F64) -> tuple[Tensor, Any]:
-    count = layer.num_layers * (2 if layer.bidirectional else 1)
-    random = torch.Generator().manual_seed(2)
-
-    def draw(*size: int) -> Tensor:
-        return torch.randn(size, generator=random, dtype=F64).to(dtype)
-
-    states = tuple(draw(count, batch, layer.hidden_size) for _ in layer.cell.states)
-    return draw(steps, batch, layer.input_size), states
 
 
 @pytest.mark.parametrize("form", FORMS)
