@@ -106,13 +106,20 @@ class Backward {
         for (int64_t i = sequences.begin; i < last; ++i)
           differentiate(p, step, t, i, units, drawn, i - sequences.begin);
         meet();
-        if (last > sequences.begin) propagate(p, step, t, {sequences.begin, last}, columns);
+        if (last <= sequences.begin) continue;
+        Ahead ahead;
+        if (looks_ahead(units)) ahead = chunk_.before(p, step, sequences, S, itemsize());
+        ahead.spread(asks_of<F>(last - sequences.begin, words_of<F>(depth_), columns.size()));
+        propagate(p, step, t, {sequences.begin, last}, columns, &ahead);
       }
     }
   }
 
  private:
   bool projected() const { return Cell::kProjectable && __builtin_expect(args_.projected, false); }
+  // Whether a thread reads whole values, and products have enough rows to pack weights for.
+  bool looks_ahead(Range units) const { return prepacks() && units.size() == vectors_; }
+  int64_t itemsize() const { return args_.storage == Storage::kSame ? sizeof(T) : 2; }
   bool prepacks() const {
     return backward_layout(F::kFormat, plan_.weights) == WeightLayout::kPrepacked;
   }
@@ -213,6 +220,7 @@ class Backward {
           dnext[s] = dnext[s] + load_as<V>(args_.dsteps, (at.row * (S - 1) + s - 1) * H + unit, n,
                                            args_.storage);
       }
+#pragma GCC unroll 16
       for (int k = 0; k < K; ++k) saved[k] = taped(S - 1 + k);
       for (int k = 0; k < N; ++k)
         given[k] = load<V>(static_cast<const T*>(recurrence.params) + k * H + unit, n);
@@ -242,7 +250,8 @@ class Backward {
   }
 
   // ds0 += dv * w_hh, but no gradient crosses a cut: it is that of the state given there.
-  void propagate(int64_t p, int64_t step, int64_t t, Range sequences, Range columns) const {
+  void propagate(int64_t p, int64_t step, int64_t t, Range sequences, Range columns,
+                 Ahead* ahead) const {
     const Rows& rows = args_.rows;
     const bool reverse = args_.recurrence[p].reverse;
     const int64_t Q = args_.recurrent;
@@ -260,7 +269,8 @@ class Backward {
           const int n = within<V>(column, Q);
           T* to = all + rows.batch_index(i) * Q + column;
           store(to, load<V>(to, n) + *sum, n);
-        });
+        },
+        ahead);
   }
 
   const BackwardArgs& args_;

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "core/math.h"
+#include "cpu/ahead.h"
 #include "cpu/contract.h"
 #include "cpu/team.h"
 #include "cpu/tiles.h"
@@ -71,6 +72,31 @@ class Chunk {
     }
     if (s == 0) return load_as<V>(args_.y, at.earlier * width + unit, n, storage);
     return load_as<V>(args_.tape, taped(at.earlier, s - 1) + unit, n, storage);
+  }
+
+  // What the step before this one will read of the tape, y and dy, `bytes` for each number, apart
+  // from what this one has read: for it, their values before the step, states 1..states-1 and y,
+  // are those after the step before. Nothing at the chunk's first step, or if rows lie in pieces.
+  Ahead before(int64_t p, int64_t step, Range sequences, int64_t states, int64_t bytes) const {
+    Ahead ahead;
+    const Rows& rows = args_.rows;
+    if (rows.order || step == args_.begin) return ahead;
+    // `count` numbers from `at` on of every row of `width` numbers, of the sequences live then.
+    const auto add = [&](int64_t then, const void* base, int64_t width, int64_t at, int64_t count) {
+      if (!base || then < 0) return;
+      const int64_t t = rows.time(then, args_.recurrence[p].reverse), P = args_.recurrences;
+      const int64_t last = sequences.end < rows.live(t) ? sequences.end : rows.live(t);
+      const int64_t first = (rows.row(t, sequences.begin) * P + p) * width + at;
+      ahead.add(static_cast<const char*>(base) + first * bytes, count * bytes, P * width * bytes,
+                last - sequences.begin);
+    };
+    const int64_t Q = args_.recurrent, width = tape_width_ * args_.hidden;
+    const int64_t after = (states - 1) * args_.hidden;
+    add(step - 1, args_.tape, width, after, width - after);
+    add(step - 1, args_.dy, Q, 0, Q);
+    add(step - 2, args_.tape, width, 0, after);
+    add(step - 2, args_.y, Q, 0, Q);
+    return ahead;
   }
 
   // Calls visit(memory, bytes) for what each step adds to; T is the type of gradients.

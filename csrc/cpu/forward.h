@@ -389,6 +389,9 @@ class Forward {
     each([&](int, int v, auto* sum, V b) {
       begin_sum<F>(sum, w.columns, w.column + v * kLanes, b);
     });
+    // One or two rows write whole pages in order, which the processor foresees.
+    if (kTile > 2 && args_.tape)
+      for (int r = 0; r < kTile; ++r) expect_results(p, step, first + r, panel * kUnits);
     int64_t next = 0;
     if constexpr (!F::kConverts) {
       if (fresh) {
@@ -416,6 +419,21 @@ class Forward {
       apply(Constant<Cell::kProjectable>{});
     else
       apply(Constant<false>{});
+  }
+
+  // Asks for the lines that units() will write. A panel writes one or a few in each value of a row,
+  // far apart, and the product hides the time that they take to arrive.
+  FASTRNN_INLINE void expect_results(int64_t p, int64_t step, int64_t i, int64_t unit) const {
+    const int64_t t = args_.rows.time(step, args_.recurrence[p].reverse);
+    const int64_t row = args_.rows.row(t, i) * args_.recurrences + p, H = args_.hidden;
+    const int64_t bytes = args_.storage == Storage::kSame ? sizeof(T) : 2;
+    const auto expect = [&](void* base, int64_t at) __attribute__((always_inline)) {
+      for (int q = 0; q < kUnitVectors; ++q)
+        __builtin_prefetch(static_cast<char*>(base) + (at + q * kLanes) * bytes, 1);
+    };
+    for (int value = 0; value < tape_width_; ++value)
+      expect(args_.tape, (row * tape_width_ + value) * H + unit);
+    if (!projected()) expect(args_.y, row * H + unit);
   }
 
   // Calls f on a copy of a tile in memory: so the tile itself stays in registers elsewhere.

@@ -55,10 +55,15 @@ void pack_gates(const typename F::Word* dgates, int64_t stride, Range gates, int
       constexpr int kTile = decltype(count)::value;
       Word* to = tiles + first * words_of<F>(depth) + k0 / F::kGroup * kTile;
       for (int64_t k = k0; k < k1; k += F::kGroup, to += kTile) {
-        const Word* rows[F::kGroup];
-        for (int j = 0; j < F::kGroup; ++j)
-          rows[j] = k + j < depth ? dgates + (k + j) * stride : nullptr;
-        for (int r = 0; r < kTile; ++r) to[r] = F::combine(rows, gates.begin + first + r);
+        const int64_t gate = gates.begin + first;
+        if constexpr (F::kGroup == 1) {
+          memcpy(to, dgates + k * stride + gate, kTile * sizeof(Word));
+        } else {
+          const Word* rows[F::kGroup];
+          for (int j = 0; j < F::kGroup; ++j)
+            rows[j] = k + j < depth ? dgates + (k + j) * stride : nullptr;
+          for (int r = 0; r < kTile; ++r) to[r] = F::combine(rows, gate + r);
+        }
       }
     });
   }

@@ -16,6 +16,7 @@
 #include <cstdint>
 
 #include "core/math.h"
+#include "cpu/ahead.h"
 #include "cpu/formats.h"
 #include "cpu/pack.h"
 #include "cpu/tiles.h"
@@ -116,11 +117,11 @@ FASTRNN_INLINE void with_block_count(int64_t left, int64_t block, const F& f) {
 }
 
 // out[r][v] += sum over words k in [k0, k1) of rows[r][k] * weights[k][v], where a block begins at
-// k0, and at k1 unless the sum ends there.
+// k0, and at k1 unless the sum ends there. A large tile asks for what lies `ahead`.
 template <int kRows, int kVectors, class F, class Weights>
 FASTRNN_INLINE void multiply(Sums<F, kRows, kVectors>& out, const Weights& weights,
                              const typename F::Word* const* rows, int64_t k0, int64_t k1,
-                             int64_t block) {
+                             int64_t block, Ahead* ahead = nullptr) {
   constexpr int kSets = block_sets(kRows * kVectors * F::kSums);
   if constexpr (kSets == 1) {
     if (k0 >= k1) return;
@@ -133,6 +134,7 @@ FASTRNN_INLINE void multiply(Sums<F, kRows, kVectors>& out, const Weights& weigh
     }
     for (int64_t k = k0;;) {
       const int64_t left = k1 - k;
+      if (ahead) ahead->ask();
       add_blocks<1, kRows, kVectors, F>(acc, weights, rows, k, block, left < block ? left : block);
       if (k) {
         asm("" : "+m"(before));  // the sum of the blocks before waits in memory
@@ -283,10 +285,11 @@ struct Columns {
 // out = rows * weights. One copy serves all callers: inlined, it would be most of the library.
 template <int kRows, int kVectors, class F, class Weights>
 __attribute__((noinline)) void product(Sums<F, kRows, kVectors>& out, const Weights& weights,
-                                       const typename F::Word* const* rows, int64_t depth) {
+                                       const typename F::Word* const* rows, int64_t depth,
+                                       Ahead* ahead) {
   Sums<F, kRows, kVectors> acc;
   clear_tile(acc);
-  multiply<kRows, kVectors, F>(acc, weights, rows, 0, depth, sum_block(depth));
+  multiply<kRows, kVectors, F>(acc, weights, rows, 0, depth, sum_block(depth), ahead);
   set_tile(out, acc);
 }
 
@@ -298,29 +301,38 @@ constexpr int widest_band(int rows) {
   return width;
 }
 
+// The number of times that multiply_columns() asks for what lies ahead, if its tiles are large.
+template <class F>
+int64_t asks_of(int64_t count, int64_t depth, int64_t vectors) {
+  constexpr int64_t kRows = tile_rows(kBandVectors * F::kSums);
+  const int64_t block = sum_block(depth);
+  return (count + kRows - 1) / kRows * (vectors / kBandVectors) * ((depth + block - 1) / block);
+}
+
 // Calls f(row, vector, sums) with the sums over words k < depth of rows[row * stride + k] *
-// matrix[k][vector], for `count` rows and the vectors [begin, end) of columns.
+// matrix[k][vector], for `count` rows and the vectors [begin, end) of columns. Meanwhile it asks
+// for what lies `ahead`.
 template <class F, class Each>
 FASTRNN_INLINE void multiply_columns(const typename F::Word* rows, int64_t stride, int64_t count,
                                      const Matrix<typename F::Word>& matrix, int64_t begin,
-                                     int64_t end, const Each& f) {
+                                     int64_t end, const Each& f, Ahead* ahead = nullptr) {
   using T = typename F::Word;
   using V = Vec<T>;
-  constexpr int n = lanes<V>();
+  constexpr int n = lanes<V>(), kRows = tile_rows(kBandVectors * F::kSums);
   const int64_t depth = matrix.depth;
   const auto sum = [&](int64_t first, auto tile, int64_t vector, auto width, const auto& band) {
     constexpr int kTile = decltype(tile)::value, kWide = decltype(width)::value;
     Sums<F, kTile, kWide> acc;
     const T* from[kTile];
     for (int r = 0; r < kTile; ++r) from[r] = rows + (first + r) * stride;
-    product<kTile, kWide, F>(acc, band, from, depth);
+    product<kTile, kWide, F>(acc, band, from, depth, ahead);
     for (int r = 0; r < kTile; ++r)
       for (int v = 0; v < kWide; ++v) f(first + r, vector + v, &acc[r][v * F::kSums]);
   };
   if (matrix.packed) {
     for_each_band(begin, end, [&](int64_t vector, auto width) {
       const Packed<T> band{matrix.data + vector * n * depth};
-      for_each_tile<tile_rows(kBandVectors * F::kSums)>(
+      for_each_tile<kRows>(
           count, [&](int64_t first, auto tile) { sum(first, tile, vector, width, band); });
     });
   } else if constexpr (!F::kConverts) {

@@ -266,11 +266,18 @@ class StagedStep {
     }
   }
 
-  // Runs the step of `count` rows; save(row, k, unit, value) takes the saved values.
+  // Runs the step of `count` rows; save(row, k, unit, value) takes the saved values. Its products
+  // with h ask for what lies `ahead`.
   template <class Save>
-  void run(const Rows& rows, int64_t count, const Save& save) const {
+  void run(const Rows& rows, int64_t count, const Save& save, Ahead* ahead = nullptr) const {
+    if (ahead) {
+      int64_t products = 0;
+      for (int g = 0; g < G; ++g) products += Cell::kSiteOf[g] < 0;
+      ahead->spread(products * asks_of<F>(count, sizes_.recurrent, vectors_));
+    }
     for (int g = 0; g < G; ++g)
-      if (Cell::kSiteOf[g] < 0) multiply(rows, count, rows.state[0], rows.state_stride[0], g);
+      if (Cell::kSiteOf[g] < 0)
+        multiply(rows, count, rows.state[0], rows.state_stride[0], g, ahead);
     for_each_number<kStages>([&](auto number) {
       constexpr int k = decltype(number)::value;
       constexpr Stage stage = kProgram.stage[k];
@@ -288,14 +295,17 @@ class StagedStep {
 
  private:
   // v = operand * w_hh^T of one gate; of a summed gate, with u.
-  void multiply(const Rows& rows, int64_t count, const T* operand, int64_t stride, int g) const {
+  void multiply(const Rows& rows, int64_t count, const T* operand, int64_t stride, int g,
+                Ahead* ahead = nullptr) const {
     const T* bias = weights_.bias_v + g * padded_;
     multiply_columns<F>(
         operand, stride, count, Weights::block(sizes_, weights_.w_hh, sizes_.recurrent, g), 0,
-        vectors_, [&](int64_t r, int64_t vector, const V* sum) {
+        vectors_,
+        [&](int64_t r, int64_t vector, const V* sum) {
           const int64_t unit = vector * kLanes, at = (r * G + g) * padded_ + unit;
           store(rows.v + at, *sum + load<V>(Cell::kSummed[g] ? rows.u + at : bias + unit));
-        });
+        },
+        ahead);
   }
 
   void find_moments(const Rows& rows, int64_t count, const Moments& of) const {

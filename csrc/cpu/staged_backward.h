@@ -154,15 +154,30 @@ class StagedBackward {
     });
     // The gradient of h through the gates that multiply it; across a cut, that of the state given
     // there.
+    Ahead ahead = ahead_of(p, step, sequences);
     for (int g = 0; g < G; ++g)
       if (Cell::kSiteOf[g] < 0)
-        transposed(p, g, first, count, [&](int64_t r, int64_t unit, V sum) {
-          const Place& at = own.places[r];
-          if (at.cut && !args_.dreset) return;
-          T* to = (at.cut ? reset_gradient(p, 0, at) : carried(p, 0, at)) + unit;
-          const int n = within<V>(unit, H);
-          store(to, load<V>(to, n) + sum, n);
-        });
+        transposed(
+            p, g, first, count,
+            [&](int64_t r, int64_t unit, V sum) {
+              const Place& at = own.places[r];
+              if (at.cut && !args_.dreset) return;
+              T* to = (at.cut ? reset_gradient(p, 0, at) : carried(p, 0, at)) + unit;
+              const int n = within<V>(unit, H);
+              store(to, load<V>(to, n) + sum, n);
+            },
+            &ahead);
+  }
+
+  // What the next step of the sweep reads is asked for by the products of this one with h.
+  Ahead ahead_of(int64_t p, int64_t step, Range sequences) const {
+    Ahead ahead;
+    if (!prepacks()) return ahead;
+    ahead = chunk_.before(p, step, sequences, S, args_.storage == Storage::kSame ? sizeof(T) : 2);
+    int64_t products = 0;
+    for (int g = 0; g < G; ++g) products += Cell::kSiteOf[g] < 0;
+    ahead.spread(products * asks_of<F>(sequences.size(), args_.hidden, vectors_));
+    return ahead;
   }
 
   // The gradients of the states after the step, the state before it, and the saved results.
@@ -188,12 +203,14 @@ class StagedBackward {
 
   // each(row, unit, sum): dv * w_hh of one gate, of the rows of dv from `first` on.
   template <class Each>
-  void transposed(int64_t p, int g, int64_t first, int64_t count, const Each& each) const {
+  void transposed(int64_t p, int g, int64_t first, int64_t count, const Each& each,
+                  Ahead* ahead = nullptr) const {
     const int64_t H = args_.hidden;
     const T* dv = static_cast<const T*>(args_.dv[p]) + (first * G + g) * H;
     multiply_columns<F>(
         dv, G * H, count, Matrix<T>{prepacks() ? packed(p, g) : block(p, g), H, H, prepacks()}, 0,
-        vectors_, [&](int64_t r, int64_t vector, const V* sum) { each(r, vector * kLanes, *sum); });
+        vectors_, [&](int64_t r, int64_t vector, const V* sum) { each(r, vector * kLanes, *sum); },
+        ahead);
   }
 
   template <int k>

@@ -172,11 +172,15 @@ class StagedForward {
       of.state_stride[s] = S * padded_;
     }
     const auto row_of = [&](int64_t r) { return rows.row(t, first + r) * args_.recurrences + p; };
-    step.run(of, count, [&](int64_t r, int k, int64_t unit, V x) __attribute__((always_inline)) {
-      if (args_.tape)
-        store_as(args_.tape, tape_.value(row_of(r), S - 1 + k) + unit, x, within<V>(unit, H),
-                 args_.storage);
-    });
+    Ahead results = results_of(row_of(0), count);
+    step.run(
+        of, count,
+        [&](int64_t r, int k, int64_t unit, V x) __attribute__((always_inline)) {
+          if (args_.tape)
+            store_as(args_.tape, tape_.value(row_of(r), S - 1 + k) + unit, x, within<V>(unit, H),
+                     args_.storage);
+        },
+        &results);
     for (int64_t r = 0; r < count; ++r) {
       const int64_t row = row_of(r);
       const bool cut = rows.cut_after(at, first + r, reverse);
@@ -195,6 +199,20 @@ class StagedForward {
       if (args_.tape && Cell::kRows > 0)
         tape_.write_results(args_.tape, row, of.results + r * Cell::kForward.results);
     }
+  }
+
+  // What a step will write of the tape and y for `count` rows from `row` on.
+  Ahead results_of(int64_t row, int64_t count) const {
+    Ahead ahead;
+    if (!args_.tape || args_.rows.order) return ahead;
+    const int64_t H = args_.hidden, bytes = args_.storage == Storage::kSame ? sizeof(T) : 2;
+    const auto add = [&](void* base, int64_t width) {
+      ahead.add(static_cast<char*>(base) + row * width * bytes, width * bytes,
+                args_.recurrences * width * bytes, count);
+    };
+    add(args_.tape, tape_.width() * H);
+    add(args_.y, H);
+    return ahead;
   }
 
   void finish(int64_t p, Range sequences, const Scratch& own) const {
