@@ -144,7 +144,7 @@ class ScanFunction : public torch::autograd::Function<ScanFunction> {
                                       batch_sizes, lengths, resets, noise, call->reverse);
     // Of y, the states, perhaps the states after every step, and the tape.
     const auto last = grads.begin() + 1 + call->states;
-    OutputGrads output_grads{grads[0], {grads.begin() + 1, last}};
+    OutputGrads output_grads{grads[0], {grads.begin() + 1, last}, {}};
     if (grads.size() > call->states + 2) output_grads.dsteps = *last;
 
     auto needed = [&](size_t first, int64_t count) {

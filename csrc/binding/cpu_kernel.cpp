@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "binding/output_memory.h"
 #include "cpu/contention.h"
 #include "cpu/memory.h"
 #include "cpu/spin.h"
@@ -14,13 +15,6 @@
 namespace fastrnn {
 namespace {
 
-// at::empty and at::zeros without the dispatcher, which takes longer than a small tensor is worth,
-// and from pages that cost little to touch first.
-Tensor fresh(at::IntArrayRef size, at::ScalarType type) {
-  Tensor out = at::detail::empty_cpu(size, type);
-  if (out.nbytes() >= 2 * kHugePage) prefer_huge_pages(out.mutable_data_ptr(), out.nbytes());
-  return out;
-}
 Tensor fresh_zeros(at::IntArrayRef size, at::ScalarType type) {
   Tensor out = fresh(size, type);
   if (out.nbytes() > 0) std::memset(out.mutable_data_ptr(), 0, out.nbytes());
@@ -384,7 +378,7 @@ ScanOutputs forward_on_cpu(const Call& call, const CpuPlan& plan, bool tape) {
   ScanOutputs out;
   auto& [y, states, saved] = out;
   y = in.lengths ? fresh_zeros(y_size, stored) : fresh(y_size, stored);
-  saved = fresh({tape ? n.R : 0, n.P, tape_width(call), n.H}, stored);
+  saved = tape_memory({tape ? n.R : 0, n.P, tape_width(call), n.H}, stored);
   if (in.lengths && tape) saved.zero_();
   std::vector<void*> finals(n.P * cell.states);
   for (int32_t s = 0; s < cell.states; ++s) {
