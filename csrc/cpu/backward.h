@@ -231,9 +231,10 @@ class Backward {
         F::put(dv, g * H + unit, gates_v[g], n);
         if constexpr (!all_summed<Cell>()) F::put(du, g * H + unit, gates_u[g], n);
       }
-      for (int k = 0; k < N && args_.dp; ++k) {
-        T* to = static_cast<T*>(args_.dp[p]) + (at.b * N + k) * H + unit;
-        store(to, load<V>(to, n) + dlearned[k], n);
+      if (args_.dp) {
+        T* const to = static_cast<T*>(args_.dp[p]) + at.b * N * H + unit;
+#pragma GCC unroll 32
+        for (int k = 0; k < N; ++k) store(to + k * H, load<V>(to + k * H, n) + dlearned[k], n);
       }
       for (int s = projected(); s < S; ++s) {
         if (at.cut && args_.dreset) {

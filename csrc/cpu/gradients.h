@@ -138,7 +138,8 @@ void add_bias_gradient(typename F::Number* db, const typename F::Word* dgates, i
   using T = typename F::Number;
   using V = Vec<T>;
   constexpr int n = lanes<V>();
-  for_each_band(0, (gates.size() + n - 1) / n, [&](int64_t vector, auto width) {
+  // As many sums as hide the time of an addition.
+  for_each_band<8>(0, (gates.size() + n - 1) / n, [&](int64_t vector, auto width) {
     constexpr int kWide = decltype(width)::value;
     const int64_t first = gates.begin + vector * n;
     V sum[kWide];

@@ -80,7 +80,7 @@ class StagedBackward {
     const Range own = part_of(args_.recurrences, plan_.split_recurrences, me.recurrence);
     const bool pack_now = prepacks() && *args_.prepacked_for != 1;
     for (int64_t p = own.begin; p < own.end && pack_now; ++p)
-      for (int g = me.sequence; g < G; g += plan_.split_sequences) pack(p, g);
+      for (int g = 0; g < G; g = run_end(g)) pack(p, g, me.sequence);
     me.publish(1);
     me.wait_for_all(1);
     if (me.index == 0 && pack_now) *args_.prepacked_for = 1;
@@ -100,19 +100,28 @@ class StagedBackward {
   bool prepacks() const {
     return backward_layout(F::kFormat, plan_.weights) == WeightLayout::kPrepacked;
   }
-  // The block of a gate, whose columns are summed over its rows.
+  // Gates that multiply the same value and follow each other, up to this one, are one product.
+  static constexpr int run_end(int g) {
+    int end = g + 1;
+    while (end < G && Cell::kSiteOf[end] == Cell::kSiteOf[g]) ++end;
+    return end;
+  }
+  // The rows of w_hh from gate g on, whose columns are summed over them.
   T* packed(int64_t p, int g) const {
     return static_cast<T*>(args_.prepacked) + (p * G + g) * padded_ * args_.hidden;
   }
-  const T* block(int64_t p, int g) const {
+  const T* unpacked(int64_t p, int g) const {
     const int64_t H = args_.hidden;
     return static_cast<const T*>(args_.recurrence[p].w_hh) + g * H * H;
   }
-  void pack(int64_t p, int g) const {
-    const int64_t H = args_.hidden;
+  // Packs a run of gates; threads that own the same take turns.
+  void pack(int64_t p, int g, int32_t turn) const {
+    const int64_t H = args_.hidden, depth = (run_end(g) - g) * H;
+    int64_t band = 0;
     for_each_band(0, vectors_, [&](int64_t vector, auto count) {
+      if (band++ % plan_.split_sequences != turn) return;
       const int64_t column = vector * kLanes;
-      pack_columns<F>(block(p, g) + column, H, H - column, H, packed(p, g) + column * H,
+      pack_columns<F>(unpacked(p, g) + column, H, H - column, depth, packed(p, g) + column * depth,
                       decltype(count)::value);
     });
   }
@@ -140,7 +149,7 @@ class StagedBackward {
       for (int j = 0; j < J; ++j) {
         if (!has(stage.sites, j)) continue;
         bool begin = true;
-        for (int g = 0; g < G; ++g) {
+        for (int g = 0; g < G; g = run_end(g)) {
           if (Cell::kSiteOf[g] != j) continue;
           T* const to = own.back + j * padded_;
           transposed(p, g, first, count, [&](int64_t r, int64_t unit, V sum) {
@@ -155,7 +164,7 @@ class StagedBackward {
     // The gradient of h through the gates that multiply it; across a cut, that of the state given
     // there.
     Ahead ahead = ahead_of(p, step, sequences);
-    for (int g = 0; g < G; ++g)
+    for (int g = 0; g < G; g = run_end(g))
       if (Cell::kSiteOf[g] < 0)
         transposed(
             p, g, first, count,
@@ -174,9 +183,11 @@ class StagedBackward {
     Ahead ahead;
     if (!prepacks()) return ahead;
     ahead = chunk_.before(p, step, sequences, S, args_.storage == Storage::kSame ? sizeof(T) : 2);
-    int64_t products = 0;
-    for (int g = 0; g < G; ++g) products += Cell::kSiteOf[g] < 0;
-    ahead.spread(products * asks_of<F>(sequences.size(), args_.hidden, vectors_));
+    int64_t asks = 0;
+    for (int g = 0; g < G; g = run_end(g))
+      if (Cell::kSiteOf[g] < 0)
+        asks += asks_of<F>(sequences.size(), (run_end(g) - g) * args_.hidden, vectors_);
+    ahead.spread(asks);
     return ahead;
   }
 
@@ -201,16 +212,16 @@ class StagedBackward {
     if (R > 0) tape_.read_results(args_.tape, at.row, own.results + r * kResults);
   }
 
-  // each(row, unit, sum): dv * w_hh of one gate, of the rows of dv from `first` on.
+  // each(row, unit, sum): dv * w_hh of a run of gates, of the rows of dv from `first` on.
   template <class Each>
   void transposed(int64_t p, int g, int64_t first, int64_t count, const Each& each,
                   Ahead* ahead = nullptr) const {
-    const int64_t H = args_.hidden;
+    const int64_t H = args_.hidden, depth = (run_end(g) - g) * H;
     const T* dv = static_cast<const T*>(args_.dv[p]) + (first * G + g) * H;
+    const Matrix<T> w_hh{prepacks() ? packed(p, g) : unpacked(p, g), depth, H, prepacks()};
     multiply_columns<F>(
-        dv, G * H, count, Matrix<T>{prepacks() ? packed(p, g) : block(p, g), H, H, prepacks()}, 0,
-        vectors_, [&](int64_t r, int64_t vector, const V* sum) { each(r, vector * kLanes, *sum); },
-        ahead);
+        dv, G * H, count, w_hh, 0, vectors_,
+        [&](int64_t r, int64_t vector, const V* sum) { each(r, vector * kLanes, *sum); }, ahead);
   }
 
   template <int k>
@@ -282,11 +293,11 @@ class StagedBackward {
       }
       store(carried(p, s, at) + unit, at.cut ? splat<V>(0) : dbefore[s], n);
     }
+    if (args_.dp) {
+      T* const to = static_cast<T*>(args_.dp[p]) + at.b * N * H + unit;
 #pragma GCC unroll 64
-    for (int j = 0; j < N && args_.dp; ++j) {
-      if (!has(stage.dp, j)) continue;
-      T* to = static_cast<T*>(args_.dp[p]) + (at.b * N + j) * H + unit;
-      store(to, load<V>(to, n) + dlearned[j], n);
+      for (int j = 0; j < N; ++j)
+        if (has(stage.dp, j)) store(to + j * H, load<V>(to + j * H, n) + dlearned[j], n);
     }
 #pragma GCC unroll 64
     for (int j = 0; j < J; ++j)
