@@ -78,6 +78,7 @@ def backward(
     if stacked is operands:
         return out
     states = len(operands.s0) if need.s0 else 0
+    states += len(operands.reset_states) if need.reset_states else 0
     return out[: len(out) - states] + [g[0] for g in out[len(out) - states :]]
 
 
@@ -152,7 +153,7 @@ def _planned(key: str, operands: Operands, tape: bool, backward: bool) -> Planne
         projected=bool(operands.w_hr),
         projectable=derived.projectable,
         stages=derived.stages,
-        noise=bool(derived.draws),
+        draws=len(derived.draws),
         reset_states=bool(operands.reset_states),
     )
     compiled = _C.has_code(key, "float64" if x.dtype == torch.float64 else "float32")

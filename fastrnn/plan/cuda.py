@@ -33,12 +33,13 @@ def refuse(problem: Problem, device: Device) -> str | None:
         return "it does not project the output (proj_size)"
     if problem.stages > 1:
         return (
-            f"a step of cell {problem.cell!r} has {problem.stages} stages and this kernel runs one"
+            f"a step of cell {problem.cell!r} has {problem.stages} stages and this kernel runs "
+            "one; triton runs them"
         )
-    if problem.noise:
-        return f"cell {problem.cell!r} draws random numbers, which this kernel does not"
+    if problem.draws:
+        return f"cell {problem.cell!r} draws random numbers and this kernel none; triton does"
     if problem.reset_states:
-        return "episodes begin in given states, and this kernel lets them begin with zeros"
+        return "its resets lead to zeros; triton takes given states (reset_states=)"
     if problem.hidden == 0:
         return "there are no hidden units"
     if gpu.capability < 80:

@@ -50,7 +50,7 @@ class Problem:
     projected: bool = False  # state 0 goes through weight_hr
     projectable: bool = True  # the cell reads state 0 only through `v`
     stages: int = 1  # of a step of the cell, between which units of a row need each other
-    noise: bool = False  # whether the cell draws random numbers
+    draws: int = 0  # random numbers that the cell draws for a unit and step
     reset_states: bool = False  # whether episodes begin in given states
 
     @property

@@ -40,10 +40,6 @@ def refuse(problem: Problem, device: Device) -> str | None:
         return (
             f"a step of cell {problem.cell!r} has {problem.stages} stages and this kernel runs one"
         )
-    if problem.noise:
-        return f"cell {problem.cell!r} draws random numbers, which this kernel does not"
-    if problem.reset_states:
-        return "episodes begin in given states, and this kernel lets them begin with zeros"
     if problem.hidden == 0:
         return "there are no hidden units"
     return None
@@ -118,9 +114,11 @@ def _fits(problem: Problem, gpu: TritonFacts, config: TritonConfig) -> bool:
         # The weights of a gate pass through shared memory into registers.
         through = padded * padded * problem.itemsize
         return _in_registers(problem, gpu) and through <= gpu.shared_bytes
-    # Blocks that are live together: inputs of this and the next step, sums, old and new states.
+    # Blocks that are live together: inputs of this and the next step, sums, old and new states,
+    # random numbers.
     words = max(1, problem.itemsize // 4)
-    blocks = (3 * problem.gates + (4 if problem.backward else 2) * problem.states) * words
+    blocks = 3 * problem.gates + (4 if problem.backward else 2) * problem.states + problem.draws
+    blocks *= words
     registers, most = _BLOCK_REGISTERS, 64 if itemsize == 4 else padded
     if _in_full(problem, config):
         registers, most = _PARTS_REGISTERS, 32
@@ -147,7 +145,8 @@ def _streamed(problem: Problem, gpu: TritonFacts, precision: str) -> TritonConfi
     if not config.matrix_units:
         return replace(config, unit_tile=unit_tile, depth_tile=unit_tile, warps=8)
     depth_tile, stages = (min(padded, 64), 4) if itemsize == 2 else (min(padded, 32), 2)
-    if _in_full(problem, config) and problem.projected:  # there are two more products
+    more = problem.projected or (problem.backward and problem.draws)  # products, or numbers
+    if _in_full(problem, config) and more:
         depth_tile = 16
     while (
         # Weights of every gate, and the batch rows that are multiplied by them.

@@ -76,6 +76,17 @@ def test_weights_are_resident_where_they_fit(
         assert choose(replace(problem, backward=backward), device).triton.resident is resident
 
 
+def test_noise_and_given_resets_are_no_reason_to_refuse() -> None:
+    for problem in (replace(BF16, draws=2), replace(BF16, reset_states=True)):
+        assert choose(problem, H200).kernel == "triton"
+
+
+def test_random_numbers_take_registers() -> None:
+    problem = replace(BF16, hidden=128)
+    assert choose(problem, H200).triton.resident
+    assert not choose(replace(problem, draws=8), H200).triton.resident
+
+
 @pytest.mark.parametrize("device", [H200, RTX, MI300], ids=["H200", "RTX", "MI300"])
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize("hidden", [1, 5, 64, 100, 1000, 4096])

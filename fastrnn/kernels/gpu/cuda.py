@@ -225,7 +225,8 @@ class _Sweeps:
     """`sweeps.RecomputingSweeps` in CUDA C++."""
 
     def forward(self, scan: Scan, begin: int, end: int, buffers: ForwardBuffers) -> None:
-        u, b_hh, carry, y, tape = buffers
+        u, b_hh, carry, y, tape, begins = buffers
+        assert begins is None, "the CUDA kernels let episodes begin with zeros"
         read: _Tensors = {"u": u, "b_hh": b_hh}
         written: _Tensors = {"carry": carry, "y": y, "tape": tape}
         _launch("forward", scan, begin, end, read, written)
@@ -233,7 +234,8 @@ class _Sweeps:
     def backward(
         self, scan: Scan, begin: int, end: int, buffers: BackwardBuffers, tape: Tape
     ) -> None:
-        dy, s0, ds, y, du, dv, h_prev, dh, dp = buffers
+        dy, s0, ds, y, du, dv, h_prev, dh, dp, _, begins, _ = buffers
+        assert begins is None, "the CUDA kernels let episodes begin with zeros"
         assert dh is None, "the CUDA kernels do not project"
         assert dp is None, "the CUDA kernels have no cells with learned parameters"
         read: _Tensors = {"dy": dy, "s0": s0, "y": y, "tape": tape.values}

@@ -51,16 +51,14 @@ def forward(sweeps: Sweeps, scan: Scan, tape: bool) -> tuple[Tensor, list[Tensor
     else:
         b_ih, b_hh = _biases(scan)
         u = x.new_empty(recurrences, scan.chunk_rows, scan.gates * hidden)
-        buffers = ForwardBuffers(u, b_hh, carry, y, saved if tape else None)
+        given = operands.reset_states
+        begins = scan.widened(given)[0] if given else None
+        buffers = ForwardBuffers(u, b_hh, carry, y, saved if tape else None, begins)
         for begin in range(0, scan.steps if scan.batch else 0, scan.chunk_steps):
             end = min(scan.steps, begin + scan.chunk_steps)
             _project(scan, u, b_ih, begin, end)
             sweeps.forward(scan, begin, end, buffers)
-    # The states are copied, so that they neither share `carry` nor keep it alive.
-    if hidden == scan.recurrent:
-        return y, [carry[j].to(x.dtype, copy=True) for j in range(scan.states)], saved
-    last = [carry[j, ..., : scan.width(j)] for j in range(scan.states)]
-    return y, [state.to(x.dtype, copy=True).contiguous() for state in last], saved
+    return y, _states(scan, carry), saved
 
 
 def _biases(scan: Scan) -> tuple[Tensor | None, Tensor | None]:
@@ -116,33 +114,27 @@ def backward(
     tape: Tensor,
     needs: Needs,
 ) -> list[Tensor]:
-    """Those gradients of x, w_ih, w_hh, b_ih, b_hh, w_hr, params and s0 that `needs` selects, as
-    `torch.ops.fastrnn.scan_backward`. `RecomputingSweeps` recompute a tape without rows, chunk by
-    chunk."""
+    """Those gradients of x, w_ih, w_hh, b_ih, b_hh, w_hr, params, s0 and reset_states that `needs`
+    selects, as `torch.ops.fastrnn.scan_backward`. `RecomputingSweeps` recompute a tape without
+    rows, chunk by chunk."""
     operands, x = scan.operands, scan.operands.x
     recurrences, hidden, compute = scan.recurrences, scan.hidden, scan.compute
-    widest = max(hidden, scan.recurrent)
-    size = 2, scan.states, recurrences, scan.batch, widest
-    s0, ds = torch.zeros(size, dtype=compute, device=x.device).unbind(0)
-    for j in range(scan.states):
-        if operands.s0:
-            s0[j, ..., : scan.width(j)] = operands.s0[j]
-        grad = grads[1 + j]
-        if grad is not None:
-            ds[j, ..., : scan.width(j)] = grad
+    s0, ds = scan.widened(operands.s0, grads[1:])
     if scan.alone and operands.lengths is None and (tape.size(0) or not scan.tape_width()):
         return _backward_of_one(sweeps, scan, grads[0], y, tape, needs, s0, ds)
     y, saved = y.contiguous(), Tape(tape.contiguous())
     steps = scan.steps if scan.batch else 0
     chunks = [(max(0, end - scan.chunk_steps), end) for end in range(steps, 0, -scan.chunk_steps)]
     recomputes = bool(chunks and scan.tape_width() and not tape.size(0))
-    depth = scan.gates * hidden
+    depth, sites = scan.gates * hidden, 1 + max(scan.site_of, default=-1)
 
     def empty(width: int, dtype: torch.dtype = x.dtype) -> Tensor:
         size = recurrences, scan.chunk_rows, width
         return torch.empty(size, dtype=dtype, device=x.device)
 
     dv = empty(depth)
+    given = operands.reset_states
+    begins, dbegins = scan.widened(given, ()) if given else (None, None)
     buffers = BackwardBuffers(
         dy=None if grads[0] is None else grads[0].contiguous(),
         s0=s0,
@@ -153,6 +145,9 @@ def backward(
         h_prev=empty(scan.recurrent),
         dh=None if scan.w_hr is None else empty(scan.recurrent),
         dp=None if scan.params is None else empty(scan.params[0].numel(), compute),
+        operands=empty(sites * hidden) if sites else None,
+        begins=begins,
+        dbegins=dbegins,
     )
     recomputed = None
     if recomputes:
@@ -162,16 +157,27 @@ def backward(
     for begin, end in chunks:
         chunk_tape = saved if recomputed is None else recomputed.tape(begin, end)
         if operands.lengths is not None:  # rows past the end of a sequence have no gradient
-            for buffer in (buffers.dv, buffers.du, buffers.h_prev, buffers.dh, buffers.dp):
+            written = buffers.dv, buffers.du, buffers.h_prev, buffers.dh, buffers.dp
+            for buffer in (*written, buffers.operands):
                 if buffer is not None:
                     buffer.zero_()
         sweeps.backward(scan, begin, end, buffers, chunk_tape)
         gradients.add(begin, end, buffers, saved.values)
     out = gradients.all()
-    if needs.s0:
-        for j in range(len(operands.s0)):
-            out.append(ds[j, ..., : scan.width(j)].to(x.dtype, copy=True).contiguous())
+    if needs.s0 and operands.s0:
+        out += _states(scan, ds)
+    if needs.reset_states and dbegins is not None:
+        out += _states(scan, dbegins)
     return out
+
+
+def _states(scan: Scan, widened: Tensor) -> list[Tensor]:
+    """The states in `widened`, in the dtype of the operands. They are copied, so that they neither
+    share memory nor keep it alive."""
+    own = list(widened[: scan.states].unbind(0))
+    if scan.hidden != scan.recurrent:
+        own = [state[..., : scan.width(j)] for j, state in enumerate(own)]
+    return [state.to(scan.dtype, copy=True).contiguous() for state in own]
 
 
 def _backward_of_one(
@@ -297,7 +303,12 @@ class _Gradients:
                 x = scan.x_rows((low, high))
                 self._add("w_ih", run, _products(u, x.expand(u.size(0), *x.shape)))
             if needs.w_hh:
-                self._add("w_hh", run, _products(v, h))
+                if buffers.operands is None:
+                    product = _products(v, h)
+                else:
+                    own = buffers.operands[recurrences, :count]
+                    product = self._products_by_site(v, h, own)
+                self._add("w_hh", run, product)
             if needs.w_hr and dh is not None:
                 unprojected = tape[low:high, recurrences, -1].transpose(0, 1)
                 self._add("w_hr", run, _products(dh[recurrences, :count], unprojected))
@@ -310,6 +321,15 @@ class _Gradients:
                 self._add("params", run, dp[recurrences, :count].sum(1))
             if needs.x:
                 self._add_to_x(low, high, u, recurrences.start)
+
+    def _products_by_site(self, v: Tensor, h: Tensor, operands: Tensor) -> Tensor:
+        """The gradient of w_hh, whose blocks multiply state 0 or another value each."""
+        hidden, parts = self.scan.hidden, []
+        for gates in _runs(self.scan.site_of):
+            site = self.scan.site_of[gates.start]
+            own = h if site < 0 else operands[..., site * hidden : (site + 1) * hidden]
+            parts.append(_products(v[..., gates.start * hidden : gates.stop * hidden], own))
+        return torch.cat(parts, 1)
 
     def _add(self, name: str, run: int, term: Tensor) -> None:
         before = self.sums.get((name, run))
@@ -382,11 +402,11 @@ def _products(a: Tensor, b: Tensor) -> Tensor:
 
 
 @functools.cache
-def _runs_of(flags: tuple[bool, ...]) -> tuple[slice, ...]:
+def _runs_of(flags: tuple[int, ...]) -> tuple[slice, ...]:
     edges = [p for p in range(len(flags)) if p == 0 or flags[p] != flags[p - 1]]
     return tuple(map(slice, edges, [*edges[1:], len(flags)]))
 
 
-def _runs(flags: Sequence[bool]) -> tuple[slice, ...]:
+def _runs(flags: Sequence[int]) -> tuple[slice, ...]:
     """Runs of neighbouring recurrences, or gates, with the same flag."""
     return _runs_of(tuple(flags))

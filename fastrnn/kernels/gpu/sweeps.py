@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from fastrnn.compiler.layout import site_of
 from fastrnn.kernels.gpu import packed
 from fastrnn.kernels.operands import Operands
 from fastrnn.plan import Plan
@@ -70,7 +71,10 @@ class Shape:
         self.chunk_rows = min(self.rows, self.chunk_steps * self.batch)
         # Whether the call is one recurrence in one chunk, and state 0 is the output.
         self.alone = self.recurrences == 1 and self.chunk_steps >= self.steps > 0
-        self.alone = self.alone and self.batch > 0 and not (operands.w_hr or operands.params)
+        others = operands.w_hr or operands.params or operands.reset_states
+        self.site_of = site_of(derived) if derived.sites else []
+        others = others or max(self.site_of, default=-1) >= 0
+        self.alone = self.alone and self.batch > 0 and not others
         self.summed = derived.summed
         self.all_summed = all(derived.summed)
         self.remembered: dict[str, Any] = {}
@@ -95,7 +99,9 @@ class Scan(Shape):
         summed, all_summed: for each gate, whether its two projections are only ever added; whether
             all are.
         alone: whether the call is one recurrence in one chunk of steps, without parameters of the
-            cell, and state 0 is the output. There are shorter ways for it.
+            cell, products of other values or given states for resets, and state 0 is the output.
+            There are shorter ways for it.
+        site_of: for each gate of a cell with stages, see `compiler.layout.site_of`; else empty.
         chunk_steps, chunk_rows: time steps of a launch, and the most rows that they have.
     """
 
@@ -139,12 +145,24 @@ class Scan(Shape):
         ]
         return torch.cat(every).view(self.recurrences, -1, self.hidden)
 
+    def widened(self, *groups: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        """For each group of states, or of their gradients, [S, P, B, max(H, Q)] in the type of
+        computation; those that are None or missing are zero."""
+        size = self.states, self.recurrences, self.batch, max(self.hidden, self.recurrent)
+        out = torch.zeros(len(groups), *size, dtype=self.compute, device=self.device)
+        for k, group in enumerate(groups):
+            for j, state in enumerate(group):
+                if state is not None:
+                    out[k, j, ..., : self.width(j)] = state
+        return out.unbind(0)
+
     def width(self, state: int) -> int:
         return self.hidden if state else self.recurrent
 
     def tape_width(self) -> int:
         """W, the number of values [H] in a row of the tape."""
-        return self.derived.tape_width(bool(self.operands.w_hr))
+        ratio = 2 if self.dtype.itemsize == 2 else 1
+        return self.derived.tape_width(bool(self.operands.w_hr), self.hidden, ratio)
 
     def row(self, t: int) -> int:
         return t * self.batch if self.first is None else self.first[t]
@@ -199,6 +217,8 @@ class ForwardBuffers(NamedTuple):
             The last entry is a second buffer for state 0, which is Q wide; other states are H.
         y: [rows, P, Q], the output.
         tape: `Tape.values` of all rows, or None.
+        begins: [S, P, B, max(H, Q)] in `scan.compute`, the states in which episodes begin; None for
+            zeros.
     """
 
     u: Tensor
@@ -206,6 +226,7 @@ class ForwardBuffers(NamedTuple):
     carry: Tensor
     y: Tensor
     tape: Tensor | None
+    begins: Tensor | None = None
 
 
 class BackwardBuffers(NamedTuple):
@@ -223,6 +244,10 @@ class BackwardBuffers(NamedTuple):
             projected.
         dp: [P, chunk_rows, N*H] in `scan.compute`, receives the gradients of the learned
             parameters at each step; None if the cell has none.
+        operands: [P, chunk_rows, J*H], receives what the products of other values than state 0
+            multiply (`Derived.sites`); None if the cell has none.
+        begins: as in `ForwardBuffers`.
+        dbegins: shaped as `begins`: their gradients are added to it; None without them.
     """
 
     dy: Tensor | None
@@ -234,6 +259,9 @@ class BackwardBuffers(NamedTuple):
     h_prev: Tensor
     dh: Tensor | None
     dp: Tensor | None
+    operands: Tensor | None = None
+    begins: Tensor | None = None
+    dbegins: Tensor | None = None
 
 
 class RecomputeBuffers(NamedTuple):

@@ -6,7 +6,17 @@
 import triton
 import triton.language as tl
 
-from fastrnn.kernels.gpu.triton.common import RUN_TIME, cuts, learned, program, row_numbers, times
+from fastrnn.kernels.gpu.triton.common import (
+    RUN_TIME,
+    begun,
+    cuts,
+    learned,
+    program,
+    row_numbers,
+    times,
+)
+from fastrnn.kernels.gpu.triton.noise import drawn, drawn_once, sequences
+from fastrnn.kernels.gpu.triton.stages import backward_stages, saved_results
 
 
 @triton.jit
@@ -30,20 +40,22 @@ def _before(
 
 @triton.jit
 def _state_0_before(
-    y, start, rows, from_row, from_start, n, p, recurrences, dtype, Q: tl.constexpr
-):
+    y, start, begins, own, rows, from_row, from_start, cut, n, p, recurrences, dtype,
+    Q: tl.constexpr, GIVEN: tl.constexpr,
+):  # fmt: skip
     """State 0 before a step, [BB, N]."""
     inside = (n < Q)[None, :]
     at = y + (rows[:, None] * recurrences + p) * Q + n[None, :]
     value = tl.load(at, mask=from_row & inside, other=0.0).to(dtype)
-    return value + tl.load(start + n[None, :], mask=from_start & inside, other=0.0)
+    value += tl.load(start + n[None, :], mask=from_start & inside, other=0.0)
+    return value + begun(begins, own + n[None, :], cut, inside, GIVEN)
 
 
 @triton.jit
 def _reads(
-    dy, y, tape, start, state, ds, rows, rows_before, from_row, from_start, alive, n, p,
-    recurrences, H: tl.constexpr, S: tl.constexpr, K: tl.constexpr, DY: tl.constexpr,
-    PROJECTED: tl.constexpr,
+    dy, y, tape, start, begins, own, state, ds, rows, rows_before, from_row, from_start, cut,
+    alive, n, p, recurrences, H: tl.constexpr, S: tl.constexpr, K: tl.constexpr, DY: tl.constexpr,
+    GIVEN: tl.constexpr, PROJECTED: tl.constexpr, TAPE_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """The arguments of a step's derivative: saved values, states before and after it, and gradients
     of the states after it. A projected state 0 is here the cell's own output, without projection,
@@ -51,8 +63,7 @@ def _reads(
     dtype = start.dtype.element_ty
     units = (n < H)[None, :]
     here = alive & units
-    tape_width: tl.constexpr = S - 1 + K + PROJECTED
-    at = tape + (rows[:, None] * recurrences + p) * tape_width * H + n[None, :]
+    at = tape + (rows[:, None] * recurrences + p) * TAPE_WIDTH * H + n[None, :]
     at_y = (rows[:, None] * recurrences + p) * H + n[None, :]
     saved = ()
     for j in tl.static_range(K):
@@ -64,31 +75,59 @@ def _reads(
         after = (tl.load(y + at_y, mask=here, other=0.0).to(dtype),)
         before = (
             _state_0_before(
-                y, start, rows_before, from_row, from_start, n, p, recurrences, dtype, H
+                y, start, begins, own, rows_before, from_row, from_start, cut, n, p, recurrences,
+                dtype, H, GIVEN,
             ),
-        )
+        )  # fmt: skip
     if DY and not PROJECTED:
         dafter = (ds[0] + tl.load(dy + at_y, mask=here, other=0.0).to(dtype),)
     else:
         dafter = (ds[0],)
-    at_before = tape + (rows_before[:, None] * recurrences + p) * tape_width * H + n[None, :]
+    at_before = tape + (rows_before[:, None] * recurrences + p) * TAPE_WIDTH * H + n[None, :]
     for j in tl.static_range(1, S):
         after = after + (tl.load(at + (j - 1) * H, mask=here, other=0.0).to(dtype),)
         dafter = dafter + (ds[j],)
         value = tl.load(at_before + (j - 1) * H, mask=from_row & units, other=0.0).to(dtype)
         initial = start + j * state + n[None, :]
         value += tl.load(initial, mask=from_start & units, other=0.0)
+        value += begun(begins, own + (j * state + n)[None, :], cut, units, GIVEN)
         before = before + (value,)
     return saved, before, after, dafter
 
 
 @triton.jit
-def _store_params(dp, out, rows, n, here, BB: tl.constexpr, BN: tl.constexpr, H: tl.constexpr,
-                  FIRST: tl.constexpr, L: tl.constexpr):  # fmt: skip
-    """Write the gradients of the learned parameters, which are in `out` from FIRST on."""
-    at = dp + rows[:, None] * (L * H) + n[None, :]
-    for j in tl.static_range(L):
-        tl.store(at + j * H, tl.broadcast_to(out[FIRST + j], (BB, BN)), mask=here)
+def store_rows(to, blocks, rows, n, here, BB: tl.constexpr, BN: tl.constexpr, H: tl.constexpr,
+               COUNT: tl.constexpr):  # fmt: skip
+    """Write COUNT blocks side by side into rows of COUNT * H numbers."""
+    at = to + rows[:, None] * (COUNT * H) + n[None, :]
+    for j in tl.static_range(COUNT):
+        value = tl.broadcast_to(blocks[j], (BB, BN)).to(to.dtype.element_ty)
+        tl.store(at + j * H, value, mask=here)
+
+
+@triton.jit
+def _add_to_begins(dbegins, at, d, cut, inside):
+    """Add gradients of a state before a step, where `cut`, to those of the given state."""
+    total = d + tl.load(dbegins + at, mask=cut & inside, other=0.0)
+    tl.debug_barrier()  # all threads have read the sums before any writes them
+    tl.store(dbegins + at, total, mask=cut & inside)
+
+
+@triton.jit
+def _move_to_begins(
+    ds, dbegins, own, state, cut, H: tl.constexpr, Q: tl.constexpr, S: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
+    """The same for all states of a row, which lie in global memory: zeros stay behind."""
+    for j in tl.static_range(S):
+        for n0 in tl.range(0, Q if j == 0 else H, BN, num_stages=1):
+            n = n0 + tl.arange(0, BN)
+            inside = (n < (Q if j == 0 else H))[None, :]
+            at = own + (j * state + n)[None, :]
+            d = tl.load(ds + at, mask=cut & inside, other=0.0)
+            _add_to_begins(dbegins, at, d, cut, inside)
+            tl.store(ds + at, tl.zeros_like(d), mask=cut & inside)
+    tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -96,7 +135,10 @@ def backward_resident(
     dy,  # [rows, P, H]
     w_hh,
     params,  # [P, L, H], or any pointer
+    noise,  # as in `forward.py`
+    begins,
     s0,  # [S, P, B, H] in the type of computation
+    dbegins,  # shaped as `begins`: receives the sums of their gradients
     ds,  # [S, P, B, H] gradients of the states, first after the chunk, then before it
     y,
     tape,
@@ -104,6 +146,7 @@ def backward_resident(
     dv,  # shaped as du; the same tensor if all gates are summed
     h_prev,  # [P, chunk_rows, H] state 0 before each step
     dp,  # [P, chunk_rows, L*H] in the type of computation, or any pointer
+    operands,  # [P, chunk_rows, J*H] what the J products of other values multiply, or any pointer
     first,
     length,
     resets,
@@ -116,16 +159,23 @@ def backward_resident(
     chunk_rows: tl.int64,
     reverse: tl.int64,
     CELL: tl.constexpr,
+    PROGRAM: tl.constexpr,
     H: tl.constexpr,
     G: tl.constexpr,
     S: tl.constexpr,
     K: tl.constexpr,
     L: tl.constexpr,
+    D: tl.constexpr,
+    PER_SEQUENCE: tl.constexpr,
+    SCALED: tl.constexpr,
+    ORDERED: tl.constexpr,
     SUMMED: tl.constexpr,
     DY: tl.constexpr,
+    TAPE_WIDTH: tl.constexpr,
     PACKED: tl.constexpr,
     RAGGED: tl.constexpr,
     RESETS: tl.constexpr,
+    GIVEN: tl.constexpr,
     PRECISION: tl.constexpr,
     DOT: tl.constexpr,
     BB: tl.constexpr,
@@ -152,6 +202,8 @@ def backward_resident(
         ds_at = ds + recurrence + j * state + n[None, :]
         carried = carried + (tl.load(ds_at, mask=in_batch, other=0.0),)
     own_params = learned(params, p, n, ds.dtype.element_ty, H, L)
+    sequence = sequences(noise, b, batch, D, ORDERED)
+    once = drawn_once(noise, p, sequence, n, ds.dtype.element_ty, D, PER_SEQUENCE, SCALED)
 
     for back in tl.range(0, high - low):
         step = high - 1 - back
@@ -163,16 +215,33 @@ def backward_resident(
             first, resets, t, b, stop, steps, batch, backward, PACKED, RESETS
         )
         saved, before, after, dafter = _reads(
-            dy, y, tape, s0 + recurrence, state, carried, rows, rows_before, from_row, from_start,
-            alive, n, p, recurrences, H, S, K, DY, False,
+            dy, y, tape, s0 + recurrence, begins, recurrence, state, carried, rows, rows_before,
+            from_row, from_start, cut, alive, n, p, recurrences, H, S, K, DY, GIVEN, False, TAPE_WIDTH,
         )  # fmt: skip
-        out = CELL(saved, before, own_params, after, dafter)
-        _store_params(dp, out, into + rows, n, here, BB, BN, H, 2 * G + S, L)
+        z = drawn(
+            once, noise, p, t, sequence, n, ds.dtype.element_ty, D, PER_SEQUENCE, SCALED
+        )  # fmt: skip
+        if len(PROGRAM.written) > 0:
+            results = saved_results(
+                tape, ((rows[:, None] * recurrences + p) * TAPE_WIDTH + S - 1 + K) * H, alive,
+                ds.dtype.element_ty, PROGRAM.saved_results, PROGRAM.results,
+            )  # fmt: skip
+            out = backward_stages(
+                CELL, saved, before, own_params + z, after, dafter, results, w, here,
+                (n < H)[None, :], ds.dtype.element_ty, PROGRAM, H, G, S, L, DOT, PRECISION, BB, BN,
+            )  # fmt: skip
+            store_rows(
+                operands, out[2 * G + S + L :], into + rows, n, here, BB, BN, H, PROGRAM.sites
+            )  # fmt: skip
+        else:
+            out = CELL(saved, before, own_params + z, after, dafter)
+        store_rows(dp, out[2 * G + S :], into + rows, n, here, BB, BN, H, L)
         recurrent = tl.broadcast_to(out[2 * G], (BB, BN))
         at = (into + rows)[:, None] * (G * H) + n[None, :]
         for g in tl.static_range(G):
             d = tl.where(here, tl.broadcast_to(out[G + g], (BB, BN)), 0.0)
-            recurrent += times(d, w[g], DOT, PRECISION)
+            if PROGRAM.site_of[g] < 0:
+                recurrent += times(d, w[g], DOT, PRECISION)
             tl.store(dv + at + g * H, d.to(dv.dtype.element_ty), mask=here)
             if not all_summed:
                 d = tl.broadcast_to(out[g], (BB, BN))
@@ -185,6 +254,8 @@ def backward_resident(
                 d = recurrent
             else:
                 d = tl.broadcast_to(out[2 * G + j], (BB, BN))
+            if GIVEN:
+                _add_to_begins(dbegins, recurrence + j * state + n[None, :], d, cut, here)
             if RESETS:
                 d = tl.where(cut, 0.0, d)
             passed = passed + (tl.where(here, d, carried[j]),)
@@ -199,7 +270,10 @@ def backward_streamed(
     dy,  # [rows, P, Q]
     w_hh,  # [P, G*H, Q]
     params,
+    noise,
+    begins,
     s0,  # [S, P, B, W], W = max(H, Q)
+    dbegins,
     ds,  # shaped as s0
     y,  # [rows, P, Q]
     tape,
@@ -230,11 +304,17 @@ def backward_streamed(
     S: tl.constexpr,
     K: tl.constexpr,
     L: tl.constexpr,
+    D: tl.constexpr,
+    PER_SEQUENCE: tl.constexpr,
+    SCALED: tl.constexpr,
+    ORDERED: tl.constexpr,
     SUMMED: tl.constexpr,
     DY: tl.constexpr,
+    TAPE_WIDTH: tl.constexpr,
     PACKED: tl.constexpr,
     RAGGED: tl.constexpr,
     RESETS: tl.constexpr,
+    GIVEN: tl.constexpr,
     PRECISION: tl.constexpr,
     DOT: tl.constexpr,
     BB: tl.constexpr,
@@ -247,8 +327,9 @@ def backward_streamed(
     dtype = ds.dtype.element_ty
     W: tl.constexpr = H if H > Q else Q
     state = recurrences * batch * W
-    start = s0 + (p * batch + b[:, None]) * W
-    recurrence = ds + (p * batch + b[:, None]) * W
+    rows_of_states = (p * batch + b[:, None]) * W
+    start, recurrence = s0 + rows_of_states, ds + rows_of_states
+    sequence = sequences(noise, b, batch, D, ORDERED)
     all_summed: tl.constexpr = SUMMED == (1 << G) - 1
 
     for back in tl.range(0, high - low, num_stages=1):
@@ -269,8 +350,9 @@ def backward_streamed(
                     at_y = dy + (rows[:, None] * recurrences + p) * Q + q[None, :]
                     d += tl.load(at_y, mask=here, other=0.0).to(dtype)
                 h = _state_0_before(
-                    y, start, rows_before, from_row, from_start, q, p, recurrences, dtype, Q
-                )
+                    y, start, begins, rows_of_states, rows_before, from_row, from_start, cut, q, p,
+                    recurrences, dtype, Q, GIVEN,
+                )  # fmt: skip
                 tl.store(h_prev + at, h.to(h_prev.dtype.element_ty), mask=here)
                 tl.store(dh + at, d.to(dh.dtype.element_ty), mask=here)
                 tl.debug_barrier()  # all threads have read the tile before any writes it
@@ -295,12 +377,15 @@ def backward_streamed(
                     tl.load(recurrence + j * state + n[None, :], mask=here, other=0.0),
                 )
             saved, before, after, dafter = _reads(
-                dy, y, tape, start, state, carried, rows, rows_before, from_row, from_start, alive,
-                n, p, recurrences, H, S, K, DY, PROJECTED,
+                dy, y, tape, start, begins, rows_of_states, state, carried, rows, rows_before,
+                from_row, from_start, cut, alive, n, p, recurrences, H, S, K, DY, GIVEN, PROJECTED,
+                TAPE_WIDTH,
             )  # fmt: skip
             own_params = learned(params, p, n, dtype, H, L)
-            out = CELL(saved, before, own_params, after, dafter)
-            _store_params(dp, out, into + rows, n, here, BB, BN, H, 2 * G + S, L)
+            once = drawn_once(noise, p, sequence, n, dtype, D, PER_SEQUENCE, SCALED)
+            z = drawn(once, noise, p, t, sequence, n, dtype, D, PER_SEQUENCE, SCALED)
+            out = CELL(saved, before, own_params + z, after, dafter)
+            store_rows(dp, out[2 * G + S :], into + rows, n, here, BB, BN, H, L)
             at = (into + rows)[:, None] * (G * H) + n[None, :]
             for g in tl.static_range(G):
                 d = tl.broadcast_to(out[G + g], (BB, BN))
@@ -314,7 +399,9 @@ def backward_streamed(
             tl.debug_barrier()  # all threads have read the gradients before any writes them
             for j in tl.static_range(S):
                 if j > 0 or not PROJECTED:
-                    d = tl.where(cut, 0.0, tl.broadcast_to(out[2 * G + j], (BB, BN)))
+                    d = tl.broadcast_to(out[2 * G + j], (BB, BN))
+                    if not GIVEN:
+                        d = tl.where(cut, 0.0, d)
                     tl.store(recurrence + j * state + n[None, :], d, mask=here)
         tl.debug_barrier()  # dv is complete
         for k0 in tl.range(0, Q, BN, num_stages=1):
@@ -333,5 +420,9 @@ def backward_streamed(
             if not PROJECTED:
                 total += tl.load(recurrence + k[None, :], mask=here, other=0.0)
                 tl.debug_barrier()
-            tl.store(recurrence + k[None, :], tl.where(cut, 0.0, total), mask=here)
+            if not GIVEN:
+                total = tl.where(cut, 0.0, total)
+            tl.store(recurrence + k[None, :], total, mask=here)
         tl.debug_barrier()
+        if GIVEN:
+            _move_to_begins(ds, dbegins, rows_of_states, state, cut, H, Q, S, BN)

@@ -15,10 +15,10 @@ The parameter `CELL` is the cell's function. A tuple holds one item per gate or 
 everything else that depends on a batch are run-time values; a kernel is compiled once for a cell,
 an H and the tiles that `plan/triton.py` chose. Offsets are 64 bits wide.
 
-Names: `G` gates, `S` states, `K` saved values, `L` learned parameters, `Q` width of state 0 (H
-unless it is projected), `n` a unit, `b` a row of the batch, `t` the position in time, `step` the
-position in the recurrence's own direction. The rows of time `t` begin at `first[t]` in packed input
-and at `t * B` in dense input; row `b` is alive while `t < stop[b]`.
+Names: `G` gates, `S` states, `K` saved values, `L` learned parameters, `D` draws of random numbers,
+`Q` width of state 0 (H unless it is projected), `n` a unit, `b` a row of the batch, `t` the
+position in time, `step` the position in the recurrence's own direction. The rows of time `t` begin
+at `first[t]` in packed input and at `t * B` in dense input; row `b` is alive while `t < stop[b]`.
 
 All threads of a program read after a `tl.debug_barrier` what any of them wrote to global memory
 before it: the barrier orders all kinds of memory among the threads of a block, on AMD's GPUs by
@@ -100,6 +100,15 @@ def cuts(resets, first, t, b, stop, steps, batch, backward, PACKED: tl.constexpr
 
 
 @triton.jit
+def begun(begins, at, cut, inside, GIVEN: tl.constexpr):
+    """A state in which episodes begin, where `cut`: given at `begins + at`, or zero."""
+    if GIVEN:
+        return tl.load(begins + at, mask=cut & inside, other=0.0)
+    else:
+        return 0.0
+
+
+@triton.jit
 def learned(params, p, n, dtype, H: tl.constexpr, L: tl.constexpr):
     """The cell's learned parameters for units n, L blocks [1, N]."""
     out = ()
@@ -107,6 +116,17 @@ def learned(params, p, n, dtype, H: tl.constexpr, L: tl.constexpr):
         value = tl.load(params + (p * L + j) * H + n, mask=n < H, other=0.0)
         out = out + (value.to(dtype)[None, :],)  # noqa: RUF005
     return out
+
+
+@triton.jit
+def joined(v, g: tl.constexpr, u, bias, SUMMED: tl.constexpr, BIAS: tl.constexpr):
+    """The cell's argument `v[g]` from a product: of a summed gate, the sum of both projections."""
+    if (SUMMED >> g) & 1:
+        return v + u[g]
+    elif BIAS:
+        return v + bias[g][None, :]
+    else:
+        return v
 
 
 @triton.jit

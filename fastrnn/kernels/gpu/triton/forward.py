@@ -1,12 +1,23 @@
 # mypy: ignore-errors
-# ruff: noqa: RUF005, SIM108
+# ruff: noqa: RUF005
 # Triton cannot unpack tuples, and a choice that depends on a constant reads best as `if`.
 """The forward sweep in Triton, resident and streamed; see `common.py`."""
 
 import triton
 import triton.language as tl
 
-from fastrnn.kernels.gpu.triton.common import RUN_TIME, cuts, learned, program, row_numbers, times
+from fastrnn.kernels.gpu.triton.common import (
+    RUN_TIME,
+    begun,
+    cuts,
+    joined,
+    learned,
+    program,
+    row_numbers,
+    times,
+)
+from fastrnn.kernels.gpu.triton.noise import drawn, drawn_once, sequences
+from fastrnn.kernels.gpu.triton.stages import forward_stages, save_results
 
 
 @triton.jit
@@ -23,16 +34,11 @@ def _gates(source, rows, n, alive, H: tl.constexpr, G: tl.constexpr):
 def _inputs(u, recurrent, bias, dtype, G: tl.constexpr, SUMMED: tl.constexpr, BIAS: tl.constexpr):
     """The arguments `(u, v)` of the cell: for a summed gate, `v` is their sum."""
     us = ()
+    for g in tl.static_range(G):
+        us = us + (u[g].to(dtype),)
     vs = ()
     for g in tl.static_range(G):
-        own = u[g].to(dtype)
-        v = recurrent[g]
-        if (SUMMED >> g) & 1:
-            v += own
-        elif BIAS:
-            v += bias[g][None, :]
-        us = us + (own,)
-        vs = vs + (v,)
+        vs = vs + (joined(recurrent[g], g, us, bias, SUMMED, BIAS),)
     return us, vs
 
 
@@ -51,9 +57,11 @@ def forward_resident(
     w_hh,  # [P, G*H, H]
     b_hh,  # [P, G*H], used for gates that are not summed
     params,  # [P, L, H], or any pointer
+    noise,  # int64 [1 + D] or [1 + D + B], or any pointer
+    begins,  # [S, P, B, H] states in which episodes begin, or any pointer
     carry,  # [S, P, B, H] in the type of computation: states before and after the chunk
     y,  # [rows, P, H]
-    tape,  # [rows, P, S-1+K, H]
+    tape,  # [rows, P, TAPE_WIDTH, H]
     first,  # int64 [T+1]
     length,  # int64 [B]
     resets,  # uint8 [rows]
@@ -66,17 +74,24 @@ def forward_resident(
     chunk_rows: tl.int64,
     reverse: tl.int64,  # one bit per recurrence
     CELL: tl.constexpr,
+    PROGRAM: tl.constexpr,  # of a cell whose step has stages
     H: tl.constexpr,
     G: tl.constexpr,
     S: tl.constexpr,
     K: tl.constexpr,
     L: tl.constexpr,
+    D: tl.constexpr,
+    PER_SEQUENCE: tl.constexpr,
+    SCALED: tl.constexpr,
+    ORDERED: tl.constexpr,
     SUMMED: tl.constexpr,
     BIAS: tl.constexpr,
     TAPE: tl.constexpr,
+    TAPE_WIDTH: tl.constexpr,
     PACKED: tl.constexpr,
     RAGGED: tl.constexpr,
     RESETS: tl.constexpr,
+    GIVEN: tl.constexpr,
     PRECISION: tl.constexpr,
     DOT: tl.constexpr,
     BB: tl.constexpr,  # rows of the batch in a tile
@@ -99,10 +114,13 @@ def forward_resident(
         w = w + (tl.load(w_at, mask=inside, other=0.0),)
     bias = _bias(b_hh, p, n, dtype, H, G, BIAS)
     own_params = learned(params, p, n, dtype, H, L)
+    sequence = sequences(noise, b, batch, D, ORDERED)
+    once = drawn_once(noise, p, sequence, n, dtype, D, PER_SEQUENCE, SCALED)
     s = ()
-    state = carry + (p * batch + b[:, None]) * H + n[None, :]
+    state = (p * batch + b[:, None]) * H + n[None, :]
+    of_all = recurrences * batch * H  # stride of a state
     for j in tl.static_range(S):
-        s = s + (tl.load(state + j * recurrences * batch * H, mask=in_batch, other=0.0),)
+        s = s + (tl.load(carry + state + j * of_all, mask=in_batch, other=0.0),)
 
     # u of the next step is loaded while this one computes.
     t0 = tl.where(backward, steps - 1 - low, low)
@@ -116,7 +134,8 @@ def forward_resident(
             cut = cuts(resets, first, t, b, stop, steps, batch, backward, PACKED)
             before = ()
             for j in tl.static_range(S):
-                before = before + (tl.where(cut, 0.0, s[j]),)
+                fresh = begun(begins, state + j * of_all, cut, in_batch, GIVEN)
+                before = before + (tl.where(cut, fresh, s[j]),)
         else:
             before = s
         own = ahead
@@ -125,9 +144,19 @@ def forward_resident(
         ahead = _gates(u, row_numbers(first, t_later, b, batch, PACKED), n, t_later < stop, H, G)
         recurrent = ()
         for g in tl.static_range(G):
-            recurrent = recurrent + (times(before[0], w[g], DOT, PRECISION),)
+            if PROGRAM.site_of[g] < 0:
+                recurrent = recurrent + (times(before[0], w[g], DOT, PRECISION),)
+            else:  # a stage multiplies another value
+                recurrent = recurrent + (before[0],)
         us, vs = _inputs(own, recurrent, bias, dtype, G, SUMMED, BIAS)
-        out = CELL(us, vs, before, own_params)
+        z = drawn(once, noise, p, t, sequence, n, dtype, D, PER_SEQUENCE, SCALED)
+        if len(PROGRAM.written) > 0:
+            out = forward_stages(
+                CELL, us, vs, before, own_params + z, w, bias, (n < H)[None, :], dtype, PROGRAM, H,
+                G, S, K, SUMMED, BIAS, DOT, PRECISION, BB, BN,
+            )  # fmt: skip
+        else:
+            out = CELL(us, vs, before, own_params + z)
         here = alive[:, None] & (n < H)[None, :]
         after = ()
         for j in tl.static_range(S):
@@ -138,15 +167,17 @@ def forward_resident(
         y_at = y + (rows[:, None] * recurrences + p) * H + n[None, :]
         tl.store(y_at, after[0].to(y.dtype.element_ty), mask=here)
         if TAPE:
+            tape_at = (rows[:, None] * recurrences + p) * TAPE_WIDTH * H
             for j in tl.static_range(S - 1 + K):
                 value = tl.broadcast_to(out[1 + j], (BB, BN)).to(tape.dtype.element_ty)
-                tape_at = (
-                    tape + ((rows[:, None] * recurrences + p) * (S - 1 + K) + j) * H + n[None, :]
-                )
-                tl.store(tape_at, value, mask=here)
+                tl.store(tape + tape_at + j * H + n[None, :], value, mask=here)
+            results = out[S + K :]
+            save_results(
+                tape, tape_at + (S - 1 + K) * H, results, alive[:, None], PROGRAM.saved_results
+            )  # fmt: skip
     tl.debug_barrier()
     for j in tl.static_range(S):
-        tl.store(state + j * recurrences * batch * H, s[j], mask=in_batch)
+        tl.store(carry + state + j * of_all, s[j], mask=in_batch)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -155,10 +186,12 @@ def forward_streamed(
     w_hh,  # [P, G*H, Q]
     b_hh,
     params,
+    noise,
+    begins,  # [S, P, B, W]
     carry,  # [S+1, P, B, W], W = max(H, Q); the last is a second buffer for state 0, and steps
     # alternate between the two
     y,  # [rows, P, Q]
-    tape,  # [rows, P, S-1+K, H], and one more value, m, if state 0 is projected
+    tape,  # [rows, P, TAPE_WIDTH, H]; the last value is m if state 0 is projected
     w_hr,  # [P, Q, H], or any pointer
     unprojected,  # [P, B, H] buffer for m in the type of computation, or any pointer
     first,
@@ -182,12 +215,18 @@ def forward_streamed(
     S: tl.constexpr,
     K: tl.constexpr,
     L: tl.constexpr,
+    D: tl.constexpr,
+    PER_SEQUENCE: tl.constexpr,
+    SCALED: tl.constexpr,
+    ORDERED: tl.constexpr,
     SUMMED: tl.constexpr,
     BIAS: tl.constexpr,
     TAPE: tl.constexpr,
+    TAPE_WIDTH: tl.constexpr,
     PACKED: tl.constexpr,
     RAGGED: tl.constexpr,
     RESETS: tl.constexpr,
+    GIVEN: tl.constexpr,
     PRECISION: tl.constexpr,
     DOT: tl.constexpr,
     BB: tl.constexpr,
@@ -200,9 +239,10 @@ def forward_streamed(
     dtype = carry.dtype.element_ty
     u += into * (G * H)
     W: tl.constexpr = H if H > Q else Q
-    tape_width: tl.constexpr = S - 1 + K + PROJECTED
     state = recurrences * batch * W  # stride of a state in `carry`
-    recurrence = carry + (p * batch + b[:, None]) * W
+    rows_of_states = (p * batch + b[:, None]) * W
+    recurrence = carry + rows_of_states
+    sequence = sequences(noise, b, batch, D, ORDERED)
     own_m = unprojected + (p * batch + b[:, None]) * H
 
     for step in tl.range(low, high, num_stages=1):
@@ -224,7 +264,8 @@ def forward_streamed(
                 row_inside = (b < batch)[:, None] & (k < Q)[None, :]
                 h = tl.load(h_before + k[None, :], mask=row_inside, other=0.0)
                 if RESETS:
-                    h = tl.where(cut, 0.0, h)
+                    fresh = begun(begins, rows_of_states + k[None, :], cut, row_inside, GIVEN)
+                    h = tl.where(cut, fresh, h)
                 inside = (k < Q)[:, None] & (n < H)[None, :]
                 sums = ()
                 for g in tl.static_range(G):
@@ -245,11 +286,15 @@ def forward_streamed(
                     source = h_before if j == 0 else recurrence + j * state
                     s = s + (tl.load(source + n[None, :], mask=in_batch, other=0.0),)
                 if RESETS:
-                    before = before + (tl.where(cut, 0.0, s[j]),)
+                    at = rows_of_states + j * state + n[None, :]
+                    fresh = begun(begins, at, cut, in_batch, GIVEN)
+                    before = before + (tl.where(cut, fresh, s[j]),)
                 else:
                     before = before + (s[j],)
             us, vs = _inputs(own, recurrent, bias, dtype, G, SUMMED, BIAS)
-            out = CELL(us, vs, before, own_params)
+            once = drawn_once(noise, p, sequence, n, dtype, D, PER_SEQUENCE, SCALED)
+            z = drawn(once, noise, p, t, sequence, n, dtype, D, PER_SEQUENCE, SCALED)
+            out = CELL(us, vs, before, own_params + z)
             here = alive[:, None] & (n < H)[None, :]
             if S > 1:
                 tl.debug_barrier()  # all threads have read the tile before any writes it
@@ -265,11 +310,11 @@ def forward_streamed(
                     y_at = y + (rows[:, None] * recurrences + p) * H + n[None, :]
                     tl.store(y_at, new.to(y.dtype.element_ty), mask=here)
             if TAPE:
-                for j in tl.static_range(tape_width):
+                for j in tl.static_range(TAPE_WIDTH):
                     # States after the first, saved values, and m.
                     value = out[1 + j] if j < S - 1 + K else out[0]
                     value = tl.broadcast_to(value, (BB, BN)).to(tape.dtype.element_ty)
-                    place = (rows[:, None] * recurrences + p) * tape_width + j
+                    place = (rows[:, None] * recurrences + p) * TAPE_WIDTH + j
                     tl.store(tape + place * H + n[None, :], value, mask=here)
         # State 0 has two buffers, so that a step does not overwrite what it reads.
         tl.debug_barrier()

@@ -82,13 +82,21 @@ def meta_arguments(
     packed: bool = False,
     ragged: bool = False,
     resets: bool = False,
+    given: bool = False,
+    ordered: bool = False,
+    halved: bool = False,
     projected: int | None = None,
 ) -> dict[str, Any]:
     """The arguments of type `constexpr`, which a kernel is compiled for.
 
-    `projected` is the width of state 0, or None if it is not projected.
+    `given` tells whether episodes begin in given states, and `ordered` whether the numbers of
+    sequences follow the thresholds in `noise`; `halved`, whether tensors have 16 bits. `projected` is the width of state 0, or None if it
+    is not projected.
     """
+    from fastrnn.compiler import layout
+
     cell = cell_module(derived)
+    width = derived.tape_width(projected is not None, hidden, 2 if halved else 1)
     common = {
         "CELL": cell.backward if backward else cell.forward,
         "H": hidden,
@@ -96,17 +104,25 @@ def meta_arguments(
         "S": len(derived.states),
         "K": len(derived.saved),
         "L": len(derived.params),
+        "D": len(derived.draws),
+        "PER_SEQUENCE": sum((d.per == "sequence") << k for k, d in enumerate(derived.draws)),
+        "SCALED": sum(d.scaled << k for k, d in enumerate(derived.draws)),
+        "ORDERED": ordered,
         "SUMMED": sum(summed << g for g, summed in enumerate(derived.summed)),
+        "TAPE_WIDTH": width,
         "PACKED": packed,
         "RAGGED": ragged,
         "RESETS": resets,
+        "GIVEN": given,
         "PRECISION": config.precision,
         "DOT": config.matrix_units,
         "BB": config.batch_tile,
         "BN": config.unit_tile,
         "BK": config.depth_tile,
     }
-    if not config.resident:
+    if config.resident:
+        common["PROGRAM"] = layout.shape(derived, forward=not backward)
+    else:
         common |= {
             "Q": hidden if projected is None else projected,
             "PROJECTED": projected is not None,
@@ -132,12 +148,12 @@ class _Sweeps:
     """`sweeps.Sweeps` in Triton."""
 
     def forward(self, scan: Scan, begin: int, end: int, buffers: ForwardBuffers) -> None:
-        u, b_hh, carry, y, tape = buffers
+        u, b_hh, carry, y, tape, begins = buffers
         none = scan.w_hh  # a missing tensor may be any pointer; it is never dereferenced
         flags = {"bias": b_hh is not None, "tape": tape is not None}
-        params = none if scan.params is None else scan.params
-        tensors = [none if b_hh is None else b_hh, params, carry, y]
-        tensors += [none if tape is None else tape]
+        optional = [b_hh, scan.params, scan.operands.noise, begins]
+        tensors = [none if each is None else each for each in optional]
+        tensors += [carry, y, none if tape is None else tape]
         if not scan.plan.triton.resident:
             size = scan.recurrences, scan.batch, scan.hidden
             tensors += [none] * 2 if scan.w_hr is None else [scan.w_hr, carry.new_empty(size)]
@@ -146,11 +162,14 @@ class _Sweeps:
     def backward(
         self, scan: Scan, begin: int, end: int, buffers: BackwardBuffers, tape: Tape
     ) -> None:
-        dy, s0, ds, y, du, dv, h_prev, dh, dp = buffers
+        dy, s0, ds, y, du, dv, h_prev, dh, dp, operands, begins, dbegins = buffers
         none = scan.w_hh
-        tensors = [none if scan.params is None else scan.params, s0, ds, y, tape.values, du, dv]
-        tensors += [h_prev, none if dp is None else dp]
-        if not scan.plan.triton.resident:
+        optional = [scan.params, scan.operands.noise, begins, s0, dbegins]
+        tensors = [none if each is None else each for each in optional]
+        tensors += [ds, y, tape.values, du, dv, h_prev, none if dp is None else dp]
+        if scan.plan.triton.resident:
+            tensors += [none if operands is None else operands]
+        else:
             tensors += [none if scan.w_hr is None else scan.w_hr, none if dh is None else dh]
         first = y if dy is None else dy
         flags = {"dy": dy is not None}
@@ -161,6 +180,7 @@ sweeps = _Sweeps()
 
 
 def _meta(scan: Scan, config: TritonConfig, backward: bool, **flags: bool) -> dict[str, Any]:
+    noise = scan.operands.noise
     return meta_arguments(
         scan.derived,
         config,
@@ -169,6 +189,9 @@ def _meta(scan: Scan, config: TritonConfig, backward: bool, **flags: bool) -> di
         packed=scan.first is not None,
         ragged=scan.length is not None,
         resets=scan.resets is not None,
+        given=scan.resets is not None and bool(scan.operands.reset_states),
+        halved=scan.dtype.itemsize == 2,
+        ordered=noise is not None and noise.numel() > 1 + len(scan.derived.draws),
         projected=None if scan.w_hr is None else scan.recurrent,
         **flags,
     )

@@ -96,6 +96,9 @@ def wide(u, v, h, c, n):
     return torch.sigmoid(u.e + v.e) * torch.tanh(u.f - v.f) * c / (1 + torch.abs(n)), c, n
 
 
+NOISY = cells.zoneout(cells.get("lstm"), 0.1).noisy
+
+
 @dataclass(frozen=True)
 class Case:
     """A kernel to compile: its GPU, problem and precision."""
@@ -153,19 +156,21 @@ def compiled(case: Case, counts: bool = True) -> Report:
     target, problem, packed = case.target, case.problem, case.packed
     chosen = case.plan.triton
     assert chosen.precision == case.precision
-    derived = derive(cells.get(problem.cell))
+    derived = derive(CELLS[problem.cell])
     kernel = launch.kernel(chosen, problem.backward)
     only = {} if problem.backward else {"bias": not all(derived.summed), "tape": problem.tape}
     meta = launch.meta_arguments(
         derived, chosen, problem.hidden, backward=problem.backward,
-        packed=packed, ragged=packed, resets=packed,
+        packed=packed, ragged=packed, resets=packed, given=packed,
+        ordered=packed and problem.draws > 0, halved="16" in problem.dtype,
         projected=problem.hidden // 2 if problem.projected else None, **only,
     )  # fmt: skip
     stored = POINTERS[problem.dtype]
     computed = "*fp64" if problem.dtype == "float64" else "*fp32"
     types: dict[str, str] = dict.fromkeys(kernel.arg_names, stored)
     types |= dict.fromkeys(("carry", "unprojected", "s0", "ds", "dp"), computed)
-    types |= {"first": "*i64", "length": "*i64", "resets": "*u8"}
+    types |= dict.fromkeys(("begins", "dbegins"), computed)
+    types |= {"noise": "*i64", "first": "*i64", "length": "*i64", "resets": "*u8"}
     types |= dict.fromkeys(RUN_TIME, "i64")
     types |= dict.fromkeys(("steps", "begin", "end", "hidden", "width"), "i32") | dict.fromkeys(
         meta, "constexpr"
@@ -245,32 +250,40 @@ def _output(*command: Any) -> str:
 
 
 MOST_REGISTERS = 255  # that a thread can have
-CELLS = ("lstm", "gru", "rnn_tanh", "wide", peepholes.name)
+CELLS = {name: cells.get(name) for name in ("lstm", "gru", "rnn_tanh", "wide", peepholes.name)}
+CELLS[NOISY.name] = NOISY
 SIZES = (1, 32, 64, 100, 128, 256, 512, 1000)
-FEW = (64, 512)  # for a projection, and for a cell with learned parameters
+FEW = (64, 512)  # for a projection, and for a cell with learned parameters or random numbers
+
+
+def is_special(name: str) -> str:
+    """The name of a cell whose kernels have code that others lack; else ""."""
+    derived = derive(CELLS[name])
+    return name if derived.params or derived.draws or derived.programs else ""
 
 
 def problems() -> Iterator[plan.Problem]:
-    for name in CELLS:
-        cell = cells.get(name)
-        projectable = derive(cell).projectable
+    for name, cell in CELLS.items():
+        derived = derive(cell)
+        special, projectable = is_special(name), derived.projectable
         for dtype, hidden, batch, projected, backward in itertools.product(
             ("bfloat16", "float32", "float64"), SIZES, (1, 64), (False, True), (False, True)
         ):
-            some = projected or cell.params
+            some = projected or special
             if not some or (hidden in FEW and (projectable or not projected)):
                 yield plan.Problem(
                     name, 100, batch, 64, hidden, len(cell.gates), len(cell.states), dtype=dtype,
-                    tape=True, backward=backward, projected=projected,
+                    tape=True, backward=backward, projected=projected, draws=len(derived.draws),
+                    stages=derived.stages,
                 )  # fmt: skip
 
 
 def key_of(case: Case) -> tuple[Any, ...]:
     """What makes a kernel another one on the same GPU."""
-    problem, learns = case.problem, bool(cells.get(case.problem.cell).params)
+    problem = case.problem
     return (
         *(problem.dtype, case.precision, problem.backward, problem.projected),
-        *(replace(case.plan, chunk_rows=1), learns),
+        *(replace(case.plan, chunk_rows=1), is_special(problem.cell)),
     )
 
 
@@ -278,8 +291,8 @@ def cases(target: Target, full: bool = False) -> Iterator[Case]:
     """One kernel for each plan, dtype and pass, every other one packed; `full`: for every cell."""
     seen: set[Any] = set()
     for problem in problems():
-        learns = bool(cells.get(problem.cell).params)
-        if learns and not full and (problem.hidden != FEW[0] or problem.projected):
+        rare = bool(is_special(problem.cell))
+        if rare and not full and (problem.hidden != FEW[0] or problem.projected):
             continue
         three = target.backend == "cuda" and problem.dtype == "float32"
         for precision in ("tf32x3", "tf32") if three else ("ieee",):

@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pack_sequence
 
 import fastrnn
 from fastrnn import cells, kernels, ops, plan
+from fastrnn.cells.noise import seeded
 from fastrnn.compiler.derive import derive
 from fastrnn.extension import _C
 from fastrnn.kernels.gpu.triton import launch
@@ -42,6 +43,7 @@ from tests.support.operands import (
     whole,
 )
 from tests.support.selection import pairwise
+from tests.support.shared import noisy
 from tests.support.tensors import batches, flatten, sum_of
 
 pytestmark = pytest.mark.interpreter
@@ -135,16 +137,18 @@ WITH_PARAMETERS = "linear_projectable"
 @pytest.mark.parametrize(
     ("name", "way", "projected", "layout"),
     [
-        *pairwise(("gru", "lstm", "linear", WITH_PARAMETERS), WAYS, [None], LAYOUTS),
+        *pairwise(("gru", "lstm", "linear", WITH_PARAMETERS, noisy.name), WAYS, [None], LAYOUTS),
         *pairwise([WITH_PARAMETERS], ["streamed"], (11, 19), LAYOUTS),
     ],
 )
 def test_ragged_batches_resets_and_chunks(
     name: str, way: str, projected: int | None, layout: str
 ) -> None:
-    cell = cells.get(name)
+    cell = cells.get(name).noisy
     for steps, batch, hidden, recurrences in RAGGED:
         given = operands(cell, steps, batch, 4, hidden, recurrences, projected=projected)
+        order = torch.randperm(batch) if layout == "packed" else None
+        given["noise"] = seeded(cell.draws, given["x"], order) if cell.draws else None
         lengths = torch.randint(0, steps + 1, (batch,))
         lengths[torch.randint(0, batch, ())] = steps
         shape: tuple[int, ...] = (steps, batch)
@@ -158,14 +162,48 @@ def test_ragged_batches_resets_and_chunks(
             given["batch_sizes"] = (lengths > torch.arange(steps)[:, None]).sum(1)
             given["x"] = torch.randn(int(lengths.sum()), 4, dtype=torch.float64)
             shape = given["x"].shape[:1]
-        for resets, chunk in ((None, 2 * batch), (torch.rand(shape) < 0.3, 1), ("none", 99)):
-            if not isinstance(resets, str):
+        for resets, chunk in ((None, 2 * batch), (torch.rand(shape) < 0.3, 1), ("given", 99)):
+            if isinstance(resets, str):  # those of before, to given states
+                begins = [torch.randn_like(s) for s in given["s0"]]
+                given["reset_states"] = exact["reset_states"] = begins
+            else:
                 given["resets"] = exact["resets"] = resets
             fields = residency(way, hidden, 1, torch.float64) | {"chunk_rows": chunk}
             with planned(**fields | {"batch_tile": 4}), kernels.use("triton"):
                 ours = run(ops.scan, cell, given)
             for what, right in run(by_reference, cell, exact).items():
                 assert largest_error(ours[what], right) < 1e-12, (what, resets, chunk)
+
+
+@cells.cell(gates="a", states="hcd")
+def drawn(u, v, h, c, d):
+    """Its states are the numbers that it draws."""
+    ones = u.a * 0 + 1
+    once = fastrnn.dropout(ones, 0.7, per="sequence")
+    return fastrnn.dropout(ones, 0.3), once, fastrnn.bernoulli(0.5) + 0 * v.a
+
+
+@interpreted
+@pytest.mark.parametrize("way", WAYS)
+def test_every_kernel_draws_the_same_bits(way: str) -> None:
+    cell, (steps, batch, hidden) = drawn.noisy, (3, 5, 150)  # units of three blocks of 64
+    for dtype in (torch.float32, torch.float64):
+        given = operands(cell, steps, batch, 2, hidden, 2, dtype=dtype)
+        sizes = torch.tensor([5, 3, 2])
+        given |= {"x": torch.randn(10, 2, dtype=dtype), "batch_sizes": sizes}
+        for order in (None, torch.tensor([3, 1, 4, 0, 2])):
+            given["noise"] = seeded(cell.draws, given["x"], order)
+            arguments = positional(prepare(cell), given)
+            found = {}
+            for kernel in ("reference", "cpu", "triton"):
+                rows = {"batch_tile": 4} if kernel == "triton" else {}
+                fields = {**residency(way, hidden, 1, dtype), **rows} if rows else {}
+                with planned(**fields), kernels.use(kernel):
+                    found[kernel] = flatten(torch.ops.fastrnn.scan(*arguments, tape=True))
+            for kernel in ("cpu", "triton"):
+                for ours, right in zip(found[kernel], found["reference"], strict=True):
+                    assert torch.equal(ours, right), kernel
+            assert 0.5 < found["triton"][0].count_nonzero() / found["triton"][0].numel() < 0.9
 
 
 @interpreted
@@ -397,6 +435,9 @@ def test_tensors_of_more_elements_than_32_bits_count(
                 ("w_hr", stored, recurrences, recurrent, hidden),
                 ("unprojected", summed, recurrences, batch, hidden),
                 ("params", stored, recurrences, 0, hidden), ("dp", summed, *chunk, 0),
+                ("noise", torch.int64, 1 + batch),
+                ("begins", summed, 2, recurrences, batch, widest),
+                ("dbegins", summed, 2, recurrences, batch, widest),
                 ("first", torch.int64, steps + 1), ("length", torch.int64, batch),
                 ("resets", torch.uint8, rows),
             ):  # fmt: skip
@@ -411,7 +452,7 @@ def test_tensors_of_more_elements_than_32_bits_count(
             flags = {} if backward else {"tape": True}
             given |= launch.meta_arguments(
                 derived, chosen, hidden, backward=backward, packed=packed,
-                projected=projected, resets=packed, **flags,
+                projected=projected, resets=packed, given=packed, **flags,
             )  # fmt: skip
             arguments = {name: given[name] for name in kernel.arg_names}
             with monkeypatch.context() as patch:
