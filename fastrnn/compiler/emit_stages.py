@@ -70,7 +70,8 @@ def _stage(layout: Layout, k: int, stage: Stage) -> str:
 
 def _shape(layout: Layout) -> str:
     stages = [_ints(written) for written in layout.written]
-    moments, sources = [], []
+    moments: list[str] = []
+    sources: list[int] = []
     for each in layout.moments:
         moments.append(_ints([each.stage, each.result, len(each.sources), len(sources)]))
         sources += each.sources

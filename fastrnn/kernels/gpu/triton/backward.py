@@ -216,7 +216,8 @@ def backward_resident(
         )
         saved, before, after, dafter = _reads(
             dy, y, tape, s0 + recurrence, begins, recurrence, state, carried, rows, rows_before,
-            from_row, from_start, cut, alive, n, p, recurrences, H, S, K, DY, GIVEN, False, TAPE_WIDTH,
+            from_row, from_start, cut, alive, n, p, recurrences, H, S, K, DY, GIVEN, False,
+            TAPE_WIDTH,
         )  # fmt: skip
         z = drawn(
             once, noise, p, t, sequence, n, ds.dtype.element_ty, D, PER_SEQUENCE, SCALED

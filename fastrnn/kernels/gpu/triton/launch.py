@@ -89,9 +89,9 @@ def meta_arguments(
 ) -> dict[str, Any]:
     """The arguments of type `constexpr`, which a kernel is compiled for.
 
-    `given` tells whether episodes begin in given states, and `ordered` whether the numbers of
-    sequences follow the thresholds in `noise`; `halved`, whether tensors have 16 bits. `projected` is the width of state 0, or None if it
-    is not projected.
+    `given` tells whether episodes begin in given states, `ordered` whether the numbers of sequences
+    follow the thresholds in `noise`, and `halved` whether tensors have 16 bits. `projected` is the
+    width of state 0, or None if it is not projected.
     """
     from fastrnn.compiler import layout
 

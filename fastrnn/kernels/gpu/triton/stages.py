@@ -1,6 +1,6 @@
 # mypy: ignore-errors
-# ruff: noqa: RUF005
-# Triton cannot unpack tuples.
+# ruff: noqa: RUF005, SIM102
+# Triton cannot unpack tuples, and `and` of constants evaluates both.
 """A step in stages, for programs that have all units of their rows, and what such steps share with
 those that walk over tiles of units (`streamed_stages.py`).
 
