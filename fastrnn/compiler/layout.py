@@ -11,7 +11,7 @@ from fastrnn.compiler.derive import Derived
 from fastrnn.compiler.expression import Expr
 from fastrnn.compiler.stages import Exchange, Stage
 
-__all__ = ["Layout", "Moments", "Shape", "Written", "shape", "site_of"]
+__all__ = ["Layout", "Moments", "Shape", "Written", "shape", "site_of", "values"]
 
 
 def site_of(derived: Derived) -> list[int]:
@@ -69,6 +69,8 @@ class Shape(NamedTuple):
         temporaries, results: their numbers.
         saved_results: how many of the results, the first, a step saves.
         sites: the number of products of other values than state 0.
+        gates: for each stage, bits of the gates whose products, or transposed products, come before
+            it; those of state 0 come before the first stage of a step.
         site_of: as the function `site_of` gives it.
         operands: as in `Layout`.
     """
@@ -79,6 +81,7 @@ class Shape(NamedTuple):
     results: int = 0
     saved_results: int = 0
     sites: int = 0
+    gates: tuple[int, ...] = ()
     site_of: tuple[int, ...] = ()
     operands: tuple[int, ...] = ()
 
@@ -96,9 +99,25 @@ def shape(derived: Derived, forward: bool) -> Shape:
         results=len(layout.results),
         saved_results=len(derived.rows),
         sites=len(set(sites) - {-1}),
+        gates=tuple(
+            sum(
+                (written.sites >> site & 1 if site >= 0 else forward and k == 0) << g
+                for g, site in enumerate(sites)
+            )
+            for k, written in enumerate(layout.written)
+        ),
         site_of=sites,
         operands=tuple(layout.operands),
     )
+
+
+def values(derived: Derived, forward: bool) -> int:
+    """How many values of a unit the kernels hold in a step besides gates and states: random
+    numbers and, of a step with stages, parameters, temporaries and products of other values."""
+    if not derived.programs:
+        return len(derived.draws)
+    sizes = shape(derived, forward)
+    return len(derived.draws) + len(derived.params) + sizes.temporaries + sizes.sites
 
 
 class Layout:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastrnn import plan
 from fastrnn.compiler.derive import Derived, derive
+from fastrnn.compiler.layout import values
 from fastrnn.extension import _C
 from fastrnn.kernels import device as machine
 from fastrnn.kernels import reference
@@ -154,6 +155,7 @@ def _planned(key: str, operands: Operands, tape: bool, backward: bool) -> Planne
         projectable=derived.projectable,
         stages=derived.stages,
         draws=len(derived.draws),
+        values=values(derived, forward=not backward),
         reset_states=bool(operands.reset_states),
     )
     compiled = _C.has_code(key, "float64" if x.dtype == torch.float64 else "float32")

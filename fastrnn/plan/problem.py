@@ -51,6 +51,7 @@ class Problem:
     projectable: bool = True  # the cell reads state 0 only through `v`
     stages: int = 1  # of a step of the cell, between which units of a row need each other
     draws: int = 0  # random numbers that the cell draws for a unit and step
+    values: int = 0  # of a unit in a step, besides gates and states: `compiler.layout.values`
     reset_states: bool = False  # whether episodes begin in given states
 
     @property

@@ -16,6 +16,7 @@ _MATRIX_ROWS = 16  # fewest rows of a product of tiles
 _BLOCK_REGISTERS = 160
 _PARTS_REGISTERS = 96  # for the blocks of a step, if float32 is multiplied in parts
 _WEIGHT_REGISTERS = 128
+_ONE_ROW_REGISTERS = 190  # those weights, and the blocks of one row
 _REGISTERS = 64 << 10  # registers of an NVIDIA multiprocessor
 _OTHER_SHARED_BYTES = 8 << 10
 _CHUNK_BYTES = 4 << 20  # bytes of u, which should stay in the cache
@@ -36,10 +37,6 @@ def refuse(problem: Problem, device: Device) -> str | None:
         return f"it runs on GPUs, the tensors are on {device.kind}"
     if problem.projected and not problem.projectable:
         return f"cell {problem.cell!r} reads state 0 unit by unit, so it cannot be projected"
-    if problem.stages > 1:
-        return (
-            f"a step of cell {problem.cell!r} has {problem.stages} stages and this kernel runs one"
-        )
     if problem.hidden == 0:
         return "there are no hidden units"
     return None
@@ -52,16 +49,18 @@ def configure(problem: Problem, device: Device) -> Plan:
     assert isinstance(gpu, TritonFacts), gpu
     row = problem.gates * problem.hidden * dtypes.BYTES[problem.dtype] * problem.recurrences
     most = _BACKWARD_CHUNK_BYTES if problem.backward else _CHUNK_BYTES
-    precision = _precision(problem, device, gpu)
+    precision = _precision(problem, device)
     config = _resident(problem, gpu, precision) or _streamed(problem, gpu, precision)
     if not gpu.nvidia:
         config = replace(config, registers=0)
     return Plan("triton", config, chunk_rows=max(1, most // row))
 
 
-def _precision(problem: Problem, device: Device, gpu: TritonFacts) -> str:
+def _precision(problem: Problem, device: Device) -> str:
     """How float32 is multiplied. NVIDIA's matrix units multiply it as TF32 if torch may do so too,
     else as three products of TF32 parts, in nearly full precision. Other GPUs use float32."""
+    gpu = device.triton
+    assert isinstance(gpu, TritonFacts), gpu
     if problem.dtype != "float32" or not gpu.nvidia:
         return "ieee"
     return "tf32" if device.tf32 else "tf32x3"
@@ -110,19 +109,23 @@ def _resident(problem: Problem, gpu: TritonFacts, precision: str) -> TritonConfi
 
 def _fits(problem: Problem, gpu: TritonFacts, config: TritonConfig) -> bool:
     padded, itemsize = _padded(problem), dtypes.BYTES[problem.dtype]
+    threads = _warps(problem, gpu) * gpu.warp
+    # Blocks that are live together: inputs of this and the next step, sums, old and new states,
+    # and others.
+    words = max(1, problem.itemsize // 4)
+    blocks = 3 * problem.gates + (4 if problem.backward else 2) * problem.states + problem.values
+    blocks *= words
     if not config.matrix_units:
         # The weights of a gate pass through shared memory into registers.
         through = padded * padded * problem.itemsize
-        return _in_registers(problem, gpu) and through <= gpu.shared_bytes
-    # Blocks that are live together: inputs of this and the next step, sums, old and new states,
-    # random numbers.
-    words = max(1, problem.itemsize // 4)
-    blocks = 3 * problem.gates + (4 if problem.backward else 2) * problem.states + problem.draws
-    blocks *= words
+        held = problem.gates * padded * padded * words // threads + blocks  # by a thread
+        fits = _in_registers(problem, gpu) and held <= _ONE_ROW_REGISTERS
+        return fits and through <= gpu.shared_bytes
     registers, most = _BLOCK_REGISTERS, 64 if itemsize == 4 else padded
     if _in_full(problem, config):
         registers, most = _PARTS_REGISTERS, 32
-    threads = _warps(problem, gpu) * gpu.warp
+    if problem.stages > 1 and gpu.warp > 32:
+        registers //= 2
     weights = problem.gates * padded * padded * itemsize * (1 if itemsize < 4 else 2)
     return (
         blocks * config.batch_tile * padded <= threads * registers
@@ -145,9 +148,12 @@ def _streamed(problem: Problem, gpu: TritonFacts, precision: str) -> TritonConfi
     if not config.matrix_units:
         return replace(config, unit_tile=unit_tile, depth_tile=unit_tile, warps=8)
     depth_tile, stages = (min(padded, 64), 4) if itemsize == 2 else (min(padded, 32), 2)
-    more = problem.projected or (problem.backward and problem.draws)  # products, or numbers
-    if _in_full(problem, config) and more:
+    # Sums of units, what crosses between stages, and random numbers take registers.
+    more = problem.stages > 1 or (problem.backward and problem.draws > 0)
+    if _in_full(problem, config) and (problem.projected or more):
         depth_tile = 16
+    elif more:
+        depth_tile = min(depth_tile, 32)
     while (
         # Weights of every gate, and the batch rows that are multiplied by them.
         stages * depth_tile * (problem.gates * unit_tile + config.batch_tile) * itemsize

@@ -20,7 +20,7 @@ from fastrnn.kernels.gpu.triton.stages import backward_stages, saved_results
 
 
 @triton.jit
-def _before(
+def before_step(
     first, resets, t, b, stop, steps, batch, backward, PACKED: tl.constexpr, RESETS: tl.constexpr
 ):
     """Where the states before a step are: the rows of the previous step, and [BB, 1] each, whether
@@ -52,7 +52,7 @@ def _state_0_before(
 
 
 @triton.jit
-def _reads(
+def reads(
     dy, y, tape, start, begins, own, state, ds, rows, rows_before, from_row, from_start, cut,
     alive, n, p, recurrences, H: tl.constexpr, S: tl.constexpr, K: tl.constexpr, DY: tl.constexpr,
     GIVEN: tl.constexpr, PROJECTED: tl.constexpr, TAPE_WIDTH: tl.constexpr,
@@ -114,7 +114,7 @@ def _add_to_begins(dbegins, at, d, cut, inside):
 
 
 @triton.jit
-def _move_to_begins(
+def move_to_begins(
     ds, dbegins, own, state, cut, H: tl.constexpr, Q: tl.constexpr, S: tl.constexpr,
     BN: tl.constexpr,
 ):  # fmt: skip
@@ -134,7 +134,7 @@ def _move_to_begins(
 def backward_resident(
     dy,  # [rows, P, H]
     w_hh,
-    params,  # [P, L, H], or any pointer
+    parameters,  # [P, L, H], or any pointer
     noise,  # as in `forward.py`
     begins,
     s0,  # [S, P, B, H] in the type of computation
@@ -201,7 +201,7 @@ def backward_resident(
     for j in tl.static_range(S):
         ds_at = ds + recurrence + j * state + n[None, :]
         carried = carried + (tl.load(ds_at, mask=in_batch, other=0.0),)
-    own_params = learned(params, p, n, ds.dtype.element_ty, H, L)
+    own_params = learned(parameters, p, n, ds.dtype.element_ty, H, L)
     sequence = sequences(noise, b, batch, D, ORDERED)
     once = drawn_once(noise, p, sequence, n, ds.dtype.element_ty, D, PER_SEQUENCE, SCALED)
 
@@ -211,10 +211,10 @@ def backward_resident(
         rows = row_numbers(first, t, b, batch, PACKED)
         alive = (t < stop)[:, None]
         here = alive & (n < H)[None, :]
-        rows_before, from_row, from_start, cut = _before(
+        rows_before, from_row, from_start, cut = before_step(
             first, resets, t, b, stop, steps, batch, backward, PACKED, RESETS
         )
-        saved, before, after, dafter = _reads(
+        saved, before, after, dafter = reads(
             dy, y, tape, s0 + recurrence, begins, recurrence, state, carried, rows, rows_before,
             from_row, from_start, cut, alive, n, p, recurrences, H, S, K, DY, GIVEN, False,
             TAPE_WIDTH,
@@ -270,7 +270,7 @@ def backward_resident(
 def backward_streamed(
     dy,  # [rows, P, Q]
     w_hh,  # [P, G*H, Q]
-    params,
+    parameters,
     noise,
     begins,
     s0,  # [S, P, B, W], W = max(H, Q)
@@ -338,7 +338,7 @@ def backward_streamed(
         t = tl.where(backward, steps - 1 - step, step)
         rows = row_numbers(first, t, b, batch, PACKED)
         alive = (t < stop)[:, None]
-        rows_before, from_row, from_start, cut = _before(
+        rows_before, from_row, from_start, cut = before_step(
             first, resets, t, b, stop, steps, batch, backward, PACKED, RESETS
         )
         if PROJECTED:
@@ -377,12 +377,12 @@ def backward_streamed(
                 carried = carried + (
                     tl.load(recurrence + j * state + n[None, :], mask=here, other=0.0),
                 )
-            saved, before, after, dafter = _reads(
+            saved, before, after, dafter = reads(
                 dy, y, tape, start, begins, rows_of_states, state, carried, rows, rows_before,
                 from_row, from_start, cut, alive, n, p, recurrences, H, S, K, DY, GIVEN, PROJECTED,
                 TAPE_WIDTH,
             )  # fmt: skip
-            own_params = learned(params, p, n, dtype, H, L)
+            own_params = learned(parameters, p, n, dtype, H, L)
             once = drawn_once(noise, p, sequence, n, dtype, D, PER_SEQUENCE, SCALED)
             z = drawn(once, noise, p, t, sequence, n, dtype, D, PER_SEQUENCE, SCALED)
             out = CELL(saved, before, own_params + z, after, dafter)
@@ -426,4 +426,4 @@ def backward_streamed(
             tl.store(recurrence + k[None, :], total, mask=here)
         tl.debug_barrier()
         if GIVEN:
-            _move_to_begins(ds, dbegins, rows_of_states, state, cut, H, Q, S, BN)
+            move_to_begins(ds, dbegins, rows_of_states, state, cut, H, Q, S, BN)

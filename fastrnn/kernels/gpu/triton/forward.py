@@ -21,7 +21,7 @@ from fastrnn.kernels.gpu.triton.stages import forward_stages, save_results
 
 
 @triton.jit
-def _gates(source, rows, n, alive, H: tl.constexpr, G: tl.constexpr):
+def gates(source, rows, n, alive, H: tl.constexpr, G: tl.constexpr):
     """G blocks [BB, N] from rows of G * H numbers."""
     out = ()
     for g in tl.static_range(G):
@@ -43,7 +43,7 @@ def _inputs(u, recurrent, bias, dtype, G: tl.constexpr, SUMMED: tl.constexpr, BI
 
 
 @triton.jit
-def _bias(b_hh, p, n, dtype, H: tl.constexpr, G: tl.constexpr, BIAS: tl.constexpr):
+def biases(b_hh, p, n, dtype, H: tl.constexpr, G: tl.constexpr, BIAS: tl.constexpr):
     out = ()
     if BIAS:
         for g in tl.static_range(G):
@@ -56,7 +56,7 @@ def forward_resident(
     u,  # [P, chunk_rows, G*H], with bias
     w_hh,  # [P, G*H, H]
     b_hh,  # [P, G*H], used for gates that are not summed
-    params,  # [P, L, H], or any pointer
+    parameters,  # [P, L, H], or any pointer
     noise,  # int64 [1 + D] or [1 + D + B], or any pointer
     begins,  # [S, P, B, H] states in which episodes begin, or any pointer
     carry,  # [S, P, B, H] in the type of computation: states before and after the chunk
@@ -112,8 +112,8 @@ def forward_resident(
     for g in tl.static_range(G):
         w_at = w_hh + ((p * G + g) * H + n[None, :]) * H + k[:, None]
         w = w + (tl.load(w_at, mask=inside, other=0.0),)
-    bias = _bias(b_hh, p, n, dtype, H, G, BIAS)
-    own_params = learned(params, p, n, dtype, H, L)
+    bias = biases(b_hh, p, n, dtype, H, G, BIAS)
+    own_params = learned(parameters, p, n, dtype, H, L)
     sequence = sequences(noise, b, batch, D, ORDERED)
     once = drawn_once(noise, p, sequence, n, dtype, D, PER_SEQUENCE, SCALED)
     s = ()
@@ -125,7 +125,7 @@ def forward_resident(
     # u of the next step is loaded while this one computes.
     t0 = tl.where(backward, steps - 1 - low, low)
     rows0 = row_numbers(first, tl.minimum(tl.maximum(t0, 0), steps - 1), b, batch, PACKED)
-    ahead = _gates(u, rows0, n, t0 < tl.where(low < high, stop, 0), H, G)
+    ahead = gates(u, rows0, n, t0 < tl.where(low < high, stop, 0), H, G)
     for step in tl.range(low, high):
         t = tl.where(backward, steps - 1 - step, step)
         rows = row_numbers(first, t, b, batch, PACKED)
@@ -141,7 +141,7 @@ def forward_resident(
         own = ahead
         later = tl.minimum(step + 1, high - 1)
         t_later = tl.where(backward, steps - 1 - later, later)
-        ahead = _gates(u, row_numbers(first, t_later, b, batch, PACKED), n, t_later < stop, H, G)
+        ahead = gates(u, row_numbers(first, t_later, b, batch, PACKED), n, t_later < stop, H, G)
         recurrent = ()
         for g in tl.static_range(G):
             if PROGRAM.site_of[g] < 0:
@@ -185,7 +185,7 @@ def forward_streamed(
     u,
     w_hh,  # [P, G*H, Q]
     b_hh,
-    params,
+    parameters,
     noise,
     begins,  # [S, P, B, W]
     carry,  # [S+1, P, B, W], W = max(H, Q); the last is a second buffer for state 0, and steps
@@ -273,9 +273,9 @@ def forward_streamed(
                     w = tl.load(w_at, mask=inside, other=0.0)
                     sums = sums + (recurrent[g] + times(h, w, DOT, PRECISION),)
                 recurrent = sums
-            own = _gates(u, rows, n, alive, H, G)
-            bias = _bias(b_hh, p, n, dtype, H, G, BIAS)
-            own_params = learned(params, p, n, dtype, H, L)
+            own = gates(u, rows, n, alive, H, G)
+            bias = biases(b_hh, p, n, dtype, H, G, BIAS)
+            own_params = learned(parameters, p, n, dtype, H, L)
             in_batch = (b < batch)[:, None] & (n < H)[None, :]
             s = ()
             before = ()

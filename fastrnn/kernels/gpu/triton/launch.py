@@ -120,7 +120,7 @@ def meta_arguments(
         "BN": config.unit_tile,
         "BK": config.depth_tile,
     }
-    if config.resident:
+    if config.resident or derived.programs:
         common["PROGRAM"] = layout.shape(derived, forward=not backward)
     else:
         common |= {
@@ -153,11 +153,16 @@ class _Sweeps:
         flags = {"bias": b_hh is not None, "tape": tape is not None}
         optional = [b_hh, scan.params, scan.operands.noise, begins]
         tensors = [none if each is None else each for each in optional]
-        tensors += [carry, y, none if tape is None else tape]
-        if not scan.plan.triton.resident:
+        buffered = _two_buffers(scan, carry)
+        tensors += [buffered, y, none if tape is None else tape]
+        if _walks_over_stages(scan):
+            tensors += [_scratch(scan, False)]
+        elif not scan.plan.triton.resident:
             size = scan.recurrences, scan.batch, scan.hidden
             tensors += [none] * 2 if scan.w_hr is None else [scan.w_hr, carry.new_empty(size)]
-        _launch(False, scan, flags, carry, u, scan.w_hh, *tensors, *_run_time(scan, begin, end))
+        run_time = _run_time(scan, begin, end)
+        _launch(False, scan, flags, buffered, u, scan.w_hh, *tensors, *run_time)
+        _take_first(buffered, carry)
 
     def backward(
         self, scan: Scan, begin: int, end: int, buffers: BackwardBuffers, tape: Tape
@@ -166,17 +171,51 @@ class _Sweeps:
         none = scan.w_hh
         optional = [scan.params, scan.operands.noise, begins, s0, dbegins]
         tensors = [none if each is None else each for each in optional]
-        tensors += [ds, y, tape.values, du, dv, h_prev, none if dp is None else dp]
-        if scan.plan.triton.resident:
+        buffered = _two_buffers(scan, ds)
+        tensors += [buffered, y, tape.values, du, dv, h_prev, none if dp is None else dp]
+        if scan.plan.triton.resident or scan.derived.programs:
             tensors += [none if operands is None else operands]
-        else:
+        if _walks_over_stages(scan):
+            tensors += [_scratch(scan, True)]
+        elif not scan.plan.triton.resident:
             tensors += [none if scan.w_hr is None else scan.w_hr, none if dh is None else dh]
         first = y if dy is None else dy
         flags = {"dy": dy is not None}
-        _launch(True, scan, flags, ds, first, scan.w_hh, *tensors, *_run_time(scan, begin, end))
+        run_time = _run_time(scan, begin, end)
+        _launch(True, scan, flags, buffered, first, scan.w_hh, *tensors, *run_time)
+        _take_first(buffered, ds)
 
 
 sweeps = _Sweeps()
+
+
+def _walks_over_stages(scan: Scan) -> bool:
+    """Whether the kernels are those of `streamed_stages.py`."""
+    return bool(scan.derived.programs) and not scan.plan.triton.resident
+
+
+def _two_buffers(scan: Scan, states: Tensor) -> Tensor:
+    """[2, S, P, B, H] whose first half is that of `states`, for kernels that need two buffers; for
+    others `states` itself."""
+    if not _walks_over_stages(scan):
+        return states
+    own = states[: scan.states]
+    return torch.stack([own, own])
+
+
+def _take_first(buffered: Tensor, states: Tensor) -> None:
+    if buffered is not states:
+        states[: buffered.size(1)] = buffered[0]
+
+
+def _scratch(scan: Scan, backward: bool) -> Tensor:
+    """Memory for what lies between the stages of a step, of all rows."""
+    from fastrnn.compiler import layout
+
+    sizes = layout.shape(scan.derived, forward=not backward)
+    count = sizes.temporaries + (sizes.sites if backward else scan.gates)
+    size = scan.recurrences, scan.batch, count, scan.hidden
+    return torch.empty(size, dtype=scan.compute, device=scan.device)
 
 
 def _meta(scan: Scan, config: TritonConfig, backward: bool, **flags: bool) -> dict[str, Any]:
@@ -212,15 +251,19 @@ def _run_time(scan: Scan, begin: int, end: int) -> tuple[Any, ...]:
         scan.row_range(begin, end, True)[0],
         scan.chunk_rows,
         scan.reverse,
-        *(() if scan.plan.triton.resident else (scan.hidden, scan.recurrent)),
+        *(() if scan.plan.triton.resident else (scan.hidden,)),
+        *(() if scan.plan.triton.resident or scan.derived.programs else (scan.recurrent,)),
     )
 
 
-def kernel(config: TritonConfig, backward: bool) -> Any:
-    """The kernel that a configuration asks for."""
+def kernel(config: TritonConfig, backward: bool, stages: bool = False) -> Any:
+    """The kernel that a configuration asks for; `stages` tells whether the cell's step has any."""
     direction = "backward" if backward else "forward"
-    module = importlib.import_module(f"fastrnn.kernels.gpu.triton.{direction}")
-    return getattr(module, f"{direction}_{'resident' if config.resident else 'streamed'}")
+    walks = stages and not config.resident
+    file = "streamed_stages" if walks else direction
+    module = importlib.import_module(f"fastrnn.kernels.gpu.triton.{file}")
+    way = "streamed_stages" if walks else "resident" if config.resident else "streamed"
+    return getattr(module, f"{direction}_{way}")
 
 
 def _launch(
@@ -233,7 +276,8 @@ def _launch(
         grid = (-(-scan.batch // config.batch_tile), scan.recurrences)
         meta = _meta(scan, config, backward, **flags)
         options = compile_options(config)
-        kernel(config, backward)[grid](*arguments, **meta, **options)
+        stages = bool(scan.derived.programs)
+        kernel(config, backward, stages)[grid](*arguments, **meta, **options)
 
     with _on(device):
         chosen = scan.plan.triton

@@ -33,6 +33,7 @@ import pytest
 import torch
 
 from fastrnn import cells, plan
+from fastrnn.compiler import layout
 from fastrnn.compiler.derive import derive
 from fastrnn.kernels.gpu.triton import launch
 from tests.support import selection
@@ -96,7 +97,13 @@ def wide(u, v, h, c, n):
     return torch.sigmoid(u.e + v.e) * torch.tanh(u.f - v.f) * c / (1 + torch.abs(n)), c, n
 
 
-NOISY = cells.zoneout(cells.get("lstm"), 0.1).noisy
+LSTM = cells.get("lstm")
+NOISY = cells.zoneout(LSTM, 0.1).noisy
+STAGED = [
+    cells.recurrent_dropout(LSTM, 0.25).noisy,
+    cells.get("gru_reset_before"),
+    cells.get("layer_norm_lstm"),
+]
 
 
 @dataclass(frozen=True)
@@ -157,7 +164,7 @@ def compiled(case: Case, counts: bool = True) -> Report:
     chosen = case.plan.triton
     assert chosen.precision == case.precision
     derived = derive(CELLS[problem.cell])
-    kernel = launch.kernel(chosen, problem.backward)
+    kernel = launch.kernel(chosen, problem.backward, bool(derived.programs))
     only = {} if problem.backward else {"bias": not all(derived.summed), "tape": problem.tape}
     meta = launch.meta_arguments(
         derived, chosen, problem.hidden, backward=problem.backward,
@@ -168,7 +175,7 @@ def compiled(case: Case, counts: bool = True) -> Report:
     stored = POINTERS[problem.dtype]
     computed = "*fp64" if problem.dtype == "float64" else "*fp32"
     types: dict[str, str] = dict.fromkeys(kernel.arg_names, stored)
-    types |= dict.fromkeys(("carry", "unprojected", "s0", "ds", "dp"), computed)
+    types |= dict.fromkeys(("carry", "unprojected", "s0", "ds", "dp", "scratch"), computed)
     types |= dict.fromkeys(("begins", "dbegins"), computed)
     types |= {"noise": "*i64", "first": "*i64", "length": "*i64", "resets": "*u8"}
     types |= dict.fromkeys(RUN_TIME, "i64")
@@ -251,7 +258,7 @@ def _output(*command: Any) -> str:
 
 MOST_REGISTERS = 255  # that a thread can have
 CELLS = {name: cells.get(name) for name in ("lstm", "gru", "rnn_tanh", "wide", peepholes.name)}
-CELLS[NOISY.name] = NOISY
+CELLS |= {cell.name: cell for cell in (NOISY, *STAGED)}
 SIZES = (1, 32, 64, 100, 128, 256, 512, 1000)
 FEW = (64, 512)  # for a projection, and for a cell with learned parameters or random numbers
 
@@ -274,7 +281,7 @@ def problems() -> Iterator[plan.Problem]:
                 yield plan.Problem(
                     name, 100, batch, 64, hidden, len(cell.gates), len(cell.states), dtype=dtype,
                     tape=True, backward=backward, projected=projected, draws=len(derived.draws),
-                    stages=derived.stages,
+                    stages=derived.stages, values=layout.values(derived, forward=not backward),
                 )  # fmt: skip
 
 
@@ -293,6 +300,8 @@ def cases(target: Target, full: bool = False) -> Iterator[Case]:
     for problem in problems():
         rare = bool(is_special(problem.cell))
         if rare and not full and (problem.hidden != FEW[0] or problem.projected):
+            continue
+        if problem.stages > 1 and not full and (problem.dtype == "float64" or problem.batch == 1):
             continue
         three = target.backend == "cuda" and problem.dtype == "float32"
         for precision in ("tf32x3", "tf32") if three else ("ieee",):
@@ -374,15 +383,39 @@ def test_the_selection_has_each_kernel_and_all_values_for_each_target(backend: s
     assert with_target(chosen) == with_target(whole)
 
 
+def kernels() -> Iterator[tuple[Any, set[str]]]:
+    """Each kernel, and its arguments in `RUN_TIME` that only some kernels have."""
+    if launch.interpreted():
+        pytest.skip("needs Triton's compiler")
+    for backward, resident, stages in itertools.product((False, True), repeat=3):
+        kernel = launch.kernel(plan.TritonConfig(resident=resident), backward, stages)
+        some = () if resident else ("hidden",) if stages else ("hidden", "width")
+        yield kernel, set(some)
+
+
+def test_triton_binds_the_arguments_of_every_kernel() -> None:
+    """It does so by a function that it writes, which has variables of its own."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    for kernel, _ in kernels():
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        values = {
+            p.name: 1 if p.is_constexpr or p.annotation_type else torch.zeros(1)
+            for p in kernel.params
+        }
+        bound = bind(*values.values())[0]
+        assert all(bound[name] is value for name, value in values.items())
+
+
 def test_what_a_batch_decides_is_no_constant_of_a_kernel() -> None:
     from fastrnn.kernels.gpu.triton.common import RUN_TIME
 
-    if launch.interpreted():
-        pytest.skip("needs Triton's compiler")
-    for backward, resident in itertools.product((False, True), repeat=2):
-        kernel = launch.kernel(plan.TritonConfig(resident=resident), backward)
+    for kernel, some in kernels():
         free = {p.name for p in kernel.params if p.do_not_specialize}
-        assert free == set(RUN_TIME) - ({"hidden", "width"} if resident else set())
+        assert free == set(RUN_TIME) - {"hidden", "width"} | some
         wide_numbers = {p.name for p in kernel.params if p.annotation_type == "i64"}
         assert wide_numbers == {"batch", "base", "base_reverse", "chunk_rows", "reverse"}
         constants = {p.name for p in kernel.params if p.is_constexpr}

@@ -56,7 +56,10 @@ ONE_ROW = {"batch_tile": 1, "matrix_units": False}
 WAYS = ("resident", "streamed")
 
 
-FILES = [str(Path(__file__).with_name(f"test_{name}.py")) for name in ("kernels", "launch", "math")]
+FILES = [
+    str(Path(__file__).with_name(f"test_{name}.py"))
+    for name in ("kernels", "launch", "math", "stages")
+]
 PARTS = {  # they run side by side
     "resident": "resident",
     "streamed": "streamed and not project",
@@ -133,6 +136,35 @@ LAYOUTS = ("dense", "lengths", "packed")
 WITH_PARAMETERS = "linear_projectable"
 
 
+def in_layout(
+    layout: str,
+    cell: cells.Cell,
+    steps: int,
+    batch: int,
+    hidden: int,
+    recurrences: int,
+    projected: int | None = None,
+) -> tuple[dict[str, Any], dict[str, Any], torch.Tensor]:
+    """Operands in a layout, the same for the reference, and flags of resets."""
+    given = operands(cell, steps, batch, 4, hidden, recurrences, projected=projected)
+    order = torch.randperm(batch) if layout == "packed" else None
+    given["noise"] = seeded(cell.draws, given["x"], order) if cell.draws else None
+    lengths = torch.randint(0, steps + 1, (batch,))
+    lengths[torch.randint(0, batch, ())] = steps
+    shape: tuple[int, ...] = (steps, batch)
+    exact = given
+    if layout == "lengths":
+        given["lengths"] = lengths
+        given["x"][torch.arange(steps)[:, None] >= lengths] = torch.nan  # must not be read
+        exact = {**given, "x": given["x"].nan_to_num()}
+    elif layout == "packed":
+        lengths = lengths.clamp_min(1).sort(descending=True).values
+        given["batch_sizes"] = (lengths > torch.arange(steps)[:, None]).sum(1)
+        given["x"] = torch.randn(int(lengths.sum()), 4, dtype=torch.float64)
+        shape = given["x"].shape[:1]
+    return given, exact, torch.rand(shape) < 0.3
+
+
 @interpreted
 @pytest.mark.parametrize(
     ("name", "way", "projected", "layout"),
@@ -146,23 +178,8 @@ def test_ragged_batches_resets_and_chunks(
 ) -> None:
     cell = cells.get(name).noisy
     for steps, batch, hidden, recurrences in RAGGED:
-        given = operands(cell, steps, batch, 4, hidden, recurrences, projected=projected)
-        order = torch.randperm(batch) if layout == "packed" else None
-        given["noise"] = seeded(cell.draws, given["x"], order) if cell.draws else None
-        lengths = torch.randint(0, steps + 1, (batch,))
-        lengths[torch.randint(0, batch, ())] = steps
-        shape: tuple[int, ...] = (steps, batch)
-        exact = given
-        if layout == "lengths":
-            given["lengths"] = lengths
-            given["x"][torch.arange(steps)[:, None] >= lengths] = torch.nan  # must not be read
-            exact = {**given, "x": given["x"].nan_to_num()}
-        elif layout == "packed":
-            lengths = lengths.clamp_min(1).sort(descending=True).values
-            given["batch_sizes"] = (lengths > torch.arange(steps)[:, None]).sum(1)
-            given["x"] = torch.randn(int(lengths.sum()), 4, dtype=torch.float64)
-            shape = given["x"].shape[:1]
-        for resets, chunk in ((None, 2 * batch), (torch.rand(shape) < 0.3, 1), ("given", 99)):
+        given, exact, flags = in_layout(layout, cell, steps, batch, hidden, recurrences, projected)
+        for resets, chunk in ((None, 2 * batch), (flags, 1), ("given", 99)):
             if isinstance(resets, str):  # those of before, to given states
                 begins = [torch.randn_like(s) for s in given["s0"]]
                 given["reset_states"] = exact["reset_states"] = begins
@@ -434,7 +451,7 @@ def test_tensors_of_more_elements_than_32_bits_count(
                 ("h_prev", stored, *chunk, recurrent), ("dh", stored, *chunk, recurrent),
                 ("w_hr", stored, recurrences, recurrent, hidden),
                 ("unprojected", summed, recurrences, batch, hidden),
-                ("params", stored, recurrences, 0, hidden), ("dp", summed, *chunk, 0),
+                ("parameters", stored, recurrences, 0, hidden), ("dp", summed, *chunk, 0),
                 ("noise", torch.int64, 1 + batch),
                 ("begins", summed, 2, recurrences, batch, widest),
                 ("dbegins", summed, 2, recurrences, batch, widest),

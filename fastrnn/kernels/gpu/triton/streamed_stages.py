@@ -1,0 +1,470 @@
+# mypy: ignore-errors
+# ruff: noqa: RUF005
+# Triton cannot unpack tuples.
+"""Both sweeps for cells whose step has stages, with streamed weights; see `common.py`, `stages.py`.
+
+A program walks over the units of its rows tile by tile, once for each stage. What crosses between
+stages, and products that a later stage reads, lie in `scratch`, in rows that no other program
+touches; sums of units are carried from tile to tile in registers. Stages read all states before the
+step, and gradients of all states after it, so both have two buffers, between which steps alternate.
+"""
+
+import triton
+import triton.language as tl
+
+from fastrnn.kernels.gpu.triton.backward import before_step, move_to_begins, reads
+from fastrnn.kernels.gpu.triton.common import (
+    RUN_TIME,
+    begun,
+    cuts,
+    joined,
+    learned,
+    program,
+    row_numbers,
+    times,
+)
+from fastrnn.kernels.gpu.triton.forward import biases, gates
+from fastrnn.kernels.gpu.triton.noise import drawn, drawn_once, sequences
+from fastrnn.kernels.gpu.triton.stages import (
+    add_parts,
+    begin_totals,
+    save_results,
+    saved_results,
+    zeros,
+)
+
+
+@triton.jit
+def _loads(scratch, n, inside, FIRST: tl.constexpr, COUNT: tl.constexpr, H: tl.constexpr):
+    """Blocks [BB, N] of the values FIRST, FIRST + 1, ... of rows of scratch."""
+    out = ()
+    for k in tl.static_range(COUNT):
+        out = out + (tl.load(scratch + (FIRST + k) * H + n[None, :], mask=inside, other=0.0),)
+    return out
+
+
+@triton.jit
+def _store_some(to, stride, blocks, n, mask, BITS: tl.constexpr, COUNT: tl.constexpr):
+    """Write block k to `to + k * stride` if bit k is set."""
+    for k in tl.static_range(COUNT):
+        if (BITS >> k) & 1:
+            value = blocks[k].to(to.dtype.element_ty)
+            at = to + k * stride + n[None, :]
+            tl.store(at, tl.broadcast_to(value, mask.shape), mask=mask)
+
+
+@triton.jit
+def _moment_source(
+    code: tl.constexpr, u, rows, scratch, n, here, dtype, H: tl.constexpr, G: tl.constexpr
+):
+    """A source of `Moments`; scratch has G products, then temporaries."""
+    if code < -G:
+        at = u + rows[:, None] * (G * H) + (-1 - G - code) * H + n[None, :]
+    elif code < 0:
+        at = scratch + (-1 - code) * H + n[None, :]
+    else:
+        at = scratch + (G + code) * H + n[None, :]
+    return tl.load(at, mask=here, other=0.0).to(dtype)
+
+
+@triton.jit
+def _with_moments(
+    results, u, rows, scratch, alive, MOMENTS: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
+    """The results with a mean and a sum of squared deviations of units of several values."""
+    COUNT: tl.constexpr = len(MOMENTS.sources)
+    dtype = results[MOMENTS.result].dtype
+    mean = tl.zeros_like(results[MOMENTS.result])
+    for n0 in tl.range(0, H, BN, num_stages=1):
+        n = n0 + tl.arange(0, BN)
+        here = alive & (n < H)[None, :]
+        for k in tl.static_range(COUNT):
+            x = _moment_source(MOMENTS.sources[k], u, rows, scratch, n, here, dtype, H, G)
+            mean += tl.sum(x, axis=1, keep_dims=True)
+    mean = mean / (COUNT * H)
+    deviation = tl.zeros_like(mean)
+    for n0 in tl.range(0, H, BN, num_stages=1):
+        n = n0 + tl.arange(0, BN)
+        here = alive & (n < H)[None, :]
+        for k in tl.static_range(COUNT):
+            x = _moment_source(MOMENTS.sources[k], u, rows, scratch, n, here, dtype, H, G)
+            x = tl.where(here, x - mean, 0.0)
+            deviation += tl.sum(x * x, axis=1, keep_dims=True)
+    return results[: MOMENTS.result] + (mean, deviation) + results[MOMENTS.result + 2 :]
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def forward_streamed_stages(
+    u,  # arguments without a comment are as in `forward_streamed`
+    w_hh,
+    b_hh,
+    parameters,
+    noise,
+    begins,  # [S, P, B, H]
+    carry,  # [2, S, P, B, H]
+    y,
+    tape,
+    scratch,  # [P, B, G + X, H] in the type of computation: products, then temporaries
+    first,
+    length,
+    resets,
+    steps: tl.int32,
+    batch: tl.int64,
+    begin: tl.int32,
+    end: tl.int32,
+    base: tl.int64,
+    base_reverse: tl.int64,
+    chunk_rows: tl.int64,
+    reverse: tl.int64,
+    hidden: tl.int32,
+    CELL: tl.constexpr,
+    PROGRAM: tl.constexpr,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    S: tl.constexpr,
+    K: tl.constexpr,
+    L: tl.constexpr,
+    D: tl.constexpr,
+    PER_SEQUENCE: tl.constexpr,
+    SCALED: tl.constexpr,
+    ORDERED: tl.constexpr,
+    SUMMED: tl.constexpr,
+    BIAS: tl.constexpr,
+    TAPE: tl.constexpr,
+    TAPE_WIDTH: tl.constexpr,
+    PACKED: tl.constexpr,
+    RAGGED: tl.constexpr,
+    RESETS: tl.constexpr,
+    GIVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DOT: tl.constexpr,
+    BB: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    p, recurrences, backward, b, stop, low, high, into = program(
+        length, steps, batch, begin, end, base, base_reverse, chunk_rows, reverse, RAGGED, BB
+    )
+    X: tl.constexpr = PROGRAM.temporaries
+    dtype = carry.dtype.element_ty
+    u += into * (G * H)
+    state = recurrences * batch * H  # stride of a state
+    own = (p * batch + b[:, None]) * H
+    scratch += (p * batch + b[:, None]) * ((G + X) * H)
+    sequence = sequences(noise, b, batch, D, ORDERED)
+    count = tl.full([1, 1], H, dtype)
+
+    for step in tl.range(low, high, num_stages=1):
+        t = tl.where(backward, steps - 1 - step, step)
+        rows = row_numbers(first, t, b, batch, PACKED)
+        alive = (t < stop)[:, None]
+        odd = ((step - low) & 1).to(tl.int64)
+        before_at = own + odd * S * state
+        after_at = own + (1 - odd) * S * state
+        tape_at = (rows[:, None] * recurrences + p) * TAPE_WIDTH * H
+        if RESETS:
+            cut = cuts(resets, first, t, b, stop, steps, batch, backward, PACKED)
+        else:
+            cut = (b < 0)[:, None]
+        results = zeros(PROGRAM.results, BB, 1, dtype)
+        for k in tl.static_range(len(PROGRAM.written)):
+            for m in tl.static_range(len(PROGRAM.moments)):
+                if PROGRAM.moments[m].stage == k:
+                    results = _with_moments(
+                        results, u, rows, scratch, alive, PROGRAM.moments[m], H, G, BN
+                    )
+            totals = begin_totals(results, PROGRAM.written[k], PROGRAM.results)
+            for n0 in tl.range(0, H, BN, num_stages=1):
+                n = n0 + tl.arange(0, BN)
+                inside = (n < H)[None, :]
+                in_batch = (b < batch)[:, None] & inside
+                here = alive & inside
+                vs = _loads(scratch, n, here, 0, G, H)
+                us = ()
+                for g in tl.static_range(G):
+                    us = us + (gates(u, rows, n, t < stop, H, G)[g].to(dtype),)
+                if PROGRAM.gates[k] != 0:
+                    products = zeros(G, BB, BN, dtype)
+                    for k0 in tl.range(0, hidden, BK):
+                        q = k0 + tl.arange(0, BK)
+                        row_inside = (b < batch)[:, None] & (q < H)[None, :]
+                        sums = ()
+                        for g in tl.static_range(G):
+                            total = products[g]
+                            if (PROGRAM.gates[k] >> g) & 1:
+                                if PROGRAM.site_of[g] < 0:
+                                    a = tl.load(
+                                        carry + before_at + q[None, :], mask=row_inside, other=0.0
+                                    )
+                                    fresh = begun(begins, own + q[None, :], cut, row_inside, GIVEN)
+                                    a = tl.where(cut, fresh, a)
+                                else:
+                                    a = _loads(
+                                        scratch, q, row_inside,
+                                        G + PROGRAM.operands[PROGRAM.site_of[g]], 1, H,
+                                    )[0]  # fmt: skip
+                                w_at = w_hh + ((p * G + g) * H + n[None, :]) * H + q[:, None]
+                                weights = (q < H)[:, None] & inside
+                                w = tl.load(w_at, mask=weights, other=0.0)
+                                total += times(a, w, DOT, PRECISION)
+                            sums = sums + (total,)
+                        products = sums
+                    bias = biases(b_hh, p, n, dtype, H, G, BIAS)
+                    values = ()
+                    for g in tl.static_range(G):
+                        value = vs[g]
+                        if (PROGRAM.gates[k] >> g) & 1:
+                            value = joined(products[g], g, us, bias, SUMMED, BIAS)
+                        values = values + (value,)
+                    vs = values
+                    if k + 1 < len(PROGRAM.written):
+                        _store_some(scratch, H, vs, n, here, PROGRAM.gates[k], G)
+                x = _loads(scratch, n, here, G, X, H)
+                s = ()
+                before = ()
+                for j in tl.static_range(S):
+                    at = j * state + n[None, :]
+                    old = tl.load(carry + before_at + at, mask=in_batch, other=0.0)
+                    s = s + (old,)
+                    fresh = begun(begins, own + at, cut, in_batch, GIVEN)
+                    before = before + (tl.where(cut, fresh, old),)
+                own_params = learned(parameters, p, n, dtype, H, L)
+                once = drawn_once(noise, p, sequence, n, dtype, D, PER_SEQUENCE, SCALED)
+                z = drawn(once, noise, p, t, sequence, n, dtype, D, PER_SEQUENCE, SCALED)
+                out = zeros(S + K, BB, BN, dtype)
+                made = CELL(k, us, vs, before, own_params + z, x, results, count, out)
+                for j in tl.static_range(S):
+                    if (PROGRAM.written[k].states >> j) & 1:
+                        new = tl.where(here, tl.broadcast_to(made[j], (BB, BN)), s[j])
+                        tl.store(carry + after_at + j * state + n[None, :], new, mask=in_batch)
+                        if j == 0:
+                            y_at = y + (rows[:, None] * recurrences + p) * H + n[None, :]
+                            tl.store(y_at, new.to(y.dtype.element_ty), mask=here)
+                if TAPE:
+                    states: tl.constexpr = PROGRAM.written[k].states >> 1
+                    _store_some(tape + tape_at, H, made[1:S], n, here, states, S - 1)
+                    _store_some(
+                        tape + tape_at + (S - 1) * H, H, made[S : S + K], n, here,
+                        PROGRAM.written[k].saved, K,
+                    )  # fmt: skip
+                _store_some(
+                    scratch + G * H, H, made[S + K : S + K + X], n, here,
+                    PROGRAM.written[k].temporaries, X,
+                )  # fmt: skip
+                totals = add_parts(
+                    totals, made[S + K + X :], inside, PROGRAM.written[k], PROGRAM.results
+                )  # fmt: skip
+            results = totals
+            tl.debug_barrier()  # what the stage wrote is complete
+        if TAPE:
+            results_at = tape_at + (S - 1 + K) * H
+            save_results(tape, results_at, results, alive, PROGRAM.saved_results)
+    if (high - low) % 2 == 1:  # the last step left the states in the second buffer
+        for n0 in tl.range(0, H, BN, num_stages=1):
+            n = n0 + tl.arange(0, BN)
+            in_batch = (b < batch)[:, None] & (n < H)[None, :]
+            for j in tl.static_range(S):
+                at = own + j * state + n[None, :]
+                last = tl.load(carry + S * state + at, mask=in_batch, other=0.0)
+                tl.store(carry + at, last, mask=in_batch)
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def backward_streamed_stages(
+    dy,  # arguments without a comment are as in `backward_resident`
+    w_hh,
+    parameters,
+    noise,
+    begins,
+    s0,
+    dbegins,
+    ds,  # [2, S, P, B, H]
+    y,
+    tape,
+    du,
+    dv,
+    h_prev,
+    dp,
+    operands,
+    scratch,  # [P, B, X + J, H] in the type of computation: temporaries, then products
+    first,
+    length,
+    resets,
+    steps: tl.int32,
+    batch: tl.int64,
+    begin: tl.int32,
+    end: tl.int32,
+    base: tl.int64,
+    base_reverse: tl.int64,
+    chunk_rows: tl.int64,
+    reverse: tl.int64,
+    hidden: tl.int32,
+    CELL: tl.constexpr,
+    PROGRAM: tl.constexpr,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    S: tl.constexpr,
+    K: tl.constexpr,
+    L: tl.constexpr,
+    D: tl.constexpr,
+    PER_SEQUENCE: tl.constexpr,
+    SCALED: tl.constexpr,
+    ORDERED: tl.constexpr,
+    SUMMED: tl.constexpr,
+    DY: tl.constexpr,
+    TAPE_WIDTH: tl.constexpr,
+    PACKED: tl.constexpr,
+    RAGGED: tl.constexpr,
+    RESETS: tl.constexpr,
+    GIVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DOT: tl.constexpr,
+    BB: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    p, recurrences, backward, b, stop, low, high, into = program(
+        length, steps, batch, begin, end, base, base_reverse, chunk_rows, reverse, RAGGED, BB
+    )
+    X: tl.constexpr = PROGRAM.temporaries
+    J: tl.constexpr = PROGRAM.sites
+    OUT: tl.constexpr = 2 * G + S + L + J
+    dtype = s0.dtype.element_ty
+    state = recurrences * batch * H
+    own = (p * batch + b[:, None]) * H
+    scratch += (p * batch + b[:, None]) * ((X + J) * H)
+    sequence = sequences(noise, b, batch, D, ORDERED)
+    count = tl.full([1, 1], H, dtype)
+    all_summed: tl.constexpr = SUMMED == (1 << G) - 1
+
+    for back in tl.range(0, high - low, num_stages=1):
+        step = high - 1 - back
+        t = tl.where(backward, steps - 1 - step, step)
+        rows = row_numbers(first, t, b, batch, PACKED)
+        alive = (t < stop)[:, None]
+        odd = ((high - 1 - step) & 1).to(tl.int64)
+        after_at = own + odd * S * state  # gradients of the states after the step
+        before_at = own + (1 - odd) * S * state
+        rows_before, from_row, from_start, cut = before_step(
+            first, resets, t, b, stop, steps, batch, backward, PACKED, RESETS
+        )
+        out_rows = (into + rows)[:, None]
+        results = saved_results(
+            tape, ((rows[:, None] * recurrences + p) * TAPE_WIDTH + S - 1 + K) * H, alive, dtype,
+            PROGRAM.saved_results, PROGRAM.results,
+        )  # fmt: skip
+        for k in tl.static_range(len(PROGRAM.written)):
+            totals = begin_totals(results, PROGRAM.written[k], PROGRAM.results)
+            for n0 in tl.range(0, H, BN, num_stages=1):
+                n = n0 + tl.arange(0, BN)
+                inside = (n < H)[None, :]
+                in_batch = (b < batch)[:, None] & inside
+                here = alive & inside
+                products = ()
+                for j in tl.static_range(J):
+                    if (PROGRAM.written[k].sites >> j) & 1:
+                        total = tl.zeros((BB, BN), dtype)
+                        for k0 in tl.range(0, hidden, BK):
+                            q = k0 + tl.arange(0, BK)
+                            for g in tl.static_range(G):
+                                if PROGRAM.site_of[g] == j:
+                                    total += _transposed(
+                                        dv + out_rows * (G * H) + g * H, w_hh + (p * G + g) * H * H,
+                                        n, q, alive, dtype, H, DOT, PRECISION,
+                                    )  # fmt: skip
+                        if k + 1 < len(PROGRAM.written):
+                            tl.store(scratch + (X + j) * H + n[None, :], total, mask=here)
+                    else:
+                        total = _loads(scratch, n, here, X + j, 1, H)[0]
+                    products = products + (total,)
+                carried = ()
+                for j in tl.static_range(S):
+                    at = ds + after_at + j * state + n[None, :]
+                    carried = carried + (tl.load(at, mask=in_batch, other=0.0),)
+                saved, before, after, dafter = reads(
+                    dy, y, tape, s0 + own, begins, own, state, carried, rows, rows_before, from_row,
+                    from_start, cut, alive, n, p, recurrences, H, S, K, DY, GIVEN, False,
+                    TAPE_WIDTH,
+                )  # fmt: skip
+                x = _loads(scratch, n, here, 0, X, H)
+                own_params = learned(parameters, p, n, dtype, H, L)
+                once = drawn_once(noise, p, sequence, n, dtype, D, PER_SEQUENCE, SCALED)
+                z = drawn(once, noise, p, t, sequence, n, dtype, D, PER_SEQUENCE, SCALED)
+                out = zeros(OUT, BB, BN, dtype)
+                made = CELL(
+                    k, saved, before, own_params + z, after, dafter, x, products, results, count,
+                    out,
+                )  # fmt: skip
+                if not all_summed:
+                    _store_some(
+                        du + out_rows * (G * H), H, made[:G], n, here, PROGRAM.written[k].du, G
+                    )
+                _store_some(
+                    dv + out_rows * (G * H), H, made[G : 2 * G], n, here, PROGRAM.written[k].dv, G
+                )
+                for j in tl.static_range(S):
+                    if (PROGRAM.written[k].states >> j) & 1:
+                        d = tl.broadcast_to(made[2 * G + j], (BB, BN))
+                        if j > 0 and not GIVEN:  # the product is added below
+                            d = tl.where(cut, 0.0, d)
+                        d = tl.where(here, d, carried[j])
+                        tl.store(ds + before_at + j * state + n[None, :], d, mask=in_batch)
+                _store_some(
+                    dp + out_rows * (L * H), H, made[2 * G + S :], n, here, PROGRAM.written[k].dp, L
+                )
+                _store_some(
+                    operands + out_rows * (J * H), H, made[2 * G + S + L :], n, here,
+                    PROGRAM.written[k].operands, J,
+                )  # fmt: skip
+                _store_some(
+                    scratch, H, made[OUT : OUT + X], n, here, PROGRAM.written[k].temporaries, X
+                )
+                if k == 0:
+                    h_at = h_prev + out_rows * H + n[None, :]
+                    tl.store(h_at, before[0].to(h_prev.dtype.element_ty), mask=here)
+                totals = add_parts(
+                    totals, made[OUT + X :], inside, PROGRAM.written[k], PROGRAM.results
+                )  # fmt: skip
+            results = totals
+            tl.debug_barrier()  # what the stage wrote is complete
+        for n0 in tl.range(0, H, BN, num_stages=1):
+            n = n0 + tl.arange(0, BN)
+            here = alive & (n < H)[None, :]
+            total = tl.zeros((BB, BN), dtype)
+            for k0 in tl.range(0, hidden, BK):
+                q = k0 + tl.arange(0, BK)
+                for g in tl.static_range(G):
+                    if PROGRAM.site_of[g] < 0:
+                        total += _transposed(
+                            dv + out_rows * (G * H) + g * H, w_hh + (p * G + g) * H * H, n, q,
+                            alive, dtype, H, DOT, PRECISION,
+                        )  # fmt: skip
+            total += tl.load(ds + before_at + n[None, :], mask=here, other=0.0)
+            if not GIVEN:
+                total = tl.where(cut, 0.0, total)
+            tl.debug_barrier()  # all threads have read the tile before any writes it
+            tl.store(ds + before_at + n[None, :], total, mask=here)
+        tl.debug_barrier()
+        if GIVEN:
+            second = (1 - odd) * S * state
+            move_to_begins(ds + second, dbegins, own, state, cut, H, H, S, BN)
+    if (high - low) % 2 == 1:  # the last step left the gradients in the second buffer
+        for n0 in tl.range(0, H, BN, num_stages=1):
+            n = n0 + tl.arange(0, BN)
+            in_batch = (b < batch)[:, None] & (n < H)[None, :]
+            for j in tl.static_range(S):
+                at = own + j * state + n[None, :]
+                last = tl.load(ds + S * state + at, mask=in_batch, other=0.0)
+                tl.store(ds + at, last, mask=in_batch)
+
+
+@triton.jit
+def _transposed(
+    dv, w, n, q, alive, dtype, H: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr
+):
+    """The part of `dv * w` of the rows q of a gate's block, for its columns n."""
+    d = tl.load(dv + q[None, :], mask=alive & (q < H)[None, :], other=0.0)
+    inside = (q < H)[:, None] & (n < H)[None, :]
+    block = tl.load(w + q[:, None] * H + n[None, :], mask=inside, other=0.0)
+    return times(d.to(dtype), block, DOT, PRECISION)

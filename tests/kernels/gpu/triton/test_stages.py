@@ -1,0 +1,127 @@
+"""Steps in stages in the Triton kernels, in Triton's interpreter: see `test_kernels.py`."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from fastrnn import cells, kernels, ops
+from fastrnn.compiler.derive import derive
+from fastrnn.kernels.prepare import prepare
+from fastrnn.tools.tolerance import largest_error
+from tests.kernels.gpu.triton.test_kernels import LAYOUTS, WAYS, in_layout, residency
+from tests.support.interpreter import interpreted
+from tests.support.kernels import check, planned
+from tests.support.operands import EVERY_GRADIENT, by_reference, operands, positional, run
+from tests.support.selection import ALL_TESTS, pairwise
+from tests.support.shared import noisy_staged, staged
+from tests.support.staged import USERS
+from tests.support.tensors import flatten
+
+pytestmark = pytest.mark.interpreter
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("needs Triton", allow_module_level=True)
+
+CELLS = {cell.name: cell for cell in (staged, noisy_staged.noisy, cells.get("gru_reset_before"))}
+
+
+@interpreted
+@pytest.mark.parametrize(("name", "way", "layout"), pairwise(list(CELLS), WAYS, LAYOUTS))
+def test_ragged_batches_resets_and_chunks(name: str, way: str, layout: str) -> None:
+    cell, (steps, batch, hidden) = CELLS[name], (3, 5, 17)
+    given, exact, flags = in_layout(layout, cell, steps, batch, hidden, 2)
+    begins = [torch.randn_like(s) for s in given["s0"]]
+    for extra, chunk in (({}, 2 * batch), ({"resets": flags, "reset_states": begins}, 1)):
+        fields = residency(way, hidden, 1, torch.float64) | {"chunk_rows": chunk, "batch_tile": 4}
+        with planned(**fields), kernels.use("triton"):
+            ours = run(ops.scan, cell, {**given, **extra})
+        for what, right in run(by_reference, cell, {**exact, **extra}).items():
+            assert largest_error(ours[what], right) < 1e-12, (what, chunk)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("number", "way"),
+    [
+        (number, way)
+        for number in range(len(USERS))
+        for k, way in enumerate(WAYS)
+        if ALL_TESTS or (number + k) % 2
+    ],
+)
+def test_every_way_in_which_units_need_each_other(number: int, way: str) -> None:
+    cell = USERS[number]
+    given = operands(cell, 2, 3, 2, 19)
+    fields = residency(way, 19, 1, torch.float64) | {"batch_tile": 4}
+    with planned(**fields), kernels.use("triton"):
+        ours = run(ops.scan, cell, given)
+    for what, right in run(by_reference, cell, given).items():
+        if right is None:  # autograd knows that nothing depends on it
+            assert not ours[what].any()
+        else:
+            assert largest_error(ours[what], right) < 1e-11, what
+
+
+@interpreted
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("hidden", [1, 15, 33])
+def test_sizes_around_a_tile(hidden: int, way: str) -> None:
+    for dtype, batch in ((torch.float32, 3), (torch.float16, 2)):
+        if hidden == 1 and dtype == torch.float16:
+            continue  # a norm of one unit cancels more digits than there are
+        given = operands(staged, 2, batch, 2, hidden, dtype=dtype)
+        with planned(**residency(way, hidden, batch, dtype)):
+            check(staged, given, "triton")
+
+
+@interpreted
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_tapes_are_those_of_the_reference(dtype: torch.dtype, way: str) -> None:
+    """The results of reductions lie behind the saved values of a row, at odd elements too."""
+    given = operands(staged, 3, 2, 2, 19, dtype=dtype)
+    arguments = positional(prepare(staged), given)
+    found = {}
+    fields = residency(way, 19, 2, dtype)
+    for kernel in ("reference", "triton"):
+        with planned(**(fields if kernel == "triton" else {})), kernels.use(kernel):
+            found[kernel] = torch.ops.fastrnn.scan(*arguments, tape=True)
+    derived = derive(staged)
+    count = (len(derived.states) - 1 + len(derived.saved)) * 19
+    near = 1e-12 if dtype == torch.float64 else 0.02
+    one, other = tapes = [found[k][-1].flatten(1) for k in ("reference", "triton")]
+    assert largest_error(other[:, :count], one[:, :count].double()) < near
+    computed = torch.promote_types(dtype, torch.float32)
+    end = count + len(derived.rows) * computed.itemsize // dtype.itemsize
+    results = [tape[:, count:end].contiguous().view(computed).double() for tape in tapes]
+    assert results[0].count_nonzero() == results[0].numel()
+    assert largest_error(results[1], results[0]) < near * results[0].abs().max()
+    y, *states, _ = found["reference"]
+    output_grads = (torch.randn_like(y), [torch.randn_like(s) for s in flatten(states)])
+    gradients = []
+    for kernel in ("reference", "triton"):
+        with planned(**fields), kernels.use("triton"):
+            gradients.append(
+                torch.ops.fastrnn.scan_backward(
+                    arguments[0], *output_grads, None, *arguments[1:], y, found[kernel][-1],
+                    EVERY_GRADIENT,
+                )
+            )  # fmt: skip
+    for one, other in zip(*map(flatten, gradients), strict=True):
+        assert largest_error(other, one.double()) < near * (1 + one.double().abs().max())
+
+
+@interpreted
+@pytest.mark.parametrize("way", WAYS)
+def test_a_row_that_is_not_finite_stays_alone(way: str) -> None:
+    given = operands(staged, 3, 3, 2, 19)
+    given["x"][1, 1, 0] = torch.nan
+    others = {**given, "x": given["x"][:, [0, 2]], "s0": [s[:, [0, 2]] for s in given["s0"]]}
+    fields = residency(way, 19, 1, torch.float64) | {"batch_tile": 4}
+    with planned(**fields), kernels.use("triton"), torch.no_grad():
+        y, right = ops.scan(staged, **given)[0], ops.scan(staged, **others)[0]
+    torch.testing.assert_close(y[:, [0, 2]], right, rtol=1e-12, atol=1e-12)
+    assert y[1:, 1].isnan().any()
