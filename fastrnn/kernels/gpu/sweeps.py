@@ -71,7 +71,7 @@ class Shape:
         self.chunk_rows = min(self.rows, self.chunk_steps * self.batch)
         # Whether the call is one recurrence in one chunk, and state 0 is the output.
         self.alone = self.recurrences == 1 and self.chunk_steps >= self.steps > 0
-        others = operands.w_hr or operands.params or operands.reset_states
+        others = bool(operands.w_hr or operands.params or operands.reset_states)
         self.site_of = site_of(derived) if derived.sites else []
         others = others or max(self.site_of, default=-1) >= 0
         self.alone = self.alone and self.batch > 0 and not others

@@ -12,7 +12,7 @@ import hashlib
 import importlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -161,7 +161,7 @@ class _Sweeps:
             size = scan.recurrences, scan.batch, scan.hidden
             tensors += [none] * 2 if scan.w_hr is None else [scan.w_hr, carry.new_empty(size)]
         run_time = _run_time(scan, begin, end)
-        _launch(False, scan, flags, buffered, u, scan.w_hh, *tensors, *run_time)
+        _launch(False, scan, flags, [buffered], u, scan.w_hh, *tensors, *run_time)
         _take_first(buffered, carry)
 
     def backward(
@@ -182,7 +182,8 @@ class _Sweeps:
         first = y if dy is None else dy
         flags = {"dy": dy is not None}
         run_time = _run_time(scan, begin, end)
-        _launch(True, scan, flags, buffered, first, scan.w_hh, *tensors, *run_time)
+        changed = [buffered, *([] if dbegins is None else [dbegins])]
+        _launch(True, scan, flags, changed, first, scan.w_hh, *tensors, *run_time)
         _take_first(buffered, ds)
 
 
@@ -267,9 +268,9 @@ def kernel(config: TritonConfig, backward: bool, stages: bool = False) -> Any:
 
 
 def _launch(
-    backward: bool, scan: Scan, flags: dict[str, bool], changed: Tensor, *arguments: Any
+    backward: bool, scan: Scan, flags: dict[str, bool], changed: Sequence[Tensor], *arguments: Any
 ) -> None:
-    """Run a kernel; a launch changes `changed`, which is among the arguments."""
+    """Run a kernel; `changed` are those of the arguments that a launch reads and changes."""
     device = scan.operands.x.device
 
     def run(config: TritonConfig) -> None:
@@ -290,18 +291,22 @@ _tuner = tune.Tuner()
 
 
 def _fastest(
-    backward: bool, scan: Scan, run: Callable[[TritonConfig], None], changed: Tensor
+    backward: bool, scan: Scan, run: Callable[[TritonConfig], None], changed: Sequence[Tensor]
 ) -> TritonConfig:
     """The configuration that runs such a launch fastest, as measured earlier or now."""
     triton, errors = (importlib.import_module(name) for name in ("triton", "triton.errors"))
     x, library = scan.operands.x, getattr(torch, scan.operands.x.device.type)
-    before = changed.clone()
+    before = [each.clone() for each in changed]
+
+    def restore() -> None:
+        for each, old in zip(changed, before, strict=True):
+            each.copy_(old)
 
     def seconds(config: TritonConfig) -> float:
         times = []
         try:
             for _ in range(5):  # the first one includes compilation
-                changed.copy_(before)
+                restore()
                 start, end = (library.Event(enable_timing=True) for _ in range(2))
                 start.record()
                 run(config)
@@ -311,7 +316,7 @@ def _fastest(
         except errors.TritonError as error:
             raise RuntimeError(str(error)) from error
         finally:
-            changed.copy_(before)
+            restore()
         return min(times)
 
     capturing = getattr(library, "is_current_stream_capturing", lambda: False)()

@@ -116,7 +116,7 @@ def test_what_a_launch_changes_is_as_before_when_all_were_timed(
     folder: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton")
-    carry = torch.ones(3)
+    carry, sums = torch.ones(3), torch.ones(2)
     ran: list[TritonConfig] = []
 
     class Event:
@@ -133,8 +133,9 @@ def test_what_a_launch_changes_is_as_before_when_all_were_timed(
             return float(ran[-1].warps)
 
     def run(config: TritonConfig) -> None:
-        assert torch.equal(carry, torch.ones(3))
+        assert torch.equal(carry, torch.ones(3)) and torch.equal(sums, torch.ones(2))
         carry.mul_(2)
+        sums.add_(1)
         ran.append(config)
 
     monkeypatch.setattr(torch.cpu, "Event", Event, raising=False)
@@ -143,6 +144,6 @@ def test_what_a_launch_changes_is_as_before_when_all_were_timed(
     operands, planned = SimpleNamespace(x=torch.zeros(1)), Plan("triton", FIRST)
     scan = SimpleNamespace(operands=operands, cell="lstm", hidden=5, recurrent=5, plan=planned)
     for _ in range(2):
-        assert launch._fastest(False, scan, run, carry).warps == 4  # type: ignore[arg-type]
-        assert torch.equal(carry, torch.ones(3))
+        assert launch._fastest(False, scan, run, [carry, sums]).warps == 4  # type: ignore[arg-type]
+        assert torch.equal(carry, torch.ones(3)) and torch.equal(sums, torch.ones(2))
     assert len(ran) == 5 * len(CONFIGS)  # once
