@@ -22,12 +22,14 @@ from torch import Tensor, nn
 
 import fastrnn
 from fastrnn import cells, kernels, ops, plan
+from fastrnn.cells.noise import seeded
 from fastrnn.compiler.derive import derive
 from fastrnn.kernels.gpu import cuda
 from fastrnn.tools.tolerance import largest_error, limit
 from tests.support.kernels import check, planned
 from tests.support.names import BUILT_IN
 from tests.support.operands import Shape, by_reference, linear, operands, run, whole
+from tests.support.shared import noisy, noisy_staged, staged
 from tests.support.tensors import flatten
 
 GPU = torch.cuda.is_available()
@@ -181,6 +183,19 @@ def test_triton_shapes(name: str, precision: str) -> None:
         given = moved(operands(cells.get(name), *shape, dtype=dtype_of(precision)))
         with tf32(precision == "tf32"):
             check(cells.get(name), given, "triton", baseline_of(precision))
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("precision", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("name", [noisy.name, staged.name, noisy_staged.name])
+def test_triton_stages_noise_and_resets_to_given_states(name: str, precision: str) -> None:
+    cell, (steps, batch) = cells.get(name).noisy, (5, 9)
+    for hidden in (17, 130):
+        given = moved(operands(cell, steps, batch, 4, hidden, 2, dtype_of(precision)))
+        given["noise"] = seeded(cell.draws, given["x"]) if cell.draws else None
+        given["resets"] = torch.rand(steps, batch, device="cuda") < 0.3
+        given["reset_states"] = [torch.randn_like(s) for s in given["s0"]]
+        check(cell, given, "triton", baseline_of(precision))
 
 
 def ragged(layout: str, cell: cells.Cell, hidden: int, dtype: torch.dtype) -> dict[str, Any]:

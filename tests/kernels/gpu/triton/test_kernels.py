@@ -27,7 +27,14 @@ from fastrnn.extension import _C
 from fastrnn.kernels.gpu.triton import launch
 from fastrnn.kernels.prepare import prepare
 from fastrnn.tools.tolerance import largest_error
-from tests.support.interpreter import INTERPRETED, interpreted
+from tests.support.interpreter import (
+    INTERPRETED,
+    LAYOUTS,
+    WAYS,
+    in_layout,
+    interpreted,
+    residency,
+)
 from tests.support.kernels import check, planned
 from tests.support.names import BUILT_IN
 from tests.support.operands import (
@@ -50,10 +57,6 @@ pytestmark = pytest.mark.interpreter
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton", allow_module_level=True)
-
-TILES = {"batch_tile": 16, "matrix_units": True}
-ONE_ROW = {"batch_tile": 1, "matrix_units": False}
-WAYS = ("resident", "streamed")
 
 
 FILES = [
@@ -94,15 +97,6 @@ SHAPES = [  # T, B, I, H, P
 ]
 
 
-def residency(name: str, hidden: int, batch: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Fields of a plan, regardless of a device's own plan for so small a problem."""
-    rows = TILES if batch > 1 and dtype != torch.float64 else ONE_ROW
-    if name == "streamed":
-        return {**rows, "resident": False, "unit_tile": 16, "depth_tile": 32}
-    padded = max(16, 1 << (hidden - 1).bit_length())
-    return {**rows, "resident": True, "unit_tile": padded, "depth_tile": padded}
-
-
 @interpreted
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -132,37 +126,7 @@ def test_shapes_projected_and_streamed(name: str) -> None:
 
 
 RAGGED = [(1, 2, 3, 1), (5, 7, 17, 2)]  # T, B, H, P
-LAYOUTS = ("dense", "lengths", "packed")
 WITH_PARAMETERS = "linear_projectable"
-
-
-def in_layout(
-    layout: str,
-    cell: cells.Cell,
-    steps: int,
-    batch: int,
-    hidden: int,
-    recurrences: int,
-    projected: int | None = None,
-) -> tuple[dict[str, Any], dict[str, Any], torch.Tensor]:
-    """Operands in a layout, the same for the reference, and flags of resets."""
-    given = operands(cell, steps, batch, 4, hidden, recurrences, projected=projected)
-    order = torch.randperm(batch) if layout == "packed" else None
-    given["noise"] = seeded(cell.draws, given["x"], order) if cell.draws else None
-    lengths = torch.randint(0, steps + 1, (batch,))
-    lengths[torch.randint(0, batch, ())] = steps
-    shape: tuple[int, ...] = (steps, batch)
-    exact = given
-    if layout == "lengths":
-        given["lengths"] = lengths
-        given["x"][torch.arange(steps)[:, None] >= lengths] = torch.nan  # must not be read
-        exact = {**given, "x": given["x"].nan_to_num()}
-    elif layout == "packed":
-        lengths = lengths.clamp_min(1).sort(descending=True).values
-        given["batch_sizes"] = (lengths > torch.arange(steps)[:, None]).sum(1)
-        given["x"] = torch.randn(int(lengths.sum()), 4, dtype=torch.float64)
-        shape = given["x"].shape[:1]
-    return given, exact, torch.rand(shape) < 0.3
 
 
 @interpreted
@@ -453,6 +417,7 @@ def test_tensors_of_more_elements_than_32_bits_count(
                 ("unprojected", summed, recurrences, batch, hidden),
                 ("parameters", stored, recurrences, 0, hidden), ("dp", summed, *chunk, 0),
                 ("noise", torch.int64, 1 + batch),
+                ("operands", stored, *chunk, 0),
                 ("begins", summed, 2, recurrences, batch, widest),
                 ("dbegins", summed, 2, recurrences, batch, widest),
                 ("first", torch.int64, steps + 1), ("length", torch.int64, batch),

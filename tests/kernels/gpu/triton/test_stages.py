@@ -11,8 +11,7 @@ from fastrnn import cells, kernels, ops
 from fastrnn.compiler.derive import derive
 from fastrnn.kernels.prepare import prepare
 from fastrnn.tools.tolerance import largest_error
-from tests.kernels.gpu.triton.test_kernels import LAYOUTS, WAYS, in_layout, residency
-from tests.support.interpreter import interpreted
+from tests.support.interpreter import LAYOUTS, WAYS, in_layout, interpreted, residency
 from tests.support.kernels import check, planned
 from tests.support.operands import EVERY_GRADIENT, by_reference, operands, positional, run
 from tests.support.selection import ALL_TESTS, pairwise
