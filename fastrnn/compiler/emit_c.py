@@ -138,7 +138,7 @@ def _plan(derived: Derived, layers: Sequence[Weights]) -> _Plan:
     return _Plan(
         layers=len(layers),
         inputs=first.w_ih.size(1),
-        hidden=first.w_hh.size(0) // len(derived.gates),
+        hidden=first.w_ih.size(0) // len(derived.inputs),
         output=first.w_hh.size(1),
         biased=first.b_ih is not None,
         rounded=first.w_ih.dtype == torch.int8,
@@ -287,30 +287,31 @@ def _operands(
     """The arrays of one layer, in the order of `step_layer`'s arguments. Gates of a matrix are
     chosen and transposed; those of its scales are chosen."""
 
-    def blocks(weight: Tensor, gates: Sequence[int]) -> Tensor:
-        by_gate = weight.unflatten(0, (len(derived.gates), plan.hidden))
-        return torch.cat([by_gate[g] for g in gates])
+    def blocks(weight: Tensor, gates: Sequence[int], rows: tuple[str, ...]) -> Tensor:
+        parts = weight.split(plan.hidden)
+        return torch.cat([weight[:0], *(parts[rows.index(derived.gates[g])] for g in gates)])
 
     of_ih, of_hh, of_hr = scales or (None, None, None)
     found: dict[str, Tensor] = {}
-    for side, matrix, scale, gates in (
-        ("ih", weights.w_ih, of_ih, plan.from_x),
-        ("hh", weights.w_hh, of_hh, plan.from_h),
+    for side, matrix, scale, gates, rows in (
+        ("ih", weights.w_ih, of_ih, plan.from_x, derived.inputs),
+        ("hh", weights.w_hh, of_hh, plan.from_h, derived.recurrent),
     ):
         if gates:
-            found[f"w_{side}"] = blocks(matrix, gates).T
+            found[f"w_{side}"] = blocks(matrix, gates, rows).T
             if scale is not None:
-                found[f"scale_{side}"] = blocks(scale, gates)
+                found[f"scale_{side}"] = blocks(scale, gates, rows)
     if weights.b_ih is not None and weights.b_hh is not None and plan.gates:
-        parts = (weights.b_ih, plan.u), (weights.b_ih + weights.b_hh, plan.summed)
-        both = (*parts, (weights.b_hh, plan.v))
-        found["bias"] = torch.cat([blocks(bias, gates) for bias, gates in both if gates])
+        of_x = blocks(weights.b_ih, plan.from_x, derived.inputs)
+        of_h = blocks(weights.b_hh, plan.from_h, derived.recurrent)
+        own, both = len(plan.u) * plan.hidden, len(plan.summed) * plan.hidden
+        found["bias"] = torch.cat([of_x[:own], of_x[own:] + of_h[:both], of_h[both:]])
     if weights.w_hr is not None:
         found["w_hr"] = weights.w_hr.T
         if of_hr is not None:
             found["scale_hr"] = of_hr
-    rows = [row for param in weights.params for row in param.split(plan.hidden)]
-    values = {f"p.{n}": row for n, row in zip(derived.params, rows, strict=True)}
+    learned_rows = [row for param in weights.params for row in param.split(plan.hidden)]
+    values = {f"p.{n}": row for n, row in zip(derived.params, learned_rows, strict=True)}
     learned = [*_values(plan.units, values), *_values(plan.shared, values)]
     if learned:
         found["learned"] = torch.cat(learned)

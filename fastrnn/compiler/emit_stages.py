@@ -19,8 +19,9 @@ def members(derived: Derived) -> str:
     products = [site for site in derived.sites if site.kind == "product"]
     site_of = [
         next((j for j, site in enumerate(products) if name in site.gates), -1)
-        for name in derived.gates
+        for name in derived.recurrent
     ]
+    entries = "kGates" if derived.has_all_rows else ""
     forward = _Program(derived, "forward", ("u", "v", "s", "p"), ("next", "saved"))
     backward = _Program(
         derived,
@@ -30,7 +31,7 @@ def members(derived: Derived) -> str:
     )
     return f"""\
   static constexpr int kSites = {len(products)}, kRows = {len(derived.rows)};
-  static constexpr int kSiteOf[kGates] = {_ints(site_of)};  // -1: multiplies state 0
+  static constexpr int kSiteOf[{entries}] = {_ints(site_of or [-1])};  // -1: multiplies state 0
   static constexpr int kOperand[] = {_ints(forward.operands() or [0])};  // temporaries
 {forward.members()}
 {backward.members()}"""
@@ -98,8 +99,8 @@ class _Program:
         }
         for kind, owners in (
             ("ds", self.derived.states),
-            ("du", self.derived.gates),
-            ("dv", self.derived.gates),
+            ("du", self.derived.inputs),
+            ("dv", self.derived.recurrent),
             ("dp", self.derived.params),
         ):
             places |= {f"{kind}.{name}": f"{kind}[{k}]" for k, name in enumerate(owners)}
@@ -160,8 +161,8 @@ class _Program:
         if label.startswith("temp."):
             return _number_of(label)
         array, name = label.split(".", 1)
-        gates = self.derived.gates
-        return ~(gates.index(name) + (len(gates) if array == "u" else 0))
+        inputs, recurrent = self.derived.inputs, self.derived.recurrent
+        return ~(len(recurrent) + inputs.index(name) if array == "u" else recurrent.index(name))
 
 
 def _number_of(label: str) -> int:

@@ -147,7 +147,7 @@ def _as_scan(cell: Cell, operands: Operands, p: int) -> tuple[list[Tensor], list
     states, of recurrence `p`."""
     x, w_hh = operands.x, operands.w_hh[p]
     b_ih = operands.b_ih[p] if operands.b_ih else None
-    hidden, recurrent = w_hh.size(0) // len(cell.gates), w_hh.size(1)
+    hidden, recurrent = cell.hidden_size(operands.w_ih[p]), w_hh.size(1)
     backward = bool(operands.reverse >> p & 1)
     widths = [recurrent] + [hidden] * (len(cell.states) - 1)
     if operands.s0:
@@ -161,15 +161,16 @@ def _as_scan(cell: Cell, operands: Operands, p: int) -> tuple[list[Tensor], list
         over = [each.flip(0) for each in over]
 
     # A body reads nothing from outside, so the weights of a step are arguments as well.
-    weights = [w_hh, *(group[p] for group in (operands.b_hh, operands.w_hr) if group)]
+    recurs = operands.w_hh if cell.recurrent else (), operands.b_hh if cell.recurrent else ()
+    weights = [group[p] for group in (*recurs, operands.w_hr) if group]
     # Copies, because what a body is given may share no memory.
     weights += [*(s[p].clone() for s in operands.reset_states), *operands.params_of(p)]
-    given = bool(operands.b_hh), bool(operands.w_hr), len(operands.reset_states)
-    counts = len(s0), len(over), 1, *given
+    given = *(bool(group) for group in (*recurs, operands.w_hr)), len(operands.reset_states)
+    counts = len(s0), len(over), *given
     ends = list(itertools.accumulate(counts))
 
     def step(*every: Tensor) -> list[Tensor]:
-        states, at, (w_hh,), b_hh, w_hr, begins, params = (
+        states, at, w_hh, b_hh, w_hr, begins, params = (
             every[a:b] for a, b in zip([0, *ends], [*ends, None], strict=True)
         )
         before = states
@@ -179,7 +180,9 @@ def _as_scan(cell: Cell, operands: Operands, p: int) -> tuple[list[Tensor], list
             before = tuple(torch.where(at[-1], begin, s) for begin, s in pairs)
 
         def apply(h: Tensor) -> Sequence[Tensor]:
-            return F.linear(h, w_hh, b_hh[0] if b_hh else None).split(hidden, -1)
+            if not w_hh:
+                return ()
+            return F.linear(h, w_hh[0], b_hh[0] if b_hh else None).split(hidden, -1)
 
         u, v = at[0].split(hidden, -1), apply(before[0])
         after = _next(cell, u, v, before, params, apply)

@@ -40,6 +40,11 @@ def refuse(problem: Problem, device: Device) -> str | None:
         return (
             f"a step of cell {problem.cell!r} has {problem.stages} stages and this kernel runs one"
         )
+    if not problem.has_all_rows:
+        return (
+            f"cell {problem.cell!r} has gates without rows, and this kernel has a block of both "
+            "matrices for every gate"
+        )
     if problem.noise:
         return f"cell {problem.cell!r} draws random numbers, which this kernel does not"
     if problem.reset_states:

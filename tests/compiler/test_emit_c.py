@@ -27,9 +27,9 @@ INPUTS, HIDDEN = 3, 7
 
 def weights_of(cell: Cell, inputs: int, hidden: int) -> Weights:
     """Random weights of one layer."""
-    rows = len(cell.gates) * hidden
-    w_ih, w_hh = 0.3 * torch.randn(rows, inputs), 0.3 * torch.randn(rows, hidden)
-    b_ih, b_hh = 0.3 * torch.randn(2, rows)
+    of_u, of_v = len(cell.inputs) * hidden, len(cell.recurrent) * hidden
+    w_ih, w_hh = 0.3 * torch.randn(of_u, inputs), 0.3 * torch.randn(of_v, hidden)
+    b_ih, b_hh = 0.3 * torch.randn(of_u), 0.3 * torch.randn(of_v)
     params = tuple(
         0.3 * torch.randn(param.size(hidden, len(cell.gates))) for param in cell.params.values()
     )

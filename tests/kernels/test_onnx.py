@@ -213,8 +213,9 @@ def test_every_function_of_a_cell(tmp_path: Path) -> None:
     class Each(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            chosen = [c for c in USERS if c.name in ("choices", "powers", "steps", "passing")]
-            assert len(chosen) == 4
+            names = ("choices", "powers", "steps", "passing", "lacking", "alone")
+            chosen = [c for c in USERS if c.name in names]
+            assert len(chosen) == 6
             self.layers = nn.ModuleList(fastrnn.Recurrent(c, 3, 5) for c in chosen)
 
         def forward(self, x: Tensor) -> Any:
@@ -222,7 +223,7 @@ def test_every_function_of_a_cell(tmp_path: Path) -> None:
 
     model = Each().eval()
     nodes, run = exported(model, (torch.randn(4, 2, 3),), ({0: Dim("T"), 1: Dim("B")},), tmp_path)
-    assert nodes["Scan"] == 4
+    assert nodes["Scan"] == 6
     assert_same(run, model, (torch.randn(3, 3, 3),))
 
 
