@@ -102,6 +102,11 @@ class Derived:
         """Whether `u` and `v` count as their sum alone."""
         return self.has_all_rows and all(self.summed)
 
+    def input_of(self) -> int:
+        """Four bits for each summed gate of `v`: its place in `u`."""
+        summed = [k for k, both in enumerate(self.summed) if both]
+        return sum(self.inputs.index(self.recurrent[k]) << 4 * k for k in summed)
+
     @property
     def summary(self) -> str:
         """One line for the head of generated code."""

@@ -40,11 +40,6 @@ def refuse(problem: Problem, device: Device) -> str | None:
         return (
             f"a step of cell {problem.cell!r} has {problem.stages} stages and this kernel runs one"
         )
-    if not problem.has_all_rows:
-        return (
-            f"cell {problem.cell!r} has gates without rows, and this kernel has a block of both "
-            "matrices for every gate"
-        )
     if problem.noise:
         return f"cell {problem.cell!r} draws random numbers, which this kernel does not"
     if problem.reset_states:
@@ -87,7 +82,7 @@ def _warps(problem: Problem, gpu: TritonFacts) -> int:
 def _in_registers(problem: Problem, gpu: TritonFacts) -> bool:
     """Whether a program's registers can hold all weights in the dtype of the computation."""
     words = max(1, problem.itemsize // 4)
-    weights = problem.gates * _padded(problem) ** 2
+    weights = problem.gates_of_v * _padded(problem) ** 2
     return weights * words <= _warps(problem, gpu) * gpu.warp * _WEIGHT_REGISTERS
 
 
@@ -130,7 +125,7 @@ def _fits(problem: Problem, gpu: TritonFacts, config: TritonConfig) -> bool:
     if _in_full(problem, config):
         registers, most = _PARTS_REGISTERS, 32
     threads = _warps(problem, gpu) * gpu.warp
-    weights = problem.gates * padded * padded * itemsize * (1 if itemsize < 4 else 2)
+    weights = problem.gates_of_v * padded * padded * itemsize * (1 if itemsize < 4 else 2)
     return (
         blocks * config.batch_tile * padded <= threads * registers
         and weights + 2 * config.batch_tile * padded * 4 <= gpu.shared_bytes
@@ -156,7 +151,7 @@ def _streamed(problem: Problem, gpu: TritonFacts, precision: str) -> TritonConfi
         depth_tile = 16
     while (
         # Weights of every gate, and the batch rows that are multiplied by them.
-        stages * depth_tile * (problem.gates * unit_tile + config.batch_tile) * itemsize
+        stages * depth_tile * (problem.gates_of_v * unit_tile + config.batch_tile) * itemsize
         + _OTHER_SHARED_BYTES
         > gpu.shared_bytes
     ):

@@ -100,8 +100,8 @@ def backward_resident(
     ds,  # [S, P, B, H] gradients of the states, first after the chunk, then before it
     y,
     tape,
-    du,  # [P, chunk_rows, G*H]
-    dv,  # shaped as du; the same tensor if all gates are summed
+    du,  # [P, chunk_rows, GU*H]
+    dv,  # [P, chunk_rows, GV*H]; the same tensor if all gates are summed
     h_prev,  # [P, chunk_rows, H] state 0 before each step
     dp,  # [P, chunk_rows, L*H] in the type of computation, or any pointer
     first,
@@ -117,7 +117,9 @@ def backward_resident(
     reverse: tl.int64,
     CELL: tl.constexpr,
     H: tl.constexpr,
-    G: tl.constexpr,
+    GU: tl.constexpr,  # gates with rows in w_ih
+    GV: tl.constexpr,  # gates with rows in w_hh
+    INPUT_OF: tl.constexpr,
     S: tl.constexpr,
     K: tl.constexpr,
     L: tl.constexpr,
@@ -138,12 +140,12 @@ def backward_resident(
     n = tl.arange(0, BN)
     k = tl.arange(0, BN)
     in_batch = (b < batch)[:, None] & (n < H)[None, :]
-    all_summed: tl.constexpr = SUMMED == (1 << G) - 1
+    all_summed: tl.constexpr = GU == GV and SUMMED == (1 << GV) - 1
 
     w = ()
     inside = (n < H)[:, None] & (k < H)[None, :]
-    for g in tl.static_range(G):
-        w_at = w_hh + ((p * G + g) * H + n[:, None]) * H + k[None, :]
+    for g in tl.static_range(GV):
+        w_at = w_hh + ((p * GV + g) * H + n[:, None]) * H + k[None, :]
         w = w + (tl.load(w_at, mask=inside, other=0.0),)
     carried = ()
     state = recurrences * batch * H  # stride of a state
@@ -167,14 +169,16 @@ def backward_resident(
             alive, n, p, recurrences, H, S, K, DY, False,
         )  # fmt: skip
         out = CELL(saved, before, own_params, after, dafter)
-        _store_params(dp, out, into + rows, n, here, BB, BN, H, 2 * G + S, L)
-        recurrent = tl.broadcast_to(out[2 * G], (BB, BN))
-        at = (into + rows)[:, None] * (G * H) + n[None, :]
-        for g in tl.static_range(G):
-            d = tl.where(here, tl.broadcast_to(out[G + g], (BB, BN)), 0.0)
+        _store_params(dp, out, into + rows, n, here, BB, BN, H, GU + GV + S, L)
+        recurrent = tl.broadcast_to(out[GU + GV], (BB, BN))
+        at = (into + rows)[:, None] * (GV * H) + n[None, :]
+        for g in tl.static_range(GV):
+            d = tl.where(here, tl.broadcast_to(out[GU + g], (BB, BN)), 0.0)
             recurrent += times(d, w[g], DOT, PRECISION)
             tl.store(dv + at + g * H, d.to(dv.dtype.element_ty), mask=here)
-            if not all_summed:
+        if not all_summed:
+            at = (into + rows)[:, None] * (GU * H) + n[None, :]
+            for g in tl.static_range(GU):
                 d = tl.broadcast_to(out[g], (BB, BN))
                 tl.store(du + at + g * H, d.to(du.dtype.element_ty), mask=here)
         h_at = (into + rows)[:, None] * H + n[None, :]
@@ -184,7 +188,7 @@ def backward_resident(
             if j == 0:
                 d = recurrent
             else:
-                d = tl.broadcast_to(out[2 * G + j], (BB, BN))
+                d = tl.broadcast_to(out[GU + GV + j], (BB, BN))
             if RESETS:
                 d = tl.where(cut, 0.0, d)
             passed = passed + (tl.where(here, d, carried[j]),)
@@ -197,7 +201,7 @@ def backward_resident(
 @triton.jit(do_not_specialize=RUN_TIME)
 def backward_streamed(
     dy,  # [rows, P, Q]
-    w_hh,  # [P, G*H, Q]
+    w_hh,  # [P, GV*H, Q]
     params,
     s0,  # [S, P, B, W], W = max(H, Q)
     ds,  # shaped as s0
@@ -226,7 +230,9 @@ def backward_streamed(
     H: tl.constexpr,
     Q: tl.constexpr,
     PROJECTED: tl.constexpr,
-    G: tl.constexpr,
+    GU: tl.constexpr,  # gates with rows in w_ih
+    GV: tl.constexpr,  # gates with rows in w_hh
+    INPUT_OF: tl.constexpr,
     S: tl.constexpr,
     K: tl.constexpr,
     L: tl.constexpr,
@@ -249,7 +255,7 @@ def backward_streamed(
     state = recurrences * batch * W
     start = s0 + (p * batch + b[:, None]) * W
     recurrence = ds + (p * batch + b[:, None]) * W
-    all_summed: tl.constexpr = SUMMED == (1 << G) - 1
+    all_summed: tl.constexpr = GU == GV and SUMMED == (1 << GV) - 1
 
     for back in tl.range(0, high - low, num_stages=1):
         step = high - 1 - back
@@ -300,12 +306,14 @@ def backward_streamed(
             )  # fmt: skip
             own_params = learned(params, p, n, dtype, H, L)
             out = CELL(saved, before, own_params, after, dafter)
-            _store_params(dp, out, into + rows, n, here, BB, BN, H, 2 * G + S, L)
-            at = (into + rows)[:, None] * (G * H) + n[None, :]
-            for g in tl.static_range(G):
-                d = tl.broadcast_to(out[G + g], (BB, BN))
+            _store_params(dp, out, into + rows, n, here, BB, BN, H, GU + GV + S, L)
+            at = (into + rows)[:, None] * (GV * H) + n[None, :]
+            for g in tl.static_range(GV):
+                d = tl.broadcast_to(out[GU + g], (BB, BN))
                 tl.store(dv + at + g * H, d.to(dv.dtype.element_ty), mask=here)
-                if not all_summed:
+            if not all_summed:
+                at = (into + rows)[:, None] * (GU * H) + n[None, :]
+                for g in tl.static_range(GU):
                     d = tl.broadcast_to(out[g], (BB, BN))
                     tl.store(du + at + g * H, d.to(du.dtype.element_ty), mask=here)
             if not PROJECTED:
@@ -314,20 +322,20 @@ def backward_streamed(
             tl.debug_barrier()  # all threads have read the gradients before any writes them
             for j in tl.static_range(S):
                 if j > 0 or not PROJECTED:
-                    d = tl.where(cut, 0.0, tl.broadcast_to(out[2 * G + j], (BB, BN)))
+                    d = tl.where(cut, 0.0, tl.broadcast_to(out[GU + GV + j], (BB, BN)))
                     tl.store(recurrence + j * state + n[None, :], d, mask=here)
         tl.debug_barrier()  # dv is complete
         for k0 in tl.range(0, Q, BN, num_stages=1):
             k = k0 + tl.arange(0, BN)
             here = alive & (k < Q)[None, :]
             total = tl.zeros((BB, BN), dtype)
-            for n0 in tl.range(0, hidden, BK):
+            for n0 in tl.range(0, hidden if GV > 0 else 0, BK):
                 n = n0 + tl.arange(0, BK)
                 inside = alive & (n < H)[None, :]
-                at = (into + rows)[:, None] * (G * H) + n[None, :]
-                for g in tl.static_range(G):
+                at = (into + rows)[:, None] * (GV * H) + n[None, :]
+                for g in tl.static_range(GV):
                     d = tl.load(dv + at + g * H, mask=inside, other=0.0)
-                    at_w = w_hh + ((p * G + g) * H + n[:, None]) * Q + k[None, :]
+                    at_w = w_hh + ((p * GV + g) * H + n[:, None]) * Q + k[None, :]
                     w = tl.load(at_w, mask=(n < H)[:, None] & (k < Q)[None, :], other=0.0)
                     total += times(d.to(dtype), w, DOT, PRECISION)
             if not PROJECTED:

@@ -20,18 +20,21 @@ def _gates(source, rows, n, alive, H: tl.constexpr, G: tl.constexpr):
 
 
 @triton.jit
-def _inputs(u, recurrent, bias, dtype, G: tl.constexpr, SUMMED: tl.constexpr, BIAS: tl.constexpr):
+def _inputs(
+    u, recurrent, bias, dtype, GU: tl.constexpr, GV: tl.constexpr, INPUT_OF: tl.constexpr,
+    SUMMED: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
     """The arguments `(u, v)` of the cell: for a summed gate, `v` is their sum."""
     us = ()
     vs = ()
-    for g in tl.static_range(G):
-        own = u[g].to(dtype)
+    for g in tl.static_range(GU):
+        us = us + (u[g].to(dtype),)
+    for g in tl.static_range(GV):
         v = recurrent[g]
         if (SUMMED >> g) & 1:
-            v += own
+            v += us[(INPUT_OF >> (4 * g)) & 15]
         elif BIAS:
             v += bias[g][None, :]
-        us = us + (own,)
         vs = vs + (v,)
     return us, vs
 
@@ -47,9 +50,9 @@ def _bias(b_hh, p, n, dtype, H: tl.constexpr, G: tl.constexpr, BIAS: tl.constexp
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def forward_resident(
-    u,  # [P, chunk_rows, G*H], with bias
-    w_hh,  # [P, G*H, H]
-    b_hh,  # [P, G*H], used for gates that are not summed
+    u,  # [P, chunk_rows, GU*H], with bias
+    w_hh,  # [P, GV*H, H]
+    b_hh,  # [P, GV*H], used for gates that are not summed
     params,  # [P, L, H], or any pointer
     carry,  # [S, P, B, H] in the type of computation: states before and after the chunk
     y,  # [rows, P, H]
@@ -67,7 +70,9 @@ def forward_resident(
     reverse: tl.int64,  # one bit per recurrence
     CELL: tl.constexpr,
     H: tl.constexpr,
-    G: tl.constexpr,
+    GU: tl.constexpr,  # gates with rows in w_ih
+    GV: tl.constexpr,  # gates with rows in w_hh
+    INPUT_OF: tl.constexpr,  # four bits for each of these: its place in u
     S: tl.constexpr,
     K: tl.constexpr,
     L: tl.constexpr,
@@ -89,15 +94,15 @@ def forward_resident(
     n = tl.arange(0, BN)
     k = tl.arange(0, BN)
     dtype = carry.dtype.element_ty
-    u += into * (G * H)
+    u += into * (GU * H)
     in_batch = (b < batch)[:, None] & (n < H)[None, :]
 
     w = ()
     inside = (k < H)[:, None] & (n < H)[None, :]
-    for g in tl.static_range(G):
-        w_at = w_hh + ((p * G + g) * H + n[None, :]) * H + k[:, None]
+    for g in tl.static_range(GV):
+        w_at = w_hh + ((p * GV + g) * H + n[None, :]) * H + k[:, None]
         w = w + (tl.load(w_at, mask=inside, other=0.0),)
-    bias = _bias(b_hh, p, n, dtype, H, G, BIAS)
+    bias = _bias(b_hh, p, n, dtype, H, GV, BIAS)
     own_params = learned(params, p, n, dtype, H, L)
     s = ()
     state = carry + (p * batch + b[:, None]) * H + n[None, :]
@@ -107,7 +112,7 @@ def forward_resident(
     # u of the next step is loaded while this one computes.
     t0 = tl.where(backward, steps - 1 - low, low)
     rows0 = row_numbers(first, tl.minimum(tl.maximum(t0, 0), steps - 1), b, batch, PACKED)
-    ahead = _gates(u, rows0, n, t0 < tl.where(low < high, stop, 0), H, G)
+    ahead = _gates(u, rows0, n, t0 < tl.where(low < high, stop, 0), H, GU)
     for step in tl.range(low, high):
         t = tl.where(backward, steps - 1 - step, step)
         rows = row_numbers(first, t, b, batch, PACKED)
@@ -122,11 +127,11 @@ def forward_resident(
         own = ahead
         later = tl.minimum(step + 1, high - 1)
         t_later = tl.where(backward, steps - 1 - later, later)
-        ahead = _gates(u, row_numbers(first, t_later, b, batch, PACKED), n, t_later < stop, H, G)
+        ahead = _gates(u, row_numbers(first, t_later, b, batch, PACKED), n, t_later < stop, H, GU)
         recurrent = ()
-        for g in tl.static_range(G):
+        for g in tl.static_range(GV):
             recurrent = recurrent + (times(before[0], w[g], DOT, PRECISION),)
-        us, vs = _inputs(own, recurrent, bias, dtype, G, SUMMED, BIAS)
+        us, vs = _inputs(own, recurrent, bias, dtype, GU, GV, INPUT_OF, SUMMED, BIAS)
         out = CELL(us, vs, before, own_params)
         here = alive[:, None] & (n < H)[None, :]
         after = ()
@@ -152,7 +157,7 @@ def forward_resident(
 @triton.jit(do_not_specialize=RUN_TIME)
 def forward_streamed(
     u,
-    w_hh,  # [P, G*H, Q]
+    w_hh,  # [P, GV*H, Q]
     b_hh,
     params,
     carry,  # [S+1, P, B, W], W = max(H, Q); the last is a second buffer for state 0, and steps
@@ -178,7 +183,9 @@ def forward_streamed(
     H: tl.constexpr,
     Q: tl.constexpr,
     PROJECTED: tl.constexpr,
-    G: tl.constexpr,
+    GU: tl.constexpr,  # gates with rows in w_ih
+    GV: tl.constexpr,  # gates with rows in w_hh
+    INPUT_OF: tl.constexpr,  # four bits for each of these: its place in u
     S: tl.constexpr,
     K: tl.constexpr,
     L: tl.constexpr,
@@ -198,7 +205,7 @@ def forward_streamed(
         length, steps, batch, begin, end, base, base_reverse, chunk_rows, reverse, RAGGED, BB
     )
     dtype = carry.dtype.element_ty
-    u += into * (G * H)
+    u += into * (GU * H)
     W: tl.constexpr = H if H > Q else Q
     tape_width: tl.constexpr = S - 1 + K + PROJECTED
     state = recurrences * batch * W  # stride of a state in `carry`
@@ -217,9 +224,9 @@ def forward_streamed(
         for n0 in tl.range(0, H, BN, num_stages=1):
             n = n0 + tl.arange(0, BN)
             recurrent = ()
-            for _g in tl.static_range(G):
+            for _g in tl.static_range(GV):
                 recurrent = recurrent + (tl.zeros((BB, BN), dtype),)
-            for k0 in tl.range(0, width, BK):
+            for k0 in tl.range(0, width if GV > 0 else 0, BK):
                 k = k0 + tl.arange(0, BK)
                 row_inside = (b < batch)[:, None] & (k < Q)[None, :]
                 h = tl.load(h_before + k[None, :], mask=row_inside, other=0.0)
@@ -227,13 +234,13 @@ def forward_streamed(
                     h = tl.where(cut, 0.0, h)
                 inside = (k < Q)[:, None] & (n < H)[None, :]
                 sums = ()
-                for g in tl.static_range(G):
-                    w_at = w_hh + ((p * G + g) * H + n[None, :]) * Q + k[:, None]
+                for g in tl.static_range(GV):
+                    w_at = w_hh + ((p * GV + g) * H + n[None, :]) * Q + k[:, None]
                     w = tl.load(w_at, mask=inside, other=0.0)
                     sums = sums + (recurrent[g] + times(h, w, DOT, PRECISION),)
                 recurrent = sums
-            own = _gates(u, rows, n, alive, H, G)
-            bias = _bias(b_hh, p, n, dtype, H, G, BIAS)
+            own = _gates(u, rows, n, alive, H, GU)
+            bias = _bias(b_hh, p, n, dtype, H, GV, BIAS)
             own_params = learned(params, p, n, dtype, H, L)
             in_batch = (b < batch)[:, None] & (n < H)[None, :]
             s = ()
@@ -248,7 +255,7 @@ def forward_streamed(
                     before = before + (tl.where(cut, 0.0, s[j]),)
                 else:
                     before = before + (s[j],)
-            us, vs = _inputs(own, recurrent, bias, dtype, G, SUMMED, BIAS)
+            us, vs = _inputs(own, recurrent, bias, dtype, GU, GV, INPUT_OF, SUMMED, BIAS)
             out = CELL(us, vs, before, own_params)
             here = alive[:, None] & (n < H)[None, :]
             if S > 1:

@@ -92,7 +92,9 @@ def meta_arguments(
     common = {
         "CELL": cell.backward if backward else cell.forward,
         "H": hidden,
-        "G": len(derived.gates),
+        "GU": len(derived.inputs),
+        "GV": len(derived.recurrent),
+        "INPUT_OF": derived.input_of(),
         "S": len(derived.states),
         "K": len(derived.saved),
         "L": len(derived.params),

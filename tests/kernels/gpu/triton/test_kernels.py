@@ -32,6 +32,7 @@ from tests.support.names import BUILT_IN
 from tests.support.operands import (
     EVERY_GRADIENT,
     PLAIN,
+    ROWS,
     Shape,
     by_reference,
     linear,
@@ -101,7 +102,7 @@ def residency(name: str, hidden: int, batch: int, dtype: torch.dtype) -> dict[st
 @interpreted
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", [*BUILT_IN, "linear"])
+@pytest.mark.parametrize("name", [*BUILT_IN, "linear", *ROWS])
 def test_shapes(name: str, shape: Shape, way: str) -> None:
     large = shape[3] > 17
     for dtype in (torch.float32,) if large else (torch.float64, torch.float32, torch.float16):
@@ -136,6 +137,7 @@ WITH_PARAMETERS = "linear_projectable"
     ("name", "way", "projected", "layout"),
     [
         *pairwise(("gru", "lstm", "linear", WITH_PARAMETERS), WAYS, [None], LAYOUTS),
+        *pairwise(ROWS, WAYS, [None], LAYOUTS),
         *pairwise([WITH_PARAMETERS], ["streamed"], (11, 19), LAYOUTS),
     ],
 )
