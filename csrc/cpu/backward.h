@@ -231,9 +231,11 @@ class Backward {
       drawn.load(drawn_row, numbers_of(units), unit, given + N);
       step_backward<Cell>(saved, before, given, next, dnext, gates_u, gates_v, dbefore, dlearned);
 
-      for (int g = 0; g < Gv; ++g) F::put(dv, g * H + unit, gates_v[g], n);
-      if constexpr (!all_summed<Cell>())
-        for (int g = 0; g < Gu; ++g) F::put(du, g * H + unit, gates_u[g], n);
+      // In turns: all of dv and then all of du made the sweep of a GRU 8 % slower.
+      for (int g = 0; g < Gu || g < Gv; ++g) {
+        if (g < Gv) F::put(dv, g * H + unit, gates_v[g], n);
+        if (g < Gu && !all_summed<Cell>()) F::put(du, g * H + unit, gates_u[g], n);
+      }
       if (args_.dp) {
         T* const to = static_cast<T*>(args_.dp[p]) + at.b * N * H + unit;
 #pragma GCC unroll 32

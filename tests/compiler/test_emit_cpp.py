@@ -90,7 +90,8 @@ struct Rows {
 template <class C, class V, class T>
 void forward(const T* const* in, T* const* out, long units) {
   for (long at = 0; at < units; at += sizeof(V) / sizeof(T)) {
-    Rows<V, T, C::kGates> u, v;
+    Rows<V, T, kInputGates<C>> u;
+    Rows<V, T, kRecurrentGates<C>> v;
     Rows<V, T, C::kStates> s, next;
     Rows<V, T, C::kSaved> saved;
     Rows<V, T, C::kParams> p;
@@ -104,7 +105,8 @@ void forward(const T* const* in, T* const* out, long units) {
 template <class C, class V, class T>
 void backward(const T* const* in, T* const* out, long units) {
   for (long at = 0; at < units; at += sizeof(V) / sizeof(T)) {
-    Rows<V, T, C::kGates> du, dv;
+    Rows<V, T, kInputGates<C>> du;
+    Rows<V, T, kRecurrentGates<C>> dv;
     Rows<V, T, C::kStates> s, next, ds;
     Rows<V, T, C::kSaved> saved;
     Rows<V, T, C::kParams> p, dp;
