@@ -41,7 +41,7 @@ from fastrnn.compiler.stages import Exchange, Program, schedule
 from fastrnn.compiler.through_cuts import needed, through_cuts
 from fastrnn.compiler.trace import Trace, Underivable, trace
 
-__all__ = ["Derived", "Underivable", "derive"]
+__all__ = ["Derived", "Underivable", "derive", "forward_exchanges"]
 
 _Entry = TypeVar("_Entry")
 
@@ -356,10 +356,9 @@ def _derive_here(cell: Cell) -> Derived:
     return replace(derived, programs=_programs(algebra, derived, reads))
 
 
-def _programs(algebra: Algebra, derived: Derived, reads: Sequence[Expr]) -> tuple[Program, Program]:
-    """The stages of a step and of its gradients; `reads` are the operands of the products, in the
-    terms of the backward pass."""
-    forward: list[Exchange] = []
+def forward_exchanges(algebra: Algebra, derived: Derived) -> list[Exchange]:
+    """The exchanges of a step, in order."""
+    exchanges = []
     for site, parts in zip(derived.sites, derived.operands, strict=True):
         results = site.results
         operands = parts
@@ -371,7 +370,13 @@ def _programs(algebra: Algebra, derived: Derived, reads: Sequence[Expr]) -> tupl
         elif site.kind in ("sum", "amax"):
             op = "add" if site.kind == "sum" else "maximum"
             operands = (functools.reduce(lambda a, b: algebra.make(op, a, b), parts),)
-        forward.append(Exchange(site.kind, results, operands))
+        exchanges.append(Exchange(site.kind, results, operands))
+    return exchanges
+
+
+def _programs(algebra: Algebra, derived: Derived, reads: Sequence[Expr]) -> tuple[Program, Program]:
+    """The stages of a step and of its gradients; `reads` are the operands of the products, in the
+    terms of the backward pass."""
     step = {f"next.{n}": e for n, e in zip(derived.states, derived.step, strict=False)}
     step |= {
         f"saved.{n}": e
@@ -383,6 +388,7 @@ def _programs(algebra: Algebra, derived: Derived, reads: Sequence[Expr]) -> tupl
     back |= {f"ds.{n}": e for n, e in zip(derived.states, ds, strict=True)}
     back |= {f"dp.{n}": e for n, e in zip(derived.params, dp, strict=True)}
     back |= {f"operand.{k}": e for k, e in enumerate(reads)}
+    forward = forward_exchanges(algebra, derived)
     programs = schedule(algebra, step, forward), schedule(algebra, back, derived.exchanges)
     reduced_to = len(derived.rows)
     reduced_to += sum(len(x.results) for x in (*forward, *derived.exchanges))

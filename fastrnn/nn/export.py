@@ -46,8 +46,8 @@ def export_c(
     Raises:
         TypeError: if `layer` is not one of fastrnn's. If no code can be derived for a custom cell,
             it is an `Underivable`, which says why.
-        ValueError: if the layer is bidirectional, has heads, is not in float32, has no weights yet
-            (`meta`) or a cell whose step has stages, or if `name` cannot be a name in C.
+        ValueError: if the layer is bidirectional, is not in float32 or has no weights yet (`meta`),
+            or if `name` cannot be a name in C.
         OSError: if the files cannot be written.
 
     Example:
@@ -71,8 +71,6 @@ def export_c(
             "a bidirectional layer needs the whole sequence before its first output, "
             "so it cannot run step by step in C; use bidirectional=False"
         )
-    if (heads := getattr(layer, "heads", 1)) > 1:
-        raise ValueError(f"the code in C runs one recurrence per layer, not heads={heads}")
     cell = layer._cell()
     target = Path(path)
     if target.is_dir():
@@ -82,11 +80,6 @@ def export_c(
     if name is not None and emit_c.identifier(name) != name:
         raise ValueError(f"name should be a name in C, as 'my_gru', got {name!r}")
     derived = derive(cell)
-    if derived.stages > 1:
-        raise ValueError(
-            f"a step of cell {cell.name!r} has {derived.stages} stages, since its units need each "
-            "other within it, and the code in C has one formula for each unit"
-        )
     with torch.no_grad():
         weights = floats_of(layer)
         for weight in weights[0].present():
@@ -95,11 +88,12 @@ def export_c(
                     "the code in C has weights in float32, and this layer has them in "
                     f"{weight.dtype} on {weight.device}; write export_c(layer.float(), ...)"
                 )
+        heads = getattr(layer, "heads", 1)
         title = f"{type(layer).__name__}({layer.extra_repr()}), by fastrnn.export_c {__version__}"
         rounded = [r for r in rounded_of(layer) if r.scales]
         layers = [_on_cpu(r) for r in [r.weights for r in rounded] or weights]
         scales = [[s if s is None else s.cpu() for s in r.scales] for r in rounded]
-        texts = emit_c.stepper(derived, layers, chosen, title, f"{stem.name}.h", scales)
+        texts = emit_c.stepper(derived, layers, chosen, title, f"{stem.name}.h", scales, heads)
     files = Path(f"{stem}.c"), Path(f"{stem}.h")
     for file, text in zip(files, texts, strict=True):
         file.write_text(text, encoding="utf-8")

@@ -15,14 +15,21 @@ from torch import Tensor
 
 from fastrnn import cells
 from fastrnn.cells import Cell
+from fastrnn.cells.published import MODULES
 from fastrnn.compiler import emit_c
 from fastrnn.compiler.derive import derive
 from fastrnn.kernels import reference
 from fastrnn.kernels.operands import Operands, Weights, side_by_side
+from tests.support import derivations, staged
 from tests.support.compiled import Stream, library
-from tests.support.derivations import ALL, every_cell, make
+from tests.support.derivations import make
 
-INPUTS, HIDDEN = 3, 7
+INPUTS, HIDDEN = 3, 11
+ALL = {
+    cell.name: cell
+    for cell in (*map(cells.get, MODULES), *derivations.ALL, *staged.USERS)  # slstm is in two
+}
+every_cell = pytest.mark.parametrize("name", ALL)
 
 
 def weights_of(cell: Cell, inputs: int, hidden: int) -> Weights:
@@ -47,8 +54,8 @@ def written(folder: Path, name: str, cell: Cell, layers: list[Weights]) -> Path:
 def every_layer() -> dict[str, list[Weights]]:
     torch.manual_seed(0)
     return {
-        cell.name: [weights_of(cell, INPUTS, HIDDEN), weights_of(cell, HIDDEN, HIDDEN)]
-        for cell in ALL
+        name: [weights_of(cell, INPUTS, HIDDEN), weights_of(cell, HIDDEN, HIDDEN)]
+        for name, cell in ALL.items()
     }
 
 
@@ -58,14 +65,15 @@ def compiled(
 ) -> ctypes.CDLL:
     """All cells in one library."""
     folder = tmp_path_factory.mktemp("c")
-    return library([written(folder, c.name, c, every_layer[c.name]) for c in ALL])
+    return library([written(folder, c.name, c, every_layer[c.name]) for c in ALL.values()])
 
 
 @every_cell
 def test_steps_are_those_of_the_reference(
-    cell: Cell, compiled: ctypes.CDLL, every_layer: dict[str, list[Weights]]
+    name: str, compiled: ctypes.CDLL, every_layer: dict[str, list[Weights]]
 ) -> None:
     torch.manual_seed(1)
+    cell = ALL[name]
     x = torch.randn(10, INPUTS)
     stream = Stream(compiled, cell.name, 2, HIDDEN, HIDDEN, len(cell.states))
     found = stream.steps(x)
@@ -74,11 +82,11 @@ def test_steps_are_those_of_the_reference(
         lists: Any = [[t.double() for t in group] for group in side_by_side([weights])]
         y, last = reference.scan(cell, Operands(y, *lists))
         finals.append([state[0, 0] for state in last])
-    scale = y.abs().max().clamp_min(1).item()
-    torch.testing.assert_close(found.double(), y[:, 0], rtol=1e-5, atol=1e-6 * scale)
-    for member, states in zip(stream.states, zip(*finals, strict=True), strict=True):
-        expected = torch.stack(states)
-        torch.testing.assert_close(member.double(), expected, rtol=1e-5, atol=1e-6 * scale)
+    pairs = [(found, y[:, 0])]
+    pairs += zip(stream.states, map(torch.stack, zip(*finals, strict=True)), strict=True)
+    for ours, exact in pairs:
+        scale = exact.abs().max().clamp_min(1).item()
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-6 * scale)
 
 
 def pointwise(folder: Path, function: Any, values: Tensor, *flags: str) -> Tensor:
