@@ -19,7 +19,7 @@ from fastrnn.cells import Cell
 from fastrnn.kernels import reference
 from fastrnn.kernels.operands import Operands
 
-__all__ = ["is_recording", "scan"]
+__all__ = ["Padding", "is_recording", "padding", "scan"]
 
 
 class _Node(NamedTuple):
@@ -52,11 +52,70 @@ def is_recording() -> bool:
     return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
+class Padding(NamedTuple):
+    """How packed rows lie in padded ones.
+
+    Attributes:
+        lengths: [B], in the order of the packed rows.
+        rows: [T, B], the row of each sequence at each step; any row past its end.
+        places: [R], the place of each row in the [T*B] padded ones.
+    """
+
+    lengths: Tensor
+    rows: Tensor
+    places: Tensor
+
+    def pad(self, data: Tensor) -> Tensor:
+        """[T, B, *] from packed rows [R, *], with any rows past the ends."""
+        return data[self.rows]
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """The packed rows [R, *] of [T, B, *]."""
+        return padded.flatten(0, 1)[self.places]
+
+
+def padding(
+    data: Tensor, batch_sizes: Tensor, order: Tensor | None, state: Tensor | None = None
+) -> Padding:
+    """The padding of a `PackedSequence` that a recorded program takes as its input. `order` [B] or
+    a state [L, B, *] gives the number of sequences; else it is read from `batch_sizes`.
+
+    Raises:
+        NotImplementedError: if the program packs the sequences itself.
+    """
+    # torch's packing has no translation to ONNX, and in torch.export its results have wrong shapes
+    # and dtypes.
+    if batch_sizes.is_floating_point():
+        raise NotImplementedError(
+            "torch.onnx.export translates no pack_padded_sequence; give the layer the padded input "
+            "and lengths= instead, and leave out pad_packed_sequence"
+        )
+    batch: Any
+    if order is not None:
+        batch = order.size(0)
+    elif state is not None:
+        batch = state.size(1)
+    else:
+        batch = batch_sizes[0].item()  # int() would ask for its value
+        torch._check(batch > 0)
+    ends = batch_sizes.cumsum(0)
+    sequence = torch.arange(batch)
+    rows = (ends - batch_sizes).unsqueeze(-1) + sequence
+    row = torch.arange(data.size(0))
+    step = (ends.unsqueeze(-1) <= row).sum(0)
+    return Padding(
+        lengths=(batch_sizes.unsqueeze(-1) > sequence).sum(0),
+        rows=rows.clamp(max=data.size(0) - 1),
+        places=step * batch + row - (ends - batch_sizes)[step],
+    )
+
+
 def scan(cell: Cell, operands: Operands, steps: bool) -> tuple[Tensor, list[Tensor], Tensor | None]:
     """The results of `ops.run`, recorded as nodes of ONNX.
 
     Raises:
-        NotImplementedError: for packed input, and for cells that draw random numbers.
+        NotImplementedError: for packed input, which layers pad, and for cells that draw random
+            numbers.
     """
     if operands.batch_sizes is not None:
         raise NotImplementedError(
