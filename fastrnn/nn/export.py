@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastrnn._version import __version__
 from fastrnn.kernels.operands import Weights
@@ -30,7 +33,7 @@ def export_c(
       one sequence, from `x` [I] to `y` [H], or [proj_size]. `x` and `y` may be the same array.
     - the sizes `GRU_INPUT_SIZE`, `GRU_HIDDEN_SIZE`, `GRU_OUTPUT_SIZE` and `GRU_NUM_LAYERS`.
 
-    Steps give the layer's output up to rounding. Dropout is not applied. The source of a layer that
+    Steps give the layer's output in evaluation, up to rounding. The source of a layer that
     `quantize_` rounded to int8 has int8 weights, a quarter of the bytes; activations are floats.
 
     Args:
@@ -80,7 +83,7 @@ def export_c(
     if name is not None and emit_c.identifier(name) != name:
         raise ValueError(f"name should be a name in C, as 'my_gru', got {name!r}")
     derived = derive(cell)
-    with torch.no_grad():
+    with torch.no_grad(), _evaluating(layer):
         weights = floats_of(layer)
         for weight in weights[0].present():
             if weight.dtype != torch.float32 or weight.device.type == "meta":
@@ -98,6 +101,18 @@ def export_c(
     for file, text in zip(files, texts, strict=True):
         file.write_text(text, encoding="utf-8")
     return files
+
+
+@contextmanager
+def _evaluating(layer: nn.Module) -> Iterator[None]:
+    """A block in which the layer, and what its weights are computed by, is in evaluation mode."""
+    training = [(module, module.training) for module in layer.modules()]
+    layer.eval()
+    try:
+        yield
+    finally:
+        for module, before in training:
+            module.training = before
 
 
 def _on_cpu(weights: Weights) -> Weights:

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import fastrnn
 from fastrnn import cells, kernels
@@ -234,6 +235,14 @@ def test_a_quantised_layer_has_its_rounded_weights(
     fastrnn.dequantize_(rounded)
     assert not torch.equal(rounded.weight_hh_l0, floats.weight_hh_l0)
     torch.testing.assert_close(stream.steps(x), expected(rounded, x)[0], rtol=1e-5, atol=2e-6)
+
+
+def test_weights_are_those_of_evaluation(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layer = fastrnn.GRU(3, 5).train()
+    parametrize.register_parametrization(layer, "weight_hh_l0", fastrnn.WeightDrop(0.5))
+    assert_steps(exported(layer, tmp_path), layer)
+    assert layer.training and layer.parametrizations.weight_hh_l0.training
 
 
 def test_a_frozen_layer_and_a_subclass(tmp_path: Path) -> None:

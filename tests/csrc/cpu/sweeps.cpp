@@ -210,10 +210,14 @@ class Sweeps {
     products.db_hh = summed ? nullptr : db_hh.data();
     products.dx = dx_.data();
     const auto gradients = fastrnn_cells_baseline().gradients[format_];
+    bool late = false;
+    args.late = products.late = &late;
     for (int64_t end = T_(); end > 0; end = args.begin) {
       args.begin = products.begin = end > kChunk ? end - kChunk : 0;
       args.end = products.end = end;
-      if (!cell_.backward[format_](args, plan_) || !gradients(products, plan_)) return false;
+      // As in the binding: a team that broke up may have left weights half packed.
+      const CpuPlan now = late ? plan_.on_one_thread() : plan_;
+      if (!cell_.backward[format_](args, now) || !gradients(products, now)) return false;
     }
     return true;
   }

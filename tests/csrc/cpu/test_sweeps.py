@@ -40,15 +40,17 @@ pytestmark = pytest.mark.compiles
 
 
 @functools.cache
-def program_of(lanes: str, folder: Path) -> tuple[str, ...]:
-    (folder / "cells.gen.h").write_text(header([derive(cell) for cell in CELLS.values()]))
+def program_of(name: str, lanes: str, folder: Path) -> tuple[str, ...]:
+    """The program of one cell: compiling one takes half a minute."""
+    (folder / "cells.gen.h").write_text(header([derive(CELLS[name])]))
     source = Path(__file__).with_name("sweeps.cpp")
     return programs.compiled(source, folder, "cpu/kernels.cpp", flags=LANES[lanes])
 
 
-@pytest.fixture(scope="module", params=LANES)
-def program(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    return program_of(request.param, tmp_path_factory.mktemp(request.param))
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+    pairs = itertools.product(CELLS, LANES)
+    return {pair: tmp_path_factory.mktemp("_".join(pair)) for pair in pairs}
 
 
 def per_unit(params: list[Tensor]) -> list[Tensor]:
@@ -93,11 +95,17 @@ def results_of(cell: Cell, text: str, like: dict[str, Tensor]) -> dict[str, Tens
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lanes", LANES)
 @pytest.mark.parametrize("name", CELLS)
 def test_results_and_gradients_are_those_of_the_reference(
-    name: str, dtype: torch.dtype, plan: tuple[int, ...], program: tuple[str, ...]
+    name: str,
+    lanes: str,
+    dtype: torch.dtype,
+    plan: tuple[int, ...],
+    folders: dict[tuple[str, str], Path],
 ) -> None:
     torch.manual_seed(0)
+    program = program_of(name, lanes, folders[name, lanes])
     cell = CELLS[name]
     if plan[-1] > 1 and derive(cell).stages > 1:
         plan = (*plan[:-1], 1)
