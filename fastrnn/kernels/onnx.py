@@ -98,10 +98,11 @@ def padding(
     else:
         batch = batch_sizes[0].item()  # int() would ask for its value
         torch._check(batch > 0)
+    batch_sizes = batch_sizes.to(data.device)
     ends = batch_sizes.cumsum(0)
-    sequence = torch.arange(batch)
+    sequence = torch.arange(batch, device=data.device)
     rows = (ends - batch_sizes).unsqueeze(-1) + sequence
-    row = torch.arange(data.size(0))
+    row = torch.arange(data.size(0), device=data.device)
     step = (ends.unsqueeze(-1) <= row).sum(0)
     return Padding(
         lengths=(batch_sizes.unsqueeze(-1) > sequence).sum(0),

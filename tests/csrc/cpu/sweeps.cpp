@@ -86,14 +86,14 @@ class Sweeps {
   }
 
  private:
-  int64_t T_() const { return args_.rows.steps; }
+  int64_t steps() const { return args_.rows.steps; }
   int64_t B() const { return args_.rows.batch; }
   int64_t I() const { return args_.inputs; }
   int64_t H() const { return args_.hidden; }
   int64_t G() const { return cell_.gates; }
   int64_t N() const { return cell_.params; }
-  int64_t S_() const { return cell_.states; }
-  int64_t rows() const { return T_() * B(); }
+  int64_t states() const { return cell_.states; }
+  int64_t rows() const { return steps() * B(); }
   int64_t state_numbers() const { return B() * H(); }
 
   template <class N>
@@ -129,23 +129,23 @@ class Sweeps {
       one.b_ih = keep(G() * H());
       one.b_hh = keep(G() * H());
       if (N() > 0) one.params = keep(N() * H());
-      for (int64_t s = 0; s < S_(); ++s) {
+      for (int64_t s = 0; s < states(); ++s) {
         states_.push_back(read<S>(state_numbers()));
         one.s0[s] = states_.back().data();
       }
     }
     dy_ = read<S>(rows() * kDirections * H());
-    dlast_ = read<T>(kDirections * S_() * state_numbers());
+    dlast_ = read<T>(kDirections * states() * state_numbers());
     args_.recurrence = recurrence_;
   }
 
   bool forward() {
     ForwardArgs args;
     static_cast<Scan&>(args) = args_;
-    width_ = tape_values(S_() - 1 + cell_.saved, cell_.rows, sizeof(T), sizeof(S), H());
+    width_ = tape_values(states() - 1 + cell_.saved, cell_.rows, sizeof(T), sizeof(S), H());
     y_.assign(rows() * kDirections * H(), S{});
     tape_.assign(rows() * kDirections * width_ * H(), S{});
-    const std::vector<void*> last = parts(last_, kDirections * S_(), state_numbers());
+    const std::vector<void*> last = parts(last_, kDirections * states(), state_numbers());
     args.x = x_.data();
     args.x_step = B() * I();
     args.x_row = I();
@@ -181,7 +181,7 @@ class Sweeps {
     args.dy = dy_.data();
     args.y = y_.data();
     args.tape = tape_.data();
-    const std::vector<void*> ds = parts(ds_, P * S_(), state_numbers()),
+    const std::vector<void*> ds = parts(ds_, P * states(), state_numbers()),
                              dp = parts(dp_, P, B() * N() * H());
     ds_.assign(dlast_.begin(), dlast_.end());  // as many numbers, so they stay where they are
     args.ds = ds.data();
@@ -212,7 +212,7 @@ class Sweeps {
     const auto gradients = fastrnn_cells_baseline().gradients[format_];
     bool late = false;
     args.late = products.late = &late;
-    for (int64_t end = T_(); end > 0; end = args.begin) {
+    for (int64_t end = steps(); end > 0; end = args.begin) {
       args.begin = products.begin = end > kChunk ? end - kChunk : 0;
       args.end = products.end = end;
       // As in the binding: a team that broke up may have left weights half packed.
