@@ -239,7 +239,7 @@ def test_a_quantised_layer_has_its_rounded_weights(
 
 def test_weights_are_those_of_evaluation(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    layer = fastrnn.GRU(3, 5).train()
+    layer: Any = fastrnn.GRU(3, 5).train()
     parametrize.register_parametrization(layer, "weight_hh_l0", fastrnn.WeightDrop(0.5))
     assert_steps(exported(layer, tmp_path), layer)
     assert layer.training and layer.parametrizations.weight_hh_l0.training
