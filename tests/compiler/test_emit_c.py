@@ -3,7 +3,6 @@ reference."""
 
 from __future__ import annotations
 
-import ctypes
 import math
 import re
 from pathlib import Path
@@ -50,35 +49,17 @@ def written(folder: Path, name: str, cell: Cell, layers: list[Weights]) -> Path:
     return folder / f"{name}.c"
 
 
-@pytest.fixture(scope="module")
-def every_layer() -> dict[str, list[Weights]]:
-    torch.manual_seed(0)
-    return {
-        name: [weights_of(cell, INPUTS, HIDDEN), weights_of(cell, HIDDEN, HIDDEN)]
-        for name, cell in ALL.items()
-    }
-
-
-@pytest.fixture(scope="module")
-def compiled(
-    tmp_path_factory: pytest.TempPathFactory, every_layer: dict[str, list[Weights]]
-) -> ctypes.CDLL:
-    """All cells in one library."""
-    folder = tmp_path_factory.mktemp("c")
-    return library([written(folder, c.name, c, every_layer[c.name]) for c in ALL.values()])
-
-
 @every_cell
-def test_steps_are_those_of_the_reference(
-    name: str, compiled: ctypes.CDLL, every_layer: dict[str, list[Weights]]
-) -> None:
+def test_steps_are_those_of_the_reference(name: str, tmp_path: Path) -> None:
     torch.manual_seed(1)
     cell = ALL[name]
+    layers = [weights_of(cell, INPUTS, HIDDEN), weights_of(cell, HIDDEN, HIDDEN)]
     x = torch.randn(10, INPUTS)
-    stream = Stream(compiled, cell.name, 2, HIDDEN, HIDDEN, len(cell.states))
+    compiled = library([written(tmp_path, name, cell, layers)])
+    stream = Stream(compiled, name, 2, HIDDEN, HIDDEN, len(cell.states))
     found = stream.steps(x)
     y, finals = x.double().unsqueeze(1), []
-    for weights in every_layer[cell.name]:
+    for weights in layers:
         lists: Any = [[t.double() for t in group] for group in side_by_side([weights])]
         y, last = reference.scan(cell, Operands(y, *lists))
         finals.append([state[0, 0] for state in last])
