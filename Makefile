@@ -193,10 +193,10 @@ wheel-aarch64: $(TOOLBOX)/.installed $(TORCHES:%=$(WHEELS)/%/.installed) \
 sdist: $(TOOLBOX)/.installed
 	$(TOOLBOX)/bin/python -m build --sdist --no-isolation --skip-dependency-check --outdir dist .
 
-# Teams, steppers and slots in an emulator, which needs g++-aarch64-linux-gnu and qemu-user. These
-# tests compile programs without torch.
+# Sweeps, teams, steppers and slots in an emulator, which needs g++-aarch64-linux-gnu and qemu-user.
+# These tests compile programs without torch. Sweeps run on NEON, and on plain lanes.
 test-aarch64: $(BUILT)
-	cd tests/csrc/cpu && EMULATED=aarch64 $(abspath $(PY)) -m pytest test_contention.py test_slots.py \
+	cd tests/csrc/cpu && EMULATED=aarch64 $(abspath $(PY)) -m pytest test_sweeps.py test_contention.py test_slots.py \
 	  test_stepper.py::test_contention_changes_no_number \
 	  test_team.py::test_a_team_with_a_late_member_breaks_up $(ARGS)
 

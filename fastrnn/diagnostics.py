@@ -455,7 +455,8 @@ def _cell_of(layer: nn.RNNBase) -> Cell:
 def _weights_of(layer: nn.RNNBase) -> list[Weights]:
     if isinstance(layer, Layer):
         return layer._weights()
-    return [named(cast(Sequence[Tensor], weights)) for weights in layer.all_weights]
+    cell = _cell_of(layer)
+    return [named(cell, cast(Sequence[Tensor], weights)) for weights in layer.all_weights]
 
 
 def _obstacle(layer: nn.RNNBase) -> str | None:

@@ -46,7 +46,7 @@ def orthogonal_(module: _Module, gain: float = 1.0) -> _Module:
     from fastrnn.cells.published import fill  # published modules are loaded when they are used
 
     def write(cell: Cell, u: Gates, v: Gates) -> None:
-        for name in cell.gates:
+        for name in cell.recurrent:
             fill.orthogonal(_rows(v, name).weight, gain)
 
     return _write(module, write)
@@ -69,7 +69,7 @@ def xavier_uniform_(module: _Module, gain: float = 1.0) -> _Module:
     """
 
     def write(cell: Cell, u: Gates, v: Gates) -> None:
-        for name in cell.gates:
+        for name in cell.inputs:
             nn.init.xavier_uniform_(_rows(u, name).weight, gain)
 
     return _write(module, write)
@@ -103,7 +103,7 @@ def forget_gate_bias_(module: _Module, value: float = 1.0, gate: str = "f") -> _
     from fastrnn.cells.published import fill
 
     def write(cell: Cell, u: Gates, v: Gates) -> None:
-        fill.bias(_rows(u, gate), _rows(v, gate), value)
+        fill.bias(*_of_gate(cell, u, v, gate), value)
 
     _check_forget_gate(module, gate)
     return _write(module, write)
@@ -131,11 +131,12 @@ def chrono_(module: _Module, longest: float) -> _Module:
     keeping = "z" if _cell_of(module) == cells.gru else "f"
 
     def write(cell: Cell, u: Gates, v: Gates) -> None:
-        forget = _rows(u, keeping)
-        fill.chrono(forget, _rows(v, keeping), longest)
+        forget = _of_gate(cell, u, v, keeping)
+        fill.chrono(*forget, longest)
         if "i" in cell.gates:
-            fill.bias(_rows(u, "i"), _rows(v, "i"), 0)
-            cast(Tensor, _rows(u, "i").bias).sub_(cast(Tensor, forget.bias))
+            first, second = _of_gate(cell, u, v, "i")
+            fill.bias(first, second, 0)
+            cast(Tensor, first.bias).sub_(cast(Tensor, forget[0].bias))
 
     fill.check_longest(longest)
     _check_forget_gate(module, keeping)
@@ -153,11 +154,13 @@ def identity_(module: _Module) -> _Module:
 
     Raises:
         TypeError: if `module` is neither layer nor cell.
-        ValueError: if its cell has several gates.
+        ValueError: if its cell has several gates, or no recurrent rows.
 
     Le et al. 2015, arXiv:1504.00941.
     """
     irnn, cell = cells.get("irnn"), _cell_of(module)
+    if not cell.recurrent:
+        raise ValueError(f"identity_ is for weight_hh, and cell {cell.name!r} has none")
     if len(cell.gates) > 1:
         raise ValueError(
             f"identity_ is for a cell with one gate, and {type(module).__name__} has "
@@ -174,6 +177,12 @@ def identity_(module: _Module) -> _Module:
 
 def _rows(gates: Gates, name: str) -> Rows:
     return cast(Rows, getattr(gates, name))
+
+
+def _of_gate(cell: Cell, u: Gates, v: Gates, name: str) -> tuple[Rows, Rows | None]:
+    """The rows of a gate: those that have the sum of its biases, and the others, if it has both."""
+    own = [_rows(g, name) for g, names in ((u, cell.inputs), (v, cell.recurrent)) if name in names]
+    return own[0], own[1] if len(own) > 1 else None
 
 
 def _cell_of(module: nn.Module) -> Cell:
@@ -222,10 +231,13 @@ def _check_forget_gate(module: nn.Module, gate: str) -> None:
 def _carried(cell: Cell, gate: str, value: float) -> float:
     """The largest derivative of a state to the same state before, at 0, for a value of one gate."""
     zero = torch.zeros(1, 1, dtype=torch.float64, device="cpu")
-    u = [torch.full_like(zero, value) if name == gate else zero for name in cell.gates]
+    given = torch.full_like(zero, value)
+    u = [given if name == gate else zero for name in cell.inputs]
+    own = gate not in cell.inputs
+    v = [given if own and name == gate else zero for name in cell.recurrent]
     with torch.enable_grad():
         before = [torch.zeros_like(zero).requires_grad_() for _ in cell.states]
-        after = cell.step(u, [zero] * len(u), before, [zero[0]] * len(cell.params))
+        after = cell.step(u, v, before, [zero[0]] * len(cell.params))
         pairs = [(new, old) for new, old in zip(after, before, strict=True) if new.requires_grad]
         found = [torch.autograd.grad(*pair, retain_graph=True, allow_unused=True) for pair in pairs]
     return max((d.abs().item() for (d,) in found if d is not None), default=0.0)
@@ -243,8 +255,9 @@ def _write(module: _Module, write: Callable[[Cell, Gates, Gates], None]) -> _Mod
             tensors = {name: getattr(module, name) for name in names}
             computed = [name for name in names if parametrize.is_parametrized(module, name)]
             tensors.update({name: tensors[name].clone() for name in computed})
-            weights = named([t for t in tensors.values() if t is not None], len(cell.params))
-            heads = heads_of(weights) if getattr(module, "heads", 1) > 1 else [weights]
+            count = getattr(module, "heads", 1)
+            weights = named(cell, [t for t in tensors.values() if t is not None], count)
+            heads = heads_of(weights) if count > 1 else [weights]
             for head in heads:
                 write(cell, *gates_of(cell, head))
             for name in computed:

@@ -268,7 +268,7 @@ def _without_steps(cell: Cell, operands: Operands) -> tuple[Tensor, list[Tensor]
 def _scan_fake(cell: str, *arguments: Any) -> list[Tensor]:
     operands = Operands(*arguments[: len(Operands._fields)])
     tape, _, steps, *_ = *arguments[len(operands) :], False, False, False
-    x, w_hh, w_hr, s0 = operands.x, operands.w_hh, operands.w_hr, operands.s0
+    x, w_ih, w_hr, s0 = operands.x, operands.w_ih, operands.w_hr, operands.s0
     for tensors in operands.lists():
         for tensor in tensors or ():
             torch._check(
@@ -278,7 +278,7 @@ def _scan_fake(cell: str, *arguments: Any) -> list[Tensor]:
                 ),
             )
     gates, states, width, results = _C.cell_facts(cell, bool(w_hr))
-    recurrences, hidden = len(w_hh), w_hh[0].size(0) // gates
+    recurrences, hidden = len(w_ih), w_ih[0].size(0) // gates
     if results:  # in float32, behind the other values of a row
         width += -(-results * (2 if x.itemsize == 2 else 1) // hidden)
     recurrent = w_hr[0].size(0) if w_hr else hidden

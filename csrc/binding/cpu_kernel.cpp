@@ -181,18 +181,19 @@ class ChunkBuffers {
                int64_t recurrent, int64_t inputs)
       : P_(call.n.P),
         rows_(rows),
-        gates_row_(gradient_row(format, call.cell.gates * call.n.H)),
+        du_row_(gradient_row(format, call.cell.input_gates * call.n.H)),
+        dv_row_(gradient_row(format, call.cell.recurrent_gates * call.n.H)),
         dh_row_(gradient_row(format, call.n.Q)),
         Q_(call.n.Q),
         sites_(call.cell.sites),
         operands_row_(sites_ * call.n.H),
         summed_(call.cell.all_summed()),
         projected_(call.n.projected),
-        workspace_(compute, {P_ * rows * gates_row_, summed_ ? 0 : P_ * rows * gates_row_,
-                             P_ * rows * Q_, projected_ ? P_ * rows * dh_row_ : 0, recurrent,
-                             inputs, P_ * rows * operands_row_}),
-        dv_(pointers(kDv, gates_row_)),
-        du_(pointers(summed_ ? kDv : kDu, gates_row_)),
+        workspace_(compute, {P_ * rows * dv_row_, summed_ ? 0 : P_ * rows * du_row_, P_ * rows * Q_,
+                             projected_ ? P_ * rows * dh_row_ : 0, recurrent, inputs,
+                             P_ * rows * operands_row_}),
+        dv_(pointers(kDv, dv_row_)),
+        du_(pointers(summed_ ? kDv : kDu, du_row_)),
         h_prev_(pointers(kHPrev, Q_)),
         dh_(pointers(kDh, dh_row_)),
         operands_(pointers(kOperands, operands_row_)),
@@ -221,7 +222,7 @@ class ChunkBuffers {
     return at;
   }
 
-  const int64_t P_, rows_, gates_row_, dh_row_, Q_, sites_, operands_row_;
+  const int64_t P_, rows_, du_row_, dv_row_, dh_row_, Q_, sites_, operands_row_;
   const bool summed_, projected_;
   const Workspace workspace_;
   const Pointers dv_, du_, h_prev_, dh_, operands_;
@@ -236,7 +237,7 @@ class WeightGradients {
   WeightGradients(const Call& call, const Needs& needs, at::ScalarType compute)
       : call_(call), needs_(needs), bias_(needs[kNeedBias] && !call.in.b_ih.empty()) {
     const Shape& n = call.n;
-    const int64_t depth = call.cell.gates * n.H;
+    const int64_t of_u = call.cell.input_gates * n.H, of_v = call.cell.recurrent_gates * n.H;
     const bool summed = call.cell.all_summed();
     // Rows of dx that several recurrences add to, or that none reaches.
     const bool from_zero = n.P > 1 || call.in.lengths;
@@ -253,11 +254,11 @@ class WeightGradients {
       }
       return pointers;
     };
-    dw_ih_ = make(needs[kNeedWih], tensors_.w_ih, {depth, n.I});
-    dw_hh_ = make(needs[kNeedWhh], tensors_.w_hh, {depth, n.Q});
+    dw_ih_ = make(needs[kNeedWih], tensors_.w_ih, {of_u, n.I});
+    dw_hh_ = make(needs[kNeedWhh], tensors_.w_hh, {of_v, n.Q});
     dw_hr_ = make(needs[kNeedWhr] && n.projected, tensors_.w_hr, {n.Q, n.H});
-    db_ih_ = make(bias_, tensors_.b_ih, {depth});
-    db_hh_ = make(bias_ && !summed, tensors_.b_hh, {depth});
+    db_ih_ = make(bias_, tensors_.b_ih, {of_u});
+    db_hh_ = make(bias_ && !summed, tensors_.b_hh, {of_v});
     for (int64_t p = 0; needs[kNeedParams] && call.cell.params && p < n.P; ++p) {
       params_.push_back(fresh_zeros({n.B, call.cell.params, n.H}, compute));
       dp_.push_back(params_.back().mutable_data_ptr());
@@ -267,10 +268,10 @@ class WeightGradients {
   void fill(BackwardArgs& args, GradientArgs& products) {
     args.dp = or_null(dp_);
     products.dw_ih = or_null(dw_ih_);
-    products.dw_hh = or_null(dw_hh_);
+    products.dw_hh = call_.cell.recurrent_gates ? or_null(dw_hh_) : nullptr;
     products.dw_hr = or_null(dw_hr_);
     products.db_ih = or_null(db_ih_);
-    products.db_hh = or_null(db_hh_);
+    products.db_hh = call_.cell.recurrent_gates ? or_null(db_hh_) : nullptr;
     products.dx = needs_[kNeedX] ? tensors_.x.mutable_data_ptr() : nullptr;
     products.dx_reverse = dx_reverse_.defined() ? dx_reverse_.mutable_data_ptr() : nullptr;
   }
@@ -424,8 +425,9 @@ std::vector<Tensor> backward_on_cpu(const Call& call, const CpuPlan& plan, const
   const int64_t most = std::min(std::max(plan.chunk_rows, n.B), tables.live_rows());
   const bool prepacks = backward_layout(format, plan.weights) == WeightLayout::kPrepacked;
   ChunkBuffers buffers(
-      call, format, compute, most, prepacks ? prepacked_for_backward(args, cell.gates) : 0,
-      prepacks && needs[kNeedX] ? n.P * prepacked_width(n.I) * cell.gates * n.H : 0);
+      call, format, compute, most,
+      prepacks ? prepacked_for_backward(args, cell.recurrent_gates) : 0,
+      prepacks && needs[kNeedX] ? n.P * prepacked_width(n.I) * cell.input_gates * n.H : 0);
   buffers.fill(args, products);
   weights.fill(args, products);
   args.dy = dy.defined() ? dy.const_data_ptr() : nullptr;
@@ -434,7 +436,8 @@ std::vector<Tensor> backward_on_cpu(const Call& call, const CpuPlan& plan, const
   args.tape = products.tape = tape_rows.const_data_ptr();
   args.ds = states.at.data();
   args.dreset = or_null(states.reset_at);
-  products.depth = cell.gates * n.H;
+  products.depth = cell.input_gates * n.H;
+  products.recurrent_depth = cell.recurrent_gates * n.H;
   products.x = x.const_data_ptr();
   products.x_row = x.stride(-2);
   products.x_step = x.dim() == 3 ? x.stride(0) : 0;

@@ -75,16 +75,17 @@ py::object step_from_python(const std::string& cell, py::handle input, py::tuple
     return py::none();
   const Tensor &like = THPVariable_Unpack(input.ptr()), &w = THPVariable_Unpack(weights[1].ptr());
   if (like.dim() != 2 || w.dim() != 2) return py::none();
-  const int64_t B = like.size(0), I = like.size(1), H = w.size(1), rows = facts->gates * H;
+  const int64_t B = like.size(0), I = like.size(1), H = w.size(1);
+  const int64_t of_u = facts->input_gates * H, of_v = facts->recurrent_gates * H;
   const auto dtype = like.scalar_type();
   const Tensor* x = plain_tensor(input, {B, I}, dtype);
   // A layer that has its weights only in a format of its own passes those, for their sizes.
   const auto matrix_type = packed ? w.scalar_type() : dtype;
-  const Tensor* w_ih = plain_tensor(weights[0], {rows, I}, matrix_type);
-  const Tensor* w_hh = plain_tensor(weights[1], {rows, H}, matrix_type);
+  const Tensor* w_ih = plain_tensor(weights[0], {of_u, I}, matrix_type);
+  const Tensor* w_hh = plain_tensor(weights[1], {of_v, H}, matrix_type);
   const bool biased = !weights[2].is_none();
-  const Tensor* b_ih = biased ? plain_tensor(weights[2], {rows}, dtype) : nullptr;
-  const Tensor* b_hh = biased ? plain_tensor(weights[3], {rows}, dtype) : nullptr;
+  const Tensor* b_ih = biased ? plain_tensor(weights[2], {of_u}, dtype) : nullptr;
+  const Tensor* b_hh = biased ? plain_tensor(weights[3], {of_v}, dtype) : nullptr;
   if (!x || !w_ih || !w_hh || (biased ? !b_ih || !b_hh : !weights[3].is_none())) return py::none();
   if (!before.empty() && static_cast<int32_t>(before.size()) != facts->states) return py::none();
   std::array<Tensor, kMaxStates> s0;
@@ -201,15 +202,19 @@ PYBIND11_MODULE(_C, m) {
       "add_cell_facts",
       [](const std::string& name, int32_t gates, int32_t states, int32_t saved, int32_t params,
          uint32_t summed, uint32_t shared_params, bool projectable, uint32_t gate_params,
-         int32_t stages, int32_t rows, int32_t draws) {
+         int32_t stages, int32_t rows, int32_t draws, int32_t input_gates,
+         int32_t recurrent_gates) {
         CellTraits traits{gates,         states,      saved,       params, summed,
                           shared_params, projectable, gate_params, stages, rows};
         traits.draws = draws;
+        traits.input_gates = input_gates < 0 ? gates : input_gates;
+        traits.recurrent_gates = recurrent_gates < 0 ? gates : recurrent_gates;
         add_cell_facts(name, traits);
       },
       py::arg("name"), py::kw_only(), py::arg("gates"), py::arg("states"), py::arg("saved"),
       py::arg("params"), py::arg("summed"), py::arg("shared_params"), py::arg("projectable"),
       py::arg("gate_params") = 0, py::arg("stages") = 1, py::arg("rows") = 0, py::arg("draws") = 0,
+      py::arg("input_gates") = -1, py::arg("recurrent_gates") = -1,
       "Adds a cell without code for CPUs, which load_cells may add later.");
   m.def(
       "has_code",
@@ -231,11 +236,12 @@ PYBIND11_MODULE(_C, m) {
       [](const std::string& name, bool projected) -> py::object {
         const CellFacts* cell = find_cell(name);
         if (!cell) return py::none();
-        return py::make_tuple(cell->gates, cell->states, cell->tape_width(projected, 1, 0),
+        return py::make_tuple(cell->input_gates, cell->states, cell->tape_width(projected, 1, 0),
                               cell->rows);
       },
       py::arg("name"), py::arg("projected") = false,
-      "(gates, states, width of the tape without results of reductions, number of those) of a "
+      "(gates with rows in w_ih, states, width of the tape without results of reductions, number "
+      "of those) of a "
       "cell, or None.");
   m.def(
       "autocast_dtype",

@@ -88,7 +88,7 @@ inline void check_noise(const CellFacts& cell, const ScanInputs& in, const Shape
 // Checks all that memory safety needs. Modules check before, with torch.nn's messages.
 inline Shape checked_shape(const CellFacts& cell, const ScanInputs& in) {
   const Tensor& x = in.x;
-  const int64_t G = cell.gates, P = in.w_hh.size();
+  const int64_t Gu = cell.input_gates, Gv = cell.recurrent_gates, P = in.w_hh.size();
   TORCH_CHECK(
       x.dim() == 3 || (x.dim() == 2 && !in.lengths),
       "scan: x should be [T, B, I], packed [R, I] with batch_sizes, or [B, I] for one step, "
@@ -103,8 +103,10 @@ inline Shape checked_shape(const CellFacts& cell, const ScanInputs& in) {
   n.I = x.size(-1);
   n.P = P;
   n.R = x.dim() == 3 ? x.size(0) * x.size(1) : x.size(0);
-  TORCH_CHECK(in.w_hh[0].dim() == 2, "scan: w_hh should be [G*H, Q], got ", in.w_hh[0].sizes());
-  n.H = in.w_hh[0].size(0) / G;
+  TORCH_CHECK(static_cast<int64_t>(in.w_ih.size()) == P,
+              "scan: w_ih should hold one tensor per recurrence, ", P, ", got ", in.w_ih.size());
+  TORCH_CHECK(in.w_ih[0].dim() == 2, "scan: w_ih should be [G*H, I], got ", in.w_ih[0].sizes());
+  n.H = in.w_ih[0].size(0) / Gu;
   n.projected = !in.w_hr.empty();
   n.Q = n.projected ? in.w_hr[0].size(0) : n.H;
   // A layer that has its weights only in a format of its own passes those, for their sizes.
@@ -124,10 +126,10 @@ inline Shape checked_shape(const CellFacts& cell, const ScanInputs& in) {
                   " but x is on ", x.device());
     }
   };
-  all(in.w_ih, "w_ih", {G * n.H, n.I}, false);
-  all(in.w_hh, "w_hh", {G * n.H, n.Q}, false);
-  all(in.b_ih, "b_ih", {G * n.H}, true);
-  all(in.b_hh, "b_hh", {G * n.H}, true);
+  all(in.w_ih, "w_ih", {Gu * n.H, n.I}, false);
+  all(in.w_hh, "w_hh", {Gv * n.H, n.Q}, false);
+  all(in.b_ih, "b_ih", {Gu * n.H}, true);
+  all(in.b_hh, "b_hh", {Gv * n.H}, true);
   all(in.w_hr, "w_hr", {n.Q, n.H}, true);
   check_params(cell, in, n);
   if (in.batch_sizes) {

@@ -62,7 +62,8 @@ std::optional<CpuPlan> cpu_plan(const CellFacts& cell, const Problem& p) {
   const py::object answer = python().plan(
       py::arg("cell") = cell.name, py::arg("steps") = p.steps, py::arg("batch") = p.batch,
       py::arg("rows") = p.rows, py::arg("inputs") = p.inputs, py::arg("hidden") = p.hidden,
-      py::arg("gates") = cell.gates, py::arg("states") = cell.states,
+      py::arg("gates") = cell.gates, py::arg("input_gates") = cell.input_gates,
+      py::arg("recurrent_gates") = cell.recurrent_gates, py::arg("states") = cell.states,
       py::arg("recurrences") = p.recurrences, py::arg("dtype") = c10::toString(p.dtype),
       py::arg("tape") = p.tape, py::arg("backward") = p.backward,
       py::arg("projected") = p.projected, py::arg("frozen") = p.frozen,

@@ -259,7 +259,7 @@ RecurrenceSizes sizes_of(const CellFacts& cell, const LayerWeights& layer) {
       "a stepper's layer should be (w_ih, w_hh, b_ih, b_hh, w_hr, *params), with matrices and with "
       "both biases or none");
   const bool projected = layer[4].has_value();
-  const int64_t H = layer[1]->size(0) / cell.gates;
+  const int64_t H = layer[0]->size(0) / cell.input_gates;
   return {layer[0]->size(1), H, projected ? layer[1]->size(1) : H, projected};
 }
 

@@ -6,7 +6,10 @@
 // or, with learned parameters,
 //   forward(u[G], v[G], s[S], p[N], next[S], saved[K])
 //   backward(saved[K], s[S], p[N], next[S], dnext[S], du[G], dv[G], ds[S], dp[N])
-// on a lane type V. A cell that draws random numbers has kDraws, kSequenceDraws and kScaledDraws
+// on a lane type V. If some gates have no rows in w_ih or in w_hh, the cell has kInputGates,
+// kRecurrentGates and kInputOf (`GateRows` below): u and du have an entry for each gate with rows
+// in w_ih, v, dv and kSummed for each with rows in w_hh. A cell that draws random numbers has
+// kDraws, kSequenceDraws and kScaledDraws
 // (`Draws` below), and finds its numbers in p behind the parameters. For a summed gate, v[g] is the
 // sum of both projections, u[g] is not read, and du[g] equals dv[g]. A projectable cell does not
 // read s[0] and sets ds[0] to zero: state 0 enters through v alone.
@@ -21,13 +24,39 @@
 namespace fastrnn {
 inline namespace FASTRNN_ISA {
 
-// One bit for each gate, set if it is summed. Device code cannot index kSummed at run time, but it
-// can shift these bits.
+// The gates that have rows in w_ih and in w_hh: all of them, unless the cell says otherwise. u has
+// an entry for each of the former, v for each of the latter; input_of(g) is the place in u of the
+// gate of v[g], or -1.
+template <class Cell, class = void>
+struct GateRows {
+  static constexpr int inputs = Cell::kGates, recurrent = Cell::kGates;
+  static constexpr int input_of(int g) { return g; }
+};
+template <class Cell>
+struct GateRows<Cell, std::void_t<decltype(Cell::kInputOf)> > {
+  static constexpr int inputs = Cell::kInputGates, recurrent = Cell::kRecurrentGates;
+  static constexpr int input_of(int g) { return Cell::kInputOf[g]; }
+};
+template <class Cell>
+inline constexpr int kInputGates = GateRows<Cell>::inputs;
+template <class Cell>
+inline constexpr int kRecurrentGates = GateRows<Cell>::recurrent;
+
+// The place in v of the summed gate of u[g], or -1 if that gate is not summed.
+template <class Cell>
+constexpr int summed_with(int g) {
+  for (int v = 0; v < kRecurrentGates<Cell>; ++v)
+    if (Cell::kSummed[v] && GateRows<Cell>::input_of(v) == g) return v;
+  return -1;
+}
+
+// One bit for each entry of v, set if its gate is summed. Device code cannot index kSummed at run
+// time, but it can shift these bits.
 template <class Cell>
 constexpr uint64_t summed_gates() {
   static_assert(Cell::kGates <= 64, "a bit for each gate");
   uint64_t gates = 0;
-  for (int g = 0; g < Cell::kGates; ++g) gates |= uint64_t{Cell::kSummed[g]} << g;
+  for (int g = 0; g < kRecurrentGates<Cell>; ++g) gates |= uint64_t{Cell::kSummed[g]} << g;
   return gates;
 }
 

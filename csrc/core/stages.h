@@ -1,7 +1,7 @@
 // Cells whose step has stages, because units of a row need each other within it: at reductions over
 // the units, and at products of the recurrent weights with another value than state 0. Such a
 // generated struct also has
-//   kGateParams, kSites (J), kSiteOf[G], kOperand[J], kRows (R), kForward, kBackward
+//   kGateParams, kSites (J), kSiteOf[entries of v], kOperand[J], kRows (R), kForward, kBackward
 //   forward_rows(Number<k>, results, count, r)
 //   forward(Number<k>, u[G], v[G], s[S], p[N], x, r, next[S], saved[K], x', part)
 //   backward_rows(Number<k>, results, count, r)
@@ -42,7 +42,7 @@ struct Moments {
   int stage = 0;
   int result = 0;  // of the mean; the deviation is the next
   int parts = 0;
-  // Place of the first source; a source is a temporary, ~g for v[g], ~(G + g) for u[g].
+  // Place of the first source; a source is a temporary, ~g for v[g], ~(entries of v + g) for u[g].
   int first = 0;
 };
 

@@ -26,7 +26,8 @@ class Backward {
   using T = typename F::Number;
   using Word = typename F::Word;
   using V = Vec<T>;
-  static constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kSaved, N = Cell::kParams;
+  static constexpr int Gu = kInputGates<Cell>, Gv = kRecurrentGates<Cell>;
+  static constexpr int S = Cell::kStates, K = Cell::kSaved, N = Cell::kParams;
   static constexpr int kLanes = lanes<V>();
 
  public:
@@ -40,8 +41,9 @@ class Backward {
         plan_(plan),
         vectors_((args.hidden + kLanes - 1) / kLanes),
         columns_((args.recurrent + kLanes - 1) / kLanes),
-        depth_(G * args.hidden),
-        gates_row_(gradient_row(F::kFormat, depth_)),
+        depth_(Gv * args.hidden),
+        du_row_(gradient_row(F::kFormat, Gu * args.hidden)),
+        dv_row_(gradient_row(F::kFormat, depth_)),
         dh_row_(gradient_row(F::kFormat, args.recurrent)),
         chunk_(args, S - 1 + K + args.projected) {}
 
@@ -105,6 +107,7 @@ class Backward {
           drawn.step(args_, p, t, {sequences.begin, last}, numbers_of(units));
         for (int64_t i = sequences.begin; i < last; ++i)
           differentiate(p, step, t, i, units, drawn, i - sequences.begin);
+        if constexpr (Gv == 0) continue;  // units do not need each other
         meet();
         if (last <= sequences.begin) continue;
         Ahead ahead;
@@ -187,12 +190,12 @@ class Backward {
     const Recurrence& recurrence = args_.recurrence[p];
     const int64_t H = args_.hidden;
     const Place at = chunk_.locate(p, step, t, i);
-    Word* du = static_cast<Word*>(args_.du[p]) + at.out * gates_row_;
-    Word* dv = static_cast<Word*>(args_.dv[p]) + at.out * gates_row_;
+    Word* du = static_cast<Word*>(args_.du[p]) + at.out * du_row_;
+    Word* dv = static_cast<Word*>(args_.dv[p]) + at.out * dv_row_;
 
     for (int64_t unit = units.begin * kLanes; unit < units.end * kLanes; unit += kLanes) {
       const int n = within<V>(unit, H);
-      V saved[K + 1], before[S], next[S], dnext[S], gates_u[G], gates_v[G], dbefore[S];
+      V saved[K + 1], before[S], next[S], dnext[S], gates_u[Gu], gates_v[Gv + 1], dbefore[S];
       V given[kGiven<Cell> + 1], dlearned[N + 1];
       const auto taped = [&](int value) {
         return load_as<V>(args_.tape, chunk_.taped(at.row, value) + unit, n, args_.storage);
@@ -210,7 +213,8 @@ class Backward {
         dnext[0] = load<V>(carried(0), n);
         if (args_.dy)
           dnext[0] = dnext[0] + load_as<V>(args_.dy, at.row * H + unit, n, args_.storage);
-        store(static_cast<T*>(args_.h_prev[p]) + at.out * H + unit, before[0], n);
+        if constexpr (Gv > 0)
+          store(static_cast<T*>(args_.h_prev[p]) + at.out * H + unit, before[0], n);
       }
       for (int s = 1; s < S; ++s) {
         before[s] = chunk_.state_before<V>(recurrence, s, at, unit, n, args_.storage);
@@ -227,9 +231,10 @@ class Backward {
       drawn.load(drawn_row, numbers_of(units), unit, given + N);
       step_backward<Cell>(saved, before, given, next, dnext, gates_u, gates_v, dbefore, dlearned);
 
-      for (int g = 0; g < G; ++g) {
-        F::put(dv, g * H + unit, gates_v[g], n);
-        if constexpr (!all_summed<Cell>()) F::put(du, g * H + unit, gates_u[g], n);
+      // In turns: all of dv and then all of du made the sweep of a GRU 8 % slower.
+      for (int g = 0; g < Gu || g < Gv; ++g) {
+        if (g < Gv) F::put(dv, g * H + unit, gates_v[g], n);
+        if (g < Gu && !all_summed<Cell>()) F::put(du, g * H + unit, gates_u[g], n);
       }
       if (args_.dp) {
         T* const to = static_cast<T*>(args_.dp[p]) + at.b * N * H + unit;
@@ -245,8 +250,8 @@ class Backward {
       }
     }
     if (units.end == vectors_) {
-      F::end_row(dv, depth_);
-      if constexpr (!all_summed<Cell>()) F::end_row(du, depth_);
+      if constexpr (Gv > 0) F::end_row(dv, depth_);
+      if constexpr (!all_summed<Cell>()) F::end_row(du, Gu * H);
     }
   }
 
@@ -257,11 +262,11 @@ class Backward {
     const bool reverse = args_.recurrence[p].reverse;
     const int64_t Q = args_.recurrent;
     const Word* dv =
-        static_cast<const Word*>(args_.dv[p]) + chunk_.out(p, t, sequences.begin) * gates_row_;
+        static_cast<const Word*>(args_.dv[p]) + chunk_.out(p, t, sequences.begin) * dv_row_;
     T* ds = static_cast<T*>(args_.ds[p * S]);
     T* dreset = args_.dreset ? static_cast<T*>(args_.dreset[p * S]) : nullptr;
     multiply_columns<F>(
-        dv, gates_row_, sequences.size(), matrix(w_hh(p), args_.recurrence[p].w_hh, depth_, Q),
+        dv, dv_row_, sequences.size(), matrix(w_hh(p), args_.recurrence[p].w_hh, depth_, Q),
         columns.begin, columns.end,
         [&](int64_t r, int64_t vector, const V* sum) __attribute__((always_inline)) {
           const int64_t i = sequences.begin + r, column = vector * kLanes;
@@ -276,9 +281,9 @@ class Backward {
 
   const BackwardArgs& args_;
   const CpuPlan& plan_;
-  const int64_t vectors_, columns_;   // vectors of units, and of the columns of h
-  const int64_t depth_;               // gates of a row
-  const int64_t gates_row_, dh_row_;  // words of a row of du or dv, and of dh
+  const int64_t vectors_, columns_;         // vectors of units, and of the columns of h
+  const int64_t depth_;                     // rows of w_hh
+  const int64_t du_row_, dv_row_, dh_row_;  // words of a row of du, of dv and of dh
   const Chunk chunk_;
   Word *w_hh_ = nullptr, *w_hr_ = nullptr;  // [P], bands of columns
   T* dm_ = nullptr;                         // [P][B][padded H]

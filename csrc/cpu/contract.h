@@ -1,9 +1,9 @@
 // The contract between host and kernels: plain data, shapes, no ownership.
 //
-// T steps, B batch, I inputs, H hidden units, G gates, S states, K saved values, N learned
-// parameters besides weights and biases, P recurrences
-// (independent scans of the same input: directions, heads). A recurrence's *step* counts in its own
-// direction; `t` is always the position in time.
+// T steps, B batch, I inputs, H hidden units, G gates, Gu of them with rows in w_ih and Gv with
+// rows in w_hh, S states, K saved values, N learned parameters besides weights and biases, P
+// recurrences (independent scans of the same input: directions, heads). A recurrence's *step*
+// counts in its own direction; `t` is always the position in time.
 //
 // Q is the width of state 0, which is the output: H, unless it is projected. Then the cell gives
 // m [H] instead, and state 0 is m * w_hr^T.
@@ -86,14 +86,14 @@ struct Noise {
 // the compute type, states in the storage type.
 struct Recurrence {
   bool reverse = false;
-  const void* w_ih = nullptr;          // [G*H, I]
-  const void* w_hh = nullptr;          // [G*H, Q]
-  const void* b_ih = nullptr;          // [G*H] or null
-  const void* b_hh = nullptr;          // [G*H] or null
+  const void* w_ih = nullptr;          // [Gu*H, I]
+  const void* w_hh = nullptr;          // [Gv*H, Q]
+  const void* b_ih = nullptr;          // [Gu*H] or null
+  const void* b_hh = nullptr;          // [Gv*H] or null
   const void* w_hr = nullptr;          // [Q, H] if state 0 is projected
   const void* params = nullptr;        // [N, H] in the compute type, if the cell has parameters
-  const float* scale_ih = nullptr;     // [G*H] if the format has scales: of the rows of w_ih,
-  const float* scale_hh = nullptr;     // [G*H] of w_hh,
+  const float* scale_ih = nullptr;     // [Gu*H] if the format has scales: of the rows of w_ih,
+  const float* scale_hh = nullptr;     // [Gv*H] of w_hh,
   const float* scale_hr = nullptr;     // [Q] and of w_hr
   const void* prepacked = nullptr;     // output of CompiledCell::pack; null: the call packs
   const void* s0[kMaxStates] = {};     // [B, Q] for state 0, [B, H] for others, or null for zeros
@@ -163,9 +163,9 @@ struct BackwardArgs : Scan {
   // null.
   void* const* dp = nullptr;
   // [P] arrays each, with one row per live row:
-  void* const* du = nullptr;        // [G*H]; equals dv if all gates are summed
-  void* const* dv = nullptr;        // [G*H]
-  void* const* h_prev = nullptr;    // [Q], state 0 before the step
+  void* const* du = nullptr;        // [Gu*H]; equals dv if all gates are summed
+  void* const* dv = nullptr;        // [Gv*H]
+  void* const* h_prev = nullptr;    // [Q], state 0 before the step; not written if Gv is 0
   void* const* dh = nullptr;        // [Q], gradient of state 0 after it; null unless projected
   void* const* operands = nullptr;  // [J*H], of the products with other values than state 0
 };
@@ -175,10 +175,11 @@ struct BackwardArgs : Scan {
 // gradient is not wanted. The chunk that ends with the last step begins the gradients of weights
 // and biases, the others add to them.
 struct GradientArgs : Scan {
-  int64_t depth = 0;  // G*H
+  int64_t depth = 0;            // Gu*H
+  int64_t recurrent_depth = 0;  // Gv*H
   int64_t begin = 0;
   int64_t end = 0;
-  // Room for [P][prepacked_width(I)][G*H] if dx is wanted and the plan prepacks; the chunk that
+  // Room for [P][prepacked_width(I)][Gu*H] if dx is wanted and the plan prepacks; the chunk that
   // ends with the last step fills it.
   void* prepacked = nullptr;
   const void* x = nullptr;  // as in ForwardArgs
@@ -190,14 +191,14 @@ struct GradientArgs : Scan {
   const void* const* dh = nullptr;
   const void* const* operands = nullptr;
   int64_t sites = 0;                // J
-  const int8_t* site_of = nullptr;  // [G], the operand of each gate, or -1 for h_prev; if J > 0
+  const int8_t* site_of = nullptr;  // [Gv], the operand of each gate, or -1 for h_prev; if J > 0
   const void* tape = nullptr;       // [rows, P, tape_width, H], the last value being m
   int64_t tape_width = 0;
-  void* const* dw_ih = nullptr;  // [P], each [G*H, I]
+  void* const* dw_ih = nullptr;  // [P], each [Gu*H, I]
   void* const* dw_hr = nullptr;  // [P], each [recurrent, H]
-  void* const* dw_hh = nullptr;  // [P], each [G*H, recurrent]
-  void* const* db_ih = nullptr;  // [P], each [G*H]
-  void* const* db_hh = nullptr;  // [P], each [G*H]
+  void* const* dw_hh = nullptr;  // [P], each [Gv*H, recurrent]
+  void* const* db_ih = nullptr;  // [P], each [Gu*H]
+  void* const* db_hh = nullptr;  // [P], each [Gv*H]
   void* dx = nullptr;            // [rows, I]; added to if there are several recurrences
   // The same for the reverse recurrences, or null if they add to dx. A chunk has other times of
   // these, so in one array the order of more than two terms would depend on the chunks.
@@ -205,9 +206,9 @@ struct GradientArgs : Scan {
 };
 
 // Size of BackwardArgs::prepacked, in numbers.
-inline int64_t prepacked_for_backward(const BackwardArgs& a, int64_t gates) {
+inline int64_t prepacked_for_backward(const BackwardArgs& a, int64_t recurrent_gates) {
   const int64_t hidden = prepacked_width(a.hidden), recurrent = prepacked_width(a.recurrent);
-  return a.recurrences * recurrent * hidden * (gates + a.projected);
+  return a.recurrences * recurrent * hidden * (recurrent_gates + a.projected);
 }
 
 // Rows of a stepper's states are padded to a multiple of this.
@@ -280,7 +281,7 @@ struct CellTraits {
   int32_t states = 0;
   int32_t saved = 0;
   int32_t params = 0;
-  uint32_t summed = 0;         // bit g
+  uint32_t summed = 0;         // a bit for each of the recurrent gates
   uint32_t shared_params = 0;  // bit n, if parameter n is one number for all units
   bool projectable = false;    // reads state 0 through v alone, so that it need not be H wide
   uint32_t gate_params = 0;    // bit n, if parameters n to n + G - 1 are one tensor [G*H]
@@ -288,8 +289,10 @@ struct CellTraits {
   int32_t stages = 1;
   int32_t rows = 0;                // results of reductions that a step saves
   int32_t sites = 0;               // J, products with other values than state 0
-  int8_t site_of[kMaxGates] = {};  // which of these a gate is part of, or -1
+  int8_t site_of[kMaxGates] = {};  // which of these a recurrent gate is part of, or -1
   int32_t draws = 0;               // random numbers for each unit
+  int32_t input_gates = 0;         // Gu, which have rows in w_ih
+  int32_t recurrent_gates = 0;     // Gv, which have rows in w_hh
 };
 
 // A cell compiled for one instruction set. The index is a Format; all pointers of one that was not

@@ -27,14 +27,18 @@ class Forward {
   using T = typename F::Number;
   using Word = typename F::Word;
   using V = Vec<T>;
-  static constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kSaved, N = Cell::kParams;
+  static constexpr int S = Cell::kStates, K = Cell::kSaved, N = Cell::kParams;
   using Weights = Prepacked<Cell, F>;
+  using Inputs = typename Weights::Inputs;
+  using Recurrent = typename Weights::Recurrent;
   static constexpr int kLanes = Weights::kLanes;
   static constexpr int kUnitVectors = Weights::kUnitVectors, kUnits = Weights::kUnits;
-  static constexpr int kVectors = Weights::kVectors, kWidth = Weights::kWidth;
-  static constexpr int kRows = tile_rows(kVectors * F::kSums);
-  template <int kTile>
-  using Tile = Sums<F, kTile, kVectors>;
+  // Without a product of h, units need no other thread's.
+  static constexpr bool kMultiplies = Recurrent::G > 0;
+  static constexpr int kWidest =
+      Inputs::kWidth > Recurrent::kWidth ? Inputs::kWidth : Recurrent::kWidth;
+  template <class Of>
+  static constexpr int kRows = tile_rows((Of::G > 0 ? Of::kVectors : kUnitVectors) * F::kSums);
 
   // Memory that the threads of one recurrence share.
   struct Shared : Weights {
@@ -44,13 +48,13 @@ class Forward {
   };
   // Memory of one thread, for one chunk.
   struct Scratch {
-    T* u;             // [rows][own panels][kWidth]
+    T* u;             // [rows][own panels][Inputs::kWidth]
     const Word** x;   // [rows]
     Word* converted;  // [rows][row of I] if x is not stored in words
     T* x_scale;       // [rows] if the format has scales
     Word* state;      // [B][row of H or Q] if rows are converted: of h, then of m
     T* state_scale;   // [B]
-    Word* panel;      // [words of I or Q][kWidth] if weights are packed panel by panel
+    Word* panel;      // [words of I or Q][kWidest] if weights are packed panel by panel
     Drawn<Cell, T> drawn;
   };
   // A thread's part of every step. The ranges may reach past a state's width, into its padding.
@@ -96,14 +100,14 @@ class Forward {
     }
     for (int32_t i = 0; i < plan_.threads(); ++i) {
       Scratch own;
-      own.u = arena.take<T>(chunk_rows() * own_panels * kWidth);
+      own.u = arena.take<T>(chunk_rows() * own_panels * Inputs::kWidth);
       own.x = arena.take<const Word*>(chunk_rows());
       own.converted = arena.take<Word>(x_in_words() ? 0 : chunk_rows() * row_words<F>(I));
       own.x_scale = arena.take<T>(F::kScaled ? chunk_rows() : 0);
       own.state = arena.take<Word>(F::kConverts ? B * state_words() : 0);
       own.state_scale = arena.take<T>(F::kScaled ? B : 0);
       const int64_t depth = words_of<F>(I > args_.recurrent ? I : args_.recurrent);
-      own.panel = arena.take<Word>(layout() == WeightLayout::kPanels ? depth * kWidth : 0);
+      own.panel = arena.take<Word>(layout() == WeightLayout::kPanels ? depth * kWidest : 0);
       own.drawn.place(B, own_panels * kUnits, [&](int64_t n) { return arena.take<T>(n); });
       if (arena.ready()) scratch_[i] = own;
     }
@@ -132,6 +136,7 @@ class Forward {
 
  private:
   bool projected() const { return Cell::kProjectable && __builtin_expect(args_.projected, false); }
+  bool exchanges() const { return kMultiplies || projected(); }
   WeightLayout layout() const { return forward_layout(F::kFormat, plan_.weights); }
   bool packed() const {
     return layout() == WeightLayout::kPrepacked || args_.recurrence[0].prepacked;
@@ -239,8 +244,8 @@ class Forward {
           own.drawn.step(args_, p, t, {sequences.begin, last}, share.units);
           one_step(me, p, step, share, {sequences.begin, last}, u, done);
         }
-        if (!me.alone()) me.publish(done + 1);
-        u += (last > sequences.begin ? last - sequences.begin : 0) * own_panels * kWidth;
+        if (exchanges() && !me.alone()) me.publish(done + 1);
+        u += (last > sequences.begin ? last - sequences.begin : 0) * own_panels * Inputs::kWidth;
       }
     }
   }
@@ -288,16 +293,17 @@ class Forward {
     Columnwise<F> columns;
     int64_t column;  // of the panel's first lane
   };
+  template <class Of>
   FASTRNN_INLINE PanelWeights weights_of(int64_t panel, const Word* prepacked,
                                          const Columnwise<F>& columns, const void* weights,
                                          int64_t inputs, Word* scratch) const {
     const int64_t depth = words_of<F>(inputs);
-    PanelWeights w{nullptr,       static_cast<const Word*>(weights), panel, depth, columns,
-                   panel * kWidth};
+    PanelWeights w{nullptr,           static_cast<const Word*>(weights), panel, depth, columns,
+                   panel * Of::kWidth};
     if (packed()) {
-      w.packed = prepacked + panel * depth * kWidth;
+      w.packed = prepacked + panel * depth * Of::kWidth;
     } else if (layout() == WeightLayout::kPanels) {
-      Weights::pack_panel(weights, args_.hidden, depth, panel, scratch);
+      Weights::template pack_panel<Of>(weights, args_.hidden, depth, panel, scratch);
       w.packed = scratch;
     }
     return w;
@@ -305,24 +311,24 @@ class Forward {
 
   void project(int64_t p, Range panels, const Scratch& own, int64_t count) const {
     const Shared& recurrence = shared_[p];
-    const int64_t stride = panels.size() * kWidth;
+    const int64_t stride = panels.size() * Inputs::kWidth;
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-      const T* bias = recurrence.bias_u + panel * kWidth;
-      T* u = own.u + (panel - panels.begin) * kWidth;
-      const PanelWeights w = weights_of(panel, recurrence.w_ih, recurrence.ih,
-                                        args_.recurrence[p].w_ih, args_.inputs, own.panel);
-      for_each_tile<kRows>(count, [&](int64_t first, auto n) {
+      const T* bias = recurrence.bias_u + panel * Inputs::kWidth;
+      T* u = own.u + (panel - panels.begin) * Inputs::kWidth;
+      const PanelWeights w = weights_of<Inputs>(panel, recurrence.w_ih, recurrence.ih,
+                                                args_.recurrence[p].w_ih, args_.inputs, own.panel);
+      for_each_tile<kRows<Inputs>>(count, [&](int64_t first, auto n) {
         constexpr int kTile = decltype(n)::value;
-        Tile<kTile> acc;
+        Sums<F, kTile, Inputs::kVectors> acc;
         const auto each = [&](const auto& f) __attribute__((always_inline)) {
           for (int r = 0; r < kTile; ++r)
-            for (int v = 0; v < kVectors; ++v)
+            for (int v = 0; v < Inputs::kVectors; ++v)
               f(r, v, &acc[r][v * F::kSums], load<V>(bias + v * kLanes));
         };
         each([&](int, int v, auto* sum, V b) {
           begin_sum<F>(sum, w.columns, w.column + v * kLanes, b);
         });
-        add_product<kTile>(acc, w, own.x + first, 0, w.depth);
+        add_product<Inputs>(acc, w, own.x + first, 0, w.depth);
         each([&](int r, int v, auto* sum, V b) {
           const T scale = F::kScaled ? own.x_scale[first + r] : T{1};
           store(u + (first + r) * stride + v * kLanes,
@@ -335,22 +341,25 @@ class Forward {
   void one_step(Member& me, int64_t p, int64_t step, const Share& share, Range sequences,
                 const T* u, int64_t& done) const {
     const Range panels = share.panels;
-    const int64_t stride = panels.size() * kWidth;
+    const int64_t stride = panels.size() * Inputs::kWidth;
     bool fresh = !me.alone() && step > 0;  // peers may still be writing their part of h
     const Scratch& own = scratch_[me.index];
-    if constexpr (F::kConverts) {
-      if (fresh) me.wait_for_peers(done);
+    if (F::kConverts || !kMultiplies) {
+      if (fresh && exchanges()) me.wait_for_peers(done);
       fresh = false;
-      convert(own, sequences, shared_[p].h[step & 1], padded_h_, args_.recurrent);
     }
+    if constexpr (F::kConverts && kMultiplies)
+      convert(own, sequences, shared_[p].h[step & 1], padded_h_, args_.recurrent);
     // Every other step walks the panels backward: their tail is still in the cache.
     for (int64_t q = 0; q < panels.size(); ++q) {
       const int64_t at = step & 1 ? panels.size() - 1 - q : q;
-      const PanelWeights w = weights_of(panels.begin + at, shared_[p].w_hh, shared_[p].hh,
-                                        args_.recurrence[p].w_hh, args_.recurrent, own.panel);
-      for_each_tile<kRows>(sequences.size(), [&](int64_t first, auto n) {
+      PanelWeights w{};
+      if constexpr (kMultiplies)
+        w = weights_of<Recurrent>(panels.begin + at, shared_[p].w_hh, shared_[p].hh,
+                                  args_.recurrence[p].w_hh, args_.recurrent, own.panel);
+      for_each_tile<kRows<Recurrent>>(sequences.size(), [&](int64_t first, auto n) {
         tile<decltype(n)::value>(me, p, step, share, w, panels.begin + at, sequences.begin + first,
-                                 u + first * stride + at * kWidth, done, fresh);
+                                 u + first * stride + at * Inputs::kWidth, done, fresh);
         fresh = false;
       });
     }
@@ -367,11 +376,43 @@ class Forward {
   template <int kTile>
   void tile(const Member& me, int64_t p, int64_t step, const Share& share, const PanelWeights& w,
             int64_t panel, int64_t first, const T* u, int64_t done, bool fresh) const {
-    const int64_t stride = share.panels.size() * kWidth;
+    const int64_t stride = share.panels.size() * Inputs::kWidth;
     const Shared& recurrence = shared_[p];
     const T* h = recurrence.h[step & 1];
     const Scratch& own = scratch_[me.index];
-    Tile<kTile> sums;
+    V acc[kTile][Recurrent::kVectors + !kMultiplies];
+    // One or two rows write whole pages in order, which the processor foresees.
+    if (kMultiplies && kTile > 2 && args_.tape)
+      for (int r = 0; r < kTile; ++r) expect_results(p, step, first + r, panel * kUnits);
+    if constexpr (kMultiplies)
+      multiply_state<kTile>(acc, me, recurrence, share, w, panel, first, u, h, done, fresh);
+    const bool reverse = args_.recurrence[p].reverse;
+    const int64_t t = args_.rows.time(step, reverse);
+    const auto apply = [&](auto projected) {
+      for (int r = 0; r < kTile; ++r)
+        for (int q = 0; q < kUnitVectors; ++q)
+          units<decltype(projected)::value>(recurrence, own.drawn, share, p, step, t, reverse,
+                                            first + r, panel * kUnits + q * kLanes, h,
+                                            u + r * stride + q * Inputs::G * kLanes,
+                                            &acc[r][q * Recurrent::G]);
+    };
+    if (projected())
+      apply(Constant<Cell::kProjectable>{});
+    else
+      apply(Constant<false>{});
+  }
+
+  // acc = h * a panel of w_hh: v and, of summed gates, u + v.
+  template <int kTile>
+  FASTRNN_INLINE void multiply_state(V (&acc)[kTile][Recurrent::kVectors], const Member& me,
+                                     const Shared& recurrence, const Share& share,
+                                     const PanelWeights& w, int64_t panel, int64_t first,
+                                     const T* u, const T* h, int64_t done, bool fresh) const {
+    constexpr int G = Recurrent::G;
+    const int64_t stride = share.panels.size() * Inputs::kWidth;
+    const Scratch& own = scratch_[me.index];
+    const T* bias = recurrence.bias_v + panel * Recurrent::kWidth;
+    Sums<F, kTile, Recurrent::kVectors> sums;
     const Word* rows[kTile];
     for (int r = 0; r < kTile; ++r) {
       if constexpr (F::kConverts)
@@ -381,17 +422,14 @@ class Forward {
     }
     const auto each = [&](const auto& f) __attribute__((always_inline)) {
       for (int r = 0; r < kTile; ++r)
-        for (int v = 0; v < kVectors; ++v)
+        for (int v = 0; v < Recurrent::kVectors; ++v)
           f(r, v, &sums[r][v * F::kSums],
-            Cell::kSummed[v % G] ? load<V>(u + r * stride + v * kLanes)
-                                 : load<V>(recurrence.bias_v + panel * kWidth + v * kLanes));
+            Cell::kSummed[v % G] ? load<V>(u + r * stride + input_vector(v) * kLanes)
+                                 : load<V>(bias + v * kLanes));
     };
     each([&](int, int v, auto* sum, V b) {
       begin_sum<F>(sum, w.columns, w.column + v * kLanes, b);
     });
-    // One or two rows write whole pages in order, which the processor foresees.
-    if (kTile > 2 && args_.tape)
-      for (int r = 0; r < kTile; ++r) expect_results(p, step, first + r, panel * kUnits);
     int64_t next = 0;
     if constexpr (!F::kConverts) {
       if (fresh) {
@@ -400,25 +438,16 @@ class Forward {
         next = share.own_blocks.end;
       }
     }
-    add_product<kTile>(sums, w, rows, next, w.depth);
-    V acc[kTile][kVectors];
+    add_product<Recurrent>(sums, w, rows, next, w.depth);
     each([&](int r, int v, auto* sum, V b) {
       const T scale = F::kScaled ? own.state_scale[first + r] : T{1};
       acc[r][v] = end_sum<F>(sum, w.columns, w.column + v * kLanes, scale, b);
     });
-    const bool reverse = args_.recurrence[p].reverse;
-    const int64_t t = args_.rows.time(step, reverse);
-    const auto apply = [&](auto projected) {
-      for (int r = 0; r < kTile; ++r)
-        for (int q = 0; q < kUnitVectors; ++q)
-          units<decltype(projected)::value>(recurrence, own.drawn, share, p, step, t, reverse,
-                                            first + r, panel * kUnits + q * kLanes, h,
-                                            u + r * stride + q * G * kLanes, &acc[r][q * G]);
-    };
-    if (projected())
-      apply(Constant<Cell::kProjectable>{});
-    else
-      apply(Constant<false>{});
+  }
+  // The vector of u of the gate that vector v of a recurrent panel has.
+  static constexpr int input_vector(int v) {
+    constexpr int G = Recurrent::G;
+    return v / G * Inputs::G + GateRows<Cell>::input_of(v % G);
   }
 
   // Asks for the lines that units() will write. A panel writes one or a few in each value of a row,
@@ -437,7 +466,7 @@ class Forward {
   }
 
   // Calls f on a copy of a tile in memory: so the tile itself stays in registers elsewhere.
-  template <int kTile, class Each>
+  template <int kTile, int kVectors, class Each>
   FASTRNN_INLINE static void out_of_line(V (&acc)[kTile][kVectors], const Each& f) {
     V sum[kTile][kVectors];
     set_tile(sum, acc);
@@ -446,26 +475,28 @@ class Forward {
   }
 
   // acc += rows[:, k0:k1] * weights, in words, where blocks of the sum begin and end.
-  template <int kTile>
-  FASTRNN_INLINE void add_product(Tile<kTile>& acc, const PanelWeights& w, const Word* const* rows,
-                                  int64_t k0, int64_t k1) const {
+  template <class Of, int kTile>
+  FASTRNN_INLINE void add_product(Sums<F, kTile, Of::kVectors>& acc, const PanelWeights& w,
+                                  const Word* const* rows, int64_t k0, int64_t k1) const {
+    constexpr int kVectors = Of::kVectors;
     if constexpr (F::kConverts) {
       multiply<kTile, kVectors, F>(acc, Packed<Word>{w.packed}, rows, k0, k1, sum_block(w.depth));
     } else {
       if (w.packed)
         multiply<kTile, kVectors, F>(acc, Packed<T>{w.packed}, rows, k0, k1, sum_block(w.depth));
       else
-        out_of_line(acc, [&](auto& sum) { add_unpacked(sum, w, rows, k0, k1); });
+        out_of_line(acc, [&](auto& sum) { add_unpacked<Of>(sum, w, rows, k0, k1); });
     }
   }
-  template <int kTile>
-  __attribute__((noinline)) void add_unpacked(V (&acc)[kTile][kVectors], const PanelWeights& w,
+  template <class Of, int kTile>
+  __attribute__((noinline)) void add_unpacked(V (&acc)[kTile][Of::kVectors], const PanelWeights& w,
                                               const T* const* rows, int64_t k0, int64_t k1) const {
+    constexpr int kVectors = Of::kVectors;
     Unpacked<T, kVectors> unpacked;
     unpacked.stride = w.depth;
     for (int v = 0; v < kVectors; ++v) {
-      unpacked.first[v] = w.unpacked + Weights::first_row(args_.hidden, w.panel, v) * w.depth;
-      unpacked.live[v] = Weights::live_units(args_.hidden, w.panel, v);
+      unpacked.first[v] = w.unpacked + Of::first_row(args_.hidden, w.panel, v) * w.depth;
+      unpacked.live[v] = Weights::template live_units<Of>(args_.hidden, w.panel, v);
     }
     multiply_unpacked<kTile, kVectors, T>(acc, unpacked, rows, k0, k1, sum_block(w.depth));
   }
@@ -473,14 +504,15 @@ class Forward {
   // acc += rows[:, :own.end] * weights. The thread's own part of h comes first, while the other
   // parts arrive.
   template <int kTile>
-  __attribute__((noinline)) void add_own_blocks(V (&acc)[kTile][kVectors], const PanelWeights& w,
-                                                const T* const* rows, const Member& me, Range own,
-                                                int64_t done) const {
+  __attribute__((noinline)) void add_own_blocks(V (&acc)[kTile][Recurrent::kVectors],
+                                                const PanelWeights& w, const T* const* rows,
+                                                const Member& me, Range own, int64_t done) const {
     if (own.begin == 0) {
-      add_product<kTile>(acc, w, rows, 0, own.end);
+      add_product<Recurrent>(acc, w, rows, 0, own.end);
       me.wait_for_peers(done);
       return;
     }
+    constexpr int kVectors = Recurrent::kVectors;
     const int64_t block = sum_block(w.depth);
     V apart[2][kTile][kVectors];
     if (w.packed) {
@@ -490,11 +522,11 @@ class Forward {
       for (int64_t k = own.begin, n = 0; k < own.end; k += block, ++n) {
         for (auto& row : apart[n])
           for (V& sum : row) sum = splat<V>(-0.0);  // which adds nothing, not even a sign
-        add_product<kTile>(apart[n], w, rows, k, own.end - k < block ? own.end : k + block);
+        add_product<Recurrent>(apart[n], w, rows, k, own.end - k < block ? own.end : k + block);
       }
     }
     me.wait_for_peers(done);
-    add_product<kTile>(acc, w, rows, 0, own.begin);
+    add_product<Recurrent>(acc, w, rows, 0, own.begin);
     if (own.size() > 0) add_tile(acc, apart[0]);
     if (own.size() > block) add_tile(acc, apart[1]);
   }
@@ -508,8 +540,9 @@ class Forward {
     const int live = within<V>(unit, H);
     if (live == 0) return;
     const int64_t at = i * padded_ + unit;
-    V gates[G], before[S], given[kGiven<Cell> + 1], next[S], saved[K + 1];
-    for (int g = 0; g < G; ++g) gates[g] = Cell::kSummed[g] ? v[g] : load<V>(u + g * kLanes);
+    V gates[Inputs::G], before[S], given[kGiven<Cell> + 1], next[S], saved[K + 1];
+    for (int g = 0; g < Inputs::G; ++g)
+      gates[g] = summed_with<Cell>(g) < 0 ? load<V>(u + g * kLanes) : v[summed_with<Cell>(g)];
     before[0] = Cell::kProjectable ? splat<V>(0) : load<V>(h + at);  // not read if projectable
     for (int s = 1; s < S; ++s) before[s] = load<V>(recurrence.s[s] + at);
     recurrence.load_params(padded_, unit, given);

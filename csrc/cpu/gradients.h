@@ -291,6 +291,7 @@ class GradientSweep {
 
   void weights(int32_t p, int32_t index, Word* tiles) const {
     const Range gates = part_of(args_.depth, plan_.threads(), index);
+    const Range recurrent = part_of(args_.recurrent_depth, plan_.threads(), index);
     const int64_t depth = live_rows(p), words = words_of<F>(depth);
     if (depth == 0 && !begins()) return;
     const Order rows = order(p);
@@ -298,10 +299,11 @@ class GradientSweep {
     const auto first = [&](const void* const* of, int64_t row) {
       return depth ? static_cast<const Word*>(of[p]) + rows.first * row : nullptr;
     };
-    const int64_t gates_row = gradient_row(F::kFormat, args_.depth);
-    const Word* du = first(args_.du, gates_row);
-    const Word* dv = first(args_.dv, gates_row);
-    const int64_t stride = rows.direction * gates_row;
+    const int64_t du_row = gradient_row(F::kFormat, args_.depth);
+    const int64_t dv_row = gradient_row(F::kFormat, args_.recurrent_depth);
+    const Word* du = first(args_.du, du_row);
+    const Word* dv = first(args_.dv, dv_row);
+    const int64_t stride = rows.direction * du_row, dv_stride = rows.direction * dv_row;
     const Place* places = places_ + p * most_rows_;
     if (args_.dw_ih || (args_.dw_hh && du == dv)) pack_gates<F>(du, stride, gates, depth, tiles);
     if (args_.dw_ih)
@@ -323,15 +325,15 @@ class GradientSweep {
                                });
       };
       if (args_.sites == 0) {
-        if (du != dv) pack_gates<F>(dv, stride, gates, depth, tiles);
-        add(gates, args_.h_prev[p], Q);
+        if (du != dv) pack_gates<F>(dv, dv_stride, recurrent, depth, tiles);
+        add(recurrent, args_.h_prev[p], Q);
       } else {
         const int64_t H = args_.hidden, J = args_.sites;
-        for (int64_t g = 0; g * H < args_.depth; ++g) {
-          const Range some{gates.begin > g * H ? gates.begin : g * H,
-                           gates.end < (g + 1) * H ? gates.end : (g + 1) * H};
+        for (int64_t g = 0; g * H < args_.recurrent_depth; ++g) {
+          const Range some{recurrent.begin > g * H ? recurrent.begin : g * H,
+                           recurrent.end < (g + 1) * H ? recurrent.end : (g + 1) * H};
           if (some.size() <= 0) continue;
-          pack_gates<F>(dv, stride, some, depth, tiles);
+          pack_gates<F>(dv, dv_stride, some, depth, tiles);
           if (const int site = args_.site_of[g]; site < 0)
             add(some, args_.h_prev[p], Q);
           else
@@ -355,7 +357,8 @@ class GradientSweep {
     if (args_.db_ih)
       add_bias_gradient<F>(static_cast<T*>(args_.db_ih[p]), du, stride, gates, depth, begins());
     if (args_.db_hh)
-      add_bias_gradient<F>(static_cast<T*>(args_.db_hh[p]), dv, stride, gates, depth, begins());
+      add_bias_gradient<F>(static_cast<T*>(args_.db_hh[p]), dv, dv_stride, recurrent, depth,
+                           begins());
   }
 
   Word* bands(int32_t p) const {
@@ -363,7 +366,8 @@ class GradientSweep {
   }
   // The most gates, or columns of a projected state, that one thread owns.
   int64_t most_gates() const {
-    const int64_t all = args_.depth > args_.recurrent ? args_.depth : args_.recurrent;
+    int64_t all = args_.depth > args_.recurrent ? args_.depth : args_.recurrent;
+    if (args_.recurrent_depth > all) all = args_.recurrent_depth;
     return (all + plan_.threads() - 1) / plan_.threads();
   }
   int64_t scratch_of_one() const {

@@ -94,6 +94,8 @@ constexpr CompiledCell compiled() {
   CompiledCell cell{};
   cell.name = Cell::kName;
   cell.gates = Cell::kGates;
+  cell.input_gates = kInputGates<Cell>;
+  cell.recurrent_gates = kRecurrentGates<Cell>;
   cell.states = Cell::kStates;
   cell.saved = Cell::kSaved;
   cell.params = Cell::kParams;
@@ -106,7 +108,7 @@ constexpr CompiledCell compiled() {
     cell.stages = sizeof(Cell::kForward.stage) / sizeof(Cell::kForward.stage[0]);
     cell.rows = Cell::kRows;
     cell.sites = Cell::kSites;
-    for (int g = 0; g < Cell::kGates; ++g) cell.site_of[g] = Cell::kSiteOf[g];
+    for (int g = 0; g < kRecurrentGates<Cell>; ++g) cell.site_of[g] = Cell::kSiteOf[g];
   }
 #if defined(FASTRNN_PART)
   add_code<Cell, CustomFormat>(cell);

@@ -16,23 +16,48 @@
 namespace fastrnn {
 inline namespace FASTRNN_ISA {
 
+// The panels of a matrix with rows for kGates gates.
+template <int kGates, int kUnitVectors, int kLanes>
+struct Panel {
+  static constexpr int G = kGates;
+  static constexpr int kVectors = G * kUnitVectors;  // vectors in a panel's row
+  static constexpr int kWidth = kVectors * kLanes;   // numbers in a panel's row
+
+  // The first of the units of vector v of a panel, and the row of a matrix [G*H, *] at which they
+  // begin.
+  static FASTRNN_INLINE int64_t first_unit(int64_t panel, int v) {
+    return (panel * kUnitVectors + v / G) * kLanes;
+  }
+  static FASTRNN_INLINE int64_t first_row(int64_t hidden, int64_t panel, int v) {
+    const int64_t unit = first_unit(panel, v);
+    return v % G * hidden + (unit < hidden ? unit : 0);
+  }
+};
+
+// Vectors of units in a panel: as many as leave a tile of sums some rows.
+constexpr int unit_vectors(int input_gates, int recurrent_gates) {
+  int vectors = 4;
+  while (vectors > 1 && (recurrent_gates * vectors > 4 || input_gates * vectors > 6)) vectors /= 2;
+  return vectors;
+}
+
 template <class Cell, class F>
 struct Prepacked {
   using T = typename F::Word;
   using V = Vec<T>;
-  static constexpr int G = Cell::kGates, N = Cell::kParams;
+  static constexpr int N = Cell::kParams;
   static constexpr int kLanes = lanes<V>();
-  static constexpr int kUnitVectors = G >= 4 ? 1 : 4 / G;  // unit vectors in a panel
-  static constexpr int kVectors = G * kUnitVectors;        // vectors in a panel's row
-  static constexpr int kUnits = kUnitVectors * kLanes;     // units in a panel
-  static constexpr int kWidth = kVectors * kLanes;         // numbers in a panel's row
+  static constexpr int kUnitVectors = unit_vectors(kInputGates<Cell>, kRecurrentGates<Cell>);
+  static constexpr int kUnits = kUnitVectors * kLanes;  // units in a panel
   static_assert(kPadding % kUnits == 0, "padded states hold whole panels");
+  using Inputs = Panel<kInputGates<Cell>, kUnitVectors, kLanes>;
+  using Recurrent = Panel<kRecurrentGates<Cell>, kUnitVectors, kLanes>;
 
   T *w_ih, *w_hh;  // [panel][words of I or Q][kWidth]; absent if the kernel reads torch's layout
   T *bias_u, *bias_v;        // [panel][kWidth]; bias_v serves gates that are not summed
   T* params;                 // [N][padded H]
   T* w_hr;                   // bands of w_hr^T, [padded Q][words of H]
-  Columnwise<F> ih, hh, hr;  // as wide as bias_u, and padded Q
+  Columnwise<F> ih, hh, hr;  // as wide as bias_u, bias_v and padded Q
 
   static int64_t panels(const RecurrenceSizes& n) { return (n.hidden + kUnits - 1) / kUnits; }
   static int64_t padded(const RecurrenceSizes& n) { return panels(n) * kUnits; }
@@ -42,16 +67,16 @@ struct Prepacked {
   // Takes memory by take(count), in an order that is part of the layout.
   template <class Take>
   void place(const RecurrenceSizes& n, bool matrices, const Take& take) {
-    const int64_t width = panels(n) * kWidth;
-    w_ih = take(matrices ? words_of<F>(n.inputs) * width : 0);
-    w_hh = take(matrices ? words_of<F>(n.recurrent) * width : 0);
-    bias_u = take(width);
-    bias_v = take(width);
+    const int64_t of_u = panels(n) * Inputs::kWidth, of_v = panels(n) * Recurrent::kWidth;
+    w_ih = take(matrices ? words_of<F>(n.inputs) * of_u : 0);
+    w_hh = take(matrices ? words_of<F>(n.recurrent) * of_v : 0);
+    bias_u = take(of_u);
+    bias_v = take(of_v);
     params = take(N * padded(n));
     // Formats whose rows are converted have no kernel for a projection in torch's layout.
     const int64_t projected = n.projected ? columns(n) * kLanes : 0;
     w_hr = take(matrices || F::kConverts ? projected * words_of<F>(n.hidden) : 0);
-    for (auto [to, count] : {std::pair(&ih, width), {&hh, width}, {&hr, projected}}) {
+    for (auto [to, count] : {std::pair(&ih, of_u), {&hh, of_v}, {&hr, projected}}) {
       to->scale = take(F::kScaled ? count : 0);
       to->zero = reinterpret_cast<int32_t*>(take(F::kScaled ? count : 0));
     }
@@ -91,21 +116,30 @@ struct Prepacked {
             int32_t turn, int32_t turns) const {
     for (int64_t panel = range.begin + turn; panel < range.end; panel += turns) {
       if (matrices) {
-        pack_matrix(recurrence.w_ih, recurrence.scale_ih, n.hidden, n.inputs, panel, w_ih, ih);
-        pack_matrix(recurrence.w_hh, recurrence.scale_hh, n.hidden, n.recurrent, panel, w_hh, hh);
+        pack_matrix<Inputs>(recurrence.w_ih, recurrence.scale_ih, n.hidden, n.inputs, panel, w_ih,
+                            ih);
+        pack_matrix<Recurrent>(recurrence.w_hh, recurrence.scale_hh, n.hidden, n.recurrent, panel,
+                               w_hh, hh);
       }
-      for (int v = 0; v < kVectors; ++v) {
-        const int g = v % G, live = live_units(n.hidden, panel, v);
-        const int64_t row = first_row(n.hidden, panel, v);
-        const V b_ih = bias(recurrence.b_ih, row, live), b_hh = bias(recurrence.b_hh, row, live);
-        const int64_t to = panel * kWidth + v * kLanes;
-        store(bias_u + to, Cell::kSummed[g] ? b_ih + b_hh : b_ih);
-        store(bias_v + to, b_hh);
+      for (int q = 0; q < kUnitVectors; ++q) {
+        const int64_t unit = (panel * kUnitVectors + q) * kLanes;
+        const auto bias = [&](const void* b, int g) {
+          return row_of(b, g * n.hidden, unit, n.hidden);
+        };
+        for (int g = 0; g < Inputs::G; ++g) {
+          const V b_ih = bias(recurrence.b_ih, g);
+          const int v = summed_with<Cell>(g);
+          store(bias_u + panel * Inputs::kWidth + (q * Inputs::G + g) * kLanes,
+                v < 0 ? b_ih : b_ih + bias(recurrence.b_hh, v));
+        }
+        for (int g = 0; g < Recurrent::G; ++g)
+          store(bias_v + panel * Recurrent::kWidth + (q * Recurrent::G + g) * kLanes,
+                bias(recurrence.b_hh, g));
       }
       for (int k = 0; k < N; ++k)
         for (int64_t unit = panel * kUnits; unit < (panel + 1) * kUnits; unit += kLanes)
           store(params + k * padded(n) + unit,
-                bias(recurrence.params, k * n.hidden + unit, within<V>(unit, n.hidden)));
+                row_of(recurrence.params, k * n.hidden, unit, n.hidden));
     }
   }
 
@@ -115,21 +149,18 @@ struct Prepacked {
   }
 
   // Packs one panel of a matrix [G*H, depth words].
+  template <class Of>
   static void pack_panel(const void* weights, int64_t hidden, int64_t depth, int64_t panel,
                          T* out) {
-    for (int v = 0; v < kVectors; ++v)
-      pack_transposed(static_cast<const T*>(weights) + first_row(hidden, panel, v) * depth, depth,
-                      live_units(hidden, panel, v), depth, out, kVectors, v);
+    for (int v = 0; v < Of::kVectors; ++v)
+      pack_transposed(static_cast<const T*>(weights) + Of::first_row(hidden, panel, v) * depth,
+                      depth, live_units<Of>(hidden, panel, v), depth, out, Of::kVectors, v);
   }
 
-  // The number of units in vector v of a panel, and the row of a matrix [G*H, *] at which they
-  // begin.
+  // The number of units in vector v of a panel.
+  template <class Of>
   static int live_units(int64_t hidden, int64_t panel, int v) {
-    return within<V>(panel * kUnits + v / G * kLanes, hidden);
-  }
-  static int64_t first_row(int64_t hidden, int64_t panel, int v) {
-    const int64_t unit = panel * kUnits + v / G * kLanes;
-    return v % G * hidden + (unit < hidden ? unit : 0);
+    return within<V>(Of::first_unit(panel, v), hidden);
   }
 
   // Packs every `turns`-th band of these vectors, beginning with number `turn`.
@@ -153,19 +184,24 @@ struct Prepacked {
   }
 
  private:
-  static V bias(const void* b, int64_t row, int live) {
-    return b ? load<V>(static_cast<const T*>(b) + row, live) : splat<V>(0);
+  // A vector of units of a row of numbers that begins at `first`; zeros if there are none.
+  static V row_of(const void* rows, int64_t first, int64_t unit, int64_t hidden) {
+    const int live = within<V>(unit, hidden);
+    return rows ? load<V>(static_cast<const T*>(rows) + first + (live ? unit : 0), live)
+                : splat<V>(0);
   }
 
+  template <class Of>
   static void pack_matrix(const void* weights, const float* scale, int64_t hidden, int64_t inputs,
                           int64_t panel, T* matrix, const Columnwise<F>& columns) {
+    if constexpr (Of::G == 0) return;
     const int64_t depth = words_of<F>(inputs);
-    T* to = matrix + panel * depth * kWidth;
-    pack_panel(weights, hidden, depth, panel, to);
+    T* to = matrix + panel * depth * Of::kWidth;
+    pack_panel<Of>(weights, hidden, depth, panel, to);
     if constexpr (F::kScaled)
-      for (int v = 0; v < kVectors; ++v)
-        describe(to + v * kLanes, kWidth, depth, scale + first_row(hidden, panel, v),
-                 live_units(hidden, panel, v), columns, panel * kWidth + v * kLanes);
+      for (int v = 0; v < Of::kVectors; ++v)
+        describe(to + v * kLanes, Of::kWidth, depth, scale + Of::first_row(hidden, panel, v),
+                 live_units<Of>(hidden, panel, v), columns, panel * Of::kWidth + v * kLanes);
   }
 
   // Writes the scales of a vector of columns from `at` on, and what kZero adds to their sums. Its

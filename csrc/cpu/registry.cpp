@@ -123,7 +123,8 @@ const CompiledCell& CellFacts::code(Format format) const {
 void add_cell_facts(const std::string& name, const CellTraits& traits) {
   if (traits.gates < 1 || traits.gates > kMaxGates || traits.states < 1 ||
       traits.states > kMaxStates || traits.saved < 0 || traits.params < 0 ||
-      traits.params > kMaxParams)
+      traits.params > kMaxParams || traits.input_gates < 1 || traits.input_gates > traits.gates ||
+      traits.recurrent_gates < 0 || traits.recurrent_gates > traits.gates)
     throw std::runtime_error("cell '" + name + "' should have at most " +
                              std::to_string(kMaxGates) + " gates, " + std::to_string(kMaxStates) +
                              " states and " + std::to_string(kMaxParams) + " parameters");

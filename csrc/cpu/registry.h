@@ -17,6 +17,7 @@ struct CellFacts : CellTraits {
   std::atomic<const CompiledCell*> compiled[kFormats] = {};
 
   bool is_shared(int64_t param) const { return shared_params >> param & 1; }
+  // Whether u and v count as their sum alone, so that their gradients are one array.
   bool all_summed() const { return summed == (gates >= 32 ? ~0u : (1u << gates) - 1); }
   // Values on the tape for each row and unit: states past the first, saved values, and state 0
   // before its projection; then results of reductions, in the compute type, which takes `ratio`

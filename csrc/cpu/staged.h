@@ -36,11 +36,11 @@ struct StagedWeights {
   using T = typename F::Word;
   using V = Vec<T>;
   static_assert(!F::kConverts, "stages are computed in float or double");
-  static constexpr int G = Cell::kGates, N = Cell::kParams;
+  static constexpr int Gu = kInputGates<Cell>, Gv = kRecurrentGates<Cell>, N = Cell::kParams;
   static constexpr int kLanes = lanes<V>();
 
-  T *w_ih, *w_hh;      // [G][bands of H][I or H]
-  T *bias_u, *bias_v;  // [G][padded H]; bias_v serves gates that are not summed
+  T *w_ih, *w_hh;      // [Gu][bands of H][I] and [Gv][bands of H][H]
+  T *bias_u, *bias_v;  // [Gu or Gv][padded H]; bias_v serves gates that are not summed
   T* params;           // [N][padded H]
 
   static int64_t vectors(const RecurrenceSizes& n) { return (n.hidden + kLanes - 1) / kLanes; }
@@ -49,10 +49,10 @@ struct StagedWeights {
   // Takes memory by take(count), in an order that is part of the layout.
   template <class Take>
   void place(const RecurrenceSizes& n, const Take& take) {
-    w_ih = take(G * padded(n) * n.inputs);
-    w_hh = take(G * padded(n) * n.recurrent);
-    bias_u = take(G * padded(n));
-    bias_v = take(G * padded(n));
+    w_ih = take(Gu * padded(n) * n.inputs);
+    w_hh = take(Gv * padded(n) * n.recurrent);
+    bias_u = take(Gu * padded(n));
+    bias_v = take(Gv * padded(n));
     params = take(N * padded(n));
   }
   // A view of memory, in one piece, that pack_all() wrote or will write.
@@ -78,15 +78,19 @@ struct StagedWeights {
   // Packs every `turns`-th gate, beginning with number `turn`.
   void pack(const RecurrenceSizes& n, const Recurrence& recurrence, int32_t turn,
             int32_t turns) const {
-    for (int g = turn; g < G; g += turns) {
+    for (int g = turn; g < Gu; g += turns) {
       pack_block(n, recurrence.w_ih, n.inputs, g, w_ih);
-      pack_block(n, recurrence.w_hh, n.recurrent, g, w_hh);
+      const int v = summed_with<Cell>(g);
       for (int64_t unit = 0; unit < padded(n); unit += kLanes) {
         const V b_ih = numbers(recurrence.b_ih, g, n, unit);
-        const V b_hh = numbers(recurrence.b_hh, g, n, unit);
-        store(bias_u + g * padded(n) + unit, Cell::kSummed[g] ? b_ih + b_hh : b_ih);
-        store(bias_v + g * padded(n) + unit, b_hh);
+        store(bias_u + g * padded(n) + unit,
+              v < 0 ? b_ih : b_ih + numbers(recurrence.b_hh, v, n, unit));
       }
+    }
+    for (int g = turn; g < Gv; g += turns) {
+      pack_block(n, recurrence.w_hh, n.recurrent, g, w_hh);
+      for (int64_t unit = 0; unit < padded(n); unit += kLanes)
+        store(bias_v + g * padded(n) + unit, numbers(recurrence.b_hh, g, n, unit));
     }
     for (int k = turn; k < N; k += turns)
       for (int64_t unit = 0; unit < padded(n); unit += kLanes)
@@ -219,7 +223,8 @@ class StagedStep {
   using T = typename F::Number;
   using V = Vec<T>;
   using Weights = StagedWeights<Cell, F>;
-  static constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kSaved, N = Cell::kParams;
+  static constexpr int Gu = kInputGates<Cell>, Gv = kRecurrentGates<Cell>;
+  static constexpr int S = Cell::kStates, K = Cell::kSaved, N = Cell::kParams;
   static constexpr auto kProgram = Cell::kForward;
   static constexpr int kStages = sizeof(kProgram.stage) / sizeof(kProgram.stage[0]);
   static constexpr int kTemporaries = kProgram.temporaries, kResults = kProgram.results;
@@ -230,18 +235,18 @@ class StagedStep {
  public:
   // Memory of a thread, for as many rows as a step has.
   struct Rows {
-    T* v;                          // [rows][G][padded H]
+    T* v;                          // [rows][Gv][padded H]
     T* temporaries;                // [rows][kTemporaries][padded H]
     T* results;                    // [rows][kResults]
     T* next;                       // [rows][S][padded H]
-    const T* u = nullptr;          // [rows][G][padded H]
+    const T* u = nullptr;          // [rows][Gu][padded H]
     const T* state[S] = {};        // the states before the step,
     int64_t state_stride[S] = {};  // and the distances of their rows
     Drawn<Cell, T> drawn;          // of a pass that draws
 
     template <class Take>
     void place(int64_t rows, int64_t padded, const Take& take) {
-      v = take(rows * G * padded);
+      v = take(rows * Gv * padded);
       temporaries = take(rows * kTemporaries * padded);
       results = take(rows * kResults);
       next = take(rows * S * padded);
@@ -256,12 +261,12 @@ class StagedStep {
 
   // u = x * w_ih^T with its bias, of rows x that are `stride` apart.
   void project(const T* x, int64_t stride, int64_t count, T* u) const {
-    for (int g = 0; g < G; ++g) {
+    for (int g = 0; g < Gu; ++g) {
       const T* bias = weights_.bias_u + g * padded_;
       multiply_columns<F>(x, stride, count, Weights::block(sizes_, weights_.w_ih, sizes_.inputs, g),
                           0, vectors_, [&](int64_t r, int64_t vector, const V* sum) {
                             const int64_t unit = vector * kLanes;
-                            store(u + (r * G + g) * padded_ + unit, *sum + load<V>(bias + unit));
+                            store(u + (r * Gu + g) * padded_ + unit, *sum + load<V>(bias + unit));
                           });
     }
   }
@@ -272,16 +277,16 @@ class StagedStep {
   void run(const Rows& rows, int64_t count, const Save& save, Ahead* ahead = nullptr) const {
     if (ahead) {
       int64_t products = 0;
-      for (int g = 0; g < G; ++g) products += Cell::kSiteOf[g] < 0;
+      for (int g = 0; g < Gv; ++g) products += Cell::kSiteOf[g] < 0;
       ahead->spread(products * asks_of<F>(count, sizes_.recurrent, vectors_));
     }
-    for (int g = 0; g < G; ++g)
+    for (int g = 0; g < Gv; ++g)
       if (Cell::kSiteOf[g] < 0)
         multiply(rows, count, rows.state[0], rows.state_stride[0], g, ahead);
     for_each_number<kStages>([&](auto number) {
       constexpr int k = decltype(number)::value;
       constexpr Stage stage = kProgram.stage[k];
-      for (int g = 0; g < G; ++g) {
+      for (int g = 0; g < Gv; ++g) {
         const int site = Cell::kSiteOf[g];
         if (site >= 0 && has(stage.sites, site))
           multiply(rows, count, rows.temporaries + Cell::kOperand[site] * padded_,
@@ -302,8 +307,10 @@ class StagedStep {
         operand, stride, count, Weights::block(sizes_, weights_.w_hh, sizes_.recurrent, g), 0,
         vectors_,
         [&](int64_t r, int64_t vector, const V* sum) {
-          const int64_t unit = vector * kLanes, at = (r * G + g) * padded_ + unit;
-          store(rows.v + at, *sum + load<V>(Cell::kSummed[g] ? rows.u + at : bias + unit));
+          const int64_t unit = vector * kLanes;
+          const int64_t of_u = (r * Gu + GateRows<Cell>::input_of(g)) * padded_ + unit;
+          store(rows.v + (r * Gv + g) * padded_ + unit,
+                *sum + load<V>(Cell::kSummed[g] ? rows.u + of_u : bias + unit));
         },
         ahead);
   }
@@ -316,8 +323,8 @@ class StagedStep {
             const int source = kProgram.source[of.first + part];
             if (source >= 0) return rows.temporaries + (r * kTemporaries + source) * padded_;
             const int gate = ~source;
-            return gate < G ? rows.v + (r * G + gate) * padded_
-                            : rows.u + (r * G + gate - G) * padded_;
+            return gate < Gv ? rows.v + (r * Gv + gate) * padded_
+                             : rows.u + (r * Gu + gate - Gv) * padded_;
           },
           rows.results + r * kResults + of.result);
   }
@@ -332,14 +339,13 @@ class StagedStep {
     Cell::forward_rows(Number<k>{}, results, splat<V>(static_cast<double>(sizes_.hidden)), row);
     Reduced::begin(stage, kResults, total);
     for (int64_t unit = 0; unit < padded_; unit += kLanes) {
-      V u[G], v[G], s[S], p[kGiven<Cell> + 1], x[kTemporaries + 1], next[S], saved[K + 1];
+      V u[Gu], v[Gv + 1], s[S], p[kGiven<Cell> + 1], x[kTemporaries + 1], next[S], saved[K + 1];
       V out[kTemporaries + 1];
       V part[kResults + 1];
 #pragma GCC unroll 64
-      for (int g = 0; g < G; ++g) {
-        u[g] = load<V>(rows.u + (r * G + g) * padded_ + unit);
-        v[g] = load<V>(rows.v + (r * G + g) * padded_ + unit);
-      }
+      for (int g = 0; g < Gu; ++g) u[g] = load<V>(rows.u + (r * Gu + g) * padded_ + unit);
+#pragma GCC unroll 64
+      for (int g = 0; g < Gv; ++g) v[g] = load<V>(rows.v + (r * Gv + g) * padded_ + unit);
 #pragma GCC unroll 64
       for (int j = 0; j < S; ++j) s[j] = load<V>(rows.state[j] + r * rows.state_stride[j] + unit);
 #pragma GCC unroll 64
@@ -376,7 +382,7 @@ class StagedStepper {
   using V = Vec<T>;
   using Weights = StagedWeights<Cell, F>;
   using Step = StagedStep<Cell, F>;
-  static constexpr int G = Cell::kGates, S = Cell::kStates;
+  static constexpr int Gu = kInputGates<Cell>, S = Cell::kStates;
   static constexpr int kLanes = lanes<V>();
 
  public:
@@ -430,7 +436,7 @@ class StagedStepper {
     template <class Take>
     void place(const RecurrenceSizes& n, int64_t batch, const Take& take) {
       x = take(batch * n.inputs);
-      u = take(batch * G * Weights::padded(n));
+      u = take(batch * Gu * Weights::padded(n));
       rows.place(batch, Weights::padded(n), take);
     }
   };

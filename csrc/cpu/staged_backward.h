@@ -22,7 +22,8 @@ template <class Cell, class F>
 class StagedBackward {
   using T = typename F::Number;
   using V = Vec<T>;
-  static constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kSaved, N = Cell::kParams;
+  static constexpr int Gu = kInputGates<Cell>, Gv = kRecurrentGates<Cell>;
+  static constexpr int S = Cell::kStates, K = Cell::kSaved, N = Cell::kParams;
   static constexpr int J = Cell::kSites, R = Cell::kRows;
   static constexpr auto kProgram = Cell::kBackward;
   static constexpr int kStages = sizeof(kProgram.stage) / sizeof(kProgram.stage[0]);
@@ -80,7 +81,7 @@ class StagedBackward {
     const Range own = part_of(args_.recurrences, plan_.split_recurrences, me.recurrence);
     const bool pack_now = prepacks() && *args_.prepacked_for != 1;
     for (int64_t p = own.begin; p < own.end && pack_now; ++p)
-      for (int g = 0; g < G; g = run_end(g)) pack(p, g, me.sequence);
+      for (int g = 0; g < Gv; g = run_end(g)) pack(p, g, me.sequence);
     me.publish(1);
     me.wait_for_all(1);
     if (me.index == 0 && pack_now) *args_.prepacked_for = 1;
@@ -103,12 +104,12 @@ class StagedBackward {
   // Gates that multiply the same value and follow each other, up to this one, are one product.
   static constexpr int run_end(int g) {
     int end = g + 1;
-    while (end < G && Cell::kSiteOf[end] == Cell::kSiteOf[g]) ++end;
+    while (end < Gv && Cell::kSiteOf[end] == Cell::kSiteOf[g]) ++end;
     return end;
   }
   // The rows of w_hh from gate g on, whose columns are summed over them.
   T* packed(int64_t p, int g) const {
-    return static_cast<T*>(args_.prepacked) + (p * G + g) * padded_ * args_.hidden;
+    return static_cast<T*>(args_.prepacked) + (p * Gv + g) * padded_ * args_.hidden;
   }
   const T* unpacked(int64_t p, int g) const {
     const int64_t H = args_.hidden;
@@ -149,7 +150,7 @@ class StagedBackward {
       for (int j = 0; j < J; ++j) {
         if (!has(stage.sites, j)) continue;
         bool begin = true;
-        for (int g = 0; g < G; g = run_end(g)) {
+        for (int g = 0; g < Gv; g = run_end(g)) {
           if (Cell::kSiteOf[g] != j) continue;
           T* const to = own.back + j * padded_;
           transposed(p, g, first, count, [&](int64_t r, int64_t unit, V sum) {
@@ -164,7 +165,7 @@ class StagedBackward {
     // The gradient of h through the gates that multiply it; across a cut, that of the state given
     // there.
     Ahead ahead = ahead_of(p, step, sequences);
-    for (int g = 0; g < G; g = run_end(g))
+    for (int g = 0; g < Gv; g = run_end(g))
       if (Cell::kSiteOf[g] < 0)
         transposed(
             p, g, first, count,
@@ -184,7 +185,7 @@ class StagedBackward {
     if (!prepacks()) return ahead;
     ahead = chunk_.before(p, step, sequences, S, args_.storage == Storage::kSame ? sizeof(T) : 2);
     int64_t asks = 0;
-    for (int g = 0; g < G; g = run_end(g))
+    for (int g = 0; g < Gv; g = run_end(g))
       if (Cell::kSiteOf[g] < 0)
         asks += asks_of<F>(sequences.size(), (run_end(g) - g) * args_.hidden, vectors_);
     ahead.spread(asks);
@@ -206,8 +207,9 @@ class StagedBackward {
                                            args_.storage);
         store(own.dnext + (r * S + s) * padded_ + unit, gradient);
       }
-      store(h_prev + unit,
-            chunk_.state_before<V>(args_.recurrence[p], 0, at, unit, n, args_.storage), n);
+      if constexpr (Gv > 0)
+        store(h_prev + unit,
+              chunk_.state_before<V>(args_.recurrence[p], 0, at, unit, n, args_.storage), n);
     }
     if (R > 0) tape_.read_results(args_.tape, at.row, own.results + r * kResults);
   }
@@ -217,10 +219,10 @@ class StagedBackward {
   void transposed(int64_t p, int g, int64_t first, int64_t count, const Each& each,
                   Ahead* ahead = nullptr) const {
     const int64_t H = args_.hidden, depth = (run_end(g) - g) * H;
-    const T* dv = static_cast<const T*>(args_.dv[p]) + (first * G + g) * H;
+    const T* dv = static_cast<const T*>(args_.dv[p]) + (first * Gv + g) * H;
     const Matrix<T> w_hh{prepacks() ? packed(p, g) : unpacked(p, g), depth, H, prepacks()};
     multiply_columns<F>(
-        dv, G * H, count, w_hh, 0, vectors_,
+        dv, Gv * H, count, w_hh, 0, vectors_,
         [&](int64_t r, int64_t vector, const V* sum) { each(r, vector * kLanes, *sum); }, ahead);
   }
 
@@ -251,11 +253,12 @@ class StagedBackward {
     constexpr Stage stage = kProgram.stage[k];
     const Recurrence& recurrence = args_.recurrence[p];
     const int64_t H = args_.hidden;
-    T* const du = static_cast<T*>(args_.du[p]) + at.out * G * H + unit;
-    T* const dv = static_cast<T*>(args_.dv[p]) + at.out * G * H + unit;
+    T* const du = static_cast<T*>(args_.du[p]) + at.out * Gu * H + unit;
+    T* const dv = static_cast<T*>(args_.dv[p]) + at.out * Gv * H + unit;
     V saved[K + 1], before[S], next[S], dnext[S], given[kGiven<Cell> + 1], x[kTemporaries + 1];
     V back[J + 1];
-    V gates_u[G], gates_v[G], dbefore[S], dlearned[N + 1], operand[J + 1], out[kTemporaries + 1];
+    V gates_u[Gu], gates_v[Gv + 1], dbefore[S], dlearned[N + 1], operand[J + 1],
+        out[kTemporaries + 1];
     V part[kResults + 1];
 #pragma GCC unroll 64
     for (int j = 0; j < K; ++j)
@@ -279,11 +282,11 @@ class StagedBackward {
     Cell::backward(Number<k>{}, saved, before, given, next, dnext, x, back, row, gates_u, gates_v,
                    dbefore, dlearned, operand, out, part);
 #pragma GCC unroll 64
-    for (int g = 0; g < G; ++g) {
+    for (int g = 0; g < Gv; ++g)
       if (has(stage.dv, g)) store(dv + g * H, gates_v[g], n);
-      if constexpr (!all_summed<Cell>())
-        if (has(stage.du, g)) store(du + g * H, gates_u[g], n);
-    }
+#pragma GCC unroll 64
+    for (int g = 0; g < Gu && !all_summed<Cell>(); ++g)
+      if (has(stage.du, g)) store(du + g * H, gates_u[g], n);
 #pragma GCC unroll 64
     for (int s = 0; s < S; ++s) {
       if (!has(stage.states, s)) continue;

@@ -20,13 +20,13 @@ class StagedForward {
   using V = Vec<T>;
   using Weights = StagedWeights<Cell, F>;
   using Step = StagedStep<Cell, F>;
-  static constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kSaved;
+  static constexpr int Gu = kInputGates<Cell>, S = Cell::kStates, K = Cell::kSaved;
   static constexpr int kLanes = lanes<V>();
 
   // Memory of one thread.
   struct Scratch {
     T* x;      // [rows of a chunk][I]
-    T* u;      // [rows of a chunk][G][padded H]
+    T* u;      // [rows of a chunk][Gu][padded H]
     T* state;  // [B][S][padded H]
     typename Step::Rows rows;
   };
@@ -59,7 +59,7 @@ class StagedForward {
     for (int32_t i = 0; i < plan_.threads(); ++i) {
       Scratch own;
       own.x = take(chunk_rows() * args_.inputs);
-      own.u = take(chunk_rows() * G * padded_);
+      own.u = take(chunk_rows() * Gu * padded_);
       own.state = take(args_.rows.batch * S * padded_);
       own.rows.place(args_.rows.batch, padded_, take);
       own.rows.drawn.place(args_.rows.batch, padded_, take);
@@ -143,7 +143,7 @@ class StagedForward {
         const int64_t live = last_live(rows.time(at, reverse), sequences) - sequences.begin;
         if (live <= 0) continue;
         one_step(step, p, at, sequences.begin, live, u, own);
-        u += live * G * padded_;
+        u += live * Gu * padded_;
       }
     }
   }

@@ -22,9 +22,12 @@ class Step {
   using Word = typename F::Word;
   using Weights = Prepacked<Cell, F>;
   using V = Vec<T>;
-  static constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kSaved, N = Cell::kParams;
-  static constexpr int kLanes = Weights::kLanes, kUnits = Weights::kUnits, kWidth = Weights::kWidth;
-  static constexpr int kVectors = Weights::kVectors;
+  using Inputs = typename Weights::Inputs;
+  using Recurrent = typename Weights::Recurrent;
+  static constexpr int S = Cell::kStates, K = Cell::kSaved, N = Cell::kParams;
+  static constexpr int kLanes = Weights::kLanes, kUnits = Weights::kUnits;
+  static constexpr int kVectors =
+      Inputs::kVectors > Recurrent::kVectors ? Inputs::kVectors : Recurrent::kVectors;
   static constexpr int kRows = tile_rows(kVectors * F::kSums);
 
  public:
@@ -74,7 +77,8 @@ class Step {
                   return load_as<V>(args_.x, i * args_.x_row + k, n, args_.x_storage);
                 });
     }
-    const Source h = states(args_.h, args_.sizes.recurrent);
+    Source h{};
+    if constexpr (Recurrent::G > 0) h = states(args_.h, args_.sizes.recurrent);
     for (int64_t q = 0; q < panels.size(); ++q) {
       const int64_t panel = args_.descending ? panels.end - 1 - q : panels.begin + q;
       for_each_tile<kRows>(
@@ -109,25 +113,37 @@ class Step {
 
   template <int kTile>
   void tile(int64_t panel, int64_t first, const Source& x, const Source& h) const {
-    V u[kTile][kVectors], v[kTile][kVectors];
+    V u[kTile][Inputs::kVectors], v[kTile][Recurrent::kVectors + 1];
+    const T* const bias_u = w_.bias_u + panel * Inputs::kWidth;
     for (int r = 0; r < kTile; ++r)
-      for (int j = 0; j < kVectors; ++j) u[r][j] = load<V>(w_.bias_u + panel * kWidth + j * kLanes);
-    add_product<kTile>(u, w_.w_ih, w_.ih, panel, args_.sizes.inputs, x, first, x_scale_);
-    for (int r = 0; r < kTile; ++r)
-      for (int j = 0; j < kVectors; ++j)
-        v[r][j] = Cell::kSummed[j % G] ? u[r][j] : load<V>(w_.bias_v + panel * kWidth + j * kLanes);
-    add_product<kTile>(v, w_.w_hh, w_.hh, panel, args_.sizes.recurrent, h, first, state_scale_);
+      for (int j = 0; j < Inputs::kVectors; ++j) u[r][j] = load<V>(bias_u + j * kLanes);
+    add_product<Inputs>(u, w_.w_ih, w_.ih, panel, args_.sizes.inputs, x, first, x_scale_);
+    if constexpr (Recurrent::G > 0) {
+      constexpr int G = Recurrent::G;
+      V sum[kTile][Recurrent::kVectors];
+      const T* const bias_v = w_.bias_v + panel * Recurrent::kWidth;
+      for (int r = 0; r < kTile; ++r)
+        for (int j = 0; j < Recurrent::kVectors; ++j)
+          sum[r][j] = Cell::kSummed[j % G]
+                          ? u[r][j / G * Inputs::G + GateRows<Cell>::input_of(j % G)]
+                          : load<V>(bias_v + j * kLanes);
+      add_product<Recurrent>(sum, w_.w_hh, w_.hh, panel, args_.sizes.recurrent, h, first,
+                             state_scale_);
+      for (int r = 0; r < kTile; ++r)
+        for (int j = 0; j < Recurrent::kVectors; ++j) v[r][j] = sum[r][j];
+    }
     for (int r = 0; r < kTile; ++r)
       for (int q = 0; q < Weights::kUnitVectors; ++q)
-        units(first + r, panel * kUnits + q * kLanes, &u[r][q * G], &v[r][q * G]);
+        units(first + r, panel * kUnits + q * kLanes, &u[r][q * Inputs::G],
+              &v[r][q * Recurrent::G]);
   }
 
   // to += rows [first, first + kTile) * a panel of weights
-  template <int kTile>
+  template <class Of, int kTile, int kVectors>
   FASTRNN_INLINE void add_product(V (&to)[kTile][kVectors], const Word* weights,
                                   const Columnwise<F>& columns, int64_t panel, int64_t inputs,
                                   const Source& source, int64_t first, const T* row_scale) const {
-    const int64_t depth = words_of<F>(inputs), at = panel * kWidth;
+    const int64_t depth = words_of<F>(inputs), at = panel * Of::kWidth;
     const Word* rows[kTile];
     for (int r = 0; r < kTile; ++r) rows[r] = source.rows + (first + r) * source.stride;
     Sums<F, kTile, kVectors> sums;
@@ -151,8 +167,9 @@ class Step {
     const int live = within<V>(unit, args_.sizes.hidden);
     if (live == 0) return;
     const int64_t at = i * args_.stride + unit;
-    V gates[G], before[S], given[kGiven<Cell> + 1], next[S], saved[K + 1];
-    for (int g = 0; g < G; ++g) gates[g] = Cell::kSummed[g] ? v[g] : u[g];
+    V gates[Inputs::G], before[S], given[kGiven<Cell> + 1], next[S], saved[K + 1];
+    for (int g = 0; g < Inputs::G; ++g)
+      gates[g] = summed_with<Cell>(g) < 0 ? u[g] : v[summed_with<Cell>(g)];
     before[0] = Cell::kProjectable ? splat<V>(0) : load<V>(static_cast<const T*>(args_.h) + at);
     for (int s = 1; s < S; ++s) before[s] = load<V>(static_cast<const T*>(args_.s[s]) + at);
     w_.load_params(Weights::padded(args_.sizes), unit, given);

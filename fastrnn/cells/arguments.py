@@ -11,7 +11,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from fastrnn.cells.declare import Cell
 
-__all__ = ["KINDS", "Gates", "Param", "Params", "Projection"]
+__all__ = ["KINDS", "Gates", "Param", "Params", "Projection", "as_written"]
 
 KINDS = ("unit", "one", "gates")
 
@@ -64,6 +64,8 @@ class _Named:
             setattr(self, name, value)
             return value
         cell = mine.get("_Named__cell")
+        if cell and (lacks := self._lacks(cell, name)):
+            raise AttributeError(lacks)
         raise AttributeError(
             f"cell {cell.name!r} has no {self._kind} {name!r}; its {self._kind}s are: "
             + ", ".join(names)
@@ -71,19 +73,27 @@ class _Named:
             else name
         )
 
+    def _lacks(self, cell: Cell, name: str) -> str:
+        """Why a cell that has something of this name has none here."""
+        return ""
+
 
 class Gates(_Named):
-    """The argument `u` of a cell's function: one tensor per gate, as attributes."""
+    """The argument `u` of a cell's function: one tensor per gate with input rows, as attributes."""
 
     _kind = "gate"
 
     def __init__(self, cell: Cell, values: Sequence[Tensor]) -> None:
-        super().__init__(cell, cell.gates, values)
+        super().__init__(cell, cell.inputs, values)
+
+    def _lacks(self, cell: Cell, name: str) -> str:
+        return _without_rows(cell, name, "u", "input", "inputs")
 
 
 class Projection(Gates):
-    """The argument `v` of a cell's function: one tensor per gate, as attributes. `v(x)` is the same
-    for another value than the state: the recurrent weights times x [..., H], with their bias."""
+    """The argument `v` of a cell's function: one tensor per gate with recurrent rows, as
+    attributes. `v(x)` is the same for another value than the state: the recurrent weights times
+    x [..., H], with their bias."""
 
     def __init__(
         self,
@@ -91,14 +101,34 @@ class Projection(Gates):
         values: Sequence[Tensor],
         apply: Callable[[Tensor], Sequence[Tensor]] | None = None,
     ) -> None:
-        super().__init__(cell, values)
+        _Named.__init__(self, cell, cell.recurrent, values)
         self.__cell, self.__apply = cell, apply
+
+    def _lacks(self, cell: Cell, name: str) -> str:
+        return _without_rows(cell, name, "v", "recurrent", "recurrent")
 
     def __call__(self, x: Tensor) -> Projection:
         cell, apply = self.__cell, self.__apply
         if apply is None:
             raise TypeError(f"cell {cell.name!r} calls v(x), which needs the recurrent weights")
         return Projection(cell, apply(x), apply)
+
+
+def _without_rows(cell: Cell, name: str, argument: str, rows: str, keyword: str) -> str:
+    if name not in cell.gates:
+        return ""
+    declared = as_written(getattr(cell, keyword))
+    return (
+        f"cell {cell.name!r} reads {argument}.{name}, but its gate {name!r} has no {rows} rows: it "
+        f"was declared with {keyword}={declared}; add {name!r} there, or do without "
+        f"{argument}.{name}"
+    )
+
+
+def as_written(names: Sequence[str]) -> str:
+    """Names of gates as they stand in `cell(...)`: letters in a string, longer names in a tuple."""
+    short = all(len(name) == 1 for name in names)
+    return repr("".join(names) if short else tuple(names)).replace("'", '"')
 
 
 class Params(_Named):

@@ -22,7 +22,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -71,6 +71,8 @@ class Cell:
             equal: they compute the same.
         noise: whether the function draws random numbers, as in training; see `noisy`.
         made_by: a function and its arguments, if they make this cell of another one.
+        inputs, recurrent: names of the gates that have rows in `weight_ih` and in `weight_hh`, in
+            the order of `gates`; all of them, if they are not given.
     """
 
     name: str
@@ -81,8 +83,13 @@ class Cell:
     initialize: Callable[..., object] | None = None
     noise: bool = False
     made_by: tuple[Callable[..., Cell], tuple[Any, ...]] | None = None
+    inputs: tuple[str, ...] = cast(Any, None)
+    recurrent: tuple[str, ...] = cast(Any, None)
 
     def __post_init__(self) -> None:
+        for side in ("inputs", "recurrent"):
+            if getattr(self, side) is None:
+                object.__setattr__(self, side, self.gates)
         # A copy, so that nobody who has the dictionary changes the cell.
         object.__setattr__(self, "params", dict(self.params))
 
@@ -93,11 +100,14 @@ class Cell:
 
     def _identity(self) -> tuple[object, ...]:
         # The order of the parameters is that of compiled code; how they begin is not part of it.
-        return self.name, self.gates, self.states, self.function, _kinds(self.params), self.noise
+        rows = self.inputs, self.recurrent
+        kinds = _kinds(self.params)
+        return self.name, self.gates, rows, self.states, self.function, kinds, self.noise
 
     def digested(self) -> tuple[tuple[object, ...], Callable[..., Any]]:
         """What the digest of a function that reads this cell takes of it."""
-        return (self.gates, self.states, _kinds(self.params)), self.function
+        names = self.gates, self.inputs, self.recurrent, self.states, _kinds(self.params)
+        return names, self.function
 
     def __hash__(self) -> int:
         # Every call of a layer looks up its cell; the dataclass would hash all fields each time.
@@ -112,9 +122,10 @@ class Cell:
         apply: Callable[[Tensor], Sequence[Tensor]] | None = None,
         z: Sequence[Tensor] = (),
     ) -> list[Tensor]:
-        """One time step on tensors: one per gate in `u` and `v`, per state in `s`, and per learned
-        parameter in `p`. `apply(x)` gives the recurrent projections of another value than state 0,
-        for cells that call `v(x)`. `z` are the numbers of the draws, for a cell with noise.
+        """One time step on tensors: one per gate with input rows in `u`, per gate with recurrent
+        rows in `v`, per state in `s`, and per learned parameter in `p`. `apply(x)` gives the
+        recurrent projections of another value than state 0, for cells that call `v(x)`. `z` are the
+        numbers of the draws, for a cell with noise.
 
         Raises:
             ValueError: if the function returns another number of states than were declared.
@@ -158,12 +169,12 @@ class Cell:
 
         sizes = [param.size(2, len(self.gates)) for param in self.params.values()]
         rows = [torch.ones(1, 2, device="cpu")] * max(len(self.gates), len(self.states))
-        u, s = rows[: len(self.gates)], rows[: len(self.states)]
+        u, v, s = (rows[: len(names)] for names in (self.inputs, self.recurrent, self.states))
         quiet = self._with_noise(False)
         try:
             # A layer may be made within the context of another device.
             with torch.no_grad(), torch.device("cpu"), drawing(record):
-                quiet.step(u, u, s, [torch.ones(size, device="cpu") for size in sizes], lambda x: u)
+                quiet.step(u, v, s, [torch.ones(size, device="cpu") for size in sizes], lambda x: v)
         except Exception as error:  # such a function cannot be derived, so the reference calls it
             return (), error
         if len(found) > MAX_DRAWS:
@@ -196,7 +207,18 @@ class Cell:
             self.initialize,
             noise,
             self.made_by,
+            self.inputs,
+            self.recurrent,
         )
+
+    @property
+    def has_all_rows(self) -> bool:
+        """Whether every gate has rows in both matrices, as those of torch.nn have."""
+        return len(self.inputs) == len(self.recurrent) == len(self.gates)
+
+    def hidden_size(self, w_ih: Tensor) -> int:
+        """The number of hidden units of a recurrence with these input weights."""
+        return w_ih.size(0) // len(self.inputs)
 
     def param_rows(self) -> dict[str, tuple[str, ...]]:
         """For each parameter, the names of its rows of numbers per unit: its own or, if it has a
@@ -233,7 +255,7 @@ class Cell:
         where = (getattr(self.function, a, None) for a in ("__module__", "__qualname__"))
         digest = digest_of(self.function)
         parts = self.name, self.gates, self.states, digest, *where, self._carrier
-        return _restore, (*parts, _kinds(self.params))
+        return _restore, (*parts, _kinds(self.params), self.inputs, self.recurrent)
 
     @functools.cached_property
     def _carrier(self) -> _Carrier:
@@ -241,6 +263,7 @@ class Cell:
         name = f"{getattr(self.function, '__qualname__', self.name)}._carrier"
         module = getattr(self.function, "__module__", None)
         body = {"function": staticmethod(self.function), "params": dict(self.params)}
+        body |= {"inputs": self.inputs, "recurrent": self.recurrent}
         body |= {"__module__": module, "__qualname__": name}
         if self.initialize is not None:
             body["initialize"] = staticmethod(self.initialize)
@@ -286,6 +309,8 @@ class _Carrier(type):
     # Carriers of older versions have none of these.
     params: Mapping[str, Param] = MappingProxyType({})
     initialize: Callable[..., object] | None = None
+    inputs: tuple[str, ...] | None = None
+    recurrent: tuple[str, ...] | None = None
 
 
 def _reduce_to_none(carrier: _Carrier) -> Any:
@@ -308,6 +333,8 @@ def cell(
     gates: str | Sequence[str] = (),
     states: str | Sequence[str] = (),
     name: str | None = None,
+    inputs: str | Sequence[str] | None = None,
+    recurrent: str | Sequence[str] | None = None,
     params: Mapping[str, str | Param] | None = None,
     initialize: Callable[..., object] | None = None,
 ) -> Callable[[Callable[..., Tensor | tuple[Tensor, ...]]], Cell]:
@@ -323,6 +350,9 @@ def cell(
         states: state names in the same form, at most `cells.MAX_STATES`; the first is recurrent
             and is the output.
         name: registry name; the function's own by default.
+        inputs, recurrent: the gates that have rows in `weight_ih` and in `weight_hh`; all of them
+            by default. The others have no entry in `u` or `v`. A layer has no Parameter without
+            rows: with `recurrent=""` it has neither `weight_hh_l0` nor `bias_hh_l0`.
         params: learned parameters besides the weights of `u` and `v`, at most `cells.MAX_PARAMS`
             numbers per unit: for each name a `Param`, or its kind, "unit", "one" or "gates". The
             function gets them as one more argument, `p`, and a layer has them as Parameters
@@ -332,13 +362,14 @@ def cell(
             torch's uniform values were written. `u.f.weight` [H, I] and `u.f.bias` [H] are the rows
             of a gate `f` in `weight_ih` and `bias_ih`, `v.f.weight` [H, H] and `v.f.bias` [H] those
             in `weight_hh` and `bias_hh`, and `p.a` is a parameter `a`; biases are None in a layer
-            without. The function writes into them, under `no_grad`. With heads, `H` is the width
-            of one.
+            without. A gate has the rows with which it was declared. The function writes into them,
+            under `no_grad`. With heads, `H` is the width of one.
 
     Raises:
         TypeError: if the decorated object or `initialize` is not callable, or if `cell` was not
             called itself.
-        ValueError: if names repeat, are not identifiers or are too many, if the function cannot be
+        ValueError: if names repeat, are not identifiers or are too many, if `inputs` or `recurrent`
+            name no gate, or if a gate is in neither of them, if the function cannot be
             called as `(u, v, *states)` or `(u, v, p, *states)`, or has no name, if `initialize`
             cannot be called, if a parameter is of no known kind or is named like a matrix of a
             layer, or if the name is a built-in cell's. A custom cell of the same name is replaced,
@@ -358,6 +389,11 @@ def cell(
         ... def gru_reset_before(u, v, h):  # Cho et al. 2014, arXiv:1406.1078
         ...     r, z = torch.sigmoid(u.r + v.r), torch.sigmoid(u.z + v.z)
         ...     return (1 - z) * torch.tanh(u.n + v(r * h).n) + z * h
+        >>> @fastrnn.cell(gates="zk", recurrent="k", states="h")
+        ... def star(u, v, h):  # Turkoglu et al. 2019, arXiv:1911.11033
+        ...     return torch.tanh(h + torch.sigmoid(u.k + v.k) * (torch.tanh(u.z) - h))
+        >>> fastrnn.Recurrent(star, 4, 8).weight_hh_l0.shape  # of the gate k alone
+        torch.Size([8, 8])
     """
     if function is not None:
         raise TypeError(
@@ -375,8 +411,21 @@ def cell(
             )
         learned = {n: Param(p) if isinstance(p, str) else p for n, p in (params or {}).items()}
         own = name or _own_name(function)
-        declared = Cell(own, tuple(gates), tuple(states), function, learned, initialize)
+        rows = [gates if some is None else some for some in (inputs, recurrent)]
+        declared = Cell(
+            own,
+            tuple(gates),
+            tuple(states),
+            function,
+            learned,
+            initialize,
+            inputs=tuple(rows[0]),
+            recurrent=tuple(rows[1]),
+        )
         _check(declared)
+        for side in ("inputs", "recurrent"):
+            own_order = tuple(g for g in declared.gates if g in getattr(declared, side))
+            object.__setattr__(declared, side, own_order)
         if declared.name in _built_in:
             raise ValueError(
                 f"{declared.name!r} is a built-in cell; choose another name with cell(name=...)"
@@ -448,6 +497,7 @@ def _check(cell: Cell) -> None:
                 f"cell {cell.name!r} has {len(labels)} {kind}, and the kernels are made for at "
                 f"most {limit}; split it into several cells"
             )
+    _check_rows(cell)
     _check_params(cell)
     signature = inspect.signature(cell.function)
     arguments = ["u", "v", *(["p"] if cell.params else []), *cell.states]
@@ -462,6 +512,28 @@ def _check(cell: Cell) -> None:
         ) from None
     if cell.initialize is not None:
         _check_initialize(cell.name, cell.initialize, arguments[: -len(cell.states)])
+
+
+def _check_rows(cell: Cell) -> None:
+    for side, kind in (("inputs", "weight_ih"), ("recurrent", "weight_hh")):
+        given = getattr(cell, side)
+        unknown = [g for g in given if g not in cell.gates]
+        if unknown or len(set(given)) != len(given):
+            raise ValueError(
+                f"{side} of cell {cell.name!r} names the gates with rows in {kind}, each once; its "
+                f"gates are {', '.join(cell.gates)}, got {', '.join(map(str, given))}"
+            )
+    if not cell.inputs:
+        raise ValueError(
+            f"cell {cell.name!r} has no gate with input rows, so it would not see its input; name "
+            "some in inputs="
+        )
+    neither = [g for g in cell.gates if g not in (*cell.inputs, *cell.recurrent)]
+    if neither:
+        raise ValueError(
+            f"gate {neither[0]!r} of cell {cell.name!r} has neither input rows nor recurrent rows, "
+            "so nothing gives it a value; drop it from gates=, or name it in inputs= or recurrent="
+        )
 
 
 def _check_initialize(
@@ -518,6 +590,8 @@ def _restore(
     qualname: str | None,
     carrier: _Carrier | None = None,
     kinds: tuple[tuple[str, str], ...] = (),
+    inputs: tuple[str, ...] | None = None,
+    recurrent: tuple[str, ...] | None = None,
 ) -> Cell:
     """The saved cell: from its carrier, this process's registry, or the module that declares it."""
     if carrier is not None:
@@ -527,6 +601,11 @@ def _restore(
         if not isinstance(found, Cell):
             return False
         if (found.gates, found.states, _kinds(found.params)) != (gates, states, kinds):
+            return False
+        if (found.inputs, found.recurrent) != (
+            inputs or gates,
+            gates if recurrent is None else recurrent,
+        ):
             return False
         own = digest_of(found.function)
         # Another version of Python compiles the same source to different byte code.
@@ -569,7 +648,9 @@ def _unpacked(
     reference = _carried.get(carrier)
     cell = reference() if reference else None
     if cell is None:
-        cell = Cell(name, gates, states, carrier.function, carrier.params, carrier.initialize)
+        rows: Any = {"inputs": carrier.inputs, "recurrent": carrier.recurrent}
+        function, learned = carrier.function, carrier.params
+        cell = Cell(name, gates, states, function, learned, carrier.initialize, **rows)
         vars(cell)["_carrier"] = _register_carrier(carrier, cell)
         # A cell declared here under that name keeps it: this one may differ.
         _registry.setdefault(name, cell)

@@ -87,9 +87,15 @@ def recurrent_dropout(cell: Cell, p: float, per: str = "sequence") -> Cell:
             arXiv:1512.05287), "step" to draw them anew at every step.
 
     Raises:
-        ValueError: if `p` is no probability, or for another `per`.
+        ValueError: if `p` is no probability, for another `per`, or for a cell without recurrent
+            rows, which multiplies nothing.
     """
     _check("recurrent_dropout", (p,))
+    if p and not cell.recurrent:
+        raise ValueError(
+            f"recurrent_dropout drops what the recurrent weights multiply, and cell {cell.name!r} "
+            "has none; use zoneout, or dropout between layers"
+        )
     if per not in ("step", "sequence"):
         raise ValueError(f"recurrent_dropout draws per='step' or per='sequence', got {per!r}")
     return _recurrent_dropout(cell, float(p), per) if p else cell
@@ -203,4 +209,6 @@ def _made(
         cell.params,
         cell.initialize,
         made_by=(maker, (cell, *how)),
+        inputs=cell.inputs,
+        recurrent=cell.recurrent,
     )

@@ -55,7 +55,7 @@ class Site:
 
 
 class _Products(Sequence[Tensor]):
-    """The products of a value with the blocks of all gates, which notes those that are read."""
+    """The products of a value with all recurrent blocks, which notes those that are read."""
 
     def __init__(self, cut: Cut, values: Sequence[Tensor], operand: Tensor | None) -> None:
         self.cut, self.values, self.operand = cut, values, operand
@@ -110,7 +110,7 @@ class Cut(TorchFunctionMode):
         return _Products(self, self._values, operand.clone())
 
     def product(self, asked: _Products, gate: int) -> Tensor:
-        name = self.cell.gates[gate]
+        name = self.cell.recurrent[gate]
         before = self._operand_of.setdefault(name, asked)
         if before.operand is not asked.operand:
             raise Underivable(

@@ -41,7 +41,7 @@ from fastrnn.compiler.stages import Exchange, Program, schedule
 from fastrnn.compiler.through_cuts import needed, through_cuts
 from fastrnn.compiler.trace import Trace, Underivable, trace
 
-__all__ = ["Derived", "Underivable", "derive"]
+__all__ = ["Derived", "Underivable", "derive", "forward_exchanges"]
 
 _Entry = TypeVar("_Entry")
 
@@ -54,7 +54,9 @@ class Derived:
         name, gates, states, params: the cell's; of the parameters, the names of their rows of
             numbers per unit, one for each gate if the parameter has that many.
         shared: per parameter, whether all units share one number.
-        summed: per gate, whether the cell depends on `u + v` alone.
+        inputs, recurrent: names of the gates with rows in `weight_ih` and in `weight_hh`: those of
+            `u` and of `v`.
+        summed: per recurrent gate, whether the cell depends on `u + v` alone.
         saved: names of the values saved per unit and step for the backward pass: a gate's name for
             its value after the nonlinearity, `v.n` or `u.n` for a raw projection, `a.n` for their
             sum.
@@ -87,6 +89,23 @@ class Derived:
     exchanges: tuple[Exchange, ...] = ()
     programs: tuple[Program, Program] | None = None
     draws: tuple[Draw, ...] = ()
+    inputs: tuple[str, ...] = ()
+    recurrent: tuple[str, ...] = ()
+
+    @property
+    def has_all_rows(self) -> bool:
+        """Whether every gate has rows in both matrices."""
+        return len(self.inputs) == len(self.recurrent) == len(self.gates)
+
+    @property
+    def all_summed(self) -> bool:
+        """Whether `u` and `v` count as their sum alone."""
+        return self.has_all_rows and all(self.summed)
+
+    def input_of(self) -> int:
+        """Four bits for each summed gate of `v`: its place in `u`."""
+        summed = [k for k, both in enumerate(self.summed) if both]
+        return sum(self.inputs.index(self.recurrent[k]) << 4 * k for k in summed)
 
     @property
     def summary(self) -> str:
@@ -127,8 +146,8 @@ class Derived:
     def places(self, after: str = "next", dafter: str = "dnext") -> dict[str, str]:
         """The array element in generated code for each input of the expressions. `after` and
         `dafter` name the arrays of the states after the step and of their gradients."""
-        arrays = {"u": self.gates, "v": self.gates, "a": self.gates, "saved": self.saved}
-        arrays["p"] = self.params
+        arrays = {"u": self.inputs, "v": self.recurrent, "a": self.recurrent}
+        arrays |= {"saved": self.saved, "p": self.params}
         arrays |= dict.fromkeys(("s", "next", "dnext"), self.states)
         named = {"a": "v", "next": after, "dnext": dafter}
         places = {
@@ -148,9 +167,9 @@ class Derived:
         apply: Callable[[Tensor], Sequence[Tensor]] | None = None,
         z: Sequence[Tensor] = (),
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """One step on tensors of one shape, one per gate and state, and on parameters that may be
-        smaller. Returns `(next, saved)`; after the saved values, `saved` has the numbers saved for
-        each row. `apply` and `z` are those of `Cell.step`.
+        """One step on tensors of one shape, one per entry of `u` and `v` and per state, and on
+        parameters that may be smaller. Returns `(next, saved)`; after the saved values, `saved`
+        has the numbers saved for each row. `apply` and `z` are those of `Cell.step`.
 
         State 0 of a projectable cell may have any shape.
         """
@@ -160,12 +179,15 @@ class Derived:
         inputs["count"] = u[0].new_full((), u[0].size(-1))
         inputs |= {f"z.{k}": numbers for k, numbers in enumerate(z)}
 
+        left = dict(zip(self.inputs, u, strict=True))
+        inputs |= _labelled("u", self.inputs, u)
+
         def project(gate: int, right: Tensor) -> None:
-            name = self.gates[gate]
+            name = self.recurrent[gate]
             if self.summed[gate]:
-                inputs[f"a.{name}"] = u[gate] + right
+                inputs[f"a.{name}"] = left[name] + right
             else:
-                inputs.update({f"u.{name}": u[gate], f"v.{name}": right})
+                inputs[f"v.{name}"] = right
 
         for gate, right in enumerate(v):
             project(gate, right)
@@ -174,8 +196,8 @@ class Derived:
             if site.kind == "product":
                 assert apply is not None
                 (operand,) = values
-                for name in site.gates:
-                    project(self.gates.index(name), apply(operand)[self.gates.index(name)])
+                for gate in map(self.recurrent.index, site.gates):
+                    project(gate, apply(operand)[gate])
             else:
                 inputs.update(zip(site.results, reduced(site.kind, values), strict=True))
         out = evaluate(self.step, inputs)
@@ -196,7 +218,7 @@ class Derived:
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
         """Gradients `(du, dv, ds, dp)` of that step, from the gradients `dnext` of its next states.
         Those of parameters have a number for each row and unit. `transposed(k, dv)` is the product
-        of `dv` with the recurrent block of gate k, for a cell with products of its own."""
+        of `dv` with recurrent block k, for a cell with products of its own."""
         inputs = _labelled("s", self.states, s) | _labelled("p", self.params, p)
         inputs |= _labelled("next", self.states, next)
         inputs |= _labelled("dnext", self.states, dnext)
@@ -211,7 +233,7 @@ class Derived:
                 (label,) = exchange.results
                 names = self.sites[int(label.split(".")[1])].gates
                 terms = [
-                    transposed(self.gates.index(name), dv)
+                    transposed(self.recurrent.index(name), dv)
                     for name, dv in zip(names, values, strict=True)
                 ]
                 inputs[label] = torch.stack(terms).sum(0)
@@ -222,8 +244,8 @@ class Derived:
 
     def grouped(self, gradients: Sequence[_Entry]) -> tuple[Sequence[_Entry], ...]:
         """Gradients of `u`, of `v`, of the states and of the parameters, from all in this order."""
-        gates = len(self.gates)
-        ends = gates, 2 * gates, 2 * gates + len(self.states)
+        of_u, of_uv = len(self.inputs), len(self.inputs) + len(self.recurrent)
+        ends = of_u, of_uv, of_uv + len(self.states)
         return tuple(gradients[a:b] for a, b in zip((0, *ends), (*ends, None), strict=True))
 
 
@@ -318,7 +340,7 @@ def _derive_here(cell: Cell) -> Derived:
         saved=tuple(saved),
         projectable=not traced.sites
         and first not in uses([*gradients, *step])
-        and gradients[2 * len(cell.gates)].constant == 0,
+        and gradients[len(cell.inputs) + len(cell.recurrent)].constant == 0,
         step=step,
         gradients=gradients,
         sites=traced.sites,
@@ -326,39 +348,47 @@ def _derive_here(cell: Cell) -> Derived:
         rows=rows,
         exchanges=tuple(exchanges),
         draws=cell.draws if cell.noise else (),
+        inputs=cell.inputs,
+        recurrent=cell.recurrent,
     )
     if not traced.sites:
         return derived
     return replace(derived, programs=_programs(algebra, derived, reads))
 
 
-def _programs(algebra: Algebra, derived: Derived, reads: Sequence[Expr]) -> tuple[Program, Program]:
-    """The stages of a step and of its gradients; `reads` are the operands of the products, in the
-    terms of the backward pass."""
-    forward: list[Exchange] = []
+def forward_exchanges(algebra: Algebra, derived: Derived) -> list[Exchange]:
+    """The exchanges of a step, in order."""
+    exchanges = []
     for site, parts in zip(derived.sites, derived.operands, strict=True):
         results = site.results
         operands = parts
         if site.kind == "product":
-            gates = [derived.gates.index(name) for name in site.gates]
             results = tuple(
-                f"{'a' if derived.summed[k] else 'v'}.{derived.gates[k]}" for k in gates
+                f"{'a' if derived.summed[derived.recurrent.index(name)] else 'v'}.{name}"
+                for name in site.gates
             )
         elif site.kind in ("sum", "amax"):
             op = "add" if site.kind == "sum" else "maximum"
             operands = (functools.reduce(lambda a, b: algebra.make(op, a, b), parts),)
-        forward.append(Exchange(site.kind, results, operands))
+        exchanges.append(Exchange(site.kind, results, operands))
+    return exchanges
+
+
+def _programs(algebra: Algebra, derived: Derived, reads: Sequence[Expr]) -> tuple[Program, Program]:
+    """The stages of a step and of its gradients; `reads` are the operands of the products, in the
+    terms of the backward pass."""
     step = {f"next.{n}": e for n, e in zip(derived.states, derived.step, strict=False)}
     step |= {
         f"saved.{n}": e
         for n, e in zip(derived.saved, derived.step[len(derived.states) :], strict=True)
     }
     du, dv, ds, dp = derived.grouped(derived.gradients)
-    back = {f"du.{n}": e for n, e in zip(derived.gates, du, strict=True)}
-    back |= {f"dv.{n}": e for n, e in zip(derived.gates, dv, strict=True)}
+    back = {f"du.{n}": e for n, e in zip(derived.inputs, du, strict=True)}
+    back |= {f"dv.{n}": e for n, e in zip(derived.recurrent, dv, strict=True)}
     back |= {f"ds.{n}": e for n, e in zip(derived.states, ds, strict=True)}
     back |= {f"dp.{n}": e for n, e in zip(derived.params, dp, strict=True)}
     back |= {f"operand.{k}": e for k, e in enumerate(reads)}
+    forward = forward_exchanges(algebra, derived)
     programs = schedule(algebra, step, forward), schedule(algebra, back, derived.exchanges)
     reduced_to = len(derived.rows)
     reduced_to += sum(len(x.results) for x in (*forward, *derived.exchanges))
@@ -378,10 +408,11 @@ def _programs(algebra: Algebra, derived: Derived, reads: Sequence[Expr]) -> tupl
 def _sum_gates(algebra: Algebra, cell: Cell, whole: Trace) -> tuple[tuple[bool, ...], Trace]:
     """Replace `v` by the sum `a`, and `u` by 0, for each gate where that leaves the cell the
     same."""
-    gates = len(cell.gates)
-    summed = [whole.gradients[k] is whole.gradients[gates + k] for k in range(gates)]
+    du, dv = whole.gradients[: len(cell.inputs)], whole.gradients[len(cell.inputs) :]
+    of_u = dict(zip(cell.inputs, du, strict=True))
+    summed = [of_u.get(name) is dv[k] for k, name in enumerate(cell.recurrent)]
     traced = whole.roots()
-    for k, name in enumerate(cell.gates):
+    for k, name in enumerate(cell.recurrent):
         if not summed[k]:
             continue
         u, v, a = (algebra.input(f"{side}.{name}") for side in "uva")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from fastrnn.cells.arguments import as_written
 from fastrnn.compiler.cut import Site
 from fastrnn.compiler.derive import Derived
-from fastrnn.compiler.expression import TRANSCENDENTAL, Expr, ordered, write
+from fastrnn.compiler.expression import TRANSCENDENTAL, Expr, ordered, uses, write
 from fastrnn.compiler.stages import Exchange
 
 __all__ = ["describe"]
@@ -19,13 +20,14 @@ def describe(derived: Derived) -> str:
     A prime marks a state after the step, `dx` is the gradient of `x`, and `a` is `u + v`.
     """
     equations = _staged(derived) if derived.programs else _pointwise(derived)
-    sums = [name for name, summed in zip(derived.gates, derived.summed, strict=True) if summed]
+    sums = [name for name, summed in zip(derived.recurrent, derived.summed, strict=True) if summed]
     bytes = 4 * len(derived.saved)
     rows = f", and {4 * len(derived.rows)} bytes per row" if derived.rows else ""
     return "\n".join(
         [
             f"cell {derived.name}",
             f"  gates   {' '.join(derived.gates)}",
+            *_rows(derived),
             f"  states  {' '.join(derived.states)}",
             *([f"  params  {_params(derived)}"] if derived.params else []),
             *([f"  draws   {_draws(derived)}"] if derived.draws else []),
@@ -43,8 +45,18 @@ def _pointwise(derived: Derived) -> list[str]:
     forward = dict(zip(after, derived.step[:states], strict=True))
     backward: dict[str, Expr] = {}
     du, dv, ds, dp = derived.grouped(derived.gradients)
-    for name, summed, left, right in zip(derived.gates, derived.summed, du, dv, strict=True):
-        backward |= {f"da.{name}": left} if summed else {f"du.{name}": left, f"dv.{name}": right}
+    left, right = (
+        dict(zip(derived.inputs, du, strict=True)),
+        dict(zip(derived.recurrent, dv, strict=True)),
+    )
+    summed = [name for name, both in zip(derived.recurrent, derived.summed, strict=True) if both]
+    for name in derived.gates:
+        if name in summed:
+            backward[f"da.{name}"] = left[name]
+            continue
+        for side, gradients in (("u", left), ("v", right)):
+            if name in gradients:
+                backward[f"d{side}.{name}"] = gradients[name]
     backward |= {f"d{name}": expr for name, expr in zip(derived.states, ds, strict=True)}
     backward |= {f"dp.{name}": expr for name, expr in zip(derived.params, dp, strict=True)}
     # A saved gate may be called like a state.
@@ -98,7 +110,8 @@ def _exchange(derived: Derived, exchange: Site | Exchange, sources: Sequence[str
 
 def _target(label: str, derived: Derived) -> str:
     kind, _, name = label.partition(".")
-    if kind in ("du", "dv") and derived.summed[derived.gates.index(name)]:
+    both = derived.recurrent.index(name) if name in derived.recurrent else None
+    if kind in ("du", "dv") and both is not None and derived.summed[both]:
         return f"da.{name}"
     shown = {"next": f"{name}'", "ds": f"d{name}", "part": name}
     return shown.get(kind, label)
@@ -127,6 +140,32 @@ def _equations(
     rows += [row for row in zip(targets, texts, strict=True) if row[0] not in written]
     pad = max(len(name) for name, _ in rows)
     return [f"  {name:<{pad}} = {text}" for name, text in rows]
+
+
+def _rows(derived: Derived) -> list[str]:
+    """Lines with the gates of either matrix, or with rows that nothing reads, if there are any."""
+    if not derived.has_all_rows:
+        return [
+            f"  inputs  {' '.join(derived.inputs)}: rows of weight_ih",
+            f"  recurs  {' '.join(derived.recurrent) or 'none'}: rows of weight_hh",
+        ]
+    operands = [part for parts in derived.operands for part in parts]
+    read = uses([*derived.step, *derived.gradients, *operands])
+    unread = [
+        (side, name)
+        for side in "uv"
+        for name in derived.gates
+        if read.isdisjoint((f"{side}.{name}", f"a.{name}"))
+    ]
+    if not unread:
+        return []
+    names = " ".join(f"{side}.{name}" for side, name in unread)
+    said = [
+        f"{keyword}={as_written([g for g in derived.gates if (side, g) not in unread])}"
+        for side, keyword in (("u", "inputs"), ("v", "recurrent"))
+        if any(side == other for other, _ in unread)
+    ]
+    return [f"  unread  {names}: {' and '.join(said)} would leave out these rows"]
 
 
 def _params(derived: Derived) -> str:

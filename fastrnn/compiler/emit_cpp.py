@@ -30,6 +30,7 @@ def struct(derived: Derived, name: str | None = None) -> str:
     name = name or derived.name
     gates, states, saved = len(derived.gates), len(derived.states), len(derived.saved)
     shared = sum(shared << k for k, shared in enumerate(derived.shared))
+    entries = "kGates" if derived.has_all_rows else ""
     functions = emit_stages.members(derived) if derived.programs else _pointwise(derived)
     return f"""\
 // {derived.summary}
@@ -38,8 +39,8 @@ struct {struct_name(name)} {{
   static constexpr int kGates = {gates}, kStates = {states}, kSaved = {saved};
   static constexpr int kParams = {len(derived.params)};
   static constexpr unsigned kSharedParams = {shared};  // bit k: parameter k is one for all units
-{_gate_params(derived)}{_draws(derived)}\
-  static constexpr bool kSummed[kGates] = {_bools(derived.summed)};
+{_gate_params(derived)}{_draws(derived)}{_rows(derived)}\
+  static constexpr bool kSummed[{entries}] = {_bools(derived.summed or (False,))};
   // Whether state 0 comes in through v alone.
   static constexpr bool kProjectable = {"true" if derived.projectable else "false"};
   // For a summed gate v[g] is the sum of both projections, u[g] is not read, du[g] equals dv[g].
@@ -57,6 +58,18 @@ def _gate_params(derived: Derived) -> str:
     bits = derived.gate_params()
     return f"  static constexpr unsigned kGateParams = {bits};  // bit k: G rows from k\n" * bool(
         bits
+    )
+
+
+def _rows(derived: Derived) -> str:
+    if derived.has_all_rows:
+        return ""
+    inputs, recurrent = derived.inputs, derived.recurrent
+    places = [inputs.index(name) if name in inputs else -1 for name in recurrent]
+    return (
+        f"  static constexpr int kInputGates = {len(inputs)}, kRecurrentGates = {len(recurrent)};\n"
+        f"  static constexpr int kInputOf[] = {{{', '.join(map(str, places or [-1]))}}};  "
+        "// for each of v its place in u\n"
     )
 
 

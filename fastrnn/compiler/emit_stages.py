@@ -16,9 +16,11 @@ def members(derived: Derived) -> str:
     """The members of a cell whose step has stages (csrc/core/stages.h)."""
     products = sum(site.kind == "product" for site in derived.sites)
     forward, backward = (Layout(derived, forward=forward) for forward in (True, False))
+    entries = "kGates" if derived.has_all_rows else ""
+    sites = _ints(site_of(derived) or [-1])
     return f"""\
   static constexpr int kSites = {products}, kRows = {len(derived.rows)};
-  static constexpr int kSiteOf[kGates] = {_ints(site_of(derived))};  // -1: multiplies state 0
+  static constexpr int kSiteOf[{entries}] = {sites};  // -1: multiplies state 0
   static constexpr int kOperand[] = {_ints(forward.operands or [0])};  // temporaries
 {_program(forward)}
 {_program(backward)}"""

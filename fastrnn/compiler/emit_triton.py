@@ -99,7 +99,7 @@ def _stages(derived: Derived, layout: Layout) -> str:
         sizes = {"next": len(derived.states), "saved": len(derived.saved)}
     else:
         name, inputs = "backward", "saved, s, p, after, dafter, x, back, results, count, out"
-        sizes = dict.fromkeys(("du", "dv"), len(derived.gates))
+        sizes = {"du": len(derived.inputs), "dv": len(derived.recurrent)}
         sizes |= {"ds": len(derived.states), "dp": len(derived.params)}
         sizes["operand"] = sum(site.kind == "product" for site in derived.sites)
     elements = [f"{array}[{k}]" for array, size in sizes.items() for k in range(size)]

@@ -15,12 +15,12 @@ __all__ = ["Layout", "Moments", "Shape", "Written", "shape", "site_of", "values"
 
 
 def site_of(derived: Derived) -> list[int]:
-    """For each gate, the number of the product of its recurrent block among those of other values
-    than state 0; -1 for a gate whose block multiplies state 0."""
+    """For each gate with recurrent rows, the number of their product among those of other values
+    than state 0; -1 for a gate whose rows multiply state 0."""
     products = [site for site in derived.sites if site.kind == "product"]
     return [
         next((j for j, site in enumerate(products) if name in site.gates), -1)
-        for name in derived.gates
+        for name in derived.recurrent
     ]
 
 
@@ -52,8 +52,8 @@ class Moments(NamedTuple):
     Attributes:
         stage: the stage before which they are complete.
         result: the number of the mean; that of the deviations is the next.
-        sources: of each value, the number of a temporary, or -1 - g for v[g], or -1 - G - g for
-            u[g].
+        sources: of each value, the number of a temporary, or -1 - g for v[g], or, with GV gates in
+            v, -1 - GV - g for u[g].
     """
 
     stage: int
@@ -169,8 +169,8 @@ class Layout:
         }
         for kind, owners in (
             ("ds", derived.states),
-            ("du", derived.gates),
-            ("dv", derived.gates),
+            ("du", derived.inputs),
+            ("dv", derived.recurrent),
             ("dp", derived.params),
         ):
             places |= {f"{kind}.{name}": f"{kind}[{k}]" for k, name in enumerate(owners)}
@@ -214,8 +214,8 @@ class Layout:
         if label.startswith("temp."):
             return _number_of(label)
         array, name = label.split(".", 1)
-        gates = self.derived.gates
-        return ~(gates.index(name) + (len(gates) if array == "u" else 0))
+        inputs, recurrent = self.derived.inputs, self.derived.recurrent
+        return ~(len(recurrent) + inputs.index(name) if array == "u" else recurrent.index(name))
 
 
 def _number_of(label: str) -> int:

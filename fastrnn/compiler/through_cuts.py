@@ -33,7 +33,7 @@ def through_cuts(
     known: dict[Expr, Expr] = {}
     exchanges: list[Exchange] = []
     own = dict(traced.results)
-    gates = len(cell.gates)
+    first = len(cell.inputs)
 
     def gradient(expr: Expr) -> Expr:
         return algebra.rebuild([expr], known)[0]
@@ -48,8 +48,8 @@ def through_cuts(
     for site, parts in reversed(list(zip(traced.sites, traced.operands, strict=True))):
         k = site.number
         if site.kind == "product":
-            places = [cell.gates.index(name) for name in site.gates]
-            dv = tuple(gradient(traced.gradients[gates + place]) for place in places)
+            places = [cell.recurrent.index(name) for name in site.gates]
+            dv = tuple(gradient(traced.gradients[first + place]) for place in places)
             reaches = any(each.constant != 0 for each in dv)
             back = [algebra.input(f"back.{k}") if reaches else const(0)]
             if reaches:

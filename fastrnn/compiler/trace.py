@@ -19,8 +19,9 @@ from torch._decomp import core_aten_decompositions, get_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastrnn.cells import Cell
+from fastrnn.cells.arguments import as_written
 from fastrnn.compiler.cut import Cut, Site, Underivable
-from fastrnn.compiler.expression import MASKS, Algebra, Expr
+from fastrnn.compiler.expression import MASKS, Algebra, Expr, uses
 from fastrnn.compiler.rules import ALIASES, FUNCTIONS, SIDE_BY_SIDE, TENSORS, parts_of
 
 __all__ = ["Trace", "Underivable", "trace"]
@@ -73,8 +74,10 @@ def trace(algebra: Algebra, cell: Cell) -> Trace:
     Raises:
         Underivable: if the function is not a formula of its arguments in terms of pointwise
             functions, reductions over the units and products.
+        ValueError: if the cell declares rows of a gate that the function does not read.
     """
     traced = _read(algebra, cell, (3,))
+    _check_rows(cell, traced)
     if traced != _read(algebra, cell, (2, 5)):
         raise Underivable(
             f"cell {cell.name!r} depends on the shape of its tensors, or is another formula each "
@@ -83,8 +86,26 @@ def trace(algebra: Algebra, cell: Cell) -> Trace:
     return traced
 
 
+def _check_rows(cell: Cell, traced: Trace) -> None:
+    """Refuse rows that nothing reads. A cell that says nothing about rows has torch's layout."""
+    if cell.has_all_rows:
+        return
+    read = uses(traced.roots())
+    for side, keyword, matrix in (("u", "inputs", "weight_ih"), ("v", "recurrent", "weight_hh")):
+        names = getattr(cell, keyword)
+        unread = [name for name in names if f"{side}.{name}" not in read]
+        if unread:
+            rest = as_written([name for name in names if name not in unread])
+            raise ValueError(
+                f"cell {cell.name!r} declares {keyword}={as_written(names)}, but its result does "
+                f"not depend on {side}.{unread[0]}, so those rows of {matrix} would be learned and "
+                f"multiplied for nothing; write {keyword}={rest}, or read {side}.{unread[0]}"
+            )
+
+
 def _read(algebra: Algebra, cell: Cell, shape: tuple[int, ...]) -> Trace:
     gates, states = len(cell.gates), len(cell.states)
+    of_u, of_uv = len(cell.inputs), len(cell.inputs) + len(cell.recurrent)
     *outer, width = shape
 
     def zeros(*size: int) -> Tensor:
@@ -92,10 +113,10 @@ def _read(algebra: Algebra, cell: Cell, shape: tuple[int, ...]) -> Trace:
 
     # Parameters have a number for each row, too: so their gradients are pointwise.
     sizes = {"unit": width, "one": 1, "gates": gates * width}
-    inputs = [zeros(*shape) for _ in range(2 * gates + states)]
+    inputs = [zeros(*shape) for _ in range(of_uv + states)]
     inputs += [zeros(*outer, sizes[param.kind]) for param in cell.params.values()]
     own = len(inputs)
-    ends = (gates, 2 * gates, 2 * gates + states)
+    ends = (of_u, of_uv, of_uv + states)
     count = zeros() + width
     numbers = [zeros(*shape) for _ in cell.draws] if cell.noise else []
     last = -1 - len(numbers)
@@ -140,7 +161,8 @@ def _read(algebra: Algebra, cell: Cell, shape: tuple[int, ...]) -> Trace:
             what = "it writes into one of its arguments; give the result a name of its own"
         raise Underivable(f"no code can be derived for cell {cell.name!r}: {what}") from error
     labels: list[tuple[str, ...]] = []
-    labels += [(f"{side}.{name}",) for side in "uv" for name in cell.gates]
+    labels += [(f"u.{name}",) for name in cell.inputs]
+    labels += [(f"v.{name}",) for name in cell.recurrent]
     labels += [(f"s.{name}",) for name in cell.states]
     labels += [tuple(f"p.{row}" for row in rows) for rows in cell.param_rows().values()]
     labels += [(label,) for label in results]

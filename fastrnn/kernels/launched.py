@@ -120,7 +120,13 @@ def _shape(key: str, operands: Operands, flags: tuple[bool, bool]) -> Planned:
     x, w_hh, sizes = operands.x, operands.w_hh, operands.batch_sizes
     packed = None if sizes is None else (sizes.numel(), operands.s0[0].size(-2))
     kind = key, x.shape, x.dtype, x.device, flags, packed, operands.reverse
-    weights = len(w_hh), w_hh[0].shape, bool(operands.w_hr), bool(operands.reset_states)
+    weights = (
+        len(w_hh),
+        operands.w_ih[0].shape,
+        w_hh[0].shape,
+        bool(operands.w_hr),
+        bool(operands.reset_states),
+    )
     tf32 = x.dtype == torch.float32 and tf32_allowed()
     name = kind, weights, tf32, _C.plans_forgotten()
     found = _shapes.get(name)
@@ -143,8 +149,10 @@ def _planned(key: str, operands: Operands, tape: bool, backward: bool) -> Planne
         steps=steps,
         batch=batch,
         inputs=x.size(-1),
-        hidden=operands.w_hh[0].size(0) // len(cell.gates),
+        hidden=cell.hidden_size(operands.w_ih[0]),
         gates=len(cell.gates),
+        input_gates=len(cell.inputs),
+        recurrent_gates=len(cell.recurrent),
         states=len(cell.states),
         recurrences=len(operands.w_hh),
         rows=rows,

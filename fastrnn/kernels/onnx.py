@@ -19,7 +19,7 @@ from fastrnn.cells import Cell
 from fastrnn.kernels import reference
 from fastrnn.kernels.operands import Operands
 
-__all__ = ["is_recording", "scan"]
+__all__ = ["Padding", "is_recording", "padding", "scan"]
 
 
 class _Node(NamedTuple):
@@ -52,11 +52,71 @@ def is_recording() -> bool:
     return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
+class Padding(NamedTuple):
+    """How packed rows lie in padded ones.
+
+    Attributes:
+        lengths: [B], in the order of the packed rows.
+        rows: [T, B], the row of each sequence at each step; any row past its end.
+        places: [R], the place of each row in the [T*B] padded ones.
+    """
+
+    lengths: Tensor
+    rows: Tensor
+    places: Tensor
+
+    def pad(self, data: Tensor) -> Tensor:
+        """[T, B, *] from packed rows [R, *], with any rows past the ends."""
+        return data[self.rows]
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """The packed rows [R, *] of [T, B, *]."""
+        return padded.flatten(0, 1)[self.places]
+
+
+def padding(
+    data: Tensor, batch_sizes: Tensor, order: Tensor | None, state: Tensor | None = None
+) -> Padding:
+    """The padding of a `PackedSequence` that a recorded program takes as its input. `order` [B] or
+    a state [L, B, *] gives the number of sequences; else it is read from `batch_sizes`.
+
+    Raises:
+        NotImplementedError: if the program packs the sequences itself.
+    """
+    # torch's packing has no translation to ONNX, and in torch.export its results have wrong shapes
+    # and dtypes.
+    if batch_sizes.is_floating_point():
+        raise NotImplementedError(
+            "torch.onnx.export translates no pack_padded_sequence; give the layer the padded input "
+            "and lengths= instead, and leave out pad_packed_sequence"
+        )
+    batch: Any
+    if order is not None:
+        batch = order.size(0)
+    elif state is not None:
+        batch = state.size(1)
+    else:
+        batch = batch_sizes[0].item()  # int() would ask for its value
+        torch._check(batch > 0)
+    batch_sizes = batch_sizes.to(data.device)
+    ends = batch_sizes.cumsum(0)
+    sequence = torch.arange(batch, device=data.device)
+    rows = (ends - batch_sizes).unsqueeze(-1) + sequence
+    row = torch.arange(data.size(0), device=data.device)
+    step = (ends.unsqueeze(-1) <= row).sum(0)
+    return Padding(
+        lengths=(batch_sizes.unsqueeze(-1) > sequence).sum(0),
+        rows=rows.clamp(max=data.size(0) - 1),
+        places=step * batch + row - (ends - batch_sizes)[step],
+    )
+
+
 def scan(cell: Cell, operands: Operands, steps: bool) -> tuple[Tensor, list[Tensor], Tensor | None]:
     """The results of `ops.run`, recorded as nodes of ONNX.
 
     Raises:
-        NotImplementedError: for packed input, and for cells that draw random numbers.
+        NotImplementedError: for packed input, which layers pad, and for cells that draw random
+            numbers.
     """
     if operands.batch_sizes is not None:
         raise NotImplementedError(
@@ -147,7 +207,7 @@ def _as_scan(cell: Cell, operands: Operands, p: int) -> tuple[list[Tensor], list
     states, of recurrence `p`."""
     x, w_hh = operands.x, operands.w_hh[p]
     b_ih = operands.b_ih[p] if operands.b_ih else None
-    hidden, recurrent = w_hh.size(0) // len(cell.gates), w_hh.size(1)
+    hidden, recurrent = cell.hidden_size(operands.w_ih[p]), w_hh.size(1)
     backward = bool(operands.reverse >> p & 1)
     widths = [recurrent] + [hidden] * (len(cell.states) - 1)
     if operands.s0:
@@ -161,15 +221,16 @@ def _as_scan(cell: Cell, operands: Operands, p: int) -> tuple[list[Tensor], list
         over = [each.flip(0) for each in over]
 
     # A body reads nothing from outside, so the weights of a step are arguments as well.
-    weights = [w_hh, *(group[p] for group in (operands.b_hh, operands.w_hr) if group)]
+    recurs = operands.w_hh if cell.recurrent else (), operands.b_hh if cell.recurrent else ()
+    weights = [group[p] for group in (*recurs, operands.w_hr) if group]
     # Copies, because what a body is given may share no memory.
     weights += [*(s[p].clone() for s in operands.reset_states), *operands.params_of(p)]
-    given = bool(operands.b_hh), bool(operands.w_hr), len(operands.reset_states)
-    counts = len(s0), len(over), 1, *given
+    given = *(bool(group) for group in (*recurs, operands.w_hr)), len(operands.reset_states)
+    counts = len(s0), len(over), *given
     ends = list(itertools.accumulate(counts))
 
     def step(*every: Tensor) -> list[Tensor]:
-        states, at, (w_hh,), b_hh, w_hr, begins, params = (
+        states, at, w_hh, b_hh, w_hr, begins, params = (
             every[a:b] for a, b in zip([0, *ends], [*ends, None], strict=True)
         )
         before = states
@@ -179,7 +240,9 @@ def _as_scan(cell: Cell, operands: Operands, p: int) -> tuple[list[Tensor], list
             before = tuple(torch.where(at[-1], begin, s) for begin, s in pairs)
 
         def apply(h: Tensor) -> Sequence[Tensor]:
-            return F.linear(h, w_hh, b_hh[0] if b_hh else None).split(hidden, -1)
+            if not w_hh:
+                return ()
+            return F.linear(h, w_hh[0], b_hh[0] if b_hh else None).split(hidden, -1)
 
         u, v = at[0].split(hidden, -1), apply(before[0])
         after = _next(cell, u, v, before, params, apply)

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from fastrnn.cells import Cell
+
 __all__ = ["Needs", "Operands", "Weights", "heads_of", "named", "side_by_side"]
 
 _L = Sequence[Tensor]
@@ -20,8 +22,9 @@ class Operands(NamedTuple):
         x: input, [T, B, I] dense, [R, I] packed (with `batch_sizes`), or [B, I] for one step of
             one recurrence, whose states then are [B, *].
         w_ih, w_hh: `P` weights each, [G*H, I] and [G*H, Q]; `Q` is the projection size if there
-            is one, else `H`.
-        b_ih, b_hh: `P` biases each, [G*H], or none.
+            is one, else `H`. `G` counts the gates that have rows in the matrix; without any, it is
+            [0, Q].
+        b_ih, b_hh: `P` biases each, with a number for each row of `w_ih` or of `w_hh`, or none.
         w_hr: `P` projections of state 0, [Q, H], or none.
         params: learned parameters, [H] or [1], in the cell's order; all of recurrence 0, then all
             of recurrence 1 and so on.
@@ -87,7 +90,8 @@ class Needs(NamedTuple):
 
 class Weights(NamedTuple):
     """The weights of one recurrence; None for a weight that it lacks. `params` are the cell's
-    learned parameters."""
+    learned parameters. If the cell has no recurrent rows, `w_hh` is empty, [0, H], and so is
+    `b_hh` if there is `b_ih`."""
 
     w_ih: Tensor
     w_hh: Tensor
@@ -106,13 +110,20 @@ class Weights(NamedTuple):
         return [weight for weight in self.flat() if weight is not None]
 
 
-def named(weights: Weights | Sequence[Tensor], params: int = 0) -> Weights:
+def named(cell: Cell, weights: Weights | Sequence[Tensor], heads: int = 1) -> Weights:
     """The weights of one recurrence from its list in `all_weights` of torch's layers, which leaves
-    missing weights out; the last `params` are the cell's parameters."""
+    missing weights out; the cell's parameters come last. With `heads`, all weights have a first
+    dimension for them."""
     if type(weights) is Weights:
         return weights
     given: list[Any] = list(weights)
-    count = len(given) - params
+    count = len(given) - len(cell.params)
+    if not cell.recurrent:  # neither w_hh nor b_hh
+        w_ih, *biases = given[:count]
+        over = w_ih.shape[: int(heads > 1)]
+        w_hh = w_ih.new_empty(*over, 0, w_ih.size(len(over)) // len(cell.inputs))
+        b_ih, b_hh = (biases[0], biases[0].new_empty(*over, 0)) if biases else (None, None)
+        return Weights(w_ih, w_hh, b_ih, b_hh, None, tuple(given[count:]))
     w_ih, w_hh, *others = given[:count]
     # A projection comes last, after both biases or none.
     w_hr = others.pop() if count % 2 else None

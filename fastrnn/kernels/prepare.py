@@ -45,14 +45,15 @@ def prepare(cell: Cell, kind: str = "cpu", dtype: torch.dtype = torch.float32) -
     if torch.compiler.is_compiling():
         # The compiler of torch 2.11 does not accept a whole cell as a constant, but its parts.
         names, kinds = tuple(cell.params), tuple(p.kind for p in cell.params.values())
-        parts = cell.name, cell.gates, cell.states, cell.function, names, kinds, cell.noise
+        gates = cell.gates, cell.inputs, cell.recurrent
+        parts = cell.name, gates, cell.states, cell.function, names, kinds, cell.noise
         return _prepared_once(*parts, kind, dtype)
     return prepared_now(cell, kind, dtype)
 
 
 def _prepared_once(
     name: str,
-    gates: tuple[str, ...],
+    gates: tuple[tuple[str, ...], ...],
     states: tuple[str, ...],
     function: Callable[..., Any],
     params: tuple[str, ...],
@@ -62,7 +63,9 @@ def _prepared_once(
     dtype: torch.dtype,
 ) -> str | None:
     learned = {n: Param(param) for n, param in zip(params, kinds, strict=True)}
-    cell = Cell(name, gates, states, function, learned, noise=noise)
+    every, inputs, recurrent = gates
+    rows: Any = {"inputs": inputs, "recurrent": recurrent}
+    cell = Cell(name, every, states, function, learned, noise=noise, **rows)
     return prepared_now(cell, kind, dtype)
 
 
@@ -122,7 +125,7 @@ def on_cpu(
 ) -> OnCpu:
     """Whether the CPU kernel runs a layer with the weights of this recurrence, by default in the
     format of their dtype, for input of `dtype`, by default theirs."""
-    w_ih, w_hh = weights.w_ih, weights.w_hh
+    w_ih = weights.w_ih
     dtype = dtype or w_ih.dtype
     asked, format = format, format or _FORMATS.get(dtype, "float32")
     key = prepared_now(cell, w_ih.device.type, dtype, format)
@@ -135,8 +138,10 @@ def on_cpu(
         steps=1,
         batch=1,
         inputs=w_ih.size(1),
-        hidden=w_hh.size(0) // len(cell.gates),
+        hidden=cell.hidden_size(w_ih),
         gates=len(cell.gates),
+        input_gates=len(cell.inputs),
+        recurrent_gates=len(cell.recurrent),
         dtype=str(dtype).removeprefix("torch."),
         format=format,
         stages=stages,

@@ -54,7 +54,7 @@ def scan(
     outputs: list[Tensor] = []
     finals: list[list[Tensor]] = []
     for p in range(len(w_hh)):
-        hidden = w_hh[p].size(0) // len(cell.gates)
+        hidden = cell.hidden_size(w_ih[p])
         recurrent = w_hh[p].size(1)
         params = operands.params_of(p)
         drawn = _drawn(cell, operands, p, (len(steps), batch, hidden))
@@ -81,7 +81,7 @@ def scan(
                     before = [_cut(s, cut, b) for s, b in zip(before, instead, strict=True)]
             u = F.linear(steps[t], w_ih[p], b_ih[p] if b_ih else None)
             v = F.linear(before[0], w_hh[p], b_hh[p] if b_hh else None)
-            gates_u, gates_v = u.split(hidden, -1), v.split(hidden, -1)
+            gates_u, gates_v = _blocks(cell, u, v, hidden)
             apply = _applied(operands, p)
             z = [numbers[t if len(numbers) > 1 else 0, :n] for numbers in drawn]
             after = cell.step(gates_u, gates_v, before, params, apply, z)
@@ -124,6 +124,13 @@ def _drawn(
     return [each.to(operands.x.dtype) for each in made]
 
 
+def _blocks(
+    cell: Cell, u: Tensor, v: Tensor, hidden: int
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """The projections of the gates with input rows, and of those with recurrent rows."""
+    return u.split(hidden, -1), v.split(hidden, -1) if cell.recurrent else ()
+
+
 class _Blocks(Sequence[Tensor]):
     """The recurrent projections of a value, each computed when it is read."""
 
@@ -153,7 +160,7 @@ def scan_with_steps(cell: Cell, operands: Operands) -> tuple[Tensor, list[Tensor
     made: list[dict[int, Tensor]] = [{} for _ in operands.w_hh]
 
     def record(p: int, t: int, u: Tensor, v: Tensor, before: _L, after: _L, z: _L) -> None:
-        hidden = operands.w_hh[p].size(0) // len(cell.gates)
+        hidden = cell.hidden_size(operands.w_ih[p])
         states = torch.cat(after[1:], -1) if len(after) > 1 else u[:, :0]
         if alive is not None:
             states = torch.where((alive > t).unsqueeze(-1), states, 0)
@@ -161,7 +168,7 @@ def scan_with_steps(cell: Cell, operands: Operands) -> tuple[Tensor, list[Tensor
 
     y, last = scan(cell, operands, record)
     if not made[0]:
-        hidden = operands.w_hh[0].size(0) // len(cell.gates)
+        hidden = cell.hidden_size(operands.w_ih[0])
         return y, last, x.new_zeros(0, len(made), len(cell.states) - 1, hidden)
     each = [torch.cat([steps[t] for t in sorted(steps)]) for steps in made]
     return y, last, torch.stack(each, 1)
@@ -174,7 +181,7 @@ def forward(cell: Cell, operands: Operands, tape: bool) -> tuple[Tensor, list[Te
 
     x = operands.x
     derived = derive(cell)
-    hidden = operands.w_hh[0].size(0) // len(cell.gates)
+    hidden = cell.hidden_size(operands.w_ih[0])
     ratio = 2 if x.element_size() == 2 else 1
     width = derived.tape_width(bool(operands.w_hr), hidden, ratio)
     rows = x.shape[:-1].numel() if tape else 0
@@ -184,7 +191,7 @@ def forward(cell: Cell, operands: Operands, tape: bool) -> tuple[Tensor, list[Te
     def record(p: int, t: int, u: Tensor, v: Tensor, before: _L, after: _L, z: _L) -> None:
         values = after[1:]
         if derived.saved or derived.rows:
-            gates = u.split(hidden, -1), v.split(hidden, -1)
+            gates = _blocks(cell, u, v, hidden)
             params = [row for param in operands.params_of(p) for row in param.split(hidden)]
             values += derived.forward(*gates, before, params, _applied(operands, p), z)[1]
         if operands.w_hr:
@@ -225,7 +232,8 @@ def gradients(
 
     def alias(tensor: Tensor) -> Tensor:
         # One tensor may be several operands (tied weights), which have a gradient each.
-        return tensor.view_as(tensor) if create_graph else tensor.detach().requires_grad_()
+        attached = create_graph and tensor.requires_grad
+        return tensor.view_as(tensor) if attached else tensor.detach().requires_grad_()
 
     need_x, *need_lists = needs.groups()
     with torch.enable_grad():

@@ -72,6 +72,8 @@ def add_facts(cell: Cell) -> str:
             stages=derived.stages,
             rows=len(derived.rows),
             draws=len(derived.draws),
+            input_gates=len(derived.inputs),
+            recurrent_gates=len(derived.recurrent),
         )
     except RuntimeError as error:
         raise Underivable(str(error)) from error

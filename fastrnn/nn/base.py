@@ -54,6 +54,7 @@ class Layer(Freezable, FlatWeights):
     recurrent_dropout_per = "sequence"
     clip_grad_step: float | None = None
     _param_count = 0  # of the cell's learned parameters
+    _lacks_rows = False  # whether gates of the cell lack rows of a matrix
     # The cell with what these arguments add, in evaluation and in training; None if they add
     # nothing.
     _quiet: Cell | None = None
@@ -81,6 +82,8 @@ class Layer(Freezable, FlatWeights):
         self._vary(cell, arguments)
         if cell.params:
             self._param_count = len(cell.params)
+        if not cell.has_all_rows:
+            self._lacks_rows = True
         # RNNBase's methods expect this list. It stays empty, because weak references to parameters
         # would keep load_state_dict from swapping them.
         self._flat_weight_refs: list[Any] = []
@@ -123,21 +126,22 @@ class Layer(Freezable, FlatWeights):
 
     def _shapes(self, cell: Cell, layer: int) -> dict[str, tuple[int, ...]]:
         """The shapes of a layer's parameters in one direction, in torch.nn's order."""
-        rows = len(cell.gates) * self.hidden_size // self.heads
+        hidden = self.hidden_size // self.heads
+        of_u, of_v = len(cell.inputs) * hidden, len(cell.recurrent) * hidden
         recurrent = self.proj_size or self.hidden_size
         width = recurrent * (2 if self.bidirectional else 1) if layer else self.input_size
         shapes: dict[str, tuple[int, ...]] = {
-            "weight_ih": (rows, width),
-            "weight_hh": (rows, recurrent // self.heads),
+            "weight_ih": (of_u, width),
+            "weight_hh": (of_v, recurrent // self.heads),
         }
         if self.bias:
-            shapes.update(bias_ih=(rows,), bias_hh=(rows,))
+            shapes.update(bias_ih=(of_u,), bias_hh=(of_v,))
+        if not cell.recurrent:
+            shapes = {kind: shapes[kind] for kind in shapes if kind.endswith("ih")}
         if self.proj_size:
             shapes["weight_hr"] = (self.proj_size, self.hidden_size)
         for name, param in cell.params.items():
-            shapes[f"weight_{name}"] = (
-                param.size(self.hidden_size // self.heads, len(cell.gates)),
-            )
+            shapes[f"weight_{name}"] = (param.size(hidden, len(cell.gates)),)
         if self.heads > 1:
             return {kind: (self.heads, *shape) for kind, shape in shapes.items()}
         return shapes
@@ -298,8 +302,8 @@ class Layer(Freezable, FlatWeights):
         recurrences = []
         for names in self._all_weights:  # a loop, because nested comprehensions take longer
             weights = [own[n] if n in own else getattr(self, n) for n in names]
-            if self.proj_size or self._param_count:
-                recurrences.append(named(weights, self._param_count))
+            if self.proj_size or self._param_count or self._lacks_rows:
+                recurrences.append(named(self._cell(), weights, self.heads))
             else:
                 recurrences.append(Weights(*weights))
         if self.heads > 1:

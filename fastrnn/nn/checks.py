@@ -158,7 +158,7 @@ def states_of(cell: Cell, hx: States, rank: int | None, whole: bool) -> tuple[Te
 
 def widths(cell: Cell, weight: Weights, heads: int) -> list[int]:
     """Widths of the states: the columns of the recurrent weight for the first, else `H`."""
-    hidden = weight.w_hh.size(0) // len(cell.gates) * heads
+    hidden = cell.hidden_size(weight.w_ih) * heads
     return [weight.w_hh.size(1) * heads] + [hidden] * (len(cell.states) - 1)
 
 

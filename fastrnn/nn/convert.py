@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.utils import parametrize
+from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn.kernels import onnx
 from fastrnn.nn.flat_weights import written_entries
@@ -201,13 +202,15 @@ def converted(module: nn.Module, target: type[nn.Module]) -> nn.Module:
 
 
 def export_forward(module: nn.Module, input: Any, extras: dict[str, Any] | None = None) -> Any:
-    """The function to call in place of our forward, or None.
+    """The function to call with our forward's arguments in its place, or None.
 
     While the call is recorded in a format that knows only torch's own operators (TorchScript,
     ONNX), it is the forward of torch.nn's module. Layers that torch.onnx's new exporter records are
     an exception: `kernels/onnx.py` has their nodes. In a symbolic trace it records a single node,
     as for torch.nn's layers.
     """
+    if isinstance(input, PackedSequence) and onnx.is_recording():
+        return functools.partial(_padded, module)
     scripted = torch._C._get_tracing_state() is not None
     if scripted or (not isinstance(module, nn.RNNBase) and onnx.is_recording()):
         known = [c for c in type(module).__mro__ if c in TO_TORCH]
@@ -218,3 +221,41 @@ def export_forward(module: nn.Module, input: Any, extras: dict[str, Any] | None 
         path = tracer.path_of_module(module)
         return lambda *args, **kwargs: tracer.create_proxy("call_module", path, args, kwargs)
     return None
+
+
+def _padded(
+    module: Any,
+    input: PackedSequence,
+    hx: Any = None,
+    *,
+    resets: Any = None,
+    **extras: Any,
+) -> tuple[Any, ...]:
+    """A layer's results for packed input, from a call on padded input with `lengths`."""
+    data, batch_sizes, order, restore = input
+    state = hx if hx is None or isinstance(hx, Tensor) else hx[0]
+    padding = onnx.padding(data, batch_sizes, order, state)
+    first = bool(module.batch_first)
+
+    def pad(rows: Tensor) -> Tensor:
+        return padding.pad(rows).transpose(0, 1) if first else padding.pad(rows)
+
+    def pack(y: Tensor) -> PackedSequence:
+        rows = padding.pack(y.transpose(0, 1) if first else y)
+        return PackedSequence(rows, batch_sizes, order, restore)
+
+    def chosen(states: Any, order: Tensor | None) -> Any:
+        if states is None or order is None:
+            return states
+        if isinstance(states, Tensor):
+            return states.index_select(1, order)
+        return tuple(s.index_select(1, order) for s in states)
+
+    if resets is not None:
+        extras["resets"] = pad(resets.data if isinstance(resets, PackedSequence) else resets)
+    if "reset_states" in extras:
+        extras["reset_states"] = chosen(extras["reset_states"], order)
+    extras["lengths"] = padding.lengths
+    y, last, *steps = module(pad(data), chosen(hx, order), **extras)
+    every = [tuple(tuple(map(pack, layer)) for layer in layers) for layers in steps]
+    return pack(y), chosen(last, restore), *every

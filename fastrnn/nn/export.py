@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastrnn._version import __version__
 from fastrnn.kernels.operands import Weights
@@ -30,7 +33,7 @@ def export_c(
       one sequence, from `x` [I] to `y` [H], or [proj_size]. `x` and `y` may be the same array.
     - the sizes `GRU_INPUT_SIZE`, `GRU_HIDDEN_SIZE`, `GRU_OUTPUT_SIZE` and `GRU_NUM_LAYERS`.
 
-    Steps give the layer's output up to rounding. Dropout is not applied. The source of a layer that
+    Steps give the layer's output in evaluation, up to rounding. The source of a layer that
     `quantize_` rounded to int8 has int8 weights, a quarter of the bytes; activations are floats.
 
     Args:
@@ -46,8 +49,8 @@ def export_c(
     Raises:
         TypeError: if `layer` is not one of fastrnn's. If no code can be derived for a custom cell,
             it is an `Underivable`, which says why.
-        ValueError: if the layer is bidirectional, has heads, is not in float32, has no weights yet
-            (`meta`) or a cell whose step has stages, or if `name` cannot be a name in C.
+        ValueError: if the layer is bidirectional, is not in float32 or has no weights yet (`meta`),
+            or if `name` cannot be a name in C.
         OSError: if the files cannot be written.
 
     Example:
@@ -71,8 +74,6 @@ def export_c(
             "a bidirectional layer needs the whole sequence before its first output, "
             "so it cannot run step by step in C; use bidirectional=False"
         )
-    if (heads := getattr(layer, "heads", 1)) > 1:
-        raise ValueError(f"the code in C runs one recurrence per layer, not heads={heads}")
     cell = layer._cell()
     target = Path(path)
     if target.is_dir():
@@ -82,12 +83,7 @@ def export_c(
     if name is not None and emit_c.identifier(name) != name:
         raise ValueError(f"name should be a name in C, as 'my_gru', got {name!r}")
     derived = derive(cell)
-    if derived.stages > 1:
-        raise ValueError(
-            f"a step of cell {cell.name!r} has {derived.stages} stages, since its units need each "
-            "other within it, and the code in C has one formula for each unit"
-        )
-    with torch.no_grad():
+    with torch.no_grad(), _evaluating(layer):
         weights = floats_of(layer)
         for weight in weights[0].present():
             if weight.dtype != torch.float32 or weight.device.type == "meta":
@@ -95,15 +91,28 @@ def export_c(
                     "the code in C has weights in float32, and this layer has them in "
                     f"{weight.dtype} on {weight.device}; write export_c(layer.float(), ...)"
                 )
+        heads = getattr(layer, "heads", 1)
         title = f"{type(layer).__name__}({layer.extra_repr()}), by fastrnn.export_c {__version__}"
         rounded = [r for r in rounded_of(layer) if r.scales]
         layers = [_on_cpu(r) for r in [r.weights for r in rounded] or weights]
         scales = [[s if s is None else s.cpu() for s in r.scales] for r in rounded]
-        texts = emit_c.stepper(derived, layers, chosen, title, f"{stem.name}.h", scales)
+        texts = emit_c.stepper(derived, layers, chosen, title, f"{stem.name}.h", scales, heads)
     files = Path(f"{stem}.c"), Path(f"{stem}.h")
     for file, text in zip(files, texts, strict=True):
         file.write_text(text, encoding="utf-8")
     return files
+
+
+@contextmanager
+def _evaluating(layer: nn.Module) -> Iterator[None]:
+    """A block in which the layer, and what its weights are computed by, is in evaluation mode."""
+    training = [(module, module.training) for module in layer.modules()]
+    layer.eval()
+    try:
+        yield
+    finally:
+        for module, before in training:
+            module.training = before
 
 
 def _on_cpu(weights: Weights) -> Weights:

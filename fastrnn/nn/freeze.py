@@ -202,7 +202,9 @@ def _rounded(module: Freezable, precision: Precision) -> list[Quantised]:
     if precision.weights != "int8":
         return [Quantised(w) for w in weights]
     scales = module._weights({n: scale for n, (_, scale) in matrices.items()})
-    return [Quantised(w, (s.w_ih, s.w_hh, s.w_hr)) for w, s in zip(weights, scales, strict=True)]
+    # A recurrence without recurrent rows has no scales for them.
+    pairs = zip(weights, scales, strict=True)
+    return [Quantised(w, (s.w_ih, s.w_hh.view(w.w_hh.size(0)), s.w_hr)) for w, s in pairs]
 
 
 def precision_of(module: Freezable, *, stored: bool = False) -> Precision | None:

@@ -63,8 +63,8 @@ def rnn(
             training.
         input: [T, B, I]; [B, T, I] with `batch_first`; [T, I] unbatched; or a `PackedSequence`.
         weights: for every layer and direction `Weights`, or the list that `all_weights` of torch's
-            layers holds, with the cell's learned parameters at its end. With `heads`, one for
-            every head of each, of H/heads units.
+            layers holds, without parameters that have no rows, and with the cell's learned
+            parameters at its end. With `heads`, one for every head of each, of H/heads units.
         hx: initial states [L*D, B, H], or [L*D, H] unbatched; state 0 is as wide as the
             projection. One tensor for a cell with one state, else a sequence of `S`. None for
             zeros.
@@ -113,7 +113,7 @@ def rnn(
     # A layer passes `Weights` already.
     every: Sequence[Weights] = weights  # type: ignore[assignment]
     if not weights or type(weights[0]) is not Weights:
-        every = [named(recurrence, len(cell.params)) for recurrence in weights]
+        every = [named(cell, recurrence) for recurrence in weights]
     batch_sizes: Tensor | None = None
     order: Tensor | None = None
     restore: Tensor | None = None

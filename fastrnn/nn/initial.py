@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fastrnn.cells import Cell, Gates, Params
+from fastrnn.cells.arguments import Projection
 from fastrnn.kernels.operands import Weights
 
 __all__ = ["Rows", "gates_of", "initialize"]
@@ -41,12 +42,14 @@ def initialize(cell: Cell, weights: Weights) -> None:
 
 
 def gates_of(cell: Cell, weights: Weights) -> tuple[Gates, Gates]:
-    """The arguments `u` and `v` of a cell's `initialize`: `Rows` of every gate."""
-    u, v = _rows(cell, weights.w_ih, weights.b_ih), _rows(cell, weights.w_hh, weights.b_hh)
-    return Gates(cell, u), Gates(cell, v)
+    """The arguments `u` and `v` of a cell's `initialize`: `Rows` of every gate that has rows."""
+    u = _rows(len(cell.inputs), weights.w_ih, weights.b_ih)
+    v = _rows(len(cell.recurrent), weights.w_hh, weights.b_hh)
+    return Gates(cell, u), Projection(cell, v)
 
 
-def _rows(cell: Cell, weight: Tensor, bias: Tensor | None) -> Any:
-    count = len(cell.gates)
+def _rows(count: int, weight: Tensor, bias: Tensor | None) -> Any:
+    if count == 0:
+        return ()
     biases = [None] * count if bias is None else bias.chunk(count)
     return tuple(map(Rows, weight.chunk(count), biases))

@@ -266,7 +266,8 @@ class Recurrent(_MultiState):
             states.
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional: as in `RNN`.
         device, dtype: device and dtype of the parameters. They have torch's names:
-            `weight_ih_l0` [G*H, I] and so on.
+            `weight_ih_l0` [G*H, I] and so on, where `G` counts the gates that have rows in that
+            matrix. There is no parameter without rows.
         heads, recompute, zoneout, recurrent_dropout, recurrent_dropout_per, clip_grad_step: as in
             `RNN`.
 

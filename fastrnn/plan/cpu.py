@@ -73,7 +73,8 @@ def _weights(problem: Problem) -> str:
 
 
 def _recurrent_bytes(problem: Problem) -> int:
-    return problem.gates * problem.hidden * problem.hidden * problem.products.weight_bytes
+    recurrent = problem.gates_of_v * problem.hidden * problem.hidden
+    return recurrent * problem.products.weight_bytes
 
 
 def _split(problem: Problem, device: Device, shared: bool) -> tuple[int, int, int]:
@@ -87,8 +88,10 @@ def _split(problem: Problem, device: Device, shared: bool) -> tuple[int, int, in
     """
     threads = device.cpu.threads
     contended = device.cpu.contended
-    depth = problem.hidden if problem.backward else problem.hidden + problem.inputs
-    per_row = problem.gates * problem.hidden * depth // problem.products.products
+    depth = problem.gates_of_v * problem.hidden
+    if not problem.backward:
+        depth += problem.gates_of_u * problem.inputs
+    per_row = problem.hidden * depth // problem.products.products
     least = _WORK_FOR_CONTENDED_THREADS if contended else _WORK_FOR_THREADS
     if threads <= 1 or per_row * problem.live_rows * problem.recurrences < least:
         return 1, 1, 1
@@ -105,12 +108,18 @@ def _split(problem: Problem, device: Device, shared: bool) -> tuple[int, int, in
     if contended:
         return recurrences, sequences, 1
     vectors = -(-problem.hidden * problem.itemsize // device.cpu.vector_bytes)
-    unit_vectors = max(1, 4 // problem.gates) if not problem.backward else 1
+    unit_vectors = _unit_vectors(problem) if not problem.backward else 1
     panels = -(-vectors // unit_vectors)
-    work = problem.gates * problem.hidden * problem.hidden * problem.batch // sequences
+    work = problem.gates_of_v * problem.hidden * problem.hidden * problem.batch // sequences
     step_work = work // problem.products.products
     units = min(remaining, panels) if step_work >= _STEP_WORK_FOR_UNIT_SPLIT else 1
     return recurrences, sequences, units
+
+
+def _unit_vectors(problem: Problem) -> int:
+    """Vectors of units in a panel, as in csrc/cpu/prepacked.h."""
+    of_u, of_v = problem.gates_of_u, problem.gates_of_v
+    return next((n for n in (4, 2) if n * of_v <= 4 and n * of_u <= 6), 1)
 
 
 def step_threads(weight_bytes: int, device: Device, stages: int = 1) -> int:
@@ -122,7 +131,7 @@ def step_threads(weight_bytes: int, device: Device, stages: int = 1) -> int:
 
 def _chunk_rows(problem: Problem, device: Device) -> int:
     """Rows of a chunk: what is projected or differentiated at a time should fit a core's cache."""
-    row = max(1, problem.gates * problem.hidden * problem.itemsize)
+    row = max(1, problem.gates_of_u * problem.hidden * problem.itemsize)
     if problem.backward:
         return max(device.cpu.l2_bytes // row, _BACKWARD_ROWS)
     return max(1, device.cpu.l2_bytes // (_FORWARD_SHARE * row))

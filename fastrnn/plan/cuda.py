@@ -38,6 +38,11 @@ def refuse(problem: Problem, device: Device) -> str | None:
         )
     if problem.draws:
         return f"cell {problem.cell!r} draws random numbers and this kernel none; triton does"
+    if not problem.has_all_rows:
+        return (
+            f"cell {problem.cell!r} has gates without rows, and this kernel has a block of both "
+            "matrices for every gate"
+        )
     if problem.reset_states:
         return "its resets lead to zeros; triton takes given states (reset_states=)"
     if problem.hidden == 0:

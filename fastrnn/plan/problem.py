@@ -53,6 +53,23 @@ class Problem:
     draws: int = 0  # random numbers that the cell draws for a unit and step
     values: int = 0  # of a unit in a step, besides gates and states: `compiler.layout.values`
     reset_states: bool = False  # whether episodes begin in given states
+    input_gates: int = -1  # gates with rows in weight_ih; -1 for all
+    recurrent_gates: int = -1  # gates with rows in weight_hh; -1 for all
+
+    @property
+    def gates_of_u(self) -> int:
+        """The number of gates with rows in weight_ih."""
+        return self.gates if self.input_gates < 0 else self.input_gates
+
+    @property
+    def gates_of_v(self) -> int:
+        """The number of gates with rows in weight_hh."""
+        return self.gates if self.recurrent_gates < 0 else self.recurrent_gates
+
+    @property
+    def has_all_rows(self) -> bool:
+        """Whether every gate has rows in both matrices."""
+        return self.gates_of_u == self.gates_of_v == self.gates
 
     @property
     def live_rows(self) -> int:

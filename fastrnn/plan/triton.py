@@ -77,7 +77,7 @@ def _warps(problem: Problem, gpu: TritonFacts) -> int:
 def _in_registers(problem: Problem, gpu: TritonFacts) -> bool:
     """Whether a program's registers can hold all weights in the dtype of the computation."""
     words = max(1, problem.itemsize // 4)
-    weights = problem.gates * _padded(problem) ** 2
+    weights = problem.gates_of_v * _padded(problem) ** 2
     return weights * words <= _warps(problem, gpu) * gpu.warp * _WEIGHT_REGISTERS
 
 
@@ -118,7 +118,7 @@ def _fits(problem: Problem, gpu: TritonFacts, config: TritonConfig) -> bool:
     if not config.matrix_units:
         # The weights of a gate pass through shared memory into registers.
         through = padded * padded * problem.itemsize
-        held = problem.gates * padded * padded * words // threads + blocks  # by a thread
+        held = problem.gates_of_v * padded * padded * words // threads + blocks  # by a thread
         fits = _in_registers(problem, gpu) and held <= _ONE_ROW_REGISTERS
         return fits and through <= gpu.shared_bytes
     registers, most = _BLOCK_REGISTERS, 64 if itemsize == 4 else padded
@@ -126,7 +126,7 @@ def _fits(problem: Problem, gpu: TritonFacts, config: TritonConfig) -> bool:
         registers, most = _PARTS_REGISTERS, 32
     if problem.stages > 1 and gpu.warp > 32:
         registers //= 2
-    weights = problem.gates * padded * padded * itemsize * (1 if itemsize < 4 else 2)
+    weights = problem.gates_of_v * padded * padded * itemsize * (1 if itemsize < 4 else 2)
     return (
         blocks * config.batch_tile * padded <= threads * registers
         and weights + 2 * config.batch_tile * padded * 4 <= gpu.shared_bytes
@@ -156,7 +156,7 @@ def _streamed(problem: Problem, gpu: TritonFacts, precision: str) -> TritonConfi
         depth_tile = min(depth_tile, 32)
     while (
         # Weights of every gate, and the batch rows that are multiplied by them.
-        stages * depth_tile * (problem.gates * unit_tile + config.batch_tile) * itemsize
+        stages * depth_tile * (problem.gates_of_v * unit_tile + config.batch_tile) * itemsize
         + _OTHER_SHARED_BYTES
         > gpu.shared_bytes
     ):

@@ -231,6 +231,8 @@ def plan_for(
         cell,
         *shape,
         gates=len(declared.gates),
+        input_gates=len(declared.inputs),
+        recurrent_gates=len(declared.recurrent),
         states=len(declared.states),
         recurrences=directions,
         dtype=dtype,

@@ -64,17 +64,19 @@ class Loop(nn.Module):
 def step_of(cell: Cell) -> Step:
     """A step as one would write it: a product for the state, and one for another value, if the cell
     multiplies one by the blocks of some gates."""
-    gates = len(cell.gates)
+    gates = len(cell.recurrent)
     others = {name for site in derive(cell).sites for name in site.gates}
-    own = [k for k, name in enumerate(cell.gates) if name not in others]
-    rest = [k for k, name in enumerate(cell.gates) if name in others]
+    own = [k for k, name in enumerate(cell.recurrent) if name not in others]
+    rest = [k for k, name in enumerate(cell.recurrent) if name in others]
 
     def step(
         u: Tensor, w_hh: Tensor, b_hh: Tensor | None, states: list[Tensor], params: Sequence[Tensor]
     ) -> Sequence[Tensor]:
-        hidden = w_hh.size(0) // gates
+        hidden = states[0].size(-1)
 
         def product(x: Tensor, chosen: list[int]) -> list[Any]:
+            if not chosen:
+                return [None] * gates
             rows = slice(chosen[0] * hidden, (chosen[-1] + 1) * hidden)
             parts: list[Any] = [None] * gates
             bias = None if b_hh is None else b_hh[rows]
@@ -86,6 +88,6 @@ def step_of(cell: Cell) -> Step:
         def apply(x: Tensor) -> list[Any]:
             return v if x is states[0] else product(x, rest)
 
-        return cell.step(u.chunk(gates, -1), v, states, params, apply)
+        return cell.step(u.split(hidden, -1), v, states, params, apply)
 
     return step

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastrnn
-from fastrnn import cells
+from fastrnn import cells, kernels
 from fastrnn.cells import Cell, Gates
 from fastrnn.cells import declare as declaration
 from fastrnn.cells.digest import digest_of
@@ -55,6 +55,104 @@ def test_no_more_than_the_kernels_take(kind: str, most: int) -> None:
     with pytest.raises(ValueError, match=f"'larger' has {most + 1} {kind}, .* at most {most};"):
         fastrnn.cell(**options | {kind: letters[: most + 1]}, name="larger")(lambda u, v, *s: s)
     assert "larger" not in cells.names()
+
+
+def gated(u: Any, v: Any, h: Tensor) -> Tensor:
+    return torch.sigmoid(u.a) * h + torch.tanh(v.b)
+
+
+def with_rows(name: str = "with_rows", **rows: Any) -> Cell:
+    return fastrnn.cell(gates="ab", states="h", name=name, **rows)(gated)
+
+
+def test_gates_with_rows() -> None:
+    every = with_rows()
+    assert every.inputs == every.recurrent == every.gates and every.has_all_rows
+    some = with_rows(inputs=["a"], recurrent="b")
+    assert (some.inputs, some.recurrent) == (("a",), ("b",)) and not some.has_all_rows
+    assert some != every
+    in_order = with_rows(inputs="ba", recurrent="")
+    assert (in_order.inputs, in_order.recurrent) == (("a", "b"), ())
+    one, other = torch.ones(1, 2), torch.zeros(1, 2)
+    (after,) = some.step([one], [other], [one])
+    assert torch.equal(after, torch.sigmoid(one))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"inputs": "c"}, "inputs of cell 'wrong' names the gates .* are a, b, got c"),
+        ({"recurrent": "aa"}, "recurrent of cell 'wrong' names .* each once.* got a, a"),
+        ({"inputs": ""}, "no gate with input rows, so it would not see its input"),
+        ({"inputs": "a", "recurrent": "a"}, "gate 'b' of cell 'wrong' has neither .* gates="),
+    ],
+)
+def test_rows_that_cannot_be(rows: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        with_rows("wrong", **rows)
+    assert "wrong" not in cells.names()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            {"recurrent": "a"},
+            "'reading' reads v.b, but its gate 'b' has no recurrent rows: it was declared with "
+            "recurrent=\"a\"; add 'b' there, or do without v.b",
+        ),
+        (
+            {"inputs": "b"},
+            "'reading' reads u.a, but its gate 'a' has no input rows: it was declared with "
+            "inputs=\"b\"; add 'a' there, or do without u.a",
+        ),
+    ],
+)
+def test_a_function_that_reads_rows_that_are_not_there(rows: dict[str, str], message: str) -> None:
+    """In layers, whichever kernel runs them."""
+    layer = fastrnn.Recurrent(with_rows("reading", **rows), 3, 5)
+    for kernel in ("cpu", "reference"):
+        with kernels.use(kernel), pytest.raises(AttributeError, match=re.escape(message)):
+            layer(torch.randn(4, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            {"recurrent": "b"},
+            r"'unread' declares inputs=\"ab\", but its result does not depend on u\.b, so those "
+            r"rows of weight_ih would be learned .* write inputs=\"a\", or read u\.b",
+        ),
+        ({"inputs": "a"}, r"recurrent=\"ab\", .* on v\.a, .* weight_hh .* recurrent=\"b\""),
+    ],
+)
+def test_rows_that_nothing_reads(rows: dict[str, str], message: str) -> None:
+    layer = fastrnn.Recurrent(with_rows("unread", **rows), 3, 5)
+    with pytest.raises(ValueError, match=message):
+        layer(torch.randn(4, 2, 3))
+
+
+def test_torchs_layout_may_have_rows_that_nothing_reads() -> None:
+    layer = fastrnn.Recurrent(with_rows("all_rows"), 3, 5)
+    with kernels.use("reference"):
+        layer(torch.randn(4, 2, 3))
+    assert layer.weight_hh_l0.shape == (10, 5)
+
+
+def test_rows_are_saved_with_a_cell() -> None:
+    saved = pickle.dumps(fastrnn.Recurrent(with_rows("rows", inputs="a", recurrent="b"), 3, 5))
+    again = with_rows("rows", inputs="a", recurrent="b")
+    assert pickle.loads(saved).cell is again
+    with_rows("rows")
+    with pytest.raises(ValueError, match=r"'rows' declared here is not .* state_dict"):
+        pickle.loads(saved)
+
+
+def test_variants_have_the_rows_of_their_cell() -> None:
+    cell = with_rows("varied", inputs="a", recurrent="b")
+    for made in (cells.zoneout(cell, 0.1), cells.clip_grad(cell, 1.0), cell.noisy):
+        assert (made.inputs, made.recurrent) == (("a",), ("b",))
 
 
 def test_cell_must_be_called() -> None:

@@ -21,6 +21,7 @@ from fastrnn import cells, kernels, ops
 from fastrnn.cells import Cell
 from fastrnn.cells.published import MODULES
 from fastrnn.cells.published.antisymmetric import Antisymmetric
+from fastrnn.cells.published.indrnn import long_memory
 from fastrnn.cells.published.janet import chrono
 from fastrnn.compiler.emit_cpp import key
 from tests.support.derivations import by_autograd, derived_step, inputs
@@ -204,12 +205,14 @@ def layer_of(cell: Cell, **options: Any) -> Any:
 
 def blocks(layer: Any, gate: str, head: int | None = None) -> list[Tensor]:
     """The rows of a gate in weight_ih, weight_hh, bias_ih and bias_hh of the first layer."""
-    weights = [getattr(layer, f"{kind}_l0") for kind in ("weight_ih", "weight_hh")]
-    weights += [getattr(layer, f"{kind}_l0") for kind in ("bias_ih", "bias_hh")]
-    if head is not None:
-        weights = [w[head] for w in weights]
-    k, count = layer.cell.gates.index(gate), len(layer.cell.gates)
-    return [w.detach().chunk(count)[k] for w in weights]
+    found = []
+    for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+        names = layer.cell.inputs if kind.endswith("ih") else layer.cell.recurrent
+        if gate in names:
+            own = getattr(layer, f"{kind}_l0").detach()
+            own = own if head is None else own[head]
+            found.append(own.chunk(len(names))[names.index(gate)])
+    return found
 
 
 @pytest.mark.parametrize(
@@ -228,6 +231,21 @@ def test_orthogonal_matrices(dtype: torch.dtype) -> None:
         torch.testing.assert_close(r @ r.T, torch.eye(6).double(), atol=0.05, rtol=0)
     w = blocks(layer_of(cells.star, dtype=dtype), "z")[0].double()
     torch.testing.assert_close(w.T @ w, torch.eye(5).double(), atol=0.05, rtol=0)
+
+
+def test_indrnn_begins_with_every_memory() -> None:
+    layer: Any = fastrnn.Recurrent(cells.indrnn, 3, 400)
+    assert not hasattr(layer, "weight_hh_l0")
+    u = layer.weight_u_l0.detach()
+    assert 0 <= u.min() < 0.1 and 0.9 < u.max() <= 1
+    cell = dataclasses.replace(cells.indrnn, initialize=long_memory(100))
+    layer = fastrnn.Recurrent(cell, 3, 400)
+    u = layer.weight_u_l0.detach()
+    assert 0.5 <= u.pow(100).min() < 0.6 and 1.8 < u.pow(100).max() <= 2.001
+    assert key(cell) == key(cells.indrnn)
+    for steps, change in ((0, 2.0), (5, 1.0)):
+        with pytest.raises(ValueError, match="takes steps >= 1 and change > 1"):
+            long_memory(steps, change)
 
 
 def test_irnn_begins_with_the_identity() -> None:

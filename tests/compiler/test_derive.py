@@ -43,11 +43,11 @@ SMOOTH = [c for c in ALL if c.name not in ("rnn_relu", "choices", "steps", "acti
 def test_gradients_are_those_of_finite_differences(cell: Cell) -> None:
     u, v, s, dnext, p = inputs(cell)
     _, grads = derived_step(cell, u, v, s, dnext, p)
-    flat, gates, states = [*u, *v, *s, *p], len(u), len(s)
+    flat, of_u, of_uv, states = [*u, *v, *s, *p], len(u), len(u) + len(v), len(s)
     step = 1e-5
 
     def loss(moved: list[Tensor]) -> Tensor:
-        ends = gates, 2 * gates, 2 * gates + states
+        ends = of_u, of_uv, of_uv + states
         groups = (moved[a:b] for a, b in zip((0, *ends), (*ends, None), strict=True))
         own_u, own_v, own_s, own_p = groups
         after = cell.step(own_u, own_v, own_s, own_p)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+
 from fastrnn import cells
 from fastrnn.compiler.derive import derive
 from fastrnn.compiler.describe import describe
+from tests.support.derivations import make
 
 
 def test_description_of_gru() -> None:
@@ -28,6 +31,21 @@ def test_description_of_gru() -> None:
         "  da.z = dh' * (h - n) * (z * (1 - z))\n"
         "  dv.n = du.n * r"
     )
+
+
+def test_gates_without_rows() -> None:
+    text = describe(derive(cells.get("mgu2")))
+    assert (
+        "  gates   f n\n  inputs  n: rows of weight_ih\n  recurs  f n: rows of weight_hh\n" in text
+    )
+    assert "du.f" not in text and "dv.f" in text and "da.n" in text
+    assert "  recurs  none: rows of weight_hh\n" in describe(derive(cells.get("indrnn")))
+
+
+def test_rows_that_nothing_reads() -> None:
+    cell = make("ab", "h", lambda u, v, h: torch.tanh(u.a + v.a) * u.b + h, "unread")
+    assert '\n  unread  v.b: recurrent="a" would leave out these rows\n' in describe(derive(cell))
+    assert "unread" not in describe(derive(cells.get("gru")))
 
 
 def test_a_saved_gate_is_not_taken_for_a_state_of_its_name() -> None:

@@ -90,7 +90,8 @@ struct Rows {
 template <class C, class V, class T>
 void forward(const T* const* in, T* const* out, long units) {
   for (long at = 0; at < units; at += sizeof(V) / sizeof(T)) {
-    Rows<V, T, C::kGates> u, v;
+    Rows<V, T, kInputGates<C>> u;
+    Rows<V, T, kRecurrentGates<C>> v;
     Rows<V, T, C::kStates> s, next;
     Rows<V, T, C::kSaved> saved;
     Rows<V, T, C::kParams> p;
@@ -104,7 +105,8 @@ void forward(const T* const* in, T* const* out, long units) {
 template <class C, class V, class T>
 void backward(const T* const* in, T* const* out, long units) {
   for (long at = 0; at < units; at += sizeof(V) / sizeof(T)) {
-    Rows<V, T, C::kGates> du, dv;
+    Rows<V, T, kInputGates<C>> du;
+    Rows<V, T, kRecurrentGates<C>> dv;
     Rows<V, T, C::kStates> s, next, ds;
     Rows<V, T, C::kSaved> saved;
     Rows<V, T, C::kParams> p, dp;
@@ -169,17 +171,19 @@ def test_cpp_computes_what_the_expressions_say(
     near: dict[str, Any] = (
         {"rtol": 2e-5, "atol": 2e-5} if lanes[0] == "f" else {"rtol": 1e-12, "atol": 1e-12}
     )
-    derived, name = derive(cell), emit_cpp.struct_name(cell.name)
+    derived, struct = derive(cell), emit_cpp.struct_name(cell.name)
     u, v, s, dnext, p = inputs(cell, dtype=dtype)
     after, saved = derived.forward(u, v, s, p)
-    gates, states = len(cell.gates), len(cell.states)
-    sums = [a + b if summed else b for a, b, summed in zip(u, v, derived.summed, strict=True)]
-    unread = [
-        torch.full_like(a, math.nan) if t else a for a, t in zip(u, derived.summed, strict=True)
-    ]
-    forward, backward = (compiled[f"{name}_{way}_{lanes}"] for way in ("forward", "backward"))
-    got = call(forward, [unread, sums, s, p], [states, len(saved)])
+    states = len(cell.states)
+    of_u = dict(zip(cell.inputs, u, strict=True))
+    sums, unread = [], dict(of_u)
+    for name, b, summed in zip(cell.recurrent, v, derived.summed, strict=True):
+        sums.append(of_u[name] + b if summed else b)
+        if summed:
+            unread[name] = torch.full_like(b, math.nan)
+    forward, backward = (compiled[f"{struct}_{way}_{lanes}"] for way in ("forward", "backward"))
+    got = call(forward, [list(unread.values()), sums, s, p], [states, len(saved)])
     torch.testing.assert_close(got, [after, saved], **near)
     want = derived.backward(saved, s, after, dnext, p)
-    got = call(backward, [saved, s, after, dnext, p], [gates, gates, states, len(p)])
+    got = call(backward, [saved, s, after, dnext, p], [len(u), len(v), states, len(p)])
     torch.testing.assert_close(got, list(want), **near)

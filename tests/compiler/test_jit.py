@@ -392,7 +392,7 @@ class CompiledCell(ctypes.Structure):
         ("gate_params", ctypes.c_uint32),
         ("stages", ctypes.c_int32 * 3),
         ("site_of", ctypes.c_int8 * MAX_GATES),
-        ("draws", ctypes.c_int32),
+        ("draws_and_gates", ctypes.c_int32 * 3),
         ("name", ctypes.c_char_p),
         ("code", ctypes.c_void_p * len(FORMATS) * 6),
     )

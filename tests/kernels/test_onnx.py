@@ -12,6 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
+from torch.nn.utils.rnn import (
+    PackedSequence,
+    pack_padded_sequence,
+    pack_sequence,
+    pad_packed_sequence,
+)
 
 import fastrnn
 from fastrnn import cells, kernels
@@ -140,6 +146,11 @@ NODES: dict[str, tuple[Any, Given, dict[str, int]]] = {
         Given(hx=True),
         {"GRU": 4},
     ),
+    "dropout": (
+        lambda: fastrnn.GRU(3, 5, num_layers=2, dropout=0.5, recurrent_dropout=0.3),
+        Given(),
+        {"GRU": 2},
+    ),
 }
 
 
@@ -176,6 +187,8 @@ SCANS: dict[str, tuple[Any, Given]] = {
     ),
     "norms": (lambda: fastrnn.LayerNormLSTM(3, 5, 2), Given(True, True)),
     "another product": (lambda: fastrnn.GRUResetBefore(3, 5, bidirectional=True), Given()),
+    "zoneout": (lambda: fastrnn.LSTM(3, 5, zoneout=(0.1, 0.4)), Given(True, True)),
+    "clipped gradients": (lambda: fastrnn.GRU(3, 5, batch_first=True, clip_grad_step=1), Given()),
     "no formula": (lambda: fastrnn.Recurrent(mixing, 3, 5), Given()),
 }
 
@@ -213,8 +226,9 @@ def test_every_function_of_a_cell(tmp_path: Path) -> None:
     class Each(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            chosen = [c for c in USERS if c.name in ("choices", "powers", "steps", "passing")]
-            assert len(chosen) == 4
+            names = ("choices", "powers", "steps", "passing", "lacking", "alone")
+            chosen = [c for c in USERS if c.name in names]
+            assert len(chosen) == 6
             self.layers = nn.ModuleList(fastrnn.Recurrent(c, 3, 5) for c in chosen)
 
         def forward(self, x: Tensor) -> Any:
@@ -222,7 +236,7 @@ def test_every_function_of_a_cell(tmp_path: Path) -> None:
 
     model = Each().eval()
     nodes, run = exported(model, (torch.randn(4, 2, 3),), ({0: Dim("T"), 1: Dim("B")},), tmp_path)
-    assert nodes["Scan"] == 4
+    assert nodes["Scan"] == 6
     assert_same(run, model, (torch.randn(3, 3, 3),))
 
 
@@ -247,6 +261,98 @@ def test_an_unbatched_sequence_and_a_cell(tmp_path: Path) -> None:
     model = Both().eval()
     _, run = exported(model, (torch.randn(4, 3),), ({0: Dim("T")},), tmp_path)
     assert_same(run, model, (torch.randn(6, 3),))
+
+
+class Packed(nn.Module):
+    """A layer on packed input, of which a program gets the parts."""
+
+    def __init__(self, layer: nn.Module, **options: Any) -> None:
+        super().__init__()
+        self.layer, self.options = layer, options
+
+    def forward(
+        self, data: Tensor, batch_sizes: Tensor, order: Any, restore: Any, hx: Any, resets: Any
+    ) -> Any:
+        x = PackedSequence(data, batch_sizes, order, restore)
+        options = self.options
+        if resets is not None:
+            options = {**options, "resets": x._replace(data=resets), "reset_states": hx}
+        y, last, *steps = self.layer(x, hx, **options)
+        return y.data, last, [[part.data for part in layer] for layers in steps for layer in layers]
+
+
+def parts_of(layer: Any, lengths: list[int], ordered: bool, resets: bool) -> tuple[Any, ...]:
+    """Arguments of `Packed`: ordered sequences have no indices."""
+    parts = pack_sequence([torch.randn(n, 3) for n in lengths], enforce_sorted=ordered)
+    rows, count = parts.data.size(0), len(layer._all_weights)
+    hx = tuple(torch.randn(count, len(lengths), 5) for _ in layer._cell().states)
+    flags = torch.rand(rows) < 0.3 if resets else None
+    return *parts, hx if len(hx) > 1 else hx[0], flags
+
+
+PACKED: dict[str, tuple[Any, bool, bool, str]] = {
+    "LSTM": (lambda: fastrnn.LSTM(3, 5, 2, bidirectional=True), False, False, "LSTM"),
+    "in order": (lambda: fastrnn.GRU(3, 5, batch_first=True), True, False, "GRU"),
+    "episodes": (lambda: fastrnn.LSTM(3, 5, batch_first=True), False, True, "Scan"),
+    "cell": (lambda: fastrnn.LayerNormGRU(3, 5, bidirectional=True), True, False, "Scan"),
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_input_is_padded(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    make, ordered, resets, node = PACKED[name]
+    layer = make()
+    steps = {"return_states": True} if name == "episodes" else {}
+    model = Packed(layer, **steps).eval()
+    rows, batch = {0: Dim("R")}, {0: Dim("B")}
+    indices = None if ordered else batch
+    states = tuple({1: Dim("B")} for _ in layer._cell().states)
+    hx = states if len(states) > 1 else states[0]
+    dynamic = rows, {0: Dim("T")}, indices, indices, hx, rows if resets else None
+    args = parts_of(layer, [4, 2, 1] if ordered else [2, 4, 1], ordered, resets)
+    nodes, run = exported(model, args, dynamic, tmp_path)
+    assert nodes[node] == layer.num_layers * (2 if node == "Scan" and layer.bidirectional else 1)
+    for lengths in ([3, 3, 2], [5, 1, 1]) if ordered else ([1, 6, 3, 6], [2, 3]):
+        assert_same(run, model, parts_of(layer, lengths, ordered, resets))
+
+
+def test_a_packed_sequence_is_an_input_of_fixed_size(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = fastrnn.GRU(3, 5)
+
+        def forward(self, x: PackedSequence) -> Any:
+            y, last = self.layer(x)
+            return y.data, last
+
+    model, x = Own().eval(), pack_sequence([torch.randn(n, 3) for n in (4, 2)])
+    nodes, run = exported(model, (x,), None, tmp_path)
+    assert nodes["GRU"] == 1
+    with torch.no_grad():
+        expected = flatten(model(x))
+    for found, wanted in zip(run(x.data, x.batch_sizes), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("enforce_sorted", [True, False])
+def test_torch_exports_no_packing(enforce_sorted: bool) -> None:
+    class Packing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = fastrnn.GRU(3, 5)
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            packed = pack_padded_sequence(x, lengths, enforce_sorted=enforce_sorted)
+            return pad_packed_sequence(self.layer(packed)[0])[0]
+
+    args = torch.randn(4, 2, 3), torch.tensor([4, 2])
+    with pytest.raises(torch.onnx.errors.OnnxExporterError) as caught:
+        exported(Packing().eval(), args, None, Path())
+    assert "lengths= instead" in str(caught.value.__cause__)
 
 
 @pytest.mark.parametrize("prepare", [fastrnn.freeze, fastrnn.quantize_])

@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import fastrnn
 from fastrnn import cells, kernels
@@ -35,6 +37,24 @@ def both_kinds(u: Any, v: Any, p: Any, h: Tensor, c: Tensor) -> tuple[Tensor, Te
 
 
 @fastrnn.cell(
+    gates="abc",
+    states="hcd",
+    params={"own": "unit", "scale": fastrnn.Param("one", init=0.7)},
+    name="exported_with_stages",
+)
+def in_stages(u: Any, v: Any, p: Any, h: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, ...]:
+    """Each kind of product and reduction, states that are read after the next are known, and
+    reductions of parameters alone, and of what nothing reads."""
+    a = torch.softmax(p.scale * (u.a + v(torch.tanh(c)).a), -1)
+    b = u.b * v(torch.tanh(c)).b + p.own.var(-1, keepdim=True)
+    both = F.layer_norm(torch.cat([a, b], -1), [2 * h.shape[-1]])
+    d.sum(-1)
+    new = torch.tanh(u.c + v.c + both[..., : h.shape[-1]] * d.amax(-1, keepdim=True))
+    spread = new.std(-1, correction=0, keepdim=True) + 1
+    return new / spread, 0.5 * c + h.mean(-1, keepdim=True), torch.sin(d + p.own + u.a)
+
+
+@fastrnn.cell(
     gates="zn",
     states="h",
     params={"gain": fastrnn.Param("gates", init=torch.nn.init.normal_)},
@@ -47,10 +67,9 @@ def scaled_gates(u: Any, v: Any, p: Any, h: Tensor) -> Tensor:
 
 def stream_of(layer: Any, source: Path, name: str = "net") -> Stream:
     """The stepper in C of a layer or cell whose source was written."""
-    weights = layer._weights()
-    output, states = weights[0].w_hh.size(1), len(layer._cell().states)
-    compiled = library([source])
-    return Stream(compiled, name, len(weights), output, layer.hidden_size, states)
+    layers, states = getattr(layer, "num_layers", 1), len(layer._cell().states)
+    output = getattr(layer, "proj_size", 0) or layer.hidden_size
+    return Stream(library([source]), name, layers, output, layer.hidden_size, states)
 
 
 def exported(layer: Any, folder: Path) -> Stream:
@@ -61,7 +80,7 @@ def exported(layer: Any, folder: Path) -> Stream:
 def expected(layer: Any, x: Tensor) -> list[Tensor]:
     """Output [T, Q] and final states [num_layers, width] of a sequence."""
     with torch.no_grad(), kernels.use("reference"):
-        return [t.float() for t in flatten(copy.deepcopy(layer).double()(x.double()))]
+        return [t.float() for t in flatten(copy.deepcopy(layer).double().eval()(x.double()))]
 
 
 def assert_steps(stream: Stream, layer: Any, steps: int = 50) -> None:
@@ -91,6 +110,21 @@ LAYERS: dict[str, Any] = {
         name: lambda name=name: fastrnn.Recurrent(cells.get(name), 3, 5, num_layers=2)
         for name in ("cfn", "fast_grnn", "janet", "ligru", "nas", "nbrc", "peephole_lstm", "slstm")
     },
+    "layer norm": lambda: fastrnn.LayerNormLSTM(3, 17, num_layers=2),
+    "layer norm of one unit": lambda: fastrnn.LayerNormGRU(1, 1),
+    "norms without bias": lambda: fastrnn.LayerNormGRU(3, 8, num_layers=2, bias=False),
+    "reset before": lambda: fastrnn.GRUResetBefore(3, 17, num_layers=2),
+    "stages": lambda: fastrnn.Recurrent(in_stages, 3, 13, num_layers=2),
+    "heads": lambda: fastrnn.GRU(3, 12, num_layers=2, heads=3),
+    "heads of lstm": lambda: fastrnn.LSTM(3, 12, num_layers=2, heads=2, bias=False),
+    "heads of one unit": lambda: fastrnn.RNN(3, 3, heads=3),
+    "heads with parameters": lambda: fastrnn.Recurrent(both_kinds, 3, 8, num_layers=2, heads=4),
+    "heads with stages": lambda: fastrnn.Recurrent(in_stages, 3, 26, num_layers=2, heads=2),
+    "heads of slstm": lambda: fastrnn.SLSTM(3, 16, heads=4),
+    "zoneout": lambda: fastrnn.LSTM(3, 5, num_layers=2, zoneout=(0.1, 0.3)).train(),
+    "recurrent dropout": lambda: fastrnn.GRU(3, 5, recurrent_dropout=0.3).train(),
+    "clipped gradients": lambda: fastrnn.LSTM(3, 5, clip_grad_step=1.0),
+    "batch first": lambda: fastrnn.GRU(3, 5, batch_first=True),
 }
 
 
@@ -179,8 +213,9 @@ def test_nan_and_infinity_go_where_they_go_in_the_layer(tmp_path: Path) -> None:
         lambda: fastrnn.LSTM(7, 16, proj_size=5),
         lambda: fastrnn.RNN(3, 5, bias=False),
         lambda: fastrnn.Recurrent(both_kinds, 3, 5),
+        lambda: fastrnn.GRU(3, 12, num_layers=2, heads=3),
     ],
-    ids=["gru", "projected", "without bias", "parameters"],
+    ids=["gru", "projected", "without bias", "parameters", "heads"],
 )
 @pytest.mark.parametrize("keep_float", [True, False])
 @pytest.mark.parametrize("weights", ["int8", "bfloat16"])
@@ -200,6 +235,14 @@ def test_a_quantised_layer_has_its_rounded_weights(
     fastrnn.dequantize_(rounded)
     assert not torch.equal(rounded.weight_hh_l0, floats.weight_hh_l0)
     torch.testing.assert_close(stream.steps(x), expected(rounded, x)[0], rtol=1e-5, atol=2e-6)
+
+
+def test_weights_are_those_of_evaluation(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layer: Any = fastrnn.GRU(3, 5).train()
+    parametrize.register_parametrization(layer, "weight_hh_l0", fastrnn.WeightDrop(0.5))
+    assert_steps(exported(layer, tmp_path), layer)
+    assert layer.training and layer.parametrizations.weight_hh_l0.training
 
 
 def test_a_frozen_layer_and_a_subclass(tmp_path: Path) -> None:
@@ -248,11 +291,9 @@ def test_two_models_in_one_program(tmp_path: Path) -> None:
     [
         (lambda: nn.LSTM(2, 3), TypeError, "fastrnn.from_torch"),
         (lambda: fastrnn.LSTM(2, 3, bidirectional=True), ValueError, "bidirectional"),
-        (lambda: fastrnn.GRU(2, 4, heads=2), ValueError, "heads=2"),
         (lambda: fastrnn.GRU(2, 4).double(), ValueError, r"layer\.float\(\)"),
         (lambda: fastrnn.GRU(2, 4).bfloat16(), ValueError, r"layer\.float\(\)"),
         (lambda: fastrnn.GRU(2, 4, device="meta"), ValueError, "meta"),
-        (lambda: fastrnn.GRUResetBefore(2, 4), ValueError, "'gru_reset_before' has 2 stages"),
     ],
 )
 def test_what_is_refused(make: Any, error: type[Exception], message: str, tmp_path: Path) -> None:

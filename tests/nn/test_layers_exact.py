@@ -16,7 +16,7 @@ import fastrnn
 from fastrnn import plan
 from tests.support.kernels import planned
 from tests.support.properties import given, settings, st
-from tests.support.shared import staged
+from tests.support.shared import apart, mixed, staged
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 # Depths of sums below, at and above the length of a block, and with one block and many.
@@ -49,6 +49,8 @@ LAYERS: dict[str, Callable[..., Any]] = {
     "staged": lambda inputs, hidden, **options: fastrnn.Recurrent(
         staged, inputs, hidden, **options
     ),
+    "rows": lambda inputs, hidden, **options: fastrnn.Recurrent(mixed, inputs, hidden, **options),
+    "apart": lambda inputs, hidden, **options: fastrnn.Recurrent(apart, inputs, hidden, **options),
 }
 
 

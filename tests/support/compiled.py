@@ -16,6 +16,7 @@ from torch import Tensor
 __all__ = ["Stream", "compiler", "library"]
 
 STRICT = ["-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic"]
+PAGE = "-O3", "-fno-trapping-math"  # what docs/export.md says
 
 
 def compiler() -> str:
@@ -27,9 +28,10 @@ def compiler() -> str:
 
 
 def library(sources: Sequence[Path], *flags: str) -> ctypes.CDLL:
-    """The sources as one shared library beside the first."""
+    """The sources as one shared library beside the first, with the flags of the page if none are
+    given."""
     target = sources[0].with_suffix(".so")
-    command = [compiler(), *STRICT, *(flags or ("-O2",)), "-fPIC", "-shared", *map(str, sources)]
+    command = [compiler(), *STRICT, *(flags or PAGE), "-fPIC", "-shared", *map(str, sources)]
     subprocess.run([*command, "-o", str(target), "-lm"], check=True, timeout=600)
     return ctypes.CDLL(str(target))
 

@@ -17,13 +17,18 @@ from tests.support.names import BUILT_IN
 
 
 def make(
-    gates: str, states: str, function: Callable[..., object], name: str = "", params: str = ""
+    gates: str,
+    states: str,
+    function: Callable[..., object],
+    name: str = "",
+    params: str = "",
+    **rows: tuple[str, ...],
 ) -> Cell:
     """A cell outside the registry, so that no other test meets it. Parameters whose name is a
     capital letter are shared by all units."""
     learned = {p: Param("one" if p.isupper() else "unit") for p in params}
     parts = tuple(gates), tuple(states), function, learned
-    return Cell(name or function.__name__, *parts)  # type: ignore[arg-type]
+    return Cell(name or function.__name__, *parts, **rows)  # type: ignore[arg-type]
 
 
 def mgu(u, v, h):
@@ -84,6 +89,17 @@ def steps(u, v, h, c):
     return torch.tanh(z) + torch.tensor(0.25), torch.ceil(c) * y + torch.zeros_like(h)
 
 
+def lacking(u, v, p, h, c):
+    """Its gates lack rows: `w` and `n` those of the state, `r` those of the input."""
+    c = torch.sigmoid(u.f + v.f) * c + torch.tanh(u.w) * torch.sigmoid(v.r)
+    return torch.tanh(c + u.n * v.a + p.k * u.a), c
+
+
+def alone(u, v, h):
+    """Its units do not see each other."""
+    return torch.tanh(u.b + h) * u.a
+
+
 def passing(u, v, h, c):
     """Its next states are inputs, other states or constants."""
     return c, h
@@ -98,6 +114,8 @@ USERS = [
     make("abcd", "hc", choices),
     make("abcd", "hc", powers),
     make("ab", "hc", steps),
+    make("wfran", "hc", lacking, params="k", inputs=tuple("wfan"), recurrent=tuple("fra")),
+    make("ab", "h", alone, recurrent=()),
     make("a", "hc", passing),
 ]
 
@@ -113,9 +131,9 @@ every_cell = pytest.mark.parametrize("cell", ALL, ids=lambda c: c.name)
 
 def inputs(cell: Cell, units: int = 64, dtype: torch.dtype = torch.float64) -> list[list[Tensor]]:
     """Random `u`, `v`, states, gradients of next states, and parameters."""
-    gates, states = len(cell.gates), len(cell.states)
+    of_u, of_v, states = (len(names) for names in (cell.inputs, cell.recurrent, cell.states))
     rows = [units * len(own) for own in cell.param_rows().values()]
-    sizes = [[units] * n for n in (gates, gates, states, states)] + [rows]
+    sizes = [[units] * n for n in (of_u, of_v, states, states)] + [rows]
     made = [[torch.randn(n, dtype=torch.float64).to(dtype) for n in group] for group in sizes]
     if cell.name == "slstm":  # its normalizer is positive
         made[2][2] = made[2][2].abs() + 0.5
@@ -123,14 +141,15 @@ def inputs(cell: Cell, units: int = 64, dtype: torch.dtype = torch.float64) -> l
 
 
 class Blocks(NamedTuple):
-    """Recurrent weights [G, H, H], for cells that multiply another value than their state."""
+    """Recurrent weights, a block [H, H] for each gate that has one, for cells that multiply
+    another value than their state."""
 
     weights: Tensor
 
     @classmethod
     def like(cls, cell: Cell, u: Tensor) -> Blocks:
         random = torch.Generator().manual_seed(0)
-        size = len(cell.gates), u.size(-1), u.size(-1)
+        size = len(cell.recurrent), u.size(-1), u.size(-1)
         weights = torch.randn(size, generator=random, dtype=torch.float64).to(u.dtype)
         return cls(weights / u.size(-1) ** 0.5)
 
@@ -166,6 +185,6 @@ def derived_step(cell: Cell, u, v, s, dnext, p) -> tuple[list[Tensor], list[Tens
     after, saved = derived.forward(u, v, s, rows, blocks.apply)
     du, dv, ds, dp = derived.backward(saved, s, after, dnext, rows, blocks.transposed)
     own = {name for site in derived.sites for name in site.gates}
-    dv = [torch.zeros_like(d) if g in own else d for g, d in zip(cell.gates, dv, strict=True)]
+    dv = [torch.zeros_like(d) if g in own else d for g, d in zip(cell.recurrent, dv, strict=True)]
     dp = [torch.cat(dp[group], -1) for group in derived.param_groups()]
     return after, [*du, *dv, *ds, *dp]

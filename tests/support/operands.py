@@ -28,12 +28,26 @@ def linear_projectable(u, v, p, h, c):
     return u.a - v.a + c + p.all, c - p.all * v.a
 
 
+@cells.cell(gates="abde", inputs="abd", recurrent="eba", states="hc", params={"each": "unit"})
+def linear_rows(u, v, p, h, c):
+    """The same of gates that lack rows of one matrix, some summed."""
+    c = c + v.b + u.b - 2 * u.d + p.each * u.d
+    return u.a - v.a + c + v.e, c - h
+
+
+@cells.cell(gates="ab", recurrent="", states="hc")
+def linear_apart(u, v, h, c):
+    """The same of units that do not see each other."""
+    return u.a - h + c, c + u.b - h
+
+
 EVERY_GRADIENT = [True] * len(Needs._fields)
 
 # T, B, I, H, P.
 Shape: TypeAlias = tuple[int, int, int, int, int]
 # A cell, and the width of its projected output.
-PLAIN: list[tuple[str, int | None]] = [(name, None) for name in [*BUILT_IN, "linear"]]
+ROWS = ["linear_rows", "linear_apart"]
+PLAIN: list[tuple[str, int | None]] = [(name, None) for name in [*BUILT_IN, "linear", *ROWS]]
 PROJECTED: list[tuple[str, int | None]] = [
     (name, 11) for name in ["rnn_tanh", "lstm", "linear_projectable"]
 ]
@@ -53,16 +67,17 @@ def operands(
     def random(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(*shape, dtype=torch.float64) * scale).to(dtype)
 
-    rows, scale = len(cell.gates) * hidden, max(1, hidden) ** -0.5
+    of_u, of_v = len(cell.inputs) * hidden, len(cell.recurrent) * hidden
+    scale = max(1, hidden) ** -0.5
     recurrent = hidden if projected is None else projected
     widths = [recurrent, *[hidden] * (len(cell.states) - 1)]
     per_recurrence = range(recurrences)
     return {
         "x": random(steps, batch, inputs),
-        "w_ih": [random(rows, inputs, scale=scale) for _ in per_recurrence],
-        "w_hh": [random(rows, recurrent, scale=scale) for _ in per_recurrence],
-        "b_ih": [random(rows, scale=scale) for _ in per_recurrence if bias],
-        "b_hh": [random(rows, scale=scale) for _ in per_recurrence if bias],
+        "w_ih": [random(of_u, inputs, scale=scale) for _ in per_recurrence],
+        "w_hh": [random(of_v, recurrent, scale=scale) for _ in per_recurrence],
+        "b_ih": [random(of_u, scale=scale) for _ in per_recurrence if bias],
+        "b_hh": [random(of_v, scale=scale) for _ in per_recurrence if bias],
         "w_hr": [
             random(recurrent, hidden, scale=scale) for _ in per_recurrence if projected is not None
         ],
@@ -112,7 +127,9 @@ def run(scan: Any, cell: cells.Cell, given: dict[str, Any]) -> dict[str, Tensor]
     for name, value in leaves.items():
         for k, leaf in enumerate(flatten(value) if isinstance(value, list | Tensor) else []):
             if leaf.requires_grad:
-                found[f"gradient of {name} {k}"] = leaf.grad
+                # Autograd reaches no matrix without rows.
+                grad = leaf if leaf.numel() == 0 and leaf.grad is None else leaf.grad
+                found[f"gradient of {name} {k}"] = grad
     return found
 
 

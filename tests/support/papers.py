@@ -14,18 +14,20 @@ __all__ = ["STEPS", "loop"]
 
 
 class Gate(NamedTuple):
-    """The weights of one gate: `W`, `R`, and both biases, or None."""
+    """The weights of one gate, `W`, `R` and both biases; None for those that it lacks."""
 
-    w: Tensor
-    r: Tensor
+    w: Tensor | None
+    r: Tensor | None
     b: Tensor | None
     c: Tensor | None
 
     def of_x(self, x: Tensor) -> Tensor:
+        assert self.w is not None
         y = torch.einsum("oi,bi->bo", self.w, x)
         return y if self.b is None else y + self.b
 
     def of_h(self, h: Tensor) -> Tensor:
+        assert self.r is not None
         y = torch.einsum("oi,bi->bo", self.r, h)
         return y if self.c is None else y + self.c
 
@@ -72,6 +74,10 @@ def fast_grnn(k: Gates, p: Learned, x: Tensor, h: Tensor) -> Any:
     a = k["h"](x, h)
     z, n = sigmoid(a + p["bz"]), tanh(a + p["bn"])
     return z * h + (sigmoid(p["zeta"]) * (1 - z) + sigmoid(p["nu"])) * n
+
+
+def indrnn(k: Gates, p: Learned, x: Tensor, h: Tensor) -> Any:
+    return torch.clamp(k["h"].of_x(x) + p["u"] * h, min=0)
 
 
 def irnn(k: Gates, x: Tensor, h: Tensor) -> Any:
@@ -142,6 +148,11 @@ def gru_reset_before(k: Gates, x: Tensor, h: Tensor) -> Any:
 
 def mgu_reset_before(k: Gates, x: Tensor, h: Tensor) -> Any:
     f = sigmoid(k["f"](x, h))
+    return (1 - f) * h + f * tanh(k["n"](x, f * h))
+
+
+def mgu2(k: Gates, x: Tensor, h: Tensor) -> Any:
+    f = sigmoid(k["f"].of_h(h))
     return (1 - f) * h + f * tanh(k["n"](x, f * h))
 
 
@@ -234,6 +245,7 @@ STEPS: dict[str, Callable[..., Any]] = {
         fast_rnn,
         gated_antisymmetric_rnn,
         gru_reset_before,
+        indrnn,
         irnn,
         janet,
         layer_norm_gru,
@@ -241,6 +253,7 @@ STEPS: dict[str, Callable[..., Any]] = {
         layer_norm_lstm_sums,
         ligru,
         mgu,
+        mgu2,
         mgu_reset_before,
         multiplicative_lstm,
         nas,
@@ -269,11 +282,14 @@ def loop(
     """A scan of one recurrence over dense input, in the arguments of `ops.scan`. Of the cell it
     reads the names of itself, its gates, its parameters and its states."""
     assert len(w_ih) == 1 and not any(others.values())
-    hidden = w_hh[0].size(0) // len(cell.gates)
-    parts = [
-        t[0].split(hidden) if t else [None] * len(cell.gates) for t in (w_ih, w_hh, b_ih, b_hh)
-    ]
-    gates = {name: Gate(*rows) for name, *rows in zip(cell.gates, *parts, strict=True)}
+    hidden = w_ih[0].size(0) // len(cell.inputs)
+    parts: list[dict[str, Tensor]] = []
+    for names, given in ((cell.inputs, (w_ih, b_ih)), (cell.recurrent, (w_hh, b_hh))):
+        parts += [
+            dict(zip(names, t[0].split(hidden), strict=bool(names))) if t else {} for t in given
+        ]
+    w, b, r, c = (part.get for part in parts)
+    gates = {name: Gate(w(name), r(name), b(name), c(name)) for name in cell.gates}
     learned = [dict(zip(cell.params, params, strict=True))] if params else []
     states = [s[0] for s in s0]
     ys = []

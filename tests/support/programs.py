@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -20,10 +21,14 @@ FLAGS = ("-std=c++17", "-O1", "-g", "-fopenmp", "-DFASTRNN_ISA=baseline")
 
 
 def compiled(
-    source: Path, folder: Path, *others: str, sanitizer: str | None = None
+    source: Path,
+    folder: Path,
+    *others: str,
+    sanitizer: str | None = None,
+    flags: Sequence[str] = (),
 ) -> tuple[str, ...]:
-    """The command that runs `source`, compiled with `others` in csrc/; skips the test without g++
-    or without the sanitizer.
+    """The command that runs `source`, compiled with `others` in csrc/, with headers in the folder;
+    skips the test without g++ or without the sanitizer.
 
     OpenMP's library is not linked: a program that uses OpenMP runs its threads itself.
     """
@@ -35,8 +40,8 @@ def compiled(
     objects = []
     for number, file in enumerate((source, *(ROOT / "csrc" / other for other in others))):
         objects.append(str(folder / f"{number}.o"))
-        quoted = ("-iquote", str(ROOT / "csrc"))
-        run(GXX, *FLAGS, *sanitized, *quoted, "-c", str(file), "-o", objects[-1])
+        quoted = ("-iquote", str(ROOT / "csrc"), "-iquote", str(folder))
+        run(GXX, *FLAGS, *flags, *sanitized, *quoted, "-c", str(file), "-o", objects[-1])
     program = str(folder / source.stem)
     link = [GXX, *sanitized, *objects, "-o", program, "-pthread"]
     done = subprocess.run(link, capture_output=True, text=True)

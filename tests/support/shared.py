@@ -78,3 +78,41 @@ def noisy_staged(u: Any, v: Any, p: Any, h: Tensor, c: Tensor) -> tuple[Tensor, 
     c = f * c + i * torch.tanh(u.g + v.g)
     norm = F.layer_norm(fastrnn.dropout(c, 0.5), c.shape[-1:], p.gain)
     return o * torch.tanh(norm), c
+
+
+def _mixed(u: Any, v: Any, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    c = torch.sigmoid(u.f + v.f) * c + torch.tanh(u.w) * torch.sigmoid(v.a)
+    return torch.tanh(c + u.n * v.n), c
+
+
+def _staged_rows(u: Any, v: Any, p: Any, h: Tensor) -> Tensor:
+    f = torch.sigmoid(F.layer_norm(v.a, h.shape[-1:], p.gain))
+    return f * h + (1 - f) * torch.tanh(u.n + u.w + v(f * h).n)
+
+
+def _apart(u: Any, v: Any, p: Any, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    c = torch.sigmoid(u.f + p.r * c) * c + u.w
+    return torch.tanh(c), c
+
+
+# Cells of which gates lack rows of one matrix, in every order, and the same with all rows: `mixed`
+# has gates with both, summed and not, and with either; `apart` has no recurrent rows at all.
+mixed = fastrnn.cell(gates="wfan", inputs="wfn", recurrent="fan", states="hc", name="rows_mixed")(
+    _mixed
+)
+mixed_full = fastrnn.cell(gates="wfan", states="hc", name="full_mixed")(_mixed)
+staged_rows = fastrnn.cell(
+    gates="wan",
+    inputs="wn",
+    recurrent="an",
+    states="h",
+    params={"gain": fastrnn.Param(init=torch.nn.init.normal_)},
+    name="rows_staged",
+)(_staged_rows)
+staged_full = fastrnn.cell(gates="wan", states="h", params={"gain": "unit"}, name="full_staged")(
+    _staged_rows
+)
+apart = fastrnn.cell(
+    gates="wf", recurrent="", states="hc", params={"r": "unit"}, name="rows_apart"
+)(_apart)
+apart_full = fastrnn.cell(gates="wf", states="hc", params={"r": "unit"}, name="full_apart")(_apart)

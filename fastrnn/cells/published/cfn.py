@@ -9,7 +9,7 @@ from fastrnn.cells.declare import cell
 __all__ = ["cfn"]
 
 
-@cell(gates=("theta", "eta", "w"), states="h")
+@cell(gates=("theta", "eta", "w"), recurrent=("theta", "eta"), states="h")
 def cfn(u, v, h):  # type: ignore[no-untyped-def]
     """Chaos-free network (Laurent & von Brecht 2016, arXiv:1612.06212).
 
@@ -17,7 +17,8 @@ def cfn(u, v, h):  # type: ignore[no-untyped-def]
         eta   = sigmoid(U_eta·h + V_eta·x + b_eta)
         h'    = theta·tanh(h) + eta·tanh(W·x)
 
-    The paper has no bias at `W·x`; here it has `bias_ih`. The block `w` of `weight_hh` is not read.
+    The paper has no bias at `W·x`; here it has `bias_ih`. `weight_hh` has rows of `theta` and
+    `eta`.
     """
     theta, eta = sigmoid(u.theta + v.theta), sigmoid(u.eta + v.eta)
     return theta * tanh(h) + eta * tanh(u.w)

@@ -14,11 +14,13 @@ def bias(u: Any, v: Any, value: float) -> None:
     """Set the bias of a gate, which is the sum of two, to `value`. A layer may have no bias.
 
     Args:
-        u, v: the gate's rows of the input and of the recurrent weights.
+        u, v: the gate's rows of the input and of the recurrent weights; `v` is None if it has rows
+            in one of them.
     """
     if u.bias is not None:
         u.bias.fill_(value)
-        v.bias.zero_()
+        if v is not None:
+            v.bias.zero_()
 
 
 def check_longest(longest: float) -> None:

@@ -9,7 +9,7 @@ from fastrnn.cells.declare import cell
 __all__ = ["nbrc"]
 
 
-@cell(gates="acn", states="h")
+@cell(gates="acn", recurrent="ac", states="h")
 def nbrc(u, v, h):  # type: ignore[no-untyped-def]
     """Neuromodulated bistable recurrent cell (Vecoven et al. 2021, arXiv:2006.05252).
 
@@ -17,7 +17,7 @@ def nbrc(u, v, h):  # type: ignore[no-untyped-def]
         c  = sigmoid(U_c·x + W_c·h)
         h' = c·h + (1 - c)·tanh(U·x + a·h)
 
-    The block `n` of `weight_hh` is not read. The authors' code has biases in `a` and `c` alone.
+    `weight_hh` has rows of `a` and `c`. The authors' code has biases in these alone.
     """
     a, c = 1 + tanh(u.a + v.a), sigmoid(u.c + v.c)
     n = tanh(u.n + a * h)

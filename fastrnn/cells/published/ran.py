@@ -9,7 +9,7 @@ from fastrnn.cells.declare import cell
 __all__ = ["ran"]
 
 
-@cell(gates="gif", states="hc")
+@cell(gates="gif", recurrent="if", states="hc")
 def ran(u, v, h, c):  # type: ignore[no-untyped-def]
     """Recurrent additive network (Lee et al. 2017, arXiv:1705.07393).
 
@@ -20,7 +20,7 @@ def ran(u, v, h, c):  # type: ignore[no-untyped-def]
         h' = tanh(c')
 
     The paper's second variant has `h' = c'`. The paper has no bias at `g`; here it has `bias_ih`.
-    The block `g` of `weight_hh` is not read.
+    `weight_hh` has rows of `i` and `f`.
     """
     c = sigmoid(u.i + v.i) * u.g + sigmoid(u.f + v.f) * c
     return tanh(c), c

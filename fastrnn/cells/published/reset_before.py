@@ -6,7 +6,7 @@ from torch import sigmoid, tanh
 
 from fastrnn.cells.declare import cell
 
-__all__ = ["gru_reset_before", "mgu_reset_before"]
+__all__ = ["gru_reset_before", "mgu2", "mgu_reset_before"]
 
 
 @cell(gates="rzn", states="h")
@@ -35,4 +35,19 @@ def mgu_reset_before(u, v, h):  # type: ignore[no-untyped-def]
     h' = (1 - f)·h + f·n
     """
     f = sigmoid(u.f + v.f)
+    return h + f * (tanh(u.n + v(f * h).n) - h)
+
+
+@cell(gates="fn", inputs="n", states="h")
+def mgu2(u, v, h):  # type: ignore[no-untyped-def]
+    """Second of the simplified minimal gated units (Heck & Salem 2017, arXiv:1701.03452).
+
+        f  = sigmoid(R_f·h)
+        n  = tanh(W_n·x + R_n·(f·h) + b_n)
+        h' = (1 - f)·h + f·n
+
+    The gate does not see the input: `weight_ih` has rows of `n` alone. The paper's MGU2 has no bias
+    at `f`, and its MGU1 has one; here it is that of `bias_hh`.
+    """
+    f = sigmoid(v.f)
     return h + f * (tanh(u.n + v(f * h).n) - h)

@@ -17,7 +17,7 @@ def _initialize(u: Any, v: Any) -> None:
         fill.orthogonal(weight)
 
 
-@cell(gates="zk", states="h", initialize=_initialize)
+@cell(gates="zk", recurrent="k", states="h", initialize=_initialize)
 def star(u, v, h):  # type: ignore[no-untyped-def]
     """Stackable recurrent cell (Turkoglu et al. 2019, TPAMI 2021, arXiv:1911.11033).
 
@@ -27,7 +27,7 @@ def star(u, v, h):  # type: ignore[no-untyped-def]
 
     The matrices begin orthogonal, as in the authors' code. That code has another gate, that of
     `janet`: `h' = tanh(sigmoid(a)·h + (1 - sigmoid(a - 1))·z)`, where `a = W_k·x + R_k·h + b_k`.
-    The block `z` of `weight_hh` is not read.
+    `weight_hh` has rows of `k` alone.
     """
     z, k = tanh(u.z), sigmoid(u.k + v.k)
     return tanh(h + k * (z - h))

@@ -50,7 +50,7 @@ def forward(sweeps: Sweeps, scan: Scan, tape: bool) -> tuple[Tensor, list[Tensor
         sweeps.forward(scan, 0, scan.steps, buffers)
     else:
         b_ih, b_hh = _biases(scan)
-        u = x.new_empty(recurrences, scan.chunk_rows, scan.gates * hidden)
+        u = x.new_empty(recurrences, scan.chunk_rows, scan.input_gates * hidden)
         given = operands.reset_states
         begins = scan.widened(given)[0] if given else None
         buffers = ForwardBuffers(u, b_hh, carry, y, saved if tape else None, begins)
@@ -62,7 +62,7 @@ def forward(sweeps: Sweeps, scan: Scan, tape: bool) -> tuple[Tensor, list[Tensor
 
 
 def _biases(scan: Scan) -> tuple[Tensor | None, Tensor | None]:
-    """[P, G*H] to add to u, and [P, G*H] to add to v. u takes both biases of a summed gate."""
+    """[P, GU*H] to add to u, and [P, GV*H] to add to v. u takes both biases of a summed gate."""
     operands = scan.operands
     if not operands.b_ih:
         return None, None
@@ -73,9 +73,25 @@ def _biases(scan: Scan) -> tuple[Tensor | None, Tensor | None]:
         b_ih = b_ih.clone()
     for gates in _runs(scan.summed):
         if scan.summed[gates.start]:
-            part = slice(gates.start * scan.hidden, gates.stop * scan.hidden)
-            b_ih[:, part] += b_hh[:, part]
+            for to, part in _places(scan, gates):
+                b_ih[:, to] += b_hh[:, part]
     return b_ih, b_hh
+
+
+def _places(scan: Scan, gates: slice) -> list[tuple[slice, slice]]:
+    """For summed gates of v: their columns in u, and in v."""
+    if scan.derived.has_all_rows:
+        part = slice(gates.start * scan.hidden, gates.stop * scan.hidden)
+        return [(part, part)]
+    names = scan.derived.inputs, scan.derived.recurrent
+    pairs = [(names[0].index(name), names[1].index(name)) for name in names[1][gates]]
+    return [
+        (
+            slice(u * scan.hidden, (u + 1) * scan.hidden),
+            slice(v * scan.hidden, (v + 1) * scan.hidden),
+        )
+        for u, v in pairs
+    ]
 
 
 def _biases_of_one(scan: Scan) -> tuple[Tensor | None, Tensor | None]:
@@ -126,13 +142,14 @@ def backward(
     steps = scan.steps if scan.batch else 0
     chunks = [(max(0, end - scan.chunk_steps), end) for end in range(steps, 0, -scan.chunk_steps)]
     recomputes = bool(chunks and scan.tape_width() and not tape.size(0))
-    depth, sites = scan.gates * hidden, 1 + max(scan.site_of, default=-1)
+    of_u, of_v = scan.input_gates * hidden, scan.recurrent_gates * hidden
+    sites = 1 + max(scan.site_of, default=-1)
 
     def empty(width: int, dtype: torch.dtype = x.dtype) -> Tensor:
         size = recurrences, scan.chunk_rows, width
         return torch.empty(size, dtype=dtype, device=x.device)
 
-    dv = empty(depth)
+    dv = empty(of_v)
     given = operands.reset_states
     begins, dbegins = scan.widened(given, ()) if given else (None, None)
     buffers = BackwardBuffers(
@@ -140,7 +157,7 @@ def backward(
         s0=s0,
         ds=ds,
         y=y,
-        du=dv if scan.all_summed else empty(depth),
+        du=dv if scan.all_summed else empty(of_u),
         dv=dv,
         h_prev=empty(scan.recurrent),
         dh=None if scan.w_hr is None else empty(scan.recurrent),
@@ -191,11 +208,11 @@ def _backward_of_one(
     ds: Tensor,
 ) -> list[Tensor]:
     """What `backward` does for a call that is `alone`, in fewer operations."""
-    operands, rows, depth = scan.operands, scan.rows, scan.gates * scan.hidden
+    operands, rows = scan.operands, scan.rows
     dtype, device = scan.dtype, scan.device
-    du = dv = torch.empty(rows, depth, dtype=dtype, device=device)
+    du = dv = torch.empty(rows, scan.recurrent_gates * scan.hidden, dtype=dtype, device=device)
     if not scan.all_summed:
-        du = torch.empty(rows, depth, dtype=dtype, device=device)
+        du = torch.empty(rows, scan.input_gates * scan.hidden, dtype=dtype, device=device)
     h_prev = torch.empty(rows, scan.hidden, dtype=dtype, device=device)
     dy = None if dy is None else dy.contiguous()
     buffers = BackwardBuffers(dy, s0, ds, y.contiguous(), du, dv, h_prev, None, None)
@@ -353,15 +370,15 @@ class _Gradients:
         scan, needs = self.scan, self.needs
         x = self.own_x if self.summed_x is None else self.summed_x
         out = [] if x is None else [x.view(scan.operands.x.shape).to(scan.dtype)]
-        depth = scan.gates * scan.hidden
+        of_u, of_v = scan.input_gates * scan.hidden, scan.recurrent_gates * scan.hidden
         if needs.w_ih:
-            out += self._of_all("w_ih", depth, scan.inputs)
+            out += self._of_all("w_ih", of_u, scan.inputs)
         if needs.w_hh:
-            out += self._of_all("w_hh", depth, scan.recurrent)
+            out += self._of_all("w_hh", of_v, scan.recurrent)
         if self.biased:
-            b_ih = self._of_all("b_ih", depth)
+            b_ih = self._of_all("b_ih", of_u)
             out += b_ih
-            out += [b.clone() for b in b_ih] if scan.all_summed else self._of_all("b_hh", depth)
+            out += [b.clone() for b in b_ih] if scan.all_summed else self._of_all("b_hh", of_v)
         if needs.w_hr and scan.operands.w_hr:
             out += self._of_all("w_hr", scan.recurrent, scan.hidden)
         if needs.params and scan.params is not None:

@@ -52,8 +52,9 @@ class Shape:
         self.cell, self.derived, self.plan = cell, derived, plan
         x = operands.x
         self.gates, self.states = len(derived.gates), len(derived.states)
+        self.input_gates, self.recurrent_gates = len(derived.inputs), len(derived.recurrent)
         self.recurrences = len(operands.w_hh)
-        self.hidden = operands.w_hh[0].size(0) // self.gates
+        self.hidden = operands.w_ih[0].size(0) // self.input_gates
         self.recurrent = operands.w_hh[0].size(1)
         self.inputs = x.size(-1)
         self.dtype, self.device = x.dtype, x.device
@@ -76,7 +77,7 @@ class Shape:
         others = others or max(self.site_of, default=-1) >= 0
         self.alone = self.alone and self.batch > 0 and not others
         self.summed = derived.summed
-        self.all_summed = all(derived.summed)
+        self.all_summed = derived.all_summed
         self.remembered: dict[str, Any] = {}
 
 
@@ -88,16 +89,17 @@ class Scan(Shape):
         derived, plan, operands: the derived cell, the plan, and the operands.
         gates, states, recurrences, hidden, inputs, steps, batch, rows: G, S, P, H, I, T, B and the
             number of rows, including padded ones.
+        input_gates, recurrent_gates: GU and GV, the gates with rows in w_ih and in w_hh.
         recurrent: Q, the width of state 0 and of the output: H unless it is projected.
         dtype, compute: the dtypes of tensors, and of sums and states.
-        w_ih, w_hh, w_hr: [P, G*H, I], [P, G*H, Q] and, if state 0 is projected, [P, Q, H].
+        w_ih, w_hh, w_hr: [P, GU*H, I], [P, GV*H, Q] and, if state 0 is projected, [P, Q, H].
         params: [P, N, H], the learned parameters of a cell that has some; a shared one is repeated.
         first, first_on_device: int64 [T+1], the first row of each step, for packed input.
         length: int64 [B], steps of each sequence; None if all have `steps`.
         resets: uint8 [rows], whether an episode begins there.
         reverse: one bit per recurrence.
-        summed, all_summed: for each gate, whether its two projections are only ever added; whether
-            all are.
+        summed, all_summed: for each gate of w_hh, whether its two projections are only ever added;
+            whether all gates have both, and all are.
         alone: whether the call is one recurrence in one chunk of steps, without parameters of the
             cell, products of other values or given states for resets, and state 0 is the output.
             There are shorter ways for it.
@@ -211,8 +213,8 @@ class ForwardBuffers(NamedTuple):
     """The tensors of the forward sweep.
 
     Attributes:
-        u: [P, chunk_rows, G*H], input projections with their biases.
-        b_hh: [P, G*H] for gates that are not summed, or None.
+        u: [P, chunk_rows, GU*H], input projections with their biases.
+        b_hh: [P, GV*H] for gates that are not summed, or None.
         carry: [S+1, P, B, max(H, Q)] in `scan.compute`: states before the chunk, then after it.
             The last entry is a second buffer for state 0, which is Q wide; other states are H.
         y: [rows, P, Q], the output.
@@ -237,8 +239,8 @@ class BackwardBuffers(NamedTuple):
         s0: [S, P, B, max(H, Q)] in `scan.compute`, initial states.
         ds: shaped as `s0`: gradients of the states after the chunk, then before it.
         y: the output of the forward sweep.
-        du, dv: [P, chunk_rows, G*H], gradients of the projections; the same tensor if all gates
-            are summed.
+        du, dv: [P, chunk_rows, GU*H] and [P, chunk_rows, GV*H], gradients of the projections; the
+            same tensor if all gates are summed.
         h_prev: [P, chunk_rows, Q], receives state 0 before each step.
         dh: [P, chunk_rows, Q], receives the gradient of state 0 after each step; None unless it is
             projected.

@@ -14,6 +14,7 @@ from tests.support.operands import (
     EVERY_GRADIENT,
     PLAIN,
     PROJECTED,
+    ROWS,
     Shape,
     by_reference,
     operands,
@@ -39,14 +40,14 @@ SHAPES = [  # T, B, I, H, P: 1, primes, near vectors of 2 to 16 lanes and tiles 
 ]
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("name", [*BUILT_IN, *ROWS])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shapes(name: str, shape: Shape) -> None:
     for dtype in (torch.float64, torch.float32):
         check(cells.get(name), operands(cells.get(name), *shape, dtype=dtype))
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("name", [*BUILT_IN, *ROWS])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_sixteen_bits(name: str, dtype: torch.dtype) -> None:
     for shape in [(1, 1, 3, 5, 2), (5, 7, 5, 33, 1), (9, 2, 16, 40, 2)]:
@@ -144,7 +145,11 @@ SPLITS = [
 
 @pytest.mark.parametrize("split", SPLITS, ids=lambda s: "-".join(map(str, s.values())))
 @pytest.mark.parametrize(
-    ("name", "projected"), [("linear", None), *(("linear_projectable", n) for n in (3, 35, 81))]
+    ("name", "projected"),
+    [
+        *((name, None) for name in ("linear", *ROWS)),
+        *(("linear_projectable", n) for n in (3, 35, 81)),
+    ],
 )
 def test_every_split_is_exact(split: dict[str, int], name: str, projected: int | None) -> None:
     cell = cells.get(name)
@@ -159,9 +164,10 @@ def test_every_split_is_exact(split: dict[str, int], name: str, projected: int |
                 assert torch.equal(ours[what], right), what
 
 
+@pytest.mark.parametrize("name", ["linear", *ROWS])
 @pytest.mark.parametrize("shape", [(3, *shape[1:]) for shape in SHAPES], ids=str)
-def test_linear_cell_is_exact(shape: Shape) -> None:
-    cell = cells.get("linear")
+def test_linear_cell_is_exact(name: str, shape: Shape) -> None:
+    cell = cells.get(name)
     given = {k: whole(v) for k, v in operands(cell, *shape, dtype=torch.float32).items()}
     with kernels.use("cpu"):
         ours = run(ops.scan, cell, given)

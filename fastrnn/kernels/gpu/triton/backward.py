@@ -142,8 +142,8 @@ def backward_resident(
     ds,  # [S, P, B, H] gradients of the states, first after the chunk, then before it
     y,
     tape,
-    du,  # [P, chunk_rows, G*H]
-    dv,  # shaped as du; the same tensor if all gates are summed
+    du,  # [P, chunk_rows, GU*H]
+    dv,  # [P, chunk_rows, GV*H]; the same tensor if all gates are summed
     h_prev,  # [P, chunk_rows, H] state 0 before each step
     dp,  # [P, chunk_rows, L*H] in the type of computation, or any pointer
     operands,  # [P, chunk_rows, J*H] what the J products of other values multiply, or any pointer
@@ -161,7 +161,9 @@ def backward_resident(
     CELL: tl.constexpr,
     PROGRAM: tl.constexpr,
     H: tl.constexpr,
-    G: tl.constexpr,
+    GU: tl.constexpr,  # gates with rows in w_ih
+    GV: tl.constexpr,  # gates with rows in w_hh
+    INPUT_OF: tl.constexpr,
     S: tl.constexpr,
     K: tl.constexpr,
     L: tl.constexpr,
@@ -188,12 +190,12 @@ def backward_resident(
     n = tl.arange(0, BN)
     k = tl.arange(0, BN)
     in_batch = (b < batch)[:, None] & (n < H)[None, :]
-    all_summed: tl.constexpr = SUMMED == (1 << G) - 1
+    all_summed: tl.constexpr = GU == GV and SUMMED == (1 << GV) - 1
 
     w = ()
     inside = (n < H)[:, None] & (k < H)[None, :]
-    for g in tl.static_range(G):
-        w_at = w_hh + ((p * G + g) * H + n[:, None]) * H + k[None, :]
+    for g in tl.static_range(GV):
+        w_at = w_hh + ((p * GV + g) * H + n[:, None]) * H + k[None, :]
         w = w + (tl.load(w_at, mask=inside, other=0.0),)
     carried = ()
     state = recurrences * batch * H  # stride of a state
@@ -229,22 +231,25 @@ def backward_resident(
             )  # fmt: skip
             out = backward_stages(
                 CELL, saved, before, own_params + z, after, dafter, results, w, here,
-                (n < H)[None, :], ds.dtype.element_ty, PROGRAM, H, G, S, L, DOT, PRECISION, BB, BN,
+                (n < H)[None, :], ds.dtype.element_ty, PROGRAM, H, GU, GV, S, L, DOT,
+                PRECISION, BB, BN,
             )  # fmt: skip
             store_rows(
-                operands, out[2 * G + S + L :], into + rows, n, here, BB, BN, H, PROGRAM.sites
+                operands, out[GU + GV + S + L :], into + rows, n, here, BB, BN, H, PROGRAM.sites
             )  # fmt: skip
         else:
             out = CELL(saved, before, own_params + z, after, dafter)
-        store_rows(dp, out[2 * G + S :], into + rows, n, here, BB, BN, H, L)
-        recurrent = tl.broadcast_to(out[2 * G], (BB, BN))
-        at = (into + rows)[:, None] * (G * H) + n[None, :]
-        for g in tl.static_range(G):
-            d = tl.where(here, tl.broadcast_to(out[G + g], (BB, BN)), 0.0)
+        store_rows(dp, out[GU + GV + S :], into + rows, n, here, BB, BN, H, L)
+        recurrent = tl.broadcast_to(out[GU + GV], (BB, BN))
+        at = (into + rows)[:, None] * (GV * H) + n[None, :]
+        for g in tl.static_range(GV):
+            d = tl.where(here, tl.broadcast_to(out[GU + g], (BB, BN)), 0.0)
             if PROGRAM.site_of[g] < 0:
                 recurrent += times(d, w[g], DOT, PRECISION)
             tl.store(dv + at + g * H, d.to(dv.dtype.element_ty), mask=here)
-            if not all_summed:
+        if not all_summed:
+            at = (into + rows)[:, None] * (GU * H) + n[None, :]
+            for g in tl.static_range(GU):
                 d = tl.broadcast_to(out[g], (BB, BN))
                 tl.store(du + at + g * H, d.to(du.dtype.element_ty), mask=here)
         h_at = (into + rows)[:, None] * H + n[None, :]
@@ -254,7 +259,7 @@ def backward_resident(
             if j == 0:
                 d = recurrent
             else:
-                d = tl.broadcast_to(out[2 * G + j], (BB, BN))
+                d = tl.broadcast_to(out[GU + GV + j], (BB, BN))
             if GIVEN:
                 _add_to_begins(dbegins, recurrence + j * state + n[None, :], d, cut, here)
             if RESETS:
@@ -269,7 +274,7 @@ def backward_resident(
 @triton.jit(do_not_specialize=RUN_TIME)
 def backward_streamed(
     dy,  # [rows, P, Q]
-    w_hh,  # [P, G*H, Q]
+    w_hh,  # [P, GV*H, Q]
     parameters,
     noise,
     begins,
@@ -301,7 +306,9 @@ def backward_streamed(
     H: tl.constexpr,
     Q: tl.constexpr,
     PROJECTED: tl.constexpr,
-    G: tl.constexpr,
+    GU: tl.constexpr,  # gates with rows in w_ih
+    GV: tl.constexpr,  # gates with rows in w_hh
+    INPUT_OF: tl.constexpr,
     S: tl.constexpr,
     K: tl.constexpr,
     L: tl.constexpr,
@@ -331,7 +338,7 @@ def backward_streamed(
     rows_of_states = (p * batch + b[:, None]) * W
     start, recurrence = s0 + rows_of_states, ds + rows_of_states
     sequence = sequences(noise, b, batch, D, ORDERED)
-    all_summed: tl.constexpr = SUMMED == (1 << G) - 1
+    all_summed: tl.constexpr = GU == GV and SUMMED == (1 << GV) - 1
 
     for back in tl.range(0, high - low, num_stages=1):
         step = high - 1 - back
@@ -386,12 +393,14 @@ def backward_streamed(
             once = drawn_once(noise, p, sequence, n, dtype, D, PER_SEQUENCE, SCALED)
             z = drawn(once, noise, p, t, sequence, n, dtype, D, PER_SEQUENCE, SCALED)
             out = CELL(saved, before, own_params + z, after, dafter)
-            store_rows(dp, out[2 * G + S :], into + rows, n, here, BB, BN, H, L)
-            at = (into + rows)[:, None] * (G * H) + n[None, :]
-            for g in tl.static_range(G):
-                d = tl.broadcast_to(out[G + g], (BB, BN))
+            store_rows(dp, out[GU + GV + S :], into + rows, n, here, BB, BN, H, L)
+            at = (into + rows)[:, None] * (GV * H) + n[None, :]
+            for g in tl.static_range(GV):
+                d = tl.broadcast_to(out[GU + g], (BB, BN))
                 tl.store(dv + at + g * H, d.to(dv.dtype.element_ty), mask=here)
-                if not all_summed:
+            if not all_summed:
+                at = (into + rows)[:, None] * (GU * H) + n[None, :]
+                for g in tl.static_range(GU):
                     d = tl.broadcast_to(out[g], (BB, BN))
                     tl.store(du + at + g * H, d.to(du.dtype.element_ty), mask=here)
             if not PROJECTED:
@@ -400,7 +409,7 @@ def backward_streamed(
             tl.debug_barrier()  # all threads have read the gradients before any writes them
             for j in tl.static_range(S):
                 if j > 0 or not PROJECTED:
-                    d = tl.broadcast_to(out[2 * G + j], (BB, BN))
+                    d = tl.broadcast_to(out[GU + GV + j], (BB, BN))
                     if not GIVEN:
                         d = tl.where(cut, 0.0, d)
                     tl.store(recurrence + j * state + n[None, :], d, mask=here)
@@ -409,13 +418,13 @@ def backward_streamed(
             k = k0 + tl.arange(0, BN)
             here = alive & (k < Q)[None, :]
             total = tl.zeros((BB, BN), dtype)
-            for n0 in tl.range(0, hidden, BK):
+            for n0 in tl.range(0, hidden if GV > 0 else 0, BK):
                 n = n0 + tl.arange(0, BK)
                 inside = alive & (n < H)[None, :]
-                at = (into + rows)[:, None] * (G * H) + n[None, :]
-                for g in tl.static_range(G):
+                at = (into + rows)[:, None] * (GV * H) + n[None, :]
+                for g in tl.static_range(GV):
                     d = tl.load(dv + at + g * H, mask=inside, other=0.0)
-                    at_w = w_hh + ((p * G + g) * H + n[:, None]) * Q + k[None, :]
+                    at_w = w_hh + ((p * GV + g) * H + n[:, None]) * Q + k[None, :]
                     w = tl.load(at_w, mask=(n < H)[:, None] & (k < Q)[None, :], other=0.0)
                     total += times(d.to(dtype), w, DOT, PRECISION)
             if not PROJECTED:

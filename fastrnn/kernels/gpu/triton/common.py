@@ -15,10 +15,11 @@ The parameter `CELL` is the cell's function. A tuple holds one item per gate or 
 everything else that depends on a batch are run-time values; a kernel is compiled once for a cell,
 an H and the tiles that `plan/triton.py` chose. Offsets are 64 bits wide.
 
-Names: `G` gates, `S` states, `K` saved values, `L` learned parameters, `D` draws of random numbers,
-`Q` width of state 0 (H unless it is projected), `n` a unit, `b` a row of the batch, `t` the
-position in time, `step` the position in the recurrence's own direction. The rows of time `t` begin
-at `first[t]` in packed input and at `t * B` in dense input; row `b` is alive while `t < stop[b]`.
+Names: `GU` and `GV` gates with rows in w_ih and w_hh, `S` states, `K` saved values, `L` learned
+parameters, `D` draws of random numbers, `Q` width of state 0 (H unless it is projected), `n` a
+unit, `b` a row of the batch, `t` the position in time, `step` the position in the recurrence's own
+direction. The rows of time `t` begin at `first[t]` in packed input and at `t * B` in dense input;
+row `b` is alive while `t < stop[b]`.
 
 All threads of a program read after a `tl.debug_barrier` what any of them wrote to global memory
 before it: the barrier orders all kinds of memory among the threads of a block, on AMD's GPUs by
@@ -119,10 +120,12 @@ def learned(params, p, n, dtype, H: tl.constexpr, L: tl.constexpr):
 
 
 @triton.jit
-def joined(v, g: tl.constexpr, u, bias, SUMMED: tl.constexpr, BIAS: tl.constexpr):
+def joined(
+    v, g: tl.constexpr, u, bias, INPUT_OF: tl.constexpr, SUMMED: tl.constexpr, BIAS: tl.constexpr
+):
     """The cell's argument `v[g]` from a product: of a summed gate, the sum of both projections."""
     if (SUMMED >> g) & 1:
-        return v + u[g]
+        return v + u[(INPUT_OF >> (4 * g)) & 15]
     elif BIAS:
         return v + bias[g][None, :]
     else:

@@ -31,14 +31,17 @@ def gates(source, rows, n, alive, H: tl.constexpr, G: tl.constexpr):
 
 
 @triton.jit
-def _inputs(u, recurrent, bias, dtype, G: tl.constexpr, SUMMED: tl.constexpr, BIAS: tl.constexpr):
+def _inputs(
+    u, recurrent, bias, dtype, GU: tl.constexpr, GV: tl.constexpr, INPUT_OF: tl.constexpr,
+    SUMMED: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
     """The arguments `(u, v)` of the cell: for a summed gate, `v` is their sum."""
     us = ()
-    for g in tl.static_range(G):
+    for g in tl.static_range(GU):
         us = us + (u[g].to(dtype),)
     vs = ()
-    for g in tl.static_range(G):
-        vs = vs + (joined(recurrent[g], g, us, bias, SUMMED, BIAS),)
+    for g in tl.static_range(GV):
+        vs = vs + (joined(recurrent[g], g, us, bias, INPUT_OF, SUMMED, BIAS),)
     return us, vs
 
 
@@ -53,9 +56,9 @@ def biases(b_hh, p, n, dtype, H: tl.constexpr, G: tl.constexpr, BIAS: tl.constex
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def forward_resident(
-    u,  # [P, chunk_rows, G*H], with bias
-    w_hh,  # [P, G*H, H]
-    b_hh,  # [P, G*H], used for gates that are not summed
+    u,  # [P, chunk_rows, GU*H], with bias
+    w_hh,  # [P, GV*H, H]
+    b_hh,  # [P, GV*H], used for gates that are not summed
     parameters,  # [P, L, H], or any pointer
     noise,  # int64 [1 + D] or [1 + D + B], or any pointer
     begins,  # [S, P, B, H] states in which episodes begin, or any pointer
@@ -76,7 +79,9 @@ def forward_resident(
     CELL: tl.constexpr,
     PROGRAM: tl.constexpr,  # of a cell whose step has stages
     H: tl.constexpr,
-    G: tl.constexpr,
+    GU: tl.constexpr,  # gates with rows in w_ih
+    GV: tl.constexpr,  # gates with rows in w_hh
+    INPUT_OF: tl.constexpr,  # four bits for each of these: its place in u
     S: tl.constexpr,
     K: tl.constexpr,
     L: tl.constexpr,
@@ -104,15 +109,15 @@ def forward_resident(
     n = tl.arange(0, BN)
     k = tl.arange(0, BN)
     dtype = carry.dtype.element_ty
-    u += into * (G * H)
+    u += into * (GU * H)
     in_batch = (b < batch)[:, None] & (n < H)[None, :]
 
     w = ()
     inside = (k < H)[:, None] & (n < H)[None, :]
-    for g in tl.static_range(G):
-        w_at = w_hh + ((p * G + g) * H + n[None, :]) * H + k[:, None]
+    for g in tl.static_range(GV):
+        w_at = w_hh + ((p * GV + g) * H + n[None, :]) * H + k[:, None]
         w = w + (tl.load(w_at, mask=inside, other=0.0),)
-    bias = biases(b_hh, p, n, dtype, H, G, BIAS)
+    bias = biases(b_hh, p, n, dtype, H, GV, BIAS)
     own_params = learned(parameters, p, n, dtype, H, L)
     sequence = sequences(noise, b, batch, D, ORDERED)
     once = drawn_once(noise, p, sequence, n, dtype, D, PER_SEQUENCE, SCALED)
@@ -125,7 +130,7 @@ def forward_resident(
     # u of the next step is loaded while this one computes.
     t0 = tl.where(backward, steps - 1 - low, low)
     rows0 = row_numbers(first, tl.minimum(tl.maximum(t0, 0), steps - 1), b, batch, PACKED)
-    ahead = gates(u, rows0, n, t0 < tl.where(low < high, stop, 0), H, G)
+    ahead = gates(u, rows0, n, t0 < tl.where(low < high, stop, 0), H, GU)
     for step in tl.range(low, high):
         t = tl.where(backward, steps - 1 - step, step)
         rows = row_numbers(first, t, b, batch, PACKED)
@@ -141,19 +146,19 @@ def forward_resident(
         own = ahead
         later = tl.minimum(step + 1, high - 1)
         t_later = tl.where(backward, steps - 1 - later, later)
-        ahead = gates(u, row_numbers(first, t_later, b, batch, PACKED), n, t_later < stop, H, G)
+        ahead = gates(u, row_numbers(first, t_later, b, batch, PACKED), n, t_later < stop, H, GU)
         recurrent = ()
-        for g in tl.static_range(G):
+        for g in tl.static_range(GV):
             if PROGRAM.site_of[g] < 0:
                 recurrent = recurrent + (times(before[0], w[g], DOT, PRECISION),)
             else:  # a stage multiplies another value
                 recurrent = recurrent + (before[0],)
-        us, vs = _inputs(own, recurrent, bias, dtype, G, SUMMED, BIAS)
+        us, vs = _inputs(own, recurrent, bias, dtype, GU, GV, INPUT_OF, SUMMED, BIAS)
         z = drawn(once, noise, p, t, sequence, n, dtype, D, PER_SEQUENCE, SCALED)
         if len(PROGRAM.written) > 0:
             out = forward_stages(
                 CELL, us, vs, before, own_params + z, w, bias, (n < H)[None, :], dtype, PROGRAM, H,
-                G, S, K, SUMMED, BIAS, DOT, PRECISION, BB, BN,
+                GV, INPUT_OF, S, K, SUMMED, BIAS, DOT, PRECISION, BB, BN,
             )  # fmt: skip
         else:
             out = CELL(us, vs, before, own_params + z)
@@ -183,7 +188,7 @@ def forward_resident(
 @triton.jit(do_not_specialize=RUN_TIME)
 def forward_streamed(
     u,
-    w_hh,  # [P, G*H, Q]
+    w_hh,  # [P, GV*H, Q]
     b_hh,
     parameters,
     noise,
@@ -211,7 +216,9 @@ def forward_streamed(
     H: tl.constexpr,
     Q: tl.constexpr,
     PROJECTED: tl.constexpr,
-    G: tl.constexpr,
+    GU: tl.constexpr,  # gates with rows in w_ih
+    GV: tl.constexpr,  # gates with rows in w_hh
+    INPUT_OF: tl.constexpr,  # four bits for each of these: its place in u
     S: tl.constexpr,
     K: tl.constexpr,
     L: tl.constexpr,
@@ -237,7 +244,7 @@ def forward_streamed(
         length, steps, batch, begin, end, base, base_reverse, chunk_rows, reverse, RAGGED, BB
     )
     dtype = carry.dtype.element_ty
-    u += into * (G * H)
+    u += into * (GU * H)
     W: tl.constexpr = H if H > Q else Q
     state = recurrences * batch * W  # stride of a state in `carry`
     rows_of_states = (p * batch + b[:, None]) * W
@@ -257,9 +264,9 @@ def forward_streamed(
         for n0 in tl.range(0, H, BN, num_stages=1):
             n = n0 + tl.arange(0, BN)
             recurrent = ()
-            for _g in tl.static_range(G):
+            for _g in tl.static_range(GV):
                 recurrent = recurrent + (tl.zeros((BB, BN), dtype),)
-            for k0 in tl.range(0, width, BK):
+            for k0 in tl.range(0, width if GV > 0 else 0, BK):
                 k = k0 + tl.arange(0, BK)
                 row_inside = (b < batch)[:, None] & (k < Q)[None, :]
                 h = tl.load(h_before + k[None, :], mask=row_inside, other=0.0)
@@ -268,13 +275,13 @@ def forward_streamed(
                     h = tl.where(cut, fresh, h)
                 inside = (k < Q)[:, None] & (n < H)[None, :]
                 sums = ()
-                for g in tl.static_range(G):
-                    w_at = w_hh + ((p * G + g) * H + n[None, :]) * Q + k[:, None]
+                for g in tl.static_range(GV):
+                    w_at = w_hh + ((p * GV + g) * H + n[None, :]) * Q + k[:, None]
                     w = tl.load(w_at, mask=inside, other=0.0)
                     sums = sums + (recurrent[g] + times(h, w, DOT, PRECISION),)
                 recurrent = sums
-            own = gates(u, rows, n, alive, H, G)
-            bias = biases(b_hh, p, n, dtype, H, G, BIAS)
+            own = gates(u, rows, n, alive, H, GU)
+            bias = biases(b_hh, p, n, dtype, H, GV, BIAS)
             own_params = learned(parameters, p, n, dtype, H, L)
             in_batch = (b < batch)[:, None] & (n < H)[None, :]
             s = ()
@@ -291,7 +298,7 @@ def forward_streamed(
                     before = before + (tl.where(cut, fresh, s[j]),)
                 else:
                     before = before + (s[j],)
-            us, vs = _inputs(own, recurrent, bias, dtype, G, SUMMED, BIAS)
+            us, vs = _inputs(own, recurrent, bias, dtype, GU, GV, INPUT_OF, SUMMED, BIAS)
             once = drawn_once(noise, p, sequence, n, dtype, D, PER_SEQUENCE, SCALED)
             z = drawn(once, noise, p, t, sequence, n, dtype, D, PER_SEQUENCE, SCALED)
             out = CELL(us, vs, before, own_params + z)

@@ -100,7 +100,9 @@ def meta_arguments(
     common = {
         "CELL": cell.backward if backward else cell.forward,
         "H": hidden,
-        "G": len(derived.gates),
+        "GU": len(derived.inputs),
+        "GV": len(derived.recurrent),
+        "INPUT_OF": derived.input_of(),
         "S": len(derived.states),
         "K": len(derived.saved),
         "L": len(derived.params),
@@ -214,7 +216,7 @@ def _scratch(scan: Scan, backward: bool) -> Tensor:
     from fastrnn.compiler import layout
 
     sizes = layout.shape(scan.derived, forward=not backward)
-    count = sizes.temporaries + (sizes.sites if backward else scan.gates)
+    count = sizes.temporaries + (sizes.sites if backward else scan.recurrent_gates)
     size = scan.recurrences, scan.batch, count, scan.hidden
     return torch.empty(size, dtype=scan.compute, device=scan.device)
 

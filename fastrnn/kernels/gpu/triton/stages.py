@@ -93,29 +93,29 @@ def saved_results(tape, at, alive, dtype, COUNT: tl.constexpr, ALL: tl.constexpr
 
 
 @triton.jit
-def source(code: tl.constexpr, u, v, x, G: tl.constexpr):
+def source(code: tl.constexpr, u, v, x, GV: tl.constexpr):
     """A source of `Moments` of `compiler/layout.py`."""
     if code >= 0:
         return x[code]
-    elif code >= -G:
+    elif code >= -GV:
         return v[-1 - code]
     else:
-        return u[-1 - G - code]
+        return u[-1 - GV - code]
 
 
 @triton.jit
 def _with_moments(
-    results, u, v, x, inside, MOMENTS: tl.constexpr, H: tl.constexpr, G: tl.constexpr
+    results, u, v, x, inside, MOMENTS: tl.constexpr, H: tl.constexpr, GV: tl.constexpr
 ):
     """The results with a mean and a sum of squared deviations of units of several blocks."""
     mean = tl.zeros_like(results[MOMENTS.result])
     for k in tl.static_range(len(MOMENTS.sources)):
-        own = tl.where(inside, source(MOMENTS.sources[k], u, v, x, G), 0.0)
+        own = tl.where(inside, source(MOMENTS.sources[k], u, v, x, GV), 0.0)
         mean += tl.sum(own, axis=1, keep_dims=True)
     mean = mean / (len(MOMENTS.sources) * H)
     deviation = tl.zeros_like(mean)
     for k in tl.static_range(len(MOMENTS.sources)):
-        apart = tl.where(inside, source(MOMENTS.sources[k], u, v, x, G) - mean, 0.0)
+        apart = tl.where(inside, source(MOMENTS.sources[k], u, v, x, GV) - mean, 0.0)
         deviation += tl.sum(apart * apart, axis=1, keep_dims=True)
     return results[: MOMENTS.result] + (mean, deviation) + results[MOMENTS.result + 2 :]
 
@@ -123,8 +123,9 @@ def _with_moments(
 @triton.jit
 def forward_stages(
     CELL, u, v, s, p, w, bias, inside, dtype, PROGRAM: tl.constexpr, H: tl.constexpr,
-    G: tl.constexpr, S: tl.constexpr, K: tl.constexpr, SUMMED: tl.constexpr, BIAS: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr,
+    GV: tl.constexpr, INPUT_OF: tl.constexpr, S: tl.constexpr, K: tl.constexpr,
+    SUMMED: tl.constexpr, BIAS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BB: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """A step: next states, saved values and results. `v` are the products with state 0."""
     X: tl.constexpr = PROGRAM.temporaries
@@ -134,19 +135,19 @@ def forward_stages(
     results = zeros(PROGRAM.results, BB, 1, dtype)
     for k in tl.static_range(len(PROGRAM.written)):
         vs = ()
-        for g in tl.static_range(G):
+        for g in tl.static_range(GV):
             own = v[g]
             if PROGRAM.site_of[g] >= 0:
                 if (PROGRAM.written[k].sites >> PROGRAM.site_of[g]) & 1:
                     operand = tl.where(inside, x[PROGRAM.operands[PROGRAM.site_of[g]]], 0.0)
                     own = joined(
-                        times(operand, w[g], DOT, PRECISION), g, u, bias, SUMMED, BIAS
+                        times(operand, w[g], DOT, PRECISION), g, u, bias, INPUT_OF, SUMMED, BIAS
                     )  # fmt: skip
             vs = vs + (own,)
         v = vs
         for m in tl.static_range(len(PROGRAM.moments)):
             if PROGRAM.moments[m].stage == k:
-                results = _with_moments(results, u, v, x, inside, PROGRAM.moments[m], H, G)
+                results = _with_moments(results, u, v, x, inside, PROGRAM.moments[m], H, GV)
         made = CELL(k, u, v, s, p, x, results, count, out)
         out = made[: S + K]
         x = made[S + K : S + K + X]
@@ -160,14 +161,14 @@ def forward_stages(
 @triton.jit
 def backward_stages(
     CELL, saved, s, p, after, dafter, results, w, here, inside, dtype, PROGRAM: tl.constexpr,
-    H: tl.constexpr, G: tl.constexpr, S: tl.constexpr, L: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr,
+    H: tl.constexpr, GU: tl.constexpr, GV: tl.constexpr, S: tl.constexpr, L: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a step: of `u`, `v`, states and parameters; then the operands of products.
     `results` are those that the step saved, and places for others."""
     X: tl.constexpr = PROGRAM.temporaries
     J: tl.constexpr = PROGRAM.sites
-    OUT: tl.constexpr = 2 * G + S + L + J
+    OUT: tl.constexpr = GU + GV + S + L + J
     count = tl.full([1, 1], H, dtype)
     out = zeros(OUT, BB, BN, dtype)
     x = zeros(X, BB, BN, dtype)
@@ -177,9 +178,9 @@ def backward_stages(
         for j in tl.static_range(J):
             total = back[j]
             if (PROGRAM.written[k].sites >> j) & 1:
-                for g in tl.static_range(G):
+                for g in tl.static_range(GV):
                     if PROGRAM.site_of[g] == j:
-                        d = tl.where(here, out[G + g], 0.0)
+                        d = tl.where(here, out[GU + g], 0.0)
                         total += times(d, w[g], DOT, PRECISION)
             totals = totals + (total,)
         back = totals

@@ -55,22 +55,23 @@ def _store_some(to, stride, blocks, n, mask, BITS: tl.constexpr, COUNT: tl.const
 
 @triton.jit
 def _moment_source(
-    code: tl.constexpr, u, rows, scratch, n, here, dtype, H: tl.constexpr, G: tl.constexpr
-):
-    """A source of `Moments`; scratch has G products, then temporaries."""
-    if code < -G:
-        at = u + rows[:, None] * (G * H) + (-1 - G - code) * H + n[None, :]
+    code: tl.constexpr, u, rows, scratch, n, here, dtype, H: tl.constexpr, GU: tl.constexpr,
+    GV: tl.constexpr,
+):  # fmt: skip
+    """A source of `Moments`; scratch has GV products, then temporaries."""
+    if code < -GV:
+        at = u + rows[:, None] * (GU * H) + (-1 - GV - code) * H + n[None, :]
     elif code < 0:
         at = scratch + (-1 - code) * H + n[None, :]
     else:
-        at = scratch + (G + code) * H + n[None, :]
+        at = scratch + (GV + code) * H + n[None, :]
     return tl.load(at, mask=here, other=0.0).to(dtype)
 
 
 @triton.jit
 def _with_moments(
-    results, u, rows, scratch, alive, MOMENTS: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
-    BN: tl.constexpr,
+    results, u, rows, scratch, alive, MOMENTS: tl.constexpr, H: tl.constexpr, GU: tl.constexpr,
+    GV: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """The results with a mean and a sum of squared deviations of units of several values."""
     COUNT: tl.constexpr = len(MOMENTS.sources)
@@ -80,7 +81,7 @@ def _with_moments(
         n = n0 + tl.arange(0, BN)
         here = alive & (n < H)[None, :]
         for k in tl.static_range(COUNT):
-            x = _moment_source(MOMENTS.sources[k], u, rows, scratch, n, here, dtype, H, G)
+            x = _moment_source(MOMENTS.sources[k], u, rows, scratch, n, here, dtype, H, GU, GV)
             mean += tl.sum(x, axis=1, keep_dims=True)
     mean = mean / (COUNT * H)
     deviation = tl.zeros_like(mean)
@@ -88,7 +89,7 @@ def _with_moments(
         n = n0 + tl.arange(0, BN)
         here = alive & (n < H)[None, :]
         for k in tl.static_range(COUNT):
-            x = _moment_source(MOMENTS.sources[k], u, rows, scratch, n, here, dtype, H, G)
+            x = _moment_source(MOMENTS.sources[k], u, rows, scratch, n, here, dtype, H, GU, GV)
             x = tl.where(here, x - mean, 0.0)
             deviation += tl.sum(x * x, axis=1, keep_dims=True)
     return results[: MOMENTS.result] + (mean, deviation) + results[MOMENTS.result + 2 :]
@@ -105,7 +106,7 @@ def forward_streamed_stages(
     carry,  # [2, S, P, B, H]
     y,
     tape,
-    scratch,  # [P, B, G + X, H] in the type of computation: products, then temporaries
+    scratch,  # [P, B, GV + X, H] in the type of computation: products, then temporaries
     first,
     length,
     resets,
@@ -121,7 +122,9 @@ def forward_streamed_stages(
     CELL: tl.constexpr,
     PROGRAM: tl.constexpr,
     H: tl.constexpr,
-    G: tl.constexpr,
+    GU: tl.constexpr,
+    GV: tl.constexpr,
+    INPUT_OF: tl.constexpr,
     S: tl.constexpr,
     K: tl.constexpr,
     L: tl.constexpr,
@@ -148,10 +151,10 @@ def forward_streamed_stages(
     )
     X: tl.constexpr = PROGRAM.temporaries
     dtype = carry.dtype.element_ty
-    u += into * (G * H)
+    u += into * (GU * H)
     state = recurrences * batch * H  # stride of a state
     own = (p * batch + b[:, None]) * H
-    scratch += (p * batch + b[:, None]) * ((G + X) * H)
+    scratch += (p * batch + b[:, None]) * ((GV + X) * H)
     sequence = sequences(noise, b, batch, D, ORDERED)
     count = tl.full([1, 1], H, dtype)
 
@@ -172,7 +175,7 @@ def forward_streamed_stages(
             for m in tl.static_range(len(PROGRAM.moments)):
                 if PROGRAM.moments[m].stage == k:
                     results = _with_moments(
-                        results, u, rows, scratch, alive, PROGRAM.moments[m], H, G, BN
+                        results, u, rows, scratch, alive, PROGRAM.moments[m], H, GU, GV, BN
                     )
             totals = begin_totals(results, PROGRAM.written[k], PROGRAM.results)
             for n0 in tl.range(0, H, BN, num_stages=1):
@@ -180,17 +183,17 @@ def forward_streamed_stages(
                 inside = (n < H)[None, :]
                 in_batch = (b < batch)[:, None] & inside
                 here = alive & inside
-                vs = _loads(scratch, n, here, 0, G, H)
+                vs = _loads(scratch, n, here, 0, GV, H)
                 us = ()
-                for g in tl.static_range(G):
-                    us = us + (gates(u, rows, n, t < stop, H, G)[g].to(dtype),)
+                for g in tl.static_range(GU):
+                    us = us + (gates(u, rows, n, t < stop, H, GU)[g].to(dtype),)
                 if PROGRAM.gates[k] != 0:
-                    products = zeros(G, BB, BN, dtype)
+                    products = zeros(GV, BB, BN, dtype)
                     for k0 in tl.range(0, hidden, BK):
                         q = k0 + tl.arange(0, BK)
                         row_inside = (b < batch)[:, None] & (q < H)[None, :]
                         sums = ()
-                        for g in tl.static_range(G):
+                        for g in tl.static_range(GV):
                             total = products[g]
                             if (PROGRAM.gates[k] >> g) & 1:
                                 if PROGRAM.site_of[g] < 0:
@@ -202,25 +205,25 @@ def forward_streamed_stages(
                                 else:
                                     a = _loads(
                                         scratch, q, row_inside,
-                                        G + PROGRAM.operands[PROGRAM.site_of[g]], 1, H,
+                                        GV + PROGRAM.operands[PROGRAM.site_of[g]], 1, H,
                                     )[0]  # fmt: skip
-                                w_at = w_hh + ((p * G + g) * H + n[None, :]) * H + q[:, None]
+                                w_at = w_hh + ((p * GV + g) * H + n[None, :]) * H + q[:, None]
                                 weights = (q < H)[:, None] & inside
                                 w = tl.load(w_at, mask=weights, other=0.0)
                                 total += times(a, w, DOT, PRECISION)
                             sums = sums + (total,)
                         products = sums
-                    bias = biases(b_hh, p, n, dtype, H, G, BIAS)
+                    bias = biases(b_hh, p, n, dtype, H, GV, BIAS)
                     values = ()
-                    for g in tl.static_range(G):
+                    for g in tl.static_range(GV):
                         value = vs[g]
                         if (PROGRAM.gates[k] >> g) & 1:
-                            value = joined(products[g], g, us, bias, SUMMED, BIAS)
+                            value = joined(products[g], g, us, bias, INPUT_OF, SUMMED, BIAS)
                         values = values + (value,)
                     vs = values
                     if k + 1 < len(PROGRAM.written):
-                        _store_some(scratch, H, vs, n, here, PROGRAM.gates[k], G)
-                x = _loads(scratch, n, here, G, X, H)
+                        _store_some(scratch, H, vs, n, here, PROGRAM.gates[k], GV)
+                x = _loads(scratch, n, here, GV, X, H)
                 s = ()
                 before = ()
                 for j in tl.static_range(S):
@@ -249,7 +252,7 @@ def forward_streamed_stages(
                         PROGRAM.written[k].saved, K,
                     )  # fmt: skip
                 _store_some(
-                    scratch + G * H, H, made[S + K : S + K + X], n, here,
+                    scratch + GV * H, H, made[S + K : S + K + X], n, here,
                     PROGRAM.written[k].temporaries, X,
                 )  # fmt: skip
                 totals = add_parts(
@@ -303,7 +306,9 @@ def backward_streamed_stages(
     CELL: tl.constexpr,
     PROGRAM: tl.constexpr,
     H: tl.constexpr,
-    G: tl.constexpr,
+    GU: tl.constexpr,
+    GV: tl.constexpr,
+    INPUT_OF: tl.constexpr,
     S: tl.constexpr,
     K: tl.constexpr,
     L: tl.constexpr,
@@ -329,14 +334,14 @@ def backward_streamed_stages(
     )
     X: tl.constexpr = PROGRAM.temporaries
     J: tl.constexpr = PROGRAM.sites
-    OUT: tl.constexpr = 2 * G + S + L + J
+    OUT: tl.constexpr = GU + GV + S + L + J
     dtype = s0.dtype.element_ty
     state = recurrences * batch * H
     own = (p * batch + b[:, None]) * H
     scratch += (p * batch + b[:, None]) * ((X + J) * H)
     sequence = sequences(noise, b, batch, D, ORDERED)
     count = tl.full([1, 1], H, dtype)
-    all_summed: tl.constexpr = SUMMED == (1 << G) - 1
+    all_summed: tl.constexpr = GU == GV and SUMMED == (1 << GV) - 1
 
     for back in tl.range(0, high - low, num_stages=1):
         step = high - 1 - back
@@ -367,10 +372,11 @@ def backward_streamed_stages(
                         total = tl.zeros((BB, BN), dtype)
                         for k0 in tl.range(0, hidden, BK):
                             q = k0 + tl.arange(0, BK)
-                            for g in tl.static_range(G):
+                            for g in tl.static_range(GV):
                                 if PROGRAM.site_of[g] == j:
                                     total += _transposed(
-                                        dv + out_rows * (G * H) + g * H, w_hh + (p * G + g) * H * H,
+                                        dv + out_rows * (GV * H) + g * H,
+                                        w_hh + (p * GV + g) * H * H,
                                         n, q, alive, dtype, H, DOT, PRECISION,
                                     )  # fmt: skip
                         if k + 1 < len(PROGRAM.written):
@@ -398,23 +404,30 @@ def backward_streamed_stages(
                 )  # fmt: skip
                 if not all_summed:
                     _store_some(
-                        du + out_rows * (G * H), H, made[:G], n, here, PROGRAM.written[k].du, G
+                        du + out_rows * (GU * H), H, made[:GU], n, here, PROGRAM.written[k].du, GU
                     )
                 _store_some(
-                    dv + out_rows * (G * H), H, made[G : 2 * G], n, here, PROGRAM.written[k].dv, G
-                )
+                    dv + out_rows * (GV * H), H, made[GU : GU + GV], n, here,
+                    PROGRAM.written[k].dv, GV,
+                )  # fmt: skip
                 for j in tl.static_range(S):
                     if (PROGRAM.written[k].states >> j) & 1:
-                        d = tl.broadcast_to(made[2 * G + j], (BB, BN))
+                        d = tl.broadcast_to(made[GU + GV + j], (BB, BN))
                         if j > 0 and not GIVEN:  # the product is added below
                             d = tl.where(cut, 0.0, d)
                         d = tl.where(here, d, carried[j])
                         tl.store(ds + before_at + j * state + n[None, :], d, mask=in_batch)
                 _store_some(
-                    dp + out_rows * (L * H), H, made[2 * G + S :], n, here, PROGRAM.written[k].dp, L
+                    dp + out_rows * (L * H),
+                    H,
+                    made[GU + GV + S :],
+                    n,
+                    here,
+                    PROGRAM.written[k].dp,
+                    L,
                 )
                 _store_some(
-                    operands + out_rows * (J * H), H, made[2 * G + S + L :], n, here,
+                    operands + out_rows * (J * H), H, made[GU + GV + S + L :], n, here,
                     PROGRAM.written[k].operands, J,
                 )  # fmt: skip
                 _store_some(
@@ -434,10 +447,10 @@ def backward_streamed_stages(
             total = tl.zeros((BB, BN), dtype)
             for k0 in tl.range(0, hidden, BK):
                 q = k0 + tl.arange(0, BK)
-                for g in tl.static_range(G):
+                for g in tl.static_range(GV):
                     if PROGRAM.site_of[g] < 0:
                         total += _transposed(
-                            dv + out_rows * (G * H) + g * H, w_hh + (p * G + g) * H * H, n, q,
+                            dv + out_rows * (GV * H) + g * H, w_hh + (p * GV + g) * H * H, n, q,
                             alive, dtype, H, DOT, PRECISION,
                         )  # fmt: skip
             total += tl.load(ds + before_at + n[None, :], mask=here, other=0.0)

@@ -40,6 +40,7 @@ from tests.support.names import BUILT_IN
 from tests.support.operands import (
     EVERY_GRADIENT,
     PLAIN,
+    ROWS,
     Shape,
     by_reference,
     linear,
@@ -100,7 +101,7 @@ SHAPES = [  # T, B, I, H, P
 @interpreted
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", [*BUILT_IN, "linear"])
+@pytest.mark.parametrize("name", [*BUILT_IN, "linear", *ROWS])
 def test_shapes(name: str, shape: Shape, way: str) -> None:
     large = shape[3] > 17
     for dtype in (torch.float32,) if large else (torch.float64, torch.float32, torch.float16):
@@ -134,6 +135,7 @@ WITH_PARAMETERS = "linear_projectable"
     ("name", "way", "projected", "layout"),
     [
         *pairwise(("gru", "lstm", "linear", WITH_PARAMETERS, noisy.name), WAYS, [None], LAYOUTS),
+        *pairwise(ROWS, WAYS, [None], LAYOUTS),
         *pairwise([WITH_PARAMETERS], ["streamed"], (11, 19), LAYOUTS),
     ],
 )
