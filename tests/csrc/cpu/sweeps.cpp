@@ -187,7 +187,7 @@ class Sweeps {
     args.ds = ds.data();
     if (N() > 0) args.dp = dp.data();
 
-    products.depth = depth;
+    products.depth = products.recurrent_depth = depth;  // every gate has rows in both
     products.prepacked = inputs.data();
     products.x = x_.data();
     products.x_step = B() * I();
