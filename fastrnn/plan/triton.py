@@ -98,6 +98,9 @@ def _resident(problem: Problem, gpu: TritonFacts, precision: str) -> TritonConfi
     if problem.projected or not _fits(problem, gpu, config):
         return None
     warps = _warps(problem, gpu)
+    in_parts = config.matrix_units and _in_full(problem, config)
+    if problem.backward and in_parts and padded <= 16 and gpu.warp <= 32:
+        warps = 8  # with 4, the gradients of an LSTM spill on GPUs of compute capability 8.6
     config = replace(config, resident=True, unit_tile=padded, depth_tile=padded, warps=warps)
     if not config.matrix_units or padded < 128 or gpu.warp > 32:
         return config
