@@ -18,7 +18,7 @@ constexpr size_t kLeast = size_t{32} << 20;
 // Blocks that no tape uses.
 class FreeBlocks {
  public:
-  // The oldest one that fits, or null.
+  // The oldest one of this size, or null.
   char* take(size_t bytes) {
     const std::unique_lock lock(mutex_, std::try_to_lock);
     if (!lock) return nullptr;

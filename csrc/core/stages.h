@@ -3,14 +3,14 @@
 // generated struct also has
 //   kGateParams, kSites (J), kSiteOf[entries of v], kOperand[J], kRows (R), kForward, kBackward
 //   forward_rows(Number<k>, results, count, r)
-//   forward(Number<k>, u[G], v[G], s[S], p[N], x, r, next[S], saved[K], x', part)
+//   forward(Number<k>, u[Gu], v[Gv], s[S], p[N], x, r, next[S], saved[K], x', part)
 //   backward_rows(Number<k>, results, count, r)
 //   backward(Number<k>, saved[K], s[S], p[N], next[S], dnext[S], x, back[J], r,
-//            du[G], dv[G], ds[S], dp[N], operand[J], x', part)
-// for every stage k. Temporaries `x` carry values from one stage to later ones, and x' are those
-// that the stage writes. Results are those of reductions, one number a row; the first R of a
-// forward step are saved for the backward pass. A stage's row formulas make `r` of them, once a
-// row. `part` is what a sum or a maximum reduces.
+//            du[Gu], dv[Gv], ds[S], dp[N], operand[J], x', part)
+// for every stage k; Gu and Gv count the gates with rows in w_ih and w_hh. Temporaries `x` carry
+// values from one stage to later ones, and x' are those that the stage writes. Results are those of
+// reductions, one number a row; the first R of a forward step are saved for the backward pass. A
+// stage's row formulas make `r` of them, once a row. `part` is what a sum or a maximum reduces.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Memory that a thread will read soon, far from what it reads now.
+// Memory that a thread will read or write soon, far from what it reads now.
 #pragma once
 
 #include <cstdint>

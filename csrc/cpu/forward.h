@@ -285,7 +285,8 @@ class Forward {
       }
   }
 
-  // One panel of the weights [G*H, depth words], packed or, if `packed` is null, in torch's layout.
+  // One panel of weights [gates with rows * H, depth words], packed or, if `packed` is null, in
+  // torch's layout.
   struct PanelWeights {
     const Word* packed;
     const Word* unpacked;

@@ -53,8 +53,9 @@ struct Prepacked {
   using Inputs = Panel<kInputGates<Cell>, kUnitVectors, kLanes>;
   using Recurrent = Panel<kRecurrentGates<Cell>, kUnitVectors, kLanes>;
 
-  T *w_ih, *w_hh;  // [panel][words of I or Q][kWidth]; absent if the kernel reads torch's layout
-  T *bias_u, *bias_v;        // [panel][kWidth]; bias_v serves gates that are not summed
+  T *w_ih,
+      *w_hh;  // [panel][words of I or Q][its kWidth]; absent if the kernel reads torch's layout
+  T *bias_u, *bias_v;        // [panel][its kWidth]; bias_v serves gates that are not summed
   T* params;                 // [N][padded H]
   T* w_hr;                   // bands of w_hr^T, [padded Q][words of H]
   Columnwise<F> ih, hh, hr;  // as wide as bias_u, bias_v and padded Q
@@ -148,7 +149,7 @@ struct Prepacked {
     for (int k = 0; k < N; ++k) to[k] = load<V>(params + k * padded + unit);
   }
 
-  // Packs one panel of a matrix [G*H, depth words].
+  // Packs one panel of a matrix [gates with rows * H, depth words].
   template <class Of>
   static void pack_panel(const void* weights, int64_t hidden, int64_t depth, int64_t panel,
                          T* out) {

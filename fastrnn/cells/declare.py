@@ -634,10 +634,10 @@ def _restore(
             "it before loading, preferably in a module that can be imported"
         )
     raise ValueError(
-        f"the cell {name!r} declared here is not the one that was saved: its gates, states, "
-        f"parameters or function differ. That one was declared {where}: load where it is declared "
-        "as it was; or, if the change is intended, create the layer again and load the saved "
-        "state_dict"
+        f"the cell {name!r} declared here is not the one that was saved: its gates, their rows, "
+        f"its states, parameters or function differ. That one was declared {where}: load where it is "
+        "declared as it was; or, if the change is intended, create the layer again and load the "
+        "saved state_dict"
     )
 
 

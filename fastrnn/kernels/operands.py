@@ -119,11 +119,14 @@ def named(cell: Cell, weights: Weights | Sequence[Tensor], heads: int = 1) -> We
     given: list[Any] = list(weights)
     count = len(given) - len(cell.params)
     if not cell.recurrent:  # neither w_hh nor b_hh
-        w_ih, *biases = given[:count]
+        w_ih, *others = given[:count]
         over = w_ih.shape[: int(heads > 1)]
-        w_hh = w_ih.new_empty(*over, 0, w_ih.size(len(over)) // len(cell.inputs))
-        b_ih, b_hh = (biases[0], biases[0].new_empty(*over, 0)) if biases else (None, None)
-        return Weights(w_ih, w_hh, b_ih, b_hh, None, tuple(given[count:]))
+        # A projection is a matrix, and comes last.
+        w_hr = others.pop() if others and others[-1].dim() > len(over) + 1 else None
+        width = w_ih.size(len(over)) // len(cell.inputs) if w_hr is None else w_hr.size(len(over))
+        w_hh = w_ih.new_empty(*over, 0, width)
+        b_ih, b_hh = (others[0], others[0].new_empty(*over, 0)) if others else (None, None)
+        return Weights(w_ih, w_hh, b_ih, b_hh, w_hr, tuple(given[count:]))
     w_ih, w_hh, *others = given[:count]
     # A projection comes last, after both biases or none.
     w_hr = others.pop() if count % 2 else None

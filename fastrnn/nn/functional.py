@@ -283,7 +283,7 @@ def rnn_cell(
     elif (b := b_hh if b_ih is None else b_ih) is None:
         biases = (), ()
     else:
-        zero = torch.zeros_like(b)
+        zero = b.new_zeros((w_hh if b_hh is None else w_ih).size(0))
         biases = (zero if b_ih is None else b_ih,), (zero if b_hh is None else b_hh,)
     batched = input.dim() == 2
     check_states(states, input)

@@ -89,7 +89,7 @@ def _split(problem: Problem, device: Device, shared: bool) -> tuple[int, int, in
     threads = device.cpu.threads
     contended = device.cpu.contended
     depth = problem.gates_of_v * problem.hidden
-    if not problem.backward:
+    if not problem.backward or problem.gates_of_v == 0:  # the products that decide
         depth += problem.gates_of_u * problem.inputs
     per_row = problem.hidden * depth // problem.products.products
     least = _WORK_FOR_CONTENDED_THREADS if contended else _WORK_FOR_THREADS

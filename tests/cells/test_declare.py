@@ -317,7 +317,9 @@ def test_a_saved_cell_has_the_same_params() -> None:
     assert pickle.loads(saved).cell is again
     for params in ({"rate": "one"}, {"rate": "unit", "more": "unit"}):
         with_params(**params)
-        with pytest.raises(ValueError, match="its gates, states, parameters or function differ"):
+        with pytest.raises(
+            ValueError, match="its gates, their rows, its states, parameters or function differ"
+        ):
             pickle.loads(saved)
 
 

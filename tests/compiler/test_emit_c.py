@@ -57,7 +57,7 @@ def test_steps_are_those_of_the_reference(name: str, tmp_path: Path) -> None:
     torch.manual_seed(1)
     cell = ALL[name]
     layers = [weights_of(cell, INPUTS, HIDDEN), weights_of(cell, HIDDEN, HIDDEN)]
-    x = torch.randn(5, INPUTS)  # some cells grow without bound
+    x = torch.randn(3, INPUTS) / 2  # few steps: the cell `powers` grows faster than exponentially
     compiled = library([written(tmp_path, name, cell, layers)])
     stream = Stream(compiled, name, 2, HIDDEN, HIDDEN, len(cell.states))
     found = stream.steps(x)

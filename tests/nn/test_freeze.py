@@ -218,7 +218,7 @@ def test_what_was_trained_trains_again() -> None:
     assert all(p.requires_grad for p in module.parameters())
     broken = fastrnn.GRU(5, 9)
     broken._flat_weights[1] = torch.zeros(3, 3)
-    with pytest.raises(RuntimeError, match=r"should be \[3, 5\]"):
+    with pytest.raises(RuntimeError, match=r"w_hh should be \[27, 9\]"):
         fastrnn.freeze(broken)
     assert all(p.requires_grad for p in broken.parameters())
 

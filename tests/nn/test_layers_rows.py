@@ -14,7 +14,8 @@ from torch import Tensor
 import fastrnn
 from fastrnn import kernels, ops
 from fastrnn.cells import Cell
-from fastrnn.kernels.operands import Operands
+from fastrnn.kernels.operands import Operands, Weights
+from fastrnn.kernels.operands import named as operand_names
 from fastrnn.nn import functional
 from tests.support import shared
 from tests.support.forms import FORMS, call, given, with_gradients
@@ -351,3 +352,22 @@ def test_operands_of_another_number_of_rows() -> None:
         with pytest.raises(RuntimeError, match=f"{name} should be"):
             ops.scan(shared.mixed, **wrong)
     assert Operands(**made).w_hh[0].shape == (15, 5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_projection_behind_a_matrix_without_rows(bias: bool) -> None:
+    x, w_ih, w_hr = torch.randn(5, 2, 3), torch.randn(12, 3), torch.randn(3, 4)
+    weights = [w_ih, *([torch.randn(12)] if bias else []), w_hr]
+    named = operand_names(projected_apart, weights)
+    assert named.w_hr is w_hr and named.w_hh.shape == (0, 3)
+    assert (named.b_ih is None) == (not bias) and named.params == ()
+    y, _ = functional.rnn(projected_apart, x, [weights])
+    assert y.shape == (5, 2, 3)
+
+
+def test_one_bias_of_a_cell() -> None:
+    star = fastrnn.cells.star
+    x, w_ih, w_hh, b = torch.randn(2, 3), torch.randn(8, 3), torch.randn(4, 4), torch.randn(8)
+    (ours,) = functional.rnn_cell(star, x, (), Weights(w_ih, w_hh, b, None, None))
+    (both,) = functional.rnn_cell(star, x, (), Weights(w_ih, w_hh, b, torch.zeros(4), None))
+    assert torch.equal(ours, both)

@@ -27,6 +27,8 @@ def split(plan: Plan) -> tuple[int, int, int]:
         (replace(LSTM, hidden=256), with_threads(8), (1, 1, 8)),
         (replace(LSTM, batch=3, hidden=256), with_threads(4), (1, 1, 4)),
         (replace(LSTM, hidden=24), with_threads(4), (1, 1, 1)),
+        # No product with the state, but those that give the gradients.
+        (replace(LSTM, batch=32, recurrent_gates=0, backward=True), TWO, (1, 2, 1)),
     ],
     ids=str,
 )

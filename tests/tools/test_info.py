@@ -107,7 +107,15 @@ def test_plan_as_json_is_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0
     problem = plan.Problem(**made["problem"])
     assert problem == plan.Problem(
-        "lstm", 7, 3, 5, 16, gates=4, states=2, recurrences=2, dtype="float64", format="float64"
+        "lstm",
+        *(7, 3, 5, 16),
+        gates=4,
+        input_gates=4,
+        recurrent_gates=4,
+        states=2,
+        recurrences=2,
+        dtype="float64",
+        format="float64",
     )
     device = plan.Device(**made["device"] | {"cpu": plan.CpuFacts(**made["device"]["cpu"])})
     chosen = plan.choose(problem, device)

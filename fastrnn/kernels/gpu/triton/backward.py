@@ -163,7 +163,6 @@ def backward_resident(
     H: tl.constexpr,
     GU: tl.constexpr,  # gates with rows in w_ih
     GV: tl.constexpr,  # gates with rows in w_hh
-    INPUT_OF: tl.constexpr,
     S: tl.constexpr,
     K: tl.constexpr,
     L: tl.constexpr,
@@ -308,7 +307,6 @@ def backward_streamed(
     PROJECTED: tl.constexpr,
     GU: tl.constexpr,  # gates with rows in w_ih
     GV: tl.constexpr,  # gates with rows in w_hh
-    INPUT_OF: tl.constexpr,
     S: tl.constexpr,
     K: tl.constexpr,
     L: tl.constexpr,

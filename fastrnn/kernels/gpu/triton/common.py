@@ -1,6 +1,6 @@
 # mypy: ignore-errors
 # Triton's functions have no types: they are compiled, not run.
-"""Code that both sweeps in Triton share, `forward.py` and `backward.py`, for any cell.
+"""Code that the sweeps in Triton share, for any cell.
 
 A program runs one recurrence `p` and one tile of `BB` rows of the batch from the first step of a
 chunk to its last, so a chunk is one launch and no program waits for another. There are two ways:

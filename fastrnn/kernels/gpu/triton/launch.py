@@ -102,7 +102,6 @@ def meta_arguments(
         "H": hidden,
         "GU": len(derived.inputs),
         "GV": len(derived.recurrent),
-        "INPUT_OF": derived.input_of(),
         "S": len(derived.states),
         "K": len(derived.saved),
         "L": len(derived.params),
@@ -129,7 +128,9 @@ def meta_arguments(
             "Q": hidden if projected is None else projected,
             "PROJECTED": projected is not None,
         }
-    return common | ({"DY": dy} if backward else {"BIAS": bias, "TAPE": tape})
+    if backward:
+        return common | {"DY": dy}
+    return common | {"INPUT_OF": derived.input_of(), "BIAS": bias, "TAPE": tape}
 
 
 def compile_options(config: TritonConfig) -> dict[str, Any]:

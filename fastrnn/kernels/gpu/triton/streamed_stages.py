@@ -308,7 +308,6 @@ def backward_streamed_stages(
     H: tl.constexpr,
     GU: tl.constexpr,
     GV: tl.constexpr,
-    INPUT_OF: tl.constexpr,
     S: tl.constexpr,
     K: tl.constexpr,
     L: tl.constexpr,
