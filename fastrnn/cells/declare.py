@@ -635,8 +635,8 @@ def _restore(
         )
     raise ValueError(
         f"the cell {name!r} declared here is not the one that was saved: its gates, their rows, "
-        f"its states, parameters or function differ. That one was declared {where}: load where it is "
-        "declared as it was; or, if the change is intended, create the layer again and load the "
+        f"its states, parameters or function differ. That one was declared {where}: load where it "
+        "is declared as it was; or, if the change is intended, create the layer again and load the "
         "saved state_dict"
     )
 
