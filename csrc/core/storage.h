@@ -17,6 +17,12 @@ enum class Storage : int32_t {
   kFloat16 = 2,   // computed in float
 };
 
+// Bytes of a number that is computed as T.
+template <class T>
+constexpr int64_t stored_bytes(Storage storage) {
+  return storage == Storage::kSame ? sizeof(T) : 2;
+}
+
 // How a CPU kernel multiplies: the type of weights, and of the x and h that they are multiplied by.
 // All else is computed in float, or in double for kDouble. fastrnn/plan has a row for each.
 enum class Format : int32_t {

@@ -111,7 +111,8 @@ class Backward {
         meet();
         if (last <= sequences.begin) continue;
         Ahead ahead;
-        if (looks_ahead(units)) ahead = chunk_.before(p, step, sequences, S, itemsize());
+        if (looks_ahead(units))
+          ahead = chunk_.before(p, step, sequences, S, stored_bytes<T>(args_.storage));
         ahead.spread(asks_of<F>(last - sequences.begin, words_of<F>(depth_), columns.size()));
         propagate(p, step, t, {sequences.begin, last}, columns, &ahead);
       }
@@ -122,7 +123,6 @@ class Backward {
   bool projected() const { return Cell::kProjectable && __builtin_expect(args_.projected, false); }
   // Whether a thread reads whole values, and products have enough rows to pack weights for.
   bool looks_ahead(Range units) const { return prepacks() && units.size() == vectors_; }
-  int64_t itemsize() const { return args_.storage == Storage::kSame ? sizeof(T) : 2; }
   bool prepacks() const {
     return backward_layout(F::kFormat, plan_.weights) == WeightLayout::kPrepacked;
   }

@@ -256,7 +256,7 @@ class Forward {
     const int64_t at = rows.packed() ? (rows.compact[t] + i) * args_.x_row
                                      : t * args_.x_step + rows.batch_index(i) * args_.x_row;
     if (x_in_words()) {
-      const int64_t bytes = args_.storage == Storage::kSame ? sizeof(T) : 2;
+      const int64_t bytes = stored_bytes<T>(args_.storage);
       return reinterpret_cast<const Word*>(static_cast<const char*>(args_.x) + at * bytes);
     }
     Word* to = own.converted + count * row_words<F>(I);
@@ -456,7 +456,7 @@ class Forward {
   FASTRNN_INLINE void expect_results(int64_t p, int64_t step, int64_t i, int64_t unit) const {
     const int64_t t = args_.rows.time(step, args_.recurrence[p].reverse);
     const int64_t row = args_.rows.row(t, i) * args_.recurrences + p, H = args_.hidden;
-    const int64_t bytes = args_.storage == Storage::kSame ? sizeof(T) : 2;
+    const int64_t bytes = stored_bytes<T>(args_.storage);
     const auto expect = [&](void* base, int64_t at) __attribute__((always_inline)) {
       for (int q = 0; q < kUnitVectors; ++q)
         __builtin_prefetch(static_cast<char*>(base) + (at + q * kLanes) * bytes, 1);

@@ -196,7 +196,7 @@ class StagedTape {
  public:
   StagedTape(int64_t hidden, Storage storage)
       : hidden_(hidden),
-        bytes_(storage == Storage::kSame ? sizeof(T) : 2),
+        bytes_(stored_bytes<T>(storage)),
         width_(tape_values(Cell::kStates - 1 + Cell::kSaved, Cell::kRows, sizeof(T), bytes_,
                            hidden)) {}
 

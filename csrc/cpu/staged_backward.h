@@ -183,7 +183,7 @@ class StagedBackward {
   Ahead ahead_of(int64_t p, int64_t step, Range sequences) const {
     Ahead ahead;
     if (!prepacks()) return ahead;
-    ahead = chunk_.before(p, step, sequences, S, args_.storage == Storage::kSame ? sizeof(T) : 2);
+    ahead = chunk_.before(p, step, sequences, S, stored_bytes<T>(args_.storage));
     int64_t asks = 0;
     for (int g = 0; g < Gv; g = run_end(g))
       if (Cell::kSiteOf[g] < 0)

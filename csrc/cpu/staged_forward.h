@@ -205,7 +205,7 @@ class StagedForward {
   Ahead results_of(int64_t row, int64_t count) const {
     Ahead ahead;
     if (!args_.tape || args_.rows.order) return ahead;
-    const int64_t H = args_.hidden, bytes = args_.storage == Storage::kSame ? sizeof(T) : 2;
+    const int64_t H = args_.hidden, bytes = stored_bytes<T>(args_.storage);
     const auto add = [&](void* base, int64_t width) {
       ahead.add(static_cast<char*>(base) + row * width * bytes, width * bytes,
                 args_.recurrences * width * bytes, count);

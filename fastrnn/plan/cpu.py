@@ -131,7 +131,10 @@ def step_threads(weight_bytes: int, device: Device, stages: int = 1) -> int:
 
 def _chunk_rows(problem: Problem, device: Device) -> int:
     """Rows of a chunk: what is projected or differentiated at a time should fit a core's cache."""
-    row = max(1, problem.gates_of_u * problem.hidden * problem.itemsize)
+    gates = problem.gates_of_u
+    if problem.backward:  # of du or dv, whichever is wider
+        gates = max(gates, problem.gates_of_v)
+    row = max(1, gates * problem.hidden * problem.itemsize)
     if problem.backward:
         return max(device.cpu.l2_bytes // row, _BACKWARD_ROWS)
     return max(1, device.cpu.l2_bytes // (_FORWARD_SHARE * row))
