@@ -94,9 +94,11 @@ def kernel_objects() -> dict[str, tuple[Path, str]]:
     for isa in ISA_FLAGS if sysconfig.get_platform().endswith("x86_64") else ["baseline"]:
         # GCC 12 takes its own intrinsics for reads of uninitialised memory.
         extra = f"-std=c++17 -DFASTRNN_ISA={isa} {ISA_FLAGS[isa]} -Wno-maybe-uninitialized"
-        if isa == "avx512_vnni":  # float and double are those of avx512
-            extra += " -DFASTRNN_FORMATS"
-        objects[object_of(KERNELS, f".{isa}.o")] = (KERNELS, extra)
+        if isa != "avx512_vnni":  # float and double are those of avx512
+            objects[object_of(KERNELS, f".{isa}.o")] = (KERNELS, extra)
+        if isa != "baseline":
+            formats = f"{extra} -DFASTRNN_FORMATS"
+            objects[object_of(KERNELS, f".{isa}.formats.o")] = (KERNELS, formats)
     return objects
 
 

@@ -24,10 +24,11 @@ struct Plain {
   using Word = T;      // what weights are packed in
   using Sum = Vec<T>;  // of one vector of columns
   static constexpr Format kFormat = std::is_same_v<T, double> ? Format::kDouble : Format::kFloat;
-  static constexpr int kGroup = 1;     // weights in a word
-  static constexpr int kRowWords = 1;  // words of a row for each word of weights
-  static constexpr int kSums = 1;      // sums for each vector of columns
-  static constexpr bool kConverts = false, kScaled = false;
+  static constexpr int kGroup = 1;      // weights in a word
+  static constexpr int kRowWords = 1;   // words of a row for each word of weights
+  static constexpr int kSums = 1;       // sums for each vector of columns
+  static constexpr int kBlockSums = 1;  // of these while a block is computed
+  static constexpr bool kConverts = false, kScaled = false, kUnpacks = false;
 
   struct Factor {
     Vec<T> x;
@@ -62,7 +63,7 @@ FASTRNN_INLINE int64_t row_words(int64_t depth) {
   return (depth + n - 1) / n * n / F::kGroup * F::kRowWords;
 }
 
-#if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
+#if defined(__AVX2__)
 
 // Formats whose words have 32 bits; what moves words takes them for float.
 struct Words {
@@ -71,24 +72,31 @@ struct Words {
   using V = Vec<float>;
   static constexpr bool kConverts = true;
 
-  static FASTRNN_INLINE __m512i word(const float* row, int64_t at) {
+  // A word of a row, in every lane.
+  static FASTRNN_INLINE VectorOf<int32_t, kVectorBytes>::Type word(const float* row, int64_t at) {
     int32_t bits;
     memcpy(&bits, row + at, sizeof bits);
-    return _mm512_set1_epi32(bits);
+    return bits - VectorOf<int32_t, kVectorBytes>::Type{};
   }
 };
+
+#endif
+
+#if defined(__AVX512BF16__)
 
 // Sums in float of products of bfloat16, two of them in an instruction.
 struct Bfloat16 : Words {
   using Sum = Vec<float>;
   static constexpr Format kFormat = Format::kBfloat16;
-  static constexpr int kGroup = 2, kRowWords = 1, kSums = 1;
-  static constexpr bool kScaled = false;
+  static constexpr int kGroup = 2, kRowWords = 1, kSums = 1, kBlockSums = 1;
+  static constexpr bool kScaled = false, kUnpacks = false;
 
   struct Factor {
     __m512i x;
   };
-  static FASTRNN_INLINE Factor factor(const float* row, int64_t at) { return {word(row, at)}; }
+  static FASTRNN_INLINE Factor factor(const float* row, int64_t at) {
+    return {(__m512i)word(row, at)};
+  }
   static FASTRNN_INLINE void add(Sum* to, const Factor& a, V w) {
     to[0] = _mm512_dpbf16_ps(to[0], (__m512bh)a.x, (__m512bh)w);
   }
@@ -119,88 +127,6 @@ struct Bfloat16 : Words {
     for (int j = 0; j < 2; ++j)
       if (rows[j]) memcpy(&halves[j], reinterpret_cast<const uint16_t*>(rows[j]) + k, 2);
     return bit_cast<float>(halves[0] | uint32_t{halves[1]} << 16);
-  }
-};
-
-// Sums in 32-bit integers of products of signed weights and unsigned numbers, of which kZero stands
-// for zero: where sums begin takes its share off.
-struct Int8 : Words {
-  using Sum = VectorOf<int32_t, 64>::Type;
-  static constexpr Format kFormat = Format::kInt8;
-  static constexpr int kGroup = 4, kRowWords = 1, kSums = 1;
-  static constexpr bool kScaled = true;
-  static constexpr int32_t kZero = 128;
-
-  struct Factor {
-    __m512i x;
-  };
-  static FASTRNN_INLINE Factor factor(const float* row, int64_t at) { return {word(row, at)}; }
-  static FASTRNN_INLINE void add(Sum* to, const Factor& a, V w) {
-    to[0] = (Sum)_mm512_dpbusd_epi32((__m512i)to[0], a.x, (__m512i)w);
-  }
-  static FASTRNN_INLINE V value(const Sum* sum) { return __builtin_convertvector(sum[0], V); }
-
-  // Converts n numbers; returns the row's scale, which is NaN if a number is not finite.
-  template <class Load>
-  static FASTRNN_INLINE float convert(float* to, int64_t n, const Load& load) {
-    return quantize(n, load, 127, [&](int64_t k, __m512i q) {
-      const __m512i bytes = _mm512_add_epi32(q, _mm512_set1_epi32(kZero));
-      const __m128i x = _mm512_cvtepi32_epi8(bytes);
-      memcpy(to + k / 4, &x, sizeof x);
-    });
-  }
-
- protected:
-  // Calls put(k, integers) for n numbers, the largest of which becomes `levels`.
-  template <class Load, class Put>
-  static FASTRNN_INLINE float quantize(int64_t n, const Load& load, float levels, const Put& put) {
-    // The bits of magnitudes are in the order of the numbers, with those that are not finite last.
-    __m512i most = _mm512_setzero_si512();
-    for (int64_t k = 0; k < n; k += 16) {
-      const __m512i bits = (__m512i)load(k, within<V>(k, n));
-      most = _mm512_max_epi32(most, _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)));
-    }
-    const int32_t bits = _mm512_reduce_max_epi32(most);
-    if (bits >= 0x7f800000) return __builtin_nanf("");
-    constexpr float kLeast = 1e-30f;  // its inverse is finite
-    const float largest = bit_cast<float>(bits);
-    const float magnitude = largest < kLeast ? kLeast : largest;
-    const V inverse = splat<V>(levels / magnitude);
-    for (int64_t k = 0; k < n; k += 16)
-      put(k, _mm512_cvtps_epi32(load(k, within<V>(k, n)) * inverse));
-    return magnitude / levels;
-  }
-};
-
-// The same with rows in 16 bits: a high and a low byte, each with a sum of its own.
-struct Int16 : Int8 {
-  static constexpr Format kFormat = Format::kInt16;
-  static constexpr int kRowWords = 2, kSums = 2;
-
-  struct Factor {
-    __m512i high, low;
-  };
-  static FASTRNN_INLINE Factor factor(const float* row, int64_t at) {
-    return {word(row, 2 * at), word(row, 2 * at + 1)};
-  }
-  static FASTRNN_INLINE void add(Sum* to, const Factor& a, V w) {
-    to[0] = (Sum)_mm512_dpbusd_epi32((__m512i)to[0], a.high, (__m512i)w);
-    to[1] = (Sum)_mm512_dpbusd_epi32((__m512i)to[1], a.low, (__m512i)w);
-  }
-  static FASTRNN_INLINE V value(const Sum* sum) {
-    return multiply_add<V>(__builtin_convertvector(sum[0], V), splat<V>(256),
-                           __builtin_convertvector(sum[1], V));
-  }
-  template <class Load>
-  static FASTRNN_INLINE float convert(float* to, int64_t n, const Load& load) {
-    // The largest magnitude that stays within 16 bits when it is rounded.
-    return quantize(n, load, 32639, [&](int64_t k, __m512i q) {
-      const __m512i x = _mm512_add_epi32(q, _mm512_set1_epi32(kZero * 256));
-      const __m128i high = _mm512_cvtepi32_epi8(_mm512_srli_epi32(x, 8));
-      const __m128i low = _mm512_cvtepi32_epi8(x);
-      const __m128i words[2] = {_mm_unpacklo_epi32(high, low), _mm_unpackhi_epi32(high, low)};
-      memcpy(to + k / 2, words, sizeof words);
-    });
   }
 };
 

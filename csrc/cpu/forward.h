@@ -38,7 +38,7 @@ class Forward {
   static constexpr int kWidest =
       Inputs::kWidth > Recurrent::kWidth ? Inputs::kWidth : Recurrent::kWidth;
   template <class Of>
-  static constexpr int kRows = tile_rows((Of::G > 0 ? Of::kVectors : kUnitVectors) * F::kSums);
+  static constexpr int kRows = tile_rows((Of::G > 0 ? Of::kVectors : kUnitVectors) * F::kBlockSums);
 
   // Memory that the threads of one recurrence share.
   struct Shared : Weights {

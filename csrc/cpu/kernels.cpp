@@ -1,8 +1,8 @@
 // Instantiates the CPU kernel for all cells and one instruction set; compiled once for each
 // (FASTRNN_ISA names it).
 //
-// With FASTRNN_FORMATS this has the kernels of the formats that the instruction set adds, and no
-// others. Formats with scales are for inference.
+// With FASTRNN_FORMATS this has the kernels of the formats with converted rows that the instruction
+// set has, and no others: they are an object of their own. Formats with scales are for inference.
 //
 // A custom cell is compiled at run time, in the one format that FASTRNN_FORMAT names, and in two
 // parts (FASTRNN_PART), which two compilers work on at the same time: 1 has the forward pass and
@@ -14,6 +14,7 @@
 #include "cpu/contract.h"
 #include "cpu/formats.h"
 #include "cpu/forward.h"
+#include "cpu/integers.h"
 #include "cpu/prepacked.h"
 #include "cpu/staged.h"
 #include "cpu/staged_backward.h"
@@ -113,7 +114,9 @@ constexpr CompiledCell compiled() {
 #if defined(FASTRNN_PART)
   add_code<Cell, CustomFormat>(cell);
 #elif defined(FASTRNN_FORMATS)
+#if defined(__AVX512BF16__)
   add_code<Cell, Bfloat16>(cell);
+#endif
   add_code<Cell, Int8>(cell);
   add_code<Cell, Int16>(cell);
 #else
@@ -129,18 +132,23 @@ constexpr CompiledCell kCells[] = {FASTRNN_CELLS(FASTRNN_COMPILED)};
 }  // namespace
 }  // namespace fastrnn
 
+#if defined(FASTRNN_FORMATS)
+#define FASTRNN_TABLE fastrnn_formats_
+#else
+#define FASTRNN_TABLE fastrnn_cells_
+#endif
 #define FASTRNN_JOIN_(a, b) a##b
 #define FASTRNN_JOIN(a, b) FASTRNN_JOIN_(a, b)
 
 extern "C"
-    __attribute__((visibility("default"))) fastrnn::CompiledCells FASTRNN_JOIN(fastrnn_cells_,
+    __attribute__((visibility("default"))) fastrnn::CompiledCells FASTRNN_JOIN(FASTRNN_TABLE,
                                                                                FASTRNN_ISA)() {
   fastrnn::CompiledCells all{
       fastrnn::kCells, sizeof(fastrnn::kCells) / sizeof(fastrnn::kCells[0]), {}};
-#if defined(FASTRNN_FORMATS)
+#if defined(FASTRNN_FORMATS) && defined(__AVX512BF16__)
   all.gradients[fastrnn::index_of(fastrnn::Format::kBfloat16)] =
       &fastrnn::GradientSweep<fastrnn::Bfloat16>::run;
-#elif !defined(FASTRNN_PART)
+#elif !defined(FASTRNN_FORMATS) && !defined(FASTRNN_PART)
   all.gradients[fastrnn::index_of(fastrnn::Format::kFloat)] =
       &fastrnn::GradientSweep<fastrnn::Plain<float> >::run;
   all.gradients[fastrnn::index_of(fastrnn::Format::kDouble)] =

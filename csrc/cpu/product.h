@@ -71,22 +71,39 @@ struct Packed {
 template <class F, int kRows, int kVectors>
 using Sums = typename F::Sum[kRows][kVectors * F::kSums];
 
+// The same of one block, while registers hold them.
+template <class F, int kRows, int kVectors>
+using BlockSums = typename F::Sum[kRows][kVectors * F::kBlockSums];
+
 // acc[set] += block `set` of kSets, from word k on. All blocks but the last are whole; that one has
 // `last` words.
 template <int kSets, int kRows, int kVectors, class F, class Weights>
-FASTRNN_INLINE void add_blocks(Sums<F, kRows, kVectors> (&acc)[kSets], const Weights& weights,
+FASTRNN_INLINE void add_blocks(BlockSums<F, kRows, kVectors> (&acc)[kSets], const Weights& weights,
                                const typename F::Word* const* rows, int64_t k, int64_t block,
                                int64_t last) {
-  const auto add = [&](int64_t at, Sums<F, kRows, kVectors>& to) __attribute__((always_inline)) {
-    Vec<typename F::Word> w[kVectors];
-    weights.read(at, w);
+  const auto add = [&](int64_t at, BlockSums<F, kRows, kVectors>& to)
+                       __attribute__((always_inline)) {
+                         Vec<typename F::Word> w[kVectors];
+                         weights.read(at, w);
+                         if constexpr (F::kUnpacks) {
+                           typename F::Factor a[kRows];
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const typename F::Factor a = F::factor(rows[r], at);
+                           for (int r = 0; r < kRows; ++r) a[r] = F::factor(rows[r], at);
 #pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) F::add(&to[r][v * F::kSums], a, w[v]);
-    }
-  };
+                           for (int v = 0; v < kVectors; ++v)
+#pragma GCC unroll 8
+                             for (int r = 0; r < kRows; ++r)
+                               F::add(&to[r][v * F::kBlockSums], a[r], w[v]);
+                           return;
+                         }
+#pragma GCC unroll 8
+                         for (int r = 0; r < kRows; ++r) {
+                           const typename F::Factor a = F::factor(rows[r], at);
+#pragma GCC unroll 16
+                           for (int v = 0; v < kVectors; ++v)
+                             F::add(&to[r][v * F::kBlockSums], a, w[v]);
+                         }
+                       };
   if constexpr (kSets == 1) {
     for (int64_t j = 0; j < last; ++j) add(k + j, acc[0]);
   } else {
@@ -116,14 +133,36 @@ FASTRNN_INLINE void with_block_count(int64_t left, int64_t block, const F& f) {
   f(Constant<kMax>{});
 }
 
+// out += words [k0, k1) of a product whose blocks have fewer sums than it has itself. These are
+// integers, so blocks are as long as their sums allow.
+template <int kRows, int kVectors, class F, class Weights>
+FASTRNN_INLINE void multiply_narrow(Sums<F, kRows, kVectors>& out, const Weights& weights,
+                                    const typename F::Word* const* rows, int64_t k0, int64_t k1,
+                                    Ahead* ahead) {
+  for (int64_t k = k0; k < k1; k += F::kBlock) {
+    const int64_t left = k1 - k, length = left < F::kBlock ? left : F::kBlock;
+    if (ahead) ahead->ask();
+    BlockSums<F, kRows, kVectors> acc[1];
+    clear_tile(acc[0]);
+    add_blocks<1, kRows, kVectors, F>(acc, weights, rows, k, length, length);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v)
+        F::add_block(&out[r][v * F::kSums], &acc[0][r][v * F::kBlockSums]);
+  }
+}
+
 // out[r][v] += sum over words k in [k0, k1) of rows[r][k] * weights[k][v], where a block begins at
 // k0, and at k1 unless the sum ends there. A large tile asks for what lies `ahead`.
 template <int kRows, int kVectors, class F, class Weights>
 FASTRNN_INLINE void multiply(Sums<F, kRows, kVectors>& out, const Weights& weights,
                              const typename F::Word* const* rows, int64_t k0, int64_t k1,
                              int64_t block, Ahead* ahead = nullptr) {
-  constexpr int kSets = block_sets(kRows * kVectors * F::kSums);
-  if constexpr (kSets == 1) {
+  constexpr int kSets = block_sets(kRows * kVectors * F::kBlockSums);
+  if constexpr (F::kBlockSums != F::kSums) {
+    multiply_narrow<kRows, kVectors, F>(out, weights, rows, k0, k1, ahead);
+  } else if constexpr (kSets == 1) {
     if (k0 >= k1) return;
     Sums<F, kRows, kVectors> acc[1], before;
     if (k0) {
@@ -304,7 +343,7 @@ constexpr int widest_band(int rows) {
 // The number of times that multiply_columns() asks for what lies ahead, if its tiles are large.
 template <class F>
 int64_t asks_of(int64_t count, int64_t depth, int64_t vectors) {
-  constexpr int64_t kRows = tile_rows(kBandVectors * F::kSums);
+  constexpr int64_t kRows = tile_rows(kBandVectors * F::kBlockSums);
   const int64_t block = sum_block(depth);
   return (count + kRows - 1) / kRows * (vectors / kBandVectors) * ((depth + block - 1) / block);
 }
@@ -318,7 +357,7 @@ FASTRNN_INLINE void multiply_columns(const typename F::Word* rows, int64_t strid
                                      int64_t end, const Each& f, Ahead* ahead = nullptr) {
   using T = typename F::Word;
   using V = Vec<T>;
-  constexpr int n = lanes<V>(), kRows = tile_rows(kBandVectors * F::kSums);
+  constexpr int n = lanes<V>(), kRows = tile_rows(kBandVectors * F::kBlockSums);
   const int64_t depth = matrix.depth;
   const auto sum = [&](int64_t first, auto tile, int64_t vector, auto width, const auto& band) {
     constexpr int kTile = decltype(tile)::value, kWide = decltype(width)::value;

@@ -12,8 +12,10 @@ extern "C" {
 fastrnn::CompiledCells fastrnn_cells_baseline();
 #ifdef __x86_64__
 fastrnn::CompiledCells fastrnn_cells_avx2();
+fastrnn::CompiledCells fastrnn_formats_avx2();
 fastrnn::CompiledCells fastrnn_cells_avx512();
-fastrnn::CompiledCells fastrnn_cells_avx512_vnni();
+fastrnn::CompiledCells fastrnn_formats_avx512();
+fastrnn::CompiledCells fastrnn_formats_avx512_vnni();
 #endif
 }
 
@@ -25,7 +27,7 @@ struct Isa {
   int64_t vector_bytes;
   bool supported;
   CompiledCells (*cells)();    // in float and double
-  CompiledCells (*formats)();  // in the formats that this instruction set adds, or null
+  CompiledCells (*formats)();  // in the formats whose rows are converted, or null
 };
 
 const std::vector<Isa>& isas() {
@@ -40,11 +42,11 @@ const std::vector<Isa>& isas() {
       {"avx2", 32,
        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
            __builtin_cpu_supports("f16c"),
-       fastrnn_cells_avx2, nullptr},
-      {"avx512", 64, avx512, fastrnn_cells_avx512, nullptr},
+       fastrnn_cells_avx2, fastrnn_formats_avx2},
+      {"avx512", 64, avx512, fastrnn_cells_avx512, fastrnn_formats_avx512},
       {"avx512_vnni", 64,
        avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16"),
-       fastrnn_cells_avx512, fastrnn_cells_avx512_vnni},
+       fastrnn_cells_avx512, fastrnn_formats_avx512_vnni},
 #endif
   };
   return all;

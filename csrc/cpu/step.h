@@ -28,7 +28,7 @@ class Step {
   static constexpr int kLanes = Weights::kLanes, kUnits = Weights::kUnits;
   static constexpr int kVectors =
       Inputs::kVectors > Recurrent::kVectors ? Inputs::kVectors : Recurrent::kVectors;
-  static constexpr int kRows = tile_rows(kVectors * F::kSums);
+  static constexpr int kRows = tile_rows(kVectors * F::kBlockSums);
 
  public:
   // Bytes of StepArgs::room.
