@@ -131,13 +131,18 @@ class Freezable(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        stored = precision_of(self, stored=True)
-        errors = held.translate(state_dict, prefix, self, self._weight_names(), stored)
+        stored, names = precision_of(self, stored=True), self._weight_names()
+        assign = bool(local_metadata.get("assign_to_params_buffers", False))
+        given = {n: state_dict.get(prefix + n) for n in names}
+        errors = held.translate(state_dict, prefix, self, names, stored, assign)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         error_msgs.extend(errors)
-        if self._frozen is not None:
+        if stored is not None and assign:
+            dtype = held.dtype_after(self, names, given, stored.dtype)
+            self._freeze(stored._replace(dtype=dtype))
+        elif self._frozen is not None:
             self._freeze(self._frozen.precision)
 
     def __getstate__(self) -> dict[str, Any]:

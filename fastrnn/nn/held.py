@@ -18,6 +18,7 @@ from fastrnn.nn.rounding import Precision
 
 __all__ = [
     "Source",
+    "dtype_after",
     "hold_floats",
     "hold_rounded",
     "in_floats",
@@ -115,18 +116,22 @@ def translate(
     module: nn.Module,
     names: Sequence[str],
     stored: Precision | None,
+    assign: bool,
 ) -> list[str]:
     """Put the matrices in a `state_dict` in the form in which the module has them, in place.
 
     Args:
         stored: the precision of a module that holds rounded matrices, else None.
+        assign: whether the entries take the place of the module's own, so that the module gets the
+            dtype of the biases in the `state_dict`.
 
     Returns:
         Messages about entries that have no such form; these are deleted.
     """
     errors = []
-    given = [state_dict.get(prefix + n) for n in names]
-    dtypes = {entry.dtype for entry in given if isinstance(entry, Tensor)}
+    given = {n: entry for n in names if isinstance(entry := state_dict.get(prefix + n), Tensor)}
+    dtypes = {entry.dtype for entry in given.values()}
+    others = {given[n].dtype for n in given.keys() - set(matrices(names))}
     for name in matrices(names):
         key = prefix + name
         matrix = state_dict.get(key)
@@ -138,6 +143,8 @@ def translate(
             continue
         own = module._parameters.get(name)
         dtype = torch.bfloat16 if own is None else own.dtype
+        if assign and own is not None and len(others) == 1:
+            (dtype,) = others
         if matrix.dtype == torch.int8:
             scale = state_dict.pop(key + _SCALE, None)
             if scale is not None:
@@ -147,5 +154,19 @@ def translate(
                 del state_dict[key]
         # Rounded matrices with biases in floats: assigned as they are, they would not fit together.
         elif stored is not None or (matrix.dtype == torch.bfloat16 and len(dtypes) > 1):
-            state_dict[key] = matrix.to(dtype)
+            state_dict[key] = matrix.detach().to(dtype)  # a Parameter would not become a buffer
     return errors
+
+
+def dtype_after(
+    module: nn.Module, names: Sequence[str], given: Mapping[str, Any], before: torch.dtype
+) -> torch.dtype:
+    """The dtype of input and results of a module that holds rounded matrices and was assigned
+    `given`: that of its other weights, or else of the matrices if they were given in floats."""
+    rounded = matrices(names)
+    own = {module._parameters[n] for n in names if n not in rounded and n in module._parameters}
+    dtypes = {p.dtype for p in own if p is not None}
+    if not dtypes:
+        entries = (given.get(n) for n in rounded)
+        dtypes = {m.dtype for m in entries if isinstance(m, Tensor) and m.is_floating_point()}
+    return dtypes.pop() if len(dtypes) == 1 else before
