@@ -50,12 +50,6 @@ struct Integers : Words {
     return (Sum)_mm256_cvtps_epi32(x);
 #endif
   }
-#if !defined(__AVX512F__)
-  static FASTRNN_INLINE __m128i halves(Sum q) {
-    return _mm_packs_epi32(_mm256_castsi256_si128((__m256i)q),
-                           _mm256_extracti128_si256((__m256i)q, 1));
-  }
-#endif
   // The number high * 256 + low, for any parts of the same sum.
   static FASTRNN_INLINE V combined(Sum high, Sum low) {
     return multiply_add<V>(__builtin_convertvector(high + (low >> 8), V), splat<V>(256),
@@ -126,55 +120,14 @@ struct Int16 : Integers {
 
 #else
 
-// Signed numbers in rows, of bytes or of pairs of bytes.
+// Rows of signed numbers in 16 bits, of which an instruction multiplies pairs. Weights are widened
+// in registers, once for all rows of a tile.
 struct Int8 : Integers {
   static constexpr Format kFormat = Format::kInt8;
   static constexpr bool kUnpacks = true;
-  static constexpr int kRowWords = 1, kSums = 1, kBlockSums = 1;
+  static constexpr int kRowWords = 2, kSums = 1, kBlockSums = 1;
+  static constexpr int64_t kBlock = int64_t{1} << 30;
   static constexpr int32_t kZero = 0;
-
-  struct Factor {
-    Sum x;
-  };
-  static FASTRNN_INLINE Factor factor(const float* row, int64_t at) { return {word(row, at)}; }
-  // The instruction multiplies unsigned numbers by signed ones, so weights give their signs away: a
-  // sum of two products of at most 128 and 127 stays within 16 bits.
-  static FASTRNN_INLINE void add(Sum* to, const Factor& a, V w) {
-#if defined(__AVX512F__)
-    const __m512i x = (__m512i)a.x, weights = (__m512i)w, none = _mm512_setzero_si512();
-    const __m512i row = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(weights), none, x);
-    const __m512i pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(weights), row);
-    to[0] += (Sum)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
-#else
-    const __m256i weights = (__m256i)w, row = _mm256_sign_epi8((__m256i)a.x, weights);
-    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(weights), row);
-    to[0] += (Sum)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-#endif
-  }
-  static FASTRNN_INLINE V value(const Sum* sum) { return __builtin_convertvector(sum[0], V); }
-
-  // Converts n numbers; returns the row's scale.
-  template <class Load>
-  static FASTRNN_INLINE float convert(float* to, int64_t n, const Load& load) {
-    return quantize(n, load, 127, [&](int64_t k, Sum q) {
-#if defined(__AVX512F__)
-      const __m128i x = _mm512_cvtepi32_epi8((__m512i)q);
-      memcpy(to + k / 4, &x, sizeof x);
-#else
-      const __m128i x = halves(q);
-      _mm_storel_epi64(reinterpret_cast<__m128i*>(to + k / 4), _mm_packs_epi16(x, x));
-#endif
-    });
-  }
-};
-
-// Rows in 16 bits. The second half of a word's products overflows no sum of kBlock words.
-struct Int16 : Integers {
-  static constexpr Format kFormat = Format::kInt16;
-  static constexpr bool kUnpacks = true;
-  static constexpr int kRowWords = 2, kSums = 2, kBlockSums = 1;
-  static constexpr int32_t kZero = 0;
-  static constexpr int64_t kBlock = 128;  // of words; 4 * 128 * 32639 * 128 < 2^31
 
   // Numbers 0 and 2, and 1 and 3, of a word.
   struct Factor {
@@ -196,30 +149,52 @@ struct Int16 : Integers {
     to[0] += (Sum)_mm256_madd_epi16((__m256i)a.odd, odd);
 #endif
   }
-  // Adds the sums of a block to those of a product.
-  static FASTRNN_INLINE void add_block(Sum* to, const Sum* block) {
-    to[0] += block[0] >> 8;
-    to[1] += block[0] & 255;
+  // Adds the sum of a block to those of a product.
+  static FASTRNN_INLINE void add_block(Sum* to, Sum block) { to[0] += block; }
+  static FASTRNN_INLINE V value(const Sum* sum) { return __builtin_convertvector(sum[0], V); }
+
+  // Converts n numbers; returns the row's scale.
+  template <class Load>
+  static FASTRNN_INLINE float convert(float* to, int64_t n, const Load& load) {
+    return convert_to(to, n, load, 127);
+  }
+
+ protected:
+  template <class Load>
+  static FASTRNN_INLINE float convert_to(float* to, int64_t n, const Load& load, float levels) {
+    // Puts numbers 0, 2, 1 and 3 of each four beside each other.
+    const __m128i order = _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
+    return quantize(n, load, levels, [&](int64_t k, Sum q) {
+#if defined(__AVX512F__)
+      const __m256i x = _mm256_shuffle_epi8(_mm512_cvtepi32_epi16((__m512i)q),
+                                            _mm256_broadcastsi128_si256(order));
+#else
+      const __m256i both = (__m256i)q;
+      const __m128i x = _mm_shuffle_epi8(
+          _mm_packs_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1)), order);
+#endif
+      memcpy(to + k / 2, &x, sizeof x);
+    });
+  }
+};
+
+// The same with numbers of all 16 bits, whose sums soon leave 32 bits: those of blocks are split
+// into a high part and a low byte.
+struct Int16 : Int8 {
+  static constexpr Format kFormat = Format::kInt16;
+  static constexpr int kSums = 2;
+  static constexpr int64_t kBlock = 128;  // 4 * 128 * 32639 * 128 is below 2^31
+
+  static FASTRNN_INLINE void add_block(Sum* to, Sum block) {
+    to[0] += block >> 8;
+    to[1] += block & 255;
   }
   static FASTRNN_INLINE V value(const Sum* sum) { return combined(sum[0], sum[1]); }
 
   template <class Load>
   static FASTRNN_INLINE float convert(float* to, int64_t n, const Load& load) {
-    return quantize(n, load, 32639, [&](int64_t k, Sum q) {
-#if defined(__AVX512F__)
-      const __m256i x = _mm256_shuffle_epi8(_mm512_cvtepi32_epi16((__m512i)q),
-                                            _mm256_broadcastsi128_si256(even_first()));
-#else
-      const __m128i x = _mm_shuffle_epi8(halves(q), even_first());
-#endif
-      memcpy(to + k / 2, &x, sizeof x);
-    });
-  }
-
- private:
-  // Puts numbers 0, 2, 1 and 3 of each four beside each other.
-  static FASTRNN_INLINE __m128i even_first() {
-    return _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
+    // The largest magnitude that stays within 16 bits when it is rounded.
+    return convert_to(to, n, load, 32639);
   }
 };
 

@@ -133,12 +133,12 @@ FASTRNN_INLINE void with_block_count(int64_t left, int64_t block, const F& f) {
   f(Constant<kMax>{});
 }
 
-// out += words [k0, k1) of a product whose blocks have fewer sums than it has itself. These are
-// integers, so blocks are as long as their sums allow.
+// out += words [k0, k1) of a product of integers, whose sums have no order: a block is as long as
+// its sums allow.
 template <int kRows, int kVectors, class F, class Weights>
-FASTRNN_INLINE void multiply_narrow(Sums<F, kRows, kVectors>& out, const Weights& weights,
-                                    const typename F::Word* const* rows, int64_t k0, int64_t k1,
-                                    Ahead* ahead) {
+FASTRNN_INLINE void multiply_integers(Sums<F, kRows, kVectors>& out, const Weights& weights,
+                                      const typename F::Word* const* rows, int64_t k0, int64_t k1,
+                                      Ahead* ahead) {
   for (int64_t k = k0; k < k1; k += F::kBlock) {
     const int64_t left = k1 - k, length = left < F::kBlock ? left : F::kBlock;
     if (ahead) ahead->ask();
@@ -148,8 +148,7 @@ FASTRNN_INLINE void multiply_narrow(Sums<F, kRows, kVectors>& out, const Weights
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v)
-        F::add_block(&out[r][v * F::kSums], &acc[0][r][v * F::kBlockSums]);
+      for (int v = 0; v < kVectors; ++v) F::add_block(&out[r][v * F::kSums], acc[0][r][v]);
   }
 }
 
@@ -160,8 +159,8 @@ FASTRNN_INLINE void multiply(Sums<F, kRows, kVectors>& out, const Weights& weigh
                              const typename F::Word* const* rows, int64_t k0, int64_t k1,
                              int64_t block, Ahead* ahead = nullptr) {
   constexpr int kSets = block_sets(kRows * kVectors * F::kBlockSums);
-  if constexpr (F::kBlockSums != F::kSums) {
-    multiply_narrow<kRows, kVectors, F>(out, weights, rows, k0, k1, ahead);
+  if constexpr (F::kUnpacks) {
+    multiply_integers<kRows, kVectors, F>(out, weights, rows, k0, k1, ahead);
   } else if constexpr (kSets == 1) {
     if (k0 >= k1) return;
     Sums<F, kRows, kVectors> acc[1], before;
