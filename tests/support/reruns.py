@@ -16,23 +16,25 @@ from tests.support.selection import ALL_TESTS
 __all__ = ["for_other_instruction_sets", "others", "run_again"]
 
 
-def others(known: Sequence[str], used: str) -> list[str]:
+def others(known: Sequence[str], used: str, floats: bool = True) -> list[str]:
     """The known instruction sets whose code is not that of the one in use.
 
-    What avx512_vnni has for floats is that of avx512, and the formats that it adds fall back in
-    avx512 as they do in the older sets.
+    For floats, avx512_vnni has the code of avx512.
     """
-    same = {used, "avx512"} if used == "avx512_vnni" and not ALL_TESTS else {used}
+    same = {used}
+    if floats and used == "avx512_vnni" and not ALL_TESTS:
+        same.add("avx512")
     return [isa for isa in known if isa not in same]
 
 
-def for_other_instruction_sets(seconds: int) -> Callable[[Any], Any]:
-    """Marks a test with the argument `isa`; it takes so many seconds."""
+def for_other_instruction_sets(seconds: int, floats: bool = True) -> Callable[[Any], Any]:
+    """Marks a test with the argument `isa`; it takes so many seconds, and is of the code for
+    floats, or of that for other formats."""
     marks = (
         pytest.mark.reruns,
         pytest.mark.takes(seconds),
         pytest.mark.skipif("FASTRNN_ISA" in os.environ, reason="this is such a run"),
-        pytest.mark.parametrize("isa", others(_C.isas(), _C.isa())),
+        pytest.mark.parametrize("isa", others(_C.isas(), _C.isa(), floats)),
     )
 
     def marked(test: Any) -> Any:

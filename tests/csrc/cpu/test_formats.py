@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +19,7 @@ from fastrnn.extension import _C
 from fastrnn.kernels.operands import Weights
 from fastrnn.nn.rounding import quantised
 from tests.support.kernels import planned
+from tests.support.reruns import for_other_instruction_sets, run_again
 
 LEVELS = {"int8": 127, "int16": 32639}
 HOW: dict[str, dict[str, Any]] = {
@@ -250,3 +255,70 @@ def test_every_layout_that_a_plan_asks_for(weights: str) -> None:
         for one, other in zip(run(), whole, strict=True):
             assert torch.equal(one, other)
     assert all(bool(g.any()) for g in whole)
+
+
+@pytest.mark.parametrize("format", [f for f in FORMATS if f != "bfloat16"])
+@pytest.mark.parametrize("inputs", [3, 512, 516, 1030, 2100])
+def test_the_least_number_of_8_bits_is_a_weight_like_others(format: str, inputs: int) -> None:
+    """A checkpoint may have -128. With it, all products are as large as they can be."""
+    layer = fastrnn.RNN(inputs, 1, nonlinearity="relu", bias=False)
+    fastrnn.quantize_(layer, **HOW[format], keep_float=False)
+    state = layer.state_dict()
+    state["weight_ih_l0"].fill_(-128)
+    state["weight_ih_l0_scale"].fill_(2.0)
+    layer.load_state_dict(state)
+    for sign in (1, -1):
+        y = layer(torch.full((1, 1, inputs), -3.0 * sign))[0]
+        torch.testing.assert_close(y.item(), max(0.0, 768.0 * inputs * sign), rtol=1e-6, atol=0)
+
+
+# Depths whose sums leave 24 bits, and 32 bits in 16-bit rows; widths that are no whole vectors.
+ON_EVERY_PROCESSOR = """
+import sys, torch, fastrnn
+torch.manual_seed(0)
+found = []
+for inputs, hidden in ((5, 3), (64, 48), (131, 67), (519, 40), (2100, 9), (16, 530)):
+    for make in (fastrnn.LSTM, fastrnn.GRU, fastrnn.RNN):
+        layer = make(inputs, hidden, bidirectional=True)
+        stepped = make(inputs, hidden)
+        x = 3 * torch.randn(6, 5, inputs)
+        for activations in ("int8", "int16"):
+            for each in (layer, stepped):
+                report = fastrnn.quantize_(each, activations=activations)
+                assert report.quantised[0].kernel == fastrnn._C.isa()  # no weights restored
+            found.append(layer(x)[0])
+            stepper = stepped.stream(5)
+            found.append(torch.stack([torch.as_tensor(stepper.step(frame)) for frame in x]))
+    layer = fastrnn.LSTM(inputs, 40, proj_size=21)
+    for activations in ("int8", "int16"):
+        fastrnn.quantize_(layer, activations=activations)
+        found.append(layer(torch.randn(4, 3, inputs))[0])
+torch.save(found, sys.argv[1])
+"""
+
+
+def test_integers_give_the_same_numbers_with_every_instruction_set(tmp_path: Path) -> None:
+    """Sums are exact, so the numbers do not depend on the instructions that compute them."""
+    isas = [isa for isa in _C.isas() if isa != "baseline"]
+    if "int8" not in FORMATS or len(isas) < 2:
+        pytest.skip("this processor has the kernels of one instruction set")
+    found = {}
+    for isa in isas:
+        file = tmp_path / f"{isa}.pt"
+        command = [sys.executable, "-c", ON_EVERY_PROCESSOR, str(file)]
+        subprocess.run(command, env={**os.environ, "FASTRNN_ISA": isa}, check=True)
+        found[isa] = torch.load(file)
+    first = found.pop(isas[0])
+    assert all(tensor.isfinite().all() and tensor.any() for tensor in first)
+    for tensors_of_isa in found.values():
+        for one, other in zip(tensors_of_isa, first, strict=True):
+            assert torch.equal(one, other)
+
+
+@for_other_instruction_sets(60, floats=False)
+def test_other_instruction_sets(isa: str) -> None:
+    """Runs the tests above, and those of quantised layers, with the code for an older processor."""
+    if isa == "baseline":
+        pytest.skip("it has no formats of integers")
+    quantised = Path(__file__).parents[2] / "nn" / "test_quantize_numbers.py"
+    run_again(isa, __file__, str(quantised))
