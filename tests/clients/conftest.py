@@ -1,35 +1,48 @@
-"""Settings of the clients' tests, and the table of their times.
+"""Settings of the clients' tests, and the tables of their times and of what quantising changes.
 
-`ratio` compares results, then times calls, and keeps a row. `--table FILE` writes all rows into
-that file, between its markers, once every test has passed.
+`ratio` compares results, then times calls, and keeps a row; `quantised` keeps a row of changes.
+`--table FILE` writes all rows into that file, between its markers, once every test has passed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.metadata
 import os
 import platform
 import re
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import fastrnn
 from fastrnn.extension import _C
 from fastrnn.hardware import processor
 from fastrnn.tools.bench.implementation import Prepared
 from fastrnn.tools.bench.measure import interleaved
-from tests.clients.support import Client, Ratio, difference
+from tests.clients.support import Client, Quantised, Ratio, Run, change, difference
 
 BEGIN, END = "<!-- make clients -->", "<!-- end -->"
+BEGIN_QUANTISED = "<!-- make clients, quantised -->"
 SECONDS = 0.6  # of calls of each implementation
+# Arguments of `quantize_`, by the column of the table, and how much of a result may change.
+FORMATS: dict[str, dict[str, str]] = {
+    "int8": {},
+    "int16": {"activations": "int16"},
+    "bfloat16": {"weights": "bfloat16"},
+}
+MOST = 0.01
+TORCH_AO = "int8 of torch.ao"
 
 
 @dataclass(frozen=True)
@@ -46,9 +59,17 @@ class Row:
         return self.before / self.after
 
 
+@dataclass(frozen=True)
+class QuantisedRow:
+    client: Client
+    what: str
+    changes: dict[str, float]  # by column
+
+
 @dataclass
 class Table:
     rows: list[Row] = field(default_factory=list)
+    quantised: list[QuantisedRow] = field(default_factory=list)
 
     def markdown(self) -> str:
         lines = [
@@ -75,9 +96,24 @@ class Table:
             lines.append(f"| {' | '.join(cells)} |")
         return "\n".join([*lines, "", f"*{self.conditions()}*"])
 
+    def of_quantised(self) -> str:
+        columns = [*FORMATS, TORCH_AO]
+        lines = [
+            f"| client | result | {' | '.join(columns)} |",
+            "|---|---|" + "---|" * len(columns),
+        ]
+        before = None
+        for row in sorted(self.quantised, key=lambda row: row.client.distribution.lower()):
+            name = "" if row.client == before else row.client.distribution
+            before = row.client
+            changes = [f"{100 * row.changes[column]:.2g} %" for column in columns]
+            lines.append(f"| {' | '.join([name, row.what, *changes])} |")
+        return "\n".join([*lines, "", f"*{self.conditions()}*"])
+
     def conditions(self) -> str:
         """The device, versions, commit and date of the measurement."""
-        names = sorted({row.client.distribution for row in self.rows}, key=str.lower)
+        rows = [*self.rows, *self.quantised]
+        names = sorted({row.client.distribution for row in rows}, key=str.lower)
         told = subprocess.run(
             ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
         )
@@ -110,10 +146,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
     table = config.stash[TABLE]
-    if not table.rows:
+    if table.quantised:
+        terminalreporter.write_sep("-", "quantised")
+        terminalreporter.write_line(table.of_quantised())
+    if table.rows:
+        terminalreporter.write_sep("-", "times")
+        terminalreporter.write_line(table.markdown())
+    if not (table.quantised or table.rows):
         return
-    terminalreporter.write_sep("-", "times")
-    terminalreporter.write_line(table.markdown())
     page: Path | None = config.getoption("--table")
     if page is None:
         return
@@ -122,11 +162,18 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
     if exitstatus != 0 or left_out:
         terminalreporter.write_line(f"{page} stays as it is: not every test was run and passed")
         return
-    pattern = re.compile(f"{re.escape(BEGIN)}\n.*?{re.escape(END)}", re.DOTALL)
     text = page.read_text()
-    assert pattern.search(text), f"{page} has no {BEGIN} … {END} to put the table into"
-    page.write_text(pattern.sub(lambda _: f"{BEGIN}\n{table.markdown()}\n{END}", text, count=1))
-    terminalreporter.write_line(f"{page}: table rewritten")
+    text = put(text, BEGIN, table.markdown())
+    text = put(text, BEGIN_QUANTISED, table.of_quantised())
+    page.write_text(text)
+    terminalreporter.write_line(f"{page}: tables rewritten")
+
+
+def put(text: str, begin: str, table: str) -> str:
+    """The text with this table behind the marker."""
+    pattern = re.compile(f"{re.escape(begin)}\n.*?{re.escape(END)}", re.DOTALL)
+    assert pattern.search(text), f"the page has no {begin} … {END} to put the table into"
+    return pattern.sub(lambda _: f"{begin}\n{table}\n{END}", text, count=1)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -194,3 +241,50 @@ def ratio(request: pytest.FixtureRequest) -> Ratio:
         return row.ratio
 
     return measure
+
+
+@pytest.fixture
+def quantised(request: pytest.FixtureRequest) -> Quantised:
+    """`quantised(client, what, ours, torchs, run)`: how much of the result of `run(model)`, which
+    `what` describes, changes when the layers of `ours` are quantised.
+
+    Results are decisions, or numbers with a unit of their own. The change is at most MOST, or
+    `most`, by format. The table also has that of `torchs`, quantised by torch.ao. Returns the
+    result of `torchs` in float32.
+    """
+    table = request.config.stash[TABLE]
+
+    def measure(
+        client: Client,
+        what: str,
+        ours: nn.Module,
+        torchs: nn.Module,
+        run: Run,
+        *,
+        most: Mapping[str, float] = MappingProxyType({}),
+    ) -> Tensor:
+        before: Tensor = run(torchs)
+        changes = {}
+        for format, how in FORMATS.items():
+            model = copy.deepcopy(ours)
+            report = fastrnn.quantize_(model, **how)
+            assert report.quantised
+            assert not report.left_alone
+            changes[format] = change(run(model), before)
+        changes[TORCH_AO] = change(run(_by_torch_ao(torchs)), before)
+        row = QuantisedRow(client, what, changes)
+        table.quantised.append(row)
+        for format in FORMATS:
+            assert changes[format] <= most.get(format, MOST), row
+        return before
+
+    return measure
+
+
+def _by_torch_ao(model: nn.Module) -> nn.Module:
+    """A copy whose recurrent layers are in int8 by torch.ao."""
+    kinds = {nn.LSTM, nn.GRU, nn.LSTMCell}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is deprecated
+        made: nn.Module = torch.ao.quantization.quantize_dynamic(model, kinds)
+    return made

@@ -28,6 +28,7 @@ from tests.support.tolerance import assert_matches
 
 Run = Callable[[nn.Module], Any]
 Ratio = Callable[..., float]  # the fixture
+Quantised = Callable[..., Tensor]  # the fixture
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,16 @@ def difference(ours: Any, torchs: Any, gradients: bool = False) -> float:
     if gradients:
         found.append(rms_error(list(mine.values()), list(theirs.values())))
     return float(np.max(found))  # unlike max(), it passes NaN on
+
+
+def change(result: Tensor, before: Tensor) -> float:
+    """The share of decisions (booleans or integers) that changed, or the largest difference of
+    numbers in units of the largest number."""
+    assert result.shape == before.shape
+    assert result.dtype == before.dtype
+    if before.is_floating_point():
+        return float((result - before).abs().max() / before.abs().max())
+    return float((result != before).float().mean())
 
 
 def assert_same(ours: Any, torchs: Any, within: float) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tests.clients.support import (
     Client,
+    Quantised,
     Ratio,
     assert_checkpoints_pass,
     assert_restores,
@@ -139,6 +140,17 @@ def test_frame_by_frame(tracker: Any, ours: nn.Module, torchs: nn.Module, audio:
         found.append(np.concatenate(frames[2:]))
     assert_same(*found, within=1e-5)
     assert len(found[0]) > 250
+
+
+def test_quantised(
+    ours: nn.Module, torchs: nn.Module, features: Tensor, quantised: Quantised
+) -> None:
+    def classes(model: nn.Module) -> Tensor:
+        """Beat, first beat of a bar, or neither."""
+        with torch.no_grad():
+            return run(model, features).argmax(1)
+
+    quantised(CLIENT, "beats, first beats and other frames, 6 s", ours, torchs, classes)
 
 
 def test_gradients(ours: nn.Module, torchs: nn.Module, features: Tensor) -> None:

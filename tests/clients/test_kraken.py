@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import fastrnn
 from tests.clients.support import (
     Client,
+    Quantised,
     Ratio,
     assert_checkpoints_pass,
     assert_restores,
@@ -102,6 +103,16 @@ def test_segmentation(segmentation: nn.Module, page: Tensor) -> None:
         baselines.append(vectorize_lines(maps[0, :3].numpy()))
     assert len(baselines[1]) == 5, "the client finds the lines"
     assert baselines[0] == baselines[1]
+
+
+def test_quantised(segmentation: nn.Module, page: Tensor, quantised: Quantised) -> None:
+    def found(model: nn.Module) -> Tensor:
+        """Beginnings of lines, ends, lines and regions, pixel by pixel."""
+        with torch.no_grad():
+            return heatmap(model, page).sigmoid() > 0.3
+
+    what = "pixels that are a line, its end or a region, 320×480"
+    quantised(CLIENT, what, replaced(segmentation), segmentation, found)
 
 
 @torch.no_grad()

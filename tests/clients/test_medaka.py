@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from tests.clients.support import (
     Client,
+    Quantised,
     Ratio,
     assert_checkpoints_pass,
     assert_restores,
@@ -161,6 +162,12 @@ def test_prediction(
     assert_same(mine, theirs, 1e-5)
     for ours_, theirs_ in zip(mine, theirs, strict=True):
         assert (ours_.argmax(-1) == theirs_.argmax(-1)).all()
+
+
+def test_quantised(ours: nn.Module, torchs: nn.Module, batch: Any, quantised: Quantised) -> None:
+    size = torchs.gru_size
+    what = f"{size}: bases called, {BATCH} rows of {CHUNK} columns"
+    quantised(CLIENT, what, ours, torchs, lambda model: predict(model, batch).argmax(-1))
 
 
 def step(model: nn.Module, batch: Any) -> Tensor:

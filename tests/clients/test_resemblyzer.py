@@ -3,6 +3,7 @@ used. Loudness, voice activity and spectrograms are the client's own."""
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fastrnn
 from tests.clients.support import (
     Client,
+    Quantised,
     Ratio,
     assert_checkpoints_pass,
     assert_restores,
@@ -68,6 +71,26 @@ def test_embeddings(ours: nn.Module, torchs: nn.Module, voices: list, mels: Tens
     assert_same(*(model.embed_speaker(voices[:2]) for model in (ours, torchs)), within=1e-5)
     with torch.no_grad():
         assert_same_outputs(ours, torchs, lambda model: embed(model, mels))
+
+
+def test_quantised(ours: nn.Module, torchs: nn.Module, voices: list, quantised: Quantised) -> None:
+    def similarities(model: nn.Module) -> Tensor:
+        embedded = np.stack([model.embed_utterance(voice) for voice in voices])
+        return torch.from_numpy(embedded @ embedded.T)
+
+    # Integers of 8 bits are too coarse for its weights: similarities move, their order stays.
+    before = quantised(
+        CLIENT,
+        "similarities of 3 utterances",
+        ours,
+        torchs,
+        similarities,
+        most={"int8": 0.1},
+    )
+    coarse = copy.deepcopy(ours)
+    fastrnn.quantize_(coarse)
+    for found in (before, similarities(coarse)):
+        assert found[0, 1] > found[:2, 2].max() + 0.2, "the client tells voices apart"
 
 
 def test_gradients(ours: nn.Module, torchs: nn.Module, mels: Tensor) -> None:

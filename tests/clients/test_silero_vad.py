@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import fastrnn
 from tests.clients.support import (
     Client,
+    Quantised,
     Ratio,
     assert_checkpoints_pass,
     assert_restores,
@@ -153,6 +154,18 @@ def test_timestamps(scripted: torch.jit.ScriptModule, ours: nn.Module, audio: Te
     iterators = [silero_vad.VADIterator(model) for model in (scripted, Detector(ours))]
     for frame in audio.split(FRAME)[:-1]:
         assert iterators[0](frame) == iterators[1](frame)
+
+
+def test_quantised(ours: nn.Module, torchs: Network, quantised: Quantised) -> None:
+    noise = 0.01 * torch.randn(60 * RATE, generator=torch.Generator().manual_seed(0))
+    minute = torch.from_numpy(speech(60, RATE, 1)) + noise
+
+    def speaks(model: nn.Module) -> Tensor:
+        with torch.no_grad():
+            return probabilities(model, minute) > 0.5
+
+    found = quantised(CLIENT, "frames of 32 ms that are speech, of 60 s", ours, torchs, speaks)
+    assert 0.2 < found.float().mean() < 0.9, "there is speech, and there are pauses"
 
 
 def test_gradients(ours: nn.Module, torchs: Network, audio: Tensor) -> None:

@@ -275,6 +275,7 @@ def test_the_least_number_of_8_bits_is_a_weight_like_others(format: str, inputs:
 # Depths whose sums leave 24 bits, and 32 bits in 16-bit rows; widths that are no whole vectors.
 ON_EVERY_PROCESSOR = """
 import sys, torch, fastrnn
+from fastrnn.extension import _C
 torch.manual_seed(0)
 found = []
 for inputs, hidden in ((5, 3), (64, 48), (131, 67), (519, 40), (2100, 9), (16, 530)):
@@ -285,7 +286,7 @@ for inputs, hidden in ((5, 3), (64, 48), (131, 67), (519, 40), (2100, 9), (16, 5
         for activations in ("int8", "int16"):
             for each in (layer, stepped):
                 report = fastrnn.quantize_(each, activations=activations)
-                assert report.quantised[0].kernel == fastrnn._C.isa()  # no weights restored
+                assert report.quantised[0].kernel == _C.isa()  # no weights restored
             found.append(layer(x)[0])
             stepper = stepped.stream(5)
             found.append(torch.stack([torch.as_tensor(stepper.step(frame)) for frame in x]))
