@@ -28,7 +28,8 @@ struct Plain {
   static constexpr int kRowWords = 1;   // words of a row for each word of weights
   static constexpr int kSums = 1;       // sums for each vector of columns
   static constexpr int kBlockSums = 1;  // of these while a block is computed
-  static constexpr bool kConverts = false, kScaled = false, kUnpacks = false;
+  static constexpr bool kConverts = false, kScaled = false;
+  static constexpr bool kWidens = false;  // in add(), so that rows of a tile share it
 
   struct Factor {
     Vec<T> x;
@@ -89,7 +90,7 @@ struct Bfloat16 : Words {
   using Sum = Vec<float>;
   static constexpr Format kFormat = Format::kBfloat16;
   static constexpr int kGroup = 2, kRowWords = 1, kSums = 1, kBlockSums = 1;
-  static constexpr bool kScaled = false, kUnpacks = false;
+  static constexpr bool kScaled = false, kWidens = false;
 
   struct Factor {
     __m512i x;
@@ -145,8 +146,12 @@ template <class F>
 FASTRNN_INLINE void begin_sum(typename F::Sum* sum, const Columnwise<F>& columns, int64_t column,
                               Vec<typename F::Number> value) {
   if constexpr (F::kScaled) {
-    memcpy(&sum[0], columns.zero + column, sizeof sum[0]);
-    for (int d = 1; d < F::kSums; ++d) sum[d] = typename F::Sum{};
+    for (int d = 0; d < F::kSums; ++d) sum[d] = typename F::Sum{};
+    if constexpr (F::kZero != 0) {
+      typename F::Sum zero;
+      memcpy(&zero, columns.zero + column, sizeof zero);
+      sum[0] = zero;
+    }
   } else {
     sum[0] = value;
   }

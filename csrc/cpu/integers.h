@@ -1,8 +1,8 @@
 // Formats whose weights are integers of 8 bits, and whose rows are integers of 8 or 16.
 //
 // Sums are exact, so every instruction set gives the same numbers, as far as it has the format:
-// with VNNI one instruction adds four products to a sum; without it three or four do. value()
-// depends on a sum alone, and not on the parts in which it was computed.
+// with VNNI one instruction adds four products to a sum; without it four do, and three more widen a
+// word of weights. value() depends on a sum alone, and not on the parts in which it was computed.
 #pragma once
 
 #include <cstdint>
@@ -26,12 +26,17 @@ struct Integers : Words {
   template <class Load, class Put>
   static FASTRNN_INLINE float quantize(int64_t n, const Load& load, float levels, const Put& put) {
     constexpr int kLanes = lanes<V>();
+    const auto each = [&](const auto& f) __attribute__((always_inline)) {
+      const int64_t whole = n / kLanes * kLanes;
+      for (int64_t k = 0; k < whole; k += kLanes) f(k, load(k, kLanes));
+      if (whole < n) f(whole, load(whole, static_cast<int>(n - whole)));
+    };
     // The bits of magnitudes are in the order of the numbers, with those that are not finite last.
     Sum most{};
-    for (int64_t k = 0; k < n; k += kLanes) {
-      const Sum bits = (Sum)load(k, within<V>(k, n)) & 0x7fffffff;
+    each([&](int64_t, V x) __attribute__((always_inline)) {
+      const Sum bits = (Sum)x & 0x7fffffff;
       most = most > bits ? most : bits;
-    }
+    });
     int32_t bits = 0;
     for (int l = 0; l < kLanes; ++l) bits = bits > most[l] ? bits : most[l];
     if (bits >= 0x7f800000) return __builtin_nanf("");
@@ -39,7 +44,7 @@ struct Integers : Words {
     const float largest = bit_cast<float>(bits);
     const float magnitude = largest < kLeast ? kLeast : largest;
     const V inverse = splat<V>(levels / magnitude);
-    for (int64_t k = 0; k < n; k += kLanes) put(k, nearest(load(k, within<V>(k, n)) * inverse));
+    each([&](int64_t k, V x) __attribute__((always_inline)) { put(k, nearest(x * inverse)); });
     return magnitude / levels;
   }
 
@@ -62,7 +67,7 @@ struct Integers : Words {
 // Rows of unsigned numbers, of which kZero stands for zero: where sums begin takes its share off.
 struct Int8 : Integers {
   static constexpr Format kFormat = Format::kInt8;
-  static constexpr bool kUnpacks = false;
+  static constexpr bool kWidens = false;
   static constexpr int kRowWords = 1, kSums = 1, kBlockSums = 1;
   static constexpr int32_t kZero = 128;
 
@@ -90,7 +95,7 @@ struct Int8 : Integers {
 // The same with rows in 16 bits: a high and a low byte, each with a sum of its own.
 struct Int16 : Integers {
   static constexpr Format kFormat = Format::kInt16;
-  static constexpr bool kUnpacks = false;
+  static constexpr bool kWidens = false;
   static constexpr int kRowWords = 2, kSums = 2, kBlockSums = 2;
   static constexpr int32_t kZero = 128;  // of the high byte
 
@@ -124,7 +129,7 @@ struct Int16 : Integers {
 // in registers, once for all rows of a tile.
 struct Int8 : Integers {
   static constexpr Format kFormat = Format::kInt8;
-  static constexpr bool kUnpacks = true;
+  static constexpr bool kWidens = true;
   static constexpr int kRowWords = 2, kSums = 1, kBlockSums = 1;
   static constexpr int64_t kBlock = int64_t{1} << 30;
   static constexpr int32_t kZero = 0;

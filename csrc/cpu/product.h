@@ -75,35 +75,39 @@ using Sums = typename F::Sum[kRows][kVectors * F::kSums];
 template <class F, int kRows, int kVectors>
 using BlockSums = typename F::Sum[kRows][kVectors * F::kBlockSums];
 
+// to += the products of word `at` of rows and weights.
+template <int kRows, int kVectors, class F, class Weights>
+FASTRNN_INLINE void add_word(BlockSums<F, kRows, kVectors>& to, const Weights& weights,
+                             const typename F::Word* const* rows, int64_t at) {
+  Vec<typename F::Word> w[kVectors];
+  weights.read(at, w);
+  if constexpr (F::kWidens) {
+    typename F::Factor a[kRows];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) a[r] = F::factor(rows[r], at);
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v)
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) F::add(&to[r][v * F::kBlockSums], a[r], w[v]);
+  } else {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const typename F::Factor a = F::factor(rows[r], at);
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) F::add(&to[r][v * F::kBlockSums], a, w[v]);
+    }
+  }
+}
+
 // acc[set] += block `set` of kSets, from word k on. All blocks but the last are whole; that one has
 // `last` words.
 template <int kSets, int kRows, int kVectors, class F, class Weights>
 FASTRNN_INLINE void add_blocks(BlockSums<F, kRows, kVectors> (&acc)[kSets], const Weights& weights,
                                const typename F::Word* const* rows, int64_t k, int64_t block,
                                int64_t last) {
-  const auto add = [&](int64_t at, BlockSums<F, kRows, kVectors>& to)
-                       __attribute__((always_inline)) {
-                         Vec<typename F::Word> w[kVectors];
-                         weights.read(at, w);
-                         if constexpr (F::kUnpacks) {
-                           typename F::Factor a[kRows];
-#pragma GCC unroll 8
-                           for (int r = 0; r < kRows; ++r) a[r] = F::factor(rows[r], at);
-#pragma GCC unroll 16
-                           for (int v = 0; v < kVectors; ++v)
-#pragma GCC unroll 8
-                             for (int r = 0; r < kRows; ++r)
-                               F::add(&to[r][v * F::kBlockSums], a[r], w[v]);
-                           return;
-                         }
-#pragma GCC unroll 8
-                         for (int r = 0; r < kRows; ++r) {
-                           const typename F::Factor a = F::factor(rows[r], at);
-#pragma GCC unroll 16
-                           for (int v = 0; v < kVectors; ++v)
-                             F::add(&to[r][v * F::kBlockSums], a, w[v]);
-                         }
-                       };
+  const auto add = [&](int64_t at, auto& to) __attribute__((always_inline)) {
+    add_word<kRows, kVectors, F>(to, weights, rows, at);
+  };
   if constexpr (kSets == 1) {
     for (int64_t j = 0; j < last; ++j) add(k + j, acc[0]);
   } else {
@@ -159,7 +163,7 @@ FASTRNN_INLINE void multiply(Sums<F, kRows, kVectors>& out, const Weights& weigh
                              const typename F::Word* const* rows, int64_t k0, int64_t k1,
                              int64_t block, Ahead* ahead = nullptr) {
   constexpr int kSets = block_sets(kRows * kVectors * F::kBlockSums);
-  if constexpr (F::kUnpacks) {
+  if constexpr (F::kWidens) {
     multiply_integers<kRows, kVectors, F>(out, weights, rows, k0, k1, ahead);
   } else if constexpr (kSets == 1) {
     if (k0 >= k1) return;
