@@ -112,8 +112,8 @@ class Table:
 
     def conditions(self) -> str:
         """The device, versions, commit and date of the measurement."""
-        rows = [*self.rows, *self.quantised]
-        names = sorted({row.client.distribution for row in rows}, key=str.lower)
+        clients = [row.client for row in self.rows] + [row.client for row in self.quantised]
+        names = sorted({client.distribution for client in clients}, key=str.lower)
         told = subprocess.run(
             ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
         )
