@@ -316,7 +316,7 @@ def test_integers_give_the_same_numbers_with_every_instruction_set(tmp_path: Pat
             assert torch.equal(one, other)
 
 
-@for_other_instruction_sets(60, floats=False)
+@for_other_instruction_sets(120, floats=False)
 def test_other_instruction_sets(isa: str) -> None:
     """Runs the tests above, and those of quantised layers, with the code for an older processor."""
     if isa == "baseline":
