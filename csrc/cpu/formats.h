@@ -12,6 +12,7 @@
 #include <type_traits>
 
 #include "core/math.h"
+#include "cpu/exported.h"
 #include "cpu/tiles.h"
 
 namespace fastrnn {
@@ -19,7 +20,7 @@ inline namespace FASTRNN_ISA {
 
 // Numbers as they are computed.
 template <class T>
-struct Plain {
+struct FASTRNN_EXPORTED Plain {
   using Number = T;    // the type of states and gates
   using Word = T;      // what weights are packed in
   using Sum = Vec<T>;  // of one vector of columns
@@ -67,7 +68,7 @@ FASTRNN_INLINE int64_t row_words(int64_t depth) {
 #if defined(__AVX2__)
 
 // Formats whose words have 32 bits; what moves words takes them for float.
-struct Words {
+struct FASTRNN_EXPORTED Words {
   using Number = float;
   using Word = float;
   using V = Vec<float>;
@@ -86,7 +87,7 @@ struct Words {
 #if defined(__AVX512BF16__)
 
 // Sums in float of products of bfloat16, two of them in an instruction.
-struct Bfloat16 : Words {
+struct FASTRNN_EXPORTED Bfloat16 : Words {
   using Sum = Vec<float>;
   static constexpr Format kFormat = Format::kBfloat16;
   static constexpr int kGroup = 2, kRowWords = 1, kSums = 1, kBlockSums = 1;

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "core/math.h"
+#include "cpu/exported.h"
 #include "cpu/formats.h"
 
 #if defined(__AVX2__)
@@ -15,7 +16,7 @@
 namespace fastrnn {
 inline namespace FASTRNN_ISA {
 
-struct Integers : Words {
+struct FASTRNN_EXPORTED Integers : Words {
   using Sum = VectorOf<int32_t, kVectorBytes>::Type;
   static constexpr int kGroup = 4;
   static constexpr bool kScaled = true;
@@ -65,7 +66,7 @@ struct Integers : Words {
 #if defined(__AVX512VNNI__)
 
 // Rows of unsigned numbers, of which kZero stands for zero: where sums begin takes its share off.
-struct Int8 : Integers {
+struct FASTRNN_EXPORTED Int8 : Integers {
   static constexpr Format kFormat = Format::kInt8;
   static constexpr bool kWidens = false;
   static constexpr int kRowWords = 1, kSums = 1, kBlockSums = 1;
@@ -93,7 +94,7 @@ struct Int8 : Integers {
 };
 
 // The same with rows in 16 bits: a high and a low byte, each with a sum of its own.
-struct Int16 : Integers {
+struct FASTRNN_EXPORTED Int16 : Integers {
   static constexpr Format kFormat = Format::kInt16;
   static constexpr bool kWidens = false;
   static constexpr int kRowWords = 2, kSums = 2, kBlockSums = 2;
@@ -127,7 +128,7 @@ struct Int16 : Integers {
 
 // Rows of signed numbers in 16 bits, of which an instruction multiplies pairs. Weights are widened
 // in registers, once for all rows of a tile.
-struct Int8 : Integers {
+struct FASTRNN_EXPORTED Int8 : Integers {
   static constexpr Format kFormat = Format::kInt8;
   static constexpr bool kWidens = true;
   static constexpr int kRowWords = 2, kSums = 1, kBlockSums = 1;
@@ -185,7 +186,7 @@ struct Int8 : Integers {
 
 // The same with numbers of all 16 bits, whose sums soon leave 32 bits: those of blocks are split
 // into a high part and a low byte.
-struct Int16 : Int8 {
+struct FASTRNN_EXPORTED Int16 : Int8 {
   static constexpr Format kFormat = Format::kInt16;
   static constexpr int kSums = 2;
   static constexpr int64_t kBlock = 128;  // 4 * 128 * 32639 * 128 is below 2^31
