@@ -17,7 +17,7 @@ from fastrnn.extension import _C
 from fastrnn.kernels.device import asked_for, current
 from fastrnn.kernels.operands import Weights
 
-__all__ = ["OnCpu", "cell_of", "find", "on_cpu", "prepare", "prepared_now"]
+__all__ = ["OnCpu", "cell_of", "find", "on_cpu", "prepare", "prepared_now", "stages_of"]
 
 _prepared: dict[str, Cell] = {name: cells.get(name) for name in cells.names()}
 _keys: dict[Cell, str] = {cell: name for name, cell in _prepared.items()}
@@ -127,11 +127,8 @@ def on_cpu(
     format of their dtype, for input of `dtype`, by default theirs."""
     w_ih = weights.w_ih
     dtype = dtype or w_ih.dtype
-    asked, format = format, format or _FORMATS.get(dtype, "float32")
+    format = format or _FORMATS.get(dtype, "float32")
     key = prepared_now(cell, w_ih.device.type, dtype, format)
-    stages = _stages(cell) if key is not None else 1
-    if stages > 1 and asked is None and dtype != torch.float64:
-        format = "float32"
     device = current(w_ih.device.type, threads, compiled=key is not None)
     problem = plan.Problem(
         cell=cell.name,
@@ -144,7 +141,7 @@ def on_cpu(
         recurrent_gates=len(cell.recurrent),
         dtype=str(dtype).removeprefix("torch."),
         format=format,
-        stages=stages,
+        stages=stages_of(cell) if key is not None else 1,
     )
     return OnCpu(key, plan.refusal("cpu", problem, device), problem, device, format)
 
@@ -163,8 +160,8 @@ def _prepare(cell: Cell, format: str | None) -> None:
         return
     _prepared[made.key] = cell
     _keys[cell] = made.key
-    for known in {format, made.format} - {None}:
-        _compiled[str(known)][cell] = made.key
+    if format is not None:
+        _compiled[format][cell] = made.key
 
 
 def _add_facts(cell: Cell) -> None:
@@ -173,7 +170,7 @@ def _add_facts(cell: Cell) -> None:
     _prepared[registration.add_facts(cell)] = cell
 
 
-def _stages(cell: Cell) -> int:
+def stages_of(cell: Cell) -> int:
     """The number of stages of a step. Those of built-in cells are known without the compiler."""
     if cell.is_built_in:
         return 1

@@ -17,7 +17,7 @@ from fastrnn._version import __version__
 from fastrnn.compiler import jit
 from fastrnn.extension import _C, bindings
 from fastrnn.kernels import device as machine
-from fastrnn.kernels.prepare import prepare
+from fastrnn.kernels.prepare import prepare, stages_of
 from fastrnn.nn.layers import LSTM
 from fastrnn.plan import CpuFacts, CudaFacts, Device, Plan, Problem, TritonFacts
 from fastrnn.tools import tolerance
@@ -238,6 +238,7 @@ def plan_for(
         dtype=dtype,
         tape=tape,
         backward=backward,
+        stages=stages_of(declared) if known else 1,
         format=_format_of(dtype) if kind == "cpu" else "",
     )
     device = machine.current(kind, compiled=known)
