@@ -201,10 +201,9 @@ struct Prepacked {
     pack_panel<Of>(weights, hidden, depth, panel, to);
     if constexpr (F::kScaled)
       for (int v = 0; v < Of::kVectors; ++v)
-        describe_columns<F>(to + v * kLanes, Of::kWidth, depth,
-                            scale + Of::first_row(hidden, panel, v),
-                            live_units<Of>(hidden, panel, v), columns,
-                            panel * Of::kWidth + v * kLanes);
+        describe_columns<F>(
+            to + v * kLanes, Of::kWidth, depth, scale + Of::first_row(hidden, panel, v),
+            live_units<Of>(hidden, panel, v), columns, panel * Of::kWidth + v * kLanes);
   }
 };
 

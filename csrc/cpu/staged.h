@@ -154,8 +154,8 @@ struct StagedWeights {
         T* const band = to + vector * kLanes * depth;
         pack_transposed(from + unit * depth, depth, live, depth, band, kWide, v);
         if constexpr (F::kScaled)
-          describe_columns<F>(band + v * kLanes, kWide * kLanes, depth,
-                              scale + g * n.hidden + unit, live, columns, g * padded(n) + unit);
+          describe_columns<F>(band + v * kLanes, kWide * kLanes, depth, scale + g * n.hidden + unit,
+                              live, columns, g * padded(n) + unit);
       }
     });
   }

@@ -207,7 +207,8 @@ class StagedBackward {
     int64_t asks = 0;
     for (int g = 0; g < Gv; g = run_end(g))
       if (Cell::kSiteOf[g] < 0)
-        asks += asks_of<F>(sequences.size(), words_of<F>((run_end(g) - g) * args_.hidden), vectors_);
+        asks +=
+            asks_of<F>(sequences.size(), words_of<F>((run_end(g) - g) * args_.hidden), vectors_);
     ahead.spread(asks);
     return ahead;
   }

@@ -156,10 +156,9 @@ class StagedForward {
     const Rows& rows = args_.rows;
     const int64_t at = rows.packed() ? (rows.compact[t] + i) * args_.x_row
                                      : t * args_.x_step + rows.batch_index(i) * args_.x_row;
-    put_row<F>(to, args_.inputs, scale,
-               [&](int64_t k, int live) __attribute__((always_inline)) {
-                 return load_as<V>(args_.x, at + k, live, args_.storage);
-               });
+    put_row<F>(to, args_.inputs, scale, [&](int64_t k, int live) __attribute__((always_inline)) {
+      return load_as<V>(args_.x, at + k, live, args_.storage);
+    });
   }
 
   void one_step(const Step& step, int64_t p, int64_t at, int64_t first, int64_t count, const T* u,
