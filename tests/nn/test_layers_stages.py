@@ -127,9 +127,10 @@ def test_streams(dtype: torch.dtype, threads: int) -> None:
     assert torch.equal(torch.stack([stepper.step(step) for step in x]), whole)
 
 
-def test_frozen_layers_notice_changes() -> None:
-    layer = layer_of()
-    x = torch.randn(5, 2, 3)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_frozen_layers_notice_changes(dtype: torch.dtype) -> None:
+    layer = layer_of(dtype=dtype)
+    x = torch.randn(5, 2, 3).to(dtype)
     with torch.no_grad():
         before = layer(x)[0]
         fastrnn.freeze(layer)
@@ -141,9 +142,10 @@ def test_frozen_layers_notice_changes() -> None:
         assert not torch.equal(layer(x)[0], before)
 
 
-def test_recompute_gives_the_same_gradients() -> None:
-    layer = layer_of(5, 33, 2)
-    x = torch.randn(7, 2, 5)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_recompute_gives_the_same_gradients(dtype: torch.dtype) -> None:
+    layer = layer_of(5, 33, 2, dtype=dtype)
+    x = torch.randn(7, 2, 5).to(dtype)
     found: list[list[Tensor]] = []
     for recompute in (False, True):
         layer.recompute = recompute
@@ -186,9 +188,10 @@ def test_a_tape_of_the_reference_serves_the_kernel(dtype: torch.dtype, hidden: i
 
 
 @pytest.mark.parametrize("special", [float("nan"), float("inf")])
-def test_a_row_that_is_not_finite_stays_alone(special: float) -> None:
-    layer = layer_of(3, 21)
-    x = torch.randn(4, 3, 3)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_that_is_not_finite_stays_alone(dtype: torch.dtype, special: float) -> None:
+    layer = layer_of(3, 21, dtype=dtype)
+    x = torch.randn(4, 3, 3).to(dtype)
     x[1, 1, 0] = special
     with torch.no_grad():
         y = layer(x)[0]
