@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-__all__ = ["CUDA_KERNELS", "_C", "bindings", "choose", "load"]
+__all__ = ["CPU_KERNELS", "CUDA_KERNELS", "_C", "bindings", "choose", "load"]
 
 _HERE = Path(__file__).parent
 _NAME = "fastrnn._C"
+CPU_KERNELS = _HERE / "libfastrnn_cpu.so"
 # The library of CUDA kernels, which exists if it was built.
 CUDA_KERNELS = _HERE / "_cuda.so"
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "core/vec.h"
+#include "cpu/exported.h"
 
 namespace fastrnn {
 inline namespace FASTRNN_ISA {
@@ -11,7 +12,7 @@ inline namespace FASTRNN_ISA {
 // A product leaves the memory idle, as its weights lie in the cache. So it asks for what comes
 // after it, some lines before each block of its sums: asked for at once, they would fill the queues
 // of the cache and stop the product.
-class Ahead {
+class FASTRNN_EXPORTED Ahead {
  public:
   // `count` pieces of `bytes` each, `pitch` apart.
   void add(const void* first, int64_t bytes, int64_t pitch, int64_t count) {

@@ -12,6 +12,7 @@
 #include <type_traits>
 
 #include "core/math.h"
+#include "cpu/exported.h"
 #include "cpu/tiles.h"
 
 namespace fastrnn {
@@ -19,7 +20,7 @@ inline namespace FASTRNN_ISA {
 
 // Numbers as they are computed.
 template <class T>
-struct Plain {
+struct FASTRNN_EXPORTED Plain {
   using Number = T;    // the type of states and gates
   using Word = T;      // what weights are packed in
   using Sum = Vec<T>;  // of one vector of columns
@@ -65,7 +66,7 @@ FASTRNN_INLINE int64_t row_words(int64_t depth) {
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
 
 // Formats whose words have 32 bits; what moves words takes them for float.
-struct Words {
+struct FASTRNN_EXPORTED Words {
   using Number = float;
   using Word = float;
   using V = Vec<float>;
@@ -79,7 +80,7 @@ struct Words {
 };
 
 // Sums in float of products of bfloat16, two of them in an instruction.
-struct Bfloat16 : Words {
+struct FASTRNN_EXPORTED Bfloat16 : Words {
   using Sum = Vec<float>;
   static constexpr Format kFormat = Format::kBfloat16;
   static constexpr int kGroup = 2, kRowWords = 1, kSums = 1;
@@ -124,7 +125,7 @@ struct Bfloat16 : Words {
 
 // Sums in 32-bit integers of products of signed weights and unsigned numbers, of which kZero stands
 // for zero: where sums begin takes its share off.
-struct Int8 : Words {
+struct FASTRNN_EXPORTED Int8 : Words {
   using Sum = VectorOf<int32_t, 64>::Type;
   static constexpr Format kFormat = Format::kInt8;
   static constexpr int kGroup = 4, kRowWords = 1, kSums = 1;
@@ -173,7 +174,7 @@ struct Int8 : Words {
 };
 
 // The same with rows in 16 bits: a high and a low byte, each with a sum of its own.
-struct Int16 : Int8 {
+struct FASTRNN_EXPORTED Int16 : Int8 {
   static constexpr Format kFormat = Format::kInt16;
   static constexpr int kRowWords = 2, kSums = 2;
 

@@ -502,6 +502,14 @@ class Forward {
     multiply_unpacked<kTile, kVectors, T>(acc, unpacked, rows, k0, k1, sum_block(w.depth));
   }
 
+  // The same where the tile is in memory anyway.
+  template <int kTile>
+  __attribute__((noinline)) void add_apart(V (&acc)[kTile][Recurrent::kVectors],
+                                           const PanelWeights& w, const T* const* rows, int64_t k0,
+                                           int64_t k1) const {
+    add_product<Recurrent>(acc, w, rows, k0, k1);
+  }
+
   // acc += rows[:, :own.end] * weights. The thread's own part of h comes first, while the other
   // parts arrive.
   template <int kTile>
@@ -509,7 +517,7 @@ class Forward {
                                                 const PanelWeights& w, const T* const* rows,
                                                 const Member& me, Range own, int64_t done) const {
     if (own.begin == 0) {
-      add_product<Recurrent>(acc, w, rows, 0, own.end);
+      add_apart(acc, w, rows, 0, own.end);
       me.wait_for_peers(done);
       return;
     }
@@ -523,11 +531,11 @@ class Forward {
       for (int64_t k = own.begin, n = 0; k < own.end; k += block, ++n) {
         for (auto& row : apart[n])
           for (V& sum : row) sum = splat<V>(-0.0);  // which adds nothing, not even a sign
-        add_product<Recurrent>(apart[n], w, rows, k, own.end - k < block ? own.end : k + block);
+        add_apart(apart[n], w, rows, k, own.end - k < block ? own.end : k + block);
       }
     }
     me.wait_for_peers(done);
-    add_product<Recurrent>(acc, w, rows, 0, own.begin);
+    add_apart(acc, w, rows, 0, own.begin);
     if (own.size() > 0) add_tile(acc, apart[0]);
     if (own.size() > block) add_tile(acc, apart[1]);
   }

@@ -6,12 +6,14 @@
 //
 // A custom cell is compiled at run time, in the one format that FASTRNN_FORMAT names, and in two
 // parts (FASTRNN_PART), which two compilers work on at the same time: 1 has the forward pass and
-// the table, 2 has the backward pass and the stepper.
+// the table, 2 has the backward pass and the stepper. FASTRNN_ISA is then the instruction set whose
+// code the cell shares (exported.h).
 #include <type_traits>
 
 #include "core/cell.h"
 #include "cpu/backward.h"
 #include "cpu/contract.h"
+#include "cpu/exported.h"
 #include "cpu/formats.h"
 #include "cpu/forward.h"
 #include "cpu/prepacked.h"
@@ -131,10 +133,13 @@ constexpr CompiledCell kCells[] = {FASTRNN_CELLS(FASTRNN_COMPILED)};
 
 #define FASTRNN_JOIN_(a, b) a##b
 #define FASTRNN_JOIN(a, b) FASTRNN_JOIN_(a, b)
+#ifdef FASTRNN_PART
+#define FASTRNN_TABLE fastrnn_cells_custom
+#else
+#define FASTRNN_TABLE FASTRNN_JOIN(fastrnn_cells_, FASTRNN_ISA)
+#endif
 
-extern "C"
-    __attribute__((visibility("default"))) fastrnn::CompiledCells FASTRNN_JOIN(fastrnn_cells_,
-                                                                               FASTRNN_ISA)() {
+extern "C" FASTRNN_EXPORTED fastrnn::CompiledCells FASTRNN_TABLE() {
   fastrnn::CompiledCells all{
       fastrnn::kCells, sizeof(fastrnn::kCells) / sizeof(fastrnn::kCells[0]), {}};
 #if defined(FASTRNN_FORMATS)

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "core/math.h"
+#include "cpu/exported.h"
 #include "cpu/formats.h"
 #include "cpu/tiles.h"
 
@@ -124,6 +125,10 @@ FASTRNN_INLINE void load_transposed(const T* from, int64_t stride, int live, int
 // Packs vector `at` of panel[k][width vectors]: its lane l in row k is source[l * stride + k], zero
 // for l >= live.
 template <class T>
+FASTRNN_SHARED void pack_transposed(const T* source, int64_t stride, int live, int64_t depth,
+                                    T* panel, int width, int at);
+#ifndef FASTRNN_PART
+template <class T>
 void pack_transposed(const T* source, int64_t stride, int live, int64_t depth, T* panel, int width,
                      int at) {
   using V = Vec<T>;
@@ -135,6 +140,7 @@ void pack_transposed(const T* source, int64_t stride, int live, int64_t depth, T
     for (int c = 0; c < columns; ++c) store(panel + ((k + c) * width + at) * n, square[c]);
   }
 }
+#endif
 
 // Packs `depth` rows, of which row(k, v) reads a vector, into band[words of depth][width vectors].
 template <class F, class Row>

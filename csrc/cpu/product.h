@@ -17,6 +17,7 @@
 
 #include "core/math.h"
 #include "cpu/ahead.h"
+#include "cpu/exported.h"
 #include "cpu/formats.h"
 #include "cpu/pack.h"
 #include "cpu/tiles.h"
@@ -56,7 +57,7 @@ FASTRNN_INLINE void add_tile(V (&to)[kRows][kVectors], const V (&from)[kRows][kV
 
 // Packed weights: all vectors of row k of a panel or band follow each other.
 template <class T>
-struct Packed {
+struct FASTRNN_EXPORTED Packed {
   const T* first;
   template <int kVectors>
   FASTRNN_INLINE void read(int64_t k, Vec<T> (&to)[kVectors]) const {
@@ -204,53 +205,26 @@ struct Unpacked {
   int64_t stride;
 };
 
-// sum[r] += products [begin, end) of rows[r] and `live` rows of weights.
+// sum[r] += products [begin, end) of rows[r] and `live` rows of weights in torch's layout, `stride`
+// apart. A square of weights is transposed in registers and serves all rows.
 template <int kRows, class T>
-__attribute__((noinline)) void add_partial_squares(Vec<T> (&sum)[kRows], const T* weights,
-                                                   int64_t stride, int live, const T* const* rows,
-                                                   int64_t begin, int64_t end) {
-  using V = Vec<T>;
-  constexpr int n = lanes<V>();
-  for (int64_t k = begin; k < end; k += n) {
-    const int columns = end - k < n ? static_cast<int>(end - k) : n;
-    V square[n];
-    load_transposed<T>(weights + k, stride, live, columns, square);
-    for (int c = 0; c < columns; ++c)
-      for (int r = 0; r < kRows; ++r)
-        sum[r] = multiply_add(broadcast<V>(rows[r][k + c]), square[c], sum[r]);
-  }
-}
+FASTRNN_SHARED void add_squares(Vec<T> (&sum)[kRows], const T* weights, int64_t stride, int live,
+                                const T* const* rows, int64_t begin, int64_t end);
 
-// multiply() of weights in torch's layout. A square of them is transposed in registers and serves
-// all rows.
+// multiply() of weights in torch's layout.
 template <int kRows, int kVectors, class T>
 __attribute__((noinline)) void multiply_unpacked(Vec<T> (&out)[kRows][kVectors],
                                                  const Unpacked<T, kVectors>& weights,
                                                  const T* const* rows, int64_t k0, int64_t k1,
                                                  int64_t block) {
   using V = Vec<T>;
-  constexpr int n = lanes<V>();
   for (int64_t begin = k0; begin < k1; begin += block) {
     const int64_t end = k1 - begin < block ? k1 : begin + block;
     for (int v = 0; v < kVectors; ++v) {
-      const int64_t whole = weights.live[v] == n ? begin + (end - begin) / n * n : begin;
       V sum[kRows];
-#pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) sum[r] = begin ? splat<V>(0) : out[r][v];
-      for (int64_t k = begin; k < whole; k += n) {
-        V square[n];
-        prefetch_rows(weights.first[v] + k, weights.stride);
-        load_transposed<T>(weights.first[v] + k, weights.stride, square);
-#pragma GCC unroll 16
-        for (int c = 0; c < n; ++c)
-#pragma GCC unroll 8
-          for (int r = 0; r < kRows; ++r)
-            sum[r] = multiply_add(broadcast<V>(rows[r][k + c]), square[c], sum[r]);
-      }
-      if (whole < end)
-        add_partial_squares<kRows, T>(sum, weights.first[v], weights.stride, weights.live[v], rows,
-                                      whole, end);
-#pragma GCC unroll 8
+      add_squares<kRows, T>(sum, weights.first[v], weights.stride, weights.live[v], rows, begin,
+                            end);
       for (int r = 0; r < kRows; ++r) out[r][v] = begin ? out[r][v] + sum[r] : sum[r];
     }
   }
@@ -268,7 +242,7 @@ struct Matrix {
 
 // Vectors of columns of a matrix as it lies; the last has `live` columns.
 template <class T>
-struct Columns {
+struct FASTRNN_EXPORTED Columns {
   const T* first;
   int64_t stride;
   int live;
@@ -284,14 +258,8 @@ struct Columns {
 
 // out = rows * weights. One copy serves all callers: inlined, it would be most of the library.
 template <int kRows, int kVectors, class F, class Weights>
-__attribute__((noinline)) void product(Sums<F, kRows, kVectors>& out, const Weights& weights,
-                                       const typename F::Word* const* rows, int64_t depth,
-                                       Ahead* ahead) {
-  Sums<F, kRows, kVectors> acc;
-  clear_tile(acc);
-  multiply<kRows, kVectors, F>(acc, weights, rows, 0, depth, sum_block(depth), ahead);
-  set_tile(out, acc);
-}
+FASTRNN_SHARED void product(Sums<F, kRows, kVectors>& out, const Weights& weights,
+                            const typename F::Word* const* rows, int64_t depth, Ahead* ahead);
 
 // The widest band of a matrix as it lies for a tile of rows: its rows are far apart in memory, so
 // it costs less to read much of each.
@@ -347,6 +315,60 @@ FASTRNN_INLINE void multiply_columns(const typename F::Word* rows, int64_t strid
     });
   }
 }
+
+#ifndef FASTRNN_PART
+
+// add_squares() of some rows or columns of weights.
+template <int kRows, class T>
+__attribute__((noinline)) void add_partial_squares(Vec<T> (&sum)[kRows], const T* weights,
+                                                   int64_t stride, int live, const T* const* rows,
+                                                   int64_t begin, int64_t end) {
+  using V = Vec<T>;
+  constexpr int n = lanes<V>();
+  for (int64_t k = begin; k < end; k += n) {
+    const int columns = end - k < n ? static_cast<int>(end - k) : n;
+    V square[n];
+    load_transposed<T>(weights + k, stride, live, columns, square);
+    for (int c = 0; c < columns; ++c)
+      for (int r = 0; r < kRows; ++r)
+        sum[r] = multiply_add(broadcast<V>(rows[r][k + c]), square[c], sum[r]);
+  }
+}
+
+template <int kRows, class T>
+void add_squares(Vec<T> (&sum)[kRows], const T* weights, int64_t stride, int live,
+                 const T* const* rows, int64_t begin, int64_t end) {
+  using V = Vec<T>;
+  constexpr int n = lanes<V>();
+  const int64_t whole = live == n ? begin + (end - begin) / n * n : begin;
+  V own[kRows];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) own[r] = sum[r];
+  for (int64_t k = begin; k < whole; k += n) {
+    V square[n];
+    prefetch_rows(weights + k, stride);
+    load_transposed<T>(weights + k, stride, square);
+#pragma GCC unroll 16
+    for (int c = 0; c < n; ++c)
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r)
+        own[r] = multiply_add(broadcast<V>(rows[r][k + c]), square[c], own[r]);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) sum[r] = own[r];
+  if (whole < end) add_partial_squares<kRows, T>(sum, weights, stride, live, rows, whole, end);
+}
+
+template <int kRows, int kVectors, class F, class Weights>
+void product(Sums<F, kRows, kVectors>& out, const Weights& weights,
+             const typename F::Word* const* rows, int64_t depth, Ahead* ahead) {
+  Sums<F, kRows, kVectors> acc;
+  clear_tile(acc);
+  multiply<kRows, kVectors, F>(acc, weights, rows, 0, depth, sum_block(depth), ahead);
+  set_tile(out, acc);
+}
+
+#endif
 
 }  // namespace FASTRNN_ISA
 }  // namespace fastrnn

@@ -6,7 +6,7 @@ numbers, and its library runs wherever that instruction set is in use.
 
 from __future__ import annotations
 
-__all__ = ["CXX", "ISA", "OPTIMISED"]
+__all__ = ["CXX", "ISA", "OPTIMISED", "shared_with"]
 
 OPTIMISED = "-O3 -g0 -DNDEBUG"
 CXX = "-fPIC -fvisibility=hidden -fopenmp -ffp-contract=off -fno-math-errno -fno-trapping-math"
@@ -19,3 +19,8 @@ ISA = {
 }
 # The instruction set that adds formats of numbers to "avx512".
 ISA["avx512_vnni"] = ISA["avx512"] + " -mavx512vnni -mavx512bf16"
+
+
+def shared_with(isa: str, format: str) -> str:
+    """The instruction set whose code for all cells a custom cell shares, in use and in a format."""
+    return "avx512" if isa == "avx512_vnni" and format in ("float32", "float64") else isa

@@ -1,9 +1,11 @@
 """Compiles a custom cell at run time, for the instruction set in use.
 
 The source of the built-in cells, `csrc/cpu/kernels.cpp`, is compiled again with a header that holds
-only this cell, in one format, since most programs need one of them. The library stays on
-disk under a digest of everything that it depends on (`cache`). The environment variable `CXX` names
-the compiler, `FASTRNN_CXXFLAGS` adds flags, and `FASTRNN_LOG=quiet` silences the messages.
+only this cell, in one format, since most programs need one of them. The code that all cells share
+is not compiled: the result is linked with the library of CPU kernels, which has it. The result
+stays on disk under a digest of everything that it depends on (`cache`). The environment variable
+`CXX` names the compiler, `FASTRNN_CXXFLAGS` adds flags, and `FASTRNN_LOG=quiet` silences the
+messages.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from fastrnn import cache
 from fastrnn.compiler import flags
 from fastrnn.compiler.derive import Derived
 from fastrnn.compiler.emit_cpp import header
-from fastrnn.extension import _C
+from fastrnn.extension import _C, CPU_KERNELS
 
 __all__ = ["SYMBOL", "CompilationFailed", "Compiler", "compile_cell", "compiler", "sources"]
 
@@ -142,7 +144,8 @@ _TYPES = {
 
 
 def _options(format: str) -> list[str]:
-    defines = f"-DFASTRNN_ISA=custom -DFASTRNN_FORMAT={_TYPES[format]}"
+    shared = flags.shared_with(_C.isa(), format)
+    defines = f"-DFASTRNN_ISA={shared} -DFASTRNN_FORMAT={_TYPES[format]}"
     more = os.environ.get("FASTRNN_CXXFLAGS", "")
     return shlex.split(
         f"-std=c++17 {flags.OPTIMISED} {flags.CXX} {flags.ISA[_C.isa()]} {defines} {more}"
@@ -174,7 +177,7 @@ def _build(derived: Derived, chosen: Compiler, options: list[str], text: str, ta
             for part, to in enumerate(objects, 1)
         ]
         library = work / target.name
-        link = [*command, "-shared", *objects, "-o", str(library)]
+        link = [*command, "-shared", *objects, str(CPU_KERNELS), "-o", str(library)]
         for commands in (parts, [link]):
             for done in _run(*commands):
                 if done.returncode != 0:

@@ -49,7 +49,13 @@ _VERSION = 14  # the opset that gave these nodes their present form
 
 def is_recording() -> bool:
     """Whether this call is recorded for ONNX by torch.export."""
-    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+    return torch.compiler.is_exporting() and _in_onnx_export()
+
+
+# torch.export(strict=True), which torch.onnx.export tries second, takes torch's function for False.
+@torch.compiler.assume_constant_result
+def _in_onnx_export() -> bool:
+    return torch.onnx.is_in_onnx_export()
 
 
 class Padding(NamedTuple):

@@ -17,7 +17,7 @@ from fastrnn.extension import _C
 from fastrnn.kernels.device import asked_for, current
 from fastrnn.kernels.operands import Weights
 
-__all__ = ["OnCpu", "cell_of", "find", "on_cpu", "prepare", "prepared_now", "stages_of"]
+__all__ = ["OnCpu", "cell_of", "find", "on_cpu", "prepare", "prepared_now"]
 
 _prepared: dict[str, Cell] = {name: cells.get(name) for name in cells.names()}
 _keys: dict[Cell, str] = {cell: name for name, cell in _prepared.items()}
@@ -141,7 +141,7 @@ def on_cpu(
         recurrent_gates=len(cell.recurrent),
         dtype=str(dtype).removeprefix("torch."),
         format=format,
-        stages=stages_of(cell) if key is not None else 1,
+        stages=_stages(cell) if key is not None else 1,
     )
     return OnCpu(key, plan.refusal("cpu", problem, device), problem, device, format)
 
@@ -170,7 +170,7 @@ def _add_facts(cell: Cell) -> None:
     _prepared[registration.add_facts(cell)] = cell
 
 
-def stages_of(cell: Cell) -> int:
+def _stages(cell: Cell) -> int:
     """The number of stages of a step. Those of built-in cells are known without the compiler."""
     if cell.is_built_in:
         return 1

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from fastrnn import cache, cells, hardware, plan
 from fastrnn._version import __version__
 from fastrnn.compiler import jit
+from fastrnn.compiler.derive import Underivable, derive
+from fastrnn.compiler.layout import values
 from fastrnn.extension import _C, bindings
 from fastrnn.kernels import device as machine
-from fastrnn.kernels.prepare import prepare, stages_of
+from fastrnn.kernels.prepare import prepare
 from fastrnn.nn.layers import LSTM
 from fastrnn.plan import CpuFacts, CudaFacts, Device, Plan, Problem, TritonFacts
 from fastrnn.tools import tolerance
@@ -226,6 +228,8 @@ def plan_for(
         plan.KernelRefused: if FASTRNN_KERNEL asks for a kernel that cannot run it.
     """
     declared = cells.get(cell)
+    if tape or backward:
+        declared = declared.noisy
     known = prepare(declared, kind, getattr(torch, dtype)) is not None
     problem = Problem(
         cell,
@@ -238,13 +242,27 @@ def plan_for(
         dtype=dtype,
         tape=tape,
         backward=backward,
-        stages=stages_of(declared) if known else 1,
         format=_format_of(dtype) if kind == "cpu" else "",
+        **_derived(declared, backward),
     )
     device = machine.current(kind, compiled=known)
     if not known:
         device = replace(device, triton=f"cell {cell!r} has no kernel in Triton")
     return problem, device, plan.choose(problem, device)
+
+
+def _derived(cell: cells.Cell, backward: bool) -> dict[str, Any]:
+    """What a plan depends on that the cell's function says."""
+    try:
+        derived = derive(cell)
+    except Underivable:
+        return {}
+    return {
+        "projectable": derived.projectable,
+        "stages": derived.stages,
+        "draws": len(derived.draws),
+        "values": values(derived, forward=not backward),
+    }
 
 
 def _format_of(dtype: str) -> str:

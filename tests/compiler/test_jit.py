@@ -51,13 +51,9 @@ Number second_part(Number v, Number s);
   }
 FASTRNN_CELLS(FASTRNN_STEP)
 #else
-#define FASTRNN_JOIN_(a, b) a##b
-#define FASTRNN_JOIN(a, b) FASTRNN_JOIN_(a, b)
 #define FASTRNN_EXPORT extern "C" __attribute__((visibility("default")))
-#define FASTRNN_NAME(Cell)                                                 \\
-  FASTRNN_EXPORT const char* FASTRNN_JOIN(fastrnn_cells_, FASTRNN_ISA)() { \\
-    return fastrnn::Cell::kName;                                           \\
-  }
+#define FASTRNN_NAME(Cell) \\
+  FASTRNN_EXPORT const char* fastrnn_cells_custom() { return fastrnn::Cell::kName; }
 FASTRNN_CELLS(FASTRNN_NAME)
 FASTRNN_EXPORT double step(double v, double s) { return second_part(v, s); }
 #endif

@@ -355,6 +355,13 @@ def test_torch_exports_no_packing(enforce_sorted: bool) -> None:
     assert "lengths= instead" in str(caught.value.__cause__)
 
 
+@pytest.mark.parametrize("noise", [{"zoneout": 0.1}, {"recurrent_dropout": 0.1}])
+def test_random_numbers_are_refused(noise: dict[str, float]) -> None:
+    with pytest.raises(torch.onnx.errors.OnnxExporterError) as caught:
+        exported(Model(fastrnn.LSTM(3, 5, **noise)), (torch.randn(4, 2, 3),), None, Path())
+    assert "call eval() on the model" in str(caught.value.__cause__)
+
+
 @pytest.mark.parametrize("prepare", [fastrnn.freeze, fastrnn.quantize_])
 def test_frozen_and_quantised_layers(prepare: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)

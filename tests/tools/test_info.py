@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import fastrnn
-from fastrnn import __main__, cache, hardware, plan
+from fastrnn import __main__, cache, cells, hardware, plan
 from fastrnn._version import __version__
 from fastrnn.compiler.derive import derive
 from fastrnn.extension import _C
@@ -99,6 +100,21 @@ def test_plan_follows_the_shape(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0
     assert "steps=100, batch=32, inputs=64, hidden=256, gates=3, states=1" in out
     assert "kernel" in out and "of 3200 rows" in out
+
+
+def test_plan_knows_what_the_function_says(capsys: pytest.CaptureFixture[str]) -> None:
+    shape = "--shape", "7,3,5,16"
+    _, out, _ = run(capsys, "plan", *shape, "--cell", "layer_norm_lstm")
+    stages = derive(cells.get("layer_norm_lstm")).stages
+    assert stages > 1 and f"projectable=False, stages={stages}, draws=0," in out
+
+    @fastrnn.cell(gates="a", states="h")
+    def drops_in_training(u: Any, v: Any, h: Tensor) -> Tensor:
+        return fastrnn.dropout(torch.tanh(u.a + v.a), 0.25)
+
+    for training, count in ((["--train"], 1), (["--backward"], 1), ([], 0)):
+        _, out, _ = run(capsys, "plan", *shape, "--cell", drops_in_training.name, *training)
+        assert f"stages=1, draws={count}," in out
 
 
 def test_plan_as_json_is_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
