@@ -367,7 +367,7 @@ Tensor pack(const CellFacts& cell, Format format, const std::vector<std::optiona
 
 ScanOutputs forward_on_cpu(const Call& call, const CpuPlan& plan, bool tape) {
   const auto& [cell, in, n, tables] = call;
-  const Format format = format_of(cell, in);
+  const Format format = format_of(in);
   const Storage storage = storage_of(in.x.scalar_type());
   check_prepacked(cell, in, n);
   const Operands operands(cell, in, n, format);
@@ -408,7 +408,7 @@ std::vector<Tensor> backward_on_cpu(const Call& call, const CpuPlan& plan, const
   const auto& [cell, in, n, tables] = call;
   check_backward(call, grads, y, tape);
   const at::ScalarType stored = in.x.scalar_type(), compute = compute_type(stored);
-  const Format format = format_of(cell, stored);
+  const Format format = format_of(stored);
   const Operands operands(cell, in, n, plain_format(stored));
   const Tensor x = with_unit_stride(in.x), y_rows = y.contiguous(), tape_rows = tape.contiguous();
   const auto in_storage = [&](const Tensor& gradient) {

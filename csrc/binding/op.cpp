@@ -32,15 +32,13 @@ Problem problem_of(const Call& call, Format format, bool tape, bool backward) {
 
 // The cell of a call on a CPU, with code in the format of its products if it can have that.
 const CellFacts& cell_of(const ScanInputs& in) {
-  const CellFacts* cell = find_cell(std::string(in.cell));
-  const Format format = in.packed.empty() ? format_of(in.x.scalar_type()) : in.format;
-  return known_cell(in.cell, at::kCPU, cell ? format_of(*cell, in) : format);
+  return known_cell(in.cell, at::kCPU, format_of(in));
 }
 
 // For tensors on a CPU; the plan may name another kernel than the CPU kernel.
 ScanOutputs scan_on_cpu(const ScanInputs& in, bool tape) {
   const CellFacts& cell = cell_of(in);
-  const Format format = format_of(cell, in);
+  const Format format = format_of(in);
   const Call call(cell, in);
   const auto plan = cpu_plan(call.cell, problem_of(call, format, tape, false));
   if (plan) return forward_on_cpu(call, *plan, tape);
@@ -155,7 +153,7 @@ std::vector<Tensor> backward_cpu(FASTRNN_BACKWARD_PARAMETERS) {
   const ScanInputs in = FASTRNN_SCAN_INPUTS;
   const OutputGrads grads = output_grads(dy, dstates, dsteps);
   const CellFacts& known = cell_of(in);
-  const Format format = format_of(known, x.scalar_type());
+  const Format format = format_of(x.scalar_type());
   const Call call(known, in);
   const auto plan = cpu_plan(call.cell, problem_of(call, format, true, true));
   if (!plan) return python_backward(in, grads, y, tape, needs);

@@ -269,12 +269,8 @@ inline Format format_of(at::ScalarType stored) {
   return stored == at::kBFloat16 && has_format(Format::kBfloat16) ? Format::kBfloat16
                                                                   : plain_format(stored);
 }
-// Steps of stages are computed in the formats without conversion alone.
-inline Format format_of(const CellFacts& cell, at::ScalarType stored) {
-  return cell.stages > 1 ? plain_format(stored) : format_of(stored);
-}
-inline Format format_of(const CellFacts& cell, const ScanInputs& in) {
-  return in.packed.empty() ? format_of(cell, in.x.scalar_type()) : in.format;
+inline Format format_of(const ScanInputs& in) {
+  return in.packed.empty() ? format_of(in.x.scalar_type()) : in.format;
 }
 
 inline Storage storage_of(at::ScalarType type) {

@@ -165,5 +165,23 @@ void pack_columns(const typename F::Number* source, int64_t stride, int64_t live
   });
 }
 
+// Writes the scales of a vector of columns from `at` on, of which `live` count, and what kZero adds
+// to their sums. Its words lie in `packed`, those of a row after `width` of the row before.
+template <class F>
+void describe_columns(const typename F::Word* packed, int64_t width, int64_t depth,
+                      const float* scale, int live, const Columnwise<F>& columns, int64_t at) {
+  using V = Vec<float>;
+  store(columns.scale + at, load<V>(scale, live));
+  for (int l = 0; l < lanes<V>(); ++l) {
+    int32_t sum = 0;
+    for (int64_t k = 0; k < depth; ++k) {
+      int8_t weights[F::kGroup];
+      memcpy(weights, packed + k * width + l, sizeof weights);
+      for (int8_t weight : weights) sum += weight;
+    }
+    columns.zero[at + l] = -F::kZero * sum;
+  }
+}
+
 }  // namespace FASTRNN_ISA
 }  // namespace fastrnn

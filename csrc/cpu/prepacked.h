@@ -178,8 +178,8 @@ struct Prepacked {
         pack_transposed(static_cast<const T*>(recurrence.w_hr) + column * depth, depth, live, depth,
                         to, decltype(count)::value, v);
         if constexpr (F::kScaled)
-          describe(to + v * kLanes, decltype(count)::value * kLanes, depth,
-                   recurrence.scale_hr + column, live, hr, column);
+          describe_columns<F>(to + v * kLanes, decltype(count)::value * kLanes, depth,
+                              recurrence.scale_hr + column, live, hr, column);
       }
     });
   }
@@ -201,26 +201,9 @@ struct Prepacked {
     pack_panel<Of>(weights, hidden, depth, panel, to);
     if constexpr (F::kScaled)
       for (int v = 0; v < Of::kVectors; ++v)
-        describe(to + v * kLanes, Of::kWidth, depth, scale + Of::first_row(hidden, panel, v),
-                 live_units<Of>(hidden, panel, v), columns, panel * Of::kWidth + v * kLanes);
-  }
-
-  // Writes the scales of a vector of columns from `at` on, and what kZero adds to their sums. Its
-  // words lie in `packed`, those of a row after `width` of the row before.
-  static void describe(const T* packed, int64_t width, int64_t depth, const float* scale, int live,
-                       const Columnwise<F>& columns, int64_t at) {
-    if constexpr (F::kScaled) {
-      store(columns.scale + at, load<V>(scale, live));
-      for (int l = 0; l < kLanes; ++l) {
-        int32_t sum = 0;
-        for (int64_t k = 0; k < depth; ++k) {
-          int8_t weights[F::kGroup];
-          memcpy(weights, packed + k * width + l, sizeof weights);
-          for (int8_t weight : weights) sum += weight;
-        }
-        columns.zero[at + l] = -F::kZero * sum;
-      }
-    }
+        describe_columns<F>(
+            to + v * kLanes, Of::kWidth, depth, scale + Of::first_row(hidden, panel, v),
+            live_units<Of>(hidden, panel, v), columns, panel * Of::kWidth + v * kLanes);
   }
 };
 

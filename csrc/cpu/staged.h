@@ -3,7 +3,9 @@
 // A thread has all units of its rows, so what lies between two stages is no wait but the end of a
 // loop over them. It runs every stage for all of its rows at once: products read their weights once
 // for all, and what crosses between stages stays in the thread's cache. Sums take the units of a
-// row in their order, so that a row's numbers depend on that row alone.
+// row in their order, so that a row's numbers depend on that row alone. A format of other words has
+// the rows of every product converted before it: x, h, and what a stage made for a later product.
+// All else of a step is computed in numbers.
 #pragma once
 
 #include <cstdint>
@@ -30,18 +32,44 @@ FASTRNN_INLINE void for_each_number(const F& f) {
   }
 }
 
+// Rows that products read, in words.
+template <class F>
+struct WordRows {
+  const typename F::Word* first;
+  int64_t stride;
+  const typename F::Number* scales;  // of each row, if the format has them
+
+  FASTRNN_INLINE typename F::Number scale(int64_t row) const {
+    if constexpr (F::kScaled) return scales[row];
+    return 1;
+  }
+};
+
+// Writes a row of `count` numbers, which load(k, live) reads in vectors, in words, with its scale.
+template <class F, class Load>
+FASTRNN_INLINE void put_row(typename F::Word* to, int64_t count, typename F::Number* scale,
+                            const Load& load) {
+  using V = Vec<typename F::Number>;
+  if constexpr (F::kConverts) {
+    const typename F::Number found = F::convert(to, count, load);
+    if constexpr (F::kScaled) *scale = found;
+  } else {
+    for (int64_t k = 0; k < count; k += lanes<V>()) store(to + k, load(k, within<V>(k, count)));
+  }
+}
+
 // The weights of a recurrence: for each gate its block of either matrix, in bands of units.
 template <class Cell, class F>
 struct StagedWeights {
   using T = typename F::Word;
   using V = Vec<T>;
-  static_assert(!F::kConverts, "stages are computed in float or double");
   static constexpr int Gu = kInputGates<Cell>, Gv = kRecurrentGates<Cell>, N = Cell::kParams;
   static constexpr int kLanes = lanes<V>();
 
-  T *w_ih, *w_hh;      // [Gu][bands of H][I] and [Gv][bands of H][H]
-  T *bias_u, *bias_v;  // [Gu or Gv][padded H]; bias_v serves gates that are not summed
-  T* params;           // [N][padded H]
+  T *w_ih, *w_hh;        // [Gu][bands of H][words of I] and [Gv][bands of H][words of H]
+  T *bias_u, *bias_v;    // [Gu or Gv][padded H]; bias_v serves gates that are not summed
+  T* params;             // [N][padded H]
+  Columnwise<F> ih, hh;  // as wide as bias_u and bias_v
 
   static int64_t vectors(const RecurrenceSizes& n) { return (n.hidden + kLanes - 1) / kLanes; }
   static int64_t padded(const RecurrenceSizes& n) { return vectors(n) * kLanes; }
@@ -49,11 +77,15 @@ struct StagedWeights {
   // Takes memory by take(count), in an order that is part of the layout.
   template <class Take>
   void place(const RecurrenceSizes& n, const Take& take) {
-    w_ih = take(Gu * padded(n) * n.inputs);
-    w_hh = take(Gv * padded(n) * n.recurrent);
+    w_ih = take(Gu * padded(n) * words_of<F>(n.inputs));
+    w_hh = take(Gv * padded(n) * words_of<F>(n.recurrent));
     bias_u = take(Gu * padded(n));
     bias_v = take(Gv * padded(n));
     params = take(N * padded(n));
+    for (auto [to, gates] : {std::pair(&ih, Gu), {&hh, Gv}}) {
+      to->scale = take(F::kScaled ? gates * padded(n) : 0);
+      to->zero = reinterpret_cast<int32_t*>(take(F::kScaled ? gates * padded(n) : 0));
+    }
   }
   // A view of memory, in one piece, that pack_all() wrote or will write.
   static StagedWeights at(const RecurrenceSizes& n, const void* base) {
@@ -79,7 +111,7 @@ struct StagedWeights {
   void pack(const RecurrenceSizes& n, const Recurrence& recurrence, int32_t turn,
             int32_t turns) const {
     for (int g = turn; g < Gu; g += turns) {
-      pack_block(n, recurrence.w_ih, n.inputs, g, w_ih);
+      pack_block(n, recurrence.w_ih, recurrence.scale_ih, n.inputs, g, w_ih, ih);
       const int v = summed_with<Cell>(g);
       for (int64_t unit = 0; unit < padded(n); unit += kLanes) {
         const V b_ih = numbers(recurrence.b_ih, g, n, unit);
@@ -88,7 +120,7 @@ struct StagedWeights {
       }
     }
     for (int g = turn; g < Gv; g += turns) {
-      pack_block(n, recurrence.w_hh, n.recurrent, g, w_hh);
+      pack_block(n, recurrence.w_hh, recurrence.scale_hh, n.recurrent, g, w_hh, hh);
       for (int64_t unit = 0; unit < padded(n); unit += kLanes)
         store(bias_v + g * padded(n) + unit, numbers(recurrence.b_hh, g, n, unit));
     }
@@ -97,8 +129,9 @@ struct StagedWeights {
         store(params + k * padded(n) + unit, numbers(recurrence.params, k, n, unit));
   }
 
-  // The block of gate g of a packed matrix with rows of `depth` numbers.
-  static Matrix<T> block(const RecurrenceSizes& n, const T* matrix, int64_t depth, int g) {
+  // The block of gate g of a packed matrix with rows of `inputs` numbers.
+  static Matrix<T> block(const RecurrenceSizes& n, const T* matrix, int64_t inputs, int g) {
+    const int64_t depth = words_of<F>(inputs);
     return {matrix + g * padded(n) * depth, depth, n.hidden, true};
   }
 
@@ -108,15 +141,21 @@ struct StagedWeights {
                           within<V>(unit, n.hidden))
                 : splat<V>(0);
   }
-  static void pack_block(const RecurrenceSizes& n, const void* weights, int64_t depth, int g,
-                         T* matrix) {
+  static void pack_block(const RecurrenceSizes& n, const void* weights, const float* scale,
+                         int64_t inputs, int g, T* matrix, const Columnwise<F>& columns) {
+    const int64_t depth = words_of<F>(inputs);
     const T* from = static_cast<const T*>(weights) + g * n.hidden * depth;
     T* to = matrix + g * padded(n) * depth;
     for_each_band(0, vectors(n), [&](int64_t vector, auto count) {
-      for (int v = 0; v < decltype(count)::value; ++v) {
+      constexpr int kWide = decltype(count)::value;
+      for (int v = 0; v < kWide; ++v) {
         const int64_t unit = (vector + v) * kLanes;
-        pack_transposed(from + unit * depth, depth, within<V>(unit, n.hidden), depth,
-                        to + vector * kLanes * depth, decltype(count)::value, v);
+        const int live = within<V>(unit, n.hidden);
+        T* const band = to + vector * kLanes * depth;
+        pack_transposed(from + unit * depth, depth, live, depth, band, kWide, v);
+        if constexpr (F::kScaled)
+          describe_columns<F>(band + v * kLanes, kWide * kLanes, depth, scale + g * n.hidden + unit,
+                              live, columns, g * padded(n) + unit);
       }
     });
   }
@@ -221,6 +260,7 @@ class StagedTape {
 template <class Cell, class F>
 class StagedStep {
   using T = typename F::Number;
+  using Word = typename F::Word;
   using V = Vec<T>;
   using Weights = StagedWeights<Cell, F>;
   static constexpr int Gu = kInputGates<Cell>, Gv = kRecurrentGates<Cell>;
@@ -239,6 +279,8 @@ class StagedStep {
     T* temporaries;                // [rows][kTemporaries][padded H]
     T* results;                    // [rows][kResults]
     T* next;                       // [rows][S][padded H]
+    Word* words;                   // [rows][row of H] of one product's rows, if they are converted,
+    T* scales;                     // [rows] and their scales
     const T* u = nullptr;          // [rows][Gu][padded H]
     const T* state[S] = {};        // the states before the step,
     int64_t state_stride[S] = {};  // and the distances of their rows
@@ -250,6 +292,8 @@ class StagedStep {
       temporaries = take(rows * kTemporaries * padded);
       results = take(rows * kResults);
       next = take(rows * S * padded);
+      words = take(F::kConverts ? rows * row_words<F>(padded) : 0);
+      scales = take(F::kScaled ? rows : 0);
     }
   };
 
@@ -259,15 +303,17 @@ class StagedStep {
         vectors_(Weights::vectors(sizes)),
         padded_(Weights::padded(sizes)) {}
 
-  // u = x * w_ih^T with its bias, of rows x that are `stride` apart.
-  void project(const T* x, int64_t stride, int64_t count, T* u) const {
+  // u = x * w_ih^T with its bias, of `count` rows x.
+  void project(const WordRows<F>& x, int64_t count, T* u) const {
     for (int g = 0; g < Gu; ++g) {
       const T* bias = weights_.bias_u + g * padded_;
-      multiply_columns<F>(x, stride, count, Weights::block(sizes_, weights_.w_ih, sizes_.inputs, g),
-                          0, vectors_, [&](int64_t r, int64_t vector, const V* sum) {
-                            const int64_t unit = vector * kLanes;
-                            store(u + (r * Gu + g) * padded_ + unit, *sum + load<V>(bias + unit));
-                          });
+      multiply_columns<F>(
+          x.first, x.stride, count, Weights::block(sizes_, weights_.w_ih, sizes_.inputs, g), 0,
+          vectors_, [&](int64_t r, int64_t vector, const auto* sum) {
+            const int64_t unit = vector * kLanes;
+            const V all = end_product<F>(sum, weights_.ih, g * padded_ + unit, x.scale(r));
+            store(u + (r * Gu + g) * padded_ + unit, all + load<V>(bias + unit));
+          });
     }
   }
 
@@ -278,20 +324,16 @@ class StagedStep {
     if (ahead) {
       int64_t products = 0;
       for (int g = 0; g < Gv; ++g) products += Cell::kSiteOf[g] < 0;
-      ahead->spread(products * asks_of<F>(count, sizes_.recurrent, vectors_));
+      ahead->spread(products * asks_of<F>(count, words_of<F>(sizes_.recurrent), vectors_));
     }
-    for (int g = 0; g < Gv; ++g)
-      if (Cell::kSiteOf[g] < 0)
-        multiply(rows, count, rows.state[0], rows.state_stride[0], g, ahead);
+    multiply_all(rows, count, -1, rows.state[0], rows.state_stride[0], ahead);
     for_each_number<kStages>([&](auto number) {
       constexpr int k = decltype(number)::value;
       constexpr Stage stage = kProgram.stage[k];
-      for (int g = 0; g < Gv; ++g) {
-        const int site = Cell::kSiteOf[g];
-        if (site >= 0 && has(stage.sites, site))
-          multiply(rows, count, rows.temporaries + Cell::kOperand[site] * padded_,
-                   kTemporaries * padded_, g);
-      }
+      for (int site = 0; site < Cell::kSites; ++site)
+        if (has(stage.sites, site))
+          multiply_all(rows, count, site, rows.temporaries + Cell::kOperand[site] * padded_,
+                       kTemporaries * padded_);
       for (int m = 0; m < kProgram.moments; ++m)
         if (kProgram.moment[m].stage == k) find_moments(rows, count, kProgram.moment[m]);
       for (int64_t r = 0; r < count; ++r) one_row<k>(rows, r, save);
@@ -299,18 +341,46 @@ class StagedStep {
   }
 
  private:
+  // v of the gates of a site, whose operand lies in rows that are `stride` apart. Those of h, which
+  // are of no site, have -1.
+  void multiply_all(const Rows& rows, int64_t count, int site, const T* operand, int64_t stride,
+                    Ahead* ahead = nullptr) const {
+    WordRows<F> read{};
+    for (int g = 0; g < Gv; ++g) {
+      if (Cell::kSiteOf[g] != site) continue;
+      if (!read.first) read = in_words(rows, count, operand, stride);
+      multiply(rows, count, read, g, ahead);
+    }
+  }
+
+  // Rows of numbers in words, which the next call of this function overwrites.
+  WordRows<F> in_words(const Rows& rows, int64_t count, const T* from, int64_t stride) const {
+    if constexpr (F::kConverts) {
+      const int64_t width = row_words<F>(padded_);
+      for (int64_t r = 0; r < count; ++r)
+        put_row<F>(rows.words + r * width, sizes_.recurrent, rows.scales + r,
+                   [&](int64_t k, int n) __attribute__((always_inline)) {
+                     return load<V>(from + r * stride + k, n);
+                   });
+      return {rows.words, width, rows.scales};
+    } else {
+      return {from, stride, nullptr};
+    }
+  }
+
   // v = operand * w_hh^T of one gate; of a summed gate, with u.
-  void multiply(const Rows& rows, int64_t count, const T* operand, int64_t stride, int g,
-                Ahead* ahead = nullptr) const {
+  void multiply(const Rows& rows, int64_t count, const WordRows<F>& operand, int g,
+                Ahead* ahead) const {
     const T* bias = weights_.bias_v + g * padded_;
     multiply_columns<F>(
-        operand, stride, count, Weights::block(sizes_, weights_.w_hh, sizes_.recurrent, g), 0,
-        vectors_,
-        [&](int64_t r, int64_t vector, const V* sum) {
+        operand.first, operand.stride, count,
+        Weights::block(sizes_, weights_.w_hh, sizes_.recurrent, g), 0, vectors_,
+        [&](int64_t r, int64_t vector, const auto* sum) {
           const int64_t unit = vector * kLanes;
           const int64_t of_u = (r * Gu + GateRows<Cell>::input_of(g)) * padded_ + unit;
+          const V all = end_product<F>(sum, weights_.hh, g * padded_ + unit, operand.scale(r));
           store(rows.v + (r * Gv + g) * padded_ + unit,
-                *sum + load<V>(Cell::kSummed[g] ? rows.u + of_u : bias + unit));
+                all + load<V>(Cell::kSummed[g] ? rows.u + of_u : bias + unit));
         },
         ahead);
   }
@@ -405,13 +475,13 @@ class StagedStepper {
     Buffers room;
     T* next = static_cast<T*>(args.room);
     room.place(n, args.batch, [&](int64_t count) { return std::exchange(next, next + count); });
+    const int64_t width = row_words<F>(n.inputs);
     for (int64_t b = 0; b < args.batch; ++b)
-      for (int64_t k = 0; k < n.inputs; k += kLanes) {
-        const int live = within<V>(k, n.inputs);
-        store(room.x + b * n.inputs + k,
-              load_as<V>(args.x, b * args.x_row + k, live, args.x_storage), live);
-      }
-    step.project(room.x, n.inputs, args.batch, room.u);
+      put_row<F>(room.x + b * width, n.inputs, room.x_scales + b,
+                 [&](int64_t k, int live) __attribute__((always_inline)) {
+                   return load_as<V>(args.x, b * args.x_row + k, live, args.x_storage);
+                 });
+    step.project({room.x, width, room.x_scales}, args.batch, room.u);
     room.rows.u = room.u;
     for (int s = 0; s < S; ++s) {
       room.rows.state[s] = static_cast<const T*>(s ? args.s[s] : args.h);
@@ -430,12 +500,14 @@ class StagedStepper {
 
  private:
   struct Buffers {
-    T *x, *u;
+    typename F::Word* x;
+    T *x_scales, *u;
     typename Step::Rows rows;
 
     template <class Take>
     void place(const RecurrenceSizes& n, int64_t batch, const Take& take) {
-      x = take(batch * n.inputs);
+      x = take(batch * row_words<F>(n.inputs));
+      x_scales = take(F::kScaled ? batch : 0);
       u = take(batch * Gu * Weights::padded(n));
       rows.place(batch, Weights::padded(n), take);
     }

@@ -2,7 +2,8 @@
 //
 // Per step: the stages of the cell's derivative, with the transposed products that they need, give
 // du and dv; then dh = dv * w_hh of the gates that multiply h. Every thread owns a recurrence and a
-// range of sequences, with all of their units.
+// range of sequences, with all of their units. In a format whose words hold several numbers, a gate
+// of a row of dv may begin within a word, so what a product reads of a step lies apart as well.
 #pragma once
 
 #include <cstdint>
@@ -21,6 +22,7 @@ inline namespace FASTRNN_ISA {
 template <class Cell, class F>
 class StagedBackward {
   using T = typename F::Number;
+  using Word = typename F::Word;
   using V = Vec<T>;
   static constexpr int Gu = kInputGates<Cell>, Gv = kRecurrentGates<Cell>;
   static constexpr int S = Cell::kStates, K = Cell::kSaved, N = Cell::kParams;
@@ -39,6 +41,7 @@ class StagedBackward {
     T* back;         // [B][J][padded H]
     T* temporaries;  // [B][kTemporaries][padded H]
     T* results;      // [B][kResults]
+    Word* dv;        // [B][Gv][words of padded H] if rows are converted
     Drawn<Cell, T> drawn;
     Place* places;
   };
@@ -54,6 +57,8 @@ class StagedBackward {
         plan_(plan),
         vectors_((args.hidden + kLanes - 1) / kLanes),
         padded_(vectors_ * kLanes),
+        du_row_(gradient_row(F::kFormat, Gu * args.hidden)),
+        dv_row_(gradient_row(F::kFormat, Gv * args.hidden)),
         tape_(args.hidden, args.storage),
         chunk_(args, tape_.width()) {}
 
@@ -66,6 +71,7 @@ class StagedBackward {
       own.back = arena.take<T>(B * J * padded_);
       own.temporaries = arena.take<T>(B * kTemporaries * padded_);
       own.results = arena.take<T>(B * kResults);
+      own.dv = arena.take<Word>(F::kConverts ? B * Gv * gate_words() : 0);
       own.places = arena.take<Place>(B);
       own.drawn.place(B, padded_, [&](int64_t n) { return arena.take<T>(n); });
       if (arena.ready()) scratch_[i] = own;
@@ -107,9 +113,18 @@ class StagedBackward {
     while (end < Gv && Cell::kSiteOf[end] == Cell::kSiteOf[g]) ++end;
     return end;
   }
+  static constexpr int run_begin(int g) {
+    while (g > 0 && Cell::kSiteOf[g - 1] == Cell::kSiteOf[g]) --g;
+    return g;
+  }
+  int64_t gate_words() const { return row_words<F>(padded_); }
+  // What the product of the run of gates from g on reads of a row of this step.
+  Word* run(const Scratch& own, int64_t r, int g) const {
+    return own.dv + (r * Gv + g) * gate_words();
+  }
   // The rows of w_hh from gate g on, whose columns are summed over them.
-  T* packed(int64_t p, int g) const {
-    return static_cast<T*>(args_.prepacked) + (p * Gv + g) * padded_ * args_.hidden;
+  Word* packed(int64_t p, int g) const {
+    return static_cast<Word*>(args_.prepacked) + (p * Gv + g) * padded_ * args_.hidden;
   }
   const T* unpacked(int64_t p, int g) const {
     const int64_t H = args_.hidden;
@@ -122,8 +137,8 @@ class StagedBackward {
     for_each_band(0, vectors_, [&](int64_t vector, auto count) {
       if (band++ % plan_.split_sequences != turn) return;
       const int64_t column = vector * kLanes;
-      pack_columns<F>(unpacked(p, g) + column, H, H - column, depth, packed(p, g) + column * depth,
-                      decltype(count)::value);
+      pack_columns<F>(unpacked(p, g) + column, H, H - column, depth,
+                      packed(p, g) + column * words_of<F>(depth), decltype(count)::value);
     });
   }
 
@@ -153,7 +168,7 @@ class StagedBackward {
         for (int g = 0; g < Gv; g = run_end(g)) {
           if (Cell::kSiteOf[g] != j) continue;
           T* const to = own.back + j * padded_;
-          transposed(p, g, first, count, [&](int64_t r, int64_t unit, V sum) {
+          transposed(p, g, first, count, own, [&](int64_t r, int64_t unit, V sum) {
             T* at = to + r * J * padded_ + unit;
             store(at, begin ? sum : load<V>(at) + sum);
           });
@@ -162,13 +177,18 @@ class StagedBackward {
       }
       for (int64_t r = 0; r < count; ++r) one_row<k>(p, own.places[r], r, own);
     });
+    for (int64_t r = 0; r < count; ++r) {
+      if constexpr (Gv > 0) F::end_row(row_of(args_.dv[p], own.places[r], dv_row_), Gv * H);
+      if constexpr (!all_summed<Cell>())
+        F::end_row(row_of(args_.du[p], own.places[r], du_row_), Gu * H);
+    }
     // The gradient of h through the gates that multiply it; across a cut, that of the state given
     // there.
     Ahead ahead = ahead_of(p, step, sequences);
     for (int g = 0; g < Gv; g = run_end(g))
       if (Cell::kSiteOf[g] < 0)
         transposed(
-            p, g, first, count,
+            p, g, first, count, own,
             [&](int64_t r, int64_t unit, V sum) {
               const Place& at = own.places[r];
               if (at.cut && !args_.dreset) return;
@@ -187,7 +207,8 @@ class StagedBackward {
     int64_t asks = 0;
     for (int g = 0; g < Gv; g = run_end(g))
       if (Cell::kSiteOf[g] < 0)
-        asks += asks_of<F>(sequences.size(), (run_end(g) - g) * args_.hidden, vectors_);
+        asks +=
+            asks_of<F>(sequences.size(), words_of<F>((run_end(g) - g) * args_.hidden), vectors_);
     ahead.spread(asks);
     return ahead;
   }
@@ -214,15 +235,29 @@ class StagedBackward {
     if (R > 0) tape_.read_results(args_.tape, at.row, own.results + r * kResults);
   }
 
+  static Word* row_of(void* gradients, const Place& at, int64_t row) {
+    return static_cast<Word*>(gradients) + at.out * row;
+  }
+
   // each(row, unit, sum): dv * w_hh of a run of gates, of the rows of dv from `first` on.
   template <class Each>
-  void transposed(int64_t p, int g, int64_t first, int64_t count, const Each& each,
-                  Ahead* ahead = nullptr) const {
+  void transposed(int64_t p, int g, int64_t first, int64_t count, const Scratch& own,
+                  const Each& each, Ahead* ahead = nullptr) const {
     const int64_t H = args_.hidden, depth = (run_end(g) - g) * H;
-    const T* dv = static_cast<const T*>(args_.dv[p]) + (first * Gv + g) * H;
-    const Matrix<T> w_hh{prepacks() ? packed(p, g) : unpacked(p, g), depth, H, prepacks()};
+    const Word* dv;
+    int64_t stride;
+    if constexpr (F::kConverts) {
+      dv = run(own, 0, g);
+      stride = Gv * gate_words();
+      for (int64_t r = 0; r < count; ++r) F::end_row(run(own, r, g), depth);
+    } else {
+      dv = static_cast<const T*>(args_.dv[p]) + (first * Gv + g) * H;
+      stride = Gv * H;
+    }
+    const Matrix<Word> w_hh{prepacks() ? packed(p, g) : unpacked(p, g), words_of<F>(depth), H,
+                            prepacks()};
     multiply_columns<F>(
-        dv, Gv * H, count, w_hh, 0, vectors_,
+        dv, stride, count, w_hh, 0, vectors_,
         [&](int64_t r, int64_t vector, const V* sum) { each(r, vector * kLanes, *sum); }, ahead);
   }
 
@@ -253,8 +288,8 @@ class StagedBackward {
     constexpr Stage stage = kProgram.stage[k];
     const Recurrence& recurrence = args_.recurrence[p];
     const int64_t H = args_.hidden;
-    T* const du = static_cast<T*>(args_.du[p]) + at.out * Gu * H + unit;
-    T* const dv = static_cast<T*>(args_.dv[p]) + at.out * Gv * H + unit;
+    Word* const du = row_of(args_.du[p], at, du_row_);
+    Word* const dv = row_of(args_.dv[p], at, dv_row_);
     V saved[K + 1], before[S], next[S], dnext[S], given[kGiven<Cell> + 1], x[kTemporaries + 1];
     V back[J + 1];
     V gates_u[Gu], gates_v[Gv + 1], dbefore[S], dlearned[N + 1], operand[J + 1],
@@ -282,11 +317,15 @@ class StagedBackward {
     Cell::backward(Number<k>{}, saved, before, given, next, dnext, x, back, row, gates_u, gates_v,
                    dbefore, dlearned, operand, out, part);
 #pragma GCC unroll 64
-    for (int g = 0; g < Gv; ++g)
-      if (has(stage.dv, g)) store(dv + g * H, gates_v[g], n);
+    for (int g = 0; g < Gv; ++g) {
+      if (!has(stage.dv, g)) continue;
+      F::put(dv, g * H + unit, gates_v[g], n);
+      if constexpr (F::kConverts)
+        F::put(run(own, r, run_begin(g)), (g - run_begin(g)) * H + unit, gates_v[g], n);
+    }
 #pragma GCC unroll 64
     for (int g = 0; g < Gu && !all_summed<Cell>(); ++g)
-      if (has(stage.du, g)) store(du + g * H, gates_u[g], n);
+      if (has(stage.du, g)) F::put(du, g * H + unit, gates_u[g], n);
 #pragma GCC unroll 64
     for (int s = 0; s < S; ++s) {
       if (!has(stage.states, s)) continue;
@@ -316,6 +355,7 @@ class StagedBackward {
   const BackwardArgs& args_;
   const CpuPlan& plan_;
   const int64_t vectors_, padded_;  // of units
+  const int64_t du_row_, dv_row_;   // words of a row of du and of dv
   const StagedTape<Cell, T> tape_;
   const Chunk chunk_;
   Scratch* scratch_ = nullptr;

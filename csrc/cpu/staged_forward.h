@@ -17,6 +17,7 @@ inline namespace FASTRNN_ISA {
 template <class Cell, class F>
 class StagedForward {
   using T = typename F::Number;
+  using Word = typename F::Word;
   using V = Vec<T>;
   using Weights = StagedWeights<Cell, F>;
   using Step = StagedStep<Cell, F>;
@@ -25,9 +26,10 @@ class StagedForward {
 
   // Memory of one thread.
   struct Scratch {
-    T* x;      // [rows of a chunk][I]
-    T* u;      // [rows of a chunk][Gu][padded H]
-    T* state;  // [B][S][padded H]
+    Word* x;      // [rows of a chunk][row of I]
+    T* x_scales;  // [rows of a chunk] if the format has them
+    T* u;         // [rows of a chunk][Gu][padded H]
+    T* state;     // [B][S][padded H]
     typename Step::Rows rows;
   };
 
@@ -58,7 +60,8 @@ class StagedForward {
     }
     for (int32_t i = 0; i < plan_.threads(); ++i) {
       Scratch own;
-      own.x = take(chunk_rows() * args_.inputs);
+      own.x = take(chunk_rows() * row_words<F>(args_.inputs));
+      own.x_scales = take(F::kScaled ? chunk_rows() : 0);
       own.u = take(chunk_rows() * Gu * padded_);
       own.state = take(args_.rows.batch * S * padded_);
       own.rows.place(args_.rows.batch, padded_, take);
@@ -128,6 +131,7 @@ class StagedForward {
     const Rows& rows = args_.rows;
     const bool reverse = args_.recurrence[p].reverse;
     const Step step(sizes_, weights_[p]);
+    const int64_t x_words = row_words<F>(args_.inputs);
     own.rows.drawn.begin(args_, p, sequences, {0, padded_});
     for (int64_t begin = 0, end = 0; begin < rows.steps; begin = end) {
       int64_t count = 0;
@@ -135,9 +139,9 @@ class StagedForward {
         const int64_t t = rows.time(end, reverse), last = last_live(t, sequences);
         if (count > 0 && count + last - sequences.begin > chunk_rows()) break;
         for (int64_t i = sequences.begin; i < last; ++i, ++count)
-          copy_input(own.x + count * args_.inputs, t, i);
+          copy_input(own.x + count * x_words, own.x_scales + count, t, i);
       }
-      step.project(own.x, args_.inputs, count, own.u);
+      step.project({own.x, x_words, own.x_scales}, count, own.u);
       const T* u = own.u;
       for (int64_t at = begin; at < end; ++at) {
         const int64_t live = last_live(rows.time(at, reverse), sequences) - sequences.begin;
@@ -148,15 +152,13 @@ class StagedForward {
     }
   }
 
-  void copy_input(T* to, int64_t t, int64_t i) const {
+  void copy_input(Word* to, T* scale, int64_t t, int64_t i) const {
     const Rows& rows = args_.rows;
-    const int64_t I = args_.inputs;
     const int64_t at = rows.packed() ? (rows.compact[t] + i) * args_.x_row
                                      : t * args_.x_step + rows.batch_index(i) * args_.x_row;
-    for (int64_t k = 0; k < I; k += kLanes) {
-      const int live = within<V>(k, I);
-      store(to + k, load_as<V>(args_.x, at + k, live, args_.storage), live);
-    }
+    put_row<F>(to, args_.inputs, scale, [&](int64_t k, int live) __attribute__((always_inline)) {
+      return load_as<V>(args_.x, at + k, live, args_.storage);
+    });
   }
 
   void one_step(const Step& step, int64_t p, int64_t at, int64_t first, int64_t count, const T* u,

@@ -127,11 +127,8 @@ def on_cpu(
     format of their dtype, for input of `dtype`, by default theirs."""
     w_ih = weights.w_ih
     dtype = dtype or w_ih.dtype
-    asked, format = format, format or _FORMATS.get(dtype, "float32")
+    format = format or _FORMATS.get(dtype, "float32")
     key = prepared_now(cell, w_ih.device.type, dtype, format)
-    stages = _stages(cell) if key is not None else 1
-    if stages > 1 and asked is None and dtype != torch.float64:
-        format = "float32"
     device = current(w_ih.device.type, threads, compiled=key is not None)
     problem = plan.Problem(
         cell=cell.name,
@@ -144,7 +141,7 @@ def on_cpu(
         recurrent_gates=len(cell.recurrent),
         dtype=str(dtype).removeprefix("torch."),
         format=format,
-        stages=stages,
+        stages=_stages(cell) if key is not None else 1,
     )
     return OnCpu(key, plan.refusal("cpu", problem, device), problem, device, format)
 
@@ -163,8 +160,8 @@ def _prepare(cell: Cell, format: str | None) -> None:
         return
     _prepared[made.key] = cell
     _keys[cell] = made.key
-    for known in {format, made.format} - {None}:
-        _compiled[str(known)][cell] = made.key
+    if format is not None:
+        _compiled[format][cell] = made.key
 
 
 def _add_facts(cell: Cell) -> None:

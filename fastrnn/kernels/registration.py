@@ -20,27 +20,20 @@ class Registered(NamedTuple):
 
     Attributes:
         key: the key by which the operator now knows the cell, or None if that failed.
-        format: the format in which it has code for CPUs, if it has.
         reason: why it failed.
         derived: whether the cell could be derived, so that its compilation failed.
     """
 
     key: str | None
-    format: str | None = None
     reason: str = ""
     derived: bool = True
 
 
 def register(cell: Cell, format: str | None) -> Registered:
     """Compile the cell in a format of products, or register it without code for CPUs if that is
-    None. A cell whose step has stages has code in the formats without conversion alone. If it
-    fails, a warning says why."""
+    None. If it fails, a warning says why."""
     try:
-        if format is None:
-            return Registered(add_facts(cell))
-        if derive(cell).stages > 1:
-            format = "float64" if format == "float64" else "float32"
-        return Registered(_load(cell, format), format)
+        return Registered(add_facts(cell) if format is None else _load(cell, format))
     except (Underivable, jit.CompilationFailed) as error:
         warnings.warn(
             f"cell {cell.name!r} runs as a loop of torch operations, many times slower than "
@@ -48,7 +41,7 @@ def register(cell: Cell, format: str | None) -> Registered:
             UserWarning,
             stacklevel=_callers_level(),
         )
-        return Registered(None, None, str(error), not isinstance(error, Underivable))
+        return Registered(None, str(error), not isinstance(error, Underivable))
 
 
 def add_facts(cell: Cell) -> str:

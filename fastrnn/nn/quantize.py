@@ -309,12 +309,9 @@ def _refusal(layer: Freezable, format: str) -> str | None:
     widest = max(w.size(-1) for w in matrices if w.dim() > 1)
     if format == "int8" and widest > _MOST_COLUMNS:
         return f"a matrix has {widest} columns, and int8 sums up to {_MOST_COLUMNS}: use bfloat16"
-    key, refusal, problem, *_ = on_cpu(layer._cell(), weights[0])
+    key, refusal, *_ = on_cpu(layer._cell(), weights[0])
     if key is None:
         return f"its cell {layer._cell().name!r} is not compiled"
-    if problem.stages > 1:
-        name = layer._cell().name
-        return f"a step of its cell {name!r} has stages, which are computed in float alone"
     return refusal
 
 

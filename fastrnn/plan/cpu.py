@@ -39,8 +39,6 @@ def refuse(problem: Problem, device: Device) -> str | None:
         return reason
     if problem.projected and not problem.projectable:
         return f"cell {problem.cell!r} reads state 0 unit by unit, so it cannot be projected"
-    if problem.stages > 1 and not problem.products.in_torchs_layout:
-        return f"a step of cell {problem.cell!r} has stages, which are computed in float alone"
     return None
 
 

@@ -214,8 +214,10 @@ def test_nan_and_infinity_go_where_they_go_in_the_layer(tmp_path: Path) -> None:
         lambda: fastrnn.RNN(3, 5, bias=False),
         lambda: fastrnn.Recurrent(both_kinds, 3, 5),
         lambda: fastrnn.GRU(3, 12, num_layers=2, heads=3),
+        lambda: fastrnn.GRUResetBefore(3, 17, num_layers=2),
+        lambda: fastrnn.Recurrent(in_stages, 3, 26, heads=2),
     ],
-    ids=["gru", "projected", "without bias", "parameters", "heads"],
+    ids=["gru", "projected", "without bias", "parameters", "heads", "reset before", "stages"],
 )
 @pytest.mark.parametrize("keep_float", [True, False])
 @pytest.mark.parametrize("weights", ["int8", "bfloat16"])

@@ -75,10 +75,11 @@ def two_threads() -> Iterator[None]:
 
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("chunk_rows", [1, 7, 1 << 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("form", FORMS)
-def test_threads_and_chunks_change_no_bit(form: str, chunk_rows: int) -> None:
-    layer = layer_of(3, 33, bidirectional=True)
-    x, states = given(layer, 9, 6, torch.float32)
+def test_threads_and_chunks_change_no_bit(form: str, dtype: torch.dtype, chunk_rows: int) -> None:
+    layer = layer_of(3, 33, bidirectional=True, dtype=dtype)
+    x, states = given(layer, 9, 6, dtype)
     found = []
     for split in [(1, 1), (2, 1), (1, 2)]:
         parts = dict(zip(("split_recurrences", "split_sequences"), split, strict=True))
@@ -104,6 +105,16 @@ def test_sixteen_bits_are_near_to_float(dtype: torch.dtype) -> None:
         assert error < 0.1, name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_training_has_the_bits_of_inference(dtype: torch.dtype) -> None:
+    layer = layer_of(5, 33, 2, dtype=dtype)
+    x = torch.randn(7, 3, 5).to(dtype)
+    trained = layer(x)[0]
+    assert trained.requires_grad
+    with torch.no_grad():
+        assert torch.equal(layer(x)[0], trained)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, F64, torch.bfloat16, torch.float16], ids=str)
 def test_streams(dtype: torch.dtype, threads: int) -> None:
@@ -116,9 +127,10 @@ def test_streams(dtype: torch.dtype, threads: int) -> None:
     assert torch.equal(torch.stack([stepper.step(step) for step in x]), whole)
 
 
-def test_frozen_layers_notice_changes() -> None:
-    layer = layer_of()
-    x = torch.randn(5, 2, 3)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_frozen_layers_notice_changes(dtype: torch.dtype) -> None:
+    layer = layer_of(dtype=dtype)
+    x = torch.randn(5, 2, 3).to(dtype)
     with torch.no_grad():
         before = layer(x)[0]
         fastrnn.freeze(layer)
@@ -130,9 +142,10 @@ def test_frozen_layers_notice_changes() -> None:
         assert not torch.equal(layer(x)[0], before)
 
 
-def test_recompute_gives_the_same_gradients() -> None:
-    layer = layer_of(5, 33, 2)
-    x = torch.randn(7, 2, 5)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_recompute_gives_the_same_gradients(dtype: torch.dtype) -> None:
+    layer = layer_of(5, 33, 2, dtype=dtype)
+    x = torch.randn(7, 2, 5).to(dtype)
     found: list[list[Tensor]] = []
     for recompute in (False, True):
         layer.recompute = recompute
@@ -175,23 +188,15 @@ def test_a_tape_of_the_reference_serves_the_kernel(dtype: torch.dtype, hidden: i
 
 
 @pytest.mark.parametrize("special", [float("nan"), float("inf")])
-def test_a_row_that_is_not_finite_stays_alone(special: float) -> None:
-    layer = layer_of(3, 21)
-    x = torch.randn(4, 3, 3)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_that_is_not_finite_stays_alone(dtype: torch.dtype, special: float) -> None:
+    layer = layer_of(3, 21, dtype=dtype)
+    x = torch.randn(4, 3, 3).to(dtype)
     x[1, 1, 0] = special
     with torch.no_grad():
         y = layer(x)[0]
         right = layer(x[:, [0, 2]])[0]
     assert torch.equal(y[:, [0, 2]], right) and y[1:, 1].isnan().any()
-
-
-def test_quantize_leaves_them_alone_and_says_why() -> None:
-    layer = layer_of()
-    report = fastrnn.quantize_(torch.nn.Sequential(layer, fastrnn.GRU(21, 4)))
-    assert "has stages, which are computed in float alone" in str(report)
-    with pytest.raises(ValueError, match="'shared_staged' has stages"):
-        fastrnn.quantize_(layer)
-    assert layer.weight_hh_l0.dtype == torch.float32
 
 
 @for_other_instruction_sets(10)

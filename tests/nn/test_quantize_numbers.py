@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.support.names import CELLS
 from tests.support.quantised import (
     CASES,
     FORMATS,
+    LIMITS,
     Case,
     assert_equal,
     assert_like,
@@ -22,7 +24,7 @@ from tests.support.quantised import (
     format_of,
     has_kernel,
 )
-from tests.support.tensors import batches
+from tests.support.tensors import batches, flatten
 
 
 @pytest.mark.parametrize("keep_float", [True, False], ids=["float", "rounded"])
@@ -68,6 +70,43 @@ def test_cells(kind: str, bias: bool, how: dict[str, Any], keep_float: bool) -> 
         cell(x.double())
     with pytest.raises(RuntimeError, match="no derivative"):
         cell(x.requires_grad_())
+
+
+# Errors of a norm of the recurrent product alone grow from step to step with the initial gains,
+# those of float32 by the same factor: a step divides by the deviation of that product.
+PUBLISHED = [
+    ("gru_reset_before", 1.0, True),
+    ("mgu2", 1.0, True),
+    ("slstm", 1.0, True),
+    ("layer_norm_lstm", 0.1, True),
+    ("layer_norm_lstm", 1.0, False),
+]
+
+
+@pytest.mark.compiles
+@pytest.mark.takes(10)
+@pytest.mark.parametrize("how", FORMATS, ids=format_of)
+@pytest.mark.parametrize(("name", "gain", "whole"), PUBLISHED)
+def test_errors_of_published_cells(
+    name: str, gain: float, whole: bool, how: dict[str, Any]
+) -> None:
+    """Against float64 with the weights before they were rounded: of a sequence, or of one step from
+    exact states, which may have twice the error."""
+    layer: Any = fastrnn.Recurrent(fastrnn.cells.get(name), 64, 128).requires_grad_(False)
+    for parameter, value in layer.named_parameters():
+        if "gain" in parameter:
+            value.mul_(gain)
+    exact, x = copy.deepcopy(layer).double(), torch.randn(60, 2, 64)
+    y, last = exact(x.double())
+    fastrnn.quantize_(layer, **how)
+    if whole:
+        error, limit = (layer(x)[0] - y).abs().max(), LIMITS[format_of(how)]
+    else:
+        states = [state.float() for state in flatten(last)]
+        x, right = x[:1], exact(x[:1].double(), last)[0]
+        error = (layer(x, tuple(states))[0] - right).abs().max()
+        limit = 2 * LIMITS[format_of(how)]
+    assert 0 < error < limit
 
 
 @pytest.mark.parametrize("how", FORMATS, ids=format_of)

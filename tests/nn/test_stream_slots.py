@@ -151,8 +151,9 @@ def test_more_streams_than_run_at_a_time(kind: str) -> None:
     pair.check_states()
 
 
-def test_quantised_layers_and_cells() -> None:
-    layer = fastrnn.GRU(6, 24, num_layers=2)
+@pytest.mark.parametrize("kind", [fastrnn.GRU, fastrnn.GRUResetBefore])
+def test_quantised_layers_and_cells(kind: Any) -> None:
+    layer = kind(6, 24, num_layers=2)
     fastrnn.quantize_(layer)
     slots, x = layer.stream_slots(4), torch.randn(3, 4, 6)
     chosen = [slots.add() for _ in range(3)]

@@ -143,7 +143,6 @@ def test_no_numbers_divide_by_zero() -> None:
         (LSTM, Device(cpu=CpuFacts(compiled=False)), "no compiled code for cell 'lstm'"),
         (replace(LSTM, dtype="ComplexFloat"), TWO, "not ComplexFloat"),
         (replace(LSTM, cell="gru", projected=True, projectable=False), TWO, "'gru' reads state 0"),
-        (replace(LSTM, stages=2, format="int8"), TWO, "stages, which are computed in float alone"),
     ],
 )
 def test_what_the_cpu_kernel_refuses(problem: Problem, device: Device, reason: str) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import fastrnn
 from fastrnn.extension import _C
 from fastrnn.tools import tolerance
-from tests.support.shared import peepholes
+from tests.support.shared import peepholes, staged
 from tests.support.tensors import flatten
 
 __all__ = [
@@ -53,6 +53,8 @@ class Case(NamedTuple):
         arguments = {**self.arguments, **more}
         if self.kind == "Recurrent":
             return fastrnn.Recurrent(peepholes, inputs, hidden, **arguments)
+        if self.kind == "Staged":
+            return fastrnn.Recurrent(staged, inputs, hidden, **arguments)
         return getattr(fastrnn, self.kind)(inputs, hidden, **arguments)
 
 
@@ -64,8 +66,10 @@ CASES = [
     Case("LSTM", {"num_layers": 2, "bidirectional": True, "proj_size": 5}),
     Case("LSTM", {"heads": 3, "bidirectional": True}),
     Case("Recurrent", {"num_layers": 2}),
+    Case("GRUResetBefore", {"num_layers": 2, "bidirectional": True}),
+    Case("Staged", {"heads": 3}),
 ]
-SOME = [CASES[1], CASES[2], CASES[4], CASES[5]]
+SOME = [CASES[1], CASES[2], CASES[4], CASES[5], CASES[8]]
 
 
 def has_kernel(format: str) -> bool:

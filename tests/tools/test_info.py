@@ -15,6 +15,7 @@ import fastrnn
 from fastrnn import __main__, cache, cells, hardware, plan
 from fastrnn._version import __version__
 from fastrnn.compiler.derive import derive
+from fastrnn.extension import _C
 from fastrnn.kernels import device
 from fastrnn.tools import info
 from tests.support.command import run
@@ -139,6 +140,18 @@ def test_plan_as_json_is_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert made["plan"]["kernel"] == chosen.kernel
     assert made["plan"]["chunk_rows"] == chosen.chunk_rows
     assert made["plan"]["config"] == asdict(chosen.cpu)
+
+
+@pytest.mark.compiles
+def test_plan_of_a_cell_with_stages_splits_no_units(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "gru_reset_before"
+    options = ("--shape", "100,1,64,512", "--cell", name, "--dtype", "bfloat16", "--json")
+    code, out, _ = run(capsys, "plan", *options)
+    made = json.loads(out)
+    assert code == 0
+    assert made["problem"]["stages"] == derive(fastrnn.cells.get(name)).stages > 1
+    assert made["problem"]["format"] == _C.format_of(torch.empty(0, dtype=torch.bfloat16))
+    assert made["plan"]["kernel"] == "cpu" and made["plan"]["config"]["split_units"] == 1
 
 
 def test_plan_says_why_a_kernel_is_not_taken(capsys: pytest.CaptureFixture[str]) -> None:
