@@ -52,10 +52,14 @@ def is_recording() -> bool:
     return torch.compiler.is_exporting() and _in_onnx_export()
 
 
-# torch.export(strict=True), which torch.onnx.export tries second, takes torch's function for False.
-@torch.compiler.assume_constant_result
 def _in_onnx_export() -> bool:
     return torch.onnx.is_in_onnx_export()
+
+
+# torch.export(strict=True), which torch.onnx.export tries second, takes torch's function for False.
+# This is what torch.compiler.assume_constant_result says of a function, without its import of
+# torch._dynamo.
+vars(_in_onnx_export)["_dynamo_marked_constant"] = True
 
 
 class Padding(NamedTuple):
