@@ -84,7 +84,7 @@ struct FASTRNN_EXPORTED Words {
 
 #endif
 
-#if defined(__AVX512BF16__)
+#if defined(FASTRNN_VNNI)
 
 // Sums in float of products of bfloat16, two of them in an instruction.
 struct FASTRNN_EXPORTED Bfloat16 : Words {

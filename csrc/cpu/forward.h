@@ -502,7 +502,7 @@ class Forward {
     multiply_unpacked<kTile, kVectors, T>(acc, unpacked, rows, k0, k1, sum_block(w.depth));
   }
 
-  // The same where the tile is in memory anyway.
+  // add_product() of a tile that is in memory anyway.
   template <int kTile>
   __attribute__((noinline)) void add_apart(V (&acc)[kTile][Recurrent::kVectors],
                                            const PanelWeights& w, const T* const* rows, int64_t k0,

@@ -1,6 +1,6 @@
 // Formats whose weights are integers of 8 bits, and whose rows are integers of 8 or 16.
 //
-// Sums are exact, so every instruction set gives the same numbers, as far as it has the format:
+// Sums are exact, so every instruction set gives the same products, as far as it has the format:
 // with VNNI one instruction adds four products to a sum; without it four do, and three more widen a
 // word of weights. value() depends on a sum alone, and not on the parts in which it was computed.
 #pragma once
@@ -63,7 +63,7 @@ struct FASTRNN_EXPORTED Integers : Words {
   }
 };
 
-#if defined(__AVX512VNNI__)
+#if defined(FASTRNN_VNNI)
 
 // Rows of unsigned numbers, of which kZero stands for zero: where sums begin takes its share off.
 struct FASTRNN_EXPORTED Int8 : Integers {

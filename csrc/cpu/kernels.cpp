@@ -116,7 +116,7 @@ constexpr CompiledCell compiled() {
 #if defined(FASTRNN_PART)
   add_code<Cell, CustomFormat>(cell);
 #elif defined(FASTRNN_FORMATS)
-#if defined(__AVX512BF16__)
+#if defined(FASTRNN_VNNI)
   add_code<Cell, Bfloat16>(cell);
 #endif
   add_code<Cell, Int8>(cell);
@@ -147,7 +147,7 @@ constexpr CompiledCell kCells[] = {FASTRNN_CELLS(FASTRNN_COMPILED)};
 extern "C" FASTRNN_EXPORTED fastrnn::CompiledCells FASTRNN_TABLE() {
   fastrnn::CompiledCells all{
       fastrnn::kCells, sizeof(fastrnn::kCells) / sizeof(fastrnn::kCells[0]), {}};
-#if defined(FASTRNN_FORMATS) && defined(__AVX512BF16__)
+#if defined(FASTRNN_FORMATS) && defined(FASTRNN_VNNI)
   all.gradients[fastrnn::index_of(fastrnn::Format::kBfloat16)] =
       &fastrnn::GradientSweep<fastrnn::Bfloat16>::run;
 #elif !defined(FASTRNN_FORMATS) && !defined(FASTRNN_PART)

@@ -17,10 +17,12 @@ ISA = {
     "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c "
     "-mprefer-vector-width=512",
 }
-# The instruction set that adds formats of numbers to "avx512".
-ISA["avx512_vnni"] = ISA["avx512"] + " -mavx512vnni -mavx512bf16"
+# "avx512" and the instructions for products of int8 and bfloat16. The macro says that the kernels
+# use them: a compiler may be told to know them, by -march=native, for another instruction set.
+ISA["avx512_vnni"] = ISA["avx512"] + " -mavx512vnni -mavx512bf16 -DFASTRNN_VNNI"
 
 
 def shared_with(isa: str, format: str) -> str:
-    """The instruction set whose code for all cells a custom cell shares, in use and in a format."""
+    """The instruction set from whose code in the library a custom cell in a format takes what all
+    cells share; `isa` is the one in use."""
     return "avx512" if isa == "avx512_vnni" and format in ("float32", "float64") else isa

@@ -114,6 +114,7 @@ def compile_cell(derived: Derived, key: str, format: str = "float32", fresh: boo
     for source in sorted([*folder.rglob("*.h"), folder / _SOURCE]):
         name = source.relative_to(folder).as_posix()
         digest.update(name.encode() + b"\0" + source.read_bytes() + b"\0")
+    digest.update(_shared_code())
     name = f"{re.sub(r'[^0-9A-Za-z_-]', '_', key)}-{digest.hexdigest()[:16]}.so"
     what = f"cell {derived.name!r} in {format} for {_C.isa()}"
     try:
@@ -133,7 +134,7 @@ def compile_cell(derived: Derived, key: str, format: str = "float32", fresh: boo
     return target
 
 
-# The types of csrc/cpu/formats.h.
+# The types of csrc/cpu/formats.h and integers.h.
 _TYPES = {
     "float32": "Plain<float>",
     "float64": "Plain<double>",
@@ -141,6 +142,12 @@ _TYPES = {
     "int8": "Int8",
     "int16": "Int16",
 }
+
+
+@functools.cache
+def _shared_code() -> bytes:
+    """The digest of the library with which cells are linked."""
+    return hashlib.sha256(CPU_KERNELS.read_bytes()).digest()
 
 
 def _options(format: str) -> list[str]:
@@ -177,7 +184,7 @@ def _build(derived: Derived, chosen: Compiler, options: list[str], text: str, ta
             for part, to in enumerate(objects, 1)
         ]
         library = work / target.name
-        link = [*command, "-shared", *objects, str(CPU_KERNELS), "-o", str(library)]
+        link = [*command, "-shared", *objects, str(CPU_KERNELS), "-Wl,-z,defs", "-o", str(library)]
         for commands in (parts, [link]):
             for done in _run(*commands):
                 if done.returncode != 0:

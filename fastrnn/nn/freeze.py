@@ -139,11 +139,14 @@ class Freezable(nn.Module):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         error_msgs.extend(errors)
-        if stored is not None and assign:
-            dtype = held.dtype_after(self, names, given, stored.dtype)
-            self._freeze(stored._replace(dtype=dtype))
-        elif self._frozen is not None:
-            self._freeze(self._frozen.precision)
+        try:
+            if stored is not None and assign:
+                dtype = held.dtype_after(self, names, given, stored.weights, stored.dtype)
+                self._freeze(stored._replace(dtype=dtype))
+            elif self._frozen is not None:
+                self._freeze(self._frozen.precision)
+        except (RuntimeError, ValueError) as error:  # such as weights of several dtypes
+            error_msgs.append(f"the weights {prefix}* cannot be packed: {error}")
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()

@@ -159,14 +159,21 @@ def translate(
 
 
 def dtype_after(
-    module: nn.Module, names: Sequence[str], given: Mapping[str, Any], before: torch.dtype
+    module: nn.Module,
+    names: Sequence[str],
+    given: Mapping[str, Any],
+    weights: str,
+    before: torch.dtype,
 ) -> torch.dtype:
     """The dtype of input and results of a module that holds rounded matrices and was assigned
-    `given`: that of its other weights, or else of the matrices if they were given in floats."""
+    `given`: that of its other weights, or else of the matrices if they were given in floats. For a
+    module that holds bfloat16 these are other floats: its own checkpoint has bfloat16, too."""
     rounded = matrices(names)
     own = {module._parameters[n] for n in names if n not in rounded and n in module._parameters}
     dtypes = {p.dtype for p in own if p is not None}
     if not dtypes:
         entries = (given.get(n) for n in rounded)
         dtypes = {m.dtype for m in entries if isinstance(m, Tensor) and m.is_floating_point()}
+        if weights == "bfloat16":
+            dtypes.discard(torch.bfloat16)
     return dtypes.pop() if len(dtypes) == 1 else before

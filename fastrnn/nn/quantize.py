@@ -182,7 +182,7 @@ def quantize_(
             f"there is no fastrnn layer in this {type(model).__name__} to quantise; "
             "fastrnn.replace_(model) puts them in the place of torch.nn's"
         )
-    chosen, left_alone = _chosen(layers, only, weights)
+    chosen, left_alone = _chosen(layers, only, weights, known)
     if not chosen:
         reasons = "; ".join(f"{s.name or '(model)'}: {s.reason}" for s in left_alone)
         raise ValueError(f"no layer can be quantised: {reasons}")
@@ -264,7 +264,7 @@ def _known(weights: str, activations: str) -> str:
 
 
 def _chosen(
-    layers: list[tuple[str, Freezable]], only: Only, weights: str
+    layers: list[tuple[str, Freezable]], only: Only, weights: str, format: str
 ) -> tuple[list[tuple[str, Freezable]], list[LeftAlone]]:
     if only is not None and not callable(only):
         if isinstance(only, str) or not isinstance(only, Collection):
@@ -276,7 +276,7 @@ def _chosen(
             raise ValueError(f"only names {unknown[0]!r}, but no fastrnn layer has this name")
     chosen, left_alone = [], []
     for name, layer in layers:
-        reason = _refusal(layer, weights)
+        reason = _refusal(layer, weights, format)
         if callable(only):
             if reason is None and not only(name, layer):
                 reason = "only returned False"
@@ -289,7 +289,7 @@ def _chosen(
     return chosen, left_alone
 
 
-def _refusal(layer: Freezable, format: str) -> str | None:
+def _refusal(layer: Freezable, rounded: str, format: str) -> str | None:
     """Why a layer cannot be quantised; None if it can."""
     if computed := computed_anew(layer):
         return (
@@ -307,9 +307,11 @@ def _refusal(layer: Freezable, format: str) -> str | None:
     if elsewhere := [d for d in devices if d.type != "cpu"]:
         return f"its weights are on {elsewhere[0]}, and only CPUs have kernels for it"
     widest = max(w.size(-1) for w in matrices if w.dim() > 1)
-    if format == "int8" and widest > _MOST_COLUMNS:
+    if rounded == "int8" and widest > _MOST_COLUMNS:
         return f"a matrix has {widest} columns, and int8 sums up to {_MOST_COLUMNS}: use bfloat16"
-    key, refusal, *_ = on_cpu(layer._cell(), weights[0])
+    precision = Precision(rounded, format, True, weights[0].w_ih.dtype)
+    asked = format if has_kernel(precision) else None
+    key, refusal, *_ = on_cpu(layer._cell(), weights[0], format=asked)
     if key is None:
         return f"its cell {layer._cell().name!r} is not compiled"
     return refusal
