@@ -24,6 +24,7 @@ void* old_dlopen(const char*, int);
 void* old_dlsym(void*, const char*);
 int old_dlclose(void*);
 char* old_dlerror();
+int old_pthread_mutex_trylock(pthread_mutex_t*);
 int old_pthread_once(pthread_once_t*, void (*)());
 int old_pthread_rwlock_rdlock(pthread_rwlock_t*);
 int old_pthread_rwlock_wrlock(pthread_rwlock_t*);
@@ -32,6 +33,7 @@ FASTRNN_OLD(dlopen);
 FASTRNN_OLD(dlsym);
 FASTRNN_OLD(dlclose);
 FASTRNN_OLD(dlerror);
+FASTRNN_OLD(pthread_mutex_trylock);
 FASTRNN_OLD(pthread_once);
 FASTRNN_OLD(pthread_rwlock_rdlock);
 FASTRNN_OLD(pthread_rwlock_wrlock);
@@ -41,6 +43,7 @@ void* dlopen(const char* path, int mode) { return old_dlopen(path, mode); }
 void* dlsym(void* library, const char* name) { return old_dlsym(library, name); }
 int dlclose(void* library) { return old_dlclose(library); }
 char* dlerror() { return old_dlerror(); }
+int pthread_mutex_trylock(pthread_mutex_t* mutex) { return old_pthread_mutex_trylock(mutex); }
 int pthread_once(pthread_once_t* once, void (*run)()) { return old_pthread_once(once, run); }
 int pthread_rwlock_rdlock(pthread_rwlock_t* lock) { return old_pthread_rwlock_rdlock(lock); }
 int pthread_rwlock_wrlock(pthread_rwlock_t* lock) { return old_pthread_rwlock_wrlock(lock); }

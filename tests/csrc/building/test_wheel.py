@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 from building import wheel
+from building.cpu import MANYLINUX
+
+from fastrnn.extension import CPU_KERNELS, bindings
 
 METADATA = "Name: fastrnn\nRequires-Dist: torch>=2.11\nRequires-Dist: rich>=13; extra == 'demo'\n"
 
@@ -73,3 +78,19 @@ def test_a_wheel_requires_a_torch_that_it_has_a_binding_to() -> None:
     assert wheel.requirement([(2, 13)]) == "torch>=2.13,<2.14"
     assert wheel.requirement([(2, 10), (2, 9)]) == "torch>=2.9,<2.11"
     assert wheel.requirement([(2, 11), (2, 14)]) == "torch>=2.11,<2.15,!=2.12.*,!=2.13.*"
+
+
+@pytest.mark.parametrize("library", [CPU_KERNELS, *bindings().values()], ids=lambda p: p.name)
+def test_symbols_of_a_newer_glibc_have_stand_ins(library: Path) -> None:
+    """Only a wheel has them; the build in place shows which are needed."""
+    if shutil.which("nm") is None:
+        pytest.skip("nm lists symbols, and is not installed")
+    command = ["nm", "-D", "--undefined-only", "--with-symbol-versions", str(library)]
+    listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    needed = re.findall(r" U (\w+)@+GLIBC_2\.(\d+)", listed)
+    assert needed
+    newer = {name for name, minor in needed if int(minor) > 28}
+    there = set(
+        re.findall(r"^(?:char|void\*|int|char\*) (\w+)(?:\(| =)", MANYLINUX.read_text(), re.M)
+    )
+    assert newer <= there, f"add these to {MANYLINUX.name}: {sorted(newer - there)}"
