@@ -133,17 +133,21 @@ def run(
     compiling = torch.compiler.is_compiling()
     if compiling and onnx.is_recording():
         return onnx.scan(cell, operands, steps)
-    key = (prepare if compiling else prepared_now)(cell, _kind(x), x.dtype)
+    usable = packed if packed is not None and _can_use_prepacked(x) else None
+    if compiling:
+        key = prepare(cell, _kind(x), x.dtype)
+    else:
+        key = prepared_now(cell, _kind(x), x.dtype, usable.format if usable is not None else None)
     if packed is not None and key is not None:
         if torch.is_grad_enabled():
             _refuse_gradients(*tensors)
-        if _can_use_prepacked(x):
+        if usable is not None:
             if steps or compiling or torch._C._is_torch_function_mode_enabled():
                 y, *states = torch.ops.fastrnn.scan_packed.default(
-                    key, *_optional(operands), *packed, steps
+                    key, *_optional(operands), *usable, steps
                 )
                 return y, states, states.pop() if steps else None
-            return *_C.scan_packed(key, *operands, *packed), None
+            return *_C.scan_packed(key, *operands, *usable), None
     # Subclasses of Tensor, and modes such as the default device, override functions, so they need
     # an operator that they can see. Transforms come first: they have no rule for the operator.
     transformed = not compiling and _transformed()

@@ -94,7 +94,7 @@ def kernel_objects() -> dict[str, tuple[Path, str]]:
     for isa in ISA_FLAGS if sysconfig.get_platform().endswith("x86_64") else ["baseline"]:
         # GCC 12 takes its own intrinsics for reads of uninitialised memory.
         extra = f"-std=c++17 -DFASTRNN_ISA={isa} {ISA_FLAGS[isa]} -Wno-maybe-uninitialized"
-        if isa != "avx512_vnni":  # float and double are those of avx512
+        if FLAGS["shared_with"](isa, "float32") == isa:
             objects[object_of(KERNELS, f".{isa}.o")] = (KERNELS, extra)
         if isa != "baseline":
             formats = f"{extra} -DFASTRNN_FORMATS"

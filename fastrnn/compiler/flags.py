@@ -24,5 +24,5 @@ ISA["avx512_vnni"] = ISA["avx512"] + " -mavx512vnni -mavx512bf16 -DFASTRNN_VNNI"
 
 def shared_with(isa: str, format: str) -> str:
     """The instruction set from whose code in the library a custom cell in a format takes what all
-    cells share; `isa` is the one in use."""
+    cells share; `isa` is the one in use. In floats, "avx512_vnni" has nothing of its own."""
     return "avx512" if isa == "avx512_vnni" and format in ("float32", "float64") else isa

@@ -59,7 +59,7 @@ def _in_onnx_export() -> bool:
 # torch.export(strict=True), which torch.onnx.export tries second, takes torch's function for False.
 # This is what torch.compiler.assume_constant_result says of a function, without its import of
 # torch._dynamo.
-vars(_in_onnx_export)["_dynamo_marked_constant"] = True
+_in_onnx_export._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class Padding(NamedTuple):

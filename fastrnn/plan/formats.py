@@ -12,7 +12,8 @@ class Format(NamedTuple):
 
     Attributes:
         weight_bytes: bytes of a packed weight.
-        products: multiply-adds in the time of one in float32.
+        products: multiply-adds in the time of one in float32, with the instructions that are made
+            for the format; int8 without VNNI has one or two.
         in_torchs_layout: whether there is a kernel that reads weights in torch's layout.
     """
 

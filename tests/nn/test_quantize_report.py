@@ -12,8 +12,29 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.rnn import pack_sequence
 
 import fastrnn
+from fastrnn.compiler import jit
 from fastrnn.extension import _C
 from tests.support.quantised import LIMITS, assert_equal, assert_like, by_hand, has_kernel
+
+
+@pytest.mark.skipif(not has_kernel("int8"), reason="this processor lacks the instructions")
+def test_a_cell_is_compiled_in_the_format_that_runs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    real = jit.compile_cell
+
+    def spy(derived: Any, key: str, format: str = "float32", fresh: bool = False) -> Any:
+        asked.append(format)
+        return real(derived, key, format, fresh)
+
+    @fastrnn.cell(gates="a", states="h")
+    def compiled_in_int8(u: Any, v: Any, h: Tensor) -> Tensor:
+        return 0.5 * h + torch.tanh(u.a + v.a)
+
+    monkeypatch.setattr(jit, "compile_cell", spy)
+    layer = fastrnn.Recurrent(compiled_in_int8, 5, 7)
+    fastrnn.quantize_(layer)
+    layer(torch.randn(3, 2, 5))
+    assert asked == ["int8"]
 
 
 def test_a_sample_that_fails_later_changes_nothing() -> None:
