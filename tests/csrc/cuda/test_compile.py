@@ -1,5 +1,5 @@
-"""Compiles the CUDA kernels for their GPUs, without a GPU. No register may spill, and ptxas may
-give no warning.
+"""Compiles the CUDA kernels for their GPUs, without a GPU. No register may spill, ptxas may give no
+warning, and a step may take no more instructions than it did.
 
 The tests compile for the oldest GPUs and Hopper, with a cell of each number of gates. Each target,
 cell and precision is in COVERING at least once; FASTRNN_TESTS=all compiles their whole product.
@@ -17,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -29,6 +30,7 @@ from fastrnn import cells
 from fastrnn.compiler import emit_cpp
 from fastrnn.compiler.derive import derive
 from fastrnn.kernels.gpu import cuda
+from tests.csrc.cuda.machine_code import disassembled, disassembler, step_loop
 from tests.support.paths import ROOT
 from tests.support.selection import ALL_TESTS
 from tests.support.simulated import only
@@ -86,6 +88,22 @@ COVERING = {
 TESTED = dict.fromkeys(COVERING, SOME) if ALL_TESTS else COVERING
 LOADED = TESTED["sm_90a"]
 
+# Instructions in the loop over time steps of persistent kernels with the smallest row groups, for
+# batch tiles of 8, 16 and 32 rows. They may grow by ROOM.
+ROOM = 1.03
+STEPS = {
+    ("sm_80", "forward_block", "Lstm", "float16"): (579, 977, 1908),
+    ("sm_80", "forward_grid", "Lstm", "float16"): (717, 1059, 2097),
+    ("sm_80", "backward_block", "Lstm", "float16"): (1251, 1377, 1452),
+    ("sm_80", "backward_grid", "Lstm", "float16"): (1782, 1893, 1864),
+    ("sm_90a", "forward_block", "Gru", "bfloat16"): (638, 1081, 2057),
+    ("sm_90a", "forward_cluster", "Gru", "bfloat16"): (724, 1256, 2454),
+    ("sm_90a", "forward_grid", "Gru", "bfloat16"): (827, 1406, 2441),
+    ("sm_90a", "backward_block", "Gru", "bfloat16"): (1044, 1164, 1216),
+    ("sm_90a", "backward_cluster", "Gru", "bfloat16"): (1457, 1590, 1771),
+    ("sm_90a", "backward_grid", "Gru", "bfloat16"): (1755, 1819, 1810),
+}
+
 
 def make(selection: Selection, *outputs: str) -> subprocess.CompletedProcess[str]:
     """Compiles and links the files that are not up to date; goes on after a failure. One process
@@ -132,6 +150,7 @@ def _make(selection: Selection, *outputs: str) -> subprocess.CompletedProcess[st
 class Kernel:
     """Facts from ptxas: registers of a thread; bytes of static shared memory, stack and spills."""
 
+    mangled: str
     name: str
     registers: int
     shared: int
@@ -152,6 +171,7 @@ def kernels(selection: Selection, target: str, source: Path) -> list[Kernel]:
         shared = re.search(r"(\d+) bytes smem", part)
         found.append(
             Kernel(
+                mangled=part.split("'")[0],
                 name=_plain(part.split("'")[0]),
                 registers=int(used[1]),
                 shared=int(shared[1]) if shared else 0,
@@ -173,6 +193,44 @@ def _plain(mangled: str) -> str:
     return names[-1] if names else mangled
 
 
+@dataclass(frozen=True)
+class Instance:
+    """The template arguments of a persistent kernel."""
+
+    cell: str  # the name of its struct
+    precision: int
+    row_group: int  # in units of Traits
+    batch_tile: int
+
+    @staticmethod
+    def parse(mangled: str) -> Instance | None:
+        found = re.search(
+            r"6TraitsINS_4cuda\d+(\w+?)ELNS_9PrecisionE(\d)ELi(\d+)ELi(\d+)E", mangled
+        )
+        return found and Instance(found[1], int(found[2]), int(found[3]), 8 * int(found[4]))
+
+
+def step_loops(selection: Selection, target: str, source: Path) -> dict[str, int]:
+    """The instructions of a time step in each persistent kernel of a source, by mangled name."""
+    if source.parent.name != "persistent":
+        return {}
+    binary = selection.log(target, source).with_suffix("")
+    # A kernel that does nothing on this GPU has no loop.
+    loops = {name: step_loop(text) for name, text in disassembled(binary).items()}
+    return {name: size for name, size in loops.items() if size}
+
+
+def smallest(loops: Mapping[str, int], cell: str, precision: str) -> list[int]:
+    """The loops of the kernels of a cell with the smallest row groups, by batch tile."""
+    wanted: dict[int, tuple[int, int]] = {}
+    for name, size in loops.items():
+        one = Instance.parse(name)
+        if one and (one.cell, one.precision) == (cell, cuda.PRECISIONS[precision]):
+            tile = one.batch_tile
+            wanted[tile] = min((one.row_group, size), wanted.get(tile, (999, 0)))
+    return [wanted[tile][1] for tile in sorted(wanted)]
+
+
 def seconds(selection: Selection, target: str, source: Path) -> float:
     """Seconds of its last compilation."""
     taken = 0.0
@@ -186,22 +244,28 @@ def seconds(selection: Selection, target: str, source: Path) -> float:
 def table(selection: Selection, targets: list[str]) -> str:
     """One row for every template of a kernel, with the maxima over its instances."""
     lines = [
-        "| kernel | GPU | compiled for | registers | shared memory | stack | spilled | file took |",
-        "|---|---|---|---|---|---|---|---|",
+        "| file | kernel | GPU | compiled for | registers | step | shared memory | stack | spilled "
+        "| file took |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for source in SOURCES:
         for target in targets:
             if not selection.log(target, source).with_suffix("").exists():
-                lines.append(f"| {source.name} | {target} | *is not compiled* | | | | | |")
+                lines.append(f"| {source.name} | | {target} | *is not compiled* | | | | | | |")
                 continue
             made = kernels(selection, target, source)
+            loops = step_loops(selection, target, source)
+            took = f"{seconds(selection, target, source):.0f} s"
             for name in sorted({kernel.name for kernel in made}):
                 same = [kernel for kernel in made if kernel.name == name]
                 registers = sorted(kernel.registers for kernel in same)
+                steps = sorted(loops[k.mangled] for k in same if k.mangled in loops)
                 lines.append(
-                    f"| {name} | {target} | {len(same)} | {registers[0]}–{registers[-1]} | "
+                    f"| {source.name} | {name} | {target} | {len(same)} | "
+                    f"{registers[0]}–{registers[-1]} | "
+                    f"{f'{steps[0]}–{steps[-1]}' if steps else ''} | "
                     f"{max(k.shared for k in same)} | {max(k.stack for k in same)} | "
-                    f"{max(k.spilled for k in same)} | {seconds(selection, target, source):.0f} s |"
+                    f"{max(k.spilled for k in same)} | {took} |"
                 )
     return "\n".join(lines)
 
@@ -224,6 +288,26 @@ def test_kernels_compile_and_spill_nothing(target: str) -> None:
     for kernel in made:
         assert kernel.spilled == 0, kernel
         assert kernel.stack == 0, kernel
+
+
+@needs_nvcc
+@pytest.mark.timeout(SECONDS)
+@pytest.mark.takes(20)
+@pytest.mark.skipif(
+    disassembler() is None and "CI" not in os.environ, reason="needs cuobjdump and nvdisasm"
+)
+@pytest.mark.parametrize(("target", "name", "cell", "precision"), STEPS)
+def test_a_step_takes_no_more_instructions(
+    target: str, name: str, cell: str, precision: str
+) -> None:
+    selection, source = TESTED[target], ROOT / "csrc" / "cuda" / "persistent" / f"{name}.cu"
+    done = make(selection, f"{target}/{ninja.object_of(source)}")
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    found = smallest(step_loops(selection, target, source), cell, precision)
+    limits = STEPS[target, name, cell, precision]
+    assert len(found) == len(limits)
+    for size, limit in zip(found, limits, strict=True):
+        assert 0 < size <= ROOM * limit, (found, limits)
 
 
 @needs_nvcc
@@ -309,7 +393,8 @@ def main(arguments: list[str]) -> int:
         head = (
             "# What the CUDA kernels need\n\n`python -m tests.csrc.cuda.test_compile --save`, nvcc "
             f"{release[1] if release else ''}. Of all instances of a kernel the fewest and most "
-            "registers of a thread, and the largest of the others, in bytes.\n\n"
+            "registers of a thread and instructions of a time step, and the largest of the others, "
+            "in bytes.\n\n"
         )
         RESULTS.write_text(head + text + "\n")
     return max(each.returncode for each in done)
