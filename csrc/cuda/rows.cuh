@@ -67,6 +67,16 @@ struct Recurrence {
     return (sweep.first ? sweep.first[t] : t * sweep.batch) + b;
   }
 
+  // How many rows lie between the rows of the step at t and those of the next step; negative if
+  // they come before. There must be a next step.
+  __device__ __forceinline__ int rows_ahead(int t) const {
+    const int later = reverse ? t - 1 : t + 1;
+    const int64_t rows = sweep.first ? sweep.first[later] - sweep.first[t]
+                         : reverse   ? -sweep.batch
+                                     : sweep.batch;
+    return static_cast<int>(rows);
+  }
+
   // The row of this recurrence in `u`, `du`, `dv` and `h_prev`, to be multiplied by their width.
   __device__ __forceinline__ int64_t chunk_row(int64_t row) const {
     return p * sweep.chunk_rows + row - (reverse ? sweep.base_reverse : sweep.base);

@@ -33,6 +33,7 @@ struct Traits {
   static constexpr int kGatePieces = 8 * kSize / tile::kPiece;  // of an item's column, per gate
   static constexpr int kPieces = kGates * kGatePieces;
   static constexpr int kTaped = kStates - 1 + kSaved;
+  static constexpr bool kReadsInPlace = true;  // in a grid, the operand in global memory
   // Shared memory of a row group: gradients of states, and steps of the rows of the batch.
   static constexpr int kGradients = kTiles * kColumnTiles * kStates * tile::kGradient;
   static constexpr int kOwn = kGradients + kColumns * tile::kStop;
@@ -50,7 +51,7 @@ struct Traits {
             kResident,
             tile::staged_bytes<kPieces>(),
             kOwn,
-            true};
+            kReadsInPlace};
   }
 };
 

@@ -7,7 +7,8 @@
 namespace fastrnn {
 namespace tile {
 
-constexpr int kFlag = 128;  // bytes from a flag to the next, a line of the L2 cache
+constexpr int kMaxCluster = 16;  // blocks
+constexpr int kFlag = 128;       // bytes from a flag to the next, a line of the L2 cache
 
 // Bytes of workspace for a group of a grid: flags, which must be zero before the launch and lie
 // side by side for all groups, and an area for B twice.
@@ -41,7 +42,7 @@ constexpr int staged_bytes() {
 // Two buffers for B are enough. A block writes operand i + 1 into a buffer, its own or a peer's,
 // after it has received all of operand i. Each warp that read operand i - 1, from the same buffer,
 // had a part in some piece of operand i, which was sent only after that warp had finished reading.
-template <int kResidency>
+template <int kResidency, bool kInPlace>
 struct Exchange {
   const Layout& at;
   int rank;            // of this block in its group
@@ -49,8 +50,9 @@ struct Exchange {
   int operands;        // their number, operand 0 included
   char* tiles;         // B in shared memory
   uint64_t* barriers;  // of a cluster: one for each buffer, counting bytes
-  char* area;          // of a grid: B twice in global memory, rows `exchanged` bytes apart
-  char* flags;         // of a grid: the last operand that each block has sent
+  int task;            // the number of the group
+  char* areas;         // of a grid: each group's B twice, rows `exchanged` bytes apart
+  char* flags;         // of a grid: the last operand that each block of each group has sent
 
   __device__ __forceinline__ char* first() const { return tiles; }
 
@@ -94,7 +96,7 @@ struct Exchange {
   __device__ __forceinline__ const char* wait(int i, bool computes) const {
     if (kResidency == kGrid) {
       if (i > 0) await(i);
-      if (at.tile == 0) return arrived(i);
+      if (kInPlace) return area(i);
       if (i > 0) receive(i);
       return tiles;
     }
@@ -148,13 +150,15 @@ struct Exchange {
       const uint4 value = *reinterpret_cast<const uint4*>(from);
       if (kResidency == kCluster) {
         const char* here = tiles + place * at.tile + n * at.pitch + to;
-        for (int peer = lane / kAtOnce; peer < at.active; peer += kWarp / kAtOnce) {
+#pragma unroll
+        for (int some = 0; some < kMaxCluster; some += kWarp / kAtOnce) {
+          const int peer = some + lane / kAtOnce;
+          if (peer >= at.active) break;
           platform::st_async16(platform::peer_address(here, peer), value,
                                platform::peer_address(&barriers[place], peer));
         }
       } else if (lane < kAtOnce) {
-        *reinterpret_cast<uint4*>(area + (place * columns + n) * int64_t{at.exchanged} + to) =
-            value;
+        *reinterpret_cast<uint4*>(area(i) + n * at.exchanged + to) = value;
       }
     }
     __syncwarp();  // before the next pieces overwrite these
@@ -163,8 +167,7 @@ struct Exchange {
   __device__ __forceinline__ void sent(int i) const {
     if (kResidency != kGrid) return;
     __syncthreads();
-    if (threadIdx.x == 0)
-      platform::store_release(reinterpret_cast<uint32_t*>(flags + rank * kFlag), i);
+    if (threadIdx.x == 0) platform::store_release(flag(rank), i);
   }
 
  private:
@@ -172,24 +175,28 @@ struct Exchange {
   // one after the other they would take a trip to the L2 cache each.
   __device__ __forceinline__ void await(int i) const {
     for (int block = threadIdx.x; block < at.active; block += blockDim.x) {
-      const uint32_t* flag = reinterpret_cast<const uint32_t*>(flags + block * kFlag);
+      const uint32_t* sent = flag(block);
       const platform::Watch watch;
-      while (platform::load_acquire(flag) < static_cast<uint32_t>(i)) watch.look();
+      while (platform::load_acquire(sent) < static_cast<uint32_t>(i)) watch.look();
     }
     __syncthreads();
   }
 
-  __device__ __forceinline__ const char* arrived(int i) const {
-    return area + (i & 1) * columns * int64_t{at.exchanged};
+  // In a grid registers are few, so addresses are computed anew.
+  __device__ __forceinline__ uint32_t* flag(int block) const {
+    const int before = platform::opaque(task) * at.active;
+    return reinterpret_cast<uint32_t*>(platform::moved(flags, before + block, kFlag));
+  }
+  __device__ __forceinline__ char* area(int i) const {
+    return platform::moved(areas, 2 * platform::opaque(task) + (i & 1), columns * at.exchanged);
   }
 
   __device__ __forceinline__ void receive(int i) const {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    const char* from = arrived(i);
+    const char* from = area(i);
     for (int n = warp; n < columns; n += blockDim.x / kWarp) {
       for (int k = lane * kPiece; k < at.exchanged; k += kWarp * kPiece)
-        platform::copy_async16(tiles + n * at.pitch + k, from + n * int64_t{at.exchanged} + k,
-                               true);
+        platform::copy_async16(tiles + n * at.pitch + k, from + n * at.exchanged + k, true);
     }
     platform::copy_async_commit();
     platform::copy_async_wait<0>();

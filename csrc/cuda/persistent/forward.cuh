@@ -35,6 +35,7 @@ struct Traits {
   static constexpr int kSize = tile::operand_bytes(precision);
   static constexpr int kPieces = kOctets * 8 * kSize / tile::kPiece;  // of a column
   static constexpr int kTaped = kStates - 1 + kSaved;
+  static constexpr bool kReadsInPlace = false;  // in a grid, the operand in global memory
   using Format = tile::Format<precision>;
   using Stored = typename Format::Stored;
   using Operand = typename Format::Operand;
@@ -173,33 +174,40 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
       }
     }
   }
-  // Loads u of eight columns at one time.
+  // The rows of this thread's first column at a step, from its first unit on. They are carried from
+  // step to step, because it takes long to compute 64-bit addresses from a time.
+  int t = at.time(low);
+  const int y_row = static_cast<int>(sweep.recurrences) * hidden;
+  const int64_t row = at.row(t, b0) + column;
+  const Stored* u_from =
+      static_cast<const Stored*>(sweep.u) + at.chunk_row(row) * (G * sweep.hidden) + unit;
+  Stored* y_to = static_cast<Stored*>(sweep.y) + at.output(row) + unit;
+  // The forward pass has the tape of all rows: no `tape_base`.
+  Stored* tape_to = static_cast<Stored*>(sweep.tape) + at.output(row) * X::kTaped + unit;
+  // Loads u of eight columns at time t, to which `u_from` belongs.
   const auto fetch = [&](int t, int j) {
-    const Stored* from = static_cast<const Stored*>(sweep.u) +
-                         at.chunk_row(at.row(t, b0)) * (G * sweep.hidden) + unit;
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const int row = (8 * j + column + e) * G;
+      const int gates = (8 * j + e) * G;
 #pragma unroll
       for (int o = 0; o < kOctets; ++o) {
 #pragma unroll
         for (int g = 0; g < G; ++g) {
           if (t < stop[j][e] && unit + 8 * o < hidden)
-            u[o][g][j][e] = from[(row + g) * hidden + 8 * o];
+            u[o][g][j][e] = u_from[(gates + g) * hidden + 8 * o];
         }
       }
     }
   };
   if (owns) {
 #pragma unroll
-    for (int j = 0; j < kColumnTiles; ++j) fetch(at.time(low), j);
+    for (int j = 0; j < kColumnTiles; ++j) fetch(t, j);
   }
   char* staging = shared + layout.staging + group * layout.staged;
   const int offset = (unit - lane / 4) * X::kSize;  // of this warp's units in an operand's row
   exchange.ready();
 
   for (int i = 0; i < steps; ++i) {
-    const int t = at.time(low + i);
     uint32_t cuts = 0;  // a bit for each column
 
     if (owns && sweep.resets != nullptr) {
@@ -210,30 +218,29 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
           cuts |= uint32_t{at.cut(t, b0 + 8 * j + column + e, stop[j][e])} << (2 * j + e);
       }
     }
-    const char* operand = exchange.wait(i, computes);
     const bool sends = i + 1 < steps;
+    const int later = at.reverse ? t - 1 : t + 1, ahead = sends ? at.rows_ahead(t) : 0;
+    const char* operand = exchange.wait(i, computes);
     Value saved[kColumnTiles][kOctets][2][X::kSaved + 1];
     // Loads u of the next step, and stores what no other thread waits for.
     const auto finish = [&](int j) {
-      if (sends) fetch(at.time(low + i + 1), j);
-      const int64_t row0 = at.row(t, b0);
+      if (sends) {
+        if (j == 0) u_from = platform::moved(u_from, ahead, G * hidden);
+        fetch(later, j);
+      }
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         if (t >= stop[j][e]) continue;
-        const int n = 8 * j + column + e;
-        Stored* y = static_cast<Stored*>(sweep.y) + at.output(row0) + unit;
-        // The forward pass has the tape of all rows: no `tape_base`.
-        Stored* tape = static_cast<Stored*>(sweep.tape) + at.output(row0) * X::kTaped + unit;
-        const int y_row = n * static_cast<int>(sweep.recurrences) * hidden;
+        const int from = (8 * j + e) * y_row;
 #pragma unroll
         for (int o = 0; o < kOctets; ++o) {
           if (unit + 8 * o >= hidden) continue;
-          platform::store(y + y_row + 8 * o, s[0][o][j][e]);
+          platform::store(y_to + from + 8 * o, s[0][o][j][e]);
           if (sweep.tape == nullptr) continue;
 #pragma unroll
           for (int k = 0; k < X::kTaped; ++k) {
             const float value = k < S - 1 ? s[k + 1][o][j][e] : saved[j][o][e][k - (S - 1)].x;
-            platform::store(tape + y_row * X::kTaped + k * hidden + 8 * o, value);
+            platform::store(tape_to + from * X::kTaped + k * hidden + 8 * o, value);
           }
         }
       }
@@ -284,6 +291,9 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
 #pragma unroll
       for (int j = 0; j < kColumnTiles; ++j) finish(j);
     }
+    t = later;
+    y_to = platform::moved(y_to, ahead, y_row);
+    tape_to = platform::moved(tape_to, ahead, y_row * X::kTaped);
   }
 
   exchange.settle();

@@ -31,18 +31,13 @@ struct Launched {
 
 // The exchange of the group of blocks `task`, for its block of this rank.
 template <class X, int kResidency>
-__device__ __forceinline__ tile::Exchange<kResidency> exchange_of(const Launched& launched,
-                                                                  int task, int rank, int operands,
-                                                                  char* shared) {
+__device__ __forceinline__ auto exchange_of(const Launched& launched, int task, int rank,
+                                            int operands, char* shared) {
   const tile::Layout& at = launched.at;
-  return {at,
-          rank,
-          X::kColumns,
-          operands,
-          shared,
-          reinterpret_cast<uint64_t*>(shared + at.barriers),
-          launched.areas + task * tile::area_bytes(at, X::kColumns),
-          launched.flags + task * tile::flag_bytes(at)};
+  return tile::Exchange<kResidency, X::kReadsInPlace && kResidency == kGrid>{
+      at,       rank,           X::kColumns,
+      operands, shared,         reinterpret_cast<uint64_t*>(shared + at.barriers),
+      task,     launched.areas, launched.flags};
 }
 
 // The largest value of kLanes adjacent lanes, in each of them.

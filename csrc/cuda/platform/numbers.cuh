@@ -95,5 +95,15 @@ __device__ __forceinline__ uint32_t opaque(uint32_t bits) {
   return bits;
 }
 
+// from + count * stride, a product of 32 bits by 32. If the compiler knew that the stride stays the
+// same in a loop, it would keep 64 bits of it and multiply those.
+template <class T>
+__device__ __forceinline__ T* moved(T* from, int count, int stride) {
+#if !defined(FASTRNN_CUDASIM)
+  asm("" : "+r"(stride));
+#endif
+  return from + int64_t{count} * stride;
+}
+
 }  // namespace platform
 }  // namespace fastrnn

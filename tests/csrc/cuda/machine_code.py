@@ -24,7 +24,7 @@ INSTRUCTION = re.compile(
     re.MULTILINE,
 )
 PRODUCTS = ("HMMA.", "IMMA.", "QMMA.")
-JUMPS = ("BRA", "CALL.REL.NOINC", "WARPSYNC.COLLECTIVE")  # a call may be a mere jump
+JUMPS = ("BRA", "CALL")  # a call may be a mere jump
 ENDS = ("BRA", "EXIT", "RET")
 
 
@@ -82,16 +82,16 @@ def _flow(text: str) -> tuple[dict[int, set[int]], list[int]]:
     after: dict[int, set[int]] = {}
     meetings: dict[str, int] = {}  # of the threads that part at a BSSY, by its barrier
     for found, following in zip(code, [*code[1:], None], strict=True):
-        at, name = int(found["at"], 16), found["name"]
+        at, name, kind = int(found["at"], 16), found["name"], found["name"].split(".")[0]
         operands = [part.strip() for part in found["rest"].split(",")]
         leads = {int(following["at"], 16)} if following else set()
-        if name == "BSSY":
+        if kind == "BSSY":
             meetings[operands[0]] = int(operands[1], 16)
-        elif name == "BSYNC":
+        elif kind == "BSYNC":
             leads = {meetings[operands[0]]}
-        elif name.split(".")[0] in ENDS and found["guard"] is None and len(operands) == 1:
+        elif kind in ENDS and found["guard"] is None and len(operands) == 1:
             leads = set()
-        if name.startswith(JUMPS):
+        if kind in JUMPS or name == "WARPSYNC.COLLECTIVE":
             leads.add(int(operands[-1], 16))
         after[at] = leads
     return after, [int(found["at"], 16) for found in code if found["name"].startswith(PRODUCTS)]

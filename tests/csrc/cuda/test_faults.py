@@ -30,7 +30,7 @@ pytestmark = [
 TILE, EXCHANGE = "cuda/persistent/product.cuh", "cuda/persistent/exchange.cuh"
 FORWARD, BACKWARD = "cuda/persistent/forward.cuh", "cuda/persistent/backward.cuh"
 LAUNCH, RECOMPUTE = "cuda/persistent/launch.cuh", "cuda/recompute.cu"
-STEP = "cuda/step/product.cuh"
+STEP, ROWS = "cuda/step/product.cuh", "cuda/rows.cuh"
 AGAIN = {"chunk": 2}  # chunks of 2 steps; then tapes are recomputed too
 CELL = "lstm"  # it has two states and saved values
 PRECISION = "bfloat16"
@@ -150,7 +150,7 @@ FAULTS = [
         "grid",
         Fault(
             EXCHANGE,
-            "__syncthreads();\n    if (threadIdx.x == 0)\n      platform::store_release(",
+            "__syncthreads();\n    if (threadIdx.x == 0) platform::store_release(",
             "if (!PLANTED) __syncthreads();\n    if (threadIdx.x == 0) platform::store_release(",
         ),
         race=True,
@@ -158,7 +158,7 @@ FAULTS = [
     Planted(
         "the other area",
         "grid",
-        Fault(EXCHANGE, "return area + (i & 1) *", "return area + ((i & 1) ^ PLANTED) *"),
+        Fault(EXCHANGE, "const char* from = area(i);", "const char* from = area(i ^ PLANTED);"),
     ),
     Planted(
         "an operand that others are still writing",
@@ -255,7 +255,37 @@ FAULTS = [
     Planted(
         "u of the step just done",
         "block",
-        Fault(FORWARD, "at.time(low + i + 1), j", "at.time(low + i + !PLANTED), j"),
+        Fault(FORWARD, "moved(u_from, ahead,", "moved(u_from, PLANTED ? 0 : ahead,"),
+    ),
+    Planted(
+        "an output in the row of the step before",
+        "block",
+        Fault(FORWARD, "moved(y_to, ahead,", "moved(y_to, PLANTED ? 0 : ahead,"),
+    ),
+    Planted(
+        "a tape whose rows do not move on",
+        "block",
+        Fault(FORWARD, "moved(tape_to, ahead,", "moved(tape_to, PLANTED ? 0 : ahead,"),
+    ),
+    Planted(
+        "a step that begins one row too early",
+        "block",
+        Fault(
+            ROWS,
+            "sweep.first[later] - sweep.first[t]",
+            "sweep.first[later] - sweep.first[t] - PLANTED",
+        ),
+        given={"layout": "packed", "batch": 5},
+    ),
+    Planted(
+        "a flag of another group",
+        "grid",
+        Fault(
+            EXCHANGE,
+            "platform::opaque(task) * at.active;",
+            "PLANTED ? 0 : platform::opaque(task) * at.active;",
+        ),
+        given={"batch": 20},
     ),
     Planted(
         "a state that stays as it was",

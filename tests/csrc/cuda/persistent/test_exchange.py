@@ -13,7 +13,9 @@ from tests.support.paths import CSRC
 SOURCE = """
 #include "cuda/persistent/exchange.cuh"
 using namespace fastrnn;
-__global__ void waits(tile::Exchange<kCluster> one, tile::Exchange<kGrid> two, const char** to) {
+using One = tile::Exchange<kCluster, false>;
+using Two = tile::Exchange<kGrid, true>;
+__global__ void waits(One one, Two two, const char** to) {
   to[0] = one.wait(1, true);
   to[1] = two.wait(1, true);
 }
