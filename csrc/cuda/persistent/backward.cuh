@@ -34,6 +34,10 @@ struct Traits {
   static constexpr int kPieces = kGates * kGatePieces;
   static constexpr int kTaped = kStates - 1 + kSaved;
   static constexpr bool kReadsInPlace = true;  // in a grid, the operand in global memory
+  // In a grid a flag tells that all is visible that was stored before it. So a block raises it
+  // before it stores anything else.
+  template <int kResidency>
+  static constexpr bool kPublishesFirst = kResidency == kGrid;
   // Shared memory of a row group: gradients of states, and steps of the rows of the batch.
   static constexpr int kGradients = kTiles * kColumnTiles * kStates * tile::kGradient;
   static constexpr int kOwn = kGradients + kColumns * tile::kStop;
@@ -60,6 +64,14 @@ template <class X>
 struct Values {
   typename X::Stored saved[2][X::kSaved + 1], before[2][X::kStates], after[2][X::kStates], dy[2];
   uint8_t resets[2];
+  bool alive[2];
+};
+
+// The results of the cell's derivative that no other thread waits for.
+template <class X>
+struct Results {
+  Quick du[2][X::kGates], dv[2][X::kGates];
+  typename X::Stored h_prev[2];
   bool alive[2];
 };
 
@@ -155,25 +167,34 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
     gradient(i, k) = x;
   });
 
-  // The time of a loop step, and the tile's first row at that time.
+  // The time of a loop step, and the tile's first row at that time with its offset in `y`.
   const auto time = [&](int step) { return at.time(high - 1 - step > 0 ? high - 1 - step : 0); };
-  const auto row = [&](int step) { return at.row(time(step), b0); };
-  const auto fetch = [&](Values<X>& to, int i, int t, int64_t row0, int64_t row0_before) {
+  struct Rows {
+    int64_t first, offset;
+  };
+  const auto rows = [&](int step) {
+    const int64_t first = at.row(time(step), b0);
+    return Rows{first, at.output(first)};
+  };
+  const int y_row = static_cast<int>(sweep.recurrences) * hidden;
+  const auto fetch = [&](Values<X>& to, int i, int t, Rows now, Rows earlier) {
     const int n = unit(i) + lane / 4, c = column(i) + pair;
-    const Stored* y = static_cast<const Stored*>(sweep.y) + n;
-    const Stored* tape = static_cast<const Stored*>(sweep.tape) + at.tape_origin(X::kTaped) + n;
+    const Stored* y = static_cast<const Stored*>(sweep.y);
+    const Stored* tape = static_cast<const Stored*>(sweep.tape) + at.tape_origin(X::kTaped);
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int stop = stops[c + e];
       to.alive[e] = t < stop && n < hidden;
       if (!to.alive[e]) continue;
-      const int64_t here = at.output(row0 + c + e), taped = here * X::kTaped;
+      const int from = (c + e) * y_row, taped = from * X::kTaped + n;
+      const Stored* here = tape + now.offset * X::kTaped;
 #pragma unroll
-      for (int k = 0; k < K; ++k) to.saved[e][k] = tape[taped + (S - 1 + k) * hidden];
-      to.after[e][0] = y[here];
+      for (int k = 0; k < K; ++k) to.saved[e][k] = here[taped + (S - 1 + k) * hidden];
+      to.after[e][0] = y[now.offset + (from + n)];
 #pragma unroll
-      for (int k = 1; k < S; ++k) to.after[e][k] = tape[taped + (k - 1) * hidden];
-      if (sweep.dy != nullptr) to.dy[e] = static_cast<const Stored*>(sweep.dy)[here + n];
+      for (int k = 1; k < S; ++k) to.after[e][k] = here[taped + (k - 1) * hidden];
+      if (sweep.dy != nullptr)
+        to.dy[e] = static_cast<const Stored*>(sweep.dy)[now.offset + (from + n)];
       if (at.initial(t, stop)) {
         // s0 was converted from stored numbers, so nothing is lost.
         const float* s0 = static_cast<const float*>(sweep.s0) + n;
@@ -181,22 +202,22 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
         for (int k = 0; k < S; ++k)
           to.before[e][k] = platform::from_float<Stored>(s0[at.state(k, b0 + c + e)]);
       } else {
-        const int64_t there = at.output(row0_before + c + e);
-        to.before[e][0] = y[there];
+        to.before[e][0] = y[earlier.offset + (from + n)];
+        const Stored* there = tape + earlier.offset * X::kTaped;
 #pragma unroll
-        for (int k = 1; k < S; ++k) to.before[e][k] = tape[there * X::kTaped + (k - 1) * hidden];
+        for (int k = 1; k < S; ++k) to.before[e][k] = there[taped + (k - 1) * hidden];
       }
       if (sweep.resets != nullptr) {
         const int edge = at.reverse ? t + 1 : t;
-        const int64_t row_of_edge = at.reverse ? row0_before : row0;
+        const int64_t row_of_edge = at.reverse ? earlier.first : now.first;
         to.resets[e] = edge < stop ? sweep.resets[row_of_edge + c + e] : 0;
       }
     }
   };
-  int64_t row0 = row(0), row0_before = row(1);
+  Rows now = rows(0), earlier = rows(1);
   Values<X> even = {}, odd = {};
-  if (items > 0) fetch(even, 0, time(0), row0, row0_before);
-  if (items > 1) fetch(odd, 1, time(0), row0, row0_before);
+  if (items > 0) fetch(even, 0, time(0), now, earlier);
+  if (items > 1) fetch(odd, 1, time(0), now, earlier);
   char* staging = shared + layout.staging + warp * layout.staged;
   const int gate_stride = kResidency == kBlock ? padded : 8;  // in a row at `place`
   uint32_t passes = 0;  // a bit per number: whether the next product is added to it
@@ -220,20 +241,20 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
     }
     if (step == steps) break;
     const int t = time(step);
-    const int64_t row0_later = row(step + 2);
-    const auto process = [&](Values<X>& given, int i) {
-      const int n = unit(i) + lane / 4, c = column(i) + pair;
+    const Rows earliest = rows(step + 2);
+    const int64_t into = at.chunk_row(now.first) * hidden;
+    // What other threads wait for.
+    const auto process = [&](const Values<X>& given, int i, Results<X>& result) {
       float2 ds[S];
 #pragma unroll
       for (int k = 0; k < S; ++k) ds[k] = gradient(i, k);
       if (step > 0) ds[0] = add_product(i, ds[0]);
       const auto place =
           exchange.template place<X::kPieces>(step + 1, staging, column(i), unit(i) * X::kSize);
-      Quick du[2][G], dv[2][G];
-      Stored h_prev[2];
-      const bool alive[2] = {given.alive[0], given.alive[1]};
+      auto& [du, dv, h_prev, alive] = result;
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
+        alive[e] = given.alive[e];
         const bool cut = sweep.resets != nullptr && given.resets[e] != 0;
         Quick saved[K + 1], before[S], after[S], dafter[S], dbefore[S];
 #pragma unroll
@@ -266,35 +287,43 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
       });
 #pragma unroll
       for (int k = 0; k < S; ++k) gradient(i, k) = ds[k];
+    };
+    const auto finish = [&](Values<X>& given, int i, const Results<X>& result) {
       // Loads the item that is processed next from these values: of this step, or of the next.
       const bool still = i + 2 < items;
       if (still || step + 1 < steps) {
-        fetch(given, still ? i + 2 : i % 2, still ? t : time(step + 1), still ? row0 : row0_before,
-              still ? row0_before : row0_later);
+        fetch(given, still ? i + 2 : i % 2, still ? t : time(step + 1), still ? now : earlier,
+              still ? earlier : earliest);
       }
-      // No other thread waits for these stores.
+      const int n = unit(i) + lane / 4, c = column(i) + pair;
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        if (!alive[e]) continue;
-        const int64_t into = at.chunk_row(row0 + c + e) * hidden;
-        static_cast<Stored*>(sweep.h_prev)[into + n] = h_prev[e];
+        if (!result.alive[e]) continue;
+        const int from = (c + e) * hidden + n;
+        (static_cast<Stored*>(sweep.h_prev) + into)[from] = result.h_prev[e];
 #pragma unroll
         for (int g = 0; g < G; ++g) {
-          const int64_t gate = into * G + g * hidden + n;
-          platform::store(static_cast<Stored*>(sweep.dv) + gate, dv[e][g].x);
+          const int gate = from + ((c + e) * (G - 1) + g) * hidden;
+          platform::store(static_cast<Stored*>(sweep.dv) + into * G + gate, result.dv[e][g].x);
           if (!all_summed<Cell>())
-            platform::store(static_cast<Stored*>(sweep.du) + gate, du[e][g].x);
+            platform::store(static_cast<Stored*>(sweep.du) + into * G + gate, result.du[e][g].x);
         }
       }
     };
+    if (items == 0) exchange.sent(step + 1);
 #pragma unroll 1
     for (int i = 0; i < items; i += 2) {
-      process(even, i);
-      if (i + 1 < items) process(odd, i + 1);
+      Results<X> first, second;
+      const bool both = i + 1 < items;
+      process(even, i, first);
+      if (!X::template kPublishesFirst<kResidency>) finish(even, i, first);
+      if (both) process(odd, i + 1, second);
+      if (i + 2 >= items) exchange.sent(step + 1);
+      if (X::template kPublishesFirst<kResidency>) finish(even, i, first);
+      if (both) finish(odd, i + 1, second);
     }
-    exchange.sent(step + 1);
-    row0 = row0_before;
-    row0_before = row0_later;
+    now = earlier;
+    earlier = earliest;
   }
   each_state([&](int i, int k, int n, int64_t b) {
     const float2 x = k == 0 ? add_product(i, gradient(i, 0)) : gradient(i, k);

@@ -150,7 +150,7 @@ struct Exchange {
       const uint4 value = *reinterpret_cast<const uint4*>(from);
       if (kResidency == kCluster) {
         const char* here = tiles + place * at.tile + n * at.pitch + to;
-#pragma unroll
+#pragma unroll 4
         for (int some = 0; some < kMaxCluster; some += kWarp / kAtOnce) {
           const int peer = some + lane / kAtOnce;
           if (peer >= at.active) break;

@@ -387,12 +387,33 @@ FAULTS = [
         given={"batch": 9, "tile": 16},
     ),
     Planted(
+        "a flag raised before the last item was sent",
+        "grid",
+        Fault(
+            BACKWARD,
+            "if (both) process(odd, i + 1, second);\n"
+            "      if (i + 2 >= items) exchange.sent(step + 1);",
+            "if (both && !PLANTED) process(odd, i + 1, second);\n"
+            "      if (i + 2 >= items) exchange.sent(step + 1);\n"
+            "      if (both && PLANTED) process(odd, i + 1, second);",
+        ),
+        race=True,
+        given={"hidden": 72, "batch": 9, "tile": 16},
+    ),
+    Planted(
+        "a warp without items that sends no flag",
+        "grid",
+        Fault(
+            BACKWARD, "if (items == 0) exchange.sent", "if (items == 0 && !PLANTED) exchange.sent"
+        ),
+    ),
+    Planted(
         "the state after a step for the one before it",
         "block",
         Fault(
             BACKWARD,
-            "still ? row0_before : row0_later",
-            "still || PLANTED ? row0_before : row0_later",
+            "still ? earlier : earliest",
+            "still || PLANTED ? earlier : earliest",
         ),
     ),
     Planted(
@@ -454,7 +475,11 @@ FAULTS = [
     Planted(
         "gradients past the batch",
         "block",
-        Fault(BACKWARD, "if (!alive[e]) continue;", "if (!alive[e] && !PLANTED) continue;"),
+        Fault(
+            BACKWARD,
+            "if (!result.alive[e]) continue;",
+            "if (!result.alive[e] && !PLANTED) continue;",
+        ),
         outside=True,
     ),
     Planted(
