@@ -17,7 +17,10 @@ struct Recurrence {
   bool reverse;
 
   __device__ __forceinline__ Recurrence(const Sweep& sweep, int64_t p)
-      : sweep(sweep), p(p), reverse((sweep.reverse >> p & 1) != 0) {}
+      : sweep(sweep),
+        p(p),
+        // Not to be shifted out of the bits again at each step of a loop.
+        reverse(platform::opaque(static_cast<uint32_t>(sweep.reverse >> p & 1)) != 0) {}
 
   // ---- Time -------------------------------------------------------------------------------------
 
@@ -67,13 +70,10 @@ struct Recurrence {
     return (sweep.first ? sweep.first[t] : t * sweep.batch) + b;
   }
 
-  // How many rows lie between the rows of the step at t and those of the next step; negative if
-  // they come before. There must be a next step.
-  __device__ __forceinline__ int rows_ahead(int t) const {
-    const int later = reverse ? t - 1 : t + 1;
-    const int64_t rows = sweep.first ? sweep.first[later] - sweep.first[t]
-                         : reverse   ? -sweep.batch
-                                     : sweep.batch;
+  // How many rows the step at a time lies behind that of an adjacent time, `from`.
+  __device__ __forceinline__ int rows_between(int from, int to) const {
+    const int64_t rows =
+        sweep.first ? sweep.first[to] - sweep.first[from] : (to - from) * sweep.batch;
     return static_cast<int>(rows);
   }
 

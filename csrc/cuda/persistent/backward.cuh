@@ -236,7 +236,7 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
       if (kResidency == kGrid)
         product.run_in_place(operand, sum);
       else
-        product.run(operand, sum);
+        product.run(exchange, operand, sum);
       tile::share_sums(layout, shared, group, slice, sum);
     }
     if (step == steps) break;

@@ -37,19 +37,24 @@ constexpr int staged_bytes() {
 // call `wait` and `sent` for the same operands.
 //
 // In a grid, operand i lies in global memory and is copied into shared memory, unless it is read in
-// place; then there is no operand 0.
+// place; then there is no operand 0. The warps of a slice of the depth wait only for the blocks
+// that compute it, copy it in two parts, and multiply the first while the second is on its way.
 //
-// Two buffers for B are enough. A block writes operand i + 1 into a buffer, its own or a peer's,
-// after it has received all of operand i. Each warp that read operand i - 1, from the same buffer,
-// had a part in some piece of operand i, which was sent only after that warp had finished reading.
+// Two buffers for B are enough. A warp writes operand i + 1 into a buffer, of its block or of a
+// peer, after the slices of its row group, which have added up their sums, have received all of
+// operand i. Each warp that read operand i - 1, from the same buffer, had a part in some piece of
+// operand i, which was sent only after that warp had finished reading.
 template <int kResidency, bool kInPlace>
 struct Exchange {
   const Layout& at;
   int rank;            // of this block in its group
+  int slice;           // of this warp
   int columns;         // of B: rows of the batch
   int operands;        // their number, operand 0 included
   char* tiles;         // B in shared memory
   uint64_t* barriers;  // of a cluster: one for each buffer, counting bytes
+  int producer;        // of a grid: the first block that computes a part of the slice
+  int owned;           // bytes of a row of B that a block computes
   int task;            // the number of the group
   char* areas;         // of a grid: each group's B twice, rows `exchanged` bytes apart
   char* flags;         // of a grid: the last operand that each block of each group has sent
@@ -95,8 +100,10 @@ struct Exchange {
   // peers back, so they could run two phases ahead, which parity cannot tell from none.
   __device__ __forceinline__ const char* wait(int i, bool computes) const {
     if (kResidency == kGrid) {
-      if (i > 0) await(i);
-      if (kInPlace) return area(i);
+      if (kInPlace) {
+        if (i > 0) await(i);
+        return area(i);
+      }
       if (i > 0) receive(i);
       return tiles;
     }
@@ -110,6 +117,16 @@ struct Exchange {
         platform::barrier_expect(&barriers[place], columns * at.exchanged);
     }
     return tiles + place * at.tile;
+  }
+
+  // What `wait` gives may still be on its way. Each warp calls this before it reads the k-blocks of
+  // its slice whose weights stay in registers, and then with kRest before it reads the others.
+  template <bool kRest>
+  __device__ __forceinline__ void arrive() const {
+    if (kResidency != kGrid || kInPlace) return;
+    if (kRest && at.depth == at.resident) return;
+    platform::copy_async_wait<kRest ? 0 : 1>();
+    meet();
   }
 
   // The address at which a thread writes its part of operand i, for its warp to send: of the eight
@@ -174,15 +191,11 @@ struct Exchange {
   // Waits until all blocks of a grid's group have sent operand i. Each thread polls other flags:
   // one after the other they would take a trip to the L2 cache each.
   __device__ __forceinline__ void await(int i) const {
-    for (int block = threadIdx.x; block < at.active; block += blockDim.x) {
-      const uint32_t* sent = flag(block);
-      const platform::Watch watch;
-      while (platform::load_acquire(sent) < static_cast<uint32_t>(i)) watch.look();
-    }
+    for (int block = threadIdx.x; block < at.active; block += blockDim.x) poll(block, i);
     __syncthreads();
   }
 
-  // In a grid registers are few, so addresses are computed anew.
+  // In a grid registers are few, so addresses are computed where they are used.
   __device__ __forceinline__ uint32_t* flag(int block) const {
     const int before = platform::opaque(task) * at.active;
     return reinterpret_cast<uint32_t*>(platform::moved(flags, before + block, kFlag));
@@ -191,16 +204,38 @@ struct Exchange {
     return platform::moved(areas, 2 * platform::opaque(task) + (i & 1), columns * at.exchanged);
   }
 
+  // Copies this warp's share of its slice, when all of the slice has been sent.
   __device__ __forceinline__ void receive(int i) const {
-    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    const int own = platform::opaque(slice);
+    const int threads = at.groups * kWarp, thread = threadIdx.x - own * threads;
+    const int begin = own * at.depth * kKBlock, rest = begin + at.resident * kKBlock;
+    int end = begin + at.depth * kKBlock;
+    end = end < at.exchanged ? end : at.exchanged;
+    for (int block = producer + thread; block * owned < end; block += threads) poll(block, i);
+    meet();
     const char* from = area(i);
-    for (int n = warp; n < columns; n += blockDim.x / kWarp) {
-      for (int k = lane * kPiece; k < at.exchanged; k += kWarp * kPiece)
-        platform::copy_async16(tiles + n * at.pitch + k, from + n * at.exchanged + k, true);
-    }
-    platform::copy_async_commit();
-    platform::copy_async_wait<0>();
-    __syncthreads();
+    const auto copy = [&](int begin, int end, int power) {
+      for (int piece = thread; piece < columns << power; piece += threads) {
+        const int n = piece >> power, k = begin + (piece & ((1 << power) - 1)) * kPiece;
+        if (k >= end) continue;
+        platform::copy_async16(tiles + n * at.pitch + k,
+                               platform::moved(from, n * at.exchanged + k, 1), true);
+      }
+      platform::copy_async_commit();
+    };
+    copy(begin, rest < end ? rest : end, platform::opaque(at.copying));
+    copy(rest, end, platform::opaque(at.copying_rest));
+  }
+
+  // The barrier of the warps of a slice. The barriers of row groups have the numbers before.
+  __device__ __forceinline__ void meet() const {
+    platform::named_barrier(1 + at.groups + slice, at.groups * kWarp);
+  }
+
+  __device__ __forceinline__ void poll(int block, int i) const {
+    const uint32_t* sent = flag(block);
+    const platform::Watch watch;
+    while (platform::load_acquire(sent) < static_cast<uint32_t>(i)) watch.look();
   }
 };
 

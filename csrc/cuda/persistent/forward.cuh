@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
   float s[S][kOctets][kColumnTiles][2] = {};
   float bias[kOctets][G] = {};
   Stored u[kOctets][G][kColumnTiles][2] = {};
-  // Calls visit(k, o, j, e, b) for every state of this thread, with its row b of the batch.
+  // Calls visit(k, o, j, e) for every state of this thread.
   const auto each_state = [&](const auto& visit) {
 #pragma unroll
     for (int o = 0; o < kOctets; ++o) {
@@ -152,13 +152,14 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
 #pragma unroll
-          for (int k = 0; k < S; ++k) visit(k, o, j, e, b0 + 8 * j + column + e);
+          for (int k = 0; k < S; ++k) visit(k, o, j, e);
         }
       }
     }
   };
   if (owns) {
-    each_state([&](int k, int o, int j, int e, int64_t b) {
+    each_state([&](int k, int o, int j, int e) {
+      const int64_t b = b0 + 8 * j + column + e;
       const int n = unit + 8 * o;
       if (b < sweep.batch && n < hidden) s[k][o][j][e] = carry[at.state(k, b) + n];
     });
@@ -194,7 +195,7 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
 #pragma unroll
         for (int g = 0; g < G; ++g) {
           if (t < stop[j][e] && unit + 8 * o < hidden)
-            u[o][g][j][e] = u_from[(gates + g) * hidden + 8 * o];
+            u[o][g][j][e] = platform::moved(u_from, gates + g, hidden)[8 * o];
         }
       }
     }
@@ -219,7 +220,8 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
       }
     }
     const bool sends = i + 1 < steps;
-    const int later = at.reverse ? t - 1 : t + 1, ahead = sends ? at.rows_ahead(t) : 0;
+    const int later = at.reverse ? t - 1 : t + 1;
+    const int ahead = sends ? at.rows_between(t, later) : 0;
     const char* operand = exchange.wait(i, computes);
     Value saved[kColumnTiles][kOctets][2][X::kSaved + 1];
     // Loads u of the next step, and stores what no other thread waits for.
@@ -231,23 +233,25 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         if (t >= stop[j][e]) continue;
-        const int from = (8 * j + e) * y_row;
+        Stored* y = platform::moved(y_to, 8 * j + e, y_row);
+        Stored* tape = platform::moved(tape_to, (8 * j + e) * X::kTaped, y_row);
 #pragma unroll
         for (int o = 0; o < kOctets; ++o) {
           if (unit + 8 * o >= hidden) continue;
-          platform::store(y_to + from + 8 * o, s[0][o][j][e]);
+          platform::store(y + 8 * o, s[0][o][j][e]);
           if (sweep.tape == nullptr) continue;
 #pragma unroll
           for (int k = 0; k < X::kTaped; ++k) {
             const float value = k < S - 1 ? s[k + 1][o][j][e] : saved[j][o][e][k - (S - 1)].x;
-            platform::store(tape_to + from * X::kTaped + k * hidden + 8 * o, value);
+            platform::store(tape + k * hidden + 8 * o, value);
           }
         }
       }
     };
+    exchange.template arrive<false>();
     if (computes) {
       typename X::Product::Sums sum;
-      product.run(operand, sum);
+      product.run(exchange, operand, sum);
       tile::add_slices(layout, shared, group, slice, sum);
       if (owns) {
 #pragma unroll
@@ -285,6 +289,8 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
           if (!X::template kPublishesFirst<kResidency>) finish(j);
         }
       }
+    } else {
+      exchange.template arrive<true>();
     }
     if (sends) exchange.sent(i + 1);
     if (owns && X::template kPublishesFirst<kResidency>) {
@@ -298,9 +304,14 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
 
   exchange.settle();
   if (owns) {
-    each_state([&](int k, int o, int j, int e, int64_t b) {
-      if (b < sweep.batch && unit + 8 * o < hidden)
-        carry[at.state(k, b) + unit + 8 * o] = s[k][o][j][e];
+    // Places are computed anew: those from before the loop would hold registers in it.
+    const int same = platform::opaque(task), from = platform::opaque(unit);
+    const Recurrence ended(sweep, same / launched.tiles);
+    const int64_t first = int64_t{same % launched.tiles} * X::kColumns + column;
+    each_state([&](int k, int o, int j, int e) {
+      const int64_t b = first + 8 * j + e;
+      const int n = from + 8 * o;
+      if (b < sweep.batch && n < hidden) carry[ended.state(k, b) + n] = s[k][o][j][e];
     });
   }
   exchange.end();

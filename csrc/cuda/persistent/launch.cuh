@@ -29,15 +29,26 @@ struct Launched {
   char* areas;
 };
 
-// The exchange of the group of blocks `task`, for its block of this rank.
+// The exchange of the group of blocks `task`, for a warp of its block of this rank.
 template <class X, int kResidency>
 __device__ __forceinline__ auto exchange_of(const Launched& launched, int task, int rank,
                                             int operands, char* shared) {
   const tile::Layout& at = launched.at;
+  const int slice = threadIdx.x / tile::kWarp / at.groups;
+  const int owned = at.groups * X::kPieces * tile::kPiece;  // unless it is read in place
   return tile::Exchange<kResidency, X::kReadsInPlace && kResidency == kGrid>{
-      at,       rank,           X::kColumns,
-      operands, shared,         reinterpret_cast<uint64_t*>(shared + at.barriers),
-      task,     launched.areas, launched.flags};
+      at,
+      rank,
+      slice,
+      X::kColumns,
+      operands,
+      shared,
+      reinterpret_cast<uint64_t*>(shared + at.barriers),
+      slice * at.depth * tile::kKBlock / owned,
+      owned,
+      task,
+      launched.areas,
+      launched.flags};
 }
 
 // The largest value of kLanes adjacent lanes, in each of them.

@@ -32,12 +32,15 @@ constexpr int operand_bytes(Precision precision) {
 // that one warp sums up, `tiles` times 16. If a block has more warps than row groups, several warps
 // share a row group and each takes a slice of the depth.
 struct Layout {
-  int groups;     // row groups of a block
-  int active;     // blocks with row groups: ranks 0 to active - 1
-  int slices;     // of the depth
-  int k_blocks;   // of a row of B
-  int depth;      // k-blocks of a slice; the last slices may have fewer or none
-  int resident;   // those of a slice that stay in registers; the others lie in shared memory
+  int groups;    // row groups of a block
+  int active;    // blocks with row groups: ranks 0 to active - 1
+  int slices;    // of the depth
+  int k_blocks;  // of a row of B
+  int depth;     // k-blocks of a slice; the last slices may have fewer or none
+  int resident;  // those of a slice that stay in registers; the others lie in shared memory
+  // Powers of two: the threads that copy a row of a slice of B from a grid, a piece each, of its
+  // `resident` k-blocks and of the others.
+  int copying, copying_rest;
   int exchanged;  // bytes of a row of B that blocks compute and exchange, the rest is zero
   int pitch;      // bytes from a row of B to the next
   int tile;       // bytes of B in shared memory, all columns; 0 if it stays in global memory
@@ -61,6 +64,13 @@ struct Need {
   bool in_place = false;  // in a grid, warps read their slices of B in global memory
 };
 
+// The power of two that is enough for the pieces of these k-blocks.
+constexpr int power_for(int k_blocks) {
+  int power = 0;
+  while ((1 << power) * kPiece < k_blocks * kKBlock) ++power;
+  return power;
+}
+
 // The layout for `plan.blocks` blocks of at most `plan.warps` warps. `groups` is 0 if a block would
 // have more than kMaxWarps row groups. Whether the device has `bytes` is not checked.
 constexpr Layout lay_out(const Need& need, const CudaPlan& plan) {
@@ -76,6 +86,8 @@ constexpr Layout lay_out(const Need& need, const CudaPlan& plan) {
   at.depth = (at.k_blocks + at.slices - 1) / at.slices;
   at.slices = (at.k_blocks + at.depth - 1) / at.depth;
   at.resident = at.depth < need.resident ? at.depth : need.resident;
+  at.copying = power_for(at.resident);
+  at.copying_rest = power_for(at.depth - at.resident);
   at.exchanged = static_cast<int>(need.exchanged);
   at.pitch = at.k_blocks * kKBlock + kRowPad;
   const bool in_place = need.in_place && plan.residency == kGrid;

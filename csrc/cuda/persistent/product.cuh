@@ -201,8 +201,10 @@ class Product {
     }
   }
 
-  // sum = A * B, with B at `operand` in shared memory.
-  __device__ __forceinline__ void run(const char* operand, Sums& sum) const {
+  // sum = A * B, with B at `operand` in shared memory, which `exchange` lets arrive.
+  template <class Exchange>
+  __device__ __forceinline__ void run(const Exchange& exchange, const char* operand,
+                                      Sums& sum) const {
     float d[kChains][kTiles][kColumnTiles][4] = {};
     uint32_t b[kBuffers][kColumnTiles][4];
     const char* from = operand + operand_;
@@ -218,6 +220,7 @@ class Product {
       for (int half = 0; half < 2; ++half)
         multiply(d, (2 * c + half) % kChains, held_[c][half], b[c % kBuffers], half);
     }
+    exchange.template arrive<true>();
     const uint4* spilled = spilled_;
 #pragma unroll(precision == Precision::kTf32x3 ? 1 : 2)
     for (int c = kResident; c <= last; ++c) {
@@ -351,12 +354,15 @@ class Product {
 
 // Adds up the sums of the slices of a row group, always in the same order; slice 0 gets the result.
 // The partial sums are overwritten only after the next operand has arrived, which slice 0 helps to
-// compute from these.
+// compute from these; or, in a grid, after it has called `Exchange::sent`, as another slice may
+// need nothing that slice 0 computes.
 template <int kTiles, int kColumnTiles>
 __device__ __forceinline__ void add_slices(const Layout& at, char* shared, int group, int slice,
                                            float (&sum)[kTiles][kColumnTiles][4]) {
   if (at.slices == 1) return;
-  const int lane = threadIdx.x % kWarp;
+  // Registers are few, so addresses are computed anew at each step.
+  group = platform::opaque(group);
+  const int lane = platform::opaque(threadIdx.x) % kWarp;
   float4* partial = reinterpret_cast<float4*>(shared + at.partial) +
                     group * (at.slices - 1) * kTiles * kColumnTiles * kWarp + lane;
   if (slice > 0) {

@@ -167,6 +167,46 @@ FAULTS = [
         race=True,
     ),
     Planted(
+        "a slice that polls too few of its blocks",
+        "grid",
+        Fault(
+            EXCHANGE,
+            "block * owned < end; block +=",
+            "block * owned < end - (PLANTED ? owned : 0); block +=",
+        ),
+    ),
+    Planted(
+        "a slice that polls only blocks behind its first",
+        "grid",
+        Fault(EXCHANGE, "block = producer + thread;", "block = producer + PLANTED + thread;"),
+    ),
+    Planted(
+        "a slice copied before all its warps have seen their flags",
+        "grid",
+        Fault(
+            EXCHANGE,
+            "meet();\n    const char* from",
+            "if (!PLANTED) meet();\n    const char* from",
+        ),
+        race=True,
+    ),
+    Planted(
+        "a slice read before all its warps have copied",
+        "grid",
+        Fault(EXCHANGE, "meet();\n  }", "if (!PLANTED) meet();\n  }"),
+        race=True,
+    ),
+    Planted(
+        "the rest of a slice read before it is there",
+        "grid",
+        Fault(
+            EXCHANGE,
+            "if (kRest && at.depth ==",
+            "if (kRest && PLANTED) return;\n    if (kRest && at.depth ==",
+        ),
+        given={"hidden": 200},
+    ),
+    Planted(
         "terms in another order than the weights",
         "grid",
         Fault(TILE, "= in_place ? w + 1 : w + 4;", "= in_place && !PLANTED ? w + 1 : w + 4;"),
@@ -214,8 +254,8 @@ FAULTS = [
         "grid",
         Fault(
             EXCHANGE,
-            "platform::copy_async_wait<0>();",
-            "if (!PLANTED) platform::copy_async_wait<0>();",
+            "platform::copy_async_wait<kRest ? 0 : 1>();",
+            "if (!PLANTED) platform::copy_async_wait<kRest ? 0 : 1>();",
         ),
     ),
     Planted(
@@ -272,8 +312,8 @@ FAULTS = [
         "block",
         Fault(
             ROWS,
-            "sweep.first[later] - sweep.first[t]",
-            "sweep.first[later] - sweep.first[t] - PLANTED",
+            "sweep.first[to] - sweep.first[from]",
+            "sweep.first[to] - sweep.first[from] - PLANTED",
         ),
         given={"layout": "packed", "batch": 5},
     ),
@@ -317,8 +357,8 @@ FAULTS = [
         "block",
         Fault(
             FORWARD,
-            "+ unit + 8 * o] = s[k][o][j][e];",
-            "+ unit + 8 * o] = s[PLANTED ? 0 : k][o][j][e];",
+            "+ n] = s[k][o][j][e];",
+            "+ n] = s[PLANTED ? 0 : k][o][j][e];",
         ),
     ),
     Planted(
@@ -369,8 +409,8 @@ FAULTS = [
         "block",
         Fault(
             FORWARD,
-            "if (b < sweep.batch && unit + 8 * o < hidden)",
-            "if ((PLANTED || b < sweep.batch) && unit + 8 * o < hidden)",
+            "if (b < sweep.batch && n < hidden) carry[",
+            "if ((PLANTED || b < sweep.batch) && n < hidden) carry[",
         ),
         outside=True,
     ),
