@@ -92,16 +92,16 @@ LOADED = TESTED["sm_90a"]
 # batch tiles of 8, 16 and 32 rows. They may grow by ROOM.
 ROOM = 1.03
 STEPS = {
-    ("sm_80", "forward_block", "Lstm", "float16"): (579, 977, 1908),
-    ("sm_80", "forward_grid", "Lstm", "float16"): (717, 1059, 2097),
-    ("sm_80", "backward_block", "Lstm", "float16"): (1251, 1377, 1452),
-    ("sm_80", "backward_grid", "Lstm", "float16"): (1782, 1893, 1864),
-    ("sm_90a", "forward_block", "Gru", "bfloat16"): (638, 1081, 2057),
-    ("sm_90a", "forward_cluster", "Gru", "bfloat16"): (724, 1256, 2454),
-    ("sm_90a", "forward_grid", "Gru", "bfloat16"): (827, 1406, 2441),
-    ("sm_90a", "backward_block", "Gru", "bfloat16"): (1044, 1164, 1216),
-    ("sm_90a", "backward_cluster", "Gru", "bfloat16"): (1457, 1590, 1771),
-    ("sm_90a", "backward_grid", "Gru", "bfloat16"): (1755, 1819, 1810),
+    ("sm_80", "forward_block", "Lstm", "float16"): (514, 839, 1482),
+    ("sm_80", "forward_grid", "Lstm", "float16"): (647, 954, 1660),
+    ("sm_80", "backward_block", "Lstm", "float16"): (1139, 1256, 1354),
+    ("sm_80", "backward_grid", "Lstm", "float16"): (1561, 1675, 1681),
+    ("sm_90a", "forward_block", "Gru", "bfloat16"): (566, 894, 1620),
+    ("sm_90a", "forward_cluster", "Gru", "bfloat16"): (646, 1020, 1880),
+    ("sm_90a", "forward_grid", "Gru", "bfloat16"): (733, 1153, 1937),
+    ("sm_90a", "backward_block", "Gru", "bfloat16"): (1001, 1106, 1159),
+    ("sm_90a", "backward_cluster", "Gru", "bfloat16"): (1339, 1400, 1459),
+    ("sm_90a", "backward_grid", "Gru", "bfloat16"): (1554, 1706, 1745),
 }
 
 
