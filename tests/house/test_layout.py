@@ -25,6 +25,7 @@ OWN = {
     "csrc/cuda/test_compile.py": "all sources of the folder, compiled for their GPUs",
     "csrc/cuda/test_faults.py": "mistakes planted in the kernels",
     "csrc/cuda/test_kernels.py": "all kernels of the folder",
+    "csrc/cuda/test_machine_code.py": "machine_code.py beside it",
     "csrc/test_rings.py": "which folder may include which",
     "examples/test_examples.py": "all scripts of the folder",
     "kernels/gpu/test_on_a_gpu.py": "all that only a GPU can show",
