@@ -16,6 +16,7 @@
 #include "cpu/drawn.h"
 #include "cpu/formats.h"
 #include "cpu/product.h"
+#include "cpu/projection.h"
 #include "cpu/team.h"
 
 namespace fastrnn {
@@ -44,8 +45,8 @@ class Backward {
         depth_(Gv * args.hidden),
         du_row_(gradient_row(F::kFormat, Gu * args.hidden)),
         dv_row_(gradient_row(F::kFormat, depth_)),
-        dh_row_(gradient_row(F::kFormat, args.recurrent)),
-        chunk_(args, S - 1 + K + args.projected) {}
+        chunk_(args, S - 1 + K + args.projected),
+        projection_(args, chunk_) {}
 
   void place(Arena& arena) {
     w_hh_ = static_cast<Word*>(args_.prepacked);
@@ -99,7 +100,7 @@ class Backward {
         const int64_t last = sequences.end < rows.live(t) ? sequences.end : rows.live(t);
         if (projected()) {
           for (int64_t i = sequences.begin; i < last; ++i)
-            add_output_gradient(p, step, t, i, columns);
+            projection_.gather(p, chunk_.locate(p, step, t, i), columns);
           meet();
           if (last > sequences.begin) unproject(p, t, {sequences.begin, last}, units);
         }
@@ -149,37 +150,13 @@ class Backward {
     });
   }
 
-  // Writes the whole gradient dh of a projected state 0, all of which goes on to dm, and h_prev.
-  void add_output_gradient(int64_t p, int64_t step, int64_t t, int64_t i, Range columns) const {
-    const int64_t Q = args_.recurrent;
-    const Place at = chunk_.locate(p, step, t, i);
-    Word* dh = static_cast<Word*>(args_.dh[p]) + at.out * dh_row_;
-    T* h_prev = static_cast<T*>(args_.h_prev[p]) + at.out * Q;
-    T* ds = static_cast<T*>(args_.ds[p * S]) + at.b * Q;
-    for (int64_t column = columns.begin * kLanes; column < columns.end * kLanes; column += kLanes) {
-      const int n = within<V>(column, Q);
-      V gradient = load<V>(ds + column, n);
-      if (args_.dy)
-        gradient = gradient + load_as<V>(args_.dy, at.row * Q + column, n, args_.storage);
-      F::put(dh, column, gradient, n);
-      store(ds + column, splat<V>(0), n);
-      store(h_prev + column,
-            chunk_.state_before<V>(args_.recurrence[p], 0, at, column, n, args_.storage), n);
-    }
-    if (columns.end == columns_) F::end_row(dh, Q);
-  }
-
   // dm = dh * w_hr
   void unproject(int64_t p, int64_t t, Range sequences, Range units) const {
-    const int64_t Q = args_.recurrent;
-    const Word* dh =
-        static_cast<const Word*>(args_.dh[p]) + chunk_.out(p, t, sequences.begin) * dh_row_;
-    multiply_columns<F>(
-        dh, dh_row_, sequences.size(), matrix(w_hr(p), args_.recurrence[p].w_hr, Q, args_.hidden),
-        units.begin, units.end,
-        [&](int64_t r, int64_t vector, const V* sum) __attribute__((always_inline)) {
-          store(dm(p, sequences.begin + r) + vector * kLanes, *sum);
-        });
+    projection_.multiply(p, chunk_.out(p, t, sequences.begin), sequences.size(),
+                         matrix(w_hr(p), args_.recurrence[p].w_hr, args_.recurrent, args_.hidden),
+                         units, [&](int64_t r, int64_t unit, V sum) __attribute__((always_inline)) {
+                           store(dm(p, sequences.begin + r) + unit, sum);
+                         });
   }
 
   static Range numbers_of(Range vectors) { return {vectors.begin * kLanes, vectors.end * kLanes}; }
@@ -281,10 +258,11 @@ class Backward {
 
   const BackwardArgs& args_;
   const CpuPlan& plan_;
-  const int64_t vectors_, columns_;         // vectors of units, and of the columns of h
-  const int64_t depth_;                     // rows of w_hh
-  const int64_t du_row_, dv_row_, dh_row_;  // words of a row of du, of dv and of dh
+  const int64_t vectors_, columns_;  // vectors of units, and of the columns of h
+  const int64_t depth_;              // rows of w_hh
+  const int64_t du_row_, dv_row_;    // words of a row of du and of dv
   const Chunk chunk_;
+  const ProjectionGradient<F, S> projection_;
   Word *w_hh_ = nullptr, *w_hr_ = nullptr;  // [P], bands of columns
   T* dm_ = nullptr;                         // [P][B][padded H]
   Drawn<Cell, T>* drawn_ = nullptr;         // [threads]

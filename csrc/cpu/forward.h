@@ -17,6 +17,7 @@
 #include "cpu/formats.h"
 #include "cpu/prepacked.h"
 #include "cpu/product.h"
+#include "cpu/projection.h"
 #include "cpu/team.h"
 
 namespace fastrnn {
@@ -78,7 +79,7 @@ class Forward {
         sizes_{args.inputs, args.hidden, args.recurrent, args.projected},
         panels_(Weights::panels(sizes_)),
         padded_(panels_ * kUnits),
-        columns_(Weights::columns(sizes_)),
+        columns_(Projection<F>::vectors(sizes_)),
         padded_h_(projected() ? columns_ * kLanes : padded_),
         tape_width_(S - 1 + K + args.projected) {}
 
@@ -174,6 +175,8 @@ class Forward {
     return share;
   }
 
+  static Range vectors_of(Range columns) { return {columns.begin / kLanes, columns.end / kLanes}; }
+
   static Range blocks_within(Range columns, int64_t depth) {
     const int64_t block = sum_block(depth);
     const int64_t last = columns.end < depth ? columns.end / block * block : depth;
@@ -187,8 +190,7 @@ class Forward {
             int32_t turn) const {
     out.pack(sizes_, recurrence, packed(), share.panels, turn, plan_.split_sequences);
     if (projected() && (packed() || F::kConverts))
-      out.pack_projection(sizes_, recurrence,
-                          {share.columns.begin / kLanes, share.columns.end / kLanes}, turn,
+      out.projection.pack(sizes_, recurrence, vectors_of(share.columns), turn,
                           plan_.split_sequences);
   }
 
@@ -595,24 +597,16 @@ class Forward {
                 : value);
     };
     if (packed() || F::kConverts) {
-      const Word* m;
-      int64_t stride;
-      if constexpr (F::kConverts) {
-        m = own.state;
-        stride = state_words();
-      } else {
-        m = recurrence.m;
-        stride = padded_;
-      }
-      const Columnwise<F>& hr = recurrence.hr;
-      multiply_columns<F>(m + sequences.begin * stride, stride, sequences.size(),
-                          Matrix<Word>{recurrence.w_hr, words_of<F>(H), Q, true},
-                          columns.begin / kLanes, columns.end / kLanes,
-                          [&](int64_t r, int64_t vector, auto* sum) {
-                            const int64_t i = sequences.begin + r, column = vector * kLanes;
-                            const T scale = F::kScaled ? own.state_scale[i] : T{1};
-                            emit(i, column, end_product<F>(sum, hr, column, scale));
-                          });
+      const auto put = [&](int64_t r, int64_t column, V value) __attribute__((always_inline)) {
+        emit(sequences.begin + r, column, value);
+      };
+      WordRows<F> m{};
+      if constexpr (F::kConverts)
+        m = {own.state + sequences.begin * state_words(), state_words(),
+             own.state_scale + sequences.begin};
+      else
+        m = {recurrence.m + sequences.begin * padded_, padded_, nullptr};
+      recurrence.projection.multiply(sizes_, m, sequences.size(), vectors_of(columns), put);
       return;
     }
     if constexpr (!F::kConverts) {

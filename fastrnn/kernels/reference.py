@@ -190,17 +190,21 @@ def forward(cell: Cell, operands: Operands, tape: bool) -> tuple[Tensor, list[Te
 
     def record(p: int, t: int, u: Tensor, v: Tensor, before: _L, after: _L, z: _L) -> None:
         values = after[1:]
+        results: list[Tensor] = []
         if derived.saved or derived.rows:
             gates = _blocks(cell, u, v, hidden)
             params = [row for param in operands.params_of(p) for row in param.split(hidden)]
-            values += derived.forward(*gates, before, params, _applied(operands, p), z)[1]
+            made = derived.forward(*gates, before, params, _applied(operands, p), z)[1]
+            values += made[: len(derived.saved)]
+            results = made[len(derived.saved) :]
         if operands.w_hr:
             values.append(after[0])
-        if derived.rows:
-            results = torch.cat(values[-len(derived.rows) :], -1)
-            del values[-len(derived.rows) :]
-            numbers = results.to(torch.promote_types(x.dtype, torch.float32)).view(x.dtype)
+        if results:
+            joined = torch.cat(results, -1)
+            numbers = joined.to(torch.promote_types(x.dtype, torch.float32)).view(x.dtype)
             rest = saved[first[t] : first[t] + numbers.size(0), p, len(values) :].flatten(1)
+            if operands.lengths is not None:
+                numbers = torch.where((operands.lengths > t).unsqueeze(-1), numbers, 0)
             rest[:, : numbers.size(1)] = numbers
         for k, value in enumerate(values):
             if operands.lengths is not None:
