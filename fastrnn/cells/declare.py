@@ -17,7 +17,7 @@ import importlib
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -143,13 +143,13 @@ class Cell:
     def draws(self) -> tuple[Draw, ...]:
         """What the function draws in training, in order, by `fastrnn.dropout` and
         `fastrnn.bernoulli`."""
-        return self._found_draws[0]
+        return self._found_draws.draws
 
     @functools.cached_property
-    def _found_draws(self) -> tuple[tuple[Draw, ...], Exception | None]:
+    def _found_draws(self) -> _Found:
         """The draws of a call with tensors [1, 2], or why that failed."""
         if self.is_built_in:
-            return (), None
+            return _Found()
         found: list[Draw] = []
 
         def record(draw: Draw) -> Tensor:
@@ -165,23 +165,23 @@ class Cell:
             with torch.no_grad(), torch.device("cpu"), drawing(record):
                 quiet.step(u, v, s, [torch.ones(size, device="cpu") for size in sizes], lambda x: v)
         except Exception as error:  # such a function cannot be derived, so the reference calls it
-            return (), error
+            return _Found(failure=str(error) or type(error).__name__, error=error)
         if len(found) > MAX_DRAWS:
             raise ValueError(
                 f"cell {self.name!r} draws {len(found)} random numbers for each unit, and the "
                 f"kernels are made for at most {MAX_DRAWS}"
             )
-        return tuple(found), None
+        return _Found(tuple(found))
 
     @functools.cached_property
     def noisy(self) -> Cell:
         """The cell as it is in training: with random numbers, if the function draws any."""
-        found = draws, failed = self._found_draws
-        if self.noise or not (draws or failed):
+        found = self._found_draws
+        if self.noise or not (found.draws or found.error):
             return self
         made = self._with_noise(True)
         # In Python 3.11, torch.compile cannot trace the lock of a property that is not cached yet.
-        vars(made).update(_found_draws=found, draws=draws)
+        vars(made).update(_found_draws=found, draws=found.draws)
         return made
 
     def _with_noise(self, noise: bool) -> Cell:
@@ -248,6 +248,14 @@ class Cell:
         return carrier_of(self)
 
 
+class _Found(NamedTuple):
+    """The draws of a cell's function, or why it failed. Dynamo can read the text, and no error."""
+
+    draws: tuple[Draw, ...] = ()
+    failure: str = ""
+    error: Exception | None = None
+
+
 class _Given:
     """A source of draws that hands out given numbers, in the order of the cell's draws."""
 
@@ -255,12 +263,12 @@ class _Given:
         self.cell, self.rest = cell, list(zip(cell.draws, numbers, strict=True))
 
     def __call__(self, draw: Draw) -> Tensor:
-        if failed := self.cell._found_draws[1]:
+        if failure := (found := self.cell._found_draws).failure:
             raise ValueError(
                 f"cell {self.cell.name!r} draws random numbers, but a call of its function with "
                 "tensors of shape [1, 2], which would find the places of its draws, fails: "
-                f"{failed}. A draw has a number for each unit; drop gates before torch.cat"
-            ) from failed
+                f"{failure}. A draw has a number for each unit; drop gates before torch.cat"
+            ) from (None if torch.compiler.is_compiling() else found.error)
         self.check(bool(self.rest) and self.rest[0][0] == draw)
         return self.rest.pop(0)[1]
 

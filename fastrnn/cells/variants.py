@@ -177,6 +177,10 @@ class _Clip(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         return dy.clamp(-ctx.limit, ctx.limit), None
 
+
+class _ClipWithTangent(_Clip):
+    """The same with a forward-mode derivative. torch.compile takes no function that has one."""
+
     @staticmethod
     def jvp(ctx: Any, dx: Tensor, _: None) -> Tensor:
         return dx.clone()
@@ -184,7 +188,7 @@ class _Clip(torch.autograd.Function):
 
 def clipped(x: Tensor, limit: float) -> Tensor:
     """`x`, whose gradient is clipped to [-limit, limit]."""
-    function: Any = _Clip
+    function: Any = _Clip if torch.compiler.is_compiling() else _ClipWithTangent
     return cast(Tensor, function.apply(x, limit))
 
 

@@ -47,7 +47,10 @@ def prepare(cell: Cell, kind: str = "cpu", dtype: torch.dtype = torch.float32) -
         names, kinds = tuple(cell.params), tuple(p.kind for p in cell.params.values())
         gates = cell.gates, cell.inputs, cell.recurrent
         parts = cell.name, gates, cell.states, cell.function, names, kinds, cell.noise
-        return _prepared_once(*parts, kind, dtype)
+        key, failure = _prepared_once(*parts, kind, dtype)
+        if failure:
+            raise RuntimeError(failure)  # or, without fullgraph, eager code raises its own error
+        return key
     return prepared_now(cell, kind, dtype)
 
 
@@ -61,12 +64,17 @@ def _prepared_once(
     noise: bool,
     kind: str,
     dtype: torch.dtype,
-) -> str | None:
+) -> tuple[str | None, str]:
+    """The key of a cell, and why that failed: what is raised here, Dynamo takes for its own
+    failure."""
     learned = {n: Param(param) for n, param in zip(params, kinds, strict=True)}
     every, inputs, recurrent = gates
     rows: Any = {"inputs": inputs, "recurrent": recurrent}
     cell = Cell(name, every, states, function, learned, noise=noise, **rows)
-    return prepared_now(cell, kind, dtype)
+    try:
+        return prepared_now(cell, kind, dtype), ""
+    except Exception as error:  # of the cell's function, too
+        return None, f"{type(error).__name__}: {error}"
 
 
 # This is what `torch.compiler.assume_constant_result` does, without the import of the compiler,

@@ -192,6 +192,37 @@ def test_compiled_graphs_draw_anew() -> None:
     assert not torch.equal(compiled(x, states)[0], ours[0])
 
 
+VARIANTS: dict[str, Any] = {
+    "plain": {},
+    "two layers, both directions": {"layers": 2, "bidirectional": True},
+    "variants": {"zoneout": 0.25, "recurrent_dropout": 0.5, "clip_grad_step": 0.02},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*loop of torch operations")
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=list(VARIANTS))
+def test_compiled_graphs_of_the_reference_draw_the_same(options: dict[str, Any]) -> None:
+    """Of a cell that no code is derived for: its steps are operations of the graph."""
+
+    @fastrnn.cell(gates="h", states="h")
+    def running_sum(u: Any, v: Any, h: Tensor) -> Tensor:
+        return fastrnn.dropout(0.1 * torch.tanh(u.h + v.h).cumsum(-1), 0.5)
+
+    layer = layer_of(running_sum, 5, **options)
+    x = torch.randn(4, 3, 3, dtype=F64, requires_grad=True)
+
+    def gradients(function: Any) -> list[Tensor]:
+        torch.manual_seed(3)
+        y = function(x)[0]
+        return [y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])]
+
+    compiled: Any = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for ours, theirs in zip(gradients(compiled), gradients(layer), strict=True):
+        torch.testing.assert_close(ours, theirs)
+        assert bool(ours.any())
+    assert not torch.equal(compiled(x)[0], compiled(x)[0])
+
+
 def test_vmap_draws_for_every_member() -> None:
     layer = layer_of(noisy, 5)
     x, _ = given(layer, 4, 3)
@@ -319,5 +350,14 @@ def test_draws_that_cannot_be_found_are_refused() -> None:
     layer = fastrnn.Recurrent(narrow, 2, 3)
     with pytest.warns(UserWarning, match="loop of torch operations"):
         assert layer.eval()(torch.zeros(4, 1, 2))[0].shape == (4, 1, 3)
-    with pytest.raises(ValueError, match=r"tensors of shape \[1, 2\]"):
-        layer.train()(torch.zeros(4, 1, 2))
+    layer.train()
+    said = r"'narrow' draws random numbers, .* of shape \[1, 2\], .* fails: The size of tensor a"
+    for _ in range(2):  # the first call prepares the cell
+        for fullgraph, error in ((True, torch._dynamo.exc.Unsupported), (False, ValueError)):
+            compiled: Any = torch.compile(layer, backend="eager", fullgraph=fullgraph)
+            with pytest.raises(error, match=said):
+                compiled(torch.zeros(4, 1, 2))
+            torch._dynamo.reset()  # else Dynamo does not compile the code again that raised
+    with pytest.raises(ValueError, match=said) as eager:
+        layer(torch.zeros(4, 1, 2))
+    assert isinstance(eager.value.__cause__, RuntimeError)
