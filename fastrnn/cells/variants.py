@@ -13,7 +13,7 @@ from torch import Tensor
 from fastrnn.cells.declare import Cell
 from fastrnn.cells.noise import bernoulli, dropout
 
-__all__ = ["clip_grad", "recurrent_dropout", "zoneout"]
+__all__ = ["clip_grad", "clipped", "recurrent_dropout", "unclipped", "zoneout"]
 
 _States = list[Tensor]
 _Function = Callable[..., Any]
@@ -136,7 +136,8 @@ class _Dropped:
 def clip_grad(cell: Cell, limit: float) -> Cell:
     """A cell whose backward pass clips, at every step, the gradients of the states after the step
     to [-limit, limit] (Graves 2013, arXiv:1308.0850): that of the output and what later steps send
-    back, together. So no gradient grows without bound on its way through the steps.
+    back, together. So no gradient grows without bound on its way through the steps. If state 0 is
+    projected (`proj_size`), that of the projected state is clipped; only the reference does this.
 
     Args:
         cell: the cell.
@@ -160,6 +161,14 @@ def _clip_grad_function(cell: Cell, limit: float) -> _Function:
         return [clipped(state, limit) for state in _listed(cell.function(*arguments))]
 
     return function
+
+
+def unclipped(cell: Cell) -> tuple[Cell, float | None]:
+    """The cell that `clip_grad` made this one of, and its limit; otherwise the cell, and None."""
+    if cell.made_by is None or cell.made_by[0] is not _clip_grad:
+        return cell, None
+    inner, limit = cell.made_by[1]
+    return inner.noisy if cell.noise else inner, limit
 
 
 class _Clip(torch.autograd.Function):
