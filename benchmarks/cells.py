@@ -176,8 +176,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = machine.slug(hardware.processor_and_model(), hardware.cores())
         file = options.results / folder / "cells.md"
         file.parent.mkdir(parents=True, exist_ok=True)
-        given = " ".join(sys.argv[1:] if arguments is None else arguments)
-        file.write_text(page(rows, options.shape, f"python -m benchmarks.cells {given}".strip()))
+        words = sys.argv[1:] if arguments is None else arguments
+        file.write_text(page(rows, options.shape, store.command("benchmarks.cells", words)))
         print(f"wrote {file}")
     return 0
 
