@@ -2,9 +2,10 @@
 
     python -m benchmarks.gpu.host [FILE]
 
-On a GPU each call begins when the GPU is idle, and is not waited for. Elsewhere the tensors are on
-the CPU and a library takes the place of the CUDA kernels that does nothing, so the parts of fastrnn
-are those of a GPU, without the microseconds that CUDA takes for each launch.
+Calls without a tape, which C++ launches, have no parts. On a GPU each call begins when the GPU is
+idle, and is not waited for. Elsewhere the tensors are on the CPU and a library takes the place of
+the CUDA kernels that does nothing, so the parts of fastrnn are those of a GPU, without the
+microseconds that CUDA takes for each launch.
 """
 
 from __future__ import annotations
@@ -123,6 +124,7 @@ def rows(device: str, calls: int = CALLS) -> Iterator[dict[str, Any]]:
                 "cell": cell,
                 "mode": mode,
                 "us": took,
+                "launched by": "Python" if middle else "C++",
                 "layer, operator, plan": round(took - middle, 1),
                 "memory and products": round(middle - launch, 1),
                 "launch": launch,

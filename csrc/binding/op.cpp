@@ -8,6 +8,7 @@
 
 #include "binding/callbacks.h"
 #include "binding/cpu_kernel.h"
+#include "binding/cuda_kernel.h"
 #include "binding/fingerprint.h"
 #include "binding/plan_cache.h"
 #include "binding/schema.h"
@@ -35,6 +36,13 @@ const CellFacts& cell_of(const ScanInputs& in) {
   return known_cell(in.cell, at::kCPU, format_of(in));
 }
 
+// For kernels whose launch Python plans; C++ repeats those that it can.
+ScanOutputs launched(const ScanInputs& in, bool tape) {
+  if (!tape)
+    if (std::optional<ScanOutputs> out = forward_on_cuda(in)) return *std::move(out);
+  return python_forward(in, tape);
+}
+
 // For tensors on a CPU; the plan may name another kernel than the CPU kernel.
 ScanOutputs scan_on_cpu(const ScanInputs& in, bool tape) {
   const CellFacts& cell = cell_of(in);
@@ -45,7 +53,7 @@ ScanOutputs scan_on_cpu(const ScanInputs& in, bool tape) {
   TORCH_CHECK(in.packed.empty() || is_plain(format),
               "fastrnn: another kernel than 'cpu' was asked for by name, but a quantised layer in "
               "compiled code has weights for that one only");
-  return python_forward(in, tape);
+  return launched(in, tape);
 }
 
 }  // namespace
@@ -131,12 +139,12 @@ std::vector<Tensor> cpu_packed(FASTRNN_PACKED_PARAMETERS, bool steps) {
   return as_list(std::move(out), states);
 }
 
-// For other devices, which have no kernel in C++.
+// For other devices, whose kernels Python plans.
 std::vector<Tensor> python_kernel(FASTRNN_SCAN_PARAMETERS, bool tape, bool, bool steps) {
   const ScanInputs in = FASTRNN_SCAN_INPUTS;
   check_recurrences(in);
   known_cell(cell, x.device().type(), plain_format(x.scalar_type()));
-  return with_steps(python_forward(in, tape || steps), tape, steps);
+  return with_steps(launched(in, tape || steps), tape, steps);
 }
 
 OutputGrads output_grads(const std::optional<Tensor>& dy,

@@ -41,12 +41,15 @@ def forward(inputs: tuple[Any, ...], tape: bool) -> tuple[Tensor, list[Tensor], 
     if shape.sweeps is None:
         return reference.forward(cell_of(key), operands, tape)
     stacked = _with_recurrences(operands)
+    scan = Scan(shape, stacked)
     try:
-        y, states, saved = driver.forward(shape.sweeps, Scan(shape, stacked), tape)
+        y, states, saved = driver.forward(shape.sweeps, scan, tape)
     except cuda.CooperativeLaunchRefused:
         if not machine.go_on_without_grids(operands.x.device):
             raise
         return forward(inputs, tape)
+    if shape.sweeps is cuda.sweeps and scan.alone and not tape:
+        cuda.hand_over(scan, inputs)
     return y, [s[0] for s in states] if stacked is not operands else states, saved
 
 

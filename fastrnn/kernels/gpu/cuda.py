@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrnn.extension import CUDA_KERNELS
+from fastrnn.extension import _C, CUDA_KERNELS
 from fastrnn.kernels.gpu.sweeps import (
     BackwardBuffers,
     ForwardBuffers,
@@ -28,7 +28,7 @@ from fastrnn.kernels.gpu.sweeps import (
 from fastrnn.plan import CudaConfig
 from fastrnn.plan.tables import RowGroup, Tables
 
-__all__ = ["CooperativeLaunchRefused", "Library", "library", "read_tables", "sweeps"]
+__all__ = ["CooperativeLaunchRefused", "Library", "hand_over", "library", "read_tables", "sweeps"]
 
 
 class Sweep(ctypes.Structure):
@@ -177,6 +177,12 @@ class Library:
         if error := self._launch[kind](cell, sweep, plan, stream):
             refused = CooperativeLaunchRefused if error == _TOO_LARGE else RuntimeError
             raise refused(f"the CUDA kernels of fastrnn failed: {self._text(error)}")
+
+    @property
+    def addresses(self) -> dict[str, int | None]:
+        """Where the functions are that C++ calls by itself."""
+        functions = {"forward": self._launch["forward"], "error": self._error}
+        return {n: ctypes.cast(f, ctypes.c_void_p).value for n, f in functions.items()}
 
     def usable(self) -> str | None:
         """Why the kernels do not run on the current device with its driver, or None."""
@@ -332,6 +338,14 @@ def _launch(
     stream = torch.cuda.current_stream(device).cuda_stream
     with _here if device.index == torch.cuda.current_device() else torch.cuda.device(device):
         call.kernels.launch(kind, call.cell, sweep, call.plan, stream)
+
+
+def hand_over(scan: Scan, inputs: tuple[Any, ...]) -> None:
+    """Let C++ launch later calls without a tape like this one, which was launched here with these
+    inputs of the operator, if it can."""
+    call = scan.remembered["forward"]
+    plan = [getattr(call.plan, name) for name, *_ in CudaPlan._fields_]
+    _C.keep_launch(*inputs, **call.kernels.addresses, plan=plan, workspace=call.workspace)
 
 
 def cuda_plan(config: CudaConfig) -> CudaPlan:
