@@ -52,6 +52,7 @@ class Backward {
     w_hh_ = static_cast<Word*>(args_.prepacked);
     w_hr_ = w_hh_ + args_.recurrences * columns_ * kLanes * words_of<F>(depth_);
     const int64_t B = args_.rows.batch;
+    dh_ = arena.take<T>(args_.recurrences * B * columns_ * kLanes);
     dm_ = arena.take<T>(projected() ? args_.recurrences * B * vectors_ * kLanes : 0);
     const int64_t own_vectors = (vectors_ + plan_.split_units - 1) / plan_.split_units;
     drawn_ = arena.take<Drawn<Cell, T>>(plan_.threads());
@@ -137,6 +138,7 @@ class Backward {
   Word* w_hr(int64_t p) const {
     return w_hr_ + p * vectors_ * kLanes * words_of<F>(args_.recurrent);
   }
+  T* dh(int64_t p, int64_t i) const { return dh_ + (p * args_.rows.batch + i) * columns_ * kLanes; }
   T* dm(int64_t p, int64_t i) const { return dm_ + (p * args_.rows.batch + i) * vectors_ * kLanes; }
 
   // Packs the bands `own` of the columns of w [depth, width]; threads that own the same take turns.
@@ -154,9 +156,7 @@ class Backward {
   void unproject(int64_t p, int64_t t, Range sequences, Range units) const {
     projection_.multiply(p, chunk_.out(p, t, sequences.begin), sequences.size(),
                          matrix(w_hr(p), args_.recurrence[p].w_hr, args_.recurrent, args_.hidden),
-                         units, [&](int64_t r, int64_t unit, V sum) __attribute__((always_inline)) {
-                           store(dm(p, sequences.begin + r) + unit, sum);
-                         });
+                         units, dm(p, sequences.begin), vectors_ * kLanes);
   }
 
   static Range numbers_of(Range vectors) { return {vectors.begin * kLanes, vectors.end * kLanes}; }
@@ -242,18 +242,19 @@ class Backward {
         static_cast<const Word*>(args_.dv[p]) + chunk_.out(p, t, sequences.begin) * dv_row_;
     T* ds = static_cast<T*>(args_.ds[p * S]);
     T* dreset = args_.dreset ? static_cast<T*>(args_.dreset[p * S]) : nullptr;
-    multiply_columns<F>(
-        dv, dv_row_, sequences.size(), matrix(w_hh(p), args_.recurrence[p].w_hh, depth_, Q),
-        columns.begin, columns.end,
-        [&](int64_t r, int64_t vector, const V* sum) __attribute__((always_inline)) {
-          const int64_t i = sequences.begin + r, column = vector * kLanes;
-          T* const all = rows.cut_before(step, i, reverse) ? dreset : ds;
-          if (!all) return;
-          const int n = within<V>(column, Q);
-          T* to = all + rows.batch_index(i) * Q + column;
-          store(to, load<V>(to, n) + *sum, n);
-        },
-        ahead);
+    multiply_into<F>({dh(p, sequences.begin), columns_ * kLanes}, {dv, dv_row_, nullptr},
+                     sequences.size(), matrix(w_hh(p), args_.recurrence[p].w_hh, depth_, Q), {},
+                     columns.begin, columns.end, ahead);
+    for (int64_t i = sequences.begin; i < sequences.end; ++i) {
+      T* const all = rows.cut_before(step, i, reverse) ? dreset : ds;
+      if (!all) continue;
+      T* const to = all + rows.batch_index(i) * Q;
+      const T* const from = dh(p, i);
+      for (int64_t at = columns.begin * kLanes; at < columns.end * kLanes; at += kLanes) {
+        const int n = within<V>(at, Q);
+        store(to + at, load<V>(to + at, n) + load<V>(from + at), n);
+      }
+    }
   }
 
   const BackwardArgs& args_;
@@ -264,6 +265,7 @@ class Backward {
   const Chunk chunk_;
   const ProjectionGradient<F, S> projection_;
   Word *w_hh_ = nullptr, *w_hr_ = nullptr;  // [P], bands of columns
+  T* dh_ = nullptr;                         // [P][B][padded Q], what a step adds to dh
   T* dm_ = nullptr;                         // [P][B][padded H]
   Drawn<Cell, T>* drawn_ = nullptr;         // [threads]
 };

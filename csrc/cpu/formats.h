@@ -136,7 +136,7 @@ struct FASTRNN_EXPORTED Bfloat16 : Words {
 
 // Rows that products read, in words.
 template <class F>
-struct WordRows {
+struct FASTRNN_EXPORTED WordRows {
   const typename F::Word* first;
   int64_t stride;
   const typename F::Number* scales;  // of each row, if the format has them
@@ -163,9 +163,15 @@ FASTRNN_INLINE void put_row(typename F::Word* to, int64_t count, typename F::Num
 // What turns the sums of the columns of a matrix into numbers: of scaled formats, a scale and the
 // integer at which sums begin, for each lane.
 template <class F>
-struct Columnwise {
+struct FASTRNN_EXPORTED Columnwise {
   typename F::Number* scale;
   int32_t* zero;
+
+  // The same for the columns of a matrix that begins at this one.
+  Columnwise from(int64_t column) const {
+    if constexpr (F::kScaled) return {scale + column, zero + column};
+    return {};
+  }
 };
 
 // Where the sum of a vector of columns begins; `value` is what it is added to.

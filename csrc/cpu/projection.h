@@ -68,16 +68,18 @@ struct Projection {
     });
   }
 
-  // Calls emit(row, column, values) for the vectors `range` of columns of `count` rows m.
-  template <class Emit>
-  FASTRNN_INLINE void multiply(const RecurrenceSizes& n, const WordRows<F>& m, int64_t count,
-                               Range range, const Emit& emit) const {
-    multiply_columns<F>(m.first, m.stride, count,
-                        Matrix<Word>{w_hr, words_of<F>(n.hidden), n.recurrent, true}, range.begin,
-                        range.end, [&](int64_t row, int64_t vector, auto* sum) {
-                          const int64_t column = vector * kLanes;
-                          emit(row, column, end_product<F>(sum, columns, column, m.scale(row)));
-                        });
+  // Writes the vectors `range` of columns of `count` rows m to rows that are `stride` apart. The
+  // weights are those that were packed, or lie in torch's layout, if these are given.
+  void multiply(const RecurrenceSizes& n, const WordRows<F>& m, int64_t count, Range range,
+                typename F::Number* to, int64_t stride, const void* unpacked = nullptr) const {
+    if constexpr (!F::kConverts)
+      if (unpacked)
+        return multiply_rows_into<Word>(
+            {to, stride}, m.first, m.stride, count,
+            {static_cast<const Word*>(unpacked), n.hidden, n.recurrent, false}, range.begin,
+            range.end);
+    multiply_into<F>({to, stride}, m, count, {w_hr, words_of<F>(n.hidden), n.recurrent, true},
+                     columns, range.begin, range.end);
   }
 };
 
@@ -113,15 +115,12 @@ class ProjectionGradient {
     if (columns.end * kLanes >= Q) F::end_row(dh, Q);
   }
 
-  // Calls each(row, unit, values) with dm = dh * w_hr, for the vectors `units` of `count` rows of
-  // dh from `first` on.
-  template <class Each>
+  // Writes dm = dh * w_hr, for the vectors `units` of `count` rows of dh from `first` on, to rows
+  // that are `stride` apart.
   void multiply(int64_t p, int64_t first, int64_t count, const Matrix<Word>& w_hr, Range units,
-                const Each& each) const {
-    multiply_columns<F>(static_cast<const Word*>(args_.dh[p]) + first * row_, row_, count, w_hr,
-                        units.begin, units.end,
-                        [&](int64_t r, int64_t vector, const V* sum)
-                            __attribute__((always_inline)) { each(r, vector * kLanes, *sum); });
+                T* to, int64_t stride) const {
+    const Word* dh = static_cast<const Word*>(args_.dh[p]) + first * row_;
+    multiply_into<F>({to, stride}, {dh, row_, nullptr}, count, w_hr, {}, units.begin, units.end);
   }
 
  private:

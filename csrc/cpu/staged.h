@@ -172,13 +172,9 @@ class StagedStep {
   void project(const WordRows<F>& x, int64_t count, T* u) const {
     for (int g = 0; g < Gu; ++g) {
       const T* bias = weights_.bias_u + g * padded_;
-      multiply_columns<F>(
-          x.first, x.stride, count, Weights::block(sizes_, weights_.w_ih, sizes_.inputs, g),
-          own_.vectors.begin, own_.vectors.end, [&](int64_t r, int64_t vector, const auto* sum) {
-            const int64_t unit = vector * kLanes;
-            const V all = end_product<F>(sum, weights_.ih, g * padded_ + unit, x.scale(r));
-            store(u + (r * Gu + g) * padded_ + unit, all + load<V>(bias + unit));
-          });
+      multiply_into<F>({u + g * padded_, Gu * padded_, bias, 0}, x, count,
+                       Weights::block(sizes_, weights_.w_ih, sizes_.inputs, g),
+                       weights_.ih.from(g * padded_), own_.vectors.begin, own_.vectors.end);
     }
   }
 
@@ -203,11 +199,10 @@ class StagedStep {
     });
   }
 
-  // Calls emit(row, column, values) for the vectors `columns` of the projection of `count` rows.
-  template <class Emit>
-  void project_output(const Rows& rows, int64_t count, Range columns, const Emit& emit) const {
+  // Writes the vectors `columns` of the projection of `count` rows.
+  void project_output(const Rows& rows, int64_t count, Range columns, T* to, int64_t stride) const {
     const WordRows<F> m = in_words(rows, count, rows.next, S * padded_, sizes_.hidden);
-    weights_.projection.multiply(sizes_, m, count, columns, emit);
+    weights_.projection.multiply(sizes_, m, count, columns, to, stride);
   }
 
  private:
@@ -285,19 +280,13 @@ class StagedStep {
   // v = operand * w_hh^T of one gate; of a summed gate, with u.
   void multiply(const Rows& rows, int64_t count, const WordRows<F>& operand, int g,
                 Ahead* ahead) const {
-    const T* bias = weights_.bias_v + g * padded_;
-    multiply_columns<F>(
-        operand.first, operand.stride, count,
-        Weights::block(sizes_, weights_.w_hh, sizes_.recurrent, g), own_.vectors.begin,
-        own_.vectors.end,
-        [&](int64_t r, int64_t vector, const auto* sum) {
-          const int64_t unit = vector * kLanes;
-          const int64_t of_u = (r * Gu + GateRows<Cell>::input_of(g)) * padded_ + unit;
-          const V all = end_product<F>(sum, weights_.hh, g * padded_ + unit, operand.scale(r));
-          store(rows.v + (r * Gv + g) * padded_ + unit,
-                all + load<V>(Cell::kSummed[g] ? rows.u + of_u : bias + unit));
-        },
-        ahead);
+    Destination<T> v{rows.v + g * padded_, Gv * padded_, weights_.bias_v + g * padded_, 0};
+    if (Cell::kSummed[g]) {
+      v.addend = rows.u + GateRows<Cell>::input_of(g) * padded_;
+      v.addend_stride = Gu * padded_;
+    }
+    multiply_into<F>(v, operand, count, Weights::block(sizes_, weights_.w_hh, sizes_.recurrent, g),
+                     weights_.hh.from(g * padded_), own_.vectors.begin, own_.vectors.end, ahead);
   }
 
   template <int k, class Save>

@@ -46,6 +46,7 @@ class StagedBackward {
     T* back;         // [B][J][padded H]
     T* temporaries;  // [B][kTemporaries][padded H]
     T* results;      // [B][kResults]
+    T* dh;           // [B][padded Q], through w_hh
     Drawn<Cell, T> drawn;
     Place* places;
   };
@@ -91,6 +92,7 @@ class StagedBackward {
       own.back = arena.take<T>(B * J * padded_);
       own.temporaries = arena.take<T>(B * kTemporaries * padded_);
       own.results = arena.take<T>(B * kResults);
+      own.dh = arena.take<T>(B * columns_ * kLanes);
       own.places = arena.take<Place>(B);
       own.drawn.place(B, padded_, [&](int64_t n) { return arena.take<T>(n); });
       if (arena.ready()) scratch_[i] = own;
@@ -225,9 +227,7 @@ class StagedBackward {
       projection_.multiply(
           p, first, count,
           matrix(packed_projection(p), args_.recurrence[p].w_hr, args_.recurrent, H),
-          share.own.vectors, [&](int64_t r, int64_t unit, V sum) __attribute__((always_inline)) {
-            store(own.dnext + r * S * padded_ + unit, sum);
-          });
+          share.own.vectors, own.dnext, S * padded_);
     }
     for_each_number<kStages>([&](auto number) {
       constexpr int k = decltype(number)::value;
@@ -255,10 +255,12 @@ class StagedBackward {
       for (int g = 0; g < Gv; g = run_end(g)) {
         if (Cell::kSiteOf[g] != j) continue;
         T* const to = own.back + j * padded_;
-        transposed(p, g, first, count, share.own.vectors, own, [&](int64_t r, int64_t unit, V sum) {
-          T* at = to + r * J * padded_ + unit;
-          store(at, begin ? sum : load<V>(at) + sum);
-        });
+        Destination<T> back{to, J * padded_};
+        if (!begin) {
+          back.addend = to;
+          back.addend_stride = back.stride;
+        }
+        transposed(back, p, g, first, count, share.own.vectors, own);
         begin = false;
       }
     }
@@ -281,18 +283,23 @@ class StagedBackward {
   void propagate(int64_t p, int64_t step, int64_t first, int64_t count, const Share& share,
                  const Scratch& own) const {
     Ahead ahead = ahead_of(p, step, share);
-    for (int g = 0; g < Gv; g = run_end(g))
-      if (Cell::kSiteOf[g] < 0)
-        transposed(
-            p, g, first, count, share.columns, own,
-            [&](int64_t r, int64_t column, V sum) {
-              const Place& at = own.places[r];
-              if (at.cut && !args_.dreset) return;
-              T* to = (at.cut ? reset_gradient(p, 0, at) : carried(p, 0, at)) + column;
-              const int n = within<V>(column, args_.recurrent);
-              store(to, load<V>(to, n) + sum, n);
-            },
-            &ahead);
+    const int64_t row = columns_ * kLanes;
+    Destination<T> dh{own.dh, row};
+    for (int g = 0; g < Gv; g = run_end(g)) {
+      if (Cell::kSiteOf[g] >= 0) continue;
+      transposed(dh, p, g, first, count, share.columns, own, &ahead);
+      dh.addend = own.dh;
+      dh.addend_stride = row;
+    }
+    for (int64_t r = 0; r < count && dh.addend; ++r) {
+      const Place& at = own.places[r];
+      if (at.cut && !args_.dreset) continue;
+      T* const to = at.cut ? reset_gradient(p, 0, at) : carried(p, 0, at);
+      for (int64_t k = share.columns.begin * kLanes; k < share.columns.end * kLanes; k += kLanes) {
+        const int n = within<V>(k, args_.recurrent);
+        store(to + k, load<V>(to + k, n) + load<V>(own.dh + r * row + k), n);
+      }
+    }
   }
 
   // What the next step of the sweep reads is asked for by the products of this one with h.
@@ -335,25 +342,18 @@ class StagedBackward {
     return static_cast<Word*>(gradients) + at.out * row;
   }
 
-  // each(row, column, sum): dv * w_hh of a run of gates, of the rows of dv from `first` on, for
-  // some vectors of columns.
-  template <class Each>
-  void transposed(int64_t p, int g, int64_t first, int64_t count, Range columns, const Scratch& own,
-                  const Each& each, Ahead* ahead = nullptr) const {
+  // Writes dv * w_hh of a run of gates, of the rows of dv from `first` on, for some vectors of
+  // columns.
+  void transposed(const Destination<T>& to, int64_t p, int g, int64_t first, int64_t count,
+                  Range columns, const Scratch& own, Ahead* ahead = nullptr) const {
     const int64_t H = args_.hidden, depth = (run_end(g) - g) * H;
-    const Word* dv;
-    int64_t stride;
-    if constexpr (F::kConverts) {
-      dv = run(own, 0, g);
-      stride = Gv * gate_words();
-    } else {
-      dv = static_cast<const T*>(args_.dv[p]) + (first * Gv + g) * H;
-      stride = Gv * H;
-    }
-    multiply_columns<F>(
-        dv, stride, count, matrix(packed(p, g), unpacked(p, g), depth, args_.recurrent),
-        columns.begin, columns.end,
-        [&](int64_t r, int64_t vector, const V* sum) { each(r, vector * kLanes, *sum); }, ahead);
+    WordRows<F> dv{};
+    if constexpr (F::kConverts)
+      dv = {run(own, 0, g), Gv * gate_words(), nullptr};
+    else
+      dv = {static_cast<const T*>(args_.dv[p]) + (first * Gv + g) * H, Gv * H, nullptr};
+    multiply_into<F>(to, dv, count, matrix(packed(p, g), unpacked(p, g), depth, args_.recurrent),
+                     {}, columns.begin, columns.end, ahead);
   }
 
   T* partial(const Scratch& own, int64_t r, int64_t block) const {

@@ -248,10 +248,18 @@ class StagedForward {
     }
     if (!projected()) return;
     meet();
-    step.project_output(of, count, share.columns, [&](int64_t r, int64_t column, V h) {
-      put_out(r).put(0, column, h);
-      hand_on(r, 0, column, h, rows.cut_after(at, first + r, reverse));
-    });
+    T* const h = state(own, 0, 0);
+    step.project_output(of, count, share.columns, h, S * state_row_);
+    const Range columns = numbers_of(share, 0);
+    for (int64_t r = 0; r < count; ++r) {
+      const StoredRow<T> y = put_out(r);
+      const bool cut = rows.cut_after(at, first + r, reverse);
+      for (int64_t column = columns.begin; column < columns.end; column += kLanes) {
+        const V next = load<V>(h + r * S * state_row_ + column);
+        y.put(0, column, next);
+        hand_on(r, 0, column, next, cut);
+      }
+    }
   }
 
   // What a step will write of the tape and y for `count` rows from `row` on.

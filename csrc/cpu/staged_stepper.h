@@ -57,23 +57,19 @@ class StagedStepper {
       room.rows.state_stride[s] = args.stride;
     }
     step.run(room.rows, args.batch, [](int64_t) { return NoStoredRow{}; }, [] {});
-    const auto emit = [&](int64_t b, int64_t column, V h) {
-      store(static_cast<T*>(args.next_h) + b * args.stride + column, h);
-      if (args.y)
-        store_as(args.y, b * args.y_row + column, h, within<V>(column, n.recurrent),
-                 args.y_storage);
-    };
+    T* const h = static_cast<T*>(args.next_h);
     const bool projected = Cell::kProjectable && n.projected;
-    if (projected) step.project_output(room.rows, args.batch, {0, Projection<F>::vectors(n)}, emit);
-    for (int64_t b = 0; b < args.batch; ++b)
+    if (projected)
+      step.project_output(room.rows, args.batch, {0, Projection<F>::vectors(n)}, h, args.stride);
+    for (int64_t b = 0; b < args.batch; ++b) {
       for (int s = projected; s < S; ++s)
-        for (int64_t unit = 0; unit < padded; unit += kLanes) {
-          const V x = load<V>(room.rows.next + (b * S + s) * padded + unit);
-          if (s == 0)
-            emit(b, unit, x);
-          else
-            store(static_cast<T*>(args.s[s]) + b * args.stride + unit, x);
-        }
+        for (int64_t unit = 0; unit < padded; unit += kLanes)
+          store((s ? static_cast<T*>(args.s[s]) : h) + b * args.stride + unit,
+                load<V>(room.rows.next + (b * S + s) * padded + unit));
+      for (int64_t at = 0; at < n.recurrent && args.y; at += kLanes)
+        store_as(args.y, b * args.y_row + at, load<V>(h + b * args.stride + at),
+                 within<V>(at, n.recurrent), args.y_storage);
+    }
   }
 
  private:

@@ -168,10 +168,13 @@ class Step {
   void project() const {
     const RecurrenceSizes& n = args_.sizes;
     const Range columns = columns_of(Projection<F>::vectors(n), true, args_.parts, args_.part);
-    w_.projection.multiply(n, states(args_.m, n.hidden), args_.batch, columns,
-                           [&](int64_t i, int64_t column, V h) {
-                             emit(i, column, h, within<V>(column, n.recurrent));
-                           });
+    T* const next_h = static_cast<T*>(args_.next_h);
+    w_.projection.multiply(n, states(args_.m, n.hidden), args_.batch, columns, next_h,
+                           args_.stride);
+    for (int64_t i = 0; i < args_.batch && args_.y; ++i)
+      for (int64_t at = columns.begin * kLanes; at < columns.end * kLanes; at += kLanes)
+        store_as(args_.y, i * args_.y_row + at, load<V>(next_h + i * args_.stride + at),
+                 within<V>(at, n.recurrent), args_.y_storage);
   }
 
   FASTRNN_INLINE void emit(int64_t i, int64_t at, V h, int live) const {
