@@ -164,18 +164,19 @@ bool keep_launch_from_python(const std::string& cell, const Tensor& x,
                              const std::optional<Tensor>& batch_sizes,
                              const std::optional<Tensor>& lengths,
                              const std::optional<Tensor>& resets,
-                             const std::optional<Tensor>& noise, int64_t reverse, uintptr_t forward,
-                             uintptr_t error, const std::array<int32_t, 7>& plan,
-                             int64_t workspace) {
+                             const std::optional<Tensor>& noise, int64_t reverse, bool tape,
+                             bool backward, uintptr_t run, uintptr_t error,
+                             const std::array<int32_t, 7>& plan, int64_t workspace) {
+  const Pass pass = backward ? Pass::kBackward : tape ? Pass::kForwardWithTape : Pass::kForward;
   CudaLaunch launch;
-  launch.forward = reinterpret_cast<decltype(launch.forward)>(forward);
+  launch.run = reinterpret_cast<decltype(launch.run)>(run);
   launch.error = reinterpret_cast<decltype(launch.error)>(error);
   launch.plan = {
       static_cast<Precision>(plan[0]), plan[1], plan[2], plan[3], plan[4], plan[5], plan[6]};
   launch.workspace = workspace;
   return keep_launch({cell, x, w_ih, w_hh, b_ih, b_hh, w_hr, params, s0, reset_states, batch_sizes,
                       lengths, resets, noise, reverse},
-                     launch);
+                     pass, launch);
 }
 
 std::vector<std::string> formats() {
@@ -205,8 +206,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("keep_launch", keep_launch_from_python, py::arg("cell"), py::arg("x"), py::arg("w_ih"),
         py::arg("w_hh"), py::arg("b_ih"), py::arg("b_hh"), py::arg("w_hr"), py::arg("params"),
         py::arg("s0"), py::arg("reset_states"), py::arg("batch_sizes"), py::arg("lengths"),
-        py::arg("resets"), py::arg("noise"), py::arg("reverse"), py::kw_only(), py::arg("forward"),
-        py::arg("error"), py::arg("plan"), py::arg("workspace"),
+        py::arg("resets"), py::arg("noise"), py::arg("reverse"), py::kw_only(), py::arg("tape"),
+        py::arg("backward"), py::arg("run"), py::arg("error"), py::arg("plan"),
+        py::arg("workspace"),
         "Launches later calls of the shape of this one in the same way, without Python.");
   m.def(
       "fingerprint", [](const std::vector<Tensor>& tensors) { return fingerprint(tensors); },

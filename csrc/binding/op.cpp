@@ -38,9 +38,14 @@ const CellFacts& cell_of(const ScanInputs& in) {
 
 // For kernels whose launch Python plans; C++ repeats those that it can.
 ScanOutputs launched(const ScanInputs& in, bool tape) {
-  if (!tape)
-    if (std::optional<ScanOutputs> out = forward_on_cuda(in)) return *std::move(out);
+  if (std::optional<ScanOutputs> out = forward_on_cuda(in, tape)) return *std::move(out);
   return python_forward(in, tape);
+}
+
+std::vector<Tensor> launched_backward(const ScanInputs& in, const OutputGrads& grads,
+                                      const Tensor& y, const Tensor& tape, const Needs& needs) {
+  if (auto out = backward_on_cuda(in, grads, y, tape, needs)) return *std::move(out);
+  return python_backward(in, grads, y, tape, needs);
 }
 
 // For tensors on a CPU; the plan may name another kernel than the CPU kernel.
@@ -164,7 +169,7 @@ std::vector<Tensor> backward_cpu(FASTRNN_BACKWARD_PARAMETERS) {
   const Format format = format_of(x.scalar_type());
   const Call call(known, in);
   const auto plan = cpu_plan(call.cell, problem_of(call, format, true, true));
-  if (!plan) return python_backward(in, grads, y, tape, needs);
+  if (!plan) return launched_backward(in, grads, y, tape, needs);
   const bool has_tape = call.n.R == 0 || tape.size(0) > 0;
   return backward_on_cpu(call, *plan, grads, y,
                          has_tape ? tape : std::get<2>(scan_on_cpu(in, true)), needs);
@@ -173,7 +178,7 @@ std::vector<Tensor> backward_cpu(FASTRNN_BACKWARD_PARAMETERS) {
 std::vector<Tensor> python_backward_kernel(FASTRNN_BACKWARD_PARAMETERS) {
   const ScanInputs in = FASTRNN_SCAN_INPUTS;
   known_cell(cell, x.device().type(), plain_format(x.scalar_type()));
-  return python_backward(in, output_grads(dy, dstates, dsteps), y, tape, needs);
+  return launched_backward(in, output_grads(dy, dstates, dsteps), y, tape, needs);
 }
 
 }  // namespace

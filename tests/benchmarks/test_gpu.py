@@ -173,10 +173,9 @@ def test_cost_on_the_host(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
     ]
     for row in rows:
         parts = row["layer, operator, plan"], row["memory and products"], row["launch"]
-        in_cpp = row["mode"] == "inference"
-        assert row["launched by"] == ("C++" if in_cpp else "Python")
-        assert parts[0] > 0 and all((part > 0) != in_cpp for part in parts[1:])
-        assert sum(parts) == pytest.approx(row["us"], abs=0.2)
+        assert all(part > 0 for part in parts)
+        assert sum(parts) == pytest.approx(row["by Python"], abs=0.2)
+        assert row["us"] > 0
     assert "torch.nn" in host.table(rows)
 
 

@@ -178,10 +178,9 @@ class Library:
             refused = CooperativeLaunchRefused if error == _TOO_LARGE else RuntimeError
             raise refused(f"the CUDA kernels of fastrnn failed: {self._text(error)}")
 
-    @property
-    def addresses(self) -> dict[str, int | None]:
-        """Where the functions are that C++ calls by itself."""
-        functions = {"forward": self._launch["forward"], "error": self._error}
+    def addresses(self, kind: str) -> dict[str, int | None]:
+        """Where the functions are with which C++ launches sweeps of a kind by itself."""
+        functions = {"run": self._launch[kind], "error": self._error}
         return {n: ctypes.cast(f, ctypes.c_void_p).value for n, f in functions.items()}
 
     def usable(self) -> str | None:
@@ -340,12 +339,19 @@ def _launch(
         call.kernels.launch(kind, call.cell, sweep, call.plan, stream)
 
 
-def hand_over(scan: Scan, inputs: tuple[Any, ...]) -> None:
-    """Let C++ launch later calls without a tape like this one, which was launched here with these
-    inputs of the operator, if it can."""
-    call = scan.remembered["forward"]
+def hand_over(scan: Scan, inputs: tuple[Any, ...], kind: str, tape: bool) -> None:
+    """Let C++ launch later calls like this one, which was launched here, if it can.
+
+    Args:
+        inputs: those of the operator.
+        kind: "forward" or "backward".
+        tape: whether there is one.
+    """
+    call = scan.remembered[kind]
     plan = [getattr(call.plan, name) for name, *_ in CudaPlan._fields_]
-    _C.keep_launch(*inputs, **call.kernels.addresses, plan=plan, workspace=call.workspace)
+    found, workspace = call.kernels.addresses(kind), call.workspace
+    backward = kind == "backward"
+    _C.keep_launch(*inputs, tape=tape, backward=backward, **found, plan=plan, workspace=workspace)
 
 
 def cuda_plan(config: CudaConfig) -> CudaPlan:

@@ -39,17 +39,22 @@ def library() -> Iterator[Any]:
 
 
 @pytest.fixture
-def in_python(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether each call of Python made a tape."""
-    tapes: list[bool] = []
-    forward = launched.forward
+def in_python(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The passes that Python launched."""
+    passes: list[str] = []
+    forward, backward = launched.forward, launched.backward
 
-    def counted(inputs: tuple[Any, ...], tape: bool) -> Any:
-        tapes.append(tape)
+    def forward_here(inputs: tuple[Any, ...], tape: bool) -> Any:
+        passes.append("forward with tape" if tape else "forward")
         return forward(inputs, tape)
 
-    monkeypatch.setattr(launched, "forward", counted)
-    return tapes
+    def backward_here(*arguments: Any) -> Any:
+        passes.append("backward")
+        return backward(*arguments)
+
+    monkeypatch.setattr(launched, "forward", forward_here)
+    monkeypatch.setattr(launched, "backward", backward_here)
+    return passes
 
 
 def twice(call: Callable[[], Any]) -> None:
@@ -70,7 +75,7 @@ def twice(call: Callable[[], Any]) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_calls_after_the_first(
     library: Any,
-    in_python: list[bool],
+    in_python: list[str],
     kind: str,
     dtype: torch.dtype,
     bias: bool,
@@ -83,11 +88,48 @@ def test_calls_after_the_first(
     hx: Any = None if not states else (given, given + 1) if kind == "LSTM" else given
     with mode():
         twice(lambda: layer(x, hx))
-    assert in_python == [False] and library.fastrnn_stub_launches() == 2
+    assert in_python == ["forward"] and library.fastrnn_stub_launches() == 2
+
+
+ROOTS = ["output", "states", "both"]
 
 
 @plainly
-def test_operands_that_vectors_cannot_read(library: Any, in_python: list[bool]) -> None:
+@pytest.mark.parametrize("root", ROOTS)
+@pytest.mark.parametrize("wanted", ["all", "input", "weights"])
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "biased"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_training(
+    library: Any,
+    in_python: list[str],
+    kind: str,
+    dtype: torch.dtype,
+    bias: bool,
+    wanted: str,
+    root: str,
+) -> None:
+    layer = KINDS[kind](5, 7, bias=bias, dtype=dtype).requires_grad_(wanted != "input")
+    x = torch.randn(4, 3, 5, dtype=dtype, requires_grad=wanted != "weights")
+    h0 = torch.randn(1, 3, 7, dtype=dtype, requires_grad=wanted == "all")
+    hx: Any = (h0, h0 + 1) if kind == "LSTM" else h0
+    leaves = [x] * (wanted != "weights") + list(layer.parameters()) * (wanted != "input")
+    leaves += [h0] * (wanted == "all")
+    random = torch.randn(4, 3, 7, dtype=dtype)
+
+    def call() -> Any:
+        y, *last = flatten(layer(x, hx))
+        roots = {"output": [y], "states": last, "both": [y, *last]}[root]
+        grads = [random[: len(r)] for r in roots]
+        return [y.detach(), *torch.autograd.grad(roots, leaves, grads)]
+
+    twice(call)
+    assert in_python == ["forward with tape", "backward"]
+    assert library.fastrnn_stub_launches() == 4
+
+
+@plainly
+def test_operands_that_vectors_cannot_read(library: Any, in_python: list[str]) -> None:
     """In the middle of memory, and transposed."""
     cell, width = cells.gru, 4 * 3
     memory = torch.randn(1 + 6 * width * 3)
@@ -100,37 +142,47 @@ def test_operands_that_vectors_cannot_read(library: Any, in_python: list[bool]) 
     x = torch.randn(3, 5, 2).transpose(0, 1)
     with torch.no_grad():
         twice(lambda: ops.scan(cell, x, **weights, **biases, s0=[inside(1, 3, 4)], reverse=1))
-    assert in_python == [False]
+    assert in_python == ["forward"]
 
 
 @plainly
-def test_what_python_keeps(library: Any, in_python: list[bool]) -> None:
+def test_what_python_keeps(library: Any, in_python: list[str]) -> None:
     """Tapes, and calls of which C++ knows no plan or cannot launch."""
     library.fastrnn_stub_answer(0, 90, 0)  # no echo of such calls
     layer, x = fastrnn.LSTM(5, 7), torch.randn(4, 3, 5)
 
-    def calls(function: Callable[[], Any]) -> list[bool]:
+    def calls(function: Callable[[], Any]) -> list[str]:
         in_python.clear()
         function()
         return in_python.copy()
 
-    assert calls(lambda: layer(x)) == [True]
     with torch.no_grad():
-        assert calls(lambda: layer(x)) == [False] and not calls(lambda: layer(x))
-        assert calls(lambda: layer(x[:3])) == [False] and not calls(lambda: layer(x[:3]))
-        assert calls(lambda: layer(x, return_states=True)) == [True]
+        assert calls(lambda: layer(x)) == ["forward"] and not calls(lambda: layer(x))
+        assert calls(lambda: layer(x[:3])) == ["forward"] and not calls(lambda: layer(x[:3]))
         two = fastrnn.LSTM(5, 7, bidirectional=True)
         for each in (layer, two):
             for options in ({"lengths": torch.tensor([4, 1, 2])}, {"resets": x[..., 0] > 0}):
                 call = functools.partial(each, x, **options)
-                assert calls(call) == [False] and calls(call) == [False]
+                assert calls(call) == ["forward"] and calls(call) == ["forward"]
         assert not calls(lambda: layer(x))
         _C.forget_plans()
-        assert calls(lambda: layer(x)) == [False] and not calls(lambda: layer(x))
+        assert calls(lambda: layer(x)) == ["forward"] and not calls(lambda: layer(x))
+
+    def trained(**options: Any) -> None:
+        layer(x, **options)[0].sum().backward()
+
+    both = ["forward with tape", "backward"]
+    assert calls(trained) == both and not calls(trained)
+    lengths = torch.tensor([4, 1, 2])
+    assert calls(lambda: trained(lengths=lengths)) == both
+    layer.recompute = True  # an output without a tape, which the backward pass computes again
+    assert calls(trained) == ["backward"]
+    layer.recompute = False
+    assert not calls(trained)
 
 
 @plainly
-def test_a_switch_of_torch_means_another_plan(library: Any, in_python: list[bool]) -> None:
+def test_a_switch_of_torch_means_another_plan(library: Any, in_python: list[str]) -> None:
     layer, x = fastrnn.GRU(5, 7), torch.randn(4, 3, 5)
     switch: Any = torch.backends.cudnn.rnn
     before = switch.fp32_precision
@@ -142,25 +194,25 @@ def test_a_switch_of_torch_means_another_plan(library: Any, in_python: list[bool
                 layer(x)
     finally:
         switch.fp32_precision = before
-    assert in_python == [False, False]
+    assert in_python == ["forward", "forward"]
 
 
 @plainly
-def test_errors_of_a_launch(in_python: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_a_launch(in_python: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "_refused", set())
     layer = fastrnn.LSTM(8, 1024, dtype=torch.bfloat16)
     x = torch.zeros(8, 64, 8, dtype=torch.bfloat16)
     with stub.answering() as library, kernels.use("cuda"), torch.no_grad():
         layer(x)
         layer(x)
-        assert in_python == [False] and library.fastrnn_stub_launches() == 2
+        assert in_python == ["forward"] and library.fastrnn_stub_launches() == 2
         library.fastrnn_stub_answer(0, 90, 209)
         with pytest.raises(RuntimeError, match=r"fastrnn failed: no kernel image .*\(error 209\)"):
             layer(x)
-        assert in_python == [False]
+        assert in_python == ["forward"]
         library.fastrnn_stub_answer(0, 90, 720)  # this device runs no grid: it is planned again
         layer(x)
-        assert library.fastrnn_stub_launches() == 3 and in_python[:2] == [False, False]
+        assert library.fastrnn_stub_launches() == 3 and in_python[:2] == ["forward"] * 2
         layer(x)
         layer(x)
         assert library.fastrnn_stub_launches() == 5
@@ -188,11 +240,22 @@ def test_in_the_simulator() -> None:
 
 @pytest.mark.skipif(not SIMULATED, reason="runs in a process of its own")
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
-def test_the_kernels_compute_the_same(kind: str, in_python: list[bool]) -> None:
-    layer, x = KINDS[kind](5, 19, num_layers=2), torch.randn(6, 9, 5)
-    with running("step", 1, "float32"), torch.no_grad():
-        twice(lambda: layer(x))
-        assert len(in_python) == 2  # of the layers, for the first call
+def test_the_kernels_compute_the_same(kind: str, in_python: list[str]) -> None:
+    layer = KINDS[kind](5, 19, num_layers=2)
+    x = torch.randn(6, 9, 5, requires_grad=True)
+
+    def gradients() -> Any:
         y = layer(x)[0]
-    with torch.no_grad():
-        torch.testing.assert_close(layer(x)[0], y)
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])]
+
+    with running("step", 1, "float32"):
+        twice(gradients)
+        # Of both layers, for the first call.
+        assert in_python == ["forward with tape"] * 2 + ["backward"] * 2
+        ours = gradients()
+        in_python.clear()
+        with torch.no_grad():
+            twice(lambda: layer(x))
+        assert in_python == ["forward"] * 2
+    for one, other in zip(ours, gradients(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
