@@ -13,7 +13,6 @@ benchmarks/results/<machine>: the rows of the run replace earlier ones, and othe
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -118,7 +117,7 @@ def run(
 
 def _keeper(here: Machine, results: Path, arguments: Sequence[str]) -> store.Kept[Row]:
     """Keeps rows in the folder of this machine."""
-    run = store.conditions(here, shlex.join([*COMMAND.split(), *arguments]))
+    run = store.conditions(here, store.command("benchmarks.formats", arguments))
     folder = results / machine.slug(run.device, here.threads)
     return store.Kept(folder / FILE, run, [w.name for w in WORKLOADS], Row.from_json)
 

@@ -194,8 +194,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = machine.slug(hardware.processor_and_model(), hardware.cores())
         file = options.results / folder / "load.md"
         file.parent.mkdir(parents=True, exist_ok=True)
-        given = " ".join(sys.argv[1:] if arguments is None else arguments)
-        file.write_text(page(rows, f"python -m benchmarks.load {given}".strip()))
+        words = sys.argv[1:] if arguments is None else arguments
+        file.write_text(page(rows, store.command("benchmarks.load", words)))
         print(f"{file}: {sum(row.holds for row in rows)} of {len(rows)} rows hold")
     return 0
 

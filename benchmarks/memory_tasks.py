@@ -443,8 +443,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     try:
         rows = run(options.only, budget, options.shape, options.seconds)
-        given = " ".join(sys.argv[1:] if arguments is None else arguments)
-        command = f"python -m benchmarks.memory_tasks {given}".strip()
+        words = sys.argv[1:] if arguments is None else arguments
+        command = store.command("benchmarks.memory_tasks", words)
         told = conditions(budget, options.shape, command)
     finally:
         torch.set_num_threads(threads)

@@ -160,7 +160,7 @@ HEAD = """\
 
 def conditions(given: argparse.Namespace) -> str:
     return (
-        f"{given.cell} of {given.layers} layers, I = {given.inputs}, H = {given.hidden}; "
+        f"{given.cell.upper()} of {given.layers} layers, I = {given.inputs}, H = {given.hidden}; "
         f"{given.streams} streams on {given.threads} threads, {given.rate:g} frames per second "
         f"each, {given.rate * given.streams:,.0f} in all"
     )
@@ -171,7 +171,7 @@ def page(rows: Sequence[Row], given: argparse.Namespace, command: str) -> str:
         "# Many streams\n\n"
         f"`{command}` on {hardware.processor_and_model()}, {hardware.cores()} cores; fastrnn "
         f"{fastrnn.__version__}, torch {torch.__version__}; commit {store.commit()}, "
-        f"{time.strftime('%Y-%m-%d')}. {conditions(given).capitalize()}. The delays are those from "
+        f"{time.strftime('%Y-%m-%d')}. {conditions(given)}. The delays are those from "
         "arrival to output; frames per second are those of servers that never wait.\n\n"
         + "\n".join([HEAD, *(row.line for row in rows)])
         + "\n"
@@ -212,8 +212,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = machine.slug(hardware.processor_and_model(), hardware.cores())
         file = given.results / folder / "slots.md"
         file.parent.mkdir(parents=True, exist_ok=True)
-        words = " ".join(sys.argv[1:] if arguments is None else arguments)
-        file.write_text(page(rows, given, f"python -m benchmarks.slots {words}".strip()))
+        words = sys.argv[1:] if arguments is None else arguments
+        file.write_text(page(rows, given, store.command("benchmarks.slots", words)))
         print(file)
     return 0
 

@@ -2,9 +2,10 @@
 
     python -m benchmarks.gpu.host [FILE]
 
-On a GPU each call begins when the GPU is idle, and is not waited for. Elsewhere the tensors are on
-the CPU and a library takes the place of the CUDA kernels that does nothing, so the parts of fastrnn
-are those of a GPU, without the microseconds that CUDA takes for each launch.
+The parts are those of calls that Python launches; C++ launches dense calls of one recurrence, after
+the first. On a GPU each call begins when the GPU is idle, and is not waited for. Elsewhere the
+tensors are on the CPU and a library takes the place of the CUDA kernels that does nothing, so the
+parts of fastrnn are those of a GPU, without the microseconds that CUDA takes for each launch.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -24,6 +26,7 @@ import fastrnn
 from benchmarks.gpu import results
 from benchmarks.gpu.baseline import NO_MACHINE
 from fastrnn import kernels
+from fastrnn.extension import _C
 from fastrnn.kernels.gpu import cuda, driver
 from fastrnn.tools.bench import store
 
@@ -95,6 +98,15 @@ def of_parts(call: Call, calls: int) -> dict[str, float]:
     return found
 
 
+@contextmanager
+def by_python() -> Iterator[None]:
+    """C++ launches no call inside the block."""
+    _C.forget_plans()
+    with patch.object(cuda, "hand_over", lambda *_: None):
+        yield
+    _C.forget_plans()
+
+
 def inference(layer: torch.nn.Module, x: torch.Tensor) -> Call:
     def call() -> object:
         with torch.inference_mode():
@@ -117,13 +129,16 @@ def rows(device: str, calls: int = CALLS) -> Iterator[dict[str, Any]]:
         ours = fastrnn.from_torch(theirs)
         x = torch.randn(STEPS, BATCH, HIDDEN, device=device)
         for mode, make in (("inference", inference), ("forward and backward", both)):
-            took, parts = whole(make(ours, x), calls), of_parts(make(ours, x), calls)
+            took = whole(make(ours, x), calls)
+            with by_python():
+                slower, parts = whole(make(ours, x), calls), of_parts(make(ours, x), calls)
             middle, launch = parts["memory and products"], parts["launch"]
             yield {
                 "cell": cell,
                 "mode": mode,
                 "us": took,
-                "layer, operator, plan": round(took - middle, 1),
+                "by Python": slower,
+                "layer, operator, plan": round(slower - middle, 1),
                 "memory and products": round(middle - launch, 1),
                 "launch": launch,
                 "torch.nn": whole(make(theirs, x), calls),

@@ -442,6 +442,7 @@ std::vector<Tensor> backward_on_cpu(const Call& call, const CpuPlan& plan, const
   products.x_row = x.stride(-2);
   products.x_step = x.dim() == 3 ? x.stride(0) : 0;
   products.tape_width = tape_rows.size(2);
+  products.unprojected = cell.states - 1 + cell.saved;
 
   Punctuality punctuality(plan);
   bool& late = *punctuality.late();

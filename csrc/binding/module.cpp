@@ -9,6 +9,7 @@
 
 #include "binding/callbacks.h"
 #include "binding/cpu_kernel.h"
+#include "binding/cuda_kernel.h"
 #include "binding/fingerprint.h"
 #include "binding/op.h"
 #include "binding/plan_cache.h"
@@ -154,6 +155,30 @@ Tensor pack_from_python(const std::string& cell, const std::string& format,
               scales);
 }
 
+// `launch` has what CudaLaunch has, `plan` the fields of CudaPlan.
+bool keep_launch_from_python(const std::string& cell, const Tensor& x,
+                             const std::vector<Tensor>& w_ih, const std::vector<Tensor>& w_hh,
+                             const std::vector<Tensor>& b_ih, const std::vector<Tensor>& b_hh,
+                             const std::vector<Tensor>& w_hr, const std::vector<Tensor>& params,
+                             const std::vector<Tensor>& s0, const std::vector<Tensor>& reset_states,
+                             const std::optional<Tensor>& batch_sizes,
+                             const std::optional<Tensor>& lengths,
+                             const std::optional<Tensor>& resets,
+                             const std::optional<Tensor>& noise, int64_t reverse, bool tape,
+                             bool backward, uintptr_t run, uintptr_t error,
+                             const std::array<int32_t, 7>& plan, int64_t workspace) {
+  const Pass pass = backward ? Pass::kBackward : tape ? Pass::kForwardWithTape : Pass::kForward;
+  CudaLaunch launch;
+  launch.run = reinterpret_cast<decltype(launch.run)>(run);
+  launch.error = reinterpret_cast<decltype(launch.error)>(error);
+  launch.plan = {
+      static_cast<Precision>(plan[0]), plan[1], plan[2], plan[3], plan[4], plan[5], plan[6]};
+  launch.workspace = workspace;
+  return keep_launch({cell, x, w_ih, w_hh, b_ih, b_hh, w_hr, params, s0, reset_states, batch_sizes,
+                      lengths, resets, noise, reverse},
+                     pass, launch);
+}
+
 std::vector<std::string> formats() {
   std::vector<std::string> names;
   for (int format = 0; format < kFormats; ++format)
@@ -178,6 +203,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("scan_packed", packed_from_python, py::call_guard<py::gil_scoped_release>());
   m.def("pack", pack_from_python, py::call_guard<py::gil_scoped_release>(), py::arg("cell"),
         py::arg("format"), py::arg("weights"), py::arg("scales"));
+  m.def("keep_launch", keep_launch_from_python, py::arg("cell"), py::arg("x"), py::arg("w_ih"),
+        py::arg("w_hh"), py::arg("b_ih"), py::arg("b_hh"), py::arg("w_hr"), py::arg("params"),
+        py::arg("s0"), py::arg("reset_states"), py::arg("batch_sizes"), py::arg("lengths"),
+        py::arg("resets"), py::arg("noise"), py::arg("reverse"), py::kw_only(), py::arg("tape"),
+        py::arg("backward"), py::arg("run"), py::arg("error"), py::arg("plan"),
+        py::arg("workspace"),
+        "Launches later calls of the shape of this one in the same way, without Python.");
   m.def(
       "fingerprint", [](const std::vector<Tensor>& tensors) { return fingerprint(tensors); },
       "The fingerprint of weights, which scan_packed takes as `expected`.");

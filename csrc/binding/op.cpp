@@ -8,6 +8,7 @@
 
 #include "binding/callbacks.h"
 #include "binding/cpu_kernel.h"
+#include "binding/cuda_kernel.h"
 #include "binding/fingerprint.h"
 #include "binding/plan_cache.h"
 #include "binding/schema.h"
@@ -35,6 +36,18 @@ const CellFacts& cell_of(const ScanInputs& in) {
   return known_cell(in.cell, at::kCPU, format_of(in));
 }
 
+// For kernels whose launch Python plans; C++ repeats those that it can.
+ScanOutputs launched(const ScanInputs& in, bool tape) {
+  if (std::optional<ScanOutputs> out = forward_on_cuda(in, tape)) return *std::move(out);
+  return python_forward(in, tape);
+}
+
+std::vector<Tensor> launched_backward(const ScanInputs& in, const OutputGrads& grads,
+                                      const Tensor& y, const Tensor& tape, const Needs& needs) {
+  if (auto out = backward_on_cuda(in, grads, y, tape, needs)) return *std::move(out);
+  return python_backward(in, grads, y, tape, needs);
+}
+
 // For tensors on a CPU; the plan may name another kernel than the CPU kernel.
 ScanOutputs scan_on_cpu(const ScanInputs& in, bool tape) {
   const CellFacts& cell = cell_of(in);
@@ -45,7 +58,7 @@ ScanOutputs scan_on_cpu(const ScanInputs& in, bool tape) {
   TORCH_CHECK(in.packed.empty() || is_plain(format),
               "fastrnn: another kernel than 'cpu' was asked for by name, but a quantised layer in "
               "compiled code has weights for that one only");
-  return python_forward(in, tape);
+  return launched(in, tape);
 }
 
 }  // namespace
@@ -131,12 +144,12 @@ std::vector<Tensor> cpu_packed(FASTRNN_PACKED_PARAMETERS, bool steps) {
   return as_list(std::move(out), states);
 }
 
-// For other devices, which have no kernel in C++.
+// For other devices, whose kernels Python plans.
 std::vector<Tensor> python_kernel(FASTRNN_SCAN_PARAMETERS, bool tape, bool, bool steps) {
   const ScanInputs in = FASTRNN_SCAN_INPUTS;
   check_recurrences(in);
   known_cell(cell, x.device().type(), plain_format(x.scalar_type()));
-  return with_steps(python_forward(in, tape || steps), tape, steps);
+  return with_steps(launched(in, tape || steps), tape, steps);
 }
 
 OutputGrads output_grads(const std::optional<Tensor>& dy,
@@ -156,7 +169,7 @@ std::vector<Tensor> backward_cpu(FASTRNN_BACKWARD_PARAMETERS) {
   const Format format = format_of(x.scalar_type());
   const Call call(known, in);
   const auto plan = cpu_plan(call.cell, problem_of(call, format, true, true));
-  if (!plan) return python_backward(in, grads, y, tape, needs);
+  if (!plan) return launched_backward(in, grads, y, tape, needs);
   const bool has_tape = call.n.R == 0 || tape.size(0) > 0;
   return backward_on_cpu(call, *plan, grads, y,
                          has_tape ? tape : std::get<2>(scan_on_cpu(in, true)), needs);
@@ -165,7 +178,7 @@ std::vector<Tensor> backward_cpu(FASTRNN_BACKWARD_PARAMETERS) {
 std::vector<Tensor> python_backward_kernel(FASTRNN_BACKWARD_PARAMETERS) {
   const ScanInputs in = FASTRNN_SCAN_INPUTS;
   known_cell(cell, x.device().type(), plain_format(x.scalar_type()));
-  return python_backward(in, output_grads(dy, dstates, dsteps), y, tape, needs);
+  return launched_backward(in, output_grads(dy, dstates, dsteps), y, tape, needs);
 }
 
 }  // namespace

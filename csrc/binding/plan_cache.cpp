@@ -74,8 +74,6 @@ std::optional<CpuPlan> cpu_plan(const CellFacts& cell, const Problem& p) {
   if (!answer.is_none()) {
     const auto [weights, recurrences, sequences, units, chunk_rows] =
         answer.cast<std::tuple<int32_t, int32_t, int32_t, int32_t, int64_t>>();
-    TORCH_CHECK(cell.stages == 1 || units == 1, "fastrnn: the plan splits units of cell ",
-                cell.name, ", of which a thread needs all between its stages");
     plan = CpuPlan{static_cast<WeightLayout>(weights), recurrences, sequences, units, chunk_rows};
   }
   return plans.emplace(key, plan).first->second;

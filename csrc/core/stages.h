@@ -75,26 +75,5 @@ struct GateParams<Cell, std::void_t<decltype(Cell::kGateParams)> > {
 
 constexpr bool has(uint64_t bits, int k) { return bits >> k & 1; }
 
-// The sum, and the largest, of the lanes of a vector.
-template <class V>
-FASTRNN_INLINE Scalar<V> add_lanes(V x) {
-  constexpr int n = lanes<V>();
-  Scalar<V> lane[n];
-  store(lane, x);
-  for (int width = n / 2; width > 0; width /= 2)
-    for (int l = 0; l < width; ++l) lane[l] += lane[l + width];
-  return lane[0];
-}
-template <class V>
-FASTRNN_INLINE Scalar<V> largest_lane(V x) {
-  constexpr int n = lanes<V>();
-  Scalar<V> lane[n];
-  store(lane, x);
-  // As torch's, it is NaN if one of them is.
-  for (int l = 1; l < n; ++l)
-    if (!(lane[0] >= lane[l]) && lane[0] == lane[0]) lane[0] = lane[l];
-  return lane[0];
-}
-
 }  // namespace FASTRNN_ISA
 }  // namespace fastrnn

@@ -16,6 +16,7 @@
 #include "cpu/drawn.h"
 #include "cpu/formats.h"
 #include "cpu/product.h"
+#include "cpu/projection.h"
 #include "cpu/team.h"
 
 namespace fastrnn {
@@ -44,13 +45,14 @@ class Backward {
         depth_(Gv * args.hidden),
         du_row_(gradient_row(F::kFormat, Gu * args.hidden)),
         dv_row_(gradient_row(F::kFormat, depth_)),
-        dh_row_(gradient_row(F::kFormat, args.recurrent)),
-        chunk_(args, S - 1 + K + args.projected) {}
+        chunk_(args, S - 1 + K + args.projected),
+        projection_(args, chunk_) {}
 
   void place(Arena& arena) {
     w_hh_ = static_cast<Word*>(args_.prepacked);
     w_hr_ = w_hh_ + args_.recurrences * columns_ * kLanes * words_of<F>(depth_);
     const int64_t B = args_.rows.batch;
+    dh_ = arena.take<T>(args_.recurrences * B * columns_ * kLanes);
     dm_ = arena.take<T>(projected() ? args_.recurrences * B * vectors_ * kLanes : 0);
     const int64_t own_vectors = (vectors_ + plan_.split_units - 1) / plan_.split_units;
     drawn_ = arena.take<Drawn<Cell, T>>(plan_.threads());
@@ -99,7 +101,7 @@ class Backward {
         const int64_t last = sequences.end < rows.live(t) ? sequences.end : rows.live(t);
         if (projected()) {
           for (int64_t i = sequences.begin; i < last; ++i)
-            add_output_gradient(p, step, t, i, columns);
+            projection_.gather(p, chunk_.locate(p, step, t, i), columns);
           meet();
           if (last > sequences.begin) unproject(p, t, {sequences.begin, last}, units);
         }
@@ -136,6 +138,7 @@ class Backward {
   Word* w_hr(int64_t p) const {
     return w_hr_ + p * vectors_ * kLanes * words_of<F>(args_.recurrent);
   }
+  T* dh(int64_t p, int64_t i) const { return dh_ + (p * args_.rows.batch + i) * columns_ * kLanes; }
   T* dm(int64_t p, int64_t i) const { return dm_ + (p * args_.rows.batch + i) * vectors_ * kLanes; }
 
   // Packs the bands `own` of the columns of w [depth, width]; threads that own the same take turns.
@@ -149,37 +152,11 @@ class Backward {
     });
   }
 
-  // Writes the whole gradient dh of a projected state 0, all of which goes on to dm, and h_prev.
-  void add_output_gradient(int64_t p, int64_t step, int64_t t, int64_t i, Range columns) const {
-    const int64_t Q = args_.recurrent;
-    const Place at = chunk_.locate(p, step, t, i);
-    Word* dh = static_cast<Word*>(args_.dh[p]) + at.out * dh_row_;
-    T* h_prev = static_cast<T*>(args_.h_prev[p]) + at.out * Q;
-    T* ds = static_cast<T*>(args_.ds[p * S]) + at.b * Q;
-    for (int64_t column = columns.begin * kLanes; column < columns.end * kLanes; column += kLanes) {
-      const int n = within<V>(column, Q);
-      V gradient = load<V>(ds + column, n);
-      if (args_.dy)
-        gradient = gradient + load_as<V>(args_.dy, at.row * Q + column, n, args_.storage);
-      F::put(dh, column, gradient, n);
-      store(ds + column, splat<V>(0), n);
-      store(h_prev + column,
-            chunk_.state_before<V>(args_.recurrence[p], 0, at, column, n, args_.storage), n);
-    }
-    if (columns.end == columns_) F::end_row(dh, Q);
-  }
-
   // dm = dh * w_hr
   void unproject(int64_t p, int64_t t, Range sequences, Range units) const {
-    const int64_t Q = args_.recurrent;
-    const Word* dh =
-        static_cast<const Word*>(args_.dh[p]) + chunk_.out(p, t, sequences.begin) * dh_row_;
-    multiply_columns<F>(
-        dh, dh_row_, sequences.size(), matrix(w_hr(p), args_.recurrence[p].w_hr, Q, args_.hidden),
-        units.begin, units.end,
-        [&](int64_t r, int64_t vector, const V* sum) __attribute__((always_inline)) {
-          store(dm(p, sequences.begin + r) + vector * kLanes, *sum);
-        });
+    projection_.multiply(p, chunk_.out(p, t, sequences.begin), sequences.size(),
+                         matrix(w_hr(p), args_.recurrence[p].w_hr, args_.recurrent, args_.hidden),
+                         units, dm(p, sequences.begin), vectors_ * kLanes);
   }
 
   static Range numbers_of(Range vectors) { return {vectors.begin * kLanes, vectors.end * kLanes}; }
@@ -265,27 +242,30 @@ class Backward {
         static_cast<const Word*>(args_.dv[p]) + chunk_.out(p, t, sequences.begin) * dv_row_;
     T* ds = static_cast<T*>(args_.ds[p * S]);
     T* dreset = args_.dreset ? static_cast<T*>(args_.dreset[p * S]) : nullptr;
-    multiply_columns<F>(
-        dv, dv_row_, sequences.size(), matrix(w_hh(p), args_.recurrence[p].w_hh, depth_, Q),
-        columns.begin, columns.end,
-        [&](int64_t r, int64_t vector, const V* sum) __attribute__((always_inline)) {
-          const int64_t i = sequences.begin + r, column = vector * kLanes;
-          T* const all = rows.cut_before(step, i, reverse) ? dreset : ds;
-          if (!all) return;
-          const int n = within<V>(column, Q);
-          T* to = all + rows.batch_index(i) * Q + column;
-          store(to, load<V>(to, n) + *sum, n);
-        },
-        ahead);
+    multiply_into<F>({dh(p, sequences.begin), columns_ * kLanes}, {dv, dv_row_, nullptr},
+                     sequences.size(), matrix(w_hh(p), args_.recurrence[p].w_hh, depth_, Q), {},
+                     columns.begin, columns.end, ahead);
+    for (int64_t i = sequences.begin; i < sequences.end; ++i) {
+      T* const all = rows.cut_before(step, i, reverse) ? dreset : ds;
+      if (!all) continue;
+      T* const to = all + rows.batch_index(i) * Q;
+      const T* const from = dh(p, i);
+      for (int64_t at = columns.begin * kLanes; at < columns.end * kLanes; at += kLanes) {
+        const int n = within<V>(at, Q);
+        store(to + at, load<V>(to + at, n) + load<V>(from + at), n);
+      }
+    }
   }
 
   const BackwardArgs& args_;
   const CpuPlan& plan_;
-  const int64_t vectors_, columns_;         // vectors of units, and of the columns of h
-  const int64_t depth_;                     // rows of w_hh
-  const int64_t du_row_, dv_row_, dh_row_;  // words of a row of du, of dv and of dh
+  const int64_t vectors_, columns_;  // vectors of units, and of the columns of h
+  const int64_t depth_;              // rows of w_hh
+  const int64_t du_row_, dv_row_;    // words of a row of du and of dv
   const Chunk chunk_;
+  const ProjectionGradient<F, S> projection_;
   Word *w_hh_ = nullptr, *w_hr_ = nullptr;  // [P], bands of columns
+  T* dh_ = nullptr;                         // [P][B][padded Q], what a step adds to dh
   T* dm_ = nullptr;                         // [P][B][padded H]
   Drawn<Cell, T>* drawn_ = nullptr;         // [threads]
 };

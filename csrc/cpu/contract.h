@@ -102,7 +102,7 @@ struct Recurrence {
 
 // Arguments of both sweeps. Row r of recurrence p begins at (r*P + p)*Q in `y` and at (r*P + p)*W*H
 // in `tape`. The tape's W values of [H] each are states 1..S-1 after the step, the saved values,
-// and m if state 0 is projected.
+// m if state 0 is projected, and what results of reductions fill.
 struct Scan {
   Rows rows;
   int64_t inputs = 0;
@@ -192,8 +192,9 @@ struct GradientArgs : Scan {
   const void* const* operands = nullptr;
   int64_t sites = 0;                // J
   const int8_t* site_of = nullptr;  // [Gv], the operand of each gate, or -1 for h_prev; if J > 0
-  const void* tape = nullptr;       // [rows, P, tape_width, H], the last value being m
+  const void* tape = nullptr;       // [rows, P, tape_width, H]
   int64_t tape_width = 0;
+  int64_t unprojected = 0;       // the value that is m
   void* const* dw_ih = nullptr;  // [P], each [Gu*H, I]
   void* const* dw_hr = nullptr;  // [P], each [recurrent, H]
   void* const* dw_hh = nullptr;  // [P], each [Gv*H, recurrent]
@@ -262,8 +263,8 @@ struct CpuPlan {
   WeightLayout weights = WeightLayout::kPrepacked;
   int32_t split_recurrences = 1;  // threads = recurrences x sequences x units
   int32_t split_sequences = 1;
-  int32_t split_units = 1;  // 1 for a cell whose step has stages
-  int64_t chunk_rows = 1;   // of each thread in the forward pass, of all in the backward pass
+  int32_t split_units = 1;
+  int64_t chunk_rows = 1;  // of each thread in the forward pass, of all in the backward pass
 
   FASTRNN_INLINE int32_t threads() const {
     return split_recurrences * split_sequences * split_units;

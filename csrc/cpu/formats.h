@@ -134,12 +134,44 @@ struct FASTRNN_EXPORTED Bfloat16 : Words {
 
 #endif
 
+// Rows that products read, in words.
+template <class F>
+struct FASTRNN_EXPORTED WordRows {
+  const typename F::Word* first;
+  int64_t stride;
+  const typename F::Number* scales;  // of each row, if the format has them
+
+  FASTRNN_INLINE typename F::Number scale(int64_t row) const {
+    if constexpr (F::kScaled) return scales[row];
+    return 1;
+  }
+};
+
+// Writes a row of `count` numbers, which load(k, live) reads in vectors, in words, with its scale.
+template <class F, class Load>
+FASTRNN_INLINE void put_row(typename F::Word* to, int64_t count, typename F::Number* scale,
+                            const Load& load) {
+  using V = Vec<typename F::Number>;
+  if constexpr (F::kConverts) {
+    const typename F::Number found = F::convert(to, count, load);
+    if constexpr (F::kScaled) *scale = found;
+  } else {
+    for (int64_t k = 0; k < count; k += lanes<V>()) store(to + k, load(k, within<V>(k, count)));
+  }
+}
+
 // What turns the sums of the columns of a matrix into numbers: of scaled formats, a scale and the
 // integer at which sums begin, for each lane.
 template <class F>
-struct Columnwise {
+struct FASTRNN_EXPORTED Columnwise {
   typename F::Number* scale;
   int32_t* zero;
+
+  // The same for the columns of a matrix that begins at this one.
+  Columnwise from(int64_t column) const {
+    if constexpr (F::kScaled) return {scale + column, zero + column};
+    return {};
+  }
 };
 
 // Where the sum of a vector of columns begins; `value` is what it is added to.

@@ -14,9 +14,11 @@
 #include "core/math.h"
 #include "cpu/contract.h"
 #include "cpu/drawn.h"
+#include "cpu/exported.h"
 #include "cpu/formats.h"
 #include "cpu/prepacked.h"
 #include "cpu/product.h"
+#include "cpu/projection.h"
 #include "cpu/team.h"
 
 namespace fastrnn {
@@ -78,7 +80,7 @@ class Forward {
         sizes_{args.inputs, args.hidden, args.recurrent, args.projected},
         panels_(Weights::panels(sizes_)),
         padded_(panels_ * kUnits),
-        columns_(Weights::columns(sizes_)),
+        columns_(Projection<F>::vectors(sizes_)),
         padded_h_(projected() ? columns_ * kLanes : padded_),
         tape_width_(S - 1 + K + args.projected) {}
 
@@ -174,6 +176,8 @@ class Forward {
     return share;
   }
 
+  static Range vectors_of(Range columns) { return {columns.begin / kLanes, columns.end / kLanes}; }
+
   static Range blocks_within(Range columns, int64_t depth) {
     const int64_t block = sum_block(depth);
     const int64_t last = columns.end < depth ? columns.end / block * block : depth;
@@ -187,8 +191,7 @@ class Forward {
             int32_t turn) const {
     out.pack(sizes_, recurrence, packed(), share.panels, turn, plan_.split_sequences);
     if (projected() && (packed() || F::kConverts))
-      out.pack_projection(sizes_, recurrence,
-                          {share.columns.begin / kLanes, share.columns.end / kLanes}, turn,
+      out.projection.pack(sizes_, recurrence, vectors_of(share.columns), turn,
                           plan_.split_sequences);
   }
 
@@ -377,30 +380,31 @@ class Forward {
   template <int kTile>
   void tile(const Member& me, int64_t p, int64_t step, const Share& share, const PanelWeights& w,
             int64_t panel, int64_t first, const T* u, int64_t done, bool fresh) const {
-    const int64_t stride = share.panels.size() * Inputs::kWidth;
     const Shared& recurrence = shared_[p];
-    const T* h = recurrence.h[step & 1];
-    const Scratch& own = scratch_[me.index];
     V acc[kTile][Recurrent::kVectors + !kMultiplies];
     // One or two rows write whole pages in order, which the processor foresees.
     if (kMultiplies && kTile > 2 && args_.tape)
       for (int r = 0; r < kTile; ++r) expect_results(p, step, first + r, panel * kUnits);
     if constexpr (kMultiplies)
-      multiply_state<kTile>(acc, me, recurrence, share, w, panel, first, u, h, done, fresh);
+      multiply_state<kTile>(acc, me, recurrence, share, w, panel, first, u, recurrence.h[step & 1],
+                            done, fresh);
+    apply(me, p, step, share, panel, {first, first + kTile}, u, &acc[0][0]);
+  }
+
+  // Applies the cell to a panel of units of some rows, of which `v` has a row each.
+  FASTRNN_ONCE void apply(const Member& me, int64_t p, int64_t step, const Share& share,
+                          int64_t panel, Range rows, const T* u, const V* v) const {
+    const int64_t stride = share.panels.size() * Inputs::kWidth;
     const bool reverse = args_.recurrence[p].reverse;
     const int64_t t = args_.rows.time(step, reverse);
-    const auto apply = [&](auto projected) {
-      for (int r = 0; r < kTile; ++r)
-        for (int q = 0; q < kUnitVectors; ++q)
-          units<decltype(projected)::value>(recurrence, own.drawn, share, p, step, t, reverse,
-                                            first + r, panel * kUnits + q * kLanes, h,
-                                            u + r * stride + q * Inputs::G * kLanes,
-                                            &acc[r][q * Recurrent::G]);
-    };
-    if (projected())
-      apply(Constant<Cell::kProjectable>{});
-    else
-      apply(Constant<false>{});
+    const T* h = shared_[p].h[step & 1];
+    for (int64_t i = rows.begin; i < rows.end; ++i) {
+      for (int q = 0; q < kUnitVectors; ++q)
+        units(shared_[p], scratch_[me.index].drawn, share, p, step, t, reverse, i,
+              panel * kUnits + q * kLanes, h, u + q * Inputs::G * kLanes, v + q * Recurrent::G);
+      u += stride;
+      v += Recurrent::kVectors + !kMultiplies;
+    }
   }
 
   // acc = h * a panel of w_hh: v and, of summed gates, u + v.
@@ -541,7 +545,6 @@ class Forward {
   }
 
   // Applies the cell to one vector of units of one row.
-  template <bool kProjected>
   FASTRNN_INLINE void units(const Shared& recurrence, const Drawn<Cell, T>& drawn,
                             const Share& share, int64_t p, int64_t step, int64_t t, bool reverse,
                             int64_t i, int64_t unit, const T* h, const T* u, const V* v) const {
@@ -565,17 +568,17 @@ class Forward {
     if (args_.tape) {
       for (int s = 1; s < S; ++s) save(s - 1, next[s]);
       for (int k = 0; k < K; ++k) save(S - 1 + k, saved[k]);
-      if constexpr (kProjected) save(S - 1 + K, next[0]);
+      if (projected()) save(S - 1 + K, next[0]);
     }
-    if constexpr (kProjected)
+    if (projected())
       store(recurrence.m + at, next[0]);
     else
       store_as(args_.y, row * H + unit, next[0], live, args_.storage);
     // No state crosses into a new episode.
     if (args_.rows.cut_after(step, i, reverse))
-      for (int s = kProjected; s < S; ++s)
+      for (int s = projected(); s < S; ++s)
         next[s] = given_state(args_.recurrence[p].reset[s], s, i, unit);
-    if constexpr (!kProjected) store(recurrence.h[(step + 1) & 1] + at, next[0]);
+    if (!projected()) store(recurrence.h[(step + 1) & 1] + at, next[0]);
     for (int s = 1; s < S; ++s) store(recurrence.s[s] + at, next[s]);
   }
 
@@ -583,52 +586,25 @@ class Forward {
   void project_output(const Scratch& own, int64_t p, int64_t step, Range sequences,
                       Range columns) const {
     const Shared& recurrence = shared_[p];
-    const int64_t H = args_.hidden, Q = args_.recurrent;
+    const int64_t Q = args_.recurrent, first = sequences.begin;
     const bool reverse = args_.recurrence[p].reverse;
     const int64_t t = args_.rows.time(step, reverse);
-    const auto emit = [&](int64_t i, int64_t column, V value) __attribute__((always_inline)) {
+    WordRows<F> m{};
+    if constexpr (F::kConverts)
+      m = {own.state + first * state_words(), state_words(), own.state_scale + first};
+    else
+      m = {recurrence.m + first * padded_, padded_, nullptr};
+    T* const h = recurrence.h[(step + 1) & 1];
+    recurrence.projection.multiply(sizes_, m, sequences.size(), vectors_of(columns),
+                                   h + first * padded_h_, padded_h_,
+                                   packed() ? nullptr : args_.recurrence[p].w_hr);
+    for (int64_t i = first; i < sequences.end; ++i) {
       const int64_t row = args_.rows.row(t, i) * args_.recurrences + p;
-      store_as(args_.y, row * Q + column, value, within<V>(column, Q), args_.storage);
-      store(recurrence.h[(step + 1) & 1] + i * padded_h_ + column,
-            args_.rows.cut_after(step, i, reverse)
-                ? given_state(args_.recurrence[p].reset[0], 0, i, column)
-                : value);
-    };
-    if (packed() || F::kConverts) {
-      const Word* m;
-      int64_t stride;
-      if constexpr (F::kConverts) {
-        m = own.state;
-        stride = state_words();
-      } else {
-        m = recurrence.m;
-        stride = padded_;
-      }
-      const Columnwise<F>& hr = recurrence.hr;
-      multiply_columns<F>(m + sequences.begin * stride, stride, sequences.size(),
-                          Matrix<Word>{recurrence.w_hr, words_of<F>(H), Q, true},
-                          columns.begin / kLanes, columns.end / kLanes,
-                          [&](int64_t r, int64_t vector, auto* sum) {
-                            const int64_t i = sequences.begin + r, column = vector * kLanes;
-                            const T scale = F::kScaled ? own.state_scale[i] : T{1};
-                            emit(i, column, end_product<F>(sum, hr, column, scale));
-                          });
-      return;
-    }
-    if constexpr (!F::kConverts) {
-      const T* m = recurrence.m + sequences.begin * padded_;
-      const T* w_hr = static_cast<const T*>(args_.recurrence[p].w_hr);
+      const bool cut = args_.rows.cut_after(step, i, reverse);
       for (int64_t column = columns.begin; column < columns.end; column += kLanes) {
-        const Unpacked<T, 1> w{{w_hr + (column < Q ? column : 0) * H}, {within<V>(column, Q)}, H};
-        for_each_tile<kMaxTileRows>(sequences.size(), [&](int64_t first, auto n) {
-          constexpr int kTile = decltype(n)::value;
-          V sum[kTile][1];
-          clear_tile(sum);
-          const T* rows[kTile];
-          for (int r = 0; r < kTile; ++r) rows[r] = m + (first + r) * padded_;
-          multiply_unpacked<kTile, 1, T>(sum, w, rows, 0, H, sum_block(H));
-          for (int r = 0; r < kTile; ++r) emit(sequences.begin + first + r, column, sum[r][0]);
-        });
+        T* const at = h + i * padded_h_ + column;
+        store_as(args_.y, row * Q + column, load<V>(at), within<V>(column, Q), args_.storage);
+        if (cut) store(at, given_state(args_.recurrence[p].reset[0], 0, i, column));
       }
     }
   }

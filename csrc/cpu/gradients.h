@@ -342,7 +342,7 @@ class GradientSweep {
       }
     }
     if (args_.dw_hr) {
-      const int64_t Q = args_.recurrent, H = args_.hidden, W = args_.tape_width;
+      const int64_t Q = args_.recurrent, H = args_.hidden;
       const int64_t dh_row = gradient_row(F::kFormat, Q);
       const Range columns = part_of(Q, plan_.threads(), index);
       pack_gates<F>(first(args_.dh, dh_row), rows.direction * dh_row, columns, depth, tiles);
@@ -350,7 +350,8 @@ class GradientSweep {
           static_cast<T*>(args_.dw_hr[p]), H, tiles, columns, words, begins(), band,
           [&](int64_t column, auto width, Word* to) {
             pack_stored(args_.tape, column, H, decltype(width)::value, depth, to, [&](int64_t k) {
-              return ((places[rows.row(k)].row * args_.recurrences + p) * W + W - 1) * H;
+              const int64_t row = places[rows.row(k)].row * args_.recurrences + p;
+              return (row * args_.tape_width + args_.unprojected) * H;
             });
           });
     }

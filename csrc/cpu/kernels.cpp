@@ -21,6 +21,8 @@
 #include "cpu/staged.h"
 #include "cpu/staged_backward.h"
 #include "cpu/staged_forward.h"
+#include "cpu/staged_stepper.h"
+#include "cpu/staged_weights.h"
 #include "cpu/step.h"
 #ifndef FASTRNN_PART
 #include "cpu/gradients.h"

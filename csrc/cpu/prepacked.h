@@ -11,6 +11,7 @@
 #include "cpu/contract.h"
 #include "cpu/formats.h"
 #include "cpu/pack.h"
+#include "cpu/projection.h"
 #include "cpu/team.h"
 
 namespace fastrnn {
@@ -55,15 +56,13 @@ struct Prepacked {
 
   T *w_ih,
       *w_hh;  // [panel][words of I or Q][its kWidth]; absent if the kernel reads torch's layout
-  T *bias_u, *bias_v;        // [panel][its kWidth]; bias_v serves gates that are not summed
-  T* params;                 // [N][padded H]
-  T* w_hr;                   // bands of w_hr^T, [padded Q][words of H]
-  Columnwise<F> ih, hh, hr;  // as wide as bias_u, bias_v and padded Q
+  T *bias_u, *bias_v;    // [panel][its kWidth]; bias_v serves gates that are not summed
+  T* params;             // [N][padded H]
+  Columnwise<F> ih, hh;  // as wide as bias_u and bias_v
+  Projection<F> projection;
 
   static int64_t panels(const RecurrenceSizes& n) { return (n.hidden + kUnits - 1) / kUnits; }
   static int64_t padded(const RecurrenceSizes& n) { return panels(n) * kUnits; }
-  // Vectors of state 0.
-  static int64_t columns(const RecurrenceSizes& n) { return (n.recurrent + kLanes - 1) / kLanes; }
 
   // Takes memory by take(count), in an order that is part of the layout.
   template <class Take>
@@ -74,13 +73,12 @@ struct Prepacked {
     bias_u = take(of_u);
     bias_v = take(of_v);
     params = take(N * padded(n));
-    // Formats whose rows are converted have no kernel for a projection in torch's layout.
-    const int64_t projected = n.projected ? columns(n) * kLanes : 0;
-    w_hr = take(matrices || F::kConverts ? projected * words_of<F>(n.hidden) : 0);
-    for (auto [to, count] : {std::pair(&ih, of_u), {&hh, of_v}, {&hr, projected}}) {
+    for (auto [to, count] : {std::pair(&ih, of_u), {&hh, of_v}}) {
       to->scale = take(F::kScaled ? count : 0);
       to->zero = reinterpret_cast<int32_t*>(take(F::kScaled ? count : 0));
     }
+    // Formats whose rows are converted have no kernel for a projection in torch's layout.
+    projection.place(n, matrices || F::kConverts, take);
   }
 
   // A view of memory, in one piece, that pack_all() wrote or will write.
@@ -109,7 +107,7 @@ struct Prepacked {
     const Prepacked out = at(n, base);
     out.pack(n, recurrence, true, {0, panels(n)}, 0, 1);
     if constexpr (Cell::kProjectable)
-      if (n.projected) out.pack_projection(n, recurrence, {0, columns(n)}, 0, 1);
+      if (n.projected) out.projection.pack(n, recurrence, {0, Projection<F>::vectors(n)}, 0, 1);
   }
 
   // Packs every `turns`-th of these panels, beginning with number `turn`.
@@ -164,26 +162,6 @@ struct Prepacked {
     return within<V>(Of::first_unit(panel, v), hidden);
   }
 
-  // Packs every `turns`-th band of these vectors, beginning with number `turn`.
-  void pack_projection(const RecurrenceSizes& n, const Recurrence& recurrence, Range range,
-                       int32_t turn, int32_t turns) const {
-    const int64_t depth = words_of<F>(n.hidden);
-    int64_t band = 0;
-    for_each_band(range.begin, range.end, [&](int64_t vector, auto count) {
-      if (band++ % turns != turn) return;
-      for (int v = 0; v < decltype(count)::value; ++v) {
-        const int64_t column = (vector + v) * kLanes;
-        const int live = within<V>(column, n.recurrent);
-        T* to = w_hr + vector * kLanes * depth;
-        pack_transposed(static_cast<const T*>(recurrence.w_hr) + column * depth, depth, live, depth,
-                        to, decltype(count)::value, v);
-        if constexpr (F::kScaled)
-          describe_columns<F>(to + v * kLanes, decltype(count)::value * kLanes, depth,
-                              recurrence.scale_hr + column, live, hr, column);
-      }
-    });
-  }
-
  private:
   // A vector of units of a row of numbers that begins at `first`; zeros if there are none.
   static V row_of(const void* rows, int64_t first, int64_t unit, int64_t hidden) {
@@ -206,17 +184,6 @@ struct Prepacked {
             live_units<Of>(hidden, panel, v), columns, panel * Of::kWidth + v * kLanes);
   }
 };
-
-// Part `index` of `parts` of the columns of a projection, in vectors. With `whole_bands`, for
-// weights that were packed for any number of threads, no part begins within a band.
-FASTRNN_INLINE Range columns_of(int64_t vectors, bool whole_bands, int64_t parts, int64_t index) {
-  if (!whole_bands) return part_of(vectors, parts, index);
-  const Range bands = part_of((vectors + kBandVectors - 1) / kBandVectors, parts, index);
-  const auto limit = [&](int64_t band) {
-    return band * kBandVectors < vectors ? band * kBandVectors : vectors;
-  };
-  return {limit(bands.begin), limit(bands.end)};
-}
 
 }  // namespace FASTRNN_ISA
 }  // namespace fastrnn

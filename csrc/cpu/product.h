@@ -358,7 +358,69 @@ FASTRNN_INLINE void multiply_columns(const typename F::Word* rows, int64_t strid
   }
 }
 
+// Rows of whole vectors of numbers, `stride` apart, that products are written to, after those of
+// `addend` are added to them, if there are any.
+template <class T>
+struct FASTRNN_EXPORTED Destination {
+  T* first;
+  int64_t stride;
+  const T* addend = nullptr;
+  int64_t addend_stride = 0;
+};
+
+// Writes `count` rows times the vectors [begin, end) of columns of a matrix. Meanwhile it asks for
+// what lies `ahead`.
+template <class F>
+FASTRNN_SHARED void multiply_into(const Destination<typename F::Number>& to,
+                                  const WordRows<F>& rows, int64_t count,
+                                  const Matrix<typename F::Word>& matrix,
+                                  const Columnwise<F>& columns, int64_t begin, int64_t end,
+                                  Ahead* ahead = nullptr);
+
+// The same of a matrix [width, depth] in torch's layout, whose rows are summed.
+template <class T>
+FASTRNN_SHARED void multiply_rows_into(const Destination<T>& to, const T* rows, int64_t stride,
+                                       int64_t count, const Matrix<T>& matrix, int64_t begin,
+                                       int64_t end);
+
 #ifndef FASTRNN_PART
+
+template <class T>
+void multiply_rows_into(const Destination<T>& to, const T* rows, int64_t stride, int64_t count,
+                        const Matrix<T>& matrix, int64_t begin, int64_t end) {
+  constexpr int n = lanes<Vec<T>>();
+  for (int64_t vector = begin; vector < end; ++vector) {
+    const int64_t column = vector * n;
+    const int live = within<Vec<T>>(column, matrix.width);
+    const Unpacked<T, 1> weights{
+        {matrix.data + (live ? column : 0) * matrix.depth}, {live}, matrix.depth};
+    for_each_tile<kMaxTileRows>(count, [&](int64_t first, auto tile) {
+      constexpr int kTile = decltype(tile)::value;
+      Vec<T> sum[kTile][1];
+      clear_tile(sum);
+      const T* from[kTile];
+      for (int r = 0; r < kTile; ++r) from[r] = rows + (first + r) * stride;
+      multiply_unpacked<kTile, 1, T>(sum, weights, from, 0, matrix.depth, sum_block(matrix.depth));
+      for (int r = 0; r < kTile; ++r) store(to.first + (first + r) * to.stride + column, sum[r][0]);
+    });
+  }
+}
+
+template <class F>
+void multiply_into(const Destination<typename F::Number>& to, const WordRows<F>& rows,
+                   int64_t count, const Matrix<typename F::Word>& matrix,
+                   const Columnwise<F>& columns, int64_t begin, int64_t end, Ahead* ahead) {
+  using V = Vec<typename F::Number>;
+  multiply_columns<F>(
+      rows.first, rows.stride, count, matrix, begin, end,
+      [&](int64_t r, int64_t vector, const auto* sum) {
+        const int64_t column = vector * lanes<V>();
+        V all = end_product<F>(sum, columns, column, rows.scale(r));
+        if (to.addend) all = all + load<V>(to.addend + r * to.addend_stride + column);
+        store(to.first + r * to.stride + column, all);
+      },
+      ahead);
+}
 
 // add_squares() of some rows or columns of weights.
 template <int kRows, class T>

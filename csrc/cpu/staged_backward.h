@@ -1,9 +1,11 @@
 // The backward sweep of cells whose step has stages (staged.h): one chunk of steps, from its end.
 //
 // Per step: the stages of the cell's derivative, with the transposed products that they need, give
-// du and dv; then dh = dv * w_hh of the gates that multiply h. Every thread owns a recurrence and a
-// range of sequences, with all of their units. In a format whose words hold several numbers, a gate
-// of a row of dv may begin within a word, so what a product reads of a step lies apart as well.
+// du and dv; then dh = dv * w_hh of the gates that multiply h. If the output is projected, the
+// product dm = dh * w_hr comes first. Every thread owns a recurrence, a range of sequences, and all
+// of their units or some; threads that share units meet wherever they need each other's dh, dv or
+// partial results. In a format whose words hold several numbers, a gate of a row of dv may begin
+// within a word, so what a product reads of a step lies apart as well.
 #pragma once
 
 #include <cstdint>
@@ -13,6 +15,8 @@
 #include "cpu/chunk.h"
 #include "cpu/contract.h"
 #include "cpu/formats.h"
+#include "cpu/projection.h"
+#include "cpu/reductions.h"
 #include "cpu/staged.h"
 #include "cpu/team.h"
 
@@ -31,24 +35,34 @@ class StagedBackward {
   static constexpr int kStages = sizeof(kProgram.stage) / sizeof(kProgram.stage[0]);
   static constexpr int kTemporaries = kProgram.temporaries, kResults = kProgram.results;
   static constexpr int kLanes = lanes<V>();
-  using Reduced = Results<T>;
-  static_assert(kTemporaries <= 64 && kResults <= Reduced::kMost, "a bit for each");
+  static_assert(kTemporaries <= 64 && kResults <= Reductions<T>::kMost, "a bit for each");
   static_assert(kProgram.moments == 0, "gradients need sums alone");
 
-  // Memory of one thread, for the rows of a step.
+  // Memory of one thread, for the rows of a step; those that share sequences share the first two.
   struct Scratch {
+    T* partial;      // [B][blocks][kResults][kLanes]
+    Word* dv;        // [B][Gv][words of padded H] if rows are converted
     T* dnext;        // [B][S][padded H]
     T* back;         // [B][J][padded H]
     T* temporaries;  // [B][kTemporaries][padded H]
     T* results;      // [B][kResults]
-    Word* dv;        // [B][Gv][words of padded H] if rows are converted
+    T* dh;           // [B][padded Q], through w_hh
     Drawn<Cell, T> drawn;
     Place* places;
+  };
+  // A thread's part of every step.
+  struct Share {
+    Range sequences;
+    OwnUnits<T> own;
+    Range units;
+    Range columns;  // vectors of h
+    bool whole;     // of all units
+    bool last;      // of the last ones
   };
 
  public:
   static bool run(const BackwardArgs& args, const CpuPlan& plan) {
-    if (args.rows.batch == 0 || args.hidden == 0) return true;
+    if (args.rows.batch == 0 || args.hidden + args.recurrent == 0) return true;
     return run_sweep<StagedBackward>(args, plan);
   }
 
@@ -56,56 +70,87 @@ class StagedBackward {
       : args_(args),
         plan_(plan),
         vectors_((args.hidden + kLanes - 1) / kLanes),
+        columns_((args.recurrent + kLanes - 1) / kLanes),
         padded_(vectors_ * kLanes),
+        blocks_(blocks_of(args.hidden)),
         du_row_(gradient_row(F::kFormat, Gu * args.hidden)),
         dv_row_(gradient_row(F::kFormat, Gv * args.hidden)),
-        tape_(args.hidden, args.storage),
-        chunk_(args, tape_.width()) {}
+        tape_(args),
+        chunk_(args, tape_.width()),
+        projection_(args, chunk_) {}
 
   void place(Arena& arena) {
     const int64_t B = args_.rows.batch;
     scratch_ = arena.take<Scratch>(plan_.threads());
+    Scratch own;
     for (int32_t i = 0; i < plan_.threads(); ++i) {
-      Scratch own;
+      if (i % plan_.split_units == 0) {
+        own.partial = arena.take<T>(B * blocks_ * kResults * kLanes);
+        own.dv = arena.take<Word>(F::kConverts ? B * Gv * gate_words() : 0);
+      }
       own.dnext = arena.take<T>(B * S * padded_);
       own.back = arena.take<T>(B * J * padded_);
       own.temporaries = arena.take<T>(B * kTemporaries * padded_);
       own.results = arena.take<T>(B * kResults);
-      own.dv = arena.take<Word>(F::kConverts ? B * Gv * gate_words() : 0);
+      own.dh = arena.take<T>(B * columns_ * kLanes);
       own.places = arena.take<Place>(B);
       own.drawn.place(B, padded_, [&](int64_t n) { return arena.take<T>(n); });
       if (arena.ready()) scratch_[i] = own;
     }
   }
 
-  static constexpr bool kRepeatable = false;  // it never waits within a step
+  // Each step adds to the gradients of the states.
+  static constexpr bool kRepeatable = true;
   template <class Visit>
-  void each_changed(const Visit&) const {}
+  void each_changed(const Visit& visit) const {
+    chunk_.each_changed<T>(S, N, visit);
+  }
 
   void thread(Member& me) const {
     const Rows& rows = args_.rows;
     const Range own = part_of(args_.recurrences, plan_.split_recurrences, me.recurrence);
     const bool pack_now = prepacks() && *args_.prepacked_for != 1;
     for (int64_t p = own.begin; p < own.end && pack_now; ++p)
-      for (int g = 0; g < Gv; g = run_end(g)) pack(p, g, me.sequence);
-    me.publish(1);
-    me.wait_for_all(1);
+      pack_all(p, me.sequence * plan_.split_units + me.unit);
+    int64_t done = 1;
+    me.publish(done);
+    me.wait_for_all(done);
     if (me.index == 0 && pack_now) *args_.prepacked_for = 1;
+    const auto meet = [&] {
+      if (me.alone()) return;
+      me.publish(++done);
+      me.wait_for_peers(done);
+    };
     for (int64_t p = own.begin; p < own.end; ++p) {
       const bool reverse = args_.recurrence[p].reverse;
-      const Range sequences = chunk_.sequences(p, plan_.split_sequences, me.sequence);
-      scratch_[me.index].drawn.begin(args_, p, sequences, {0, padded_});
+      Share share = share_of(me);
+      share.sequences = chunk_.sequences(p, plan_.split_sequences, me.sequence);
+      const Range all = share.sequences;
+      scratch_[me.index].drawn.begin(args_, p, all, share.units);
       for (int64_t step = args_.end - 1; step >= args_.begin; --step) {
         const int64_t live = rows.live(rows.time(step, reverse));
-        const int64_t last = sequences.end < live ? sequences.end : live;
-        if (last > sequences.begin) one_step(p, step, {sequences.begin, last}, scratch_[me.index]);
+        share.sequences.end = all.end < live ? all.end : live;
+        if (share.sequences.size() > 0) one_step(p, step, share, scratch_[me.index], meet);
       }
     }
   }
 
  private:
+  bool projected() const { return Cell::kProjectable && __builtin_expect(args_.projected, false); }
   bool prepacks() const {
     return backward_layout(F::kFormat, plan_.weights) == WeightLayout::kPrepacked;
+  }
+  Share share_of(const Member& me) const {
+    const OwnUnits<T> own(args_.hidden, plan_.split_units, me.unit);
+    // Columns of h that are not projected are units.
+    const Range columns =
+        projected() ? columns_of(columns_, true, plan_.split_units, me.unit) : own.vectors;
+    return {{},
+            own,
+            own.units(),
+            columns,
+            own.vectors.size() == vectors_,
+            me.unit == plan_.split_units - 1};
   }
   // Gates that multiply the same value and follow each other, up to this one, are one product.
   static constexpr int run_end(int g) {
@@ -122,104 +167,162 @@ class StagedBackward {
   Word* run(const Scratch& own, int64_t r, int g) const {
     return own.dv + (r * Gv + g) * gate_words();
   }
-  // The rows of w_hh from gate g on, whose columns are summed over them.
+  // The rows of w_hh from gate g on, whose columns are summed over them; and all of w_hr.
   Word* packed(int64_t p, int g) const {
-    return static_cast<Word*>(args_.prepacked) + (p * Gv + g) * padded_ * args_.hidden;
+    return static_cast<Word*>(args_.prepacked) +
+           (p * Gv + g) * columns_ * kLanes * words_of<F>(args_.hidden);
+  }
+  Word* packed_projection(int64_t p) const {
+    return packed(args_.recurrences, 0) + p * padded_ * words_of<F>(args_.recurrent);
   }
   const T* unpacked(int64_t p, int g) const {
-    const int64_t H = args_.hidden;
-    return static_cast<const T*>(args_.recurrence[p].w_hh) + g * H * H;
+    return static_cast<const T*>(args_.recurrence[p].w_hh) + g * args_.hidden * args_.recurrent;
   }
-  // Packs a run of gates; threads that own the same take turns.
-  void pack(int64_t p, int g, int32_t turn) const {
-    const int64_t H = args_.hidden, depth = (run_end(g) - g) * H;
+  Matrix<Word> matrix(const Word* packed, const void* unpacked, int64_t depth,
+                      int64_t width) const {
+    return {prepacks() ? packed : static_cast<const Word*>(unpacked), words_of<F>(depth), width,
+            prepacks()};
+  }
+  // Packs the weights of a recurrence; threads that own the same take turns.
+  void pack_all(int64_t p, int32_t turn) const {
+    const int64_t H = args_.hidden, Q = args_.recurrent;
     int64_t band = 0;
-    for_each_band(0, vectors_, [&](int64_t vector, auto count) {
-      if (band++ % plan_.split_sequences != turn) return;
-      const int64_t column = vector * kLanes;
-      pack_columns<F>(unpacked(p, g) + column, H, H - column, depth,
-                      packed(p, g) + column * words_of<F>(depth), decltype(count)::value);
-    });
+    const auto pack = [&](const T* from, int64_t width, int64_t depth, Word* to) {
+      for_each_band(0, (width + kLanes - 1) / kLanes, [&](int64_t vector, auto count) {
+        if (band++ % (plan_.split_sequences * plan_.split_units) != turn) return;
+        const int64_t column = vector * kLanes;
+        pack_columns<F>(from + column, width, width - column, depth,
+                        to + column * words_of<F>(depth), decltype(count)::value);
+      });
+    };
+    for (int g = 0; g < Gv; g = run_end(g))
+      pack(unpacked(p, g), Q, (run_end(g) - g) * H, packed(p, g));
+    if (projected())
+      pack(static_cast<const T*>(args_.recurrence[p].w_hr), H, Q, packed_projection(p));
   }
 
+  int64_t width(int s) const { return s ? args_.hidden : args_.recurrent; }
   T* carried(int64_t p, int s, const Place& at) const {
-    return static_cast<T*>(args_.ds[p * S + s]) + at.b * args_.hidden;
+    return static_cast<T*>(args_.ds[p * S + s]) + at.b * width(s);
   }
 
   T* reset_gradient(int64_t p, int s, const Place& at) const {
-    return static_cast<T*>(args_.dreset[p * S + s]) + at.b * args_.hidden;
+    return static_cast<T*>(args_.dreset[p * S + s]) + at.b * width(s);
   }
 
-  void one_step(int64_t p, int64_t step, Range sequences, const Scratch& own) const {
+  template <class Meet>
+  void one_step(int64_t p, int64_t step, const Share& share, const Scratch& own,
+                const Meet& meet) const {
     const int64_t t = args_.rows.time(step, args_.recurrence[p].reverse), H = args_.hidden;
-    const int64_t count = sequences.size();
-    own.drawn.step(args_, p, t, sequences, {0, padded_});
+    const int64_t count = share.sequences.size();
+    if constexpr (F::kConverts) meet();  // products of the step before have read own.dv
+    own.drawn.step(args_, p, t, share.sequences, share.units);
     for (int64_t r = 0; r < count; ++r) {
-      own.places[r] = chunk_.locate(p, step, t, sequences.begin + r);
-      gather(p, own.places[r], r, own);
+      own.places[r] = chunk_.locate(p, step, t, share.sequences.begin + r);
+      gather(p, own.places[r], r, share, own);
     }
     const int64_t first = own.places[0].out;
+    if (projected()) {
+      meet();
+      projection_.multiply(
+          p, first, count,
+          matrix(packed_projection(p), args_.recurrence[p].w_hr, args_.recurrent, H),
+          share.own.vectors, own.dnext, S * padded_);
+    }
     for_each_number<kStages>([&](auto number) {
       constexpr int k = decltype(number)::value;
-      constexpr Stage stage = kProgram.stage[k];
-      for (int j = 0; j < J; ++j) {
-        if (!has(stage.sites, j)) continue;
-        bool begin = true;
-        for (int g = 0; g < Gv; g = run_end(g)) {
-          if (Cell::kSiteOf[g] != j) continue;
-          T* const to = own.back + j * padded_;
-          transposed(p, g, first, count, own, [&](int64_t r, int64_t unit, V sum) {
-            T* at = to + r * J * padded_ + unit;
-            store(at, begin ? sum : load<V>(at) + sum);
-          });
-          begin = false;
-        }
-      }
-      for (int64_t r = 0; r < count; ++r) one_row<k>(p, own.places[r], r, own);
+      if constexpr (k > 0) exchange<k>(p, first, count, share, own, meet);
+      for (int64_t r = 0; r < count; ++r) one_row<k>(p, own.places[r], r, share, own);
     });
+    end_rows(p, count, share, own);
+    meet();
+    propagate(p, step, first, count, share, own);
+  }
+
+  // What lies between stage k - 1 and stage k.
+  template <int k, class Meet>
+  void exchange(int64_t p, int64_t first, int64_t count, const Share& share, const Scratch& own,
+                const Meet& meet) const {
+    constexpr Stage before = kProgram.stage[k - 1], stage = kProgram.stage[k];
+    end_rows(p, count, share, own);
+    meet();
+    for (int64_t r = 0; r < count; ++r)
+      Reductions<T>::complete(before, kResults, blocks_, partial(own, r, 0),
+                              own.results + r * kResults);
+    for (int j = 0; j < J; ++j) {
+      if (!has(stage.sites, j)) continue;
+      bool begin = true;
+      for (int g = 0; g < Gv; g = run_end(g)) {
+        if (Cell::kSiteOf[g] != j) continue;
+        T* const to = own.back + j * padded_;
+        Destination<T> back{to, J * padded_};
+        if (!begin) {
+          back.addend = to;
+          back.addend_stride = back.stride;
+        }
+        transposed(back, p, g, first, count, share.own.vectors, own);
+        begin = false;
+      }
+    }
+  }
+
+  // Ends the rows of du and dv that were written so far.
+  void end_rows(int64_t p, int64_t count, const Share& share, const Scratch& own) const {
+    const int64_t H = args_.hidden;
+    if (!F::kConverts || !share.last) return;
     for (int64_t r = 0; r < count; ++r) {
+      for (int g = 0; g < Gv; g = run_end(g)) F::end_row(run(own, r, g), (run_end(g) - g) * H);
       if constexpr (Gv > 0) F::end_row(row_of(args_.dv[p], own.places[r], dv_row_), Gv * H);
       if constexpr (!all_summed<Cell>())
         F::end_row(row_of(args_.du[p], own.places[r], du_row_), Gu * H);
     }
-    // The gradient of h through the gates that multiply it; across a cut, that of the state given
-    // there.
-    Ahead ahead = ahead_of(p, step, sequences);
-    for (int g = 0; g < Gv; g = run_end(g))
-      if (Cell::kSiteOf[g] < 0)
-        transposed(
-            p, g, first, count, own,
-            [&](int64_t r, int64_t unit, V sum) {
-              const Place& at = own.places[r];
-              if (at.cut && !args_.dreset) return;
-              T* to = (at.cut ? reset_gradient(p, 0, at) : carried(p, 0, at)) + unit;
-              const int n = within<V>(unit, H);
-              store(to, load<V>(to, n) + sum, n);
-            },
-            &ahead);
+  }
+
+  // The gradient of h through the gates that multiply it; across a cut, that of the state given
+  // there.
+  void propagate(int64_t p, int64_t step, int64_t first, int64_t count, const Share& share,
+                 const Scratch& own) const {
+    Ahead ahead = ahead_of(p, step, share);
+    const int64_t row = columns_ * kLanes;
+    Destination<T> dh{own.dh, row};
+    for (int g = 0; g < Gv; g = run_end(g)) {
+      if (Cell::kSiteOf[g] >= 0) continue;
+      transposed(dh, p, g, first, count, share.columns, own, &ahead);
+      dh.addend = own.dh;
+      dh.addend_stride = row;
+    }
+    for (int64_t r = 0; r < count && dh.addend; ++r) {
+      const Place& at = own.places[r];
+      if (at.cut && !args_.dreset) continue;
+      T* const to = at.cut ? reset_gradient(p, 0, at) : carried(p, 0, at);
+      for (int64_t k = share.columns.begin * kLanes; k < share.columns.end * kLanes; k += kLanes) {
+        const int n = within<V>(k, args_.recurrent);
+        store(to + k, load<V>(to + k, n) + load<V>(own.dh + r * row + k), n);
+      }
+    }
   }
 
   // What the next step of the sweep reads is asked for by the products of this one with h.
-  Ahead ahead_of(int64_t p, int64_t step, Range sequences) const {
+  Ahead ahead_of(int64_t p, int64_t step, const Share& share) const {
     Ahead ahead;
-    if (!prepacks()) return ahead;
-    ahead = chunk_.before(p, step, sequences, S, stored_bytes<T>(args_.storage));
+    if (!prepacks() || !share.whole) return ahead;
+    ahead = chunk_.before(p, step, share.sequences, S, stored_bytes<T>(args_.storage));
     int64_t asks = 0;
     for (int g = 0; g < Gv; g = run_end(g))
       if (Cell::kSiteOf[g] < 0)
-        asks +=
-            asks_of<F>(sequences.size(), words_of<F>((run_end(g) - g) * args_.hidden), vectors_);
+        asks += asks_of<F>(share.sequences.size(), words_of<F>((run_end(g) - g) * args_.hidden),
+                           columns_);
     ahead.spread(asks);
     return ahead;
   }
 
   // The gradients of the states after the step, the state before it, and the saved results.
-  void gather(int64_t p, const Place& at, int64_t r, const Scratch& own) const {
+  void gather(int64_t p, const Place& at, int64_t r, const Share& share, const Scratch& own) const {
     const int64_t H = args_.hidden;
-    T* h_prev = static_cast<T*>(args_.h_prev[p]) + at.out * H;
-    for (int64_t unit = 0; unit < padded_; unit += kLanes) {
+    if (projected()) projection_.gather(p, at, share.columns);
+    for (int64_t unit = share.units.begin; unit < share.units.end; unit += kLanes) {
       const int n = within<V>(unit, H);
-      for (int s = 0; s < S; ++s) {
+      for (int s = projected(); s < S; ++s) {
         V gradient = load<V>(carried(p, s, at) + unit, n);
         if (s == 0 && args_.dy)
           gradient = gradient + load_as<V>(args_.dy, at.row * H + unit, n, args_.storage);
@@ -228,8 +331,8 @@ class StagedBackward {
                                            args_.storage);
         store(own.dnext + (r * S + s) * padded_ + unit, gradient);
       }
-      if constexpr (Gv > 0)
-        store(h_prev + unit,
+      if (Gv > 0 && !projected())
+        store(static_cast<T*>(args_.h_prev[p]) + at.out * H + unit,
               chunk_.state_before<V>(args_.recurrence[p], 0, at, unit, n, args_.storage), n);
     }
     if (R > 0) tape_.read_results(args_.tape, at.row, own.results + r * kResults);
@@ -239,52 +342,54 @@ class StagedBackward {
     return static_cast<Word*>(gradients) + at.out * row;
   }
 
-  // each(row, unit, sum): dv * w_hh of a run of gates, of the rows of dv from `first` on.
-  template <class Each>
-  void transposed(int64_t p, int g, int64_t first, int64_t count, const Scratch& own,
-                  const Each& each, Ahead* ahead = nullptr) const {
+  // Writes dv * w_hh of a run of gates, of the rows of dv from `first` on, for some vectors of
+  // columns.
+  void transposed(const Destination<T>& to, int64_t p, int g, int64_t first, int64_t count,
+                  Range columns, const Scratch& own, Ahead* ahead = nullptr) const {
     const int64_t H = args_.hidden, depth = (run_end(g) - g) * H;
-    const Word* dv;
-    int64_t stride;
-    if constexpr (F::kConverts) {
-      dv = run(own, 0, g);
-      stride = Gv * gate_words();
-      for (int64_t r = 0; r < count; ++r) F::end_row(run(own, r, g), depth);
-    } else {
-      dv = static_cast<const T*>(args_.dv[p]) + (first * Gv + g) * H;
-      stride = Gv * H;
-    }
-    const Matrix<Word> w_hh{prepacks() ? packed(p, g) : unpacked(p, g), words_of<F>(depth), H,
-                            prepacks()};
-    multiply_columns<F>(
-        dv, stride, count, w_hh, 0, vectors_,
-        [&](int64_t r, int64_t vector, const V* sum) { each(r, vector * kLanes, *sum); }, ahead);
+    WordRows<F> dv{};
+    if constexpr (F::kConverts)
+      dv = {run(own, 0, g), Gv * gate_words(), nullptr};
+    else
+      dv = {static_cast<const T*>(args_.dv[p]) + (first * Gv + g) * H, Gv * H, nullptr};
+    multiply_into<F>(to, dv, count, matrix(packed(p, g), unpacked(p, g), depth, args_.recurrent),
+                     {}, columns.begin, columns.end, ahead);
+  }
+
+  T* partial(const Scratch& own, int64_t r, int64_t block) const {
+    return own.partial + (r * blocks_ + block) * kResults * kLanes;
   }
 
   template <int k>
-  FASTRNN_INLINE void one_row(int64_t p, const Place& at, int64_t r, const Scratch& own) const {
+  FASTRNN_INLINE void one_row(int64_t p, const Place& at, int64_t r, const Share& share,
+                              const Scratch& own) const {
     constexpr Stage stage = kProgram.stage[k];
     const int64_t H = args_.hidden;
-    V results[kResults + 1], row[kProgram.rows + 1], total[kResults + 1];
-    T* own_results = own.results + r * kResults;
+    V results[kResults + 1], row[kProgram.rows + 1];
+    const T* own_results = own.results + r * kResults;
 #pragma GCC unroll 64
     for (int j = 0; j < kResults; ++j) results[j] = broadcast<V>(own_results[j]);
     Cell::backward_rows(Number<k>{}, results, splat<V>(static_cast<double>(H)), row);
-    Reduced::begin(stage, kResults, total);
     const bool plain = args_.storage == Storage::kSame;
-    for (int64_t unit = 0; unit < padded_; unit += kLanes) {
-      // Whole vectors of plain numbers, which most are, take no branches.
-      if (const int n = within<V>(unit, H); plain && n == kLanes)
-        units<k>(p, at, r, own, unit, kLanes, Storage::kSame, row, total);
-      else
-        units<k>(p, at, r, own, unit, n, args_.storage, row, total);
+    for (int64_t block = share.own.blocks.begin; block < share.own.blocks.end; ++block) {
+      V total[kResults + 1];
+      Reductions<T>::begin(stage, kResults, total);
+      const int64_t end = (block + 1) * kBlockUnits;
+      for (int64_t unit = block * kBlockUnits; unit < end && unit < padded_; unit += kLanes) {
+        // Whole vectors of plain numbers, which most are, take no branches.
+        if (const int n = within<V>(unit, H); plain && n == kLanes)
+          units<k>(p, at, r, share, own, unit, kLanes, Storage::kSame, row, total);
+        else
+          units<k>(p, at, r, share, own, unit, n, args_.storage, row, total);
+      }
+      Reductions<T>::end(stage, kResults, total, partial(own, r, block));
     }
-    Reduced::end(stage, kResults, total, own_results);
   }
 
   template <int k>
-  FASTRNN_INLINE void units(int64_t p, const Place& at, int64_t r, const Scratch& own, int64_t unit,
-                            int n, Storage storage, const V* row, V* total) const {
+  FASTRNN_INLINE void units(int64_t p, const Place& at, int64_t r, const Share& share,
+                            const Scratch& own, int64_t unit, int n, Storage storage, const V* row,
+                            V* total) const {
     constexpr Stage stage = kProgram.stage[k];
     const Recurrence& recurrence = args_.recurrence[p];
     const int64_t H = args_.hidden;
@@ -300,15 +405,21 @@ class StagedBackward {
       saved[j] = load_as<V>(args_.tape, chunk_.taped(at.row, S - 1 + j) + unit, n, storage);
 #pragma GCC unroll 64
     for (int s = 0; s < S; ++s) {
-      before[s] = chunk_.state_before<V>(recurrence, s, at, unit, n, storage);
-      next[s] = s == 0 ? load_as<V>(args_.y, at.row * H + unit, n, storage)
-                       : load_as<V>(args_.tape, chunk_.taped(at.row, s - 1) + unit, n, storage);
+      const bool m = s == 0 && projected();
+      before[s] = Cell::kProjectable && s == 0
+                      ? splat<V>(0)  // not read
+                      : chunk_.state_before<V>(recurrence, s, at, unit, n, storage);
+      next[s] =
+          s == 0 && !m
+              ? load_as<V>(args_.y, at.row * H + unit, n, storage)
+              : load_as<V>(args_.tape, chunk_.taped(at.row, m ? tape_.kUnprojected : s - 1) + unit,
+                           n, storage);
       dnext[s] = load<V>(own.dnext + (r * S + s) * padded_ + unit);
     }
 #pragma GCC unroll 64
     for (int j = 0; j < N; ++j)
       given[j] = load<V>(static_cast<const T*>(recurrence.params) + j * H + unit, n);
-    own.drawn.load(r, {0, padded_}, unit, given + N);
+    own.drawn.load(r, share.units, unit, given + N);
 #pragma GCC unroll 64
     for (int j = 0; j < kTemporaries; ++j)
       x[j] = load<V>(own.temporaries + (r * kTemporaries + j) * padded_ + unit);
@@ -328,7 +439,7 @@ class StagedBackward {
       if (has(stage.du, g)) F::put(du, g * H + unit, gates_u[g], n);
 #pragma GCC unroll 64
     for (int s = 0; s < S; ++s) {
-      if (!has(stage.states, s)) continue;
+      if (!has(stage.states, s) || (s == 0 && projected())) continue;
       if (at.cut && args_.dreset) {
         T* to = reset_gradient(p, s, at) + unit;
         store(to, load<V>(to, n) + dbefore[s], n);
@@ -349,15 +460,17 @@ class StagedBackward {
     for (int j = 0; j < kTemporaries; ++j)
       if (has(stage.temporaries, j))
         store(own.temporaries + (r * kTemporaries + j) * padded_ + unit, out[j]);
-    Reduced::add(stage, kResults, n, part, total);
+    Reductions<T>::add(stage, kResults, n, part, total);
   }
 
   const BackwardArgs& args_;
   const CpuPlan& plan_;
-  const int64_t vectors_, padded_;  // of units
-  const int64_t du_row_, dv_row_;   // words of a row of du and of dv
+  const int64_t vectors_, columns_;  // vectors of units, and of the columns of h
+  const int64_t padded_, blocks_;    // units, and blocks of them
+  const int64_t du_row_, dv_row_;    // words of a row of du and of dv
   const StagedTape<Cell, T> tape_;
   const Chunk chunk_;
+  const ProjectionGradient<F, S> projection_;
   Scratch* scratch_ = nullptr;
 };
 

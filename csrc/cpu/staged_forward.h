@@ -1,5 +1,5 @@
-// The forward sweep of cells whose step has stages (staged.h): every thread owns a recurrence and a
-// range of sequences, with all of their units, and waits for no other.
+// The forward sweep of cells whose step has stages (staged.h): every thread owns a recurrence, a
+// range of sequences, and all of their units or some.
 #pragma once
 
 #include <cstdint>
@@ -9,6 +9,7 @@
 #include "cpu/contract.h"
 #include "cpu/formats.h"
 #include "cpu/staged.h"
+#include "cpu/staged_weights.h"
 #include "cpu/team.h"
 
 namespace fastrnn {
@@ -24,27 +25,37 @@ class StagedForward {
   static constexpr int Gu = kInputGates<Cell>, S = Cell::kStates, K = Cell::kSaved;
   static constexpr int kLanes = lanes<V>();
 
-  // Memory of one thread.
+  // Memory of one thread; those that share sequences have the same states, and the same of `rows`.
   struct Scratch {
+    T* state;     // [B][S][widest padded state]
     Word* x;      // [rows of a chunk][row of I]
     T* x_scales;  // [rows of a chunk] if the format has them
     T* u;         // [rows of a chunk][Gu][padded H]
-    T* state;     // [B][S][padded H]
     typename Step::Rows rows;
+  };
+  // A thread's part of every step.
+  struct Share {
+    Range sequences;
+    OwnUnits<T> own;
+    Range units;
+    Range columns;  // vectors of a projection
+    bool leads;     // writes what is there once for a row
   };
 
  public:
   static bool run(const ForwardArgs& args, const CpuPlan& plan) {
-    if (args.rows.batch == 0 || args.hidden == 0) return true;
+    if (args.rows.batch == 0 || args.hidden + args.recurrent == 0) return true;
     return run_sweep<StagedForward>(args, plan);
   }
 
   StagedForward(const ForwardArgs& args, const CpuPlan& plan)
       : args_(args),
         plan_(plan),
-        sizes_{args.inputs, args.hidden, args.recurrent, false},
+        sizes_{args.inputs, args.hidden, args.recurrent, args.projected},
         padded_(Weights::padded(sizes_)),
-        tape_(args.hidden, args.storage) {}
+        columns_(Projection<F>::vectors(sizes_)),
+        state_row_(columns_ * kLanes > padded_ ? columns_ * kLanes : padded_),
+        tape_(args) {}
 
   void place(Arena& arena) {
     const auto take = [&](int64_t n) { return arena.take<T>(n); };
@@ -58,14 +69,18 @@ class StagedForward {
         weights.place(sizes_, take);
       if (arena.ready()) weights_[p] = weights;
     }
+    const int64_t B = args_.rows.batch;
+    Scratch own;
     for (int32_t i = 0; i < plan_.threads(); ++i) {
-      Scratch own;
+      if (i % plan_.split_units == 0) {
+        own.state = take(B * S * state_row_);
+        own.rows.place_shared(B, sizes_, take);
+      }
       own.x = take(chunk_rows() * row_words<F>(args_.inputs));
       own.x_scales = take(F::kScaled ? chunk_rows() : 0);
       own.u = take(chunk_rows() * Gu * padded_);
-      own.state = take(args_.rows.batch * S * padded_);
-      own.rows.place(args_.rows.batch, padded_, take);
-      own.rows.drawn.place(args_.rows.batch, padded_, take);
+      own.rows.place_own(B, sizes_, take);
+      own.rows.drawn.place(B, padded_, take);
       if (arena.ready()) scratch_[i] = own;
     }
   }
@@ -77,29 +92,49 @@ class StagedForward {
 
   void thread(Member& me) const {
     const Range own = part_of(args_.recurrences, plan_.split_recurrences, me.recurrence);
-    const Range sequences =
-        sequences_of(args_.rows, 0, args_.rows.steps, plan_.split_sequences, me.sequence);
+    const Share share = share_of(me);
+    const int32_t turn = me.sequence * plan_.split_units + me.unit;
     for (int64_t p = own.begin; p < own.end; ++p)
       if (!args_.recurrence[p].prepacked)
-        weights_[p].pack(sizes_, args_.recurrence[p], me.sequence, plan_.split_sequences);
-    me.publish(1);
-    me.wait_for_all(1);
+        weights_[p].pack(sizes_, args_.recurrence[p], turn,
+                         plan_.split_sequences * plan_.split_units);
+    int64_t done = 1;
+    me.publish(done);
+    me.wait_for_all(done);
+    const auto meet = [&] {
+      if (me.alone()) return;
+      me.publish(++done);
+      me.wait_for_peers(done);
+    };
     for (int64_t p = own.begin; p < own.end; ++p) {
-      start(p, sequences, scratch_[me.index]);
-      sweep(p, sequences, scratch_[me.index]);
-      finish(p, sequences, scratch_[me.index]);
+      start(p, share, scratch_[me.index]);
+      sweep(p, share, scratch_[me.index], meet);
+      finish(p, share, scratch_[me.index]);
     }
   }
 
  private:
+  bool projected() const { return Cell::kProjectable && __builtin_expect(args_.projected, false); }
   // At least one step of all sequences, at most all rows.
   int64_t chunk_rows() const {
     const int64_t B = args_.rows.batch, all = B * args_.rows.steps;
     const int64_t rows = plan_.chunk_rows > B ? plan_.chunk_rows : B;
     return rows < all ? rows : all;
   }
+  Share share_of(const Member& me) const {
+    const OwnUnits<T> own(args_.hidden, plan_.split_units, me.unit);
+    const Range columns = columns_of(columns_, true, plan_.split_units, me.unit);
+    return {sequences_of(args_.rows, 0, args_.rows.steps, plan_.split_sequences, me.sequence), own,
+            own.units(), columns, me.unit == 0};
+  }
+  // The numbers of a state that a thread has.
+  Range numbers_of(const Share& share, int s) const {
+    if (s > 0 || !projected()) return share.units;
+    return {share.columns.begin * kLanes, share.columns.end * kLanes};
+  }
+  int64_t width(int s) const { return s ? args_.hidden : args_.recurrent; }
   T* state(const Scratch& own, int64_t row, int s) const {
-    return own.state + (row * S + s) * padded_;
+    return own.state + (row * S + s) * state_row_;
   }
   int64_t last_live(int64_t t, Range sequences) const {
     const int64_t live = args_.rows.live(t);
@@ -107,32 +142,36 @@ class StagedForward {
   }
 
   // Sets the states before the first step.
-  void start(int64_t p, Range sequences, const Scratch& own) const {
+  void start(int64_t p, const Share& share, const Scratch& own) const {
     const Rows& rows = args_.rows;
     const Recurrence& recurrence = args_.recurrence[p];
-    for (int64_t i = sequences.begin; i < sequences.end; ++i) {
+    for (int64_t i = share.sequences.begin; i < share.sequences.end; ++i) {
       const bool cut =
           rows.steps > 0 && rows.live(0) > i && rows.cut_before(0, i, recurrence.reverse);
-      for (int s = 0; s < S; ++s)
-        for (int64_t unit = 0; unit < padded_; unit += kLanes)
-          store(state(own, i - sequences.begin, s) + unit,
-                given_state(cut ? recurrence.reset[s] : recurrence.s0[s], i, unit));
+      for (int s = 0; s < S; ++s) {
+        const Range numbers = numbers_of(share, s);
+        for (int64_t at = numbers.begin; at < numbers.end; at += kLanes)
+          store(state(own, i - share.sequences.begin, s) + at,
+                given_state(cut ? recurrence.reset[s] : recurrence.s0[s], s, i, at));
+      }
     }
   }
 
   // A vector of a state of sequence i that the caller gave, or zeros.
-  V given_state(const void* state, int64_t i, int64_t unit) const {
-    return state ? load_as<V>(state, args_.rows.batch_index(i) * args_.hidden + unit,
-                              within<V>(unit, args_.hidden), args_.storage)
+  V given_state(const void* state, int s, int64_t i, int64_t at) const {
+    return state ? load_as<V>(state, args_.rows.batch_index(i) * width(s) + at,
+                              within<V>(at, width(s)), args_.storage)
                  : splat<V>(0);
   }
 
-  void sweep(int64_t p, Range sequences, const Scratch& own) const {
+  template <class Meet>
+  void sweep(int64_t p, const Share& share, const Scratch& own, const Meet& meet) const {
     const Rows& rows = args_.rows;
+    const Range sequences = share.sequences;
     const bool reverse = args_.recurrence[p].reverse;
-    const Step step(sizes_, weights_[p]);
+    const Step step(sizes_, weights_[p], share.own);
     const int64_t x_words = row_words<F>(args_.inputs);
-    own.rows.drawn.begin(args_, p, sequences, {0, padded_});
+    own.rows.drawn.begin(args_, p, sequences, share.units);
     for (int64_t begin = 0, end = 0; begin < rows.steps; begin = end) {
       int64_t count = 0;
       for (; end < rows.steps; ++end) {
@@ -146,7 +185,7 @@ class StagedForward {
       for (int64_t at = begin; at < end; ++at) {
         const int64_t live = last_live(rows.time(at, reverse), sequences) - sequences.begin;
         if (live <= 0) continue;
-        one_step(step, p, at, sequences.begin, live, u, own);
+        one_step(step, p, at, share, live, u, own, meet);
         u += live * Gu * padded_;
       }
     }
@@ -161,45 +200,65 @@ class StagedForward {
     });
   }
 
-  void one_step(const Step& step, int64_t p, int64_t at, int64_t first, int64_t count, const T* u,
-                const Scratch& own) const {
+  template <class Meet>
+  void one_step(const Step& step, int64_t p, int64_t at, const Share& share, int64_t count,
+                const T* u, const Scratch& own, const Meet& meet) const {
     const Rows& rows = args_.rows;
     const bool reverse = args_.recurrence[p].reverse;
-    const int64_t t = rows.time(at, reverse), H = args_.hidden;
+    const int64_t t = rows.time(at, reverse), first = share.sequences.begin;
     typename Step::Rows of = own.rows;
-    of.drawn.step(args_, p, t, {first, first + count}, {0, padded_});
+    of.drawn.step(args_, p, t, {first, first + count}, share.units);
     of.u = u;
     for (int s = 0; s < S; ++s) {
-      of.state[s] = own.state + s * padded_;
-      of.state_stride[s] = S * padded_;
+      of.state[s] = state(own, 0, s);
+      of.state_stride[s] = S * state_row_;
     }
     const auto row_of = [&](int64_t r) { return rows.row(t, first + r) * args_.recurrences + p; };
-    Ahead results = results_of(row_of(0), count);
-    step.run(
-        of, count,
-        [&](int64_t r, int k, int64_t unit, V x) __attribute__((always_inline)) {
-          if (args_.tape)
-            store_as(args_.tape, tape_.value(row_of(r), S - 1 + k) + unit, x, within<V>(unit, H),
-                     args_.storage);
-        },
-        &results);
+    const auto taped = [&](int64_t r) {
+      return StoredRow<T>(args_.tape, tape_.value(row_of(r), 0), args_.hidden, args_.storage);
+    };
+    const auto put_out = [&](int64_t r) {
+      return StoredRow<T>(args_.y, row_of(r) * args_.recurrent, args_.recurrent, args_.storage);
+    };
+    // No state crosses into a new episode.
+    const auto hand_on = [&](int64_t r, int s, int64_t number, V next,
+                             bool cut) __attribute__((always_inline)) {
+      store(state(own, r, s) + number,
+            cut ? given_state(args_.recurrence[p].reset[s], s, first + r, number) : next);
+    };
+    Ahead results;
+    if (share.own.vectors.size() * kLanes == padded_) results = results_of(row_of(0), count);
+    step.run(of, count, taped, meet, &results);
     for (int64_t r = 0; r < count; ++r) {
-      const int64_t row = row_of(r);
+      const StoredRow<T> tape = taped(r), y = put_out(r);
       const bool cut = rows.cut_after(at, first + r, reverse);
       for (int s = 0; s < S; ++s)
-        for (int64_t unit = 0; unit < padded_; unit += kLanes) {
+        for (int64_t unit = share.units.begin; unit < share.units.end; unit += kLanes) {
           const V next = load<V>(of.next + (r * S + s) * padded_ + unit);
-          const int live = within<V>(unit, H);
-          if (s == 0)
-            store_as(args_.y, row * H + unit, next, live, args_.storage);
-          else if (args_.tape)
-            store_as(args_.tape, tape_.value(row, s - 1) + unit, next, live, args_.storage);
-          // No state crosses into a new episode.
-          store(state(own, r, s) + unit,
-                cut ? given_state(args_.recurrence[p].reset[s], first + r, unit) : next);
+          if (s > 0)
+            tape.put(s - 1, unit, next);
+          else if (projected())
+            tape.put(tape_.kUnprojected, unit, next);
+          else
+            y.put(0, unit, next);
+          if (s > 0 || !projected()) hand_on(r, s, unit, next, cut);
         }
-      if (args_.tape && Cell::kRows > 0)
-        tape_.write_results(args_.tape, row, of.results + r * Cell::kForward.results);
+      if (args_.tape && Cell::kRows > 0 && share.leads)
+        tape_.write_results(args_.tape, row_of(r), of.results + r * Cell::kForward.results);
+    }
+    if (!projected()) return;
+    meet();
+    T* const h = state(own, 0, 0);
+    step.project_output(of, count, share.columns, h, S * state_row_);
+    const Range columns = numbers_of(share, 0);
+    for (int64_t r = 0; r < count; ++r) {
+      const StoredRow<T> y = put_out(r);
+      const bool cut = rows.cut_after(at, first + r, reverse);
+      for (int64_t column = columns.begin; column < columns.end; column += kLanes) {
+        const V next = load<V>(h + r * S * state_row_ + column);
+        y.put(0, column, next);
+        hand_on(r, 0, column, next, cut);
+      }
     }
   }
 
@@ -213,23 +272,27 @@ class StagedForward {
                 args_.recurrences * width * bytes, count);
     };
     add(args_.tape, tape_.width() * H);
-    add(args_.y, H);
+    if (!projected()) add(args_.y, H);
     return ahead;
   }
 
-  void finish(int64_t p, Range sequences, const Scratch& own) const {
-    for (int64_t i = sequences.begin; i < sequences.end; ++i)
-      for (int s = 0; s < S; ++s)
-        for (int64_t unit = 0; unit < args_.hidden; unit += kLanes)
-          store_as(args_.final_states[p * S + s], args_.rows.batch_index(i) * args_.hidden + unit,
-                   load<V>(state(own, i - sequences.begin, s) + unit),
-                   within<V>(unit, args_.hidden), args_.storage);
+  void finish(int64_t p, const Share& share, const Scratch& own) const {
+    for (int64_t i = share.sequences.begin; i < share.sequences.end; ++i)
+      for (int s = 0; s < S; ++s) {
+        const Range numbers = numbers_of(share, s);
+        for (int64_t at = numbers.begin; at < numbers.end && at < width(s); at += kLanes)
+          store_as(args_.final_states[p * S + s], args_.rows.batch_index(i) * width(s) + at,
+                   load<V>(state(own, i - share.sequences.begin, s) + at), within<V>(at, width(s)),
+                   args_.storage);
+      }
   }
 
   const ForwardArgs& args_;
   const CpuPlan& plan_;
   const RecurrenceSizes sizes_;
-  const int64_t padded_;
+  const int64_t padded_;     // units
+  const int64_t columns_;    // vectors of h
+  const int64_t state_row_;  // numbers of a row of any state
   const StagedTape<Cell, T> tape_;
   Weights* weights_ = nullptr;
   Scratch* scratch_ = nullptr;

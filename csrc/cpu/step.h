@@ -59,25 +59,19 @@ class Step {
     return F::kConverts ? row_words<F>(n.hidden > n.recurrent ? n.hidden : n.recurrent) : 0;
   }
 
-  // Rows that a product reads.
-  struct Source {
-    const Word* rows;
-    int64_t stride;
-  };
-
   void cells() const {
     const Range panels = part_of(Weights::panels(args_.sizes), args_.parts, args_.part);
     const int64_t I = args_.sizes.inputs, B = args_.batch;
-    Source x{static_cast<const Word*>(args_.x), args_.x_row};
+    WordRows<F> x{static_cast<const Word*>(args_.x), args_.x_row, x_scale_};
     if (F::kConverts || args_.x_storage != Storage::kSame) {
-      x = {x_words_, row_words<F>(I)};
+      x = {x_words_, row_words<F>(I), x_scale_};
       for (int64_t i = 0; i < B; ++i)
-        convert(x_words_ + i * x.stride, I, x_scale_ + i,
-                [&](int64_t k, int n) __attribute__((always_inline)) {
-                  return load_as<V>(args_.x, i * args_.x_row + k, n, args_.x_storage);
-                });
+        put_row<F>(x_words_ + i * x.stride, I, x_scale_ + i,
+                   [&](int64_t k, int n) __attribute__((always_inline)) {
+                     return load_as<V>(args_.x, i * args_.x_row + k, n, args_.x_storage);
+                   });
     }
-    Source h{};
+    WordRows<F> h{};
     if constexpr (Recurrent::G > 0) h = states(args_.h, args_.sizes.recurrent);
     for (int64_t q = 0; q < panels.size(); ++q) {
       const int64_t panel = args_.descending ? panels.end - 1 - q : panels.begin + q;
@@ -86,38 +80,29 @@ class Step {
     }
   }
 
-  template <class Load>
-  static FASTRNN_INLINE void convert(Word* to, int64_t count, T* scale, const Load& load) {
-    if constexpr (F::kConverts) {
-      *scale = F::convert(to, count, load);
-    } else {
-      for (int64_t k = 0; k < count; k += kLanes) store(to + k, load(k, within<V>(k, count)));
-    }
-  }
-
   // The rows of h or m, in words.
-  Source states(const void* numbers, int64_t width) const {
+  WordRows<F> states(const void* numbers, int64_t width) const {
     const T* from = static_cast<const T*>(numbers);
     if constexpr (F::kConverts) {
       const int64_t stride = state_words(args_.sizes);
       for (int64_t i = 0; i < args_.batch; ++i)
-        convert(state_words_ + i * stride, width, state_scale_ + i,
-                [&](int64_t k, int n) __attribute__((always_inline)) {
-                  return load<V>(from + i * args_.stride + k, n);
-                });
-      return {state_words_, stride};
+        put_row<F>(state_words_ + i * stride, width, state_scale_ + i,
+                   [&](int64_t k, int n) __attribute__((always_inline)) {
+                     return load<V>(from + i * args_.stride + k, n);
+                   });
+      return {state_words_, stride, state_scale_};
     } else {
-      return {from, args_.stride};
+      return {from, args_.stride, nullptr};
     }
   }
 
   template <int kTile>
-  void tile(int64_t panel, int64_t first, const Source& x, const Source& h) const {
+  void tile(int64_t panel, int64_t first, const WordRows<F>& x, const WordRows<F>& h) const {
     V u[kTile][Inputs::kVectors], v[kTile][Recurrent::kVectors + 1];
     const T* const bias_u = w_.bias_u + panel * Inputs::kWidth;
     for (int r = 0; r < kTile; ++r)
       for (int j = 0; j < Inputs::kVectors; ++j) u[r][j] = load<V>(bias_u + j * kLanes);
-    add_product<Inputs>(u, w_.w_ih, w_.ih, panel, args_.sizes.inputs, x, first, x_scale_);
+    add_product<Inputs>(u, w_.w_ih, w_.ih, panel, args_.sizes.inputs, x, first);
     if constexpr (Recurrent::G > 0) {
       constexpr int G = Recurrent::G;
       V sum[kTile][Recurrent::kVectors];
@@ -127,8 +112,7 @@ class Step {
           sum[r][j] = Cell::kSummed[j % G]
                           ? u[r][j / G * Inputs::G + GateRows<Cell>::input_of(j % G)]
                           : load<V>(bias_v + j * kLanes);
-      add_product<Recurrent>(sum, w_.w_hh, w_.hh, panel, args_.sizes.recurrent, h, first,
-                             state_scale_);
+      add_product<Recurrent>(sum, w_.w_hh, w_.hh, panel, args_.sizes.recurrent, h, first);
       for (int r = 0; r < kTile; ++r)
         for (int j = 0; j < Recurrent::kVectors; ++j) v[r][j] = sum[r][j];
     }
@@ -142,10 +126,10 @@ class Step {
   template <class Of, int kTile, int kVectors>
   FASTRNN_INLINE void add_product(V (&to)[kTile][kVectors], const Word* weights,
                                   const Columnwise<F>& columns, int64_t panel, int64_t inputs,
-                                  const Source& source, int64_t first, const T* row_scale) const {
+                                  const WordRows<F>& source, int64_t first) const {
     const int64_t depth = words_of<F>(inputs), at = panel * Of::kWidth;
     const Word* rows[kTile];
-    for (int r = 0; r < kTile; ++r) rows[r] = source.rows + (first + r) * source.stride;
+    for (int r = 0; r < kTile; ++r) rows[r] = source.first + (first + r) * source.stride;
     Sums<F, kTile, kVectors> sums;
     const auto each = [&](const auto& f) __attribute__((always_inline)) {
       for (int r = 0; r < kTile; ++r)
@@ -157,8 +141,7 @@ class Step {
     multiply<kTile, kVectors, F>(sums, Packed<Word>{weights + depth * at}, rows, 0, depth,
                                  sum_block(depth));
     each([&](int r, int64_t column, auto* sum, V& value) {
-      const T scale = F::kScaled ? row_scale[first + r] : T{1};
-      value = end_sum<F>(sum, columns, column, scale, value);
+      value = end_sum<F>(sum, columns, column, source.scale(first + r), value);
     });
   }
 
@@ -183,16 +166,15 @@ class Step {
   }
 
   void project() const {
-    const int64_t H = args_.sizes.hidden, Q = args_.sizes.recurrent;
-    const Range columns = columns_of(Weights::columns(args_.sizes), true, args_.parts, args_.part);
-    const Source m = states(args_.m, H);
-    multiply_columns<F>(
-        m.rows, m.stride, args_.batch, Matrix<Word>{w_.w_hr, words_of<F>(H), Q, true},
-        columns.begin, columns.end, [&](int64_t i, int64_t vector, auto* sum) {
-          const int64_t column = vector * kLanes;
-          const T scale = F::kScaled ? state_scale_[i] : T{1};
-          emit(i, column, end_product<F>(sum, w_.hr, column, scale), within<V>(column, Q));
-        });
+    const RecurrenceSizes& n = args_.sizes;
+    const Range columns = columns_of(Projection<F>::vectors(n), true, args_.parts, args_.part);
+    T* const next_h = static_cast<T*>(args_.next_h);
+    w_.projection.multiply(n, states(args_.m, n.hidden), args_.batch, columns, next_h,
+                           args_.stride);
+    for (int64_t i = 0; i < args_.batch && args_.y; ++i)
+      for (int64_t at = columns.begin * kLanes; at < columns.end * kLanes; at += kLanes)
+        store_as(args_.y, i * args_.y_row + at, load<V>(next_h + i * args_.stride + at),
+                 within<V>(at, n.recurrent), args_.y_storage);
   }
 
   FASTRNN_INLINE void emit(int64_t i, int64_t at, V h, int live) const {

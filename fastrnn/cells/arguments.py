@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from fastrnn.cells.declare import Cell
 
-__all__ = ["KINDS", "Gates", "Param", "Params", "Projection", "as_written"]
+__all__ = ["KINDS", "Gates", "Param", "Params", "Projection", "as_written", "kinds_of"]
 
 KINDS = ("unit", "one", "gates")
 
@@ -45,6 +45,11 @@ class Param:
                 )
         elif self.init is not None:
             tensor.fill_(self.init)
+
+
+def kinds_of(params: Mapping[str, Param]) -> tuple[tuple[str, str], ...]:
+    """Names and kinds of parameters."""
+    return tuple((name, param.kind) for name, param in params.items())
 
 
 class _Named:

@@ -1,4 +1,4 @@
-"""How a cell is declared, found by its name, and saved.
+"""How a cell is declared, and found by its name.
 
 A cell maps the projections of one time step and the previous states to the next states,
 unit by unit. Its derivative, the values saved for the backward pass, the C++ and the GPU code
@@ -12,23 +12,20 @@ softmax), and where it multiplies another value by the recurrent weights: `v(x)`
 
 from __future__ import annotations
 
-import copyreg
 import functools
 import importlib
 import operator
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from fastrnn.cells.arguments import Gates, Param, Params, Projection
+from fastrnn.cells.arguments import Gates, Param, Params, Projection, kinds_of
 from fastrnn.cells.checks import MAX_GATES, MAX_PARAMS, MAX_STATES, check
-from fastrnn.cells.digest import digest_of
 from fastrnn.cells.noise import MAX_DRAWS, Draw, drawing
+from fastrnn.cells.pickling import Carrier, Saved, carrier_of, restored, saved
 
 __all__ = [
     "MAX_GATES",
@@ -93,12 +90,12 @@ class Cell:
     def _identity(self) -> tuple[object, ...]:
         # The order of the parameters is that of compiled code; how they begin is not part of it.
         rows = self.inputs, self.recurrent
-        kinds = _kinds(self.params)
+        kinds = kinds_of(self.params)
         return self.name, self.gates, rows, self.states, self.function, kinds, self.noise
 
     def digested(self) -> tuple[tuple[object, ...], Callable[..., Any]]:
         """What the digest of a function that reads this cell takes of it."""
-        names = self.gates, self.inputs, self.recurrent, self.states, _kinds(self.params)
+        names = self.gates, self.inputs, self.recurrent, self.states, kinds_of(self.params)
         return names, self.function
 
     def __hash__(self) -> int:
@@ -146,13 +143,13 @@ class Cell:
     def draws(self) -> tuple[Draw, ...]:
         """What the function draws in training, in order, by `fastrnn.dropout` and
         `fastrnn.bernoulli`."""
-        return self._found_draws[0]
+        return self._found_draws.draws
 
     @functools.cached_property
-    def _found_draws(self) -> tuple[tuple[Draw, ...], Exception | None]:
+    def _found_draws(self) -> _Found:
         """The draws of a call with tensors [1, 2], or why that failed."""
         if self.is_built_in:
-            return (), None
+            return _Found()
         found: list[Draw] = []
 
         def record(draw: Draw) -> Tensor:
@@ -168,23 +165,23 @@ class Cell:
             with torch.no_grad(), torch.device("cpu"), drawing(record):
                 quiet.step(u, v, s, [torch.ones(size, device="cpu") for size in sizes], lambda x: v)
         except Exception as error:  # such a function cannot be derived, so the reference calls it
-            return (), error
+            return _Found(failure=str(error) or type(error).__name__, error=error)
         if len(found) > MAX_DRAWS:
             raise ValueError(
                 f"cell {self.name!r} draws {len(found)} random numbers for each unit, and the "
                 f"kernels are made for at most {MAX_DRAWS}"
             )
-        return tuple(found), None
+        return _Found(tuple(found))
 
     @functools.cached_property
     def noisy(self) -> Cell:
         """The cell as it is in training: with random numbers, if the function draws any."""
-        found = draws, failed = self._found_draws
-        if self.noise or not (draws or failed):
+        found = self._found_draws
+        if self.noise or not (found.draws or found.error):
             return self
         made = self._with_noise(True)
         # In Python 3.11, torch.compile cannot trace the lock of a property that is not cached yet.
-        vars(made).update(_found_draws=found, draws=draws)
+        vars(made).update(_found_draws=found, draws=found.draws)
         return made
 
     def _with_noise(self, noise: bool) -> Cell:
@@ -244,22 +241,19 @@ class Cell:
             return operator.attrgetter("noisy"), (self._with_noise(False),)
         if self.made_by is not None:
             return self.made_by
-        where = (getattr(self.function, a, None) for a in ("__module__", "__qualname__"))
-        digest = digest_of(self.function)
-        parts = self.name, self.gates, self.states, digest, *where, self._carrier
-        return _restore, (*parts, _kinds(self.params), self.inputs, self.recurrent)
+        return _restore, tuple(saved(self))
 
     @functools.cached_property
-    def _carrier(self) -> _Carrier:
-        # This qualified name is importable wherever the cell is, since it names its attribute.
-        name = f"{getattr(self.function, '__qualname__', self.name)}._carrier"
-        module = getattr(self.function, "__module__", None)
-        body = {"function": staticmethod(self.function), "params": dict(self.params)}
-        body |= {"inputs": self.inputs, "recurrent": self.recurrent}
-        body |= {"__module__": module, "__qualname__": name}
-        if self.initialize is not None:
-            body["initialize"] = staticmethod(self.initialize)
-        return _register_carrier(_Carrier("_carrier", (), body), self)
+    def _carrier(self) -> Carrier:
+        return carrier_of(self)
+
+
+class _Found(NamedTuple):
+    """The draws of a cell's function, or why it failed. Dynamo can read the text, and no error."""
+
+    draws: tuple[Draw, ...] = ()
+    failure: str = ""
+    error: Exception | None = None
 
 
 class _Given:
@@ -269,12 +263,12 @@ class _Given:
         self.cell, self.rest = cell, list(zip(cell.draws, numbers, strict=True))
 
     def __call__(self, draw: Draw) -> Tensor:
-        if failed := self.cell._found_draws[1]:
+        if failure := (found := self.cell._found_draws).failure:
             raise ValueError(
                 f"cell {self.cell.name!r} draws random numbers, but a call of its function with "
                 "tensors of shape [1, 2], which would find the places of its draws, fails: "
-                f"{failed}. A draw has a number for each unit; drop gates before torch.cat"
-            ) from failed
+                f"{failure}. A draw has a number for each unit; drop gates before torch.cat"
+            ) from (None if torch.compiler.is_compiling() else found.error)
         self.check(bool(self.rest) and self.rest[0][0] == draw)
         return self.rest.pop(0)[1]
 
@@ -286,36 +280,9 @@ class _Given:
             )
 
 
-class _Carrier(type):
-    """Type of a class that holds a cell's function, for libraries that pickle functions by value.
-
-    A function can be pickled by name only if the name leads to it, but the name of a decorated
-    function leads to the cell. So a cell is reduced to its own name and such a class. pickle finds
-    the type in copyreg's table, which replaces the class by None, so that only the name counts.
-    cloudpickle and the packages that bundle it (Ray, joblib, Spark) treat classes before that
-    table: they pickle a class with its contents if it cannot be imported by name (script,
-    notebook, function), or if the user registered its module for that.
-    """
-
-    function: Callable[..., Any]
-    # Carriers of older versions have none of these.
-    params: Mapping[str, Param] = MappingProxyType({})
-    initialize: Callable[..., object] | None = None
-    inputs: tuple[str, ...] | None = None
-    recurrent: tuple[str, ...] | None = None
-
-
-def _reduce_to_none(carrier: _Carrier) -> Any:
-    return type(None), ()
-
-
-copyreg.pickle(_Carrier, _reduce_to_none)
-
-
 _registry: dict[str, Cell] = {}
 _built_in: set[str] = set()
 _published: dict[str, str] = {}
-_carried: weakref.WeakKeyDictionary[_Carrier, weakref.ref[Cell]] = weakref.WeakKeyDictionary()
 
 
 def cell(
@@ -475,89 +442,9 @@ def _own_name(function: Callable[..., Any]) -> str:
     return own
 
 
-def _kinds(params: Mapping[str, Param]) -> tuple[tuple[str, str], ...]:
-    return tuple((name, param.kind) for name, param in params.items())
+_Carrier = Carrier  # the name in pickles of older versions
 
 
-# Unpickling. A cell is found again by its name, so it must be compared with the saved one.
-
-
-def _restore(
-    name: str,
-    gates: tuple[str, ...],
-    states: tuple[str, ...],
-    digest: str,
-    module: str | None,
-    qualname: str | None,
-    carrier: _Carrier | None = None,
-    kinds: tuple[tuple[str, str], ...] = (),
-    inputs: tuple[str, ...] | None = None,
-    recurrent: tuple[str, ...] | None = None,
-) -> Cell:
-    """The saved cell: from its carrier, this process's registry, or the module that declares it."""
-    if carrier is not None:
-        return _unpacked(carrier, name, gates, states)
-
-    def same(found: object) -> bool:
-        if not isinstance(found, Cell):
-            return False
-        if (found.gates, found.states, _kinds(found.params)) != (gates, states, kinds):
-            return False
-        if (found.inputs, found.recurrent) != (
-            inputs or gates,
-            gates if recurrent is None else recurrent,
-        ):
-            return False
-        own = digest_of(found.function)
-        # Another version of Python compiles the same source to different byte code.
-        return own == digest or own.split()[0] != digest.split()[0]
-
-    found: object = _registry.get(name)
-    failure = ""
-    if not same(found) and module and qualname:
-        try:
-            found = operator.attrgetter(qualname)(importlib.import_module(module))
-        except (ImportError, AttributeError) as error:
-            failure = f" ({error})"
-        if not same(found):
-            found = _registry.get(name)
-    if isinstance(found, Cell) and same(found):
-        return found
-    where = f"in module {module}, as {qualname}"
-    if module in (None, "__main__", "__mp_main__"):
-        where = (
-            "in the script or session that saved it, which cannot be imported (cloudpickle takes "
-            "such a cell along)"
-        )
-    if found is None:
-        raise ValueError(
-            f"no cell named {name!r} is declared here{failure}. It was declared {where}: declare "
-            "it before loading, preferably in a module that can be imported"
-        )
-    raise ValueError(
-        f"the cell {name!r} declared here is not the one that was saved: its gates, their rows, "
-        f"its states, parameters or function differ. That one was declared {where}: load where it "
-        "is declared as it was; or, if the change is intended, create the layer again and load the "
-        "saved state_dict"
-    )
-
-
-def _unpacked(
-    carrier: _Carrier, name: str, gates: tuple[str, ...], states: tuple[str, ...]
-) -> Cell:
-    """The cell of a carrier; the same carrier always gives the same cell."""
-    reference = _carried.get(carrier)
-    cell = reference() if reference else None
-    if cell is None:
-        rows: Any = {"inputs": carrier.inputs, "recurrent": carrier.recurrent}
-        function, learned = carrier.function, carrier.params
-        cell = Cell(name, gates, states, function, learned, carrier.initialize, **rows)
-        vars(cell)["_carrier"] = _register_carrier(carrier, cell)
-        # A cell declared here under that name keeps it: this one may differ.
-        _registry.setdefault(name, cell)
-    return cell
-
-
-def _register_carrier(carrier: _Carrier, cell: Cell) -> _Carrier:
-    _carried[carrier] = weakref.ref(cell)  # weak, since the cell holds its carrier
-    return carrier
+def _restore(*parts: Any) -> Cell:
+    """The cell of a pickle, which names this function."""
+    return restored(Saved(*parts), _registry, Cell)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 __all__ = ["MAX_DRAWS", "Draw", "bernoulli", "drawing", "dropout", "numbers", "seeded"]
 
-MAX_DRAWS = 16
+MAX_DRAWS = 16  # the masks of Draws in csrc/core/cell.h have room for twice as many
 _ONE = 1 << 32  # a probability of 1 as a threshold of 32-bit words
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastrnn.cells.declare import Cell
 from fastrnn.cells.noise import bernoulli, dropout
 
-__all__ = ["clip_grad", "recurrent_dropout", "zoneout"]
+__all__ = ["clip_grad", "clipped", "recurrent_dropout", "unclipped", "zoneout"]
 
 _States = list[Tensor]
 _Function = Callable[..., Any]
@@ -136,7 +136,8 @@ class _Dropped:
 def clip_grad(cell: Cell, limit: float) -> Cell:
     """A cell whose backward pass clips, at every step, the gradients of the states after the step
     to [-limit, limit] (Graves 2013, arXiv:1308.0850): that of the output and what later steps send
-    back, together. So no gradient grows without bound on its way through the steps.
+    back, together. So no gradient grows without bound on its way through the steps. If state 0 is
+    projected (`proj_size`), that of the projected state is clipped; only the reference does this.
 
     Args:
         cell: the cell.
@@ -162,6 +163,14 @@ def _clip_grad_function(cell: Cell, limit: float) -> _Function:
     return function
 
 
+def unclipped(cell: Cell) -> tuple[Cell, float | None]:
+    """The cell that `clip_grad` made this one of, and its limit; otherwise the cell, and None."""
+    if cell.made_by is None or cell.made_by[0] is not _clip_grad:
+        return cell, None
+    inner, limit = cell.made_by[1]
+    return inner.noisy if cell.noise else inner, limit
+
+
 class _Clip(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -177,6 +186,10 @@ class _Clip(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         return dy.clamp(-ctx.limit, ctx.limit), None
 
+
+class _ClipWithTangent(_Clip):
+    """The same with a forward-mode derivative. torch.compile takes no function that has one."""
+
     @staticmethod
     def jvp(ctx: Any, dx: Tensor, _: None) -> Tensor:
         return dx.clone()
@@ -184,7 +197,7 @@ class _Clip(torch.autograd.Function):
 
 def clipped(x: Tensor, limit: float) -> Tensor:
     """`x`, whose gradient is clipped to [-limit, limit]."""
-    function: Any = _Clip
+    function: Any = _Clip if torch.compiler.is_compiling() else _ClipWithTangent
     return cast(Tensor, function.apply(x, limit))
 
 

@@ -338,8 +338,8 @@ def _derive_here(cell: Cell) -> Derived:
         shared=tuple(shared),
         summed=summed,
         saved=tuple(saved),
-        projectable=not traced.sites
-        and first not in uses([*gradients, *step])
+        projectable=all(site.kind != "product" for site in traced.sites)
+        and first not in uses([*outputs, *step, *itertools.chain(*traced.operands)])
         and gradients[len(cell.inputs) + len(cell.recurrent)].constant == 0,
         step=step,
         gradients=gradients,

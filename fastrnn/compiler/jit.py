@@ -126,7 +126,7 @@ def compile_cell(derived: Derived, key: str, format: str = "float32", fresh: boo
             now = _found(target)
             if now is None or (fresh and now == before):
                 last = " until this process ends" if cache.is_private(target.parent) else ""
-                with_it = f"with {shlex.join(chosen.command)}, 5 to 15 seconds"
+                with_it = f"with {shlex.join(chosen.command)}, 3 to 8 seconds"
                 _say(f"compiling {what} {with_it}; kept in {target.parent}{last}")
                 _build(derived, chosen, options, text, target)
     except OSError as error:

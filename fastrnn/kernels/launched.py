@@ -41,12 +41,15 @@ def forward(inputs: tuple[Any, ...], tape: bool) -> tuple[Tensor, list[Tensor], 
     if shape.sweeps is None:
         return reference.forward(cell_of(key), operands, tape)
     stacked = _with_recurrences(operands)
+    scan = Scan(shape, stacked)
     try:
-        y, states, saved = driver.forward(shape.sweeps, Scan(shape, stacked), tape)
+        y, states, saved = driver.forward(shape.sweeps, scan, tape)
     except cuda.CooperativeLaunchRefused:
         if not machine.go_on_without_grids(operands.x.device):
             raise
         return forward(inputs, tape)
+    if shape.sweeps is cuda.sweeps and scan.alone:
+        cuda.hand_over(scan, inputs, "forward", tape)
     return y, [s[0] for s in states] if stacked is not operands else states, saved
 
 
@@ -70,12 +73,15 @@ def backward(
     ours = grads[:-1]
     if stacked is not operands:
         ours = [grads[0], *[None if g is None else g.unsqueeze(0) for g in ours[1:]]]
+    scan = Scan(shape, stacked)
     try:
-        out = driver.backward(sweeps, Scan(shape, stacked), ours, y, tape, need)
+        out = driver.backward(sweeps, scan, ours, y, tape, need)
     except cuda.CooperativeLaunchRefused:
         if not machine.go_on_without_grids(operands.x.device):
             raise
         return backward(inputs, grads, y, tape, needs)
+    if sweeps is cuda.sweeps and scan.alone:
+        cuda.hand_over(scan, inputs, "backward", True)
     if stacked is operands:
         return out
     states = len(operands.s0) if need.s0 else 0

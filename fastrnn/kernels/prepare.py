@@ -16,8 +16,9 @@ from fastrnn.cells import Cell, Param
 from fastrnn.extension import _C
 from fastrnn.kernels.device import asked_for, current
 from fastrnn.kernels.operands import Weights
+from fastrnn.kernels.reference import warn_of_loop
 
-__all__ = ["OnCpu", "cell_of", "find", "on_cpu", "prepare", "prepared_now"]
+__all__ = ["OnCpu", "cell_of", "find", "on_cpu", "prepare", "prepared_now", "refuse_kernels"]
 
 _prepared: dict[str, Cell] = {name: cells.get(name) for name in cells.names()}
 _keys: dict[Cell, str] = {cell: name for name, cell in _prepared.items()}
@@ -29,6 +30,7 @@ _FORMATS = {d: _C.format_of(torch.empty(0, dtype=d, device="cpu")) for d in _DTY
 # Why a cell has no code for CPUs (cell, True), or is unknown to the operator (cell, False).
 _refused: dict[tuple[Cell, bool], str] = {}
 _preparing = threading.Lock()
+_warned: set[tuple[str, str]] = set()
 
 
 def prepare(cell: Cell, kind: str = "cpu", dtype: torch.dtype = torch.float32) -> str | None:
@@ -47,7 +49,10 @@ def prepare(cell: Cell, kind: str = "cpu", dtype: torch.dtype = torch.float32) -
         names, kinds = tuple(cell.params), tuple(p.kind for p in cell.params.values())
         gates = cell.gates, cell.inputs, cell.recurrent
         parts = cell.name, gates, cell.states, cell.function, names, kinds, cell.noise
-        return _prepared_once(*parts, kind, dtype)
+        key, failure = _prepared_once(*parts, kind, dtype)
+        if failure:
+            raise RuntimeError(failure)  # or, without fullgraph, eager code raises its own error
+        return key
     return prepared_now(cell, kind, dtype)
 
 
@@ -61,12 +66,17 @@ def _prepared_once(
     noise: bool,
     kind: str,
     dtype: torch.dtype,
-) -> str | None:
+) -> tuple[str | None, str]:
+    """The key of a cell, and why that failed: what is raised here, Dynamo takes for its own
+    failure."""
     learned = {n: Param(param) for n, param in zip(params, kinds, strict=True)}
     every, inputs, recurrent = gates
     rows: Any = {"inputs": inputs, "recurrent": recurrent}
     cell = Cell(name, every, states, function, learned, noise=noise, **rows)
-    return prepared_now(cell, kind, dtype)
+    try:
+        return prepared_now(cell, kind, dtype), ""
+    except Exception as error:  # of the cell's function, too
+        return None, f"{type(error).__name__}: {error}"
 
 
 # This is what `torch.compiler.assume_constant_result` does, without the import of the compiler,
@@ -96,6 +106,23 @@ def prepared_now(
     if forced not in (None, "reference"):
         raise plan.KernelRefused(f"kernel {forced!r} was asked for but refuses: {reason}")
     return None
+
+
+def refuse_kernels(name: str, reason: str) -> None:
+    """Warn, once for each cell, that only the reference can run a call.
+
+    Raises:
+        plan.KernelRefused: if another kernel was asked for by name.
+    """
+    forced = asked_for()
+    if forced not in (None, "reference"):
+        raise plan.KernelRefused(f"kernel {forced!r} was asked for but refuses: {reason}")
+    if (name, reason) not in _warned:
+        _warned.add((name, reason))
+        warn_of_loop(name, reason)
+
+
+refuse_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class OnCpu(NamedTuple):

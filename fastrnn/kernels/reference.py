@@ -6,6 +6,8 @@ or dtype that no other kernel supports run through it.
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,9 +17,10 @@ from torch import Tensor
 
 from fastrnn.cells import Cell
 from fastrnn.cells.noise import numbers as numbers_of
+from fastrnn.cells.variants import clipped, unclipped
 from fastrnn.kernels.operands import Needs, Operands
 
-__all__ = ["forward", "gradients", "scan", "scan_with_steps"]
+__all__ = ["forward", "gradients", "scan", "scan_with_steps", "warn_of_loop"]
 
 _L = list[Tensor]
 # Gets recurrence, time, u, v, states before and after the step, and the numbers of the draws.
@@ -51,6 +54,8 @@ def scan(
     batch = sizes[0] if sizes else (s0[0].size(1) if s0 else 0)
     flags = None if resets is None else _steps(resets.unsqueeze(-1), batch_sizes)
     alive = None if lengths is None else lengths.to(x.device)
+    # What is clipped is the gradient of a state, and a state is projected.
+    own, limit = unclipped(cell) if w_hr else (cell, None)
     outputs: list[Tensor] = []
     finals: list[list[Tensor]] = []
     for p in range(len(w_hh)):
@@ -84,13 +89,15 @@ def scan(
             gates_u, gates_v = _blocks(cell, u, v, hidden)
             apply = _applied(operands, p)
             z = [numbers[t if len(numbers) > 1 else 0, :n] for numbers in drawn]
-            after = cell.step(gates_u, gates_v, before, params, apply, z)
+            after = own.step(gates_u, gates_v, before, params, apply, z)
             if params:  # a state that follows from these alone may be smaller
                 after = [torch.broadcast_to(a, gates_u[0].shape) for a in after]
             if record is not None:
                 record(p, t, u, v, before, after, z)
             if w_hr:
                 after = [F.linear(after[0], w_hr[p]), *after[1:]]
+            if limit is not None:
+                after = [clipped(a, limit) for a in after]
             y = after[0]
             if alive is not None:
                 valid = (alive > t).unsqueeze(-1)
@@ -190,17 +197,21 @@ def forward(cell: Cell, operands: Operands, tape: bool) -> tuple[Tensor, list[Te
 
     def record(p: int, t: int, u: Tensor, v: Tensor, before: _L, after: _L, z: _L) -> None:
         values = after[1:]
+        results: list[Tensor] = []
         if derived.saved or derived.rows:
             gates = _blocks(cell, u, v, hidden)
             params = [row for param in operands.params_of(p) for row in param.split(hidden)]
-            values += derived.forward(*gates, before, params, _applied(operands, p), z)[1]
+            made = derived.forward(*gates, before, params, _applied(operands, p), z)[1]
+            values += made[: len(derived.saved)]
+            results = made[len(derived.saved) :]
         if operands.w_hr:
             values.append(after[0])
-        if derived.rows:
-            results = torch.cat(values[-len(derived.rows) :], -1)
-            del values[-len(derived.rows) :]
-            numbers = results.to(torch.promote_types(x.dtype, torch.float32)).view(x.dtype)
+        if results:
+            joined = torch.cat(results, -1)
+            numbers = joined.to(torch.promote_types(x.dtype, torch.float32)).view(x.dtype)
             rest = saved[first[t] : first[t] + numbers.size(0), p, len(values) :].flatten(1)
+            if operands.lengths is not None:
+                numbers = torch.where((operands.lengths > t).unsqueeze(-1), numbers, 0)
             rest[:, : numbers.size(1)] = numbers
         for k, value in enumerate(values):
             if operands.lengths is not None:
@@ -267,6 +278,26 @@ def gradients(
             materialize_grads=True,
         )
     return list(out)
+
+
+def warn_of_loop(cell: str, why: str) -> None:
+    """Warn that calls of a cell come here, and why."""
+    warnings.warn(
+        f"cell {cell!r} runs as a loop of torch operations, many times slower than compiled: {why}",
+        UserWarning,
+        stacklevel=_callers_level(),
+    )
+
+
+def _callers_level() -> int:
+    """The `stacklevel` of the first frame that belongs neither to this package nor to torch."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in (
+        "fastrnn",
+        "torch",
+    ):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _steps(rows: Tensor, batch_sizes: Tensor | None) -> list[Tensor]:

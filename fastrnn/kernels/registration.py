@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from typing import NamedTuple
 
 from fastrnn.cells import Cell
@@ -11,6 +9,7 @@ from fastrnn.compiler import jit
 from fastrnn.compiler.derive import Underivable, derive
 from fastrnn.compiler.emit_cpp import key as key_of
 from fastrnn.extension import _C
+from fastrnn.kernels.reference import warn_of_loop
 
 __all__ = ["Registered", "add_facts", "register"]
 
@@ -35,12 +34,7 @@ def register(cell: Cell, format: str | None) -> Registered:
     try:
         return Registered(add_facts(cell) if format is None else _load(cell, format))
     except (Underivable, jit.CompilationFailed) as error:
-        warnings.warn(
-            f"cell {cell.name!r} runs as a loop of torch operations, many times slower than "
-            f"compiled: {error}",
-            UserWarning,
-            stacklevel=_callers_level(),
-        )
+        warn_of_loop(cell.name, str(error))
         return Registered(None, str(error), not isinstance(error, Underivable))
 
 
@@ -88,14 +82,3 @@ def _load(cell: Cell, format: str) -> str:
             except RuntimeError:
                 raise jit.CompilationFailed(f"it cannot be loaded: {damaged}") from damaged
     return key
-
-
-def _callers_level() -> int:
-    """The `stacklevel` of the first frame that belongs neither to this package nor to torch."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in (
-        "fastrnn",
-        "torch",
-    ):
-        level, frame = level + 1, frame.f_back
-    return level

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn.cells import Cell
+from fastrnn.cells.arguments import Gates, Params, Projection
 from fastrnn.extension import _C
 from fastrnn.kernels.operands import Weights
 
@@ -24,6 +25,7 @@ __all__ = [
     "check_heads",
     "check_input",
     "check_lengths",
+    "check_projected",
     "check_reset_states",
     "check_resets",
     "check_sizes",
@@ -375,6 +377,46 @@ def check_heads(arguments: Mapping[str, Any]) -> None:
         raise ValueError(
             f"a layer runs at most {MOST_RECURRENCES} recurrences side by side, got heads={heads} "
             f"with bidirectional={bidirectional}"
+        )
+
+
+def check_projected(cell: Cell) -> None:
+    """Raise unless the cell's output may have another width than its units: it may read the
+    previous output through the recurrent weights alone."""
+    hidden, projected = 5, 3
+
+    def units(width: int = hidden) -> Tensor:
+        return torch.zeros(2, width, device="cpu")
+
+    def multiply(x: Tensor) -> list[Tensor]:
+        raise RuntimeError(
+            "it multiplies a value of the step by the recurrent weights, which then have "
+            "proj_size columns"
+        )
+
+    arguments: list[Any] = [
+        Gates(cell, [units() for _ in cell.inputs]),
+        Projection(cell, [units() for _ in cell.recurrent], multiply),
+    ]
+    if cell.params:
+        sizes = (param.size(hidden, len(cell.gates)) for param in cell.params.values())
+        arguments.append(Params(cell, [torch.zeros(size, device="cpu") for size in sizes]))
+    states = [units(projected), *(units() for _ in cell.states[1:])]
+    try:
+        with torch.no_grad(), torch.device("cpu"):
+            out = cell.function(*arguments, *states)
+    except RuntimeError as error:
+        raise ValueError(
+            f"cell {cell.name!r} cannot be projected: with proj_size its previous output has "
+            f"another width than its units, and its function fails: {error}. Such a cell may use "
+            f"{cell.states[0]!r} through the recurrent weights alone (v); use proj_size=0, or a "
+            "torch.nn.Linear behind the layer"
+        ) from error
+    first = out if isinstance(out, Tensor) else out[0]
+    if first.size(-1) != hidden:
+        raise ValueError(
+            f"cell {cell.name!r} cannot be projected: its next {cell.states[0]!r} follows from the "
+            "previous one alone, which has another width; use proj_size=0"
         )
 
 

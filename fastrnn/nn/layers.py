@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastrnn import cells
 from fastrnn.cells import Cell
 from fastrnn.nn.base import CELL_OF_MODE, Layer, with_own_forward
-from fastrnn.nn.checks import States, different_dtypes, refuse_unknown
+from fastrnn.nn.checks import States, check_projected, different_dtypes, refuse_unknown
 from fastrnn.nn.convert import counterpart_of
 
 __all__ = ["GRU", "LSTM", "RNN", "Recurrent"]
@@ -64,7 +64,8 @@ class RNN(_NoProjection):
         recurrent_dropout_per: `"sequence"` to zero the same units at all steps of a sequence,
             `"step"` to draw them at every step.
         clip_grad_step: largest absolute value of the gradients of the states at every step of the
-            backward pass, or None; see `cells.clip_grad`.
+            backward pass, or None; see `cells.clip_grad`. With `proj_size`, training is then a loop
+            of torch operations.
 
     Call:
         `output, h_n = layer(input, hx=None, *, lengths=None, resets=None)` with `input`
@@ -270,14 +271,20 @@ class Recurrent(_MultiState):
             matrix. There is no parameter without rows.
         heads, recompute, zoneout, recurrent_dropout, recurrent_dropout_per, clip_grad_step: as in
             `RNN`.
+        proj_size: as in `LSTM`: every step of a cell that reads its previous output through the
+            recurrent weights alone may end in one more product, with `weight_hr_l0` [proj_size, H]
+            and so on. Then `weight_hh_l0` is [G*H, proj_size].
 
     Call:
         As in `RNN`, also with `return_states=True`. `hx` and the final states are one tensor
         [num_layers*D, B, H] for a cell with one state, and a tuple of `S` such tensors for a cell
-        with several.
+        with several; the first has `proj_size` features if that is positive.
 
     Raises:
-        TypeError: if `cell` is not a `fastrnn.Cell`. All other errors are those of `RNN`.
+        TypeError: if `cell` is not a `fastrnn.Cell`.
+        ValueError: if `proj_size` is positive and the cell uses its previous output unit by unit,
+            or multiplies another value by the recurrent weights. All other errors are those of
+            `LSTM`.
 
     Example:
         >>> import torch, fastrnn
@@ -306,6 +313,7 @@ class Recurrent(_MultiState):
         device: Device = None,
         dtype: torch.dtype | None = None,
         *,
+        proj_size: int = 0,
         heads: int = 1,
         recompute: bool = False,
         zoneout: float | Sequence[float] = 0.0,
@@ -319,7 +327,9 @@ class Recurrent(_MultiState):
                 "make one by decorating a function with fastrnn.cell(gates=..., states=...)"
             )
         self.cell = cell  # first, because the constructor writes the cell's initial values
-        super().__init__(cell, cell.name, locals() | {"proj_size": 0})
+        super().__init__(cell, cell.name, locals())
+        if proj_size:
+            check_projected(cell)
 
     def _cell(self) -> Cell:
         return self._quiet or self.cell

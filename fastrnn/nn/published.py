@@ -27,6 +27,7 @@ class _Published(Recurrent):
         device: Device = None,
         dtype: torch.dtype | None = None,
         *,
+        proj_size: int = 0,
         heads: int = 1,
         recompute: bool = False,
         zoneout: float | Sequence[float] = 0.0,
@@ -45,6 +46,7 @@ class _Published(Recurrent):
             bidirectional,
             device,
             dtype,
+            proj_size=proj_size,
             heads=heads,
             recompute=recompute,
             zoneout=zoneout,
@@ -67,8 +69,8 @@ class LayerNormLSTM(_Published):
         c' = sigmoid(f)·c + sigmoid(i)·tanh(g)
         h' = sigmoid(o)·tanh(LN(c'; gain_c, bias_c))
 
-    Args, call and errors are those of `fastrnn.LSTM` without `proj_size`. Besides torch's weights a
-    layer has `weight_gain_x_l0`, `weight_bias_x_l0`, `weight_gain_h_l0`, `weight_bias_h_l0` [4*H],
+    Args, call and errors are those of `fastrnn.LSTM`. Besides torch's weights a layer has
+    `weight_gain_x_l0`, `weight_bias_x_l0`, `weight_gain_h_l0`, `weight_bias_h_l0` [4*H],
     `weight_gain_c_l0` and `weight_bias_c_l0` [H]; gains begin with 1, biases with 0.
 
     Example:
@@ -118,8 +120,8 @@ class PeepholeLSTM(_Published):
     Gers & Schmidhuber 2000, doi:10.1109/IJCNN.2000.861302: the gates i and f also see p_i·c and
     p_f·c, the gate o sees p_o·c' of the new state.
 
-    Args, call and errors are those of `fastrnn.LSTM` without `proj_size`. Besides torch's weights a
-    layer has the peepholes `weight_pi_l0`, `weight_pf_l0` and `weight_po_l0` [H].
+    Args, call and errors are those of `fastrnn.LSTM`. Besides torch's weights a layer has the
+    peepholes `weight_pi_l0`, `weight_pf_l0` and `weight_po_l0` [H].
     """
 
     _cell_name = "peephole_lstm"

@@ -24,6 +24,7 @@ _STEP_WORK_FOR_UNIT_SPLIT = 1 << 13  # multiply-adds in float32, as the two abov
 _WORK_FOR_CONTENDED_THREADS = 1 << 29
 # Fewer rows of a thread do not pay for reading weights that exceed its cache.
 _ROWS_FOR_SEQUENCE_SPLIT = 4
+_UNITS_OF_A_BLOCK = 64  # of reductions, in csrc/cpu/reductions.h
 _FORWARD_SHARE = 4  # u gets a quarter of the cache; weights and h get the rest
 # A core reads these from its cache in about 0.9 us; handing work to another thread takes 0.2 us.
 _STEP_BYTES_PER_THREAD = 1 << 17
@@ -39,6 +40,8 @@ def refuse(problem: Problem, device: Device) -> str | None:
         return reason
     if problem.projected and not problem.projectable:
         return f"cell {problem.cell!r} reads state 0 unit by unit, so it cannot be projected"
+    if problem.projected and problem.stages > 1 and problem.hidden == 0:
+        return "there are no hidden units to reduce over"
     return None
 
 
@@ -95,8 +98,6 @@ def _split(problem: Problem, device: Device, shared: bool) -> tuple[int, int, in
         return 1, 1, 1
     recurrences = math.gcd(problem.recurrences, threads)
     remaining = threads // recurrences
-    if problem.stages > 1:  # a thread has all units of its rows
-        return recurrences, min(remaining, problem.batch), 1
     sequences = min(remaining, problem.batch) if shared else 1
     if _recurrent_bytes(problem) >= device.cpu.l2_bytes:
         sequences = max(1, min(sequences, problem.batch // _ROWS_FOR_SEQUENCE_SPLIT))
@@ -105,13 +106,19 @@ def _split(problem: Problem, device: Device, shared: bool) -> tuple[int, int, in
     remaining //= sequences
     if contended:
         return recurrences, sequences, 1
-    vectors = -(-problem.hidden * problem.itemsize // device.cpu.vector_bytes)
-    unit_vectors = _unit_vectors(problem) if not problem.backward else 1
-    panels = -(-vectors // unit_vectors)
     work = problem.gates_of_v * problem.hidden * problem.hidden * problem.batch // sequences
-    step_work = work // problem.products.products
-    units = min(remaining, panels) if step_work >= _STEP_WORK_FOR_UNIT_SPLIT else 1
+    step_work = work // problem.products.products // problem.stages  # between two exchanges
+    most = _unit_parts(problem, device)
+    units = min(remaining, most) if step_work >= _STEP_WORK_FOR_UNIT_SPLIT else 1
     return recurrences, sequences, units
+
+
+def _unit_parts(problem: Problem, device: Device) -> int:
+    """The most parts that units can be cut into."""
+    if problem.stages > 1:
+        return -(-problem.hidden // _UNITS_OF_A_BLOCK)
+    vectors = -(-problem.hidden * problem.itemsize // device.cpu.vector_bytes)
+    return -(-vectors // (1 if problem.backward else _unit_vectors(problem)))
 
 
 def _unit_vectors(problem: Problem) -> int:

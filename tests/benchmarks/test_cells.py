@@ -31,8 +31,9 @@ def test_the_table_is_printed_and_saved(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_other_results_are_not_timed() -> None:
     right = torch.randn(3, 4)
-    benchmark.gate("lstm", "ours", right + 1e-5, right)
-    benchmark.gate("lstm", "ours", None, None)
+    benchmark.gate("lstm, ours", right + 1e-5, right, right)
+    benchmark.gate("lstm, ours", right + 0.01, right + 0.01, right)
+    benchmark.gate("lstm, ours", None, None, None)
     for wrong in (right + 0.01, right * torch.nan):
-        with pytest.raises(AssertionError, match="lstm: ours differs from the loop by"):
-            benchmark.gate("lstm", "ours", wrong, right)
+        with pytest.raises(AssertionError, match="lstm, ours: an error of"):
+            benchmark.gate("lstm, ours", wrong, right + 1e-4, right)

@@ -19,14 +19,15 @@ SMALL = ["--streams", "6", "--layers", "1", "--inputs", "3", "--hidden", "8", "-
 def test_the_table_is_printed_and_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert slots.main([*SMALL, "--cell", "gru", "--results", str(tmp_path)]) == 0
     assert not list(tmp_path.iterdir()), "it writes only if asked"
-    assert slots.main([*SMALL, "--save", "--results", str(tmp_path)]) == 0
+    assert slots.main(["--save", *SMALL, "--save", "--results", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     (file,) = tmp_path.glob("*/slots.md")
     text = file.read_text()
     rows = [line for line in text.splitlines() if line.startswith("| s") and "weights" not in line]
     assert [row.split(" | ")[0] for row in rows] == ["| slots", "| slots, one object"]
     assert "| a stepper for each stream |" in text and all(row in printed for row in rows)
-    assert "--streams 6" in text and "lstm of 1 layers" in text.lower()
+    assert "`python -m benchmarks.slots --save --streams 6" in text and text.count("--save") == 1
+    assert "LSTM of 1 layers, I = 3, H = 8" in text
     model = hardware.processor_and_model()
     assert file.parent.name == machine.slug(model, hardware.cores())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import numpy
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor
 
 import fastrnn
-from fastrnn import cells
-from fastrnn.cells.noise import Draw, drawing, numbers, philox, seeded
+from fastrnn import cells, kernels
+from fastrnn.cells.noise import MAX_DRAWS, Draw, drawing, numbers, philox, seeded
 from fastrnn.cells.variants import clipped
+from tests.support.paths import ROOT
 
 
 @pytest.mark.parametrize(
@@ -98,6 +100,35 @@ def test_faulty_probabilities_are_refused(p: float) -> None:
 def test_what_a_draw_is_made_for_is_step_or_sequence() -> None:
     with pytest.raises(ValueError, match="per='step' or per='sequence', got 'batch'"):
         fastrnn.dropout(torch.zeros(1), 0.5, per="batch")
+
+
+@pytest.mark.compiles
+def test_as_many_draws_as_the_kernels_take() -> None:
+    """The limit is Python's; the kernels have a bit for each draw in masks that are wider."""
+    source = (ROOT / "csrc" / "core" / "cell.h").read_text()
+    masks = re.findall(r"constexpr uint(\d+)_t per_sequence = \w+", source)
+    assert masks and all(int(bits) >= MAX_DRAWS for bits in masks)
+
+    def drawing_cell(count: int) -> cells.Cell:
+        def step(u: Any, v: Any, h: Tensor) -> Tensor:
+            x = torch.tanh(u.h + v.h)
+            for k in range(count):
+                per = "sequence" if k % 3 else "step"
+                x = fastrnn.dropout(x, 0.5, per) if k % 2 else x + fastrnn.bernoulli(0.5, per)
+            return x
+
+        return fastrnn.cell(gates="h", states="h", name="drawing")(step)
+
+    layer = fastrnn.Recurrent(drawing_cell(MAX_DRAWS), 2, 33, dtype=torch.float64)
+    found = []
+    for kernel in ("cpu", "reference"):
+        torch.manual_seed(0)
+        with kernels.use(kernel):
+            found.append(layer(torch.ones(3, 2, 2, dtype=torch.float64))[0])
+    torch.testing.assert_close(*found)
+    assert found[0].unique().numel() > 9
+    with pytest.raises(ValueError, match=r"draws 17 random numbers .* at most 16"):
+        fastrnn.Recurrent(drawing_cell(MAX_DRAWS + 1), 2, 3)
 
 
 def test_clipped_gradients() -> None:

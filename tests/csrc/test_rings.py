@@ -1,4 +1,4 @@
-"""The folders of csrc/ include downwards only: binding stands on cpu, cpu and cuda on core."""
+"""The folders of csrc/ include downwards only: binding stands on cpu and cuda, those on core."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAY_INCLUDE = {
     "core": {"core"},
     "cpu": {"core", "cpu"},
     "cuda": {"core", "cuda"},
-    "binding": {"core", "cpu", "binding"},
+    "binding": {"core", "cpu", "cuda", "binding"},
 }
 GENERATED = {"cells.gen.h"}  # the build generates it from fastrnn/cells
 SIMULATOR = {"cudasim.h"}  # in tests/cudasim, in place of a GPU

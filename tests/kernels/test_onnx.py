@@ -170,6 +170,7 @@ def mixing(u: Any, v: Any, h: Tensor) -> Tensor:
 
 SCANS: dict[str, tuple[Any, Given]] = {
     "projected": (lambda: fastrnn.LSTM(3, 5, num_layers=2, proj_size=2), Given(True, True)),
+    "projected with norms": (lambda: fastrnn.LayerNormLSTM(3, 5, proj_size=2), Given(True, True)),
     "resets": (lambda: fastrnn.GRU(3, 5, bidirectional=True), Given(lengths=True, resets=True)),
     "cell": (
         lambda: fastrnn.Recurrent(cells.mgu, 3, 5, num_layers=2, bidirectional=True),

@@ -102,6 +102,7 @@ LAYERS: dict[str, Any] = {
     "two layers": lambda: fastrnn.LSTM(3, 5, num_layers=2),
     "without bias": lambda: fastrnn.GRU(3, 5, bias=False),
     "projected": lambda: fastrnn.LSTM(3, 17, proj_size=5),
+    "projected with norms": lambda: fastrnn.LayerNormLSTM(3, 17, num_layers=2, proj_size=5),
     "two projected": lambda: fastrnn.LSTM(7, 5, num_layers=2, proj_size=3, bias=False),
     "dropout": lambda: fastrnn.GRU(3, 5, num_layers=2, dropout=0.5).eval(),
     "parameters": lambda: fastrnn.Recurrent(both_kinds, 3, 5, num_layers=2),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from collections.abc import Callable
 from typing import Any
@@ -205,6 +206,16 @@ def test_keywords_of_calls(name: str) -> None:
                 assert torch.equal(state[-1], final[0])
 
 
+PUBLISHED = ("LayerNormLSTM", "LayerNormGRU", "PeepholeLSTM", "GRUResetBefore", "SLSTM")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_layers_have_the_arguments_of_recurrent(name: str) -> None:
+    every = dict(inspect.signature(fastrnn.Recurrent).parameters)
+    del every["cell"]
+    assert dict(inspect.signature(getattr(fastrnn, name)).parameters) == every
+
+
 def test_names_that_torch_lacks() -> None:
     x = torch.randn(5, 3, 4)
 
@@ -212,9 +223,8 @@ def test_names_that_torch_lacks() -> None:
     def own(u: Any, v: Any, h: Tensor) -> Tensor:
         return torch.tanh(u.a + v.a - h.mean(-1, keepdim=True))
 
-    published = ("LayerNormLSTM", "LayerNormGRU", "PeepholeLSTM", "GRUResetBefore", "SLSTM")
-    layers = [fastrnn.Recurrent(own, 4, 6), *(made(fastrnn, name) for name in published)]
-    for name in (*published, "Recurrent", "WeightDrop", "freeze", "quantize_", "cell"):
+    layers = [fastrnn.Recurrent(own, 4, 6), *(made(fastrnn, name) for name in PUBLISHED)]
+    for name in (*PUBLISHED, "Recurrent", "WeightDrop", "freeze", "quantize_", "cell"):
         assert not hasattr(nn, name) and name in fastrnn.__all__
     for layer in layers:
         assert layer(x)[0].shape == (5, 3, 6)

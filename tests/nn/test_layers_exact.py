@@ -45,6 +45,9 @@ LAYERS: dict[str, Callable[..., Any]] = {
     "projected": lambda inputs, hidden, **options: fastrnn.LSTM(
         inputs, hidden, proj_size=(hidden + 1) // 2, **options
     ),
+    "projected with norms": lambda inputs, hidden, **options: fastrnn.LayerNormLSTM(
+        inputs, hidden, proj_size=(hidden + 1) // 2, **options
+    ),
     "custom": custom,
     "staged": lambda inputs, hidden, **options: fastrnn.Recurrent(
         staged, inputs, hidden, **options

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +16,9 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
 import fastrnn
-from fastrnn import cells, kernels
+from fastrnn import cells, kernels, plan
+from fastrnn.kernels import prepare
+from fastrnn.nn.base import CELL_OF_MODE
 from tests.support.forms import FORMS, call, given, with_gradients
 from tests.support.kernels import planned
 from tests.support.shared import noisy, noisy_staged
@@ -192,6 +196,37 @@ def test_compiled_graphs_draw_anew() -> None:
     assert not torch.equal(compiled(x, states)[0], ours[0])
 
 
+VARIANTS: dict[str, Any] = {
+    "plain": {},
+    "two layers, both directions": {"layers": 2, "bidirectional": True},
+    "variants": {"zoneout": 0.25, "recurrent_dropout": 0.5, "clip_grad_step": 0.02},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*loop of torch operations")
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=list(VARIANTS))
+def test_compiled_graphs_of_the_reference_draw_the_same(options: dict[str, Any]) -> None:
+    """Of a cell that no code is derived for: its steps are operations of the graph."""
+
+    @fastrnn.cell(gates="h", states="h")
+    def running_sum(u: Any, v: Any, h: Tensor) -> Tensor:
+        return fastrnn.dropout(0.1 * torch.tanh(u.h + v.h).cumsum(-1), 0.5)
+
+    layer = layer_of(running_sum, 5, **options)
+    x = torch.randn(4, 3, 3, dtype=F64, requires_grad=True)
+
+    def gradients(function: Any) -> list[Tensor]:
+        torch.manual_seed(3)
+        y = function(x)[0]
+        return [y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])]
+
+    compiled: Any = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for ours, theirs in zip(gradients(compiled), gradients(layer), strict=True):
+        torch.testing.assert_close(ours, theirs)
+        assert bool(ours.any())
+    assert not torch.equal(compiled(x)[0], compiled(x)[0])
+
+
 def test_vmap_draws_for_every_member() -> None:
     layer = layer_of(noisy, 5)
     x, _ = given(layer, 4, 3)
@@ -280,6 +315,76 @@ def test_clipping_bounds_what_goes_back() -> None:
     )
 
 
+def clipped_loop(layer: Any, x: Tensor, states: Sequence[Tensor], limit: float) -> list[Tensor]:
+    """Output and final states of one layer in one direction, by hooks on the states themselves."""
+    w = layer._weights()[0]
+    s = [state[0] for state in states]
+    ys = []
+    for row in x:
+        u = torch.nn.functional.linear(row, w.w_ih, w.b_ih).chunk(len(layer._cell().gates), -1)
+        v = torch.nn.functional.linear(s[0], w.w_hh, w.b_hh).chunk(len(u), -1)
+        before = s if w.w_hr is None else [torch.zeros_like(s[1]), *s[1:]]
+        s = CELL_OF_MODE[layer.mode].step(u, v, before)
+        if w.w_hr is not None:
+            s[0] = s[0] @ w.w_hr.T
+        s = [state.clone() for state in s]  # after the step, in which h reads c
+        for state in s:
+            state.register_hook(lambda gradient: gradient.clamp(-limit, limit))
+        ys.append(s[0])
+    return [torch.stack(ys), *(state[None] for state in s)]
+
+
+@pytest.mark.filterwarnings("ignore:.*loop of torch operations")
+@pytest.mark.parametrize("kernel", [None, "reference"])
+@pytest.mark.parametrize("kind", ["GRU", "LSTM", "projected LSTM"])
+def test_clipping_is_of_the_gradients_of_states(kind: str, kernel: str | None) -> None:
+    """Those of h, after a projection, and of c."""
+    limit, options = 0.05, {"proj_size": 5} if "projected" in kind else {}
+    make = LAYERS[kind.split()[-1]]
+    layer = make(3, 17, dtype=F64, clip_grad_step=limit, **options)
+    x = torch.randn(7, 4, 3, dtype=F64, requires_grad=True)
+    states = [torch.randn_like(s).requires_grad_() for s in flatten(layer(x.detach())[1])]
+    leaves = [x, *states, *layer.parameters()]
+    dy = torch.randn(7, 4, options.get("proj_size", 17), dtype=F64)
+
+    def gradients(out: Any) -> list[Tensor]:
+        y, *last = flatten(out)
+        total = (y * dy).sum() + torch.stack([state.sum() for state in last]).sum()
+        return [y.detach(), *torch.autograd.grad(total, leaves)]
+
+    hx = tuple(states) if len(states) > 1 else states[0]
+    right = gradients(clipped_loop(layer, x, states, limit))
+    with nullcontext() if kernel is None else kernels.use(kernel):
+        found = [gradients(layer(x, hx))]
+        layer.recompute = True
+        found.append(gradients(layer(x, hx)))
+        layer.recompute = False
+        torch._dynamo.reset()
+        compiled: Any = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        found.append(gradients(compiled(x, hx)))
+    for ours in found:
+        for one, theirs in zip(ours, right, strict=True):
+            torch.testing.assert_close(one, theirs, rtol=1e-9, atol=1e-11)
+    unclipped = gradients(clipped_loop(layer, x, states, 100.0))
+    assert all((a - b).abs().max() > 0.01 for a, b in zip(unclipped[1:], right[1:], strict=True))
+
+
+def test_only_training_goes_without_kernels_to_clip_after_a_projection() -> None:
+    prepare._warned.clear()
+    layer = fastrnn.LSTM(3, 8, proj_size=4, clip_grad_step=0.1)
+    x = torch.randn(5, 2, 3)
+    plain = fastrnn.LSTM(3, 8, proj_size=4)
+    plain.load_state_dict(layer.state_dict())
+    with torch.no_grad(), kernels.use("cpu"):
+        assert torch.equal(layer(x)[0], plain(x)[0])
+    with pytest.warns(UserWarning, match=r"loop of torch .* gradient of a projected") as caught:
+        layer(x)
+        layer(x)
+    assert [warning.filename for warning in caught] == [__file__]
+    with kernels.use("cpu"), pytest.raises(plan.KernelRefused, match=r"'cpu' .* projected state"):
+        layer(x)
+
+
 def test_faulty_arguments() -> None:
     with pytest.raises(ValueError, match=r"a probability from 0 to 1, got 1\.5"):
         fastrnn.LSTM(2, 3, zoneout=1.5)
@@ -319,5 +424,14 @@ def test_draws_that_cannot_be_found_are_refused() -> None:
     layer = fastrnn.Recurrent(narrow, 2, 3)
     with pytest.warns(UserWarning, match="loop of torch operations"):
         assert layer.eval()(torch.zeros(4, 1, 2))[0].shape == (4, 1, 3)
-    with pytest.raises(ValueError, match=r"tensors of shape \[1, 2\]"):
-        layer.train()(torch.zeros(4, 1, 2))
+    layer.train()
+    said = r"'narrow' draws random numbers, .* of shape \[1, 2\], .* fails: The size of tensor a"
+    for _ in range(2):  # the first call prepares the cell
+        for fullgraph, error in ((True, torch._dynamo.exc.Unsupported), (False, ValueError)):
+            compiled: Any = torch.compile(layer, backend="eager", fullgraph=fullgraph)
+            with pytest.raises(error, match=said):
+                compiled(torch.zeros(4, 1, 2))
+            torch._dynamo.reset()  # else Dynamo does not compile the code again that raised
+    with pytest.raises(ValueError, match=said) as eager:
+        layer(torch.zeros(4, 1, 2))
+    assert isinstance(eager.value.__cause__, RuntimeError)

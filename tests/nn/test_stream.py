@@ -42,15 +42,14 @@ LAYERS: dict[str, Callable[..., Any]] = {
     "tanh": fastrnn.RNN,
     "relu": partial(fastrnn.RNN, nonlinearity="relu", bias=False),
     "lstm": fastrnn.LSTM,
-    "projected": lambda i, h, **k: fastrnn.LSTM(i, h, proj_size=max(1, h // 2), **k),
+    "projected": lambda i, h, **k: fastrnn.LSTM(i, h, proj_size=h // 2, **k),
+    "projected with norms": lambda i, h, **k: fastrnn.LayerNormLSTM(i, h, proj_size=h // 2, **k),
     "gru": fastrnn.GRU,
     "own": lambda *a, **k: fastrnn.Recurrent(coupled, *a, **k),
 }
 
 
 def made(kind: str, *sizes: int, **kwargs: Any) -> Any:
-    if kind == "projected" and sizes[1] == 1:
-        kind = "lstm"  # proj_size must be smaller than 1 unit
     return LAYERS[kind](*sizes, **kwargs).requires_grad_(False)
 
 

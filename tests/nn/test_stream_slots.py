@@ -37,6 +37,7 @@ LAYERS: dict[str, Callable[..., Any]] = {
     "rnn": fastrnn.RNN,
     "lstm": fastrnn.LSTM,
     "projected": partial(fastrnn.LSTM, proj_size=11),
+    "projected with norms": partial(fastrnn.LayerNormLSTM, proj_size=11),
     "gru": fastrnn.GRU,
     "own": partial(fastrnn.Recurrent, coupled),
     "reductions": fastrnn.LayerNormLSTM,

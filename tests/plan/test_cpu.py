@@ -183,21 +183,38 @@ def test_without_cores_for_all_long_calls_have_threads() -> None:
 
 
 @pytest.mark.parametrize(
-    ("recurrences", "batch", "split"),
+    ("recurrences", "batch", "hidden", "split"),
     [
-        (1, 1, (1, 1, 1)),
-        (1, 2, (1, 2, 1)),
-        (1, 64, (1, 2, 1)),
-        (2, 1, (2, 1, 1)),
-        (2, 8, (2, 1, 1)),
+        (1, 1, 256, (1, 1, 2)),
+        (1, 1, 64, (1, 1, 1)),
+        (1, 2, 256, (1, 1, 2)),
+        (1, 2, 128, (1, 2, 1)),
+        (1, 64, 256, (1, 2, 1)),
+        (2, 1, 256, (2, 1, 1)),
+        (2, 8, 256, (2, 1, 1)),
     ],
 )
 @pytest.mark.parametrize("backward", [False, True])
-def test_threads_of_a_step_with_stages_share_no_units(
-    recurrences: int, batch: int, split: tuple[int, int, int], backward: bool
+def test_threads_of_a_step_with_stages_share_units_in_whole_blocks(
+    recurrences: int, batch: int, hidden: int, split: tuple[int, int, int], backward: bool
 ) -> None:
-    problem = replace(LSTM, recurrences=recurrences, batch=batch, stages=2, backward=backward)
+    problem = replace(
+        LSTM, recurrences=recurrences, batch=batch, hidden=hidden, stages=2, backward=backward
+    )
     config = choose(problem, TWO).cpu
     assert (config.split_recurrences, config.split_sequences, config.split_units) == split
     assert config.weights == "prepacked"
     assert choose(replace(problem, steps=1), TWO).cpu.weights == "prepacked"
+
+
+def test_each_stage_needs_work_of_its_own_for_threads_to_share_units() -> None:
+    """They meet once for each."""
+    problem = replace(LSTM, steps=1000, batch=1, hidden=100, gates=1, states=1)
+    assert split(choose(problem, TWO)) == (1, 1, 2)
+    assert split(choose(replace(problem, stages=3), TWO)) == (1, 1, 1)
+
+
+def test_an_output_without_units_is_not_projected_by_stages() -> None:
+    problem = replace(LSTM, hidden=0, projected=True, stages=2)
+    plan = choose(problem, TWO)
+    assert plan.kernel == "reference" and "no hidden units" in dict(plan.refused)["cpu"]

@@ -54,9 +54,7 @@ def planned(**changes: Any) -> Iterator[None]:
         made = choose(problem, device)
         if made.config is None:
             return made
-        # A thread has all units of a row of a step in stages.
-        fixed = {"split_units": 1} if problem.stages > 1 and "split_units" in changes else {}
-        config = replace(made.config, **{**changes, **fixed})
+        config = replace(made.config, **changes)
         if isinstance(config, plan.CudaConfig):
             config = with_row_group(problem, config, device)
         return replace(made, config=config, **outer)

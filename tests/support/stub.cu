@@ -1,10 +1,14 @@
 // The C interface of csrc/cuda/contract.h without kernels: launches do nothing. Tests choose what
-// the GPU and its driver answer, and a benchmark measures what the host does in a call.
+// the GPU and its driver answer, and a benchmark measures what the host does in a call. On demand
+// launches echo what they were given, in float and double.
+#include <cstring>
+
 #include "cuda/contract.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 using fastrnn::CudaPlan;
+using fastrnn::Precision;
 using fastrnn::Sweep;
 
 namespace {
@@ -14,7 +18,82 @@ struct Answers {
   int architecture = 90;
   int cooperative = 0;  // of launches that need all their blocks at the same time
   int launches = 0;
+  bool echoes = false;
 } answers;
+
+// Make of all inputs some output, in which each counts and has its place.
+
+struct Sizes {
+  int64_t gates, states;
+};
+
+Sizes sizes_of(const char* cell) {
+  if (!std::strcmp(cell, "lstm")) return {4, 2};
+  return {!std::strcmp(cell, "gru") ? 3 : 1, 1};
+}
+
+// Whether it is a whole dense call of one recurrence, in arrays that vectors can read.
+template <int kArrays>
+int refused(const Sweep& sweep, const void* const (&arrays)[kArrays]) {
+  for (const void* array : arrays)
+    if (reinterpret_cast<uintptr_t>(array) % 16) return 716;  // cudaErrorMisalignedAddress
+  const bool whole = sweep.begin == 0 && sweep.end == sweep.steps && sweep.recurrences == 1 &&
+                     sweep.base == 0 && sweep.base_reverse == 0 && sweep.tape_base == 0 &&
+                     !sweep.first && !sweep.length && !sweep.resets &&
+                     sweep.chunk_rows == sweep.steps * sweep.batch;
+  return !whole;
+}
+
+template <class T>
+int echo_forward(const Sizes& n, const Sweep& sweep) {
+  const int64_t G = n.gates, H = sweep.hidden, B = sweep.batch;
+  const auto* u = static_cast<const T*>(sweep.u);
+  const auto* b_hh = static_cast<const T*>(sweep.b_hh);
+  const auto* w_hh = static_cast<const T*>(sweep.w_hh);
+  auto *y = static_cast<T*>(sweep.y), *carry = static_cast<T*>(sweep.carry);
+  auto* tape = static_cast<T*>(sweep.tape);
+  if (const int error = refused(sweep, {u, b_hh, w_hh, y, carry, tape})) return error;
+  for (int64_t row = 0; row < sweep.chunk_rows; ++row)
+    for (int64_t h = 0; h < H; ++h) {
+      T sum = static_cast<T>(sweep.reverse);
+      for (int64_t k = h; k < G * H; k += H)
+        sum += (k + 1) * (u[row * G * H + k] + (b_hh ? 3 * b_hh[k] : T{0}) + w_hh[k * H + h]);
+      for (int64_t s = 0; s < n.states; ++s) sum += (s + 5) * carry[(s * B + row % B) * H + h];
+      y[row * H + h] = sum;
+      if (tape) tape[row * H + h] = 2 * sum;
+    }
+  for (int64_t k = 0; k < n.states * B * H; ++k) carry[k] += y[k % (B * H)] * static_cast<T>(k + 1);
+  return 0;
+}
+
+template <class T>
+int echo_backward(const Sizes& n, const Sweep& sweep) {
+  const int64_t G = n.gates, H = sweep.hidden, B = sweep.batch;
+  const auto *w_hh = static_cast<const T*>(sweep.w_hh), *y = static_cast<const T*>(sweep.y);
+  const auto *tape = static_cast<const T*>(sweep.tape), *dy = static_cast<const T*>(sweep.dy);
+  const auto* s0 = static_cast<const T*>(sweep.s0);
+  auto *ds = static_cast<T*>(sweep.ds), *h_prev = static_cast<T*>(sweep.h_prev);
+  auto *du = static_cast<T*>(sweep.du), *dv = static_cast<T*>(sweep.dv);
+  if (const int error = refused(sweep, {w_hh, y, tape, dy, s0, ds, h_prev, du, dv})) return error;
+  for (int64_t row = 0; row < sweep.chunk_rows; ++row)
+    for (int64_t h = 0; h < H; ++h) {
+      const int64_t at = row * H + h;
+      T sum = y[at] + (dy ? 2 * dy[at] : T{0}) + (tape ? 3 * tape[at] : T{0}) +
+              static_cast<T>(sweep.reverse);
+      for (int64_t s = 0; s < n.states; ++s) {
+        const int64_t state = (s * B + row % B) * H + h;
+        sum += (s + 5) * s0[state] + (s + 7) * ds[state];
+      }
+      h_prev[at] = sum;
+      for (int64_t k = h; k < G * H; k += H) {
+        dv[row * G * H + k] = (k + 1) * sum + w_hh[k * H + h];
+        if (du != dv) du[row * G * H + k] = (k + 2) * sum;
+      }
+    }
+  for (int64_t k = 0; k < n.states * B * H; ++k)
+    ds[k] += h_prev[k % (B * H)] * static_cast<T>(k + 1);
+  return 0;
+}
 
 int launched(const CudaPlan& plan) {
   ++answers.launches;
@@ -24,15 +103,23 @@ int launched(const CudaPlan& plan) {
 }  // namespace
 
 EXPORT void fastrnn_stub_answer(int usable, int architecture, int cooperative) {
-  answers = {usable, architecture, cooperative, 0};
+  answers = {usable, architecture, cooperative, 0, false};
 }
+EXPORT void fastrnn_stub_echo() { answers.echoes = true; }
 EXPORT int fastrnn_stub_launches() { return answers.launches; }
 
-EXPORT int fastrnn_cuda_forward(const char*, const Sweep*, const CudaPlan* plan, void*) {
-  return launched(*plan);
+EXPORT int fastrnn_cuda_forward(const char* cell, const Sweep* sweep, const CudaPlan* plan, void*) {
+  if (const int error = launched(*plan)) return error;
+  if (!answers.echoes) return 0;
+  if (plan->precision == Precision::kFloat64) return echo_forward<double>(sizes_of(cell), *sweep);
+  return echo_forward<float>(sizes_of(cell), *sweep);
 }
-EXPORT int fastrnn_cuda_backward(const char*, const Sweep*, const CudaPlan* plan, void*) {
-  return launched(*plan);
+EXPORT int fastrnn_cuda_backward(const char* cell, const Sweep* sweep, const CudaPlan* plan,
+                                 void*) {
+  if (const int error = launched(*plan)) return error;
+  if (!answers.echoes) return 0;
+  if (plan->precision == Precision::kFloat64) return echo_backward<double>(sizes_of(cell), *sweep);
+  return echo_backward<float>(sizes_of(cell), *sweep);
 }
 EXPORT int fastrnn_cuda_h_prev(const char*, const Sweep*, const CudaPlan*, void*) { return 0; }
 EXPORT int fastrnn_cuda_recompute(const char*, const Sweep*, const CudaPlan*, void*) { return 0; }

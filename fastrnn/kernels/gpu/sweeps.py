@@ -7,6 +7,7 @@ some steps, and the values that describe a call to them.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
@@ -151,12 +152,16 @@ class Scan(Shape):
         """For each group of states, or of their gradients, [S, P, B, max(H, Q)] in the type of
         computation; those that are None or missing are zero."""
         size = self.states, self.recurrences, self.batch, max(self.hidden, self.recurrent)
-        out = torch.zeros(len(groups), *size, dtype=self.compute, device=self.device)
-        for k, group in enumerate(groups):
+        count = math.prod(size)
+        # Kernels take addresses of whole vectors, of 16 bytes, and write some of these tensors.
+        spaced = len(groups), -(-count // 4) * 4
+        flat = torch.zeros(spaced, dtype=self.compute, device=self.device)
+        out = [part[:count].view(size) for part in flat.unbind(0)]
+        for made, group in zip(out, groups, strict=True):
             for j, state in enumerate(group):
                 if state is not None:
-                    out[k, j, ..., : self.width(j)] = state
-        return out.unbind(0)
+                    made[j, ..., : self.width(j)] = state
+        return tuple(out)
 
     def width(self, state: int) -> int:
         return self.hidden if state else self.recurrent

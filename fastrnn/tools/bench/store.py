@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import shlex
 import subprocess
 import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -25,6 +26,7 @@ __all__ = [
     "Kept",
     "Results",
     "Stored",
+    "command",
     "commit",
     "conditions",
     "load",
@@ -70,6 +72,13 @@ class Results(Generic[_Row]):
 
     runs: tuple[Conditions, ...]
     rows: tuple[tuple[_Row, int], ...]
+
+
+def command(module: str, words: Sequence[str]) -> str:
+    """The command that runs a module with these arguments. `make` gives `--save`, so it may be
+    there twice."""
+    own = [word for at, word in enumerate(words) if word != "--save" or "--save" not in words[:at]]
+    return shlex.join(["python", "-m", module, *own])
 
 
 def conditions(machine: Machine, command: str, device: str = "cpu") -> Conditions:

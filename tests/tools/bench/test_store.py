@@ -49,3 +49,8 @@ def test_each_row_is_written_at_once_and_others_stay(tmp_path: Path) -> None:
             assert row in [found for found, _ in store.load(path).rows]
     assert [run.command for run in store.load(path).runs] == ["first", "second"]
     assert [row.workload for row, _ in store.load(path).rows] == ["v", "w"]
+
+
+def test_a_command_can_be_pasted() -> None:
+    words = ["--save", "--only", "a b", "--save", "--only", "--saved"]
+    assert store.command("m.n", words) == "python -m m.n --save --only 'a b' --only --saved"
