@@ -29,7 +29,7 @@ def test_the_table_is_printed_and_saved(tmp_path: Path, capsys: pytest.CaptureFi
     rows = [line for line in file.read_text().splitlines() if line.startswith(("| gru", "| lstm"))]
     assert len(rows) == 2 and all(row in printed for row in rows)
     assert all(row.count("|") == benchmark.HEAD.splitlines()[0].count("|") for row in rows)
-    assert "--only gru,lstm chrono --updates 3" in file.read_text()
+    assert "--only 'gru,lstm chrono' --updates 3" in file.read_text()
     text = page.read_text()
     assert text.startswith("before") and text.endswith("after\n") and "old" not in text
     assert all(row in text for row in rows)
