@@ -67,14 +67,14 @@ bool is(const Tensor& tensor, const Tensor& x, at::IntArrayRef size) {
 // Whether C++ launches such calls. Those with wrong operands it leaves to Python, for its errors.
 bool launches_here(const CellFacts& cell, const ScanInputs& in) {
   const Tensor& x = in.x;
-  if (x.dim() != 3 || in.w_hh.size() != 1 || x.numel() == 0) return false;
+  if (x.dim() != 3 || in.w_ih.size() != 1 || in.w_hh.size() != 1 || x.numel() == 0) return false;
   if (x.scalar_type() == at::kFloat && !tf32_allowed()) return false;
   if (in.batch_sizes || in.lengths || in.resets || in.noise) return false;
   if (!in.w_hr.empty() || !in.params.empty() || !in.reset_states.empty()) return false;
   if (cell.input_gates != cell.gates || cell.recurrent_gates != cell.gates) return false;
   const int64_t H = in.w_hh[0].size(-1), of_gates = cell.gates * H;
   if (!is(in.w_ih[0], x, {of_gates, x.size(2)}) || !is(in.w_hh[0], x, {of_gates, H})) return false;
-  if (in.b_ih.size() != in.b_hh.size()) return false;
+  if (in.b_ih.size() != in.b_hh.size() || in.b_ih.size() > 1) return false;
   for (TensorList biases : {in.b_ih, in.b_hh})
     for (const Tensor& bias : biases)
       if (!is(bias, x, {of_gates})) return false;
@@ -210,8 +210,9 @@ bool keep_launch(const ScanInputs& in, Pass pass, const CudaLaunch& launch) {
   if (!cell || !launches_here(*cell, in) || !current_stream(in.x.device())) return false;
   Launches& all = launches();
   std::unique_lock lock(all.mutex);
+  if (launch.epoch != plans_forgotten()) return false;  // another thread changed what plans go by
   if (all.epoch != plans_forgotten() || all.of.size() >= kMostShapes) all.of.clear();
-  all.epoch = plans_forgotten();
+  all.epoch = launch.epoch;
   all.of.insert_or_assign(shape_of(in, pass), launch);
   return true;
 }

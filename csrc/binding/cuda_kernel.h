@@ -20,10 +20,11 @@ struct CudaLaunch {
   const char* (*error)(int) = nullptr;
   CudaPlan plan;
   int64_t workspace = 0;  // bytes
+  int64_t epoch = 0;      // plans_forgotten() before it was planned
 };
 
 // Launches this pass of calls of this shape in the same way, until plans are forgotten. Returns
-// whether C++ can launch them.
+// whether C++ can launch them, and the plan is still good.
 bool keep_launch(const ScanInputs& in, Pass pass, const CudaLaunch& launch);
 
 // The passes, if C++ knows how to launch them.

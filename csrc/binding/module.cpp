@@ -166,7 +166,7 @@ bool keep_launch_from_python(const std::string& cell, const Tensor& x,
                              const std::optional<Tensor>& resets,
                              const std::optional<Tensor>& noise, int64_t reverse, bool tape,
                              bool backward, uintptr_t run, uintptr_t error,
-                             const std::array<int32_t, 7>& plan, int64_t workspace) {
+                             const std::array<int32_t, 7>& plan, int64_t workspace, int64_t epoch) {
   const Pass pass = backward ? Pass::kBackward : tape ? Pass::kForwardWithTape : Pass::kForward;
   CudaLaunch launch;
   launch.run = reinterpret_cast<decltype(launch.run)>(run);
@@ -174,6 +174,7 @@ bool keep_launch_from_python(const std::string& cell, const Tensor& x,
   launch.plan = {
       static_cast<Precision>(plan[0]), plan[1], plan[2], plan[3], plan[4], plan[5], plan[6]};
   launch.workspace = workspace;
+  launch.epoch = epoch;
   return keep_launch({cell, x, w_ih, w_hh, b_ih, b_hh, w_hr, params, s0, reset_states, batch_sizes,
                       lengths, resets, noise, reverse},
                      pass, launch);
@@ -208,7 +209,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("s0"), py::arg("reset_states"), py::arg("batch_sizes"), py::arg("lengths"),
         py::arg("resets"), py::arg("noise"), py::arg("reverse"), py::kw_only(), py::arg("tape"),
         py::arg("backward"), py::arg("run"), py::arg("error"), py::arg("plan"),
-        py::arg("workspace"),
+        py::arg("workspace"), py::arg("epoch"),
         "Launches later calls of the shape of this one in the same way, without Python.");
   m.def(
       "fingerprint", [](const std::vector<Tensor>& tensors) { return fingerprint(tensors); },

@@ -27,7 +27,10 @@ _SWEEPS: dict[str, Sweeps] = {"cuda": cuda.sweeps, "triton": launch.sweeps}
 
 
 class Planned(Shape):
-    """A shape, with the sweeps of its plan's kernel; None for the reference."""
+    """A shape, with the sweeps of its plan's kernel, None for the reference, and with the number
+    of times that plans had been forgotten before."""
+
+    epoch = 0
 
     def __init__(self, cell: str, derived: Derived, chosen: plan.Plan, operands: Operands) -> None:
         super().__init__(cell, derived, chosen, operands)
@@ -49,7 +52,7 @@ def forward(inputs: tuple[Any, ...], tape: bool) -> tuple[Tensor, list[Tensor], 
             raise
         return forward(inputs, tape)
     if shape.sweeps is cuda.sweeps and scan.alone:
-        cuda.hand_over(scan, inputs, "forward", tape)
+        cuda.hand_over(scan, inputs, "forward", tape, shape.epoch)
     return y, [s[0] for s in states] if stacked is not operands else states, saved
 
 
@@ -81,7 +84,7 @@ def backward(
             raise
         return backward(inputs, grads, y, tape, needs)
     if sweeps is cuda.sweeps and scan.alone:
-        cuda.hand_over(scan, inputs, "backward", True)
+        cuda.hand_over(scan, inputs, "backward", True, shape.epoch)
     if stacked is operands:
         return out
     states = len(operands.s0) if need.s0 else 0
@@ -134,12 +137,14 @@ def _shape(key: str, operands: Operands, flags: tuple[bool, bool]) -> Planned:
         bool(operands.reset_states),
     )
     tf32 = x.dtype == torch.float32 and tf32_allowed()
-    name = kind, weights, tf32, _C.plans_forgotten()
+    epoch = _C.plans_forgotten()
+    name = kind, weights, tf32, epoch
     found = _shapes.get(name)
     if found is None:
         if len(_shapes) >= _MOST_SHAPES:
             _shapes.clear()
         found = _shapes[name] = _planned(key, operands, *flags)
+        found.epoch = epoch
     return found
 
 

@@ -169,6 +169,8 @@ def on_cpu(
         dtype=str(dtype).removeprefix("torch."),
         format=format,
         stages=_stages(cell) if key is not None else 1,
+        projected=weights.w_hr is not None,
+        projectable=weights.w_hr is None or key is None or _projectable(cell),
     )
     return OnCpu(key, plan.refusal("cpu", problem, device), problem, device, format)
 
@@ -204,6 +206,16 @@ def _stages(cell: Cell) -> int:
     from fastrnn.compiler.derive import derive
 
     return derive(cell).stages
+
+
+def _projectable(cell: Cell) -> bool:
+    """Whether kernels may project the output. Layers refuse the built-in cells that they may not
+    project."""
+    if cell.is_built_in:
+        return True
+    from fastrnn.compiler.derive import derive
+
+    return derive(cell).projectable
 
 
 def find(key: str, kind: str, format: str) -> None:

@@ -385,8 +385,8 @@ def check_projected(cell: Cell) -> None:
     previous output through the recurrent weights alone."""
     hidden, projected = 5, 3
 
-    def units(width: int = hidden) -> Tensor:
-        return torch.zeros(2, width, device="cpu")
+    def units(value: float = 0.5, width: int = hidden) -> Tensor:
+        return torch.full((2, width), value, device="cpu")
 
     def multiply(x: Tensor) -> list[Tensor]:
         raise RuntimeError(
@@ -394,30 +394,35 @@ def check_projected(cell: Cell) -> None:
             "proj_size columns"
         )
 
-    arguments: list[Any] = [
-        Gates(cell, [units() for _ in cell.inputs]),
-        Projection(cell, [units() for _ in cell.recurrent], multiply),
-    ]
-    if cell.params:
-        sizes = (param.size(hidden, len(cell.gates)) for param in cell.params.values())
-        arguments.append(Params(cell, [torch.zeros(size, device="cpu") for size in sizes]))
-    states = [units(projected), *(units() for _ in cell.states[1:])]
-    try:
-        with torch.no_grad(), torch.device("cpu"):
+    def step(previous: float) -> list[Tensor]:
+        arguments: list[Any] = [
+            Gates(cell, [units() for _ in cell.inputs]),
+            Projection(cell, [units() for _ in cell.recurrent], multiply),
+        ]
+        if cell.params:
+            sizes = (param.size(hidden, len(cell.gates)) for param in cell.params.values())
+            arguments.append(Params(cell, [torch.full((n,), 0.5, device="cpu") for n in sizes]))
+        states = [units(previous, projected), *(units() for _ in cell.states[1:])]
+        with torch.no_grad(), torch.device("cpu"), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
             out = cell.function(*arguments, *states)
-    except RuntimeError as error:
-        raise ValueError(
-            f"cell {cell.name!r} cannot be projected: with proj_size its previous output has "
-            f"another width than its units, and its function fails: {error}. Such a cell may use "
-            f"{cell.states[0]!r} through the recurrent weights alone (v); use proj_size=0, or a "
-            "torch.nn.Linear behind the layer"
-        ) from error
-    first = out if isinstance(out, Tensor) else out[0]
-    if first.size(-1) != hidden:
-        raise ValueError(
-            f"cell {cell.name!r} cannot be projected: its next {cell.states[0]!r} follows from the "
-            "previous one alone, which has another width; use proj_size=0"
-        )
+        return [out] if isinstance(out, Tensor) else list(out)
+
+    try:
+        after, others = step(0.25), step(0.75)
+    except Exception as error:  # whatever the function raises at these sizes
+        why = f"and then its function fails: {error or type(error).__name__}"
+    else:
+        same = all(torch.equal(a, b) for a, b in zip(after, others, strict=True))
+        if same and all(state.size(-1) in (1, hidden) for state in after):
+            return
+        why = "and its next states follow from this output itself"
+    name = cell.states[0]
+    raise ValueError(
+        f"cell {cell.name!r} cannot be projected: with proj_size its previous output {name!r} has "
+        f"another width than its units, {why}. Such a cell may use {name!r} through the recurrent "
+        "weights alone (v); use proj_size=0, or a torch.nn.Linear behind the layer"
+    )
 
 
 def refuse_unknown(layer: nn.Module, unknown: dict[str, Any]) -> None:

@@ -326,10 +326,10 @@ class Recurrent(_MultiState):
                 f"cell should be a fastrnn.Cell, got: {type(cell).__name__}; "
                 "make one by decorating a function with fastrnn.cell(gates=..., states=...)"
             )
-        self.cell = cell  # first, because the constructor writes the cell's initial values
-        super().__init__(cell, cell.name, locals())
         if proj_size:
             check_projected(cell)
+        self.cell = cell  # first, because the constructor writes the cell's initial values
+        super().__init__(cell, cell.name, locals())
 
     def _cell(self) -> Cell:
         return self._quiet or self.cell

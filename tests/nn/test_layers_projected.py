@@ -12,7 +12,10 @@ from torch import Tensor
 
 import fastrnn
 from fastrnn import cells, kernels
+from fastrnn.cells.published import MODULES
+from fastrnn.compiler.derive import derive
 from fastrnn.tools.tolerance import largest_error
+from tests.support.names import BUILT_IN
 
 
 @fastrnn.cell(gates="a", states="h", params={"gain": fastrnn.Param("unit", init=1.0)})
@@ -110,6 +113,47 @@ def test_frozen_stacked_in_both_directions_and_bfloat16(name: str) -> None:
 def test_cells_that_use_their_output_unit_by_unit_are_refused(cell: str) -> None:
     with pytest.raises(ValueError, match=rf"cell '{cell}' cannot be projected: .*proj_size"):
         fastrnn.Recurrent(cells.get(cell), 3, 8, proj_size=4)
+
+
+def mean_of_output(u: Any, v: Any, h: Tensor) -> Tensor:
+    return torch.tanh(u.a + v.a + h.mean(-1, keepdim=True))
+
+
+def hands_output_on(u: Any, v: Any, h: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.tanh(u.a + v.a), h
+
+
+def is_the_output_before(u: Any, v: Any, h: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    return h, torch.tanh(u.a + v.a)
+
+
+def asserts(u: Any, v: Any, h: Tensor) -> Tensor:
+    assert h.shape == u.a.shape
+    return torch.tanh(u.a + v.a)
+
+
+@pytest.mark.parametrize(
+    ("function", "states"),
+    [(mean_of_output, "h"), (asserts, "h"), (hands_output_on, "hg"), (is_the_output_before, "hg")],
+)
+def test_any_other_use_of_the_output_is_refused(function: Any, states: str) -> None:
+    cell = cells.Cell(function.__name__, ("a",), tuple(states), function)
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match=r"(?s)cannot be projected: .* through the recurrent"):
+        fastrnn.Recurrent(cell, 4, 8, proj_size=3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_every_published_cell_is_projected_or_refused_as_it_is_derived() -> None:
+    for name in [*BUILT_IN, *MODULES]:
+        cell = cells.get(name)
+        try:
+            fastrnn.Recurrent(cell, 4, 8, proj_size=3)
+        except ValueError as error:
+            assert "cannot be projected" in str(error)
+            assert not derive(cell).projectable, name
+        else:
+            assert derive(cell).projectable, name
 
 
 def test_heads_and_noise_are_not_projected() -> None:

@@ -339,19 +339,19 @@ def _launch(
         call.kernels.launch(kind, call.cell, sweep, call.plan, stream)
 
 
-def hand_over(scan: Scan, inputs: tuple[Any, ...], kind: str, tape: bool) -> None:
+def hand_over(scan: Scan, inputs: tuple[Any, ...], kind: str, tape: bool, epoch: int) -> None:
     """Let C++ launch later calls like this one, which was launched here, if it can.
 
     Args:
         inputs: those of the operator.
         kind: "forward" or "backward".
         tape: whether there is one.
+        epoch: how often plans had been forgotten when this one was asked for.
     """
     call = scan.remembered[kind]
     plan = [getattr(call.plan, name) for name, *_ in CudaPlan._fields_]
-    found, workspace = call.kernels.addresses(kind), call.workspace
-    backward = kind == "backward"
-    _C.keep_launch(*inputs, tape=tape, backward=backward, **found, plan=plan, workspace=workspace)
+    known = call.kernels.addresses(kind) | {"workspace": call.workspace, "epoch": epoch}
+    _C.keep_launch(*inputs, tape=tape, backward=kind == "backward", plan=plan, **known)
 
 
 def cuda_plan(config: CudaConfig) -> CudaPlan:
