@@ -18,6 +18,7 @@ from fastrnn import _C, cells, kernels, ops
 from fastrnn.compiler import emit_cpp
 from fastrnn.compiler.derive import derive
 from fastrnn.kernels import device, launched
+from fastrnn.kernels.gpu import cuda
 from tests.cudasim.build import build, missing
 from tests.support import stub
 from tests.support.simulated import only, running
@@ -89,6 +90,25 @@ def test_calls_after_the_first(
     with mode():
         twice(lambda: layer(x, hx))
     assert in_python == ["forward"] and library.fastrnn_stub_launches() == 2
+
+
+@plainly
+def test_a_plan_made_before_plans_were_forgotten_is_not_kept(
+    library: Any, in_python: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if another thread chose a kernel by name during the call."""
+    hand_over = cuda.hand_over
+
+    def late(*arguments: Any) -> None:
+        _C.forget_plans()
+        hand_over(*arguments)
+
+    monkeypatch.setattr(cuda, "hand_over", late)
+    layer, x = fastrnn.LSTM(5, 7), torch.randn(4, 3, 5)
+    with torch.no_grad():
+        layer(x)
+        layer(x)
+    assert in_python == ["forward", "forward"]
 
 
 ROOTS = ["output", "states", "both"]
