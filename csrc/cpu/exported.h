@@ -1,4 +1,4 @@
-// What the library of CPU kernels exports, since all else in it is hidden, and what is once in it.
+// What the library of CPU kernels exports (all else in it is hidden), and what is compiled once.
 #pragma once
 
 #define FASTRNN_EXPORTED __attribute__((visibility("default")))
