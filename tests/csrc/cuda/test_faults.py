@@ -606,10 +606,10 @@ def missed(sanitizer: str | None, numbers: list[int], words: str) -> list[str]:
     """Names of the faults for which no schedule prints these words. Without a fault none may.
 
     ThreadSanitizer sees a race only if both threads come close enough in time, which a busy machine
-    can prevent: it gets three attempts.
+    can prevent: the races that are left get more attempts.
     """
     left = numbers
-    for _ in range(3 if sanitizer == "thread" else 1):
+    for _ in range(12 if sanitizer == "thread" else 1):
         given = [case(number, seed) for number in left for seed in SEEDS]
         given += [case(number, 1)._replace(fault=NOTHING) for number in left]
         found = set()
