@@ -11,7 +11,19 @@ from typing import Any
 import torch
 
 from fastrnn import _C, cells, kernels, ops, plan
-from tests.support.operands import by_reference, converted, doubled, run
+from fastrnn.compiler.derive import derive
+from fastrnn.kernels.prepare import prepare
+from fastrnn.tools.tolerance import largest_error
+from tests.support.operands import (
+    EVERY_GRADIENT,
+    by_reference,
+    converted,
+    doubled,
+    operands,
+    positional,
+    run,
+)
+from tests.support.tensors import flatten
 from tests.support.tolerance import assert_near, name_of
 
 
@@ -66,3 +78,37 @@ def planned(**changes: Any) -> Iterator[None]:
     finally:
         plan.choose = choose
         _C.forget_plans()
+
+
+def check_tapes(cell: cells.Cell, projected: int | None) -> None:
+    """Each of the CPU kernel and the reference differentiates by the tape of the other."""
+    for extra in ({}, {"resets": torch.rand(6, 4) < 0.3}, {"lengths": torch.tensor([3, 6, 0, 5])}):
+        given = {**operands(cell, 6, 4, 3, 19, recurrences=2, projected=projected), **extra}
+        arguments = positional(prepare(cell), given)
+        tapes, gradients = {}, {}
+        for kernel in ("cpu", "reference"):
+            with kernels.use(kernel):
+                tapes[kernel] = flatten(torch.ops.fastrnn.scan(*arguments, tape=True))
+        derived = derive(cell)
+        values = len(derived.states) - 1 + len(derived.saved) + (projected is not None)
+        # Results of reductions do not fill their part of the tape.
+        used = values * 19 + len(derived.rows)
+        *results, tape = tapes["cpu"]
+        *others, other = tapes["reference"]
+        assert tape.shape == other.shape and used <= tape[0, 0].numel()
+        results.append(tape.flatten(2)[..., :used])
+        others.append(other.flatten(2)[..., :used])
+        for a, b in zip(results, others, strict=True):
+            assert largest_error(a, b) < 1e-13
+        y, *states, _ = tapes["reference"]
+        output_grads = (torch.randn_like(y), [torch.randn_like(s) for s in states])
+        for writer, (y, *_, tape) in tapes.items():
+            for reader in ("cpu", "reference"):
+                with kernels.use(reader):
+                    gradients[writer, reader] = torch.ops.fastrnn.scan_backward(
+                        arguments[0], *output_grads, None, *arguments[1:], y, tape, EVERY_GRADIENT
+                    )
+        right = gradients.pop(("reference", "reference"))
+        for pair, ours in gradients.items():
+            for k, (a, b) in enumerate(zip(ours, right, strict=True)):
+                assert largest_error(a, b) < 1e-12, (pair, k)

@@ -6,19 +6,16 @@ import pytest
 import torch
 
 from fastrnn import cells, kernels, ops, plan
-from fastrnn.kernels.prepare import prepare
 from fastrnn.tools.tolerance import largest_error
-from tests.support.kernels import check, planned
+from tests.support.kernels import check, check_tapes, planned
 from tests.support.names import BUILT_IN, LONG
 from tests.support.operands import (
-    EVERY_GRADIENT,
     PLAIN,
     PROJECTED,
     ROWS,
     Shape,
     by_reference,
     operands,
-    positional,
     run,
     whole,
 )
@@ -177,28 +174,7 @@ def test_linear_cell_is_exact(name: str, shape: Shape) -> None:
 
 @pytest.mark.parametrize(("name", "projected"), PLAIN + PROJECTED)
 def test_a_kernel_takes_the_tape_of_another(name: str, projected: int | None) -> None:
-    cell = cells.get(name)
-    for extra in ({}, {"resets": torch.rand(6, 4) < 0.3}, {"lengths": torch.tensor([3, 6, 0, 5])}):
-        given = {**operands(cell, 6, 4, 3, 19, recurrences=2, projected=projected), **extra}
-        arguments = positional(prepare(cell), given)
-        tapes, gradients = {}, {}
-        for kernel in ("cpu", "reference"):
-            with kernels.use(kernel):
-                tapes[kernel] = torch.ops.fastrnn.scan(*arguments, tape=True)
-        for a, b in zip(flatten(tapes["cpu"]), flatten(tapes["reference"]), strict=True):
-            assert largest_error(a, b) < 1e-13
-        y, *states, _ = tapes["reference"]
-        output_grads = (torch.randn_like(y), [torch.randn_like(s) for s in states])
-        for writer, (y, *_, tape) in tapes.items():
-            for reader in ("cpu", "reference"):
-                with kernels.use(reader):
-                    gradients[writer, reader] = torch.ops.fastrnn.scan_backward(
-                        arguments[0], *output_grads, None, *arguments[1:], y, tape, EVERY_GRADIENT
-                    )
-        right = gradients.pop(("reference", "reference"))
-        for pair, ours in gradients.items():
-            for k, (a, b) in enumerate(zip(ours, right, strict=True)):
-                assert largest_error(a, b) < 1e-12, (pair, k)
+    check_tapes(cells.get(name), projected)
 
 
 @pytest.mark.parametrize("name", BUILT_IN)

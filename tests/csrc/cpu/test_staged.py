@@ -13,20 +13,15 @@ from torch.nn import functional as F
 import fastrnn
 from fastrnn import cells, kernels, ops
 from fastrnn.compiler.derive import derive
-from fastrnn.kernels.prepare import prepare
-from fastrnn.tools.tolerance import largest_error
-from tests.support.kernels import check, planned
+from tests.support.kernels import check, check_tapes, planned
 from tests.support.operands import (
-    EVERY_GRADIENT,
     Shape,
     by_reference,
     operands,
-    positional,
     run,
     whole,
 )
 from tests.support.shared import noisy_staged, staged
-from tests.support.tensors import flatten
 
 
 @cells.cell(gates="ab", states="hc", params={"each": "unit", "all": "one"})
@@ -151,31 +146,4 @@ def test_every_split_gives_the_same_bits(
 
 @pytest.mark.parametrize("projected", [None, 11])
 def test_a_kernel_takes_the_tape_of_another(projected: int | None) -> None:
-    for extra in ({}, {"resets": torch.rand(6, 4) < 0.3}, {"lengths": torch.tensor([3, 6, 0, 5])}):
-        given = {**operands(normed, 6, 4, 3, 19, recurrences=2, projected=projected), **extra}
-        arguments = positional(prepare(normed), given)
-        tapes, gradients = {}, {}
-        for kernel in ("cpu", "reference"):
-            with kernels.use(kernel):
-                tapes[kernel] = torch.ops.fastrnn.scan(*arguments, tape=True)
-        # Results of reductions do not fill their part of the tape.
-        live = tapes["cpu"][-1].flatten(2)
-        tape = tapes["reference"][-1].flatten(2)
-        derived = derive(normed)
-        used = derived.tape_width(bool(projected), 19) * 19 + len(derived.rows) - 19
-        assert 0 < used <= tape.size(-1) == live.size(-1)
-        assert largest_error(live[..., :used], tape[..., :used]) < 1e-13
-        for a, b in zip(flatten(tapes["cpu"])[:-1], flatten(tapes["reference"])[:-1], strict=True):
-            assert largest_error(a, b) < 1e-13
-        y, *states, _ = tapes["reference"]
-        output_grads = (torch.randn_like(y), [torch.randn_like(s) for s in states])
-        for writer, (y, *_, tape) in tapes.items():
-            for reader in ("cpu", "reference"):
-                with kernels.use(reader):
-                    gradients[writer, reader] = torch.ops.fastrnn.scan_backward(
-                        arguments[0], *output_grads, None, *arguments[1:], y, tape, EVERY_GRADIENT
-                    )
-        right = gradients.pop(("reference", "reference"))
-        for pair, ours in gradients.items():
-            for k, (a, b) in enumerate(zip(ours, right, strict=True)):
-                assert largest_error(a, b) < 1e-12, (pair, k)
+    check_tapes(normed, projected)
