@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "core/vec.h"
 
@@ -41,6 +42,33 @@ FASTRNN_INLINE Lanes64 product(Lanes64 x, uint32_t factor) {
 #endif
 }
 
+// The state of the generator for as many counters as lanes: first counters, then random words.
+struct Philox {
+  Lanes64 a, b, c, d;
+
+  // Counters `first`, `first` + 2, ... and so on.
+  FASTRNN_INLINE Philox(uint64_t first, uint32_t step, uint32_t sequence, uint32_t place)
+      : b(Lanes64{} + step), c(Lanes64{} + sequence), d(Lanes64{} + place) {
+    Lanes64 own;
+    for (int l = 0; l < kLanes64; ++l) own[l] = 2 * l;
+    a = own + first;
+  }
+  FASTRNN_INLINE void round(uint32_t key0, uint32_t key1) {
+    const Lanes64 x = product(a, 0xD2511F53), y = product(c, 0xCD9E8D57);
+    a = (y >> 32) ^ b ^ uint64_t{key0};
+    c = (x >> 32) ^ d ^ uint64_t{key1};
+    b = y;
+    d = x;
+  }
+};
+
+// Writes words of even and of odd counters in the order of the counters; lower halves of lanes come
+// first in memory.
+FASTRNN_INLINE void put_words(Lanes64 even, Lanes64 odd, uint32_t* to) {
+  const Lanes64 both = (even & 0xFFFFFFFF) | (odd << 32);
+  memcpy(to, &both, sizeof both);
+}
+
 // Numbers for the units [begin, end), which are whole blocks of 64 but for the first and the last:
 // `value` where a word is smaller than the threshold, a probability times 2^32, and else 0.
 template <class T>
@@ -48,44 +76,33 @@ void draw(uint64_t seed, uint32_t step, uint32_t sequence, uint32_t place, int64
           T value, int64_t begin, int64_t end, T* to) {
   const uint32_t most = static_cast<uint32_t>(threshold > 0 ? threshold - 1 : 0);
   const T most_value = threshold > 0 ? value : T{0};
-  constexpr int kTogether = 2;  // vectors, so that one can start while another waits
   for (int64_t block = begin / 64 * 64; block < end; block += 64) {
     uint32_t words[64];
-    for (int first = 0; first < 16; first += kTogether * kLanes64) {
-      Lanes64 a[kTogether], b[kTogether], c[kTogether], d[kTogether];
-      for (int k = 0; k < kTogether; ++k) {
-        for (int l = 0; l < kLanes64; ++l) a[k][l] = block / 4 + first + k * kLanes64 + l;
-        b[k] = Lanes64{} + step;
-        c[k] = Lanes64{} + sequence;
-        d[k] = Lanes64{} + place;
-      }
+    for (int first = 0; first < 16; first += 2 * kLanes64) {
+      // Two, so that one can start while the other waits.
+      Philox even(block / 4 + first, step, sequence, place);
+      Philox odd(block / 4 + first + 1, step, sequence, place);
       uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
       for (int round = 0; round < 10; ++round) {
-        for (int k = 0; k < kTogether; ++k) {
-          const Lanes64 x = product(a[k], 0xD2511F53), y = product(c[k], 0xCD9E8D57);
-          a[k] = (y >> 32) ^ b[k] ^ uint64_t { key0 };
-          c[k] = (x >> 32) ^ d[k] ^ uint64_t { key1 };
-          b[k] = y;
-          d[k] = x;
-        }
+        even.round(key0, key1);
+        odd.round(key0, key1);
         key0 += 0x9E3779B9;
         key1 += 0xBB67AE85;
       }
-      for (int k = 0; k < kTogether; ++k) {
-        uint32_t* to_words = words + first + k * kLanes64;
-        for (int l = 0; l < kLanes64; ++l) {
-          to_words[l] = static_cast<uint32_t>(a[k][l]);
-          to_words[16 + l] = static_cast<uint32_t>(b[k][l]);
-          to_words[32 + l] = static_cast<uint32_t>(c[k][l]);
-          to_words[48 + l] = static_cast<uint32_t>(d[k][l]);
-        }
-      }
+      put_words(even.a, odd.a, words + first);
+      put_words(even.b, odd.b, words + 16 + first);
+      put_words(even.c, odd.c, words + 32 + first);
+      put_words(even.d, odd.d, words + 48 + first);
     }
     T numbers[64];
     for (int unit = 0; unit < 64; ++unit) numbers[unit] = words[unit] <= most ? most_value : T{0};
     const int64_t from = begin > block ? begin - block : 0;
     const int64_t last = end < block + 64 ? end - block : 64;
-    for (int64_t unit = from; unit < last; ++unit) to[block + unit - begin] = numbers[unit];
+    T* own = to + (block + from - begin);
+    if (last - from == 64)
+      memcpy(own, numbers, sizeof numbers);
+    else
+      for (int64_t unit = from; unit < last; ++unit) own[unit - from] = numbers[unit];
   }
 }
 
