@@ -214,6 +214,11 @@ def ran(k: Gates, x: Tensor, h: Tensor, c: Tensor) -> Any:
     return tanh(c), c
 
 
+def sgrn(k: Gates, x: Tensor, h: Tensor) -> Any:
+    p, f = k["f"].of_x(x), sigmoid(k["f"](x, h))
+    return tanh((1 - f) * p + f * h)
+
+
 def slstm(k: Gates, x: Tensor, h: Tensor, c: Tensor, n: Tensor, m: Tensor) -> Any:
     i, f, z, o = (k[name](x, h) for name in "ifzo")
     f = torch.log(sigmoid(f))
@@ -261,6 +266,7 @@ STEPS: dict[str, Callable[..., Any]] = {
         peephole_lstm,
         ran,
         rms_norm_lstm,
+        sgrn,
         slstm,
         star,
         ugrnn,

@@ -29,6 +29,7 @@ MODULES = {
     "peephole_lstm": "peephole",
     "ran": "ran",
     "rms_norm_lstm": "layer_norm",
+    "sgrn": "sgrn",
     "slstm": "slstm",
     "star": "star",
     "ugrnn": "ugrnn",
