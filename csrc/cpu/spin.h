@@ -25,8 +25,14 @@ inline int64_t nanoseconds() {
   return int64_t{now.tv_sec} * 1'000'000'000 + now.tv_nsec;
 }
 
+// How many times as long threads wait, for tools that make them slow.
+#ifndef FASTRNN_PATIENCE
+#define FASTRNN_PATIENCE 1
+#endif
+
 // Nanoseconds. A thread that is waited for longer has lost its core: this is far less than a time
 // slice. At the start it may still have to wake up.
-constexpr int64_t kLate = 200'000, kLateAtStart = 1'000'000;
+constexpr int64_t kLate = 200'000 * FASTRNN_PATIENCE;
+constexpr int64_t kLateAtStart = 1'000'000 * FASTRNN_PATIENCE;
 
 }  // namespace fastrnn
