@@ -17,11 +17,10 @@ from torch.overrides import has_torch_function
 
 from fastrnn import flops
 from fastrnn.cells import Cell
-from fastrnn.cells.variants import unclipped
 from fastrnn.extension import _C
 from fastrnn.kernels import onnx, reference
 from fastrnn.kernels.operands import Needs, Operands, Weights, side_by_side
-from fastrnn.kernels.prepare import on_cpu, prepare, prepared_now, refuse_kernels
+from fastrnn.kernels.prepare import on_cpu, prepare, prepared_now
 
 __all__ = ["Prepacked", "pack", "run", "scan", "step", "transposed"]
 
@@ -134,11 +133,6 @@ def run(
     compiling = torch.compiler.is_compiling()
     if compiling and onnx.is_recording():
         return onnx.scan(cell, operands, steps)
-    if w_hr and packed is None and _clips(cell, tensors):
-        refuse_kernels(
-            cell.name, "none clips the gradient of a projected state (proj_size, clip_grad_step)"
-        )
-        return _as_operations(cell, operands, steps)
     usable = packed if packed is not None and _can_use_prepacked(x) else None
     if compiling:
         key = prepare(cell, _kind(x), x.dtype)
@@ -210,12 +204,6 @@ def transposed(y: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or not _plain(y) or _transformed():
         return y.transpose(0, 1)
     return _C.transposed(y)
-
-
-def _clips(cell: Cell, tensors: Sequence[Tensor]) -> bool:
-    """Whether gradients will be clipped from step to step."""
-    trains = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    return trains and unclipped(cell)[1] is not None
 
 
 def _refuse_gradients(*tensors: Tensor) -> None:

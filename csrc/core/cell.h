@@ -12,7 +12,8 @@
 // kDraws, kSequenceDraws and kScaledDraws
 // (`Draws` below), and finds its numbers in p behind the parameters. For a summed gate, v[g] is the
 // sum of both projections, u[g] is not read, and du[g] equals dv[g]. A projectable cell does not
-// read s[0] and sets ds[0] to zero: state 0 enters through v alone.
+// read s[0] and sets ds[0] to zero: state 0 enters through v alone. If gradients are to be clipped,
+// the cell has kLimit (`clip_gradient` below); its functions do not clip.
 #pragma once
 
 #include <type_traits>
@@ -89,6 +90,25 @@ struct Draws<Cell, std::void_t<decltype(Cell::kDraws)> > {
 // Values that a cell's functions find in p: its parameters, then its draws.
 template <class Cell>
 inline constexpr int kGiven = Cell::kParams + Draws<Cell>::count;
+
+template <class Cell, class = void>
+struct Limit {
+  static constexpr double value = 0;
+};
+template <class Cell>
+struct Limit<Cell, std::void_t<decltype(Cell::kLimit)> > {
+  static constexpr double value = Cell::kLimit;
+};
+
+// The gradient of a state after a step as the cell wants it.
+template <class Cell, class V>
+FASTRNN_HD FASTRNN_INLINE V clip_gradient(V gradient) {
+  constexpr double limit = Limit<Cell>::value;
+  if constexpr (limit > 0)
+    return maximum(minimum(gradient, splat<V>(limit)), splat<V>(-limit));
+  else
+    return gradient;
+}
 
 // The cell's functions, with the arguments of a cell that has learned parameters.
 template <class Cell, class V>

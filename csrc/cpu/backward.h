@@ -190,6 +190,7 @@ class Backward {
         dnext[0] = load<V>(carried(0), n);
         if (args_.dy)
           dnext[0] = dnext[0] + load_as<V>(args_.dy, at.row * H + unit, n, args_.storage);
+        dnext[0] = clip_gradient<Cell>(dnext[0]);
         if constexpr (Gv > 0)
           store(static_cast<T*>(args_.h_prev[p]) + at.out * H + unit, before[0], n);
       }
@@ -200,6 +201,7 @@ class Backward {
         if (args_.dsteps)
           dnext[s] = dnext[s] + load_as<V>(args_.dsteps, (at.row * (S - 1) + s - 1) * H + unit, n,
                                            args_.storage);
+        dnext[s] = clip_gradient<Cell>(dnext[s]);
       }
 #pragma GCC unroll 16
       for (int k = 0; k < K; ++k) saved[k] = taped(S - 1 + k);
@@ -263,7 +265,7 @@ class Backward {
   const int64_t depth_;              // rows of w_hh
   const int64_t du_row_, dv_row_;    // words of a row of du and of dv
   const Chunk chunk_;
-  const ProjectionGradient<F, S> projection_;
+  const ProjectionGradient<Cell, F> projection_;
   Word *w_hh_ = nullptr, *w_hr_ = nullptr;  // [P], bands of columns
   T* dh_ = nullptr;                         // [P][B][padded Q], what a step adds to dh
   T* dm_ = nullptr;                         // [P][B][padded H]

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "core/cell.h"
 #include "core/math.h"
 #include "cpu/chunk.h"
 #include "cpu/contract.h"
@@ -84,7 +85,7 @@ struct Projection {
 };
 
 // Its gradients, in the backward sweeps.
-template <class F, int kStates>
+template <class Cell, class F>
 class ProjectionGradient {
   using T = typename F::Number;
   using Word = typename F::Word;
@@ -101,12 +102,13 @@ class ProjectionGradient {
     const int64_t Q = args_.recurrent;
     Word* dh = static_cast<Word*>(args_.dh[p]) + at.out * row_;
     T* h_prev = static_cast<T*>(args_.h_prev[p]) + at.out * Q;
-    T* ds = static_cast<T*>(args_.ds[p * kStates]) + at.b * Q;
+    T* ds = static_cast<T*>(args_.ds[p * Cell::kStates]) + at.b * Q;
     for (int64_t column = columns.begin * kLanes; column < columns.end * kLanes; column += kLanes) {
       const int n = within<V>(column, Q);
       V gradient = load<V>(ds + column, n);
       if (args_.dy)
         gradient = gradient + load_as<V>(args_.dy, at.row * Q + column, n, args_.storage);
+      gradient = clip_gradient<Cell>(gradient);
       F::put(dh, column, gradient, n);
       store(ds + column, splat<V>(0), n);
       store(h_prev + column,

@@ -329,7 +329,7 @@ class StagedBackward {
         if (s > 0 && args_.dsteps)
           gradient = gradient + load_as<V>(args_.dsteps, (at.row * (S - 1) + s - 1) * H + unit, n,
                                            args_.storage);
-        store(own.dnext + (r * S + s) * padded_ + unit, gradient);
+        store(own.dnext + (r * S + s) * padded_ + unit, clip_gradient<Cell>(gradient));
       }
       if (Gv > 0 && !projected())
         store(static_cast<T*>(args_.h_prev[p]) + at.out * H + unit,
@@ -470,7 +470,7 @@ class StagedBackward {
   const int64_t du_row_, dv_row_;    // words of a row of du and of dv
   const StagedTape<Cell, T> tape_;
   const Chunk chunk_;
-  const ProjectionGradient<F, S> projection_;
+  const ProjectionGradient<Cell, F> projection_;
   Scratch* scratch_ = nullptr;
 };
 

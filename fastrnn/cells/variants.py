@@ -137,7 +137,7 @@ def clip_grad(cell: Cell, limit: float) -> Cell:
     """A cell whose backward pass clips, at every step, the gradients of the states after the step
     to [-limit, limit] (Graves 2013, arXiv:1308.0850): that of the output and what later steps send
     back, together. So no gradient grows without bound on its way through the steps. If state 0 is
-    projected (`proj_size`), that of the projected state is clipped; only the reference does this.
+    projected (`proj_size`), that of the projected state is clipped.
 
     Args:
         cell: the cell.
@@ -165,10 +165,12 @@ def _clip_grad_function(cell: Cell, limit: float) -> _Function:
 
 def unclipped(cell: Cell) -> tuple[Cell, float | None]:
     """The cell that `clip_grad` made this one of, and its limit; otherwise the cell, and None."""
-    if cell.made_by is None or cell.made_by[0] is not _clip_grad:
-        return cell, None
-    inner, limit = cell.made_by[1]
-    return inner.noisy if cell.noise else inner, limit
+    limit = None
+    while cell.made_by is not None and cell.made_by[0] is _clip_grad:
+        inner, own = cell.made_by[1]
+        limit = own if limit is None else min(limit, own)
+        cell = inner.noisy if cell.noise else inner
+    return cell, limit
 
 
 class _Clip(torch.autograd.Function):

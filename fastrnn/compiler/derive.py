@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from fastrnn.cells import Cell
 from fastrnn.cells.noise import Draw
+from fastrnn.cells.variants import unclipped
 from fastrnn.compiler.cut import Site
 from fastrnn.compiler.expression import (
     Algebra,
@@ -71,6 +73,8 @@ class Derived:
         exchanges: those of the backward pass, in order.
         programs: the step and its gradients as stages; None for a cell without sites.
         draws: what a step draws at random, in order.
+        limit: the largest absolute value of the gradients of the states after a step, which the
+            sweeps clip before the formulas see them; None without a limit.
     """
 
     name: str
@@ -91,6 +95,7 @@ class Derived:
     draws: tuple[Draw, ...] = ()
     inputs: tuple[str, ...] = ()
     recurrent: tuple[str, ...] = ()
+    limit: float | None = None
 
     @property
     def has_all_rows(self) -> bool:
@@ -216,7 +221,8 @@ class Derived:
         transposed: Callable[[int, Tensor], Tensor] | None = None,
         z: Sequence[Tensor] = (),
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-        """Gradients `(du, dv, ds, dp)` of that step, from the gradients `dnext` of its next states.
+        """Gradients `(du, dv, ds, dp)` of that step, from the gradients `dnext` of its next states,
+        which are within the cell's limit.
         Those of parameters have a number for each row and unit. `transposed(k, dv)` is the product
         of `dv` with recurrent block k, for a cell with products of its own."""
         inputs = _labelled("s", self.states, s) | _labelled("p", self.params, p)
@@ -270,10 +276,13 @@ def derive(cell: Cell) -> Derived:
     Raises:
         Underivable: if the function is not a pointwise formula; the message says why.
     """
-    derived = _derive(cell)
+    whole, limit = unclipped(cell)
+    derived = _derive(whole)
     if isinstance(derived, Underivable):
         raise Underivable(*derived.args) from derived.__cause__
-    return derived
+    if limit is None:
+        return derived
+    return replace(derived, name=cell.name, limit=limit if limit < math.inf else None)
 
 
 @functools.cache

@@ -31,6 +31,7 @@ def describe(derived: Derived) -> str:
             f"  states  {' '.join(derived.states)}",
             *([f"  params  {_params(derived)}"] if derived.params else []),
             *([f"  draws   {_draws(derived)}"] if derived.draws else []),
+            *([f"  clips   gradients of states to {derived.limit:g}"] if derived.limit else []),
             f"  summed  {' '.join(sums) or 'none'}",
             f"  saves   {' '.join([*derived.saved, *derived.rows]) or 'nothing'}: {bytes} bytes "
             f"per unit{rows} and step in float32, besides the states",

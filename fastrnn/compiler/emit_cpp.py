@@ -39,7 +39,7 @@ struct {struct_name(name)} {{
   static constexpr int kGates = {gates}, kStates = {states}, kSaved = {saved};
   static constexpr int kParams = {len(derived.params)};
   static constexpr unsigned kSharedParams = {shared};  // bit k: parameter k is one for all units
-{_gate_params(derived)}{_draws(derived)}{_rows(derived)}\
+{_gate_params(derived)}{_draws(derived)}{_rows(derived)}{_limit(derived)}\
   static constexpr bool kSummed[{entries}] = {_bools(derived.summed or (False,))};
   // Whether state 0 comes in through v alone.
   static constexpr bool kProjectable = {"true" if derived.projectable else "false"};
@@ -83,6 +83,12 @@ def _draws(derived: Derived) -> str:
         f"  static constexpr int kDraws = {len(draws)};  // random numbers, in p\n"
         f"  static constexpr unsigned kSequenceDraws = {per_sequence}, kScaledDraws = {scaled};\n"
     )
+
+
+def _limit(derived: Derived) -> str:
+    if derived.limit is None:
+        return ""
+    return f"  static constexpr double kLimit = {derived.limit!r};  // of the gradients dnext\n"
 
 
 def _pointwise(derived: Derived) -> str:

@@ -16,9 +16,8 @@ from fastrnn.cells import Cell, Param
 from fastrnn.extension import _C
 from fastrnn.kernels.device import asked_for, current
 from fastrnn.kernels.operands import Weights
-from fastrnn.kernels.reference import warn_of_loop
 
-__all__ = ["OnCpu", "cell_of", "find", "on_cpu", "prepare", "prepared_now", "refuse_kernels"]
+__all__ = ["OnCpu", "cell_of", "find", "on_cpu", "prepare", "prepared_now"]
 
 _prepared: dict[str, Cell] = {name: cells.get(name) for name in cells.names()}
 _keys: dict[Cell, str] = {cell: name for name, cell in _prepared.items()}
@@ -30,7 +29,6 @@ _FORMATS = {d: _C.format_of(torch.empty(0, dtype=d, device="cpu")) for d in _DTY
 # Why a cell has no code for CPUs (cell, True), or is unknown to the operator (cell, False).
 _refused: dict[tuple[Cell, bool], str] = {}
 _preparing = threading.Lock()
-_warned: set[tuple[str, str]] = set()
 
 
 def prepare(cell: Cell, kind: str = "cpu", dtype: torch.dtype = torch.float32) -> str | None:
@@ -106,23 +104,6 @@ def prepared_now(
     if forced not in (None, "reference"):
         raise plan.KernelRefused(f"kernel {forced!r} was asked for but refuses: {reason}")
     return None
-
-
-def refuse_kernels(name: str, reason: str) -> None:
-    """Warn, once for each cell, that only the reference can run a call.
-
-    Raises:
-        plan.KernelRefused: if another kernel was asked for by name.
-    """
-    forced = asked_for()
-    if forced not in (None, "reference"):
-        raise plan.KernelRefused(f"kernel {forced!r} was asked for but refuses: {reason}")
-    if (name, reason) not in _warned:
-        _warned.add((name, reason))
-        warn_of_loop(name, reason)
-
-
-refuse_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class OnCpu(NamedTuple):

@@ -54,8 +54,8 @@ def scan(
     batch = sizes[0] if sizes else (s0[0].size(1) if s0 else 0)
     flags = None if resets is None else _steps(resets.unsqueeze(-1), batch_sizes)
     alive = None if lengths is None else lengths.to(x.device)
-    # What is clipped is the gradient of a state, and a state is projected.
-    own, limit = unclipped(cell) if w_hr else (cell, None)
+    # What is clipped is the gradient of a state, and state 0 may yet be projected.
+    own, limit = unclipped(cell)
     outputs: list[Tensor] = []
     finals: list[list[Tensor]] = []
     for p in range(len(w_hh)):
@@ -92,12 +92,14 @@ def scan(
             after = own.step(gates_u, gates_v, before, params, apply, z)
             if params:  # a state that follows from these alone may be smaller
                 after = [torch.broadcast_to(a, gates_u[0].shape) for a in after]
+            if limit is not None:
+                after = [after[0], *(clipped(a, limit) for a in after[1:])]
             if record is not None:
                 record(p, t, u, v, before, after, z)
             if w_hr:
                 after = [F.linear(after[0], w_hr[p]), *after[1:]]
             if limit is not None:
-                after = [clipped(a, limit) for a in after]
+                after = [clipped(after[0], limit), *after[1:]]
             y = after[0]
             if alive is not None:
                 valid = (alive > t).unsqueeze(-1)

@@ -64,8 +64,7 @@ class RNN(_NoProjection):
         recurrent_dropout_per: `"sequence"` to zero the same units at all steps of a sequence,
             `"step"` to draw them at every step.
         clip_grad_step: largest absolute value of the gradients of the states at every step of the
-            backward pass, or None; see `cells.clip_grad`. With `proj_size`, training is then a loop
-            of torch operations.
+            backward pass, or None; see `cells.clip_grad`.
 
     Call:
         `output, h_n = layer(input, hx=None, *, lengths=None, resets=None)` with `input`

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -16,9 +15,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
 import fastrnn
-from fastrnn import cells, kernels, plan
-from fastrnn.kernels import prepare
-from fastrnn.nn.base import CELL_OF_MODE
+from fastrnn import cells, kernels
+from fastrnn.cells.variants import unclipped
 from tests.support.forms import FORMS, call, given, with_gradients
 from tests.support.kernels import planned
 from tests.support.shared import noisy, noisy_staged
@@ -316,73 +314,66 @@ def test_clipping_bounds_what_goes_back() -> None:
 
 
 def clipped_loop(layer: Any, x: Tensor, states: Sequence[Tensor], limit: float) -> list[Tensor]:
-    """Output and final states of one layer in one direction, by hooks on the states themselves."""
-    w = layer._weights()[0]
+    """Output, final states, and states past the first after every step, of one layer in one
+    direction, by hooks on the states themselves."""
+    w, (cell, _) = layer._weights()[0], unclipped(layer._cell())
     s = [state[0] for state in states]
-    ys = []
+    every: list[list[Tensor]] = [[] for _ in s]
     for row in x:
-        u = torch.nn.functional.linear(row, w.w_ih, w.b_ih).chunk(len(layer._cell().gates), -1)
+        u = torch.nn.functional.linear(row, w.w_ih, w.b_ih).chunk(len(cell.gates), -1)
         v = torch.nn.functional.linear(s[0], w.w_hh, w.b_hh).chunk(len(u), -1)
         before = s if w.w_hr is None else [torch.zeros_like(s[1]), *s[1:]]
-        s = CELL_OF_MODE[layer.mode].step(u, v, before)
+        s = cell.step(u, v, before, w.params)
         if w.w_hr is not None:
             s[0] = s[0] @ w.w_hr.T
         s = [state.clone() for state in s]  # after the step, in which h reads c
-        for state in s:
+        for states_of, state in zip(every, s, strict=True):
             state.register_hook(lambda gradient: gradient.clamp(-limit, limit))
-        ys.append(s[0])
-    return [torch.stack(ys), *(state[None] for state in s)]
+            states_of.append(state)
+    y, *others = (torch.stack(states_of) for states_of in every)
+    return [y, *(state[None] for state in s), *others]
 
 
-@pytest.mark.filterwarnings("ignore:.*loop of torch operations")
-@pytest.mark.parametrize("kernel", [None, "reference"])
-@pytest.mark.parametrize("kind", ["GRU", "LSTM", "projected LSTM"])
-def test_clipping_is_of_the_gradients_of_states(kind: str, kernel: str | None) -> None:
+@pytest.mark.parametrize("kernel", ["cpu", "reference"])
+@pytest.mark.parametrize(
+    "kind", ["GRU", "LSTM", "LayerNormLSTM", "projected LSTM", "projected LayerNormLSTM"]
+)
+def test_clipping_is_of_the_gradients_of_states(kind: str, kernel: str) -> None:
     """Those of h, after a projection, and of c."""
     limit, options = 0.05, {"proj_size": 5} if "projected" in kind else {}
-    make = LAYERS[kind.split()[-1]]
+    make = getattr(fastrnn, kind.split()[-1])
     layer = make(3, 17, dtype=F64, clip_grad_step=limit, **options)
     x = torch.randn(7, 4, 3, dtype=F64, requires_grad=True)
     states = [torch.randn_like(s).requires_grad_() for s in flatten(layer(x.detach())[1])]
     leaves = [x, *states, *layer.parameters()]
     dy = torch.randn(7, 4, options.get("proj_size", 17), dtype=F64)
+    count = len(states)
 
-    def gradients(out: Any) -> list[Tensor]:
-        y, *last = flatten(out)
-        total = (y * dy).sum() + torch.stack([state.sum() for state in last]).sum()
+    def gradients(out: Any, every_step: bool = False) -> list[Tensor]:
+        y, *others = flatten(out)
+        states = others if every_step else others[:count]
+        total = (y * dy).sum() + torch.stack([state.sum() for state in states]).sum()
         return [y.detach(), *torch.autograd.grad(total, leaves)]
+
+    def assert_same(ours: list[Tensor], right: list[Tensor]) -> None:
+        for one, theirs in zip(ours, right, strict=True):
+            torch.testing.assert_close(one, theirs, rtol=1e-9, atol=1e-11)
 
     hx = tuple(states) if len(states) > 1 else states[0]
     right = gradients(clipped_loop(layer, x, states, limit))
-    with nullcontext() if kernel is None else kernels.use(kernel):
-        found = [gradients(layer(x, hx))]
+    with kernels.use(kernel):
+        assert_same(gradients(layer(x, hx)), right)
         layer.recompute = True
-        found.append(gradients(layer(x, hx)))
+        assert_same(gradients(layer(x, hx)), right)
         layer.recompute = False
         torch._dynamo.reset()
         compiled: Any = torch.compile(layer, backend="aot_eager", fullgraph=True)
-        found.append(gradients(compiled(x, hx)))
-    for ours in found:
-        for one, theirs in zip(ours, right, strict=True):
-            torch.testing.assert_close(one, theirs, rtol=1e-9, atol=1e-11)
-    unclipped = gradients(clipped_loop(layer, x, states, 100.0))
-    assert all((a - b).abs().max() > 0.01 for a, b in zip(unclipped[1:], right[1:], strict=True))
-
-
-def test_only_training_goes_without_kernels_to_clip_after_a_projection() -> None:
-    prepare._warned.clear()
-    layer = fastrnn.LSTM(3, 8, proj_size=4, clip_grad_step=0.1)
-    x = torch.randn(5, 2, 3)
-    plain = fastrnn.LSTM(3, 8, proj_size=4)
-    plain.load_state_dict(layer.state_dict())
-    with torch.no_grad(), kernels.use("cpu"):
-        assert torch.equal(layer(x)[0], plain(x)[0])
-    with pytest.warns(UserWarning, match=r"loop of torch .* gradient of a projected") as caught:
-        layer(x)
-        layer(x)
-    assert [warning.filename for warning in caught] == [__file__]
-    with kernels.use("cpu"), pytest.raises(plan.KernelRefused, match=r"'cpu' .* projected state"):
-        layer(x)
+        assert_same(gradients(compiled(x, hx)), right)
+        y, last, ((_, *every),) = layer(x, hx, return_states=True)
+    ours = gradients([y, *flatten(last), *every], every_step=True)
+    assert_same(ours, gradients(clipped_loop(layer, x, states, limit), every_step=True))
+    without = gradients(clipped_loop(layer, x, states, 100.0))
+    assert all((a - b).abs().max() > 0.01 for a, b in zip(without[1:], right[1:], strict=True))
 
 
 def test_faulty_arguments() -> None:
