@@ -70,7 +70,8 @@ def backward(
     if sweeps is None or grads[-1] is not None:
         # The kernels for GPUs read no gradients of the states after every step.
         return None
-    if tape.size(2) and not tape.size(0) and y.numel() and sweeps is not cuda.sweeps:
+    rows = y.shape[:-1].numel()
+    if tape.size(2) and not tape.size(0) and rows and sweeps is not cuda.sweeps:
         tape = forward(inputs, True)[2]
     stacked = _with_recurrences(operands)
     ours = grads[:-1]

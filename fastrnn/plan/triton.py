@@ -37,8 +37,6 @@ def refuse(problem: Problem, device: Device) -> str | None:
         return f"it runs on GPUs, the tensors are on {device.kind}"
     if problem.projected and not problem.projectable:
         return f"cell {problem.cell!r} reads state 0 unit by unit, so it cannot be projected"
-    if problem.projected and problem.stages > 1:
-        return "it does not project the output of a cell whose step has stages (proj_size)"
     if problem.hidden == 0:
         return "there are no hidden units"
     return None

@@ -80,35 +80,42 @@ def planned(**changes: Any) -> Iterator[None]:
         _C.forget_plans()
 
 
-def check_tapes(cell: cells.Cell, projected: int | None) -> None:
-    """Each of the CPU kernel and the reference differentiates by the tape of the other."""
-    for extra in ({}, {"resets": torch.rand(6, 4) < 0.3}, {"lengths": torch.tensor([3, 6, 0, 5])}):
-        given = {**operands(cell, 6, 4, 3, 19, recurrences=2, projected=projected), **extra}
+def check_tapes(
+    cell: cells.Cell,
+    projected: int | None,
+    one: str = "reference",
+    other: str = "cpu",
+    steps: int = 6,
+    batch: int = 4,
+) -> None:
+    """Each of two kernels differentiates by the tape of the other."""
+    lengths = torch.tensor([steps // 2, steps, 0, steps - 1])[:batch]
+    for extra in ({}, {"resets": torch.rand(steps, batch) < 0.3}, {"lengths": lengths}):
+        given = {**operands(cell, steps, batch, 3, 19, 2, projected=projected), **extra}
         arguments = positional(prepare(cell), given)
         tapes, gradients = {}, {}
-        for kernel in ("cpu", "reference"):
+        for kernel in (one, other):
             with kernels.use(kernel):
                 tapes[kernel] = flatten(torch.ops.fastrnn.scan(*arguments, tape=True))
         derived = derive(cell)
         values = len(derived.states) - 1 + len(derived.saved) + (projected is not None)
         # Results of reductions do not fill their part of the tape.
         used = values * 19 + len(derived.rows)
-        *results, tape = tapes["cpu"]
-        *others, other = tapes["reference"]
-        assert tape.shape == other.shape and used <= tape[0, 0].numel()
+        (*rights, right_tape), (*results, tape) = tapes[one], tapes[other]
+        assert tape.shape == right_tape.shape and used <= tape[0, 0].numel()
         results.append(tape.flatten(2)[..., :used])
-        others.append(other.flatten(2)[..., :used])
-        for a, b in zip(results, others, strict=True):
+        rights.append(right_tape.flatten(2)[..., :used])
+        for a, b in zip(results, rights, strict=True):
             assert largest_error(a, b) < 1e-13
-        y, *states, _ = tapes["reference"]
+        y, *states, _ = tapes[one]
         output_grads = (torch.randn_like(y), [torch.randn_like(s) for s in states])
         for writer, (y, *_, tape) in tapes.items():
-            for reader in ("cpu", "reference"):
+            for reader in (one, other):
                 with kernels.use(reader):
                     gradients[writer, reader] = torch.ops.fastrnn.scan_backward(
                         arguments[0], *output_grads, None, *arguments[1:], y, tape, EVERY_GRADIENT
                     )
-        right = gradients.pop(("reference", "reference"))
+        right = gradients.pop((one, one))
         for pair, ours in gradients.items():
             for k, (a, b) in enumerate(zip(ours, right, strict=True)):
                 assert largest_error(a, b) < 1e-12, (pair, k)

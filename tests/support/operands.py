@@ -41,6 +41,14 @@ def linear_apart(u, v, h, c):
     return u.a - h + c, c + u.b - h
 
 
+@cells.cell(gates="ab", states="hc", params={"each": "unit"})
+def linear_staged_projectable(u, v, p, h, c):
+    """Sums of gates and of a state, where the previous output is read through `v` alone."""
+    total = (u.a + v.a * p.each).sum(-1, keepdim=True)
+    c = u.b + v.b - c + total
+    return u.a + c.sum(-1, keepdim=True), c
+
+
 EVERY_GRADIENT = [True] * len(Needs._fields)
 
 # T, B, I, H, P.

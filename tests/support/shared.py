@@ -55,6 +55,20 @@ def staged(u: Any, v: Any, p: Any, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor
     return torch.sigmoid(o) * torch.tanh(c / (1 + c.abs().amax(-1, keepdim=True))), c
 
 
+@fastrnn.cell(
+    gates="ifgo",
+    states="hc",
+    params={"gain": fastrnn.Param("gates", init=1.0)},
+    name="shared_normed",
+)
+def normed(u: Any, v: Any, p: Any, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """A norm over all gates, a largest unit, and an output that may be projected."""
+    a = torch.cat([u.i + v.i, u.f + v.f, u.g + v.g, u.o + v.o], -1)
+    i, f, g, o = F.layer_norm(a, a.shape[-1:], p.gain).chunk(4, -1)
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    return torch.sigmoid(o) * torch.tanh(c / (1 + c.abs().amax(-1, keepdim=True))), c
+
+
 @fastrnn.cell(gates="ifgo", states="hc", params={"scale": "one"}, name="shared_noisy")
 def noisy(u: Any, v: Any, p: Any, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """Zoneout of c, dropout of the candidate at every step, and of the output once a sequence."""

@@ -327,7 +327,8 @@ class _Gradients:
                     product = self._products_by_site(v, h, own)
                 self._add("w_hh", run, product)
             if needs.w_hr and dh is not None:
-                unprojected = tape[low:high, recurrences, -1].transpose(0, 1)
+                place = scan.states - 1 + len(scan.derived.saved)
+                unprojected = tape[low:high, recurrences, place].transpose(0, 1)
                 self._add("w_hr", run, _products(dh[recurrences, :count], unprojected))
             if self.biased:
                 dtype = scan.dtype if self.chunks == 1 else scan.compute

@@ -198,8 +198,7 @@ class Tape(NamedTuple):
     """The saved values of some rows for the backward pass.
 
     Attributes:
-        values: [rows, P, W, H]. If state 0 is projected, the last of the W values is state 0
-            before the projection.
+        values: [rows, P, W, H], see `Derived.tape_width`.
         base: the row of the input that is row 0 here, for recurrences that run forward in time and
             for those that run backward.
     """

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
-import fastrnn
 from fastrnn import cells, kernels, ops
 from fastrnn.compiler.derive import derive
 from tests.support.kernels import check, check_tapes, planned
 from tests.support.operands import (
     Shape,
     by_reference,
+    linear_staged_projectable,
     operands,
     run,
     whole,
 )
-from tests.support.shared import noisy_staged, staged
+from tests.support.shared import noisy_staged, normed, staged
 
 
 @cells.cell(gates="ab", states="hc", params={"each": "unit", "all": "one"})
@@ -30,23 +27,6 @@ def linear_staged(u, v, p, h, c):
     total = (u.a + p.each).sum(-1, keepdim=True)
     c = u.b + v(c - h).b + total * p.all
     return v.a - u.a + c.sum(-1, keepdim=True), c
-
-
-@cells.cell(gates="ab", states="hc", params={"each": "unit"})
-def linear_staged_projectable(u, v, p, h, c):
-    """Sums of gates and of a state, where the previous output is read through `v` alone."""
-    total = (u.a + v.a * p.each).sum(-1, keepdim=True)
-    c = u.b + v.b - c + total
-    return u.a + c.sum(-1, keepdim=True), c
-
-
-@fastrnn.cell(gates="ifgo", states="hc", params={"gain": fastrnn.Param("gates", init=1.0)})
-def normed(u: Any, v: Any, p: Any, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """A norm over all gates, a largest unit, and an output that may be projected."""
-    a = torch.cat([u.i + v.i, u.f + v.f, u.g + v.g, u.o + v.o], -1)
-    i, f, g, o = F.layer_norm(a, a.shape[-1:], p.gain).chunk(4, -1)
-    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-    return torch.sigmoid(o) * torch.tanh(c / (1 + c.abs().amax(-1, keepdim=True))), c
 
 
 SHAPES: list[Shape] = [  # T, B, I, H, P: blocks of units, and one more or less

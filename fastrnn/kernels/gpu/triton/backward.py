@@ -13,9 +13,11 @@ from fastrnn.kernels.gpu.triton.common import (
     learned,
     program,
     row_numbers,
+    state_0_before,
     times,
 )
 from fastrnn.kernels.gpu.triton.noise import drawn, drawn_once, sequences
+from fastrnn.kernels.gpu.triton.projection import gather, gradient_of_m
 from fastrnn.kernels.gpu.triton.stages import backward_stages, saved_results
 
 
@@ -36,19 +38,6 @@ def before_step(
     from_start = (t < stop)[:, None] & first_step & (cut == 0)
     in_time = tl.where(backward, tl.minimum(t + 1, steps - 1), tl.maximum(t - 1, 0))
     return row_numbers(first, in_time, b, batch, PACKED), from_row, from_start, cut
-
-
-@triton.jit
-def _state_0_before(
-    y, start, begins, own, rows, from_row, from_start, cut, n, p, recurrences, dtype,
-    Q: tl.constexpr, GIVEN: tl.constexpr,
-):  # fmt: skip
-    """State 0 before a step, [BB, N]."""
-    inside = (n < Q)[None, :]
-    at = y + (rows[:, None] * recurrences + p) * Q + n[None, :]
-    value = tl.load(at, mask=from_row & inside, other=0.0).to(dtype)
-    value += tl.load(start + n[None, :], mask=from_start & inside, other=0.0)
-    return value + begun(begins, own + n[None, :], cut, inside, GIVEN)
 
 
 @triton.jit
@@ -74,7 +63,7 @@ def reads(
     else:
         after = (tl.load(y + at_y, mask=here, other=0.0).to(dtype),)
         before = (
-            _state_0_before(
+            state_0_before(
                 y, start, begins, own, rows_before, from_row, from_start, cut, n, p, recurrences,
                 dtype, H, GIVEN,
             ),
@@ -347,35 +336,19 @@ def backward_streamed(
             first, resets, t, b, stop, steps, batch, backward, PACKED, RESETS
         )
         if PROJECTED:
-            for q0 in tl.range(0, Q, BN, num_stages=1):
-                q = q0 + tl.arange(0, BN)
-                here = alive & (q < Q)[None, :]
-                at = (into + rows)[:, None] * Q + q[None, :]
-                d = tl.load(recurrence + q[None, :], mask=here, other=0.0)
-                if DY:
-                    at_y = dy + (rows[:, None] * recurrences + p) * Q + q[None, :]
-                    d += tl.load(at_y, mask=here, other=0.0).to(dtype)
-                h = _state_0_before(
-                    y, start, begins, rows_of_states, rows_before, from_row, from_start, cut, q, p,
-                    recurrences, dtype, Q, GIVEN,
-                )  # fmt: skip
-                tl.store(h_prev + at, h.to(h_prev.dtype.element_ty), mask=here)
-                tl.store(dh + at, d.to(dh.dtype.element_ty), mask=here)
-                tl.debug_barrier()  # all threads have read the tile before any writes it
-                tl.store(recurrence + q[None, :], d, mask=here)
-            tl.debug_barrier()
+            gather(
+                dy, y, start, begins, rows_of_states, recurrence, h_prev, dh, rows, rows_before,
+                from_row, from_start, cut, alive, (into + rows)[:, None], p, recurrences, Q, DY,
+                GIVEN, BN,
+            )  # fmt: skip
         for n0 in tl.range(0, H, BN, num_stages=1):
             n = n0 + tl.arange(0, BN)
             here = alive & (n < H)[None, :]
             if PROJECTED:
-                total = tl.zeros((BB, BN), dtype)
-                for k0 in tl.range(0, width, BK):
-                    k = k0 + tl.arange(0, BK)
-                    d = tl.load(recurrence + k[None, :], mask=alive & (k < Q)[None, :], other=0.0)
-                    at_w = w_hr + (p * Q + k[:, None]) * H + n[None, :]
-                    w = tl.load(at_w, mask=(k < Q)[:, None] & (n < H)[None, :], other=0.0)
-                    total += times(d, w, DOT, PRECISION)
-                carried = (total,)
+                dm = gradient_of_m(
+                    recurrence, w_hr, p, n, alive, width, H, Q, DOT, PRECISION, BB, BN, BK
+                )
+                carried = (dm,)
             else:
                 carried = (tl.load(recurrence + n[None, :], mask=here, other=0.0),)
             for j in tl.static_range(1, S):

@@ -8,8 +8,8 @@ chunk to its last, so a chunk is one launch and no program waits for another. Th
 - *resident*: the recurrent weights are loaded once and stay in the program, in registers or shared
   memory as the compiler decides, and so do the states. This is for small H and for heads.
 - *streamed*: every step loads the weights from the cache in tiles. The states lie in global memory,
-  through which a step passes them to the next. A projected state 0 is always streamed: the cell
-  computes `m`, and state 0 is `m * w_hr^T`.
+  through which a step passes them to the next. A projected state 0 is always streamed
+  (`projection.py`).
 
 The parameter `CELL` is the cell's function. A tuple holds one item per gate or state. `T`, `B` and
 everything else that depends on a batch are run-time values; a kernel is compiled once for a cell,
@@ -107,6 +107,19 @@ def begun(begins, at, cut, inside, GIVEN: tl.constexpr):
         return tl.load(begins + at, mask=cut & inside, other=0.0)
     else:
         return 0.0
+
+
+@triton.jit
+def state_0_before(
+    y, start, begins, own, rows, from_row, from_start, cut, n, p, recurrences, dtype,
+    Q: tl.constexpr, GIVEN: tl.constexpr,
+):  # fmt: skip
+    """State 0 before a step, [BB, N]."""
+    inside = (n < Q)[None, :]
+    at = y + (rows[:, None] * recurrences + p) * Q + n[None, :]
+    value = tl.load(at, mask=from_row & inside, other=0.0).to(dtype)
+    value += tl.load(start + n[None, :], mask=from_start & inside, other=0.0)
+    return value + begun(begins, own + n[None, :], cut, inside, GIVEN)
 
 
 @triton.jit

@@ -17,6 +17,7 @@ from fastrnn.kernels.gpu.triton.common import (
     times,
 )
 from fastrnn.kernels.gpu.triton.noise import drawn, drawn_once, sequences
+from fastrnn.kernels.gpu.triton.projection import project
 from fastrnn.kernels.gpu.triton.stages import forward_stages, save_results
 
 
@@ -326,25 +327,10 @@ def forward_streamed(
         # State 0 has two buffers, so that a step does not overwrite what it reads.
         tl.debug_barrier()
         if PROJECTED:
-            for q0 in tl.range(0, Q, BN, num_stages=1):
-                q = q0 + tl.arange(0, BN)
-                total = tl.zeros((BB, BN), dtype)
-                for n0 in tl.range(0, hidden, BK):
-                    n = n0 + tl.arange(0, BK)
-                    here = alive[:, None] & (n < H)[None, :]
-                    m = tl.load(own_m + n[None, :], mask=here, other=0.0)
-                    w_at = w_hr + (p * Q + q[None, :]) * H + n[:, None]
-                    inside = (n < H)[:, None] & (q < Q)[None, :]
-                    w = tl.load(w_at, mask=inside, other=0.0)
-                    total += times(m, w, DOT, PRECISION)
-                in_batch = (b < batch)[:, None] & (q < Q)[None, :]
-                here = alive[:, None] & (q < Q)[None, :]
-                old = tl.load(h_before + q[None, :], mask=in_batch, other=0.0)
-                new = tl.where(here, total, old)
-                tl.store(h_after + q[None, :], new, mask=in_batch)
-                y_at = y + (rows[:, None] * recurrences + p) * Q + q[None, :]
-                tl.store(y_at, new.to(y.dtype.element_ty), mask=here)
-            tl.debug_barrier()
+            project(
+                own_m, w_hr, h_before, h_after, y, rows, alive[:, None], b, batch, p, recurrences,
+                hidden, H, Q, DOT, PRECISION, BB, BN, BK,
+            )  # fmt: skip
     if (high - low) % 2 == 1:  # the last step left state 0 in the second buffer
         for n0 in tl.range(0, Q, BN, num_stages=1):
             n = n0 + tl.arange(0, BN)

@@ -123,7 +123,7 @@ def meta_arguments(
     }
     if config.resident or derived.programs:
         common["PROGRAM"] = layout.shape(derived, forward=not backward)
-    else:
+    if not config.resident:
         common |= {
             "Q": hidden if projected is None else projected,
             "PROJECTED": projected is not None,
@@ -159,7 +159,7 @@ class _Sweeps:
         buffered = _two_buffers(scan, carry)
         tensors += [buffered, y, none if tape is None else tape]
         if _walks_over_stages(scan):
-            tensors += [_scratch(scan, False)]
+            tensors += [_scratch(scan, False), none if scan.w_hr is None else scan.w_hr]
         elif not scan.plan.triton.resident:
             size = scan.recurrences, scan.batch, scan.hidden
             tensors += [none] * 2 if scan.w_hr is None else [scan.w_hr, carry.new_empty(size)]
@@ -180,7 +180,7 @@ class _Sweeps:
             tensors += [none if operands is None else operands]
         if _walks_over_stages(scan):
             tensors += [_scratch(scan, True)]
-        elif not scan.plan.triton.resident:
+        if not scan.plan.triton.resident:
             tensors += [none if scan.w_hr is None else scan.w_hr, none if dh is None else dh]
         first = y if dy is None else dy
         flags = {"dy": dy is not None}
@@ -199,7 +199,7 @@ def _walks_over_stages(scan: Scan) -> bool:
 
 
 def _two_buffers(scan: Scan, states: Tensor) -> Tensor:
-    """[2, S, P, B, H] whose first half is that of `states`, for kernels that need two buffers; for
+    """[2, S, P, B, W] whose first half is that of `states`, for kernels that need two buffers; for
     others `states` itself."""
     if not _walks_over_stages(scan):
         return states
@@ -213,11 +213,12 @@ def _take_first(buffered: Tensor, states: Tensor) -> None:
 
 
 def _scratch(scan: Scan, backward: bool) -> Tensor:
-    """Memory for what lies between the stages of a step, of all rows."""
+    """Memory for what lies between the stages of a step and its end, of all rows."""
     from fastrnn.compiler import layout
 
     sizes = layout.shape(scan.derived, forward=not backward)
     count = sizes.temporaries + (sizes.sites if backward else scan.recurrent_gates)
+    count += scan.w_hr is not None
     size = scan.recurrences, scan.batch, count, scan.hidden
     return torch.empty(size, dtype=scan.compute, device=scan.device)
 
@@ -255,8 +256,7 @@ def _run_time(scan: Scan, begin: int, end: int) -> tuple[Any, ...]:
         scan.row_range(begin, end, True)[0],
         scan.chunk_rows,
         scan.reverse,
-        *(() if scan.plan.triton.resident else (scan.hidden,)),
-        *(() if scan.plan.triton.resident or scan.derived.programs else (scan.recurrent,)),
+        *(() if scan.plan.triton.resident else (scan.hidden, scan.recurrent)),
     )
 
 

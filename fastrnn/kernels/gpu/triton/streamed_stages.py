@@ -25,6 +25,7 @@ from fastrnn.kernels.gpu.triton.common import (
 )
 from fastrnn.kernels.gpu.triton.forward import biases, gates
 from fastrnn.kernels.gpu.triton.noise import drawn, drawn_once, sequences
+from fastrnn.kernels.gpu.triton.projection import gather, gradient_of_m, project
 from fastrnn.kernels.gpu.triton.stages import (
     add_parts,
     begin_totals,
@@ -95,6 +96,21 @@ def _with_moments(
     return results[: MOMENTS.result] + (mean, deviation) + results[MOMENTS.result + 2 :]
 
 
+@triton.jit
+def _take_second(
+    buffers, own, state, b, batch, H: tl.constexpr, Q: tl.constexpr, S: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
+    """Copy the states, or gradients of states, of the second buffer to the first."""
+    for j in tl.static_range(S):
+        for n0 in tl.range(0, Q if j == 0 else H, BN, num_stages=1):
+            n = n0 + tl.arange(0, BN)
+            in_batch = (b < batch)[:, None] & (n < (Q if j == 0 else H))[None, :]
+            at = own + j * state + n[None, :]
+            last = tl.load(buffers + S * state + at, mask=in_batch, other=0.0)
+            tl.store(buffers + at, last, mask=in_batch)
+
+
 @triton.jit(do_not_specialize=RUN_TIME)
 def forward_streamed_stages(
     u,  # arguments without a comment are as in `forward_streamed`
@@ -102,11 +118,13 @@ def forward_streamed_stages(
     b_hh,
     parameters,
     noise,
-    begins,  # [S, P, B, H]
-    carry,  # [2, S, P, B, H]
+    begins,
+    carry,  # [2, S, P, B, W]
     y,
     tape,
-    scratch,  # [P, B, GV + X, H] in the type of computation: products, then temporaries
+    scratch,  # [P, B, GV + X, H] in the type of computation: products, then temporaries, then m if
+    # state 0 is projected, as one more
+    w_hr,
     first,
     length,
     resets,
@@ -119,9 +137,12 @@ def forward_streamed_stages(
     chunk_rows: tl.int64,
     reverse: tl.int64,
     hidden: tl.int32,
+    width: tl.int32,
     CELL: tl.constexpr,
     PROGRAM: tl.constexpr,
     H: tl.constexpr,
+    Q: tl.constexpr,
+    PROJECTED: tl.constexpr,
     GU: tl.constexpr,
     GV: tl.constexpr,
     INPUT_OF: tl.constexpr,
@@ -152,9 +173,11 @@ def forward_streamed_stages(
     X: tl.constexpr = PROGRAM.temporaries
     dtype = carry.dtype.element_ty
     u += into * (GU * H)
-    state = recurrences * batch * H  # stride of a state
-    own = (p * batch + b[:, None]) * H
-    scratch += (p * batch + b[:, None]) * ((GV + X) * H)
+    W: tl.constexpr = H if H > Q else Q
+    state = recurrences * batch * W  # stride of a state
+    own = (p * batch + b[:, None]) * W
+    scratch += (p * batch + b[:, None]) * ((GV + X + PROJECTED) * H)
+    own_m = scratch + (GV + X) * H
     sequence = sequences(noise, b, batch, D, ORDERED)
     count = tl.full([1, 1], H, dtype)
 
@@ -189,9 +212,9 @@ def forward_streamed_stages(
                     us = us + (gates(u, rows, n, t < stop, H, GU)[g].to(dtype),)
                 if PROGRAM.gates[k] != 0:
                     products = zeros(GV, BB, BN, dtype)
-                    for k0 in tl.range(0, hidden, BK):
+                    for k0 in tl.range(0, width, BK):
                         q = k0 + tl.arange(0, BK)
-                        row_inside = (b < batch)[:, None] & (q < H)[None, :]
+                        row_inside = (b < batch)[:, None] & (q < Q)[None, :]
                         sums = ()
                         for g in tl.static_range(GV):
                             total = products[g]
@@ -207,8 +230,8 @@ def forward_streamed_stages(
                                         scratch, q, row_inside,
                                         GV + PROGRAM.operands[PROGRAM.site_of[g]], 1, H,
                                     )[0]  # fmt: skip
-                                w_at = w_hh + ((p * GV + g) * H + n[None, :]) * H + q[:, None]
-                                weights = (q < H)[:, None] & inside
+                                w_at = w_hh + ((p * GV + g) * H + n[None, :]) * Q + q[:, None]
+                                weights = (q < Q)[:, None] & inside
                                 w = tl.load(w_at, mask=weights, other=0.0)
                                 total += times(a, w, DOT, PRECISION)
                             sums = sums + (total,)
@@ -227,23 +250,29 @@ def forward_streamed_stages(
                 s = ()
                 before = ()
                 for j in tl.static_range(S):
-                    at = j * state + n[None, :]
-                    old = tl.load(carry + before_at + at, mask=in_batch, other=0.0)
-                    s = s + (old,)
-                    fresh = begun(begins, own + at, cut, in_batch, GIVEN)
-                    before = before + (tl.where(cut, fresh, old),)
+                    if PROJECTED and j == 0:  # the cell does not read a projected state
+                        s = s + (tl.zeros((BB, BN), dtype),)
+                        before = before + (tl.zeros((BB, BN), dtype),)
+                    else:
+                        at = j * state + n[None, :]
+                        old = tl.load(carry + before_at + at, mask=in_batch, other=0.0)
+                        s = s + (old,)
+                        fresh = begun(begins, own + at, cut, in_batch, GIVEN)
+                        before = before + (tl.where(cut, fresh, old),)
                 own_params = learned(parameters, p, n, dtype, H, L)
                 once = drawn_once(noise, p, sequence, n, dtype, D, PER_SEQUENCE, SCALED)
                 z = drawn(once, noise, p, t, sequence, n, dtype, D, PER_SEQUENCE, SCALED)
                 out = zeros(S + K, BB, BN, dtype)
                 made = CELL(k, us, vs, before, own_params + z, x, results, count, out)
-                for j in tl.static_range(S):
+                for j in tl.static_range(PROJECTED, S):
                     if (PROGRAM.written[k].states >> j) & 1:
                         new = tl.where(here, tl.broadcast_to(made[j], (BB, BN)), s[j])
                         tl.store(carry + after_at + j * state + n[None, :], new, mask=in_batch)
                         if j == 0:
                             y_at = y + (rows[:, None] * recurrences + p) * H + n[None, :]
                             tl.store(y_at, new.to(y.dtype.element_ty), mask=here)
+                if PROJECTED:
+                    _store_some(own_m, H, made[:1], n, here, PROGRAM.written[k].states, 1)
                 if TAPE:
                     states: tl.constexpr = PROGRAM.written[k].states >> 1
                     _store_some(tape + tape_at, H, made[1:S], n, here, states, S - 1)
@@ -251,6 +280,11 @@ def forward_streamed_stages(
                         tape + tape_at + (S - 1) * H, H, made[S : S + K], n, here,
                         PROGRAM.written[k].saved, K,
                     )  # fmt: skip
+                    if PROJECTED:
+                        _store_some(
+                            tape + tape_at + (S - 1 + K) * H, H, made[:1], n, here,
+                            PROGRAM.written[k].states, 1,
+                        )  # fmt: skip
                 _store_some(
                     scratch + GV * H, H, made[S + K : S + K + X], n, here,
                     PROGRAM.written[k].temporaries, X,
@@ -261,28 +295,27 @@ def forward_streamed_stages(
             results = totals
             tl.debug_barrier()  # what the stage wrote is complete
         if TAPE:
-            results_at = tape_at + (S - 1 + K) * H
+            results_at = tape_at + (S - 1 + K + PROJECTED) * H
             save_results(tape, results_at, results, alive, PROGRAM.saved_results)
+        if PROJECTED:
+            project(
+                own_m, w_hr, carry + before_at, carry + after_at, y, rows, alive, b, batch, p,
+                recurrences, hidden, H, Q, DOT, PRECISION, BB, BN, BK,
+            )  # fmt: skip
     if (high - low) % 2 == 1:  # the last step left the states in the second buffer
-        for n0 in tl.range(0, H, BN, num_stages=1):
-            n = n0 + tl.arange(0, BN)
-            in_batch = (b < batch)[:, None] & (n < H)[None, :]
-            for j in tl.static_range(S):
-                at = own + j * state + n[None, :]
-                last = tl.load(carry + S * state + at, mask=in_batch, other=0.0)
-                tl.store(carry + at, last, mask=in_batch)
+        _take_second(carry, own, state, b, batch, H, Q, S, BN)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def backward_streamed_stages(
-    dy,  # arguments without a comment are as in `backward_resident`
+    dy,  # arguments without a comment are as in `backward_streamed`
     w_hh,
     parameters,
     noise,
     begins,
     s0,
     dbegins,
-    ds,  # [2, S, P, B, H]
+    ds,  # [2, S, P, B, W]
     y,
     tape,
     du,
@@ -290,7 +323,10 @@ def backward_streamed_stages(
     h_prev,
     dp,
     operands,
-    scratch,  # [P, B, X + J, H] in the type of computation: temporaries, then products
+    scratch,  # [P, B, X + J, H] in the type of computation: temporaries, then products, then the
+    # gradient of m if state 0 is projected, as one more
+    w_hr,
+    dh,
     first,
     length,
     resets,
@@ -303,9 +339,12 @@ def backward_streamed_stages(
     chunk_rows: tl.int64,
     reverse: tl.int64,
     hidden: tl.int32,
+    width: tl.int32,
     CELL: tl.constexpr,
     PROGRAM: tl.constexpr,
     H: tl.constexpr,
+    Q: tl.constexpr,
+    PROJECTED: tl.constexpr,
     GU: tl.constexpr,
     GV: tl.constexpr,
     S: tl.constexpr,
@@ -335,9 +374,10 @@ def backward_streamed_stages(
     J: tl.constexpr = PROGRAM.sites
     OUT: tl.constexpr = GU + GV + S + L + J
     dtype = s0.dtype.element_ty
-    state = recurrences * batch * H
-    own = (p * batch + b[:, None]) * H
-    scratch += (p * batch + b[:, None]) * ((X + J) * H)
+    W: tl.constexpr = H if H > Q else Q
+    state = recurrences * batch * W
+    own = (p * batch + b[:, None]) * W
+    scratch += (p * batch + b[:, None]) * ((X + J + PROJECTED) * H)
     sequence = sequences(noise, b, batch, D, ORDERED)
     count = tl.full([1, 1], H, dtype)
     all_summed: tl.constexpr = GU == GV and SUMMED == (1 << GV) - 1
@@ -355,9 +395,22 @@ def backward_streamed_stages(
         )
         out_rows = (into + rows)[:, None]
         results = saved_results(
-            tape, ((rows[:, None] * recurrences + p) * TAPE_WIDTH + S - 1 + K) * H, alive, dtype,
-            PROGRAM.saved_results, PROGRAM.results,
+            tape, ((rows[:, None] * recurrences + p) * TAPE_WIDTH + S - 1 + K + PROJECTED) * H,
+            alive, dtype, PROGRAM.saved_results, PROGRAM.results,
         )  # fmt: skip
+        if PROJECTED:
+            gather(
+                dy, y, s0 + own, begins, own, ds + after_at, h_prev, dh, rows, rows_before,
+                from_row, from_start, cut, alive, out_rows, p, recurrences, Q, DY, GIVEN, BN,
+            )  # fmt: skip
+            for n0 in tl.range(0, H, BN, num_stages=1):
+                n = n0 + tl.arange(0, BN)
+                dm = gradient_of_m(
+                    ds + after_at, w_hr, p, n, alive, width, H, Q, DOT, PRECISION, BB, BN, BK
+                )
+                to = scratch + (X + J) * H + n[None, :]
+                tl.store(to, dm, mask=alive & (n < H)[None, :])
+            tl.debug_barrier()
         for k in tl.static_range(len(PROGRAM.written)):
             totals = begin_totals(results, PROGRAM.written[k], PROGRAM.results)
             for n0 in tl.range(0, H, BN, num_stages=1):
@@ -375,8 +428,8 @@ def backward_streamed_stages(
                                 if PROGRAM.site_of[g] == j:
                                     total += _transposed(
                                         dv + out_rows * (GV * H) + g * H,
-                                        w_hh + (p * GV + g) * H * H,
-                                        n, q, alive, dtype, H, DOT, PRECISION,
+                                        w_hh + (p * GV + g) * H * Q,
+                                        n, q, alive, dtype, H, Q, DOT, PRECISION,
                                     )  # fmt: skip
                         if k + 1 < len(PROGRAM.written):
                             tl.store(scratch + (X + j) * H + n[None, :], total, mask=here)
@@ -385,11 +438,14 @@ def backward_streamed_stages(
                     products = products + (total,)
                 carried = ()
                 for j in tl.static_range(S):
-                    at = ds + after_at + j * state + n[None, :]
-                    carried = carried + (tl.load(at, mask=in_batch, other=0.0),)
+                    if PROJECTED and j == 0:
+                        carried = carried + _loads(scratch, n, here, X + J, 1, H)
+                    else:
+                        at = ds + after_at + j * state + n[None, :]
+                        carried = carried + (tl.load(at, mask=in_batch, other=0.0),)
                 saved, before, after, dafter = reads(
                     dy, y, tape, s0 + own, begins, own, state, carried, rows, rows_before, from_row,
-                    from_start, cut, alive, n, p, recurrences, H, S, K, DY, GIVEN, False,
+                    from_start, cut, alive, n, p, recurrences, H, S, K, DY, GIVEN, PROJECTED,
                     TAPE_WIDTH,
                 )  # fmt: skip
                 x = _loads(scratch, n, here, 0, X, H)
@@ -409,7 +465,7 @@ def backward_streamed_stages(
                     dv + out_rows * (GV * H), H, made[GU : GU + GV], n, here,
                     PROGRAM.written[k].dv, GV,
                 )  # fmt: skip
-                for j in tl.static_range(S):
+                for j in tl.static_range(PROJECTED, S):
                     if (PROGRAM.written[k].states >> j) & 1:
                         d = tl.broadcast_to(made[GU + GV + j], (BB, BN))
                         if j > 0 and not GIVEN:  # the product is added below
@@ -432,7 +488,7 @@ def backward_streamed_stages(
                 _store_some(
                     scratch, H, made[OUT : OUT + X], n, here, PROGRAM.written[k].temporaries, X
                 )
-                if k == 0:
+                if k == 0 and not PROJECTED:
                     h_at = h_prev + out_rows * H + n[None, :]
                     tl.store(h_at, before[0].to(h_prev.dtype.element_ty), mask=here)
                 totals = add_parts(
@@ -440,43 +496,44 @@ def backward_streamed_stages(
                 )  # fmt: skip
             results = totals
             tl.debug_barrier()  # what the stage wrote is complete
-        for n0 in tl.range(0, H, BN, num_stages=1):
+        for n0 in tl.range(0, Q, BN, num_stages=1):
             n = n0 + tl.arange(0, BN)
-            here = alive & (n < H)[None, :]
+            here = alive & (n < Q)[None, :]
             total = tl.zeros((BB, BN), dtype)
             for k0 in tl.range(0, hidden, BK):
                 q = k0 + tl.arange(0, BK)
                 for g in tl.static_range(GV):
                     if PROGRAM.site_of[g] < 0:
                         total += _transposed(
-                            dv + out_rows * (GV * H) + g * H, w_hh + (p * GV + g) * H * H, n, q,
-                            alive, dtype, H, DOT, PRECISION,
+                            dv + out_rows * (GV * H) + g * H, w_hh + (p * GV + g) * H * Q, n, q,
+                            alive, dtype, H, Q, DOT, PRECISION,
                         )  # fmt: skip
-            total += tl.load(ds + before_at + n[None, :], mask=here, other=0.0)
+            if not PROJECTED:
+                total += tl.load(ds + before_at + n[None, :], mask=here, other=0.0)
             if not GIVEN:
                 total = tl.where(cut, 0.0, total)
-            tl.debug_barrier()  # all threads have read the tile before any writes it
-            tl.store(ds + before_at + n[None, :], total, mask=here)
+            if PROJECTED:
+                in_batch = (b < batch)[:, None] & (n < Q)[None, :]
+                old = tl.load(ds + after_at + n[None, :], mask=in_batch, other=0.0)
+                tl.store(ds + before_at + n[None, :], tl.where(here, total, old), mask=in_batch)
+            else:
+                tl.debug_barrier()  # all threads have read the tile before any writes it
+                tl.store(ds + before_at + n[None, :], total, mask=here)
         tl.debug_barrier()
         if GIVEN:
             second = (1 - odd) * S * state
-            move_to_begins(ds + second, dbegins, own, state, cut, H, H, S, BN)
+            move_to_begins(ds + second, dbegins, own, state, cut, H, Q, S, BN)
     if (high - low) % 2 == 1:  # the last step left the gradients in the second buffer
-        for n0 in tl.range(0, H, BN, num_stages=1):
-            n = n0 + tl.arange(0, BN)
-            in_batch = (b < batch)[:, None] & (n < H)[None, :]
-            for j in tl.static_range(S):
-                at = own + j * state + n[None, :]
-                last = tl.load(ds + S * state + at, mask=in_batch, other=0.0)
-                tl.store(ds + at, last, mask=in_batch)
+        _take_second(ds, own, state, b, batch, H, Q, S, BN)
 
 
 @triton.jit
 def _transposed(
-    dv, w, n, q, alive, dtype, H: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr
-):
+    dv, w, n, q, alive, dtype, H: tl.constexpr, Q: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
     """The part of `dv * w` of the rows q of a gate's block, for its columns n."""
     d = tl.load(dv + q[None, :], mask=alive & (q < H)[None, :], other=0.0)
-    inside = (q < H)[:, None] & (n < H)[None, :]
-    block = tl.load(w + q[:, None] * H + n[None, :], mask=inside, other=0.0)
+    inside = (q < H)[:, None] & (n < Q)[None, :]
+    block = tl.load(w + q[:, None] * Q + n[None, :], mask=inside, other=0.0)
     return times(d.to(dtype), block, DOT, PRECISION)

@@ -299,7 +299,8 @@ def cases(target: Target, full: bool = False) -> Iterator[Case]:
     seen: set[Any] = set()
     for problem in problems():
         rare = bool(is_special(problem.cell))
-        if rare and not full and (problem.hidden != FEW[0] or problem.projected):
+        alone = problem.projected and problem.stages == 1
+        if rare and not full and (problem.hidden != FEW[0] or alone):
             continue
         if problem.stages > 1 and not full and (problem.dtype == "float64" or problem.batch == 1):
             continue

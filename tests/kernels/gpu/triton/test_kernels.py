@@ -35,10 +35,9 @@ from tests.support.interpreter import (
     interpreted,
     residency,
 )
-from tests.support.kernels import check, planned
+from tests.support.kernels import check, check_tapes, planned
 from tests.support.names import BUILT_IN
 from tests.support.operands import (
-    EVERY_GRADIENT,
     PLAIN,
     ROWS,
     Shape,
@@ -207,29 +206,7 @@ def test_linear_cell_is_exact(way: str, projected: int | None) -> None:
 @interpreted
 @pytest.mark.parametrize(("name", "projected"), [*PLAIN, ("lstm", 11), ("linear_projectable", 11)])
 def test_a_kernel_takes_the_tape_of_another(name: str, projected: int | None) -> None:
-    cell = cells.get(name)
-    for extra in ({}, {"resets": torch.rand(4, 3) < 0.3}, {"lengths": torch.tensor([3, 0, 4])}):
-        given = {**operands(cell, 4, 3, 3, 19, recurrences=2, projected=projected), **extra}
-        arguments = positional(prepare(cell), given)
-        results = {}
-        for kernel in ("cpu", "triton"):
-            with kernels.use(kernel):
-                results[kernel] = torch.ops.fastrnn.scan(*arguments, tape=True)
-        for a, b in zip(flatten(results["cpu"]), flatten(results["triton"]), strict=True):
-            assert largest_error(a, b) < 1e-13
-        y, *states, _ = results["cpu"]
-        output_grads = (torch.randn_like(y), [torch.randn_like(s) for s in states])
-        gradients = {}
-        for writer, (y, *_, tape) in results.items():
-            for reader in ("cpu", "triton"):
-                with kernels.use(reader):
-                    gradients[writer, reader] = torch.ops.fastrnn.scan_backward(
-                        arguments[0], *output_grads, None, *arguments[1:], y, tape, EVERY_GRADIENT
-                    )
-        right = gradients.pop(("cpu", "cpu"))
-        for pair, ours in gradients.items():
-            for k, (a, b) in enumerate(zip(ours, right, strict=True)):
-                assert largest_error(a, b) < 1e-12, (pair, k)
+    check_tapes(cells.get(name), projected, "cpu", "triton", steps=4, batch=3)
 
 
 @interpreted
@@ -287,6 +264,7 @@ def test_modules_from_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
         (fastrnn.LSTM(5, 6, num_layers=2, bidirectional=True), torch.randn(4, 3, 5)),
         (fastrnn.LSTM(5, 6, num_layers=2, bidirectional=True, proj_size=2), torch.randn(4, 3, 5)),
         (fastrnn.GRU(5, 6, batch_first=True), torch.randn(4, 3, 5)),
+        (fastrnn.LayerNormLSTM(5, 6, bidirectional=True, proj_size=2), torch.randn(4, 3, 5)),
         (fastrnn.Recurrent(linear, 5, 6), torch.randn(4, 3, 5)),
         (fastrnn.LSTM(5, 12, heads=3, bidirectional=True), torch.randn(4, 17, 5)),
         (fastrnn.LSTM(5, 6, 2, recompute=True), torch.randn(4, 3, 5)),

@@ -12,10 +12,18 @@ from fastrnn.compiler.derive import derive
 from fastrnn.kernels.prepare import prepare
 from fastrnn.tools.tolerance import largest_error
 from tests.support.interpreter import LAYOUTS, WAYS, in_layout, interpreted, residency
-from tests.support.kernels import check, planned
-from tests.support.operands import EVERY_GRADIENT, by_reference, operands, positional, run
+from tests.support.kernels import check, check_tapes, planned
+from tests.support.operands import (
+    EVERY_GRADIENT,
+    by_reference,
+    linear_staged_projectable,
+    operands,
+    positional,
+    run,
+    whole,
+)
 from tests.support.selection import ALL_TESTS, pairwise
-from tests.support.shared import noisy_staged, staged
+from tests.support.shared import noisy_staged, normed, staged
 from tests.support.staged import USERS
 from tests.support.tensors import flatten
 
@@ -25,6 +33,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton", allow_module_level=True)
 
 CELLS = {cell.name: cell for cell in (staged, noisy_staged.noisy, cells.get("gru_reset_before"))}
+PROJECTABLE = {cell.name: cell for cell in (normed, cells.get("layer_norm_lstm"))}
 
 
 @interpreted
@@ -77,19 +86,80 @@ def test_sizes_around_a_tile(hidden: int, way: str) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("hidden", [1, 15, 33])
+def test_sizes_around_a_tile_projected(hidden: int) -> None:
+    layer_norm = cells.get("layer_norm_lstm")
+    for cell, projected, dtype in (
+        (normed, (hidden + 1) // 2, torch.float64),
+        (layer_norm, (hidden + 1) // 3, torch.float32),  # a single unit is projected to width 0
+        (layer_norm, hidden + 18, torch.float16),
+    ):
+        if hidden == 1 and dtype == torch.float16:
+            continue  # a norm of one unit cancels more digits than there are
+        for batch in (1, 3):
+            given = operands(cell, 2, batch, 2, hidden, dtype=dtype, projected=projected)
+            with planned(**residency("streamed", hidden, batch, dtype)):
+                check(cell, given, "triton", recompute=batch == 1)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("name", "projected", "layout"), pairwise(list(PROJECTABLE), (7, 23), LAYOUTS)
+)
+def test_ragged_batches_resets_and_chunks_projected(name: str, projected: int, layout: str) -> None:
+    cell, (steps, batch, hidden) = PROJECTABLE[name], (3, 5, 17)
+    given, exact, flags = in_layout(layout, cell, steps, batch, hidden, 2, projected)
+    resets = {"resets": flags, "reset_states": [torch.randn_like(s) for s in given["s0"]]}
+    fields = residency("streamed", hidden, 1, torch.float64) | {"batch_tile": 4}
+    for extra, chunk in (({}, 2 * batch), ({"resets": flags}, 99), (resets, 1)):
+        with planned(**fields, chunk_rows=chunk), kernels.use("triton"):
+            ours = run(ops.scan, cell, {**given, **extra})
+        for what, right in run(by_reference, cell, {**exact, **extra}).items():
+            assert largest_error(ours[what], right) < 1e-12, (what, chunk)
+    with planned(**fields, chunk_rows=1), kernels.use("triton"), torch.no_grad():
+        y, states = ops.scan(cell, **given, **resets)  # without a tape
+    found = [ours["y"], *(ours[f"state {k}"] for k in range(len(states)))]
+    assert all(map(torch.equal, [y, *states], found))
+
+
+@interpreted
+@pytest.mark.parametrize("projected", [21, 40])
+def test_whole_numbers_are_exact_projected(projected: int) -> None:
+    given = operands(linear_staged_projectable, 3, 18, 6, 37, 2, torch.float32, projected=projected)
+    given = {k: whole(v) for k, v in given.items()}
+    given["resets"] = torch.rand(3, 18) < 0.2
+    fields = residency("streamed", 37, 18, torch.float32)
+    with planned(**fields, chunk_rows=36), kernels.use("triton"):
+        ours = run(ops.scan, linear_staged_projectable, given)
+    for what, right in run(by_reference, linear_staged_projectable, given).items():
+        assert torch.equal(ours[what], right), what
+
+
+@interpreted
+def test_a_kernel_takes_the_tape_of_another_projected() -> None:
+    check_tapes(normed, 11, "cpu", "triton", steps=3, batch=2)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("cell", "projected", "way"),
+    [*((staged, None, way) for way in WAYS), (cells.get("layer_norm_lstm"), 11, "streamed")],
+    ids=lambda of: getattr(of, "name", of),
+)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
-def test_tapes_are_those_of_the_reference(dtype: torch.dtype, way: str) -> None:
-    """The results of reductions lie behind the saved values of a row, at odd elements too."""
-    given = operands(staged, 3, 2, 2, 19, dtype=dtype)
-    arguments = positional(prepare(staged), given)
+def test_tapes_are_those_of_the_reference(
+    dtype: torch.dtype, cell: cells.Cell, projected: int | None, way: str
+) -> None:
+    """The results of reductions lie behind the other values of a row, at odd elements too."""
+    given = operands(cell, 3, 2, 2, 19, dtype=dtype, projected=projected)
+    arguments = positional(prepare(cell), given)
     found = {}
     fields = residency(way, 19, 2, dtype)
     for kernel in ("reference", "triton"):
         with planned(**(fields if kernel == "triton" else {})), kernels.use(kernel):
             found[kernel] = torch.ops.fastrnn.scan(*arguments, tape=True)
-    derived = derive(staged)
-    count = (len(derived.states) - 1 + len(derived.saved)) * 19
+    derived = derive(cell)
+    count = (len(derived.states) - 1 + len(derived.saved) + (projected is not None)) * 19
     near = 1e-12 if dtype == torch.float64 else 0.02
     one, other = tapes = [found[k][-1].flatten(1) for k in ("reference", "triton")]
     assert largest_error(other[:, :count], one[:, :count].double()) < near
