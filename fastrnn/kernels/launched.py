@@ -39,7 +39,7 @@ class Planned(Shape):
 
 def forward(inputs: tuple[Any, ...], tape: bool) -> tuple[Tensor, list[Tensor], Tensor]:
     """The forward pass of a kernel that Python launches."""
-    (key, operands), flags = _split(inputs), (tape, False)
+    (key, operands), flags = _split(inputs), (tape, False, False)
     shape = _shape(key, operands, flags)
     if shape.sweeps is None:
         return reference.forward(cell_of(key), operands, tape)
@@ -65,21 +65,22 @@ def backward(
 ) -> list[Tensor] | None:
     """The gradients by a kernel that Python launches; None if the reference must give them."""
     (key, operands), need = _split(inputs), Needs(*needs)
-    shape = _shape(key, operands, (True, True))
+    *ours, dsteps = grads
+    if dsteps is not None and not dsteps.numel():  # there is one state
+        dsteps = None
+    shape = _shape(key, operands, (True, True, dsteps is not None))
     sweeps = shape.sweeps
-    if sweeps is None or grads[-1] is not None:
-        # The kernels for GPUs read no gradients of the states after every step.
+    if sweeps is None:
         return None
     rows = y.shape[:-1].numel()
     if tape.size(2) and not tape.size(0) and rows and sweeps is not cuda.sweeps:
         tape = forward(inputs, True)[2]
     stacked = _with_recurrences(operands)
-    ours = grads[:-1]
     if stacked is not operands:
         ours = [grads[0], *[None if g is None else g.unsqueeze(0) for g in ours[1:]]]
     scan = Scan(shape, stacked)
     try:
-        out = driver.backward(sweeps, scan, ours, y, tape, need)
+        out = driver.backward(sweeps, scan, ours, dsteps, y, tape, need)
     except cuda.CooperativeLaunchRefused:
         if not machine.go_on_without_grids(operands.x.device):
             raise
@@ -124,9 +125,10 @@ _MOST_SHAPES = 1024
 _shapes: dict[Any, Planned] = {}
 
 
-def _shape(key: str, operands: Operands, flags: tuple[bool, bool]) -> Planned:
+def _shape(key: str, operands: Operands, flags: tuple[bool, bool, bool]) -> Planned:
     """What this call has in common with others that have the same plan and sizes. `flags` tell
-    whether it makes or uses a tape, and whether it is a backward pass."""
+    whether it makes or uses a tape, whether it is a backward pass, and whether the states after
+    every step have gradients in it."""
     x, w_hh, sizes = operands.x, operands.w_hh, operands.batch_sizes
     packed = None if sizes is None else (sizes.numel(), operands.s0[0].size(-2))
     kind = key, x.shape, x.dtype, x.device, flags, packed, operands.reverse
@@ -149,7 +151,7 @@ def _shape(key: str, operands: Operands, flags: tuple[bool, bool]) -> Planned:
     return found
 
 
-def _planned(key: str, operands: Operands, tape: bool, backward: bool) -> Planned:
+def _planned(key: str, operands: Operands, tape: bool, backward: bool, every_step: bool) -> Planned:
     cell, x, sizes = cell_of(key), operands.x, operands.batch_sizes
     if sizes is not None:
         steps, batch, rows = sizes.numel(), operands.s0[0].size(1), x.size(0)
@@ -177,6 +179,7 @@ def _planned(key: str, operands: Operands, tape: bool, backward: bool) -> Planne
         draws=len(derived.draws),
         values=values(derived, forward=not backward),
         reset_states=bool(operands.reset_states),
+        every_step=every_step,
     )
     compiled = _C.has_code(key, "float64" if x.dtype == torch.float64 else "float32")
     offered = machine.current(x.device.type, compiled=compiled, index=x.device.index)

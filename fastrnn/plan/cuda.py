@@ -45,6 +45,8 @@ def refuse(problem: Problem, device: Device) -> str | None:
         )
     if problem.reset_states:
         return "its resets lead to zeros; triton takes given states (reset_states=)"
+    if problem.every_step:
+        return "it reads no gradients of the states of every step (return_states); triton does"
     if problem.hidden == 0:
         return "there are no hidden units"
     if gpu.capability < 80:

@@ -53,6 +53,7 @@ class Problem:
     draws: int = 0  # random numbers that the cell draws for a unit and step
     values: int = 0  # of a unit in a step, besides gates and states: `compiler.layout.values`
     reset_states: bool = False  # whether episodes begin in given states
+    every_step: bool = False  # whether states past the first have gradients after every step
     input_gates: int = -1  # gates with rows in weight_ih; -1 for all
     recurrent_gates: int = -1  # gates with rows in weight_hh; -1 for all
 

@@ -60,6 +60,7 @@ LONG = Problem("lstm", 512, 16, 256, 256, gates=4, states=2, dtype="bfloat16")
         ),
         (replace(LONG, dtype="ComplexFloat"), HOPPER, "not ComplexFloat"),
         (replace(LONG, projected=True), HOPPER, "does not project the output"),
+        (replace(LONG, every_step=True), HOPPER, "no gradients of the states of every step"),
         (replace(LONG, hidden=0), HOPPER, "no hidden units"),
         (
             LONG,

@@ -75,11 +75,13 @@ def test_weights_are_resident_where_they_fit(
         assert choose(replace(problem, backward=backward), device).triton.resident is resident
 
 
-def test_noise_stages_and_given_resets_are_no_reason_to_refuse() -> None:
+def test_what_is_no_reason_to_refuse() -> None:
     for problem in (
         replace(BF16, draws=2),
         replace(BF16, stages=3),
+        replace(BF16, stages=3, projected=True),
         replace(BF16, reset_states=True),
+        replace(BF16, backward=True, every_step=True),
     ):
         assert choose(problem, H200).kernel == "triton"
 

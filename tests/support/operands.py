@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from fastrnn import cells
+from fastrnn import cells, ops
 from fastrnn.kernels import reference
 from fastrnn.kernels.operands import Needs, Operands
 from tests.support.names import BUILT_IN
@@ -149,6 +149,18 @@ def positional(key: str | None, given: dict[str, Any]) -> tuple[Any, ...]:
 def by_reference(cell: cells.Cell, **given: Any) -> tuple[Tensor, list[Tensor]]:
     """The reference, called as `ops.scan` is."""
     return reference.scan(cell, Operands(**given))
+
+
+def with_every_step(cell: cells.Cell, **given: Any) -> tuple[Tensor, list[Tensor]]:
+    """`ops.scan`, with the states past the first after every step among the results."""
+    y, states, steps = ops.run(cell, Operands(**given), steps=True)
+    assert steps is not None
+    return y, [*states, steps]
+
+
+def with_every_step_by_reference(cell: cells.Cell, **given: Any) -> tuple[Tensor, list[Tensor]]:
+    y, states, steps = reference.scan_with_steps(cell, Operands(**given))
+    return y, [*states, steps]
 
 
 def converted(given: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:

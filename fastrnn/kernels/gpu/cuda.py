@@ -239,7 +239,8 @@ class _Sweeps:
     def backward(
         self, scan: Scan, begin: int, end: int, buffers: BackwardBuffers, tape: Tape
     ) -> None:
-        dy, s0, ds, y, du, dv, h_prev, dh, dp, _, begins, _ = buffers
+        dy, dsteps, s0, ds, y, du, dv, h_prev, dh, dp, _, begins, _ = buffers
+        assert dsteps is None, "the CUDA kernels read gradients of final states alone"
         assert begins is None, "the CUDA kernels let episodes begin with zeros"
         assert dh is None, "the CUDA kernels do not project"
         assert dp is None, "the CUDA kernels have no cells with learned parameters"

@@ -126,18 +126,21 @@ def backward(
     sweeps: Sweeps,
     scan: Scan,
     grads: Sequence[Tensor | None],
+    dsteps: Tensor | None,
     y: Tensor,
     tape: Tensor,
     needs: Needs,
 ) -> list[Tensor]:
     """Those gradients of x, w_ih, w_hh, b_ih, b_hh, w_hr, params, s0 and reset_states that `needs`
-    selects, as `torch.ops.fastrnn.scan_backward`. `RecomputingSweeps` recompute a tape without
-    rows, chunk by chunk."""
+    selects, as `torch.ops.fastrnn.scan_backward`, from those of the output and of the final states
+    (`grads`) and of the states after every step. `RecomputingSweeps` recompute a tape without rows,
+    chunk by chunk."""
     operands, x = scan.operands, scan.operands.x
     recurrences, hidden, compute = scan.recurrences, scan.hidden, scan.compute
     s0, ds = scan.widened(operands.s0, grads[1:])
+    dsteps = None if dsteps is None else dsteps.contiguous()
     if scan.alone and operands.lengths is None and (tape.size(0) or not scan.tape_width()):
-        return _backward_of_one(sweeps, scan, grads[0], y, tape, needs, s0, ds)
+        return _backward_of_one(sweeps, scan, grads[0], dsteps, y, tape, needs, s0, ds)
     y, saved = y.contiguous(), Tape(tape.contiguous())
     steps = scan.steps if scan.batch else 0
     chunks = [(max(0, end - scan.chunk_steps), end) for end in range(steps, 0, -scan.chunk_steps)]
@@ -154,6 +157,7 @@ def backward(
     begins, dbegins = scan.widened(given, ()) if given else (None, None)
     buffers = BackwardBuffers(
         dy=None if grads[0] is None else grads[0].contiguous(),
+        dsteps=dsteps,
         s0=s0,
         ds=ds,
         y=y,
@@ -201,6 +205,7 @@ def _backward_of_one(
     sweeps: Sweeps,
     scan: Scan,
     dy: Tensor | None,
+    dsteps: Tensor | None,
     y: Tensor,
     tape: Tensor,
     needs: Needs,
@@ -215,7 +220,7 @@ def _backward_of_one(
         du = torch.empty(rows, scan.input_gates * scan.hidden, dtype=dtype, device=device)
     h_prev = torch.empty(rows, scan.hidden, dtype=dtype, device=device)
     dy = None if dy is None else dy.contiguous()
-    buffers = BackwardBuffers(dy, s0, ds, y.contiguous(), du, dv, h_prev, None, None)
+    buffers = BackwardBuffers(dy, dsteps, s0, ds, y.contiguous(), du, dv, h_prev, None, None)
     sweeps.backward(scan, 0, scan.steps, buffers, Tape(tape.contiguous()))
     du_t = du.t()
     out = []

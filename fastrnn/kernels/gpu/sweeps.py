@@ -240,6 +240,8 @@ class BackwardBuffers(NamedTuple):
 
     Attributes:
         dy: [rows, P, Q], or None for zeros.
+        dsteps: [rows, P, S-1, H], gradients of the states past the first after every step, or None
+            for zeros.
         s0: [S, P, B, max(H, Q)] in `scan.compute`, initial states.
         ds: shaped as `s0`: gradients of the states after the chunk, then before it.
         y: the output of the forward sweep.
@@ -257,6 +259,7 @@ class BackwardBuffers(NamedTuple):
     """
 
     dy: Tensor | None
+    dsteps: Tensor | None
     s0: Tensor
     ds: Tensor
     y: Tensor

@@ -42,9 +42,10 @@ def before_step(
 
 @triton.jit
 def reads(
-    dy, y, tape, start, begins, own, state, ds, rows, rows_before, from_row, from_start, cut,
-    alive, n, p, recurrences, H: tl.constexpr, S: tl.constexpr, K: tl.constexpr, DY: tl.constexpr,
-    GIVEN: tl.constexpr, PROJECTED: tl.constexpr, TAPE_WIDTH: tl.constexpr,
+    dy, dsteps, y, tape, start, begins, own, state, ds, rows, rows_before, from_row, from_start,
+    cut, alive, n, p, recurrences, H: tl.constexpr, S: tl.constexpr, K: tl.constexpr,
+    DY: tl.constexpr, DSTEPS: tl.constexpr, GIVEN: tl.constexpr, PROJECTED: tl.constexpr,
+    TAPE_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """The arguments of a step's derivative: saved values, states before and after it, and gradients
     of the states after it. A projected state 0 is here the cell's own output, without projection,
@@ -75,7 +76,11 @@ def reads(
     at_before = tape + (rows_before[:, None] * recurrences + p) * TAPE_WIDTH * H + n[None, :]
     for j in tl.static_range(1, S):
         after = after + (tl.load(at + (j - 1) * H, mask=here, other=0.0).to(dtype),)
-        dafter = dafter + (ds[j],)
+        d = ds[j]
+        if DSTEPS:
+            at_d = dsteps + ((rows[:, None] * recurrences + p) * (S - 1) + j - 1) * H + n[None, :]
+            d += tl.load(at_d, mask=here, other=0.0).to(dtype)
+        dafter = dafter + (d,)
         value = tl.load(at_before + (j - 1) * H, mask=from_row & units, other=0.0).to(dtype)
         initial = start + j * state + n[None, :]
         value += tl.load(initial, mask=from_start & units, other=0.0)
@@ -122,6 +127,7 @@ def move_to_begins(
 @triton.jit(do_not_specialize=RUN_TIME)
 def backward_resident(
     dy,  # [rows, P, H]
+    dsteps,  # [rows, P, S-1, H] gradients of the states after every step, or any pointer
     w_hh,
     parameters,  # [P, L, H], or any pointer
     noise,  # as in `forward.py`
@@ -161,6 +167,7 @@ def backward_resident(
     ORDERED: tl.constexpr,
     SUMMED: tl.constexpr,
     DY: tl.constexpr,
+    DSTEPS: tl.constexpr,
     TAPE_WIDTH: tl.constexpr,
     PACKED: tl.constexpr,
     RAGGED: tl.constexpr,
@@ -205,9 +212,9 @@ def backward_resident(
             first, resets, t, b, stop, steps, batch, backward, PACKED, RESETS
         )
         saved, before, after, dafter = reads(
-            dy, y, tape, s0 + recurrence, begins, recurrence, state, carried, rows, rows_before,
-            from_row, from_start, cut, alive, n, p, recurrences, H, S, K, DY, GIVEN, False,
-            TAPE_WIDTH,
+            dy, dsteps, y, tape, s0 + recurrence, begins, recurrence, state, carried, rows,
+            rows_before, from_row, from_start, cut, alive, n, p, recurrences, H, S, K, DY, DSTEPS,
+            GIVEN, False, TAPE_WIDTH,
         )  # fmt: skip
         z = drawn(
             once, noise, p, t, sequence, n, ds.dtype.element_ty, D, PER_SEQUENCE, SCALED
@@ -262,6 +269,7 @@ def backward_resident(
 @triton.jit(do_not_specialize=RUN_TIME)
 def backward_streamed(
     dy,  # [rows, P, Q]
+    dsteps,  # [rows, P, S-1, H], or any pointer
     w_hh,  # [P, GV*H, Q]
     parameters,
     noise,
@@ -305,6 +313,7 @@ def backward_streamed(
     ORDERED: tl.constexpr,
     SUMMED: tl.constexpr,
     DY: tl.constexpr,
+    DSTEPS: tl.constexpr,
     TAPE_WIDTH: tl.constexpr,
     PACKED: tl.constexpr,
     RAGGED: tl.constexpr,
@@ -356,9 +365,9 @@ def backward_streamed(
                     tl.load(recurrence + j * state + n[None, :], mask=here, other=0.0),
                 )
             saved, before, after, dafter = reads(
-                dy, y, tape, start, begins, rows_of_states, state, carried, rows, rows_before,
-                from_row, from_start, cut, alive, n, p, recurrences, H, S, K, DY, GIVEN, PROJECTED,
-                TAPE_WIDTH,
+                dy, dsteps, y, tape, start, begins, rows_of_states, state, carried, rows,
+                rows_before, from_row, from_start, cut, alive, n, p, recurrences, H, S, K, DY,
+                DSTEPS, GIVEN, PROJECTED, TAPE_WIDTH,
             )  # fmt: skip
             own_params = learned(parameters, p, n, dtype, H, L)
             once = drawn_once(noise, p, sequence, n, dtype, D, PER_SEQUENCE, SCALED)

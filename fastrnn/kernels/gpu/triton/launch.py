@@ -79,6 +79,7 @@ def meta_arguments(
     bias: bool = False,
     tape: bool = False,
     dy: bool = True,
+    dsteps: bool = False,
     packed: bool = False,
     ragged: bool = False,
     resets: bool = False,
@@ -129,7 +130,7 @@ def meta_arguments(
             "PROJECTED": projected is not None,
         }
     if backward:
-        return common | {"DY": dy}
+        return common | {"DY": dy, "DSTEPS": dsteps}
     return common | {"INPUT_OF": derived.input_of(), "BIAS": bias, "TAPE": tape}
 
 
@@ -170,7 +171,7 @@ class _Sweeps:
     def backward(
         self, scan: Scan, begin: int, end: int, buffers: BackwardBuffers, tape: Tape
     ) -> None:
-        dy, s0, ds, y, du, dv, h_prev, dh, dp, operands, begins, dbegins = buffers
+        dy, dsteps, s0, ds, y, du, dv, h_prev, dh, dp, operands, begins, dbegins = buffers
         none = scan.w_hh
         optional = [scan.params, scan.operands.noise, begins, s0, dbegins]
         tensors = [none if each is None else each for each in optional]
@@ -182,11 +183,11 @@ class _Sweeps:
             tensors += [_scratch(scan, True)]
         if not scan.plan.triton.resident:
             tensors += [none if scan.w_hr is None else scan.w_hr, none if dh is None else dh]
-        first = y if dy is None else dy
-        flags = {"dy": dy is not None}
+        first = [none if each is None else each for each in (dy, dsteps)]
+        flags = {"dy": dy is not None, "dsteps": dsteps is not None}
         run_time = _run_time(scan, begin, end)
         changed = [buffered, *([] if dbegins is None else [dbegins])]
-        _launch(True, scan, flags, changed, first, scan.w_hh, *tensors, *run_time)
+        _launch(True, scan, flags, changed, *first, scan.w_hh, *tensors, *run_time)
         _take_first(buffered, ds)
 
 

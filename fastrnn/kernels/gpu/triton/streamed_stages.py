@@ -207,9 +207,10 @@ def forward_streamed_stages(
                 in_batch = (b < batch)[:, None] & inside
                 here = alive & inside
                 vs = _loads(scratch, n, here, 0, GV, H)
+                given = gates(u, rows, n, t < stop, H, GU)
                 us = ()
                 for g in tl.static_range(GU):
-                    us = us + (gates(u, rows, n, t < stop, H, GU)[g].to(dtype),)
+                    us = us + (given[g].to(dtype),)
                 if PROGRAM.gates[k] != 0:
                     products = zeros(GV, BB, BN, dtype)
                     for k0 in tl.range(0, width, BK):
@@ -309,6 +310,7 @@ def forward_streamed_stages(
 @triton.jit(do_not_specialize=RUN_TIME)
 def backward_streamed_stages(
     dy,  # arguments without a comment are as in `backward_streamed`
+    dsteps,
     w_hh,
     parameters,
     noise,
@@ -356,6 +358,7 @@ def backward_streamed_stages(
     ORDERED: tl.constexpr,
     SUMMED: tl.constexpr,
     DY: tl.constexpr,
+    DSTEPS: tl.constexpr,
     TAPE_WIDTH: tl.constexpr,
     PACKED: tl.constexpr,
     RAGGED: tl.constexpr,
@@ -444,9 +447,9 @@ def backward_streamed_stages(
                         at = ds + after_at + j * state + n[None, :]
                         carried = carried + (tl.load(at, mask=in_batch, other=0.0),)
                 saved, before, after, dafter = reads(
-                    dy, y, tape, s0 + own, begins, own, state, carried, rows, rows_before, from_row,
-                    from_start, cut, alive, n, p, recurrences, H, S, K, DY, GIVEN, PROJECTED,
-                    TAPE_WIDTH,
+                    dy, dsteps, y, tape, s0 + own, begins, own, state, carried, rows, rows_before,
+                    from_row, from_start, cut, alive, n, p, recurrences, H, S, K, DY, DSTEPS, GIVEN,
+                    PROJECTED, TAPE_WIDTH,
                 )  # fmt: skip
                 x = _loads(scratch, n, here, 0, X, H)
                 own_params = learned(parameters, p, n, dtype, H, L)

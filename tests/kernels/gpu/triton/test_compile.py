@@ -165,7 +165,9 @@ def compiled(case: Case, counts: bool = True) -> Report:
     assert chosen.precision == case.precision
     derived = derive(CELLS[problem.cell])
     kernel = launch.kernel(chosen, problem.backward, bool(derived.programs))
-    only = {} if problem.backward else {"bias": not all(derived.summed), "tape": problem.tape}
+    only = {"dsteps": packed} if problem.backward else {}
+    if not problem.backward:
+        only = {"bias": not all(derived.summed), "tape": problem.tape}
     meta = launch.meta_arguments(
         derived, chosen, problem.hidden, backward=problem.backward,
         packed=packed, ragged=packed, resets=packed, given=packed,

@@ -24,6 +24,7 @@ from fastrnn import cells, kernels, ops, plan
 from fastrnn.cells.noise import seeded
 from fastrnn.compiler.derive import derive
 from fastrnn.extension import _C
+from fastrnn.kernels import launched
 from fastrnn.kernels.gpu.triton import launch
 from fastrnn.kernels.prepare import prepare
 from fastrnn.tools.tolerance import largest_error
@@ -48,6 +49,8 @@ from tests.support.operands import (
     positional,
     run,
     whole,
+    with_every_step,
+    with_every_step_by_reference,
 )
 from tests.support.selection import pairwise
 from tests.support.shared import noisy
@@ -152,8 +155,8 @@ def test_ragged_batches_resets_and_chunks(
                 given["resets"] = exact["resets"] = resets
             fields = residency(way, hidden, 1, torch.float64) | {"chunk_rows": chunk}
             with planned(**fields | {"batch_tile": 4}), kernels.use("triton"):
-                ours = run(ops.scan, cell, given)
-            for what, right in run(by_reference, cell, exact).items():
+                ours = run(with_every_step, cell, given)
+            for what, right in run(with_every_step_by_reference, cell, exact).items():
                 assert largest_error(ours[what], right) < 1e-12, (what, resets, chunk)
 
 
@@ -230,12 +233,14 @@ def test_only_wanted_gradients_and_none_that_is_absent() -> None:
 
 
 @interpreted
-def test_the_states_of_every_step_have_gradients() -> None:
+def test_the_states_of_every_step_have_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = fastrnn.LSTM(3, 5, 2, bidirectional=True, dtype=torch.float64)
     x, lengths = torch.randn(4, 3, 3, dtype=torch.float64), torch.tensor([2, 4, 0])
     found = []
     for kernel in ("triton", "reference"):
-        with kernels.use(kernel):
+        with kernels.use(kernel), monkeypatch.context() as patch:
+            if kernel == "triton":  # and nothing else
+                patch.delattr(launched, "reference_backward")
             every = layer(x, lengths=lengths, return_states=True)[2]
             total = sum_of(state.square().sum() for states in every for state in states)
             found.append([every, torch.autograd.grad(total, list(layer.parameters()))])
@@ -384,6 +389,7 @@ def test_tensors_of_more_elements_than_32_bits_count(
             new, chunk = memory.new, (recurrences, rows)
             for name, dtype, *size in (
                 ("u", stored, *chunk, depth), ("dy", stored, rows, recurrences, recurrent),
+                ("dsteps", stored, rows, recurrences, 1, hidden),
                 ("w_hh", stored, recurrences, depth, recurrent),
                 ("b_hh", stored, recurrences, depth),
                 ("carry", summed, 3, recurrences, batch, widest),
