@@ -9,6 +9,7 @@ import triton.language as tl
 from fastrnn.kernels.gpu.triton.common import (
     RUN_TIME,
     begun,
+    clipped,
     cuts,
     learned,
     program,
@@ -44,8 +45,8 @@ def before_step(
 def reads(
     dy, dsteps, y, tape, start, begins, own, state, ds, rows, rows_before, from_row, from_start,
     cut, alive, n, p, recurrences, H: tl.constexpr, S: tl.constexpr, K: tl.constexpr,
-    DY: tl.constexpr, DSTEPS: tl.constexpr, GIVEN: tl.constexpr, PROJECTED: tl.constexpr,
-    TAPE_WIDTH: tl.constexpr,
+    DY: tl.constexpr, DSTEPS: tl.constexpr, LIMIT: tl.constexpr, GIVEN: tl.constexpr,
+    PROJECTED: tl.constexpr, TAPE_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """The arguments of a step's derivative: saved values, states before and after it, and gradients
     of the states after it. A projected state 0 is here the cell's own output, without projection,
@@ -69,10 +70,12 @@ def reads(
                 dtype, H, GIVEN,
             ),
         )  # fmt: skip
-    if DY and not PROJECTED:
-        dafter = (ds[0] + tl.load(dy + at_y, mask=here, other=0.0).to(dtype),)
-    else:
+    if PROJECTED:
         dafter = (ds[0],)
+    elif DY:
+        dafter = (clipped(ds[0] + tl.load(dy + at_y, mask=here, other=0.0).to(dtype), LIMIT),)
+    else:
+        dafter = (clipped(ds[0], LIMIT),)
     at_before = tape + (rows_before[:, None] * recurrences + p) * TAPE_WIDTH * H + n[None, :]
     for j in tl.static_range(1, S):
         after = after + (tl.load(at + (j - 1) * H, mask=here, other=0.0).to(dtype),)
@@ -80,7 +83,7 @@ def reads(
         if DSTEPS:
             at_d = dsteps + ((rows[:, None] * recurrences + p) * (S - 1) + j - 1) * H + n[None, :]
             d += tl.load(at_d, mask=here, other=0.0).to(dtype)
-        dafter = dafter + (d,)
+        dafter = dafter + (clipped(d, LIMIT),)
         value = tl.load(at_before + (j - 1) * H, mask=from_row & units, other=0.0).to(dtype)
         initial = start + j * state + n[None, :]
         value += tl.load(initial, mask=from_start & units, other=0.0)
@@ -168,6 +171,7 @@ def backward_resident(
     SUMMED: tl.constexpr,
     DY: tl.constexpr,
     DSTEPS: tl.constexpr,
+    LIMIT: tl.constexpr,
     TAPE_WIDTH: tl.constexpr,
     PACKED: tl.constexpr,
     RAGGED: tl.constexpr,
@@ -214,7 +218,7 @@ def backward_resident(
         saved, before, after, dafter = reads(
             dy, dsteps, y, tape, s0 + recurrence, begins, recurrence, state, carried, rows,
             rows_before, from_row, from_start, cut, alive, n, p, recurrences, H, S, K, DY, DSTEPS,
-            GIVEN, False, TAPE_WIDTH,
+            LIMIT, GIVEN, False, TAPE_WIDTH,
         )  # fmt: skip
         z = drawn(
             once, noise, p, t, sequence, n, ds.dtype.element_ty, D, PER_SEQUENCE, SCALED
@@ -314,6 +318,7 @@ def backward_streamed(
     SUMMED: tl.constexpr,
     DY: tl.constexpr,
     DSTEPS: tl.constexpr,
+    LIMIT: tl.constexpr,
     TAPE_WIDTH: tl.constexpr,
     PACKED: tl.constexpr,
     RAGGED: tl.constexpr,
@@ -348,7 +353,7 @@ def backward_streamed(
             gather(
                 dy, y, start, begins, rows_of_states, recurrence, h_prev, dh, rows, rows_before,
                 from_row, from_start, cut, alive, (into + rows)[:, None], p, recurrences, Q, DY,
-                GIVEN, BN,
+                LIMIT, GIVEN, BN,
             )  # fmt: skip
         for n0 in tl.range(0, H, BN, num_stages=1):
             n = n0 + tl.arange(0, BN)
@@ -367,7 +372,7 @@ def backward_streamed(
             saved, before, after, dafter = reads(
                 dy, dsteps, y, tape, start, begins, rows_of_states, state, carried, rows,
                 rows_before, from_row, from_start, cut, alive, n, p, recurrences, H, S, K, DY,
-                DSTEPS, GIVEN, PROJECTED, TAPE_WIDTH,
+                DSTEPS, LIMIT, GIVEN, PROJECTED, TAPE_WIDTH,
             )  # fmt: skip
             own_params = learned(parameters, p, n, dtype, H, L)
             once = drawn_once(noise, p, sequence, n, dtype, D, PER_SEQUENCE, SCALED)

@@ -35,6 +35,8 @@ function cannot take an expression to evaluate for each gate or state.
 import triton
 import triton.language as tl
 
+from fastrnn.kernels.gpu.triton.math import constant, maximum, minimum
+
 # These arguments change with every batch, so a kernel must not be compiled for their values.
 RUN_TIME = (
     *("steps", "batch", "begin", "end", "base", "base_reverse", "chunk_rows", "reverse"),
@@ -143,6 +145,15 @@ def joined(
         return v + bias[g][None, :]
     else:
         return v
+
+
+@triton.jit
+def clipped(d, LIMIT: tl.constexpr):
+    """The gradient of a state after a step as the cell wants it: within its limit, 0 for none."""
+    if LIMIT > 0:
+        return maximum(minimum(d, constant(LIMIT, d.dtype)), constant(-LIMIT, d.dtype))
+    else:
+        return d
 
 
 @triton.jit

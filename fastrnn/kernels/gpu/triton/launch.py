@@ -130,7 +130,7 @@ def meta_arguments(
             "PROJECTED": projected is not None,
         }
     if backward:
-        return common | {"DY": dy, "DSTEPS": dsteps}
+        return common | {"DY": dy, "DSTEPS": dsteps, "LIMIT": derived.limit or 0.0}
     return common | {"INPUT_OF": derived.input_of(), "BIAS": bias, "TAPE": tape}
 
 

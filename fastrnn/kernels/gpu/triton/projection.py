@@ -6,7 +6,7 @@ and its gradients. Every sweep with streamed weights ends its steps with it; see
 import triton
 import triton.language as tl
 
-from fastrnn.kernels.gpu.triton.common import state_0_before, times
+from fastrnn.kernels.gpu.triton.common import clipped, state_0_before, times
 
 
 @triton.jit
@@ -40,8 +40,8 @@ def project(
 @triton.jit
 def gather(
     dy, y, start, begins, own, ds, h_prev, dh, rows, rows_before, from_row, from_start, cut, alive,
-    out_rows, p, recurrences, Q: tl.constexpr, DY: tl.constexpr, GIVEN: tl.constexpr,
-    BN: tl.constexpr,
+    out_rows, p, recurrences, Q: tl.constexpr, DY: tl.constexpr, LIMIT: tl.constexpr,
+    GIVEN: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of state 0 after a step, all of which goes on to m, to `dh` and over the
     rows `ds`; and state 0 before the step to `h_prev`."""
@@ -53,6 +53,7 @@ def gather(
         if DY:
             at_y = dy + (rows[:, None] * recurrences + p) * Q + q[None, :]
             d += tl.load(at_y, mask=here, other=0.0).to(dtype)
+        d = clipped(d, LIMIT)
         h = state_0_before(
             y, start, begins, own, rows_before, from_row, from_start, cut, q, p, recurrences,
             dtype, Q, GIVEN,

@@ -359,6 +359,7 @@ def backward_streamed_stages(
     SUMMED: tl.constexpr,
     DY: tl.constexpr,
     DSTEPS: tl.constexpr,
+    LIMIT: tl.constexpr,
     TAPE_WIDTH: tl.constexpr,
     PACKED: tl.constexpr,
     RAGGED: tl.constexpr,
@@ -404,7 +405,8 @@ def backward_streamed_stages(
         if PROJECTED:
             gather(
                 dy, y, s0 + own, begins, own, ds + after_at, h_prev, dh, rows, rows_before,
-                from_row, from_start, cut, alive, out_rows, p, recurrences, Q, DY, GIVEN, BN,
+                from_row, from_start, cut, alive, out_rows, p, recurrences, Q, DY, LIMIT, GIVEN,
+                BN,
             )  # fmt: skip
             for n0 in tl.range(0, H, BN, num_stages=1):
                 n = n0 + tl.arange(0, BN)
@@ -448,8 +450,8 @@ def backward_streamed_stages(
                         carried = carried + (tl.load(at, mask=in_batch, other=0.0),)
                 saved, before, after, dafter = reads(
                     dy, dsteps, y, tape, s0 + own, begins, own, state, carried, rows, rows_before,
-                    from_row, from_start, cut, alive, n, p, recurrences, H, S, K, DY, DSTEPS, GIVEN,
-                    PROJECTED, TAPE_WIDTH,
+                    from_row, from_start, cut, alive, n, p, recurrences, H, S, K, DY, DSTEPS, LIMIT,
+                    GIVEN, PROJECTED, TAPE_WIDTH,
                 )  # fmt: skip
                 x = _loads(scratch, n, here, 0, X, H)
                 own_params = learned(parameters, p, n, dtype, H, L)

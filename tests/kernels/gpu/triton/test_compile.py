@@ -99,6 +99,7 @@ def wide(u, v, h, c, n):
 
 LSTM = cells.get("lstm")
 NOISY = cells.zoneout(LSTM, 0.1).noisy
+CLIPPED = cells.clip_grad(LSTM, 1.0)
 STAGED = [
     cells.recurrent_dropout(LSTM, 0.25).noisy,
     cells.get("gru_reset_before"),
@@ -260,7 +261,7 @@ def _output(*command: Any) -> str:
 
 MOST_REGISTERS = 255  # that a thread can have
 CELLS = {name: cells.get(name) for name in ("lstm", "gru", "rnn_tanh", "wide", peepholes.name)}
-CELLS |= {cell.name: cell for cell in (NOISY, *STAGED)}
+CELLS |= {cell.name: cell for cell in (NOISY, CLIPPED, *STAGED)}
 SIZES = (1, 32, 64, 100, 128, 256, 512, 1000)
 FEW = (64, 512)  # for a projection, and for a cell with learned parameters or random numbers
 
@@ -268,7 +269,8 @@ FEW = (64, 512)  # for a projection, and for a cell with learned parameters or r
 def is_special(name: str) -> str:
     """The name of a cell whose kernels have code that others lack; else ""."""
     derived = derive(CELLS[name])
-    return name if derived.params or derived.draws or derived.programs else ""
+    has = derived.params or derived.draws or derived.programs or derived.limit
+    return name if has else ""
 
 
 def problems() -> Iterator[plan.Problem]:

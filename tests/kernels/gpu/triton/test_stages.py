@@ -52,6 +52,33 @@ def test_ragged_batches_resets_and_chunks(name: str, way: str, layout: str) -> N
             assert largest_error(ours[what], right) < 1e-12, (what, chunk)
 
 
+CLIPPED = {  # the cell, the width of its output, and the way
+    "pointwise": (cells.lstm, None, "resident"),
+    "pointwise, streamed": (cells.lstm, None, "streamed"),
+    "projected": (cells.lstm, 11, "streamed"),
+    "stages": (staged, None, "resident"),
+    "stages, streamed": (staged, None, "streamed"),
+    "stages, projected": (linear_staged_projectable, 11, "streamed"),
+}
+
+
+@interpreted
+@pytest.mark.parametrize("name", CLIPPED)
+def test_gradients_of_states_are_clipped(name: str) -> None:
+    cell, projected, way = CLIPPED[name]
+    steps, batch, hidden, limit = 4, 3, 17, 0.75
+    given, exact, flags = in_layout("packed", cell, steps, batch, hidden, 2, projected)
+    fields = residency(way, hidden, 1, torch.float64) | {"chunk_rows": 2 * batch}
+    clipping = cells.clip_grad(cell, limit)
+    with planned(**fields), kernels.use("triton"):
+        ours = run(with_every_step, clipping, {**given, "resets": flags})
+    right = run(with_every_step_by_reference, clipping, {**exact, "resets": flags})
+    without = run(with_every_step_by_reference, cell, {**exact, "resets": flags})
+    assert largest_error(without["gradient of x 0"], right["gradient of x 0"]) > 0.1
+    for what, value in right.items():
+        assert largest_error(ours[what], value) < 1e-12, what
+
+
 @interpreted
 @pytest.mark.parametrize(
     ("number", "way"),
