@@ -201,6 +201,11 @@ class Cut(TorchFunctionMode):
         if name in _NORMS and args:
             norm: Any = _NORMS[name]
             return norm(self, *args, **kwargs)
+        if name in _READS:
+            raise Underivable(
+                f"no code can be derived for cell {self.cell.name!r}: it reads the value of a "
+                f"tensor ({name}); write its formula in functions of torch"
+            )
         if name not in _REDUCTIONS or not args or not isinstance(args[0], Tensor):
             result = function(*args, **kwargs)
             self._check_mixes_no_units(name, args, result)
@@ -352,3 +357,5 @@ _REDUCTIONS = {
     "logsumexp": _logsumexp,
 }
 _NORMS = {"layer_norm": _layer_norm, "rms_norm": _rms_norm}
+# Functions that read the memory of a tensor, which no operation of torch shows.
+_READS = {"__array__", "__dlpack__", "data_ptr", "numpy", "storage", "tolist", "untyped_storage"}

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._decomp import core_aten_decompositions, get_decompositions
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastrnn.cells import Cell
 from fastrnn.cells.arguments import as_written
 from fastrnn.compiler.cut import Cut, Site, Underivable
 from fastrnn.compiler.expression import MASKS, Algebra, Expr, uses
+from fastrnn.compiler.record import ValueRead, record
 from fastrnn.compiler.rules import ALIASES, FUNCTIONS, SIDE_BY_SIDE, TENSORS, parts_of
 
 __all__ = ["Trace", "Underivable", "trace"]
@@ -108,17 +107,18 @@ def _read(algebra: Algebra, cell: Cell, shape: tuple[int, ...]) -> Trace:
     of_u, of_uv = len(cell.inputs), len(cell.inputs) + len(cell.recurrent)
     *outer, width = shape
 
-    def zeros(*size: int) -> Tensor:
-        return torch.zeros(size, dtype=torch.float64, device="cpu")
+    def full(*size: int) -> Tensor:
+        # A value that differs between the shapes, so that a formula with it would, too.
+        return torch.full(size, 1 / width, dtype=torch.float64, device="cpu")
 
     # Parameters have a number for each row, too: so their gradients are pointwise.
     sizes = {"unit": width, "one": 1, "gates": gates * width}
-    inputs = [zeros(*shape) for _ in range(of_uv + states)]
-    inputs += [zeros(*outer, sizes[param.kind]) for param in cell.params.values()]
+    inputs = [full(*shape) for _ in range(of_uv + states)]
+    inputs += [full(*outer, sizes[param.kind]) for param in cell.params.values()]
     own = len(inputs)
     ends = (of_u, of_uv, of_uv + states)
-    count = zeros() + width
-    numbers = [zeros(*shape) for _ in cell.draws] if cell.noise else []
+    count = torch.tensor(width, dtype=torch.float64, device="cpu")
+    numbers = [full(*shape) for _ in cell.draws] if cell.noise else []
     last = -1 - len(numbers)
 
     def step(cut: Cut, flat: tuple[Tensor, ...], z: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -135,26 +135,25 @@ def _read(algebra: Algebra, cell: Cell, shape: tuple[int, ...]) -> Trace:
         _check_states(cell, after, shape)
         sites = tuple(probe.sites)
         results = [label for site in sites for label in site.results]
-        inputs += [zeros(*outer, 1) for _ in results]
+        inputs += [full(*outer, 1) for _ in results]
         active = len(inputs)
-        inputs += [zeros(*shape) for _ in cell.states]
-        inputs += [zeros(*outer, site.parts * width) for site in sites]
+        for x in inputs:
+            x.requires_grad_()
+        inputs += [full(*shape) for _ in cell.states]
+        inputs += [full(*outer, site.parts * width) for site in sites]
 
         def sweep(*flat: Tensor) -> tuple[Tensor, ...]:
-            def function(*some: Tensor) -> tuple[Tensor, ...]:
-                cut = Cut(cell, shape, flat[-1], iter(some[own:]))
-                after = step(cut, some[:own], flat[last:-1])
-                if tuple(cut.sites) != sites:
-                    raise Underivable(f"cell {cell.name!r} is another formula each time")
-                return (*after, *cut.operands)
+            cut = Cut(cell, shape, flat[-1], iter(flat[own:active]))
+            after = step(cut, flat[:own], flat[last:-1])
+            if tuple(cut.sites) != sites:
+                raise Underivable(f"cell {cell.name!r} is another formula each time")
+            results = (*after, *cut.operands)
+            return *results, *_gradients(results, flat[:active], flat[active:last])
 
-            after, back = torch.func.vjp(function, *flat[:active])[:2]
-            return (*after, *back(flat[active:last]))
-
-        traced = make_fx(sweep, decomposition_table=_decompositions())(*inputs, *numbers, count)
+        traced = record(sweep, [*inputs, *numbers, count])
     except RuntimeError as error:
         what = str(error).split("\n")[0]
-        if re.search(r"Boolean value of Tensor|to get value out|to Scalar", what):
+        if isinstance(error, ValueRead) or re.search(r"Boolean value of Tensor|to Scalar", what):
             what = "it reads the value of a tensor, perhaps to branch on it; "
             what += "choose per unit with torch.where"
         elif "in-place" in what:
@@ -183,6 +182,23 @@ def _read(algebra: Algebra, cell: Cell, shape: tuple[int, ...]) -> Trace:
     )
 
 
+def _gradients(
+    results: Sequence[Tensor], inputs: Sequence[Tensor], given: Sequence[Tensor]
+) -> Sequence[Tensor]:
+    """Gradients of the inputs from those of the results, some of which may follow from no input."""
+    ends = [k for k, result in enumerate(results) if result.requires_grad]
+    if not ends:
+        return [torch.zeros_like(x) for x in inputs]
+    return torch.autograd.grad(
+        [results[k] for k in ends],
+        inputs,
+        [given[k] for k in ends],
+        create_graph=True,  # by formulas of basic operations, which have gradients themselves
+        allow_unused=True,
+        materialize_grads=True,
+    )
+
+
 def _check_states(cell: Cell, states: tuple[Any, ...], shape: tuple[int, ...]) -> None:
     for name, state in zip(cell.states, states, strict=True):
         if not isinstance(state, Tensor):
@@ -195,12 +211,6 @@ def _check_states(cell: Cell, states: tuple[Any, ...], shape: tuple[int, ...]) -
             f"cell {cell.name!r} returned state {name!r} {what}, where its inputs are of shape "
             f"{list(shape)} and torch.float64; a state must be like the inputs"
         )
-
-
-def _decompositions() -> dict[Any, Callable[..., Any]]:
-    aten = torch.ops.aten
-    activations = [aten.gelu, aten.elu, aten.leaky_relu, aten.hardtanh]
-    return dict(core_aten_decompositions().items()) | get_decompositions(activations)
 
 
 class _Reader:
@@ -217,16 +227,14 @@ class _Reader:
         self.fixed: set[int] = set()  # arguments, and parts of other values
         self.part = 0  # which part a rule computes
 
-    def read(
-        self, traced: fx.GraphModule, labels: Iterable[tuple[str, ...]]
-    ) -> list[tuple[Expr, ...]]:
+    def read(self, traced: fx.Graph, labels: Iterable[tuple[str, ...]]) -> list[tuple[Expr, ...]]:
         names = iter(labels)
-        for node in traced.graph.nodes:
+        for node in traced.nodes:
             if node.op == "placeholder":
                 self.values[node] = [self.algebra.input(label) for label in next(names)]
                 self.fixed.add(id(self.values[node]))
             elif node.op == "get_attr":
-                self.values[node] = [self._captured(getattr(traced, node.target), node)]
+                self.values[node] = [self._captured(node.meta["val"], node)]
             elif node.op == "call_function":
                 self._call(node)
             else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -45,6 +46,13 @@ PARAMETER = torch.nn.Parameter(torch.tensor(0.5))
         (lambda u, v, h: h if h.sum(-1) > 0 else u.a, "reads the value.*torch.where"),
         (lambda u, v, h: h if h > 0 else u.a, "reads the value.*torch.where"),
         (lambda u, v, h: h * h.mean(-1).item(), "reads the value.*torch.where"),
+        (lambda u, v, h: h if torch.equal(h, u.a) else u.a, "reads the value.*torch.where"),
+        (lambda u, v, h: h * float(h.detach().numpy().sum()), r"reads the value.*\(numpy\)"),
+        (
+            lambda u, v, h: h if np.asarray(h.detach())[0] > 9 else u.a,
+            r"reads the value.*\(__array__\)",
+        ),
+        (lambda u, v, h: h if h.view(-1).tolist()[0] > 9 else u.a, r"reads the value.*\(tolist\)"),
         (lambda u, v, h: h * torch.nansum(h, -1, keepdim=True), "calls nansum, which makes one"),
         (lambda u, v, h: h.sum_to_size(*h.shape[:-1], 1) * h, "calls sum_to_size, which makes one"),
         (lambda u, v, h: h * h.sum(-1).sum(-1), "calls sum of a tensor of 0 dimensions"),
@@ -75,6 +83,29 @@ def test_what_is_no_pointwise_formula_is_refused_by_name(
     with pytest.raises(Underivable, match=message) as refusal:
         derive(make("a", "h", function, "refused"))
     assert "'refused'" in str(refusal.value)
+
+
+def test_constants_may_be_read_and_written() -> None:
+    def structure(function: Callable[..., object]) -> str:
+        return emit_cpp.struct(derive(make("a", "h", function, "constants")))
+
+    def written(u, v, h):
+        three = torch.tensor(1.0, dtype=torch.float64)
+        three.add_(2)
+        return u.a + h * three
+
+    wanted = structure(lambda u, v, h: u.a + h * 3.0)
+    assert structure(written) == wanted
+    assert structure(lambda u, v, h: u.a + h * (torch.tensor(1.5) * 2).item()) == wanted
+    assert structure(lambda u, v, h: u.a + h * 3 if torch.tensor(True) else h) == wanted
+    assert structure(lambda u, v, h: u.a + h * torch.full_like(h, 3)) == wanted
+
+
+def test_a_state_that_follows_from_no_argument_has_zero_gradients() -> None:
+    nothing = derive(make("a", "h", lambda u, v, h: torch.zeros_like(h), "nothing"))
+    one = derive(make("a", "h", lambda u, v, h: h * 0 + 1, "nothing"))
+    assert "ds[0] = splat<V>(0.0)" in emit_cpp.struct(nothing)
+    assert "ds[0] = " in emit_cpp.struct(one)
 
 
 def test_an_error_of_the_function_itself_stays_that_error() -> None:
