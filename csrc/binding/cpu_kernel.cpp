@@ -21,6 +21,13 @@ Tensor fresh_zeros(at::IntArrayRef size, at::ScalarType type) {
   return out;
 }
 
+// `tensor.clone()` of a contiguous tensor, without the dispatcher.
+Tensor copy_of(const Tensor& tensor) {
+  Tensor out = fresh(tensor.sizes(), tensor.scalar_type());
+  if (out.nbytes() > 0) std::memcpy(out.mutable_data_ptr(), tensor.const_data_ptr(), out.nbytes());
+  return out;
+}
+
 // Buffers of a call, by their numbers of elements.
 class Workspace {
  public:
@@ -241,11 +248,12 @@ class WeightGradients {
     const bool summed = call.cell.all_summed();
     // Rows of dx that several recurrences add to, or that none reaches.
     const bool from_zero = n.P > 1 || call.in.lengths;
+    const at::IntArrayRef x_size = call.in.x.sizes();
     if (needs[kNeedX])
-      tensors_.x = from_zero ? fresh_zeros({n.R, n.I}, compute) : fresh({n.R, n.I}, compute);
+      tensors_.x = from_zero ? fresh_zeros(x_size, compute) : fresh(x_size, compute);
     const uint64_t reverse = call.in.reverse, all = ~uint64_t{0} >> (64 - n.P);
     if (needs[kNeedX] && n.P > 2 && reverse != 0 && reverse != all)
-      dx_reverse_ = fresh_zeros({n.R, n.I}, compute);
+      dx_reverse_ = fresh_zeros(x_size, compute);
     const auto make = [&](bool needed, std::vector<Tensor>& to, at::IntArrayRef size) {
       Pointers pointers;
       for (int64_t p = 0; needed && p < n.P; ++p) {
@@ -280,9 +288,9 @@ class WeightGradients {
   std::vector<Tensor> in_dtype_of_x(const StateGradients& states) {
     const at::ScalarType stored = call_.in.x.scalar_type();
     if (bias_ && call_.cell.all_summed())
-      for (const Tensor& each : tensors_.b_ih) tensors_.b_hh.push_back(each.clone());
+      for (const Tensor& each : tensors_.b_ih) tensors_.b_hh.push_back(copy_of(each));
     if (dx_reverse_.defined()) tensors_.x.add_(dx_reverse_);
-    if (needs_[kNeedX]) tensors_.x = tensors_.x.view(call_.in.x.sizes()).to(stored);
+    if (needs_[kNeedX]) tensors_.x = converted(tensors_.x, stored);
     for (const Tensor& sequences : params_) {
       Tensor all = at::zeros({call_.cell.params, call_.n.H}, sequences.options());
       for (const Tensor& each : sequences.unbind()) all.add_(each);
@@ -293,10 +301,11 @@ class WeightGradients {
     }
     for (auto* group : {&tensors_.w_ih, &tensors_.w_hh, &tensors_.b_ih, &tensors_.b_hh,
                         &tensors_.w_hr, &tensors_.params})
-      for (Tensor& each : *group) each = each.to(stored);
+      for (Tensor& each : *group) each = converted(each, stored);
     if (needs_[kNeedStates] && !call_.in.s0.empty())
-      for (const Tensor& each : states.ds) tensors_.s0.push_back(each.to(stored));
-    for (const Tensor& each : states.dreset) tensors_.reset_states.push_back(each.to(stored));
+      for (const Tensor& each : states.ds) tensors_.s0.push_back(converted(each, stored));
+    for (const Tensor& each : states.dreset)
+      tensors_.reset_states.push_back(converted(each, stored));
     return tensors_.flat(needs_);
   }
 
@@ -412,7 +421,7 @@ std::vector<Tensor> backward_on_cpu(const Call& call, const CpuPlan& plan, const
   const Operands operands(cell, in, n, plain_format(stored));
   const Tensor x = with_unit_stride(in.x), y_rows = y.contiguous(), tape_rows = tape.contiguous();
   const auto in_storage = [&](const Tensor& gradient) {
-    return gradient.defined() ? gradient.to(stored).contiguous() : Tensor();
+    return gradient.defined() ? converted(gradient, stored).contiguous() : Tensor();
   };
   const Tensor dy = in_storage(grads.dy), dsteps = in_storage(grads.dsteps);
   StateGradients states(call, grads, needs, compute);

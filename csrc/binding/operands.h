@@ -279,11 +279,17 @@ inline Storage storage_of(at::ScalarType type) {
                                : Storage::kSame;
 }
 
+// `tensor.to(type)`, without the dispatcher where there is nothing to convert.
+inline Tensor converted(const Tensor& tensor, at::ScalarType type) {
+  return tensor.scalar_type() == type ? tensor : tensor.to(type);
+}
+
 // Contiguous tensors in the compute type; the caller keeps them alive while kernels read them.
 inline std::vector<Tensor> as_computed(TensorList tensors, at::ScalarType compute) {
   std::vector<Tensor> out;
   out.reserve(tensors.size());
-  for (const Tensor& tensor : tensors) out.push_back(resolved(tensor).to(compute).contiguous());
+  for (const Tensor& tensor : tensors)
+    out.push_back(converted(resolved(tensor), compute).contiguous());
   return out;
 }
 
