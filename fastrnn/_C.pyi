@@ -103,6 +103,19 @@ def step(
     expected: Tensor | None = None,
     format: str = "float32",
 ) -> tuple[Tensor, ...] | None: ...
+def layer(
+    cell: str,
+    input: Tensor,
+    hx: Any,
+    weights: Sequence[tuple[Any, ...]],
+    check: Callable[[Any, Any, None, Tensor], None],
+    bidirectional: bool,
+    batch_first: bool,
+    recompute: bool,
+    packed: Sequence[Tensor] | None = None,
+    expected: Tensor | None = None,
+    format: str = "float32",
+) -> tuple[Any, ...] | None: ...
 def transposed(y: Tensor) -> Tensor: ...
 def scan_packed(
     cell: str,

@@ -7,7 +7,7 @@ operations instead.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from fastrnn.kernels import onnx, reference
 from fastrnn.kernels.operands import Needs, Operands, Weights, side_by_side
 from fastrnn.kernels.prepare import on_cpu, prepare, prepared_now
 
-__all__ = ["Prepacked", "pack", "run", "scan", "step", "transposed"]
+__all__ = ["Prepacked", "layer", "pack", "run", "scan", "step", "transposed"]
 
 
 # The scales of the rows of w_ih, w_hh and, if there is one, w_hr, float32.
@@ -196,6 +196,42 @@ def step(
     if key is None:
         return None
     return _C.step(key, x, tuple(states), weights, *(packed or ()))
+
+
+def layer(
+    cell: Cell,
+    input: Any,
+    hx: Any,
+    weights: Sequence[Weights],
+    check: Callable[[Any, Any, None, Tensor], None],
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    recompute: bool = False,
+    packed: Prepacked | None = None,
+) -> tuple[Any, ...] | None:
+    """Run a single layer in a fast call for common operands; `nn.functional.rnn` accepts all
+    operands, and documents the arguments.
+
+    Args:
+        check: called as `check(input, hx, None, w_ih)` before anything is computed, if the operands
+            are common. Its errors are those of the call.
+
+    Returns:
+        What `nn.functional.rnn` returns. None, without any effect, if it has to run the call: there
+        are several layers, an operand is not a plain dense CPU tensor of fitting size and dtype,
+        the weights have a projection or learned parameters, the cell draws random numbers, a
+        transform is active, or gradients are needed with `packed` weights.
+
+    Raises:
+        RuntimeError: if the weights have changed since they were packed.
+    """
+    if torch.compiler.is_compiling() or not _plain(input) or _transformed():
+        return None
+    key = prepared_now(cell, _kind(input), input.dtype)
+    if key is None:
+        return None
+    frozen = packed or ()
+    return _C.layer(key, input, hx, weights, check, bidirectional, batch_first, recompute, *frozen)
 
 
 def transposed(y: Tensor) -> Tensor:

@@ -1,10 +1,6 @@
 // The Python module `fastrnn._C`.
-#include <ATen/PythonTorchFunctionTLS.h>
-#include <ATen/autocast_mode.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include "binding/callbacks.h"
@@ -20,8 +16,9 @@ namespace py = pybind11;
 
 namespace fastrnn {
 
-void bind_stepper(py::module_& m);  // stepper.cpp
-void bind_slots(py::module_& m);    // slots.cpp
+void bind_plain_calls(py::module_& m);  // plain.cpp
+void bind_stepper(py::module_& m);      // stepper.cpp
+void bind_slots(py::module_& m);        // slots.cpp
 
 namespace {
 
@@ -38,96 +35,6 @@ std::pair<Tensor, std::vector<Tensor>> scan_from_python(
                                       reset_states, batch_sizes, lengths, resets, noise, reverse},
                                      false, recompute);
   return {y, states};
-}
-
-// The tensor in `object` if it has this size and dtype and is plain: of torch's own classes, dense,
-// on a CPU; else null.
-const Tensor* plain_tensor(py::handle object, at::IntArrayRef size, at::ScalarType dtype) {
-  if (Py_TYPE(object.ptr()) != reinterpret_cast<PyTypeObject*>(THPVariableClass) &&
-      Py_TYPE(object.ptr()) != reinterpret_cast<PyTypeObject*>(ParameterClass))
-    return nullptr;
-  const Tensor& t = THPVariable_Unpack(object.ptr());
-  constexpr c10::DispatchKeySet unusual{c10::DispatchKey::Python, c10::DispatchKey::Negative,
-                                        c10::DispatchKey::Conjugate, c10::DispatchKey::ZeroTensor};
-  const bool fits = t.layout() == at::kStrided && t.is_cpu() && !t.is_nested() &&
-                    t.scalar_type() == dtype && t.sizes() == size && !t.key_set().has_any(unusual);
-  return fits ? &t : nullptr;
-}
-
-// Whether a caller asks for gradients that a frozen layer does not have.
-bool wants_gradients(const ScanInputs& in) {
-  if (!at::GradMode::is_enabled()) return false;
-  bool wanted = in.x.requires_grad();
-  for (TensorList list : in.lists())
-    for (const Tensor& tensor : list) wanted |= tensor.requires_grad();
-  return wanted;
-}
-
-// One step of a cell on x [B, I] and states [B, H], with weights w_ih, w_hh, b_ih, b_hh and, for a
-// frozen cell, their pack(). Returns the tuple of next states, or None if an operand or torch's
-// state is special. It saves Python's views and checks, which take longer than a small cell.
-py::object step_from_python(const std::string& cell, py::handle input, py::tuple before,
-                            py::tuple weights, const std::optional<std::vector<Tensor>>& packed,
-                            const std::optional<Tensor>& expected, const std::string& format) {
-  const CellFacts* facts = find_cell(cell);
-  if (!facts || facts->params || at::impl::torch_function_mode_enabled() ||
-      at::autocast::is_autocast_enabled(at::kCPU) || !THPVariable_Check(input.ptr()) ||
-      !THPVariable_Check(weights[1].ptr()))
-    return py::none();
-  const Tensor &like = THPVariable_Unpack(input.ptr()), &w = THPVariable_Unpack(weights[1].ptr());
-  if (like.dim() != 2 || w.dim() != 2) return py::none();
-  const int64_t B = like.size(0), I = like.size(1), H = w.size(1);
-  const int64_t of_u = facts->input_gates * H, of_v = facts->recurrent_gates * H;
-  const auto dtype = like.scalar_type();
-  const Tensor* x = plain_tensor(input, {B, I}, dtype);
-  // A layer that has its weights only in a format of its own passes those, for their sizes.
-  const auto matrix_type = packed ? w.scalar_type() : dtype;
-  const Tensor* w_ih = plain_tensor(weights[0], {of_u, I}, matrix_type);
-  const Tensor* w_hh = plain_tensor(weights[1], {of_v, H}, matrix_type);
-  const bool biased = !weights[2].is_none();
-  const Tensor* b_ih = biased ? plain_tensor(weights[2], {of_u}, dtype) : nullptr;
-  const Tensor* b_hh = biased ? plain_tensor(weights[3], {of_v}, dtype) : nullptr;
-  if (!x || !w_ih || !w_hh || (biased ? !b_ih || !b_hh : !weights[3].is_none())) return py::none();
-  if (!before.empty() && static_cast<int32_t>(before.size()) != facts->states) return py::none();
-  std::array<Tensor, kMaxStates> s0;
-  for (size_t s = 0; s < before.size(); ++s) {
-    const Tensor* state = plain_tensor(before[s], {B, H}, dtype);
-    if (!state) return py::none();
-    s0[s] = *state;
-  }
-  const TensorList none;
-  const std::optional<Tensor> absent;
-  ScanInputs in{cell,
-                *x,
-                *w_ih,
-                *w_hh,
-                biased ? TensorList(*b_ih) : none,
-                biased ? TensorList(*b_hh) : none,
-                none,
-                none,
-                TensorList(s0.data(), before.size()),
-                none,
-                absent,
-                absent,
-                absent,
-                absent,
-                0};
-  if (packed) {
-    in.packed = *packed;
-    in.format = format_named(format);
-  }
-  if (packed && (wants_gradients(in) || c10::impl::TorchDispatchModeTLS::any_modes_set()))
-    return py::none();
-  std::vector<Tensor> states;
-  Tensor y;
-  {
-    py::gil_scoped_release release;
-    std::tie(y, states, std::ignore) = packed ? scan_frozen(in, *expected) : call_scan(in, false);
-  }
-  py::tuple after(states.size());
-  after[0] = std::move(y);
-  for (size_t s = 1; s < states.size(); ++s) after[s] = std::move(states[s]);
-  return after;
 }
 
 std::pair<Tensor, std::vector<Tensor>> packed_from_python(
@@ -191,14 +98,11 @@ std::vector<std::string> formats() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  bind_plain_calls(m);
   bind_stepper(m);
   bind_slots(m);
   m.def("scan", scan_from_python, py::call_guard<py::gil_scoped_release>(),
         "torch.ops.fastrnn.scan without its tape.");
-  m.def("step", step_from_python, "One step of a cell on plain tensors; None for others.",
-        py::arg("cell"), py::arg("input"), py::arg("before"), py::arg("weights"),
-        py::arg("packed") = std::nullopt, py::arg("expected") = std::nullopt,
-        py::arg("format") = "float32");
   m.def("transposed", transposed, py::call_guard<py::gil_scoped_release>(),
         "`y.transpose(0, 1)` that autograd does not take for a view.");
   m.def("scan_packed", packed_from_python, py::call_guard<py::gil_scoped_release>());

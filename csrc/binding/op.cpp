@@ -48,7 +48,8 @@ std::vector<Tensor> launched_backward(const ScanInputs& in, const OutputGrads& g
   return python_backward(in, grads, y, tape, needs);
 }
 
-// For tensors on a CPU; the plan may name another kernel than the CPU kernel.
+}  // namespace
+
 ScanOutputs scan_on_cpu(const ScanInputs& in, bool tape) {
   const CellFacts& cell = cell_of(in);
   const Format format = format_of(in);
@@ -60,8 +61,6 @@ ScanOutputs scan_on_cpu(const ScanInputs& in, bool tape) {
               "compiled code has weights for that one only");
   return launched(in, tape);
 }
-
-}  // namespace
 
 ScanOutputs call_scan(const ScanInputs& in, bool tape, bool recompute, Tensor* steps) {
   static auto op = c10::Dispatcher::singleton()

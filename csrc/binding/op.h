@@ -12,7 +12,9 @@ ScanOutputs call_scan(const ScanInputs& in, bool tape, bool recompute = false,
 
 // `fastrnn::scan_packed`: y, the states and, with `steps`, those past the first after every step.
 std::vector<Tensor> call_packed(const ScanInputs& in, const Tensor& expected, bool steps = false);
-// The same below the dispatcher, for tensors on a CPU; the tape has no rows unless it is asked for.
+// The same two below the dispatcher, for tensors on a CPU; the tape has no rows unless it is asked
+// for. The plan may name another kernel than the CPU kernel.
+ScanOutputs scan_on_cpu(const ScanInputs& in, bool tape);
 ScanOutputs scan_frozen(const ScanInputs& in, const Tensor& expected, bool tape = false);
 
 // The dtype that autocast gives all operands: autocast's own, as in torch.nn. As there, the GRU on

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn import cells
+from fastrnn import cells, ops
 from fastrnn.cells import Cell
 from fastrnn.kernels.operands import Weights, heads_of, named
 from fastrnn.nn import functional
@@ -197,8 +197,23 @@ class Layer(Freezable, FlatWeights):
         else:
             weights, packed = operands(self, input)
         noisy = self._noisy if self.training and frozen is None else None
+        cell = noisy or self._cell()
+        if not extras and self.num_layers == self.heads == 1:
+            quick = ops.layer(
+                cell,
+                input,
+                hx,
+                weights,
+                self._check,
+                self.bidirectional,
+                self.batch_first,
+                self.recompute,
+                packed[0] if packed else None,
+            )
+            if quick is not None:
+                return quick
         return functional.rnn(
-            noisy or self._cell(),
+            cell,
             input,
             weights,
             hx,
