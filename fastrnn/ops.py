@@ -225,9 +225,9 @@ def layer(
     Raises:
         RuntimeError: if the weights have changed since they were packed.
     """
-    if torch.compiler.is_compiling() or not _plain(input) or _transformed():
+    if torch.compiler.is_compiling() or not _plain(input) or not input.is_cpu or _transformed():
         return None
-    key = prepared_now(cell, _kind(input), input.dtype)
+    key = prepared_now(cell, "cpu", input.dtype)
     if key is None:
         return None
     frozen = packed or ()
