@@ -109,6 +109,7 @@ def layer(
     hx: Any,
     weights: Sequence[tuple[Any, ...]],
     check: Callable[[Any, Any, None, Tensor], None],
+    noise: Callable[[], Tensor] | None,
     bidirectional: bool,
     batch_first: bool,
     recompute: bool,

@@ -7,6 +7,7 @@ operations instead.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from torch.overrides import has_torch_function
 
 from fastrnn import flops
 from fastrnn.cells import Cell
+from fastrnn.cells.noise import seeded
 from fastrnn.extension import _C
 from fastrnn.kernels import onnx, reference
 from fastrnn.kernels.operands import Needs, Operands, Weights, side_by_side
@@ -179,7 +181,7 @@ def step(
     Args:
         x: [B, I].
         states: `S` tensors [B, H], none for zeros.
-        weights: weights without a projection. Cells with learned parameters take the other way.
+        weights: weights without a projection.
         packed: the same weights from `pack`.
 
     Returns:
@@ -219,8 +221,8 @@ def layer(
     Returns:
         What `nn.functional.rnn` returns. None, without any effect, if it has to run the call: there
         are several layers, an operand is not a plain dense CPU tensor of fitting size and dtype,
-        the weights have a projection or learned parameters, the cell draws random numbers, a
-        transform is active, or gradients are needed with `packed` weights.
+        the weights have a projection, a transform is active, or gradients are needed with `packed`
+        weights.
 
     Raises:
         RuntimeError: if the weights have changed since they were packed.
@@ -230,8 +232,11 @@ def layer(
     key = prepared_now(cell, "cpu", input.dtype)
     if key is None:
         return None
-    frozen = packed or ()
-    return _C.layer(key, input, hx, weights, check, bidirectional, batch_first, recompute, *frozen)
+    # Drawn once the call is certain to run, so that each call takes one seed from the generator.
+    noise = functools.partial(seeded, cell.draws, input) if cell.noise else None
+    return _C.layer(
+        key, input, hx, weights, check, noise, bidirectional, batch_first, recompute, *packed or ()
+    )
 
 
 def transposed(y: Tensor) -> Tensor:

@@ -48,8 +48,7 @@ const Tensor* plain_tensor(py::handle object, at::IntArrayRef size, at::ScalarTy
 const CellFacts* plain_cell(const std::string& name) {
   if (at::impl::torch_function_mode_enabled() || at::autocast::is_autocast_enabled(at::kCPU))
     return nullptr;
-  const CellFacts* facts = find_cell(name);
-  return facts && !facts->params && !facts->draws ? facts : nullptr;
+  return find_cell(name);
 }
 
 // Whether something in torch's state has to see the operator: a mode, transform, tracer or
@@ -95,6 +94,11 @@ class PlainCall {
       return from != nullptr;
     };
     if (p == 0) biased_ = biased;
+    for (py::handle each : weights[5]) {
+      const Tensor* param = plain_tensor(each);
+      if (!param || param->scalar_type() != dtype) return false;
+      params_.push_back(*param);
+    }
     return biased == biased_ && biased != weights[3].is_none() &&
            keep(plain_tensor(weights[0], {of_u, x_.size(-1)}, matrix_type), w_ih_[p]) &&
            keep(plain_tensor(weights[1], {of_v, hidden_}, matrix_type), w_hh_[p]) &&
@@ -124,7 +128,8 @@ class PlainCall {
   const Tensor& x() const { return x_; }
 
   // Runs the call; nothing if the layer is frozen and something must see operations or gradients.
-  std::optional<ScanOutputs> run(const std::optional<Tensor>& expected, bool recompute) {
+  std::optional<ScanOutputs> run(const std::optional<Tensor>& expected, bool recompute,
+                                 const std::optional<Tensor>& noise = std::nullopt) {
     static const std::optional<Tensor> absent;
     const size_t biases = biased_ ? recurrences_ : 0;
     ScanInputs in{cell_.name,
@@ -134,13 +139,13 @@ class PlainCall {
                   {b_ih_.data(), biases},
                   {b_hh_.data(), biases},
                   {},
-                  {},
+                  params_,
                   {s0_.data(), states_},
                   {},
                   absent,
                   absent,
                   absent,
-                  absent,
+                  noise,
                   recurrences_ == 2 ? 2 : 0};
     const bool differentiable = wants_gradients(in);
     if (packed_) {
@@ -169,6 +174,7 @@ class PlainCall {
   Format format_ = Format::kFloat;
   Tensor x_;
   std::array<Tensor, kMostPlain> w_ih_, w_hh_, b_ih_, b_hh_;
+  c10::SmallVector<Tensor, 4> params_;
   std::array<Tensor, kMaxStates> s0_;
   size_t recurrences_ = 0, states_ = 0;
   int64_t hidden_ = 0;
@@ -179,7 +185,7 @@ py::object step(const std::string& name, py::handle input, const py::tuple& befo
                 py::handle weights, const Packed& packed, const std::optional<Tensor>& expected,
                 const std::string& format) {
   const CellFacts* cell = plain_cell(name);
-  if (!cell) return py::none();
+  if (!cell || cell->draws) return py::none();
   PlainCall call(*cell, packed, format);
   if (!call.read_x(input, 2) || !call.read_weights(weights) ||
       !(before.empty() || call.read_states(before)))
@@ -194,9 +200,9 @@ py::object step(const std::string& name, py::handle input, const py::tuple& befo
 }
 
 py::object layer(const std::string& name, py::handle input, py::handle hx, const py::list& weights,
-                 const py::object& check, bool bidirectional, bool batch_first, bool recompute,
-                 const Packed& packed, const std::optional<Tensor>& expected,
-                 const std::string& format) {
+                 const py::object& check, const py::object& noise, bool bidirectional,
+                 bool batch_first, bool recompute, const Packed& packed,
+                 const std::optional<Tensor>& expected, const std::string& format) {
   const CellFacts* cell = plain_cell(name);
   if (!cell || weights.size() != (bidirectional ? 2 : 1)) return py::none();
   PlainCall call(*cell, packed, format);
@@ -212,7 +218,9 @@ py::object layer(const std::string& name, py::handle input, py::handle hx, const
       return py::none();
   }
   check(input, hx, py::none(), weights[0][py::int_(0)]);
-  auto out = call.run(expected, recompute);
+  std::optional<Tensor> drawn;
+  if (cell->draws) drawn = noise().cast<Tensor>();
+  auto out = call.run(expected, recompute, drawn);
   if (!out) return py::none();
   auto& [y, states, tape] = *out;
   // torch.nn's LSTM returns a view here; its RNN and GRU, with one state, do not.
@@ -231,7 +239,7 @@ void bind_plain_calls(py::module_& m) {
         py::arg("expected") = std::nullopt, py::arg("format") = "float32");
   m.def("layer", layer, "A layer on plain tensors, once `check` accepts them; None for others.",
         py::arg("cell"), py::arg("input"), py::arg("hx"), py::arg("weights"), py::arg("check"),
-        py::arg("bidirectional"), py::arg("batch_first"), py::arg("recompute"),
+        py::arg("noise"), py::arg("bidirectional"), py::arg("batch_first"), py::arg("recompute"),
         py::arg("packed") = std::nullopt, py::arg("expected") = std::nullopt,
         py::arg("format") = "float32");
 }

@@ -87,6 +87,37 @@ def test_a_fast_call_of_a_layer_has_the_numbers_of_a_slow_one(
                     assert fast._is_view() == wanted._is_view()
 
 
+RICHER: dict[str, Callable[..., nn.Module]] = {
+    "parameters": fastrnn.PeepholeLSTM,
+    "parameters and stages": fastrnn.LayerNormLSTM,
+    "no recurrent weights": lambda *sizes, **k: fastrnn.Recurrent(
+        fastrnn.cells.indrnn, *sizes, **k
+    ),
+    "noise": lambda *sizes, **k: fastrnn.LSTM(*sizes, zoneout=0.3, **k),
+    "noise and parameters": lambda *sizes, **k: fastrnn.PeepholeLSTM(*sizes, zoneout=0.3, **k),
+}
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("kind", RICHER)
+def test_a_fast_call_of_a_cell_with_parameters_or_noise(kind: str, bidirectional: bool) -> None:
+    layer = RICHER[kind](I, H, bidirectional=bidirectional)
+    x = torch.randn(T, B, I, requires_grad=True)
+    leaves = [x, *layer.parameters()]
+    for training in (True, False):
+        layer.train(training)
+        found = []
+        for slow in (False, True):
+            torch.manual_seed(5)
+            with ways() as taken:
+                y, last = layer(x, return_states=slow)[:2]
+            assert taken == ["slow"] * slow
+            total: Any = sum(t.sin().sum() for t in (y, *flatten(last)))
+            # A call takes one seed from torch's generator, whichever way it goes.
+            found.append([y, *flatten(last), *torch.autograd.grad(total, leaves), torch.rand(2)])
+        assert all(map(torch.equal, *found))
+
+
 class Sub(Tensor):
     """A subclass."""
 
