@@ -8,7 +8,6 @@ Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -144,21 +143,8 @@ def seeded(draws: Sequence[Draw], like: Tensor, order: Tensor | None = None) -> 
     """The operand `noise` of a scan on the device of `like`, int64: a seed from torch's generator,
     the thresholds of the draws, and the caller's index of every sequence, if there is an order."""
     seed = torch.randint(0, (1 << 63) - 1, (1,), dtype=torch.int64, device=like.device)
-    # Such a tensor takes longer to make than a few steps of a small layer. Of other devices, and
-    # where tensors are traced, one may not outlive the call.
-    plain = like.is_cpu and type(like) in (Tensor, torch.nn.Parameter)
-    keep = plain and not torch.compiler.is_compiling()
-    thresholds = _kept_thresholds(tuple(draws)) if keep else _thresholds(draws, like.device)
+    thresholds = torch.tensor([d.threshold for d in draws], dtype=torch.int64, device=like.device)
     return torch.cat([seed, thresholds] if order is None else [seed, thresholds, order])
-
-
-def _thresholds(draws: Sequence[Draw], device: torch.device) -> Tensor:
-    return torch.tensor([d.threshold for d in draws], dtype=torch.int64, device=device)
-
-
-@functools.cache
-def _kept_thresholds(draws: tuple[Draw, ...]) -> Tensor:
-    return _thresholds(draws, torch.device("cpu"))
 
 
 def numbers(
