@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastrnn.cells import Cell
 
-__all__ = ["GRADIENT_RESULTS", "RESULTS", "Cut", "Site", "Underivable"]
+__all__ = ["GRADIENT_RESULTS", "RESULTS", "Backward", "Cut", "Site", "Underivable"]
 
 # How the labels of the results of reductions begin, which are one number for each row: those of a
 # step, and those of its backward pass (`through_cuts.py`).
@@ -201,11 +201,7 @@ class Cut(TorchFunctionMode):
         if name in _NORMS and args:
             norm: Any = _NORMS[name]
             return norm(self, *args, **kwargs)
-        if name in _READS:
-            raise Underivable(
-                f"no code can be derived for cell {self.cell.name!r}: it reads the value of a "
-                f"tensor ({name}); write its formula in functions of torch"
-            )
+        _check_is_recorded(self.cell, function)
         if name not in _REDUCTIONS or not args or not isinstance(args[0], Tensor):
             result = function(*args, **kwargs)
             self._check_mixes_no_units(name, args, result)
@@ -251,6 +247,42 @@ class Cut(TorchFunctionMode):
                 "std, amax, amin, softmax, log_softmax, logsumexp, layer_norm, rms_norm) and by "
                 "v(x) alone"
             )
+
+
+class Backward(TorchFunctionMode):
+    """Refuses what a derivative may not do that is written in Python: torch's own, which are not,
+    go unseen. A sum would be taken for that of a number which was spread over the units."""
+
+    def __init__(self, cell: Cell) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = getattr(function, "__name__", "")
+        if name in (*_NORMS, *_REDUCTIONS):
+            raise Underivable(
+                f"cell {self.cell.name!r} calls {name} in a derivative of its own, which has to be "
+                "a pointwise formula"
+            )
+        _check_is_recorded(self.cell, function)
+        return function(*args, **(kwargs or {}))
+
+
+def _check_is_recorded(cell: Cell, function: Any) -> None:
+    """Refuse what no operation of torch shows."""
+    name = getattr(function, "__name__", "")
+    if name in _READS:
+        raise Underivable(
+            f"no code can be derived for cell {cell.name!r}: it reads the value of a tensor "
+            f"({name}); write its formula in functions of torch"
+        )
+    if name == "__set__" and getattr(function, "__self__", None) is Tensor.data:
+        raise Underivable(
+            f"no code can be derived for cell {cell.name!r}: it sets the data of a tensor; give "
+            "the result a name of its own"
+        )
 
 
 def _shaped(row: Tensor, keepdim: bool) -> Tensor:

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.autograd.graph import _engine_run_backward
 
 from fastrnn.cells import Cell
 from fastrnn.cells.arguments import as_written
-from fastrnn.compiler.cut import Cut, Site, Underivable
+from fastrnn.compiler.cut import Backward, Cut, Site, Underivable
 from fastrnn.compiler.expression import MASKS, Algebra, Expr, uses
 from fastrnn.compiler.record import ValueRead, record
 from fastrnn.compiler.rules import ALIASES, FUNCTIONS, SIDE_BY_SIDE, TENSORS, parts_of
@@ -148,7 +149,8 @@ def _read(algebra: Algebra, cell: Cell, shape: tuple[int, ...]) -> Trace:
             if tuple(cut.sites) != sites:
                 raise Underivable(f"cell {cell.name!r} is another formula each time")
             results = (*after, *cut.operands)
-            return *results, *_gradients(results, flat[:active], flat[active:last])
+            with Backward(cell):
+                return *results, *_gradients(results, flat[:active], flat[active:last])
 
         traced = record(sweep, [*inputs, *numbers, count])
     except RuntimeError as error:
@@ -189,14 +191,18 @@ def _gradients(
     ends = [k for k, result in enumerate(results) if result.requires_grad]
     if not ends:
         return [torch.zeros_like(x) for x in inputs]
-    return torch.autograd.grad(
-        [results[k] for k in ends],
-        inputs,
-        [given[k] for k in ends],
-        create_graph=True,  # by formulas of basic operations, which have gradients themselves
-        allow_unused=True,
-        materialize_grads=True,
+    # As in torch.autograd.grad, which is a function of torch itself: a mode that has seen it sees
+    # nothing within it. The graph of the gradients makes them formulas of basic operations.
+    found = _engine_run_backward(
+        tuple(results[k] for k in ends),
+        tuple(given[k] for k in ends),
+        True,  # retain_graph
+        True,  # create_graph
+        tuple(inputs),
+        True,  # allow_unused
+        accumulate_grad=False,
     )
+    return [torch.zeros_like(x) if dx is None else dx for x, dx in zip(inputs, found, strict=True)]
 
 
 def _check_states(cell: Cell, states: tuple[Any, ...], shape: tuple[int, ...]) -> None:

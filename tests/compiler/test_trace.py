@@ -17,6 +17,44 @@ from fastrnn.compiler import emit_cpp
 from fastrnn.compiler.derive import Underivable, derive
 from tests.support.derivations import make, mgu
 
+
+class Divided(torch.autograd.Function):
+    """Its gradient is divided by a sum over the units."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy / (1 + dy.square().sum(-1, keepdim=True))
+
+
+class Read(torch.autograd.Function):
+    """Its gradient depends on the first number of a tensor."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy if dy.detach().numpy().ravel()[0] > 0.1 else 2 * dy
+
+
+def hooked(u, v, h):
+    y = u.a + v.a
+    if y.requires_grad:
+        y.register_hook(lambda dy: dy - dy.mean(-1, keepdim=True))
+    return torch.tanh(y)
+
+
+def with_set_data(u, v, h):
+    y = torch.zeros_like(h)
+    y.data = 3 * u.a.detach()
+    return y * v.a
+
+
 PARAMETER = torch.nn.Parameter(torch.tensor(0.5))
 
 
@@ -53,6 +91,10 @@ PARAMETER = torch.nn.Parameter(torch.tensor(0.5))
             r"reads the value.*\(__array__\)",
         ),
         (lambda u, v, h: h if h.view(-1).tolist()[0] > 9 else u.a, r"reads the value.*\(tolist\)"),
+        (lambda u, v, h: torch.tanh(Divided.apply(u.a + v.a)), "calls sum in a derivative of its"),
+        (lambda u, v, h: torch.tanh(Read.apply(u.a + v.a)), r"reads the value.*\(numpy\)"),
+        (hooked, "calls mean in a derivative of its own"),
+        (with_set_data, "sets the data of a tensor"),
         (lambda u, v, h: h * torch.nansum(h, -1, keepdim=True), "calls nansum, which makes one"),
         (lambda u, v, h: h.sum_to_size(*h.shape[:-1], 1) * h, "calls sum_to_size, which makes one"),
         (lambda u, v, h: h * h.sum(-1).sum(-1), "calls sum of a tensor of 0 dimensions"),
