@@ -229,7 +229,7 @@ def layer(
     """
     if torch.compiler.is_compiling() or not _plain(input) or not input.is_cpu or _transformed():
         return None
-    key = prepared_now(cell, "cpu", input.dtype)
+    key = prepared_now(cell, "cpu", input.dtype, None if packed is None else packed.format)
     if key is None:
         return None
     # Drawn once the call is certain to run, so that each call takes one seed from the generator.
