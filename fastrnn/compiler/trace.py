@@ -78,7 +78,7 @@ def trace(algebra: Algebra, cell: Cell) -> Trace:
     """
     traced = _read(algebra, cell, (3,))
     _check_rows(cell, traced)
-    if traced != _read(algebra, cell, (2, 5)):
+    if traced != _read(algebra, cell, (2, 1031)):  # another side of most bounds of a width
         raise Underivable(
             f"cell {cell.name!r} depends on the shape of its tensors, or is another formula each "
             "time it is called; a cell must be the same formula for every unit"
@@ -181,6 +181,21 @@ def _read(algebra: Algebra, cell: Cell, shape: tuple[int, ...]) -> Trace:
         tuple(read[states:first]),
         tuple(value for parts in gradients[:own] for value in parts),
         tuple(zip(results, (value for (value,) in gradients[own:]), strict=True)),
+    )
+
+
+_WRITES = ("copy", "fill", "full", "full_like", "new_full", "scalar_tensor")
+
+
+def _as_numbers(name: str, like: Any, value: Expr) -> bool:
+    """Whether a result is what its formula gives in real numbers, although it may be integers: a
+    mask times an integer is."""
+    dtype = getattr(like, "dtype", None)
+    if dtype is None or dtype.is_floating_point or dtype == torch.bool:
+        return True
+    whole = value.constant is not None and value.constant.is_integer()
+    return (
+        dtype == torch.int64 and not name.startswith("bitwise") and (whole or name not in _WRITES)
     )
 
 
@@ -312,9 +327,11 @@ class _Reader:
             # They may share memory with what they were made of.
             self.fixed.update(id(self.values[n]) for n in (node, *node.all_input_nodes))
             return
-        if not rule:
+        if not rule and str(target) != "aten.view.dtype":
             self.values[node] = self.values[args[0]]
             return
+        if not rule:
+            raise self._refusal(node, shape)
         values = []
         for self.part in range(parts):
             value = rule(self, *args, **node.kwargs)
@@ -322,6 +339,11 @@ class _Reader:
                 raise Underivable(f"cell {self.cell.name!r} calls {target}: {value}")
             if like is not None and like.dtype == torch.bool and value.op not in MASKS:
                 value = self.algebra.make("ne", value, self.algebra.const(0))
+            if not _as_numbers(name, like, value):
+                raise Underivable(
+                    f"cell {self.cell.name!r} calls {target} with {like.dtype}, whose numbers are "
+                    "rounded, wrap around or are bits; a cell computes in the dtype of its inputs"
+                )
             values.append(value)
         place = self.values[args[0]] if in_place else values
         if id(place) in self.fixed:
