@@ -314,7 +314,7 @@ class _Reader:
         name = name[:-1] if in_place else name
         rule = FUNCTIONS.get(name) or TENSORS.get(name)
         side = SIDE_BY_SIDE.get(name)
-        like = node.meta.get("val")
+        like: Any = node.meta.get("val")
         shape = getattr(like, "shape", None)
         parts = self._parts(shape)
         if not parts or not (rule or side or name in ALIASES):
