@@ -55,7 +55,7 @@ def test_shapes(cell: cells.Cell, shape: Shape) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_projected(shape: Shape) -> None:
-    hidden = shape[3]
+    steps, batch, inputs, hidden, recurrences = shape
     for projected, units in itertools.product({1, hidden // 2 or 1, hidden, hidden + 9}, (1, 2)):
         for cell, dtype in (
             (normed, torch.float64),
@@ -64,8 +64,11 @@ def test_projected(shape: Shape) -> None:
         ):
             if dtype == torch.bfloat16 and hidden == 1:
                 continue  # a norm over one unit is a difference of rounding errors
+            # The relative error of a state that is one number, perhaps near 0, is luck.
+            rows = max(batch, 8) if dtype == torch.bfloat16 and projected == 1 else batch
+            sizes = steps, rows, inputs, hidden, recurrences
             with planned(split_units=units):
-                check(cell, operands(cell, *shape, dtype=dtype, projected=projected))
+                check(cell, operands(cell, *sizes, dtype=dtype, projected=projected))
 
 
 def test_projected_ragged_batches_and_resets() -> None:
