@@ -93,3 +93,12 @@ def test_description_of_reductions() -> None:
     assert ": 32 bytes per unit, and 24 bytes per row and step in float32" in text
     assert "mean.1 dev.1: mean and squared deviations of v.i v.f v.g v.o over the units" in text
     assert "  begins with dmean.0: sum over the units\n" in text
+
+
+def test_a_limit_of_gradients_is_told_and_is_no_part_of_the_formulas() -> None:
+    text = describe(derive(cells.clip_grad(cells.clip_grad(cells.lstm, 1.0), 0.5)))
+    told, plain = "  clips   gradients of states to 0.5\n", describe(derive(cells.lstm))
+    assert told in text
+    assert text.replace(told, "").split("\n", 1)[1] == plain.split("\n", 1)[1]
+    without = describe(derive(cells.clip_grad(cells.lstm, float("inf"))))
+    assert without.split("\n", 1)[1] == plain.split("\n", 1)[1]
