@@ -7,9 +7,9 @@ The function and its vector-Jacobian product are traced once (`trace.py`) into p
   their sum `a`, and one array serves both.
 - **saved**: the backward pass gets the states before and after the step, and recomputes whatever
   follows from them. A step saves the fewest other values from which the gradients follow by
-  arithmetic alone, without a transcendental function. A cell with reductions or products of its own
-  also saves their results, a few numbers for each row, and may compute a transcendental function
-  again to save a value less.
+  arithmetic; a transcendental function is computed again where that saves at least one value for
+  each. A cell with reductions or products of its own also saves their results, a few numbers for
+  each row.
 - **stages**: such a cell becomes a program of stages (`stages.py`), forward and backward. Its
   gradients go back through every cut: that of a sum is the same for all units, that of the operand
   of a product is the transposed product.
@@ -299,9 +299,9 @@ def _derive(cell: Cell) -> Derived | Underivable:
             return reason
 
 
-# The price of computing a transcendental function again, where saving a value costs 1: for cells
-# with more than one stage, whose programs are longer anyway.
-_AGAIN = 0.45
+# The price of computing a transcendental function again, where saving a value costs 1. A processor
+# takes about as long for both: so this pays where it saves at least as many values.
+_AGAIN = 0.9
 _MOST_BETWEEN_STAGES = 64  # bits of a mask of csrc/core/stages.h
 
 
@@ -319,8 +319,7 @@ def _derive_here(cell: Cell) -> Derived:
         for node, name in reversed(list(zip(traced.states, cell.states, strict=True)))
         if node.op != "const" and not node.label.startswith("s.")
     }
-    again = _AGAIN if traced.sites else float("inf")
-    saved = named(saved_values(outputs, available, again), available, cell.gates)
+    saved = named(saved_values(outputs, available, _AGAIN), available, cell.gates)
     known = available | {node: algebra.input(f"saved.{name}") for name, node in saved.items()}
     outputs = list(algebra.rebuild(outputs, known))
     given = iter(outputs)

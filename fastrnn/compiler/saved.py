@@ -19,8 +19,8 @@ def saved_values(
     gradients: Sequence[Expr], available: Mapping[Expr, Expr], again: float
 ) -> list[Expr]:
     """The fewest nodes from which, with the states and the results of reductions, the gradients
-    follow by arithmetic alone, or by transcendental functions too if computing one `again` is
-    cheaper than what it saves.
+    follow by arithmetic, and by transcendental functions where computing them `again`, at this
+    price for each, is cheaper than saving their values.
 
     They are a minimum vertex cut between the nodes that only the forward step knows (gates and
     values of transcendental functions) and the nodes that the backward pass reads. If there are
@@ -52,10 +52,9 @@ def saved_values(
         connect((node, 0), (node, 1), float("inf") if node.op in MASKS else 1)
         if not node.args or node.op in TRANSCENDENTAL:
             connect(origin, (node, 0), again if node.args else float("inf"))
-        if node.args and (node.op not in TRANSCENDENTAL or again < float("inf")):
-            for arg in node.args:
-                if arg not in known:
-                    connect((arg, 1), (node, 0), float("inf"))
+        for arg in node.args:
+            if arg not in known:
+                connect((arg, 1), (node, 0), float("inf"))
     for node in gradients:  # operands of products, which no gradient is part of
         if node not in backward and node not in known and node in order:
             connect((node, 1), goal, float("inf"))

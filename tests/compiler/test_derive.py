@@ -3,6 +3,7 @@ summed and which values saved."""
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from fastrnn import cells
 from fastrnn.cells import Cell
 from fastrnn.compiler import expression
-from fastrnn.compiler.derive import derive
+from fastrnn.compiler.derive import Derived, derive
 from tests.support.derivations import (
     ALL,
     BUILT_IN_CELLS,
@@ -128,7 +129,11 @@ def test_a_gate_is_summed_where_only_the_sum_matters(
         # A mask cannot be saved, so the values that it compares are.
         (lambda u, v, h, c: (torch.where(u.a > v.a, h, c), c), "u.a v.a"),
         (lambda u, v, h, c: (torch.relu(u.a + v.a) * h, c), "a.a"),
-        (lambda u, v, h, c: (F.silu(u.b + v.b) * u.a, h), "b u.a a.b"),
+        # A function is computed again if its argument is saved anyway.
+        (lambda u, v, h, c: (F.silu(u.b + v.b) * u.a, h), "u.a a.b"),
+        (lambda u, v, h, c: (torch.tanh(torch.exp(u.a) * torch.exp(u.b)) * h, c), "a b"),
+        # Not if more functions than values would be.
+        (lambda u, v, h, c: (torch.exp(torch.sigmoid(u.a)) * v.a * h, c), "a v.a"),
     ],
 )
 def test_the_fewest_values_are_saved(function: Callable[..., object], saved: str) -> None:
@@ -136,12 +141,24 @@ def test_the_fewest_values_are_saved(function: Callable[..., object], saved: str
 
 
 @every_cell
-def test_backward_computes_transcendental_functions_of_states_alone(cell: Cell) -> None:
-    nodes = expression.ordered(derive(cell).gradients)
-    again = [node for node in nodes if node.op in expression.TRANSCENDENTAL]
-    assert {label.split(".")[0] for label in expression.uses(again)} <= {"s", "next"}
-    again_in = ("lstm", "peephole", "learned", "activations", "powers")
-    assert bool(again) == (cell.name in again_in)
+def test_each_function_that_is_computed_again_saves_a_value(
+    cell: Cell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def of_saved(derived: Derived) -> int:
+        functions = [
+            node
+            for node in expression.ordered(derived.gradients)
+            if node.op in expression.TRANSCENDENTAL
+        ]
+        reads = [expression.uses([node]) for node in functions]
+        return sum(any(label.startswith("saved.") for label in labels) for labels in reads)
+
+    derived = derive(cell)
+    module = importlib.import_module("fastrnn.compiler.derive")
+    monkeypatch.setattr(module, "_AGAIN", float("inf"))
+    without = module._derive_here(cell)
+    assert of_saved(without) == 0
+    assert len(derived.saved) + of_saved(derived) <= len(without.saved)
 
 
 # Random cells.
