@@ -2,9 +2,11 @@
 // 2011, "Parallel random numbers: as easy as 1, 2, 3"). fastrnn/cells/noise.py has the same in
 // torch.
 //
-// The key is the seed. Unit q takes word q/16 % 4 of the counter (16*(q/64) + q%16, step, sequence,
-// recurrence and draw): so 16 counters serve a block of 64 units, and vectors of any width have
-// their numbers side by side.
+// The key is the seed. A word of 32 bits serves two units of a block of 64: unit q < 32 takes word
+// q/16*2 + q%2 of the counter (8*block + q%16/2, step, sequence, recurrence and draw), and unit
+// q + 32 takes the same word rotated by 16 bits. Both are uniform; whether they are below their
+// threshold depends on the same bits only where the upper halves tie with it, once in 65,536. So 8
+// counters serve a block, and vectors of any width have their numbers side by side.
 #pragma once
 
 #include <cstdint>
@@ -46,11 +48,11 @@ FASTRNN_INLINE Lanes64 product(Lanes64 x, uint32_t factor) {
 struct Philox {
   Lanes64 a, b, c, d;
 
-  // Counters `first`, `first` + 2, ... and so on.
+  // Counters `first`, `first` + 1 and so on.
   FASTRNN_INLINE Philox(uint64_t first, uint32_t step, uint32_t sequence, uint32_t place)
       : b(Lanes64{} + step), c(Lanes64{} + sequence), d(Lanes64{} + place) {
     Lanes64 own;
-    for (int l = 0; l < kLanes64; ++l) own[l] = 2 * l;
+    for (int l = 0; l < kLanes64; ++l) own[l] = l;
     a = own + first;
   }
   FASTRNN_INLINE void round(uint32_t key0, uint32_t key1) {
@@ -62,10 +64,9 @@ struct Philox {
   }
 };
 
-// Writes words of even and of odd counters in the order of the counters; lower halves of lanes come
-// first in memory.
-FASTRNN_INLINE void put_words(Lanes64 even, Lanes64 odd, uint32_t* to) {
-  const Lanes64 both = (even & 0xFFFFFFFF) | (odd << 32);
+// Writes the words of each counter next to each other; lower halves of lanes come first in memory.
+FASTRNN_INLINE void put_words(Lanes64 first, Lanes64 second, uint32_t* to) {
+  const Lanes64 both = (first & 0xFFFFFFFF) | (second << 32);
   memcpy(to, &both, sizeof both);
 }
 
@@ -77,25 +78,24 @@ void draw(uint64_t seed, uint32_t step, uint32_t sequence, uint32_t place, int64
   const uint32_t most = static_cast<uint32_t>(threshold > 0 ? threshold - 1 : 0);
   const T most_value = threshold > 0 ? value : T{0};
   for (int64_t block = begin / 64 * 64; block < end; block += 64) {
-    uint32_t words[64];
-    for (int first = 0; first < 16; first += 2 * kLanes64) {
-      // Two, so that one can start while the other waits.
-      Philox even(block / 4 + first, step, sequence, place);
-      Philox odd(block / 4 + first + 1, step, sequence, place);
+    uint32_t words[32];
+    for (int first = 0; first < 8; first += kLanes64) {
+      Philox random(block / 8 + first, step, sequence, place);
       uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
       for (int round = 0; round < 10; ++round) {
-        even.round(key0, key1);
-        odd.round(key0, key1);
+        random.round(key0, key1);
         key0 += 0x9E3779B9;
         key1 += 0xBB67AE85;
       }
-      put_words(even.a, odd.a, words + first);
-      put_words(even.b, odd.b, words + 16 + first);
-      put_words(even.c, odd.c, words + 32 + first);
-      put_words(even.d, odd.d, words + 48 + first);
+      put_words(random.a, random.b, words + 2 * first);
+      put_words(random.c, random.d, words + 16 + 2 * first);
     }
     T numbers[64];
-    for (int unit = 0; unit < 64; ++unit) numbers[unit] = words[unit] <= most ? most_value : T{0};
+    for (int unit = 0; unit < 32; ++unit) {
+      const uint32_t word = words[unit];
+      numbers[unit] = word <= most ? most_value : T{0};
+      numbers[unit + 32] = (word >> 16 | word << 16) <= most ? most_value : T{0};
+    }
     const int64_t from = begin > block ? begin - block : 0;
     const int64_t last = end < block + 64 ? end - block : 64;
     T* own = to + (block + from - begin);

@@ -158,7 +158,8 @@ def numbers(
     if not sequences.numel():
         sequences = torch.arange(batch, device=device)
     unit = torch.arange(hidden, device=device)
-    counter, word = unit // 64 * 16 + unit % 16, unit // 16 % 4
+    counter = unit // 64 * 8 + unit % 16 // 2
+    word, rotated = unit // 16 % 2 * 2 + unit % 2, unit // 32 % 2 == 1
     made = []
     for k, draw in enumerate(draws):
         every = [_WORD] if draw.per == "sequence" else range(steps)
@@ -170,7 +171,8 @@ def numbers(
             sequences[None, :, None],
             torch.tensor(recurrence << 16 | k, device=device),
         )
-        mine = torch.stack(words).gather(0, word.expand(1, *words[0].shape))[0]
+        one = torch.stack(words).gather(0, word.expand(1, *words[0].shape))[0]
+        mine = torch.where(rotated, (one << 16 | one >> 16) & _WORD, one)
         value = _ONE / noise[1 + k].double() if draw.scaled else 1.0
         made.append(torch.where(mine < noise[1 + k], value, 0.0))
     return made

@@ -31,10 +31,11 @@ def _draw(noise, d, p, step, sequence, n, dtype, SCALED: tl.constexpr):
     unit = n.to(tl.uint32)[None, :]
     place = (p * 65536 + d).to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(
-        tl.load(noise), unit // 64 * 16 + unit % 16, step.to(tl.uint32), sequence, place
+        tl.load(noise), unit // 64 * 8 + unit % 16 // 2, step.to(tl.uint32), sequence, place
     )
-    word = unit // 16 % 4
-    mine = tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3))
+    first = unit % 2 == 0
+    one = tl.where(unit // 16 % 2 == 0, tl.where(first, w0, w1), tl.where(first, w2, w3))
+    mine = tl.where(unit // 32 % 2 == 0, one, one << 16 | one >> 16)
     threshold = tl.load(noise + 1 + d)
     drawn = (mine <= (threshold - 1).to(tl.uint32)) & (threshold > 0)
     if SCALED:
