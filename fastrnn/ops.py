@@ -233,10 +233,11 @@ def layer(
     if key is None:
         return None
     # Drawn once the call is certain to run, so that each call takes one seed from the generator.
-    noise = functools.partial(seeded, cell.draws, input) if cell.noise else None
-    return _C.layer(
-        key, input, hx, weights, check, noise, bidirectional, batch_first, recompute, *packed or ()
-    )
+    draws = cell.draws if cell.noise else ()
+    thresholds = [draw.threshold for draw in draws]
+    noise = functools.partial(seeded, draws, input)
+    ways = bidirectional, batch_first, recompute
+    return _C.layer(key, input, hx, weights, check, thresholds, noise, *ways, *packed or ())
 
 
 def transposed(y: Tensor) -> Tensor:

@@ -11,7 +11,9 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
 #include <array>
+#include <limits>
 
 #include "binding/op.h"
 
@@ -57,6 +59,16 @@ bool observed() {
   const auto included = c10::impl::tls_local_dispatch_key_set().included_;
   return !c10::default_included_set.has_all(included) ||
          at::getStepCallbacksUnlessEmpty(at::RecordScope::FUNCTION);
+}
+
+// What `cells.noise.seeded` makes for a batch in the caller's order, without four operations.
+Tensor seeded(const std::vector<int64_t>& thresholds) {
+  const Tensor seed = at::randint(std::numeric_limits<int64_t>::max(), {1}, at::kLong);
+  Tensor noise = at::empty({static_cast<int64_t>(1 + thresholds.size())}, at::kLong);
+  int64_t* to = noise.mutable_data_ptr<int64_t>();
+  *to = *seed.const_data_ptr<int64_t>();
+  std::copy(thresholds.begin(), thresholds.end(), to + 1);
+  return noise;
 }
 
 // The operands of a call on plain tensors.
@@ -200,9 +212,10 @@ py::object step(const std::string& name, py::handle input, const py::tuple& befo
 }
 
 py::object layer(const std::string& name, py::handle input, py::handle hx, const py::list& weights,
-                 const py::object& check, const py::object& noise, bool bidirectional,
-                 bool batch_first, bool recompute, const Packed& packed,
-                 const std::optional<Tensor>& expected, const std::string& format) {
+                 const py::object& check, const std::vector<int64_t>& thresholds,
+                 const py::object& noise, bool bidirectional, bool batch_first, bool recompute,
+                 const Packed& packed, const std::optional<Tensor>& expected,
+                 const std::string& format) {
   const CellFacts* cell = plain_cell(name);
   if (!cell || weights.size() != (bidirectional ? 2 : 1)) return py::none();
   PlainCall call(*cell, packed, format);
@@ -219,7 +232,7 @@ py::object layer(const std::string& name, py::handle input, py::handle hx, const
   }
   check(input, hx, py::none(), weights[0][py::int_(0)]);
   std::optional<Tensor> drawn;
-  if (cell->draws) drawn = noise().cast<Tensor>();
+  if (cell->draws) drawn = observed() ? noise().cast<Tensor>() : seeded(thresholds);
   auto out = call.run(expected, recompute, drawn);
   if (!out) return py::none();
   auto& [y, states, tape] = *out;
@@ -239,7 +252,7 @@ void bind_plain_calls(py::module_& m) {
         py::arg("expected") = std::nullopt, py::arg("format") = "float32");
   m.def("layer", layer, "A layer on plain tensors, once `check` accepts them; None for others.",
         py::arg("cell"), py::arg("input"), py::arg("hx"), py::arg("weights"), py::arg("check"),
-        py::arg("noise"), py::arg("bidirectional"), py::arg("batch_first"), py::arg("recompute"),
+        py::arg("thresholds"), py::arg("noise"), py::arg("bidirectional"), py::arg("batch_first"), py::arg("recompute"),
         py::arg("packed") = std::nullopt, py::arg("expected") = std::nullopt,
         py::arg("format") = "float32");
 }

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from contextlib import nullcontext
 from typing import Any
 
 import numpy
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrnn
 from fastrnn import cells, kernels
@@ -65,10 +67,65 @@ def test_frequencies_are_the_probabilities() -> None:
     for draw, each in zip(draws, made, strict=True):
         p = draw.probability
         assert abs(each.mean().item() - p) < 5 * (p * (1 - p) / count) ** 0.5
-    # Neighbours, steps and draws are not correlated.
+    # Neighbours, units that share a word, steps and draws are not correlated.
     half = made[2] - 0.5
-    for a, b in ((half[1:], half[:-1]), (half[..., 1:], half[..., :-1]), (half, made[1] - 0.3)):
+    pairs = ((half[..., k:], half[..., :-k]) for k in (1, 2, 16, 32, 64))
+    for a, b in (*pairs, (half[1:], half[:-1]), (half, made[1] - 0.3)):
         assert abs((a * b).mean().item()) < 5 * 0.25 / count**0.5
+
+
+def test_a_rare_number_of_one_unit_says_nothing_about_others() -> None:
+    """Two units share a word, so a threshold that only upper halves of it could pass by chance
+    must not be passed by both at once."""
+    draws = (Draw(3e-4, "step", False),)
+    torch.manual_seed(2)
+    (made,) = numbers(draws, seeded(draws, torch.empty(0)), 0, (200, 16, 128))
+    count, p = made[0].numel() * 200, draws[0].probability
+    assert abs(made.mean().item() - p) < 5 * (p / count) ** 0.5
+    for k in (1, 16, 32, 33):
+        assert (made[..., k:] * made[..., :-k]).sum() <= 2  # 0.04 are expected
+
+
+@fastrnn.cell(gates="h", states="h", name="only_draws")
+def only_draws(u: Any, v: Any, h: Tensor) -> Tensor:
+    each = fastrnn.bernoulli(0.3) + 2 * fastrnn.bernoulli(0.9999, per="sequence")
+    return each + 4 * fastrnn.dropout(u.h, 0.3)
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("hidden", [1, 16, 31, 33, 64, 97, 130])
+def test_the_cpu_kernel_draws_the_same_numbers(hidden: int, dtype: torch.dtype) -> None:
+    layer: Any = fastrnn.Recurrent(only_draws, 1, hidden, bias=False, dtype=dtype)
+    with torch.no_grad():
+        for weight in layer.parameters():
+            weight.fill_(1)
+    x = torch.ones(4, 3, 1, dtype=dtype)
+    draws = only_draws.noisy.draws
+    torch.manual_seed(5)
+    y = layer(x)[0]
+    torch.manual_seed(5)
+    first, second, third = numbers(draws, seeded(draws, x), 0, (4, 3, hidden))
+    assert torch.equal(y, (first + 2 * second + 4 * third.to(dtype)).to(dtype))
+
+
+def test_a_seed_is_the_same_whatever_watches_the_call() -> None:
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            return func(*args, **kwargs or {})
+
+    layer = fastrnn.Recurrent(cells.zoneout(cells.lstm, 0.5), 3, 9)
+    x = torch.randn(4, 2, 3)
+    found = []
+    for context in (nullcontext(), Watch(), torch.profiler.profile()):
+        torch.manual_seed(7)
+        with context:
+            y, (h, c) = layer(x)
+        found.append((y, h, c, torch.rand(1)))
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
 
 
 def test_outside_training_they_give_the_mean() -> None:
@@ -124,7 +181,7 @@ def test_as_many_draws_as_the_kernels_take() -> None:
     for kernel in ("cpu", "reference"):
         torch.manual_seed(0)
         with kernels.use(kernel):
-            found.append(layer(torch.ones(3, 2, 2, dtype=torch.float64))[0])
+            found.append(layer(torch.ones(9, 2, 2, dtype=torch.float64))[0])
     torch.testing.assert_close(*found)
     assert found[0].unique().numel() > 9
     with pytest.raises(ValueError, match=r"draws 17 random numbers .* at most 16"):
