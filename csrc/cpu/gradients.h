@@ -324,21 +324,21 @@ class GradientSweep {
                                                  depth, to, decltype(width)::value);
                                });
       };
-      if (args_.sites == 0) {
-        if (du != dv) pack_gates<F>(dv, dv_stride, recurrent, depth, tiles);
-        add(recurrent, args_.h_prev[p], Q);
-      } else {
-        const int64_t H = args_.hidden, J = args_.sites;
-        for (int64_t g = 0; g * H < args_.recurrent_depth; ++g) {
-          const Range some{recurrent.begin > g * H ? recurrent.begin : g * H,
-                           recurrent.end < (g + 1) * H ? recurrent.end : (g + 1) * H};
-          if (some.size() <= 0) continue;
-          pack_gates<F>(dv, dv_stride, some, depth, tiles);
-          if (const int site = args_.site_of[g]; site < 0)
-            add(some, args_.h_prev[p], Q);
-          else
-            add(some, static_cast<const T*>(args_.operands[p]) + site * H, J * H);
-        }
+      const int64_t H = args_.hidden, J = args_.sites, depth_v = args_.recurrent_depth;
+      const auto site_of = [&](int64_t row) { return J ? args_.site_of[row / H] : -1; };
+      // Gates that multiply the same value and follow each other are one product.
+      for (int64_t begin = 0, end; begin < depth_v; begin = end) {
+        const int site = site_of(begin);
+        for (end = begin + H; end < depth_v && site_of(end) == site;) end += H;
+        const Range some{recurrent.begin > begin ? recurrent.begin : begin,
+                         recurrent.end < end ? recurrent.end : end};
+        if (some.size() <= 0) continue;
+        const bool packed = du == dv && some.begin == gates.begin && some.end == gates.end;
+        if (!packed) pack_gates<F>(dv, dv_stride, some, depth, tiles);
+        if (site < 0)
+          add(some, args_.h_prev[p], Q);
+        else
+          add(some, static_cast<const T*>(args_.operands[p]) + site * H, J * H);
       }
     }
     if (args_.dw_hr) {

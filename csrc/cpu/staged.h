@@ -179,22 +179,17 @@ class StagedStep {
   }
 
   // Runs the step of `count` rows. save(row) is the row of the tape that takes the saved values of
-  // a row; meet() waits for threads that share these rows. Its products with h ask for what lies
-  // `ahead`.
+  // a row; meet() waits for threads that share these rows. Its products ask for what lies `ahead`.
   template <class Save, class Meet>
   void run(const Rows& rows, int64_t count, const Save& save, const Meet& meet,
            Ahead* ahead = nullptr) const {
-    if (ahead) {
-      int64_t products = 0;
-      for (int g = 0; g < Gv; ++g) products += Cell::kSiteOf[g] < 0;
-      ahead->spread(products *
-                    asks_of<F>(count, words_of<F>(sizes_.recurrent), own_.vectors.size()));
-    }
+    if (ahead)
+      ahead->spread(Gv * asks_of<F>(count, words_of<F>(sizes_.recurrent), own_.vectors.size()));
     meet();
     multiply_all(rows, count, -1, rows.state[0], rows.state_stride[0], ahead);
     for_each_number<kStages>([&](auto number) {
       constexpr int k = decltype(number)::value;
-      if constexpr (k > 0) exchange<k>(rows, count, meet);
+      if constexpr (k > 0) exchange<k>(rows, count, ahead, meet);
       for (int64_t r = 0; r < count; ++r) one_row<k>(rows, r, save);
     });
   }
@@ -212,7 +207,7 @@ class StagedStep {
 
   // What lies between stage k - 1 and stage k.
   template <int k, class Meet>
-  void exchange(const Rows& rows, int64_t count, const Meet& meet) const {
+  void exchange(const Rows& rows, int64_t count, Ahead* ahead, const Meet& meet) const {
     constexpr Stage before = kProgram.stage[k - 1], stage = kProgram.stage[k];
     const auto deviations = [&](const auto& each) {
       for (const Moments& of : kProgram.moment)
@@ -237,7 +232,7 @@ class StagedStep {
     for (int site = 0; site < Cell::kSites; ++site)
       if (has(stage.sites, site))
         multiply_all(rows, count, site, rows.temporaries + Cell::kOperand[site] * padded_,
-                     kTemporaries * padded_);
+                     kTemporaries * padded_, ahead);
   }
 
   T* partial(const Rows& rows, int64_t r, int64_t block) const {
@@ -252,7 +247,7 @@ class StagedStep {
   // v of the gates of a site, whose operand lies in rows that are `stride` apart. Those of h, which
   // are of no site, have -1.
   void multiply_all(const Rows& rows, int64_t count, int site, const T* operand, int64_t stride,
-                    Ahead* ahead = nullptr) const {
+                    Ahead* ahead) const {
     WordRows<F> read{};
     for (int g = 0; g < Gv; ++g) {
       if (Cell::kSiteOf[g] != site) continue;

@@ -35,6 +35,12 @@ class StagedBackward {
   static constexpr int kStages = sizeof(kProgram.stage) / sizeof(kProgram.stage[0]);
   static constexpr int kTemporaries = kProgram.temporaries, kResults = kProgram.results;
   static constexpr int kLanes = lanes<V>();
+  // Whether a gate multiplies state 0 itself.
+  static constexpr bool kMultipliesState = [] {
+    bool any = false;
+    for (int g = 0; g < Gv; ++g) any |= Cell::kSiteOf[g] < 0;
+    return any;
+  }();
   static_assert(kTemporaries <= 64 && kResults <= Reductions<T>::kMost, "a bit for each");
   static_assert(kProgram.moments == 0, "gradients need sums alone");
 
@@ -229,20 +235,21 @@ class StagedBackward {
           matrix(packed_projection(p), args_.recurrence[p].w_hr, args_.recurrent, H),
           share.own.vectors, own.dnext, S * padded_);
     }
+    Ahead ahead = ahead_of(p, step, share);
     for_each_number<kStages>([&](auto number) {
       constexpr int k = decltype(number)::value;
-      if constexpr (k > 0) exchange<k>(p, first, count, share, own, meet);
+      if constexpr (k > 0) exchange<k>(p, first, count, share, own, &ahead, meet);
       for (int64_t r = 0; r < count; ++r) one_row<k>(p, own.places[r], r, share, own);
     });
     end_rows(p, count, share, own);
     meet();
-    propagate(p, step, first, count, share, own);
+    propagate(p, first, count, share, own, &ahead);
   }
 
   // What lies between stage k - 1 and stage k.
   template <int k, class Meet>
   void exchange(int64_t p, int64_t first, int64_t count, const Share& share, const Scratch& own,
-                const Meet& meet) const {
+                Ahead* ahead, const Meet& meet) const {
     constexpr Stage before = kProgram.stage[k - 1], stage = kProgram.stage[k];
     end_rows(p, count, share, own);
     meet();
@@ -260,7 +267,7 @@ class StagedBackward {
           back.addend = to;
           back.addend_stride = back.stride;
         }
-        transposed(back, p, g, first, count, share.own.vectors, own);
+        transposed(back, p, g, first, count, share.own.vectors, own, ahead);
         begin = false;
       }
     }
@@ -280,14 +287,13 @@ class StagedBackward {
 
   // The gradient of h through the gates that multiply it; across a cut, that of the state given
   // there.
-  void propagate(int64_t p, int64_t step, int64_t first, int64_t count, const Share& share,
-                 const Scratch& own) const {
-    Ahead ahead = ahead_of(p, step, share);
+  void propagate(int64_t p, int64_t first, int64_t count, const Share& share, const Scratch& own,
+                 Ahead* ahead) const {
     const int64_t row = columns_ * kLanes;
     Destination<T> dh{own.dh, row};
     for (int g = 0; g < Gv; g = run_end(g)) {
       if (Cell::kSiteOf[g] >= 0) continue;
-      transposed(dh, p, g, first, count, share.columns, own, &ahead);
+      transposed(dh, p, g, first, count, share.columns, own, ahead);
       dh.addend = own.dh;
       dh.addend_stride = row;
     }
@@ -302,16 +308,15 @@ class StagedBackward {
     }
   }
 
-  // What the next step of the sweep reads is asked for by the products of this one with h.
+  // What the next step of the sweep reads is asked for by the products of this one.
   Ahead ahead_of(int64_t p, int64_t step, const Share& share) const {
     Ahead ahead;
     if (!prepacks() || !share.whole) return ahead;
     ahead = chunk_.before(p, step, share.sequences, S, stored_bytes<T>(args_.storage));
     int64_t asks = 0;
     for (int g = 0; g < Gv; g = run_end(g))
-      if (Cell::kSiteOf[g] < 0)
-        asks += asks_of<F>(share.sequences.size(), words_of<F>((run_end(g) - g) * args_.hidden),
-                           columns_);
+      asks += asks_of<F>(share.sequences.size(), words_of<F>((run_end(g) - g) * args_.hidden),
+                         columns_);
     ahead.spread(asks);
     return ahead;
   }
@@ -331,7 +336,7 @@ class StagedBackward {
                                            args_.storage);
         store(own.dnext + (r * S + s) * padded_ + unit, clip_gradient<Cell>(gradient));
       }
-      if (Gv > 0 && !projected())
+      if (kMultipliesState && !projected())
         store(static_cast<T*>(args_.h_prev[p]) + at.out * H + unit,
               chunk_.state_before<V>(args_.recurrence[p], 0, at, unit, n, args_.storage), n);
     }
@@ -345,7 +350,7 @@ class StagedBackward {
   // Writes dv * w_hh of a run of gates, of the rows of dv from `first` on, for some vectors of
   // columns.
   void transposed(const Destination<T>& to, int64_t p, int g, int64_t first, int64_t count,
-                  Range columns, const Scratch& own, Ahead* ahead = nullptr) const {
+                  Range columns, const Scratch& own, Ahead* ahead) const {
     const int64_t H = args_.hidden, depth = (run_end(g) - g) * H;
     WordRows<F> dv{};
     if constexpr (F::kConverts)
