@@ -180,7 +180,7 @@ bool run_team(int32_t threads, const Body& body) {
 class Arena {
  public:
   Arena() = default;
-  ~Arena() { cached().give_back(base_); }
+  ~Arena() { sweep_memory().give_back(base_); }
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
 
@@ -193,17 +193,13 @@ class Arena {
   bool ready() const { return base_ != nullptr; }
   // Ends the counting pass; false when memory runs out.
   bool allocate() {
-    base_ = cached().borrow(used_ + kAlign);
+    base_ = sweep_memory().borrow(used_ + kAlign);
     used_ = 0;
     return base_ != nullptr;
   }
 
  private:
   static constexpr size_t kAlign = 128;
-  static CachedMemory& cached() {
-    thread_local CachedMemory memory;
-    return memory;
-  }
 
   char* base_ = nullptr;
   size_t used_ = 0;

@@ -119,6 +119,6 @@ def test_a_step_of_slots_allocates_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("sanitizer", [None, "thread"])
 def test_contention_changes_no_number(tmp_path: Path, sanitizer: str | None) -> None:
     source = Path(__file__).with_name("stepper.cpp")
-    others = ("cpu/stepper.cpp", "cpu/contention.cpp")
+    others = ("cpu/stepper.cpp", "cpu/contention.cpp", "cpu/memory.cpp")
     program = programs.compiled(source, tmp_path, *others, sanitizer=sanitizer)
     assert programs.run(*program).split() == ["1", "1", "0"]

@@ -48,7 +48,7 @@ def program_of(name: str, lanes: str, folder: Path) -> tuple[str, ...]:
 def compiled(cell: Cell, folder: Path, **how: Any) -> tuple[str, ...]:
     (folder / "cells.gen.h").write_text(header([derive(cell)]))
     source = Path(__file__).with_name("sweeps.cpp")
-    return programs.compiled(source, folder, "cpu/kernels.cpp", **how)
+    return programs.compiled(source, folder, "cpu/kernels.cpp", "cpu/memory.cpp", **how)
 
 
 @pytest.fixture(scope="module")
