@@ -252,8 +252,8 @@ void bind_plain_calls(py::module_& m) {
         py::arg("expected") = std::nullopt, py::arg("format") = "float32");
   m.def("layer", layer, "A layer on plain tensors, once `check` accepts them; None for others.",
         py::arg("cell"), py::arg("input"), py::arg("hx"), py::arg("weights"), py::arg("check"),
-        py::arg("thresholds"), py::arg("noise"), py::arg("bidirectional"), py::arg("batch_first"), py::arg("recompute"),
-        py::arg("packed") = std::nullopt, py::arg("expected") = std::nullopt,
+        py::arg("thresholds"), py::arg("noise"), py::arg("bidirectional"), py::arg("batch_first"),
+        py::arg("recompute"), py::arg("packed") = std::nullopt, py::arg("expected") = std::nullopt,
         py::arg("format") = "float32");
 }
 

@@ -137,7 +137,8 @@ LATE = {
 
 @pytest.mark.parametrize("sanitizer", [None, "thread"])
 def test_a_team_with_a_late_member_breaks_up(tmp_path: Path, sanitizer: str | None) -> None:
-    program = programs.compiled(Path(__file__).with_name("team.cpp"), tmp_path, "cpu/memory.cpp", sanitizer=sanitizer)
+    source = Path(__file__).with_name("team.cpp")
+    program = programs.compiled(source, tmp_path, "cpu/memory.cpp", sanitizer=sanitizer)
     lines = programs.run(*program).splitlines()
     assert [line.split()[0] for line in lines] == list(LATE)
     for line in lines:
