@@ -7,9 +7,9 @@ The function and its vector-Jacobian product are traced once (`trace.py`) into p
   their sum `a`, and one array serves both.
 - **saved**: the backward pass gets the states before and after the step, and recomputes whatever
   follows from them. A step saves the fewest other values from which the gradients follow by
-  arithmetic; a transcendental function is computed again where that saves at least one value for
-  each. A cell with reductions or products of its own also saves their results, a few numbers for
-  each row.
+  arithmetic. Functions such as tanh are computed again only if each of them spares a saved value.
+  A cell with reductions or products of its own also saves their results, a few numbers for each
+  row.
 - **stages**: such a cell becomes a program of stages (`stages.py`), forward and backward. Its
   gradients go back through every cut: that of a sum is the same for all units, that of the operand
   of a product is the transposed product.
@@ -299,9 +299,6 @@ def _derive(cell: Cell) -> Derived | Underivable:
             return reason
 
 
-# The price of computing a transcendental function again, where saving a value costs 1. A processor
-# takes about as long for both: so this pays where it saves at least as many values.
-_AGAIN = 0.9
 _MOST_BETWEEN_STAGES = 64  # bits of a mask of csrc/core/stages.h
 
 
@@ -319,7 +316,7 @@ def _derive_here(cell: Cell) -> Derived:
         for node, name in reversed(list(zip(traced.states, cell.states, strict=True)))
         if node.op != "const" and not node.label.startswith("s.")
     }
-    saved = named(saved_values(outputs, available, _AGAIN), available, cell.gates)
+    saved = named(saved_values(outputs, available), available, cell.gates)
     known = available | {node: algebra.input(f"saved.{name}") for name, node in saved.items()}
     outputs = list(algebra.rebuild(outputs, known))
     given = iter(outputs)

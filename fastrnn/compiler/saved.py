@@ -7,20 +7,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastrnn.compiler.cut import GRADIENT_RESULTS
-from fastrnn.compiler.expression import MASKS, TRANSCENDENTAL, Expr, ordered
+from fastrnn.compiler.expression import MASKS, SATURATING, TRANSCENDENTAL, Expr, ordered
 
 __all__ = ["GRADIENTS", "named", "saved_values"]
+
+# The price of saving a value, and of computing a function again: a processor takes about as long
+# for both, so this pays where it saves at least as many values.
+_VALUE, _AGAIN = 1000, 999
 
 # Labels of inputs that only the backward pass has.
 GRADIENTS = ("dnext.", "back.", *GRADIENT_RESULTS)
 
 
-def saved_values(
-    gradients: Sequence[Expr], available: Mapping[Expr, Expr], again: float
-) -> list[Expr]:
+def saved_values(gradients: Sequence[Expr], available: Mapping[Expr, Expr]) -> list[Expr]:
     """The fewest nodes from which, with the states and the results of reductions, the gradients
-    follow by arithmetic, and by transcendental functions where computing them `again`, at this
-    price for each, is cheaper than saving their values.
+    follow by arithmetic, and by saturating functions if each of those spares a saved value. Others
+    are not computed again: of a saved argument that is rounded to 16 bits, exp may be far off.
 
     They are a minimum vertex cut between the nodes that only the forward step knows (gates and
     values of transcendental functions) and the nodes that the backward pass reads. If there are
@@ -49,9 +51,11 @@ def saved_values(
                 if arg not in backward and arg not in known:
                     connect((arg, 1), goal, float("inf"))
             continue
-        connect((node, 0), (node, 1), float("inf") if node.op in MASKS else 1)
-        if not node.args or node.op in TRANSCENDENTAL:
-            connect(origin, (node, 0), again if node.args else float("inf"))
+        connect((node, 0), (node, 1), float("inf") if node.op in MASKS else _VALUE)
+        if node.op in SATURATING:
+            connect(origin, (node, 0), _AGAIN)
+        elif not node.args or node.op in TRANSCENDENTAL:
+            connect(origin, (node, 0), float("inf"))
         for arg in node.args:
             if arg not in known:
                 connect((arg, 1), (node, 0), float("inf"))
