@@ -110,7 +110,7 @@ def layer(
     weights: Sequence[tuple[Any, ...]],
     check: Callable[[Any, Any, None, Tensor], None],
     thresholds: Sequence[int],
-    noise: Callable[[], Tensor],
+    noise: Callable[[], Tensor] | None,
     bidirectional: bool,
     batch_first: bool,
     recompute: bool,

@@ -61,7 +61,7 @@ bool observed() {
          at::getStepCallbacksUnlessEmpty(at::RecordScope::FUNCTION);
 }
 
-// What `cells.noise.seeded` makes for a batch in the caller's order, without four operations.
+// What `cells.noise.seeded` makes for a batch in the caller's order, in two operations, not four.
 Tensor seeded(const std::vector<int64_t>& thresholds) {
   const Tensor seed = at::randint(std::numeric_limits<int64_t>::max(), {1}, at::kLong);
   Tensor noise = at::empty({static_cast<int64_t>(1 + thresholds.size())}, at::kLong);

@@ -165,7 +165,7 @@ struct BackwardArgs : Scan {
   // [P] arrays each, with one row per live row:
   void* const* du = nullptr;        // [Gu*H]; equals dv if all gates are summed
   void* const* dv = nullptr;        // [Gv*H]
-  void* const* h_prev = nullptr;    // [Q], state 0 before the step; read if Gv > 0
+  void* const* h_prev = nullptr;    // [Q], state 0 before the step, if a gate multiplies it
   void* const* dh = nullptr;        // [Q], gradient of state 0 after it; null unless projected
   void* const* operands = nullptr;  // [J*H], of the products with other values than state 0
 };

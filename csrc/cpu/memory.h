@@ -40,8 +40,9 @@ class FASTRNN_EXPORTED CachedMemory {
   bool lent_ = false;
 };
 
-// That of the calling thread for sweeps. The sweeps of a call follow each other, so the later ones
-// find it in the cache: also those of a custom cell, which are in another library.
+// The working memory of the calling thread for sweeps, one for all libraries. The sweeps of a call
+// follow each other, so each finds in the cache what the one before it used, even if a custom
+// cell's library has one of them.
 FASTRNN_EXPORTED CachedMemory& sweep_memory();
 
 }  // namespace fastrnn

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrnn
-from fastrnn import cells, kernels
+from fastrnn import cells, kernels, ops
 from fastrnn.cells.noise import MAX_DRAWS, Draw, drawing, numbers, philox, seeded
 from fastrnn.cells.variants import clipped
 from tests.support.paths import ROOT
@@ -75,8 +75,8 @@ def test_frequencies_are_the_probabilities() -> None:
 
 
 def test_a_rare_number_of_one_unit_says_nothing_about_others() -> None:
-    """Two units share a word, so a threshold that only upper halves of it could pass by chance
-    must not be passed by both at once."""
+    """Two units share a word, and a small upper half makes one of them draw its rare number: that
+    must not make the other draw it too."""
     draws = (Draw(3e-4, "step", False),)
     torch.manual_seed(2)
     (made,) = numbers(draws, seeded(draws, torch.empty(0)), 0, (200, 16, 128))
@@ -96,7 +96,9 @@ def only_draws(u: Any, v: Any, h: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("hidden", [1, 16, 31, 33, 64, 97, 130])
 def test_the_cpu_kernel_draws_the_same_numbers(hidden: int, dtype: torch.dtype) -> None:
-    layer: Any = fastrnn.Recurrent(only_draws, 1, hidden, bias=False, dtype=dtype)
+    layer: Any = fastrnn.Recurrent(
+        only_draws, 1, hidden, bias=False, bidirectional=True, dtype=dtype
+    )
     with torch.no_grad():
         for weight in layer.parameters():
             weight.fill_(1)
@@ -105,11 +107,13 @@ def test_the_cpu_kernel_draws_the_same_numbers(hidden: int, dtype: torch.dtype) 
     torch.manual_seed(5)
     y = layer(x)[0]
     torch.manual_seed(5)
-    first, second, third = numbers(draws, seeded(draws, x), 0, (4, 3, hidden))
-    assert torch.equal(y, (first + 2 * second + 4 * third.to(dtype)).to(dtype))
+    noise = seeded(draws, x)
+    for own, direction in enumerate(y.chunk(2, -1)):
+        first, second, third = numbers(draws, noise, own, (4, 3, hidden))
+        assert torch.equal(direction, (first + 2 * second + 4 * third.to(dtype)).to(dtype))
 
 
-def test_a_seed_is_the_same_whatever_watches_the_call() -> None:
+def test_a_seed_is_the_same_whatever_watches_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -119,11 +123,14 @@ def test_a_seed_is_the_same_whatever_watches_the_call() -> None:
     layer = fastrnn.Recurrent(cells.zoneout(cells.lstm, 0.5), 3, 9)
     x = torch.randn(4, 2, 3)
     found = []
+    by_torch: list[Any] = []
+    monkeypatch.setattr(ops, "seeded", lambda *given: by_torch.append(1) or seeded(*given))
     for context in (nullcontext(), Watch(), torch.profiler.profile()):
         torch.manual_seed(7)
         with context:
             y, (h, c) = layer(x)
         found.append((y, h, c, torch.rand(1)))
+    assert len(by_torch) == 2  # not for the plain call
     for other in found[1:]:
         assert all(map(torch.equal, found[0], other))
 
