@@ -237,6 +237,24 @@ class ChunkBuffers {
   int32_t prepacked_for_ = 0;
 };
 
+// Adds the numbers [begin, begin + size) of each row to `to`, one row after the other.
+template <class T>
+void add_rows(const Tensor& rows, int64_t begin, int64_t size, T* to) {
+  if (rows.numel() == 0) return;
+  const int64_t width = rows.numel() / rows.size(0);
+  const T* from = rows.const_data_ptr<T>() + begin;
+  for (int64_t r = 0; r < rows.size(0); ++r, from += width)
+    for (int64_t i = 0; i < size; ++i) to[i] += from[i];
+}
+Tensor sum_of_rows(const Tensor& rows, int64_t begin, int64_t size) {
+  Tensor sum = fresh_zeros({size}, rows.scalar_type());
+  if (rows.scalar_type() == at::kDouble)
+    add_rows(rows, begin, size, sum.mutable_data_ptr<double>());
+  else
+    add_rows(rows, begin, size, sum.mutable_data_ptr<float>());
+  return sum;
+}
+
 // Gradients of x, weights and biases in the compute type, which the first chunk begins and the
 // others add to.
 class WeightGradients {
@@ -291,14 +309,11 @@ class WeightGradients {
       for (const Tensor& each : tensors_.b_ih) tensors_.b_hh.push_back(copy_of(each));
     if (dx_reverse_.defined()) tensors_.x.add_(dx_reverse_);
     if (needs_[kNeedX]) tensors_.x = converted(tensors_.x, stored);
-    for (const Tensor& sequences : params_) {
-      Tensor all = at::zeros({call_.cell.params, call_.n.H}, sequences.options());
-      for (const Tensor& each : sequences.unbind()) all.add_(each);
+    for (const Tensor& sequences : params_)
       for_each_param(call_.cell, [&](int64_t k, int64_t rows) {
-        const Tensor each = all.narrow(0, k, rows).view({-1});
+        const Tensor each = sum_of_rows(sequences, k * call_.n.H, rows * call_.n.H);
         tensors_.params.push_back(call_.cell.is_shared(k) ? each.sum().unsqueeze(0) : each);
       });
-    }
     for (auto* group : {&tensors_.w_ih, &tensors_.w_hh, &tensors_.b_ih, &tensors_.b_hh,
                         &tensors_.w_hr, &tensors_.params})
       for (Tensor& each : *group) each = converted(each, stored);

@@ -5,6 +5,7 @@
 #include <c10/util/DimVector.h>
 
 #include <algorithm>
+#include <cstring>
 #include <numeric>
 #include <vector>
 
@@ -310,7 +311,12 @@ inline std::vector<Tensor> side_by_side(TensorList params, const CellFacts& cell
     Tensor all = at::empty({cell.params, hidden}, params[next].options().dtype(compute));
     for_each_param(cell, [&](int64_t k, int64_t rows) {
       const Tensor each = resolved(params[next++]);
-      all.narrow(0, k, rows).copy_(rows > 1 ? each.view({rows, hidden}) : each);
+      if (each.scalar_type() == compute && each.is_contiguous() && each.numel() == rows * hidden &&
+          each.nbytes() > 0)
+        memcpy(static_cast<char*>(all.mutable_data_ptr()) + k * hidden * all.itemsize(),
+               each.const_data_ptr(), each.nbytes());
+      else
+        all.narrow(0, k, rows).copy_(rows > 1 ? each.view({rows, hidden}) : each);
     });
     out.push_back(std::move(all));
   }
