@@ -233,10 +233,8 @@ def layer(
     if key is None:
         return None
     # Drawn once the call is certain to run, so that each call takes one seed from the generator.
-    noise, thresholds = None, ()
-    if cell.noise:
-        noise = functools.partial(seeded, cell.draws, input)
-        thresholds = tuple(draw.threshold for draw in cell.draws)
+    noise = functools.partial(seeded, cell.draws, input) if cell.noise else None
+    thresholds = [draw.threshold for draw in cell.draws] if cell.noise else []
     ways = bidirectional, batch_first, recompute
     return _C.layer(key, input, hx, weights, check, thresholds, noise, *ways, *packed or ())
 

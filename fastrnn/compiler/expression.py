@@ -15,7 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["MASKS", "SATURATING", "TRANSCENDENTAL", "Algebra", "Expr", "evaluate", "ordered", "uses", "write"]
+__all__ = [
+    "MASKS",
+    "SATURATING",
+    "TRANSCENDENTAL",
+    "Algebra",
+    "Expr",
+    "evaluate",
+    "ordered",
+    "uses",
+    "write",
+]
 
 # torch's function for every operation; csrc/core/math.h has the C++ function for each.
 _TORCH: dict[str, Callable[..., Tensor]] = {
@@ -58,7 +68,7 @@ MASKS = frozenset({"lt", "le", "gt", "ge", "eq", "ne", "both", "either", "negate
 TRANSCENDENTAL = frozenset(
     {"sigmoid", "tanh", "exp", "expm1", "log", "log1p", "sin", "cos", "erf", "pow"}
 )
-# Of these, functions whose value has no larger error than their argument, whatever its size.
+# Of these, functions that flatten out: a rounded argument, however large, hardly moves the value.
 SATURATING = frozenset({"sigmoid", "tanh", "erf"})
 _COMMUTATIVE = frozenset({"add", "mul", "maximum", "minimum", "eq", "ne", "both", "either"})
 _INFIX = {

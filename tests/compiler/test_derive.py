@@ -145,13 +145,14 @@ def test_each_function_that_is_computed_again_saves_a_value(
     cell: Cell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def of_saved(derived: Derived) -> int:
-        functions = [
-            node
+        again = [
+            node.op
             for node in expression.ordered(derived.gradients)
             if node.op in expression.TRANSCENDENTAL
+            and any(label.startswith("saved.") for label in expression.uses([node]))
         ]
-        reads = [expression.uses([node]) for node in functions]
-        return sum(any(label.startswith("saved.") for label in labels) for labels in reads)
+        assert set(again) <= expression.SATURATING  # a saved value may be rounded to 16 bits
+        return len(again)
 
     derived = derive(cell)
     monkeypatch.setattr("fastrnn.compiler.saved._AGAIN", float("inf"))
