@@ -313,8 +313,8 @@ inline std::vector<Tensor> side_by_side(TensorList params, const CellFacts& cell
       const Tensor each = resolved(params[next++]);
       if (each.scalar_type() == compute && each.is_contiguous() && each.numel() == rows * hidden &&
           each.nbytes() > 0)
-        memcpy(static_cast<char*>(all.mutable_data_ptr()) + k * hidden * all.itemsize(),
-               each.const_data_ptr(), each.nbytes());
+        std::memcpy(static_cast<char*>(all.mutable_data_ptr()) + k * hidden * all.itemsize(),
+                    each.const_data_ptr(), each.nbytes());
       else
         all.narrow(0, k, rows).copy_(rows > 1 ? each.view({rows, hidden}) : each);
     });
