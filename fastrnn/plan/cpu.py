@@ -28,7 +28,7 @@ _UNITS_OF_A_BLOCK = 64  # of reductions, in csrc/cpu/reductions.h
 _FORWARD_SHARE = 4  # u gets a quarter of the cache; weights and h get the rest
 # A core reads these from its cache in about 0.9 us; handing work to another thread takes 0.2 us.
 _STEP_BYTES_PER_THREAD = 1 << 17
-_BACKWARD_ROWS = 512  # depth at which the products for weight gradients are efficient
+_BACKWARD_ROWS = 384  # depth at which the products for weight gradients are efficient
 
 
 def refuse(problem: Problem, device: Device) -> str | None:
@@ -137,8 +137,8 @@ def step_threads(weight_bytes: int, device: Device, stages: int = 1) -> int:
 def _chunk_rows(problem: Problem, device: Device) -> int:
     """Rows of a chunk: what is projected or differentiated at a time should fit a core's cache."""
     gates = problem.gates_of_u
-    if problem.backward:  # of du or dv, whichever is wider
-        gates = max(gates, problem.gates_of_v)
+    if problem.backward and not problem.all_summed:  # du and dv
+        gates += problem.gates_of_v
     row = max(1, gates * problem.hidden * problem.itemsize)
     if problem.backward:
         return max(device.cpu.l2_bytes // row, _BACKWARD_ROWS)

@@ -56,6 +56,7 @@ class Problem:
     every_step: bool = False  # whether states past the first have gradients after every step
     input_gates: int = -1  # gates with rows in weight_ih; -1 for all
     recurrent_gates: int = -1  # gates with rows in weight_hh; -1 for all
+    all_summed: bool = True  # the gradients of u are those of v
 
     @property
     def gates_of_u(self) -> int:

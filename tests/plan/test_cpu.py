@@ -119,8 +119,10 @@ def test_a_chunk_stays_in_the_cache_whatever_the_length(hidden: int) -> None:
         row = 4 * hidden * 4
         assert TWO.cpu.l2_bytes / 8 < choose(problem, TWO).chunk_rows * row <= TWO.cpu.l2_bytes / 4
         backward = choose(replace(problem, backward=True), TWO)
-        assert backward.chunk_rows >= 512
-        assert backward.chunk_rows * row <= max(TWO.cpu.l2_bytes, 512 * row)
+        assert backward.chunk_rows >= 384
+        assert backward.chunk_rows * row <= max(TWO.cpu.l2_bytes, 384 * row)
+        both = choose(replace(problem, backward=True, all_summed=False), TWO)
+        assert both.chunk_rows == max(backward.chunk_rows // 2, 384)
 
 
 def test_no_numbers_divide_by_zero() -> None:
