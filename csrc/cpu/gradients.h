@@ -42,10 +42,10 @@ constexpr int kGateRows = tile_rows(kBandVectors);
 
 // Packs the gates of `depth` rows tile by tile: [tile][word of rows][gates of the tile]. The
 // distance of rows is often a power of two, so a walk down a column would use few sets of the
-// cache; a few rows at a time stay in it.
-template <class F>
+// cache; a few rows at a time stay in it. Calls rows_read(k0, k1) while rows [k0, k1) are there.
+template <class F, class Read>
 void pack_gates(const typename F::Word* dgates, int64_t stride, Range gates, int64_t depth,
-                typename F::Word* tiles) {
+                typename F::Word* tiles, const Read& rows_read) {
   using Word = typename F::Word;
   constexpr int64_t kBlock = 16;
   static_assert(kBlock % F::kGroup == 0, "no word spans two blocks");
@@ -66,6 +66,7 @@ void pack_gates(const typename F::Word* dgates, int64_t stride, Range gates, int
         }
       }
     });
+    rows_read(k0, k1);
   }
 }
 
@@ -305,7 +306,22 @@ class GradientSweep {
     const Word* dv = first(args_.dv, dv_row);
     const int64_t stride = rows.direction * du_row, dv_stride = rows.direction * dv_row;
     const Place* places = places_ + p * most_rows_;
-    if (args_.dw_ih || (args_.dw_hh && du == dv)) pack_gates<F>(du, stride, gates, depth, tiles);
+    const auto add_bias = [&](void* const* db, const Word* dgates, int64_t row, Range some,
+                              int64_t k0, int64_t k1) {
+      if (db)
+        add_bias_gradient<F>(static_cast<T*>(db[p]), dgates + k0 * row, row, some, k1 - k0,
+                             begins() && k0 == 0);
+    };
+    // Packs gates and adds to the gradient of their bias.
+    const auto pack = [&](const Word* dgates, int64_t row, Range some, void* const* db) {
+      pack_gates<F>(dgates, row, some, depth, tiles,
+                    [&](int64_t k0, int64_t k1) { add_bias(db, dgates, row, some, k0, k1); });
+      if (depth == 0) add_bias(db, dgates, row, some, 0, 0);
+    };
+    if (args_.dw_ih || (args_.dw_hh && du == dv))
+      pack(du, stride, gates, args_.db_ih);
+    else
+      add_bias(args_.db_ih, du, stride, gates, 0, depth);
     if (args_.dw_ih)
       add_weight_gradient<F>(static_cast<T*>(args_.dw_ih[p]), args_.inputs, tiles, gates, words,
                              begins(), band, [&](int64_t column, auto width, Word* to) {
@@ -334,18 +350,23 @@ class GradientSweep {
                          recurrent.end < end ? recurrent.end : end};
         if (some.size() <= 0) continue;
         const bool packed = du == dv && some.begin == gates.begin && some.end == gates.end;
-        if (!packed) pack_gates<F>(dv, dv_stride, some, depth, tiles);
+        if (!packed)
+          pack(dv, dv_stride, some, args_.db_hh);
+        else
+          add_bias(args_.db_hh, dv, dv_stride, some, 0, depth);
         if (site < 0)
           add(some, args_.h_prev[p], Q);
         else
           add(some, static_cast<const T*>(args_.operands[p]) + site * H, J * H);
       }
+    } else {
+      add_bias(args_.db_hh, dv, dv_stride, recurrent, 0, depth);
     }
     if (args_.dw_hr) {
       const int64_t Q = args_.recurrent, H = args_.hidden;
       const int64_t dh_row = gradient_row(F::kFormat, Q);
       const Range columns = part_of(Q, plan_.threads(), index);
-      pack_gates<F>(first(args_.dh, dh_row), rows.direction * dh_row, columns, depth, tiles);
+      pack(first(args_.dh, dh_row), rows.direction * dh_row, columns, nullptr);
       add_weight_gradient<F>(
           static_cast<T*>(args_.dw_hr[p]), H, tiles, columns, words, begins(), band,
           [&](int64_t column, auto width, Word* to) {
@@ -355,11 +376,6 @@ class GradientSweep {
             });
           });
     }
-    if (args_.db_ih)
-      add_bias_gradient<F>(static_cast<T*>(args_.db_ih[p]), du, stride, gates, depth, begins());
-    if (args_.db_hh)
-      add_bias_gradient<F>(static_cast<T*>(args_.db_hh[p]), dv, dv_stride, recurrent, depth,
-                           begins());
   }
 
   Word* bands(int32_t p) const {
