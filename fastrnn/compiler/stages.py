@@ -98,8 +98,9 @@ class _Schedule:
     def program(self) -> Program:
         pairs = zip(self.exchanges, self.begins, strict=True)
         sources = tuple(self.sources(exchange, after) for exchange, after in pairs)
-        for stage in range(len(self.targets) - 1, 0, -1):
+        for stage in range(1, len(self.targets)):
             self.find_crossing(stage)
+        self.move_copies()
         stages = tuple(self.stage(k) for k in range(len(self.targets)))
         return Program(stages, len(self.temporaries), tuple(self.begins), sources)
 
@@ -161,6 +162,28 @@ class _Schedule:
             else:
                 pending.extend(node.args)
 
+    def move_copies(self) -> None:
+        """Leave saving an input to the first stage that reads it: a stage that is there for copies
+        alone would have to load it once more."""
+        for stage, targets in enumerate(self.targets):
+            copies = [k for k, e in targets.items() if k.startswith("saved.") and not e.args]
+            for label in copies:
+                copied = targets.pop(label)
+                later = (s for s in range(stage, len(self.targets)) if self.reads(s, copied))
+                self.targets[next(later, stage)][label] = copied
+
+    def reads(self, stage: int, node: Expr) -> bool:
+        formulas = [e for e in self.targets[stage].values() if e.args]
+        return node in ordered(formulas, stop=self.known(stage))
+
+    def known(self, stage: int) -> dict[Expr, Expr]:
+        """Temporaries of earlier stages, as the inputs that they are to this one."""
+        return {
+            node: self.algebra.input(f"temp.{k}")
+            for node, k in self.temporaries.items()
+            if self.level(node) < stage
+        }
+
     def is_cheap(self, node: Expr) -> bool:
         operations, pending = 0, [node]
         while pending:
@@ -187,11 +210,7 @@ class _Schedule:
         return list(self.algebra.rebuild(roots, same, rule))
 
     def stage(self, stage: int) -> Stage:
-        known = {
-            node: self.algebra.input(f"temp.{k}")
-            for node, k in self.temporaries.items()
-            if self.level(node) < stage
-        }
+        known = self.known(stage)
         shared: dict[Expr, None] = {}
         roots = self.multiplied(list(self.targets[stage].values()), known)
         for node in ordered(roots, stop=known):
