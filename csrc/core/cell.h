@@ -74,6 +74,17 @@ FASTRNN_HD constexpr bool all_summed() {
   return kSummedGates<Cell> == ~uint64_t{0} >> (64 - Cell::kGates);
 }
 
+// The first parameter with the same gradient as parameter k, which may be k itself. A sweep
+// computes that one alone.
+template <class Cell, class = void>
+struct SameGradient {
+  static constexpr int of(int k) { return k; }
+};
+template <class Cell>
+struct SameGradient<Cell, std::void_t<decltype(Cell::kSameGradient)> > {
+  static constexpr int of(int k) { return Cell::kSameGradient[k]; }
+};
+
 // What a cell draws: how many numbers for each unit and, a bit for each, which of them are drawn
 // once for all steps of a sequence, and which are scaled so that their mean is 1.
 template <class Cell, class = void>

@@ -75,5 +75,10 @@ struct GateParams<Cell, std::void_t<decltype(Cell::kGateParams)> > {
 
 constexpr bool has(uint64_t bits, int k) { return bits >> k & 1; }
 
+// Whether a stage has formulas of units at all; it may be there for its products alone.
+constexpr bool writes(const Stage& s) {
+  return s.sums | s.maxima | s.temporaries | s.states | s.saved | s.du | s.dv | s.dp | s.operands;
+}
+
 }  // namespace FASTRNN_ISA
 }  // namespace fastrnn

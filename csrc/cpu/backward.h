@@ -15,6 +15,7 @@
 #include "cpu/contract.h"
 #include "cpu/drawn.h"
 #include "cpu/formats.h"
+#include "cpu/gradient_row.h"
 #include "cpu/product.h"
 #include "cpu/projection.h"
 #include "cpu/team.h"
@@ -43,7 +44,6 @@ class Backward {
         vectors_((args.hidden + kLanes - 1) / kLanes),
         columns_((args.recurrent + kLanes - 1) / kLanes),
         depth_(Gv * args.hidden),
-        du_row_(gradient_row(F::kFormat, Gu * args.hidden)),
         dv_row_(gradient_row(F::kFormat, depth_)),
         chunk_(args, S - 1 + K + args.projected),
         projection_(args, chunk_) {}
@@ -118,6 +118,7 @@ class Backward {
         ahead.spread(asks_of<F>(last - sequences.begin, words_of<F>(depth_), columns.size()));
         propagate(p, step, t, {sequences.begin, last}, columns, &ahead);
       }
+      copy_same_gradients<Cell, T>(args_, p, sequences, numbers_of(units));
     }
   }
 
@@ -163,74 +164,40 @@ class Backward {
 
   // Writes du, dv and the gradients that reach the previous states without passing w_hh.
   void differentiate(int64_t p, int64_t step, int64_t t, int64_t i, Range units,
-                     const Drawn<Cell, T>& drawn, int64_t drawn_row) const {
-    const Recurrence& recurrence = args_.recurrence[p];
-    const int64_t H = args_.hidden;
-    const Place at = chunk_.locate(p, step, t, i);
-    Word* du = static_cast<Word*>(args_.du[p]) + at.out * du_row_;
-    Word* dv = static_cast<Word*>(args_.dv[p]) + at.out * dv_row_;
-
-    for (int64_t unit = units.begin * kLanes; unit < units.end * kLanes; unit += kLanes) {
+                     const Drawn<Cell, T>& of_thread, int64_t drawn_row) const {
+    const Place place = chunk_.locate(p, step, t, i);
+    const GradientRow<Cell, F> at(args_, chunk_, p, place);
+    const Drawn<Cell, T> drawn = of_thread;
+    const Storage storage = args_.storage;
+    const Range numbers = numbers_of(units);
+    const T* const params = static_cast<const T*>(args_.recurrence[p].params);
+    const T* const dm = projected() ? this->dm(p, i) : nullptr;
+    T* const h_prev =
+        Gv > 0 && !dm ? static_cast<T*>(args_.h_prev[p]) + place.out * at.hidden : nullptr;
+    for (int64_t begin = numbers.begin; begin < numbers.end; begin += kLanes) {
+      const int64_t unit = hidden_index(begin), H = at.hidden;
       const int n = within<V>(unit, H);
       V saved[K + 1], before[S], next[S], dnext[S], gates_u[Gu], gates_v[Gv + 1], dbefore[S];
       V given[kGiven<Cell> + 1], dlearned[N + 1];
-      const auto taped = [&](int value) {
-        return load_as<V>(args_.tape, chunk_.taped(at.row, value) + unit, n, args_.storage);
-      };
-      const auto carried = [&](int s) {
-        return static_cast<T*>(args_.ds[p * S + s]) + at.b * H + unit;
-      };
-      if (projected()) {
-        before[0] = splat<V>(0);  // not read
-        next[0] = taped(S - 1 + K);
-        dnext[0] = load<V>(dm(p, i) + unit);
-      } else {
-        before[0] = chunk_.state_before<V>(recurrence, 0, at, unit, n, args_.storage);
-        next[0] = load_as<V>(args_.y, at.row * H + unit, n, args_.storage);
-        dnext[0] = load<V>(carried(0), n);
-        if (args_.dy)
-          dnext[0] = dnext[0] + load_as<V>(args_.dy, at.row * H + unit, n, args_.storage);
-        dnext[0] = clip_gradient<Cell>(dnext[0]);
-        if constexpr (Gv > 0)
-          store(static_cast<T*>(args_.h_prev[p]) + at.out * H + unit, before[0], n);
-      }
-      for (int s = 1; s < S; ++s) {
-        before[s] = chunk_.state_before<V>(recurrence, s, at, unit, n, args_.storage);
-        next[s] = taped(s - 1);
-        dnext[s] = load<V>(carried(s), n);
-        if (args_.dsteps)
-          dnext[s] = dnext[s] + load_as<V>(args_.dsteps, (at.row * (S - 1) + s - 1) * H + unit, n,
-                                           args_.storage);
-        dnext[s] = clip_gradient<Cell>(dnext[s]);
-      }
-#pragma GCC unroll 16
-      for (int k = 0; k < K; ++k) saved[k] = taped(S - 1 + k);
-      for (int k = 0; k < N; ++k)
-        given[k] = load<V>(static_cast<const T*>(recurrence.params) + k * H + unit, n);
-      drawn.load(drawn_row, numbers_of(units), unit, given + N);
+      at.read(unit, n, storage, saved, before, next);
+      for (int s = 0; s < S; ++s)
+        dnext[s] = s == 0 && dm ? load<V>(dm + unit) : at.gradient(s, unit, n, storage);
+      if (h_prev) store(h_prev + unit, before[0], n);
+      for (int k = 0; k < N; ++k) given[k] = load<V>(params + k * H + unit, n);
+      drawn.load(drawn_row, numbers, unit, given + N);
       step_backward<Cell>(saved, before, given, next, dnext, gates_u, gates_v, dbefore, dlearned);
 
       // In turns: all of dv and then all of du made the sweep of a GRU 8 % slower.
       for (int g = 0; g < Gu || g < Gv; ++g) {
-        if (g < Gv) F::put(dv, g * H + unit, gates_v[g], n);
-        if (g < Gu && !all_summed<Cell>()) F::put(du, g * H + unit, gates_u[g], n);
+        if (g < Gv) F::put(at.dv, g * H + unit, gates_v[g], n);
+        if (g < Gu && !all_summed<Cell>()) F::put(at.du, g * H + unit, gates_u[g], n);
       }
-      if (args_.dp) {
-        T* const to = static_cast<T*>(args_.dp[p]) + at.b * N * H + unit;
-#pragma GCC unroll 32
-        for (int k = 0; k < N; ++k) store(to + k * H, load<V>(to + k * H, n) + dlearned[k], n);
-      }
-      for (int s = projected(); s < S; ++s) {
-        if (at.cut && args_.dreset) {
-          T* to = static_cast<T*>(args_.dreset[p * S + s]) + at.b * H + unit;
-          store(to, load<V>(to, n) + dbefore[s], n);
-        }
-        store(carried(s), at.cut ? splat<V>(0) : dbefore[s], n);
-      }
+      at.add_params(~uint64_t{0}, dlearned, unit, n);
+      for (int s = 0; s < S; ++s) at.hand_on(s, dbefore[s], unit, n);
     }
     if (units.end == vectors_) {
-      if constexpr (Gv > 0) F::end_row(dv, depth_);
-      if constexpr (!all_summed<Cell>()) F::end_row(du, Gu * H);
+      if constexpr (Gv > 0) F::end_row(at.dv, depth_);
+      if constexpr (!all_summed<Cell>()) F::end_row(at.du, Gu * at.hidden);
     }
   }
 
@@ -263,7 +230,7 @@ class Backward {
   const CpuPlan& plan_;
   const int64_t vectors_, columns_;  // vectors of units, and of the columns of h
   const int64_t depth_;              // rows of w_hh
-  const int64_t du_row_, dv_row_;    // words of a row of du and of dv
+  const int64_t dv_row_;             // words of a row of dv
   const Chunk chunk_;
   const ProjectionGradient<Cell, F> projection_;
   Word *w_hh_ = nullptr, *w_hr_ = nullptr;  // [P], bands of columns

@@ -61,17 +61,23 @@ class Chunk {
     return (row * tape_width_ + value) * args_.hidden;
   }
 
-  // A vector of state s before the step, of which n lanes count.
+  // Where state s before the step begins, in numbers of `bytes`; null for zeros.
+  const char* state_before(const Recurrence& recurrence, int s, const Place& at,
+                           int64_t bytes) const {
+    const int64_t width = s ? args_.hidden : args_.recurrent;
+    const auto from = [bytes](const void* base, int64_t first) {
+      return base ? static_cast<const char*>(base) + first * bytes : nullptr;
+    };
+    if (at.cut) return from(recurrence.reset[s], at.b * width);
+    if (!at.continues) return from(recurrence.s0[s], at.b * width);
+    return s == 0 ? from(args_.y, at.earlier * width) : from(args_.tape, taped(at.earlier, s - 1));
+  }
+  // A vector of it, of which n lanes count.
   template <class V>
   FASTRNN_INLINE V state_before(const Recurrence& recurrence, int s, const Place& at, int64_t unit,
                                 int n, Storage storage) const {
-    const int64_t width = s ? args_.hidden : args_.recurrent;
-    if (at.cut || !at.continues) {
-      const void* given = at.cut ? recurrence.reset[s] : recurrence.s0[s];
-      return given ? load_as<V>(given, at.b * width + unit, n, storage) : splat<V>(0);
-    }
-    if (s == 0) return load_as<V>(args_.y, at.earlier * width + unit, n, storage);
-    return load_as<V>(args_.tape, taped(at.earlier, s - 1) + unit, n, storage);
+    const char* from = state_before(recurrence, s, at, stored_bytes<Scalar<V>>(storage));
+    return from ? load_as<V>(from, unit, n, storage) : splat<V>(0);
   }
 
   // What the step before this one will read of the tape, y and dy, `bytes` for each number, apart

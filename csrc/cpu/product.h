@@ -407,10 +407,13 @@ void multiply_rows_into(const Destination<T>& to, const T* rows, int64_t stride,
 }
 
 template <class F>
-void multiply_into(const Destination<typename F::Number>& to, const WordRows<F>& rows,
+void multiply_into(const Destination<typename F::Number>& destination, const WordRows<F>& words,
                    int64_t count, const Matrix<typename F::Word>& matrix,
                    const Columnwise<F>& columns, int64_t begin, int64_t end, Ahead* ahead) {
   using V = Vec<typename F::Number>;
+  // Copies: for all that a compiler knows, stores may change what a reference leads to.
+  const Destination<typename F::Number> to = destination;
+  const WordRows<F> rows = words;
   multiply_columns<F>(
       rows.first, rows.stride, count, matrix, begin, end,
       [&](int64_t r, int64_t vector, const auto* sum) {

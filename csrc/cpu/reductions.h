@@ -118,26 +118,38 @@ class DeviationsOf {
         of_whole_(splat<V>(1) / whole_),
         of_last_(splat<V>(1) / maximum(last_, splat<V>(1))) {}
 
-  // Writes the sum and the squared deviations of a block, [2][lanes]; source(k) begins row k.
-  template <class Source>
+  // Writes the sum and the squared deviations of a block, [2][lanes]; source(k) begins row k of
+  // kRows.
+  template <int kRows, class Source>
   FASTRNN_INLINE void reduce(int64_t block, const Source& source, T* to) const {
-    const int64_t begin = block * kBlockUnits;
-    const int64_t end = begin + kBlockUnits < width_ ? begin + kBlockUnits : width_;
-    const auto total = [&](const auto& each) __attribute__((always_inline)) {
+    constexpr int kVectors = kBlockUnits / kLanes;
+    const int64_t begin = block * kBlockUnits, end = begin + kBlockUnits;
+    if constexpr (kRows * kVectors <= kAccumulators) {  // a whole block fits the registers
+      if (end <= width_) {
+        V x[kRows * kVectors];
+#pragma GCC unroll 32
+        for (int k = 0; k < kRows * kVectors; ++k)
+          x[k] = load<V>(source(k / kVectors) + begin + k % kVectors * kLanes);
+        return put(block, to, [&x](const auto& each) __attribute__((always_inline)) {
+          V sum = splat<V>(0);
+#pragma GCC unroll 32
+          for (int k = 0; k < kRows * kVectors; ++k) sum = sum + each(x[k]);
+          return sum;
+        });
+      }
+    }
+    const int64_t last = end < width_ ? end : width_;
+    put(block, to, [&](const auto& each) __attribute__((always_inline)) {
       V sum = splat<V>(0);
-      for (int k = 0; k < rows_; ++k) {
+      for (int k = 0; k < kRows; ++k) {
         const T* from = source(k);
         int64_t unit = begin;
-        for (; unit + kLanes <= end; unit += kLanes) sum = sum + each(load<V>(from + unit));
-        if (unit < end)
-          sum = sum + first_lanes(each(load<V>(from + unit)), static_cast<int>(end - unit), 0);
+        for (; unit + kLanes <= last; unit += kLanes) sum = sum + each(load<V>(from + unit));
+        if (unit < last)
+          sum = sum + first_lanes(each(load<V>(from + unit)), static_cast<int>(last - unit), 0);
       }
       return sum;
-    };
-    const V sum = total([](V x) { return x; });
-    const V mean = sum * (block + 1 < blocks_ ? of_whole_ : of_last_);
-    store(to, sum);
-    store(to + kLanes, total([mean](V x) { return (x - mean) * (x - mean); }));
+    });
   }
 
   // Writes the mean and the deviations of all, from those of the blocks, `stride` apart.
@@ -158,6 +170,14 @@ class DeviationsOf {
   }
 
  private:
+  // total(f) is the sum of f of all numbers of the block.
+  template <class Total>
+  FASTRNN_INLINE void put(int64_t block, T* to, const Total& total) const {
+    const V sum = total([](V x) { return x; });
+    const V mean = sum * (block + 1 < blocks_ ? of_whole_ : of_last_);
+    store(to, sum);
+    store(to + kLanes, total([mean](V x) { return (x - mean) * (x - mean); }));
+  }
   V numbers_of_last() const {
     const int64_t units = width_ - (blocks_ - 1) * kBlockUnits;
     const int rest = static_cast<int>(units % kLanes);

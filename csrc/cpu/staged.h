@@ -76,15 +76,17 @@ class StoredRow {
     if (!base_) return;
     const int64_t at = first_ + value * width_ + unit;
     // Whole vectors of plain numbers, which most are, take no other branch.
-    if (storage_ == Storage::kSame && unit + lanes<V>() <= width_)
+    if (__builtin_expect(storage_ == Storage::kSame && unit + lanes<V>() <= width_, true))
       store(static_cast<T*>(base_) + at, x);
     else
-      put_some(at, unit, x);
+      put_some(base_, at, x, within<V>(unit, width_), storage_);
   }
 
  private:
-  __attribute__((noinline)) void put_some(int64_t at, int64_t unit, V x) const {
-    store_as(base_, at, x, within<V>(unit, width_), storage_);
+  // Static, so that a row can be kept in registers.
+  static __attribute__((noinline)) void put_some(void* base, int64_t at, V x, int n,
+                                                 Storage storage) {
+    store_as(base, at, x, n, storage);
   }
 
   void* const base_;
@@ -210,21 +212,29 @@ class StagedStep {
   void exchange(const Rows& rows, int64_t count, Ahead* ahead, const Meet& meet) const {
     constexpr Stage before = kProgram.stage[k - 1], stage = kProgram.stage[k];
     const auto deviations = [&](const auto& each) {
-      for (const Moments& of : kProgram.moment)
-        if (of.parts > 0 && of.stage == k) each(of, DeviationsOf<T>(of.parts, sizes_.hidden));
+      for_each_number<kProgram.moments>([&](auto number) {
+        constexpr Moments of = kProgram.moment[decltype(number)::value];
+        if constexpr (of.stage == k) each(number, DeviationsOf<T>(of.parts, sizes_.hidden));
+      });
     };
-    deviations([&](const Moments& of, const DeviationsOf<T>& deviation) {
-      for (int64_t r = 0; r < count; ++r)
+    deviations([&](auto number, const DeviationsOf<T>& deviation) {
+      constexpr Moments of = kProgram.moment[decltype(number)::value];
+      for (int64_t r = 0; r < count; ++r) {
+        const T* from[of.parts];
+        for (int part = 0; part < of.parts; ++part)
+          from[part] = source(rows, r, kProgram.source[of.first + part]);
         for (int64_t block = own_.blocks.begin; block < own_.blocks.end; ++block)
-          deviation.reduce(
-              block, [&](int part) { return source(rows, r, kProgram.source[of.first + part]); },
+          deviation.template reduce<of.parts>(
+              block, [&from](int part) { return from[part]; },
               partial(rows, r, block) + of.result * kLanes);
+      }
     });
     meet();
     for (int64_t r = 0; r < count; ++r)
       Reductions<T>::complete(before, kResults, blocks_, partial(rows, r, 0),
                               rows.results + r * kResults);
-    deviations([&](const Moments& of, const DeviationsOf<T>& deviation) {
+    deviations([&](auto number, const DeviationsOf<T>& deviation) {
+      constexpr Moments of = kProgram.moment[decltype(number)::value];
       for (int64_t r = 0; r < count; ++r)
         deviation.complete(partial(rows, r, 0) + of.result * kLanes, kResults * kLanes,
                            rows.results + r * kResults + of.result);
@@ -284,58 +294,101 @@ class StagedStep {
                      weights_.hh.from(g * padded_), own_.vectors.begin, own_.vectors.end, ahead);
   }
 
+  // Where one row has its numbers. A stage keeps this in local variables: for all that a compiler
+  // knows, any store may change what lies in memory.
+  struct At {
+    const T *u, *v, *params, *state[S];
+    T *temporaries, *next;
+    int64_t padded;
+  };
+  At at_row(const Rows& rows, int64_t r) const {
+    At at{rows.u + r * Gu * padded_,
+          rows.v + r * Gv * padded_,
+          weights_.params,
+          {},
+          rows.temporaries + r * kTemporaries * padded_,
+          rows.next + r * S * padded_,
+          padded_};
+    for (int s = 0; s < S; ++s) at.state[s] = rows.state[s] + r * rows.state_stride[s];
+    return at;
+  }
+
   template <int k, class Save>
   FASTRNN_INLINE void one_row(const Rows& rows, int64_t r, const Save& save) const {
     constexpr Stage stage = kProgram.stage[k];
-    V results[kResults + 1], row[kProgram.rows + 1];
-    const T* own = rows.results + r * kResults;
-#pragma GCC unroll 64
-    for (int j = 0; j < kResults; ++j) results[j] = broadcast<V>(own[j]);
-    Cell::forward_rows(Number<k>{}, results, splat<V>(static_cast<double>(sizes_.hidden)), row);
+    if constexpr (!writes(stage)) return;
+    const At at = at_row(rows, r);
+    const Drawn<Cell, T> drawn = rows.drawn;
     const auto tape = save(r);
-    for (int64_t block = own_.blocks.begin; block < own_.blocks.end; ++block) {
+    const Range blocks = own_.blocks, all = units_;
+    const int64_t hidden = sizes_.hidden;
+    V row[kProgram.rows + 1];
+    rows_of<k>(rows.results + r * kResults, row);
+    T* to = partial(rows, r, blocks.begin);
+    for (int64_t block = blocks.begin; block < blocks.end; ++block, to += kResults * kLanes) {
+      const int64_t begin = block * kBlockUnits;
+      const int64_t end = begin + kBlockUnits < at.padded ? begin + kBlockUnits : at.padded;
       V total[kResults + 1];
       Reductions<T>::begin(stage, kResults, total);
-      const int64_t end = (block + 1) * kBlockUnits;
-      for (int64_t unit = block * kBlockUnits; unit < end && unit < padded_; unit += kLanes)
-        units<k>(rows, r, unit, row, total, tape);
-      Reductions<T>::end(stage, kResults, total, partial(rows, r, block));
+      for (int64_t next = begin; next < end; next += kLanes) {
+        const int64_t unit = hidden_index(next);
+        one_vector<k>(at, unit, within<V>(unit, hidden), read(at, unit, drawn, r, all), row, total,
+                      tape);
+      }
+      Reductions<T>::end(stage, kResults, total, to);
     }
   }
 
+  // What the formulas of a vector of units read.
+  struct Inputs {
+    V u[Gu], v[Gv + 1], s[S], p[kGiven<Cell> + 1], x[kTemporaries + 1];
+  };
+  static FASTRNN_INLINE Inputs read(const At& at, int64_t unit, const Drawn<Cell, T>& drawn,
+                                    int64_t r, Range all) {
+    Inputs in;
+#pragma GCC unroll 64
+    for (int g = 0; g < Gu; ++g) in.u[g] = load<V>(at.u + g * at.padded + unit);
+#pragma GCC unroll 64
+    for (int g = 0; g < Gv; ++g) in.v[g] = load<V>(at.v + g * at.padded + unit);
+#pragma GCC unroll 64
+    for (int j = 0; j < S; ++j)
+      in.s[j] = Cell::kProjectable && j == 0 ? splat<V>(0)  // not read
+                                             : load<V>(at.state[j] + unit);
+#pragma GCC unroll 64
+    for (int j = 0; j < N; ++j) in.p[j] = load<V>(at.params + j * at.padded + unit);
+    drawn.load(r, all, unit, in.p + N);
+#pragma GCC unroll 64
+    for (int j = 0; j < kTemporaries; ++j) in.x[j] = load<V>(at.temporaries + j * at.padded + unit);
+    return in;
+  }
+
+  // The row formulas of stage k.
+  template <int k>
+  FASTRNN_INLINE void rows_of(const T* results, V* row) const {
+    T own[kResults + 1], one[kProgram.rows + 1];
+#pragma GCC unroll 64
+    for (int j = 0; j < kResults; ++j) own[j] = results[j];
+    Cell::forward_rows(Number<k>{}, own, static_cast<T>(sizes_.hidden), one);
+#pragma GCC unroll 64
+    for (int j = 0; j < kProgram.rows; ++j) row[j] = broadcast<V>(one[j]);
+  }
+
   template <int k, class Tape>
-  FASTRNN_INLINE void units(const Rows& rows, int64_t r, int64_t unit, const V* row, V* total,
-                            const Tape& tape) const {
+  static FASTRNN_INLINE void one_vector(const At& at, int64_t unit, int live, const Inputs& in,
+                                        const V* row, V* total, const Tape& tape) {
     constexpr Stage stage = kProgram.stage[k];
-    V u[Gu], v[Gv + 1], s[S], p[kGiven<Cell> + 1], x[kTemporaries + 1], next[S], saved[K + 1];
-    V out[kTemporaries + 1], part[kResults + 1];
-#pragma GCC unroll 64
-    for (int g = 0; g < Gu; ++g) u[g] = load<V>(rows.u + (r * Gu + g) * padded_ + unit);
-#pragma GCC unroll 64
-    for (int g = 0; g < Gv; ++g) v[g] = load<V>(rows.v + (r * Gv + g) * padded_ + unit);
+    V next[S], saved[K + 1], out[kTemporaries + 1], part[kResults + 1];
+    Cell::forward(Number<k>{}, in.u, in.v, in.s, in.p, in.x, row, next, saved, out, part);
 #pragma GCC unroll 64
     for (int j = 0; j < S; ++j)
-      s[j] = Cell::kProjectable && j == 0
-                 ? splat<V>(0)  // not read
-                 : load<V>(rows.state[j] + r * rows.state_stride[j] + unit);
-#pragma GCC unroll 64
-    for (int j = 0; j < N; ++j) p[j] = load<V>(weights_.params + j * padded_ + unit);
-    rows.drawn.load(r, units_, unit, p + N);
-#pragma GCC unroll 64
-    for (int j = 0; j < kTemporaries; ++j)
-      x[j] = load<V>(rows.temporaries + (r * kTemporaries + j) * padded_ + unit);
-    Cell::forward(Number<k>{}, u, v, s, p, x, row, next, saved, out, part);
-#pragma GCC unroll 64
-    for (int j = 0; j < S; ++j)
-      if (has(stage.states, j)) store(rows.next + (r * S + j) * padded_ + unit, next[j]);
+      if (has(stage.states, j)) store(at.next + j * at.padded + unit, next[j]);
 #pragma GCC unroll 64
     for (int j = 0; j < K; ++j)
       if (has(stage.saved, j)) tape.put(S - 1 + j, unit, saved[j]);
 #pragma GCC unroll 64
     for (int j = 0; j < kTemporaries; ++j)
-      if (has(stage.temporaries, j))
-        store(rows.temporaries + (r * kTemporaries + j) * padded_ + unit, out[j]);
-    Reductions<T>::add(stage, kResults, within<V>(unit, sizes_.hidden), part, total);
+      if (has(stage.temporaries, j)) store(at.temporaries + j * at.padded + unit, out[j]);
+    Reductions<T>::add(stage, kResults, live, part, total);
   }
 
   const RecurrenceSizes sizes_;

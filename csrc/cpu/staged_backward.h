@@ -15,6 +15,7 @@
 #include "cpu/chunk.h"
 #include "cpu/contract.h"
 #include "cpu/formats.h"
+#include "cpu/gradient_row.h"
 #include "cpu/projection.h"
 #include "cpu/reductions.h"
 #include "cpu/staged.h"
@@ -79,8 +80,6 @@ class StagedBackward {
         columns_((args.recurrent + kLanes - 1) / kLanes),
         padded_(vectors_ * kLanes),
         blocks_(blocks_of(args.hidden)),
-        du_row_(gradient_row(F::kFormat, Gu * args.hidden)),
-        dv_row_(gradient_row(F::kFormat, Gv * args.hidden)),
         tape_(args),
         chunk_(args, tape_.width()),
         projection_(args, chunk_) {}
@@ -138,6 +137,7 @@ class StagedBackward {
         share.sequences.end = all.end < live ? all.end : live;
         if (share.sequences.size() > 0) one_step(p, step, share, scratch_[me.index], meet);
       }
+      copy_same_gradients<Cell, T>(args_, p, all, share.units);
     }
   }
 
@@ -207,15 +207,6 @@ class StagedBackward {
       pack(static_cast<const T*>(args_.recurrence[p].w_hr), H, Q, packed_projection(p));
   }
 
-  int64_t width(int s) const { return s ? args_.hidden : args_.recurrent; }
-  T* carried(int64_t p, int s, const Place& at) const {
-    return static_cast<T*>(args_.ds[p * S + s]) + at.b * width(s);
-  }
-
-  T* reset_gradient(int64_t p, int s, const Place& at) const {
-    return static_cast<T*>(args_.dreset[p * S + s]) + at.b * width(s);
-  }
-
   template <class Meet>
   void one_step(int64_t p, int64_t step, const Share& share, const Scratch& own,
                 const Meet& meet) const {
@@ -239,7 +230,7 @@ class StagedBackward {
     for_each_number<kStages>([&](auto number) {
       constexpr int k = decltype(number)::value;
       if constexpr (k > 0) exchange<k>(p, first, count, share, own, &ahead, meet);
-      for (int64_t r = 0; r < count; ++r) one_row<k>(p, own.places[r], r, share, own);
+      for (int64_t r = 0; r < count; ++r) one_row<k>(p, r, share, own);
     });
     end_rows(p, count, share, own);
     meet();
@@ -278,10 +269,10 @@ class StagedBackward {
     const int64_t H = args_.hidden;
     if (!F::kConverts || !share.last) return;
     for (int64_t r = 0; r < count; ++r) {
+      const GradientRow<Cell, F> row(args_, chunk_, p, own.places[r]);
       for (int g = 0; g < Gv; g = run_end(g)) F::end_row(run(own, r, g), (run_end(g) - g) * H);
-      if constexpr (Gv > 0) F::end_row(row_of(args_.dv[p], own.places[r], dv_row_), Gv * H);
-      if constexpr (!all_summed<Cell>())
-        F::end_row(row_of(args_.du[p], own.places[r], du_row_), Gu * H);
+      if constexpr (Gv > 0) F::end_row(row.dv, Gv * H);
+      if constexpr (!all_summed<Cell>()) F::end_row(row.du, Gu * H);
     }
   }
 
@@ -299,8 +290,9 @@ class StagedBackward {
     }
     for (int64_t r = 0; r < count && dh.addend; ++r) {
       const Place& at = own.places[r];
-      if (at.cut && !args_.dreset) continue;
-      T* const to = at.cut ? reset_gradient(p, 0, at) : carried(p, 0, at);
+      void* const* const all = at.cut ? args_.dreset : args_.ds;
+      if (!all) continue;
+      T* const to = static_cast<T*>(all[p * S]) + at.b * args_.recurrent;
       for (int64_t k = share.columns.begin * kLanes; k < share.columns.end * kLanes; k += kLanes) {
         const int n = within<V>(k, args_.recurrent);
         store(to + k, load<V>(to + k, n) + load<V>(own.dh + r * row + k), n);
@@ -323,28 +315,23 @@ class StagedBackward {
 
   // The gradients of the states after the step, the state before it, and the saved results.
   void gather(int64_t p, const Place& at, int64_t r, const Share& share, const Scratch& own) const {
-    const int64_t H = args_.hidden;
+    const GradientRow<Cell, F> row(args_, chunk_, p, at);
+    const Storage storage = args_.storage;
+    const Range units = share.units;
     if (projected()) projection_.gather(p, at, share.columns);
-    for (int64_t unit = share.units.begin; unit < share.units.end; unit += kLanes) {
-      const int n = within<V>(unit, H);
-      for (int s = projected(); s < S; ++s) {
-        V gradient = load<V>(carried(p, s, at) + unit, n);
-        if (s == 0 && args_.dy)
-          gradient = gradient + load_as<V>(args_.dy, at.row * H + unit, n, args_.storage);
-        if (s > 0 && args_.dsteps)
-          gradient = gradient + load_as<V>(args_.dsteps, (at.row * (S - 1) + s - 1) * H + unit, n,
-                                           args_.storage);
-        store(own.dnext + (r * S + s) * padded_ + unit, clip_gradient<Cell>(gradient));
+    for (int s = projected(); s < S; ++s) {
+      T* const to = own.dnext + (r * S + s) * padded_;
+      for (int64_t unit = units.begin; unit < units.end; unit += kLanes)
+        store(to + unit, row.gradient(s, unit, within<V>(unit, row.hidden), storage));
+    }
+    if (kMultipliesState && !projected()) {
+      T* const to = static_cast<T*>(args_.h_prev[p]) + at.out * row.hidden;
+      for (int64_t unit = units.begin; unit < units.end; unit += kLanes) {
+        const int n = within<V>(unit, row.hidden);
+        store(to + unit, row.state_before(0, unit, n, storage), n);
       }
-      if (kMultipliesState && !projected())
-        store(static_cast<T*>(args_.h_prev[p]) + at.out * H + unit,
-              chunk_.state_before<V>(args_.recurrence[p], 0, at, unit, n, args_.storage), n);
     }
     if (R > 0) tape_.read_results(args_.tape, at.row, own.results + r * kResults);
-  }
-
-  static Word* row_of(void* gradients, const Place& at, int64_t row) {
-    return static_cast<Word*>(gradients) + at.out * row;
   }
 
   // Writes dv * w_hh of a run of gates, of the rows of dv from `first` on, for some vectors of
@@ -365,106 +352,123 @@ class StagedBackward {
     return own.partial + (r * blocks_ + block) * kResults * kLanes;
   }
 
+  // Where one row has its numbers, with those that its stages hand on.
+  struct At : GradientRow<Cell, F> {
+    const T *dnext, *params, *back;
+    T *temporaries, *operands;
+    Word* runs;
+    int64_t padded, gate_words;
+
+    At(const StagedBackward& sweep, int64_t p, int64_t r, const Scratch& own)
+        : GradientRow<Cell, F>(sweep.args_, sweep.chunk_, p, own.places[r]),
+          dnext(own.dnext + r * S * sweep.padded_),
+          params(static_cast<const T*>(sweep.args_.recurrence[p].params)),
+          back(own.back + r * J * sweep.padded_),
+          temporaries(own.temporaries + r * kTemporaries * sweep.padded_),
+          operands(J > 0 ? static_cast<T*>(sweep.args_.operands[p]) +
+                               own.places[r].out * J * sweep.args_.hidden
+                         : nullptr),
+          runs(sweep.run(own, r, 0)),
+          padded(sweep.padded_),
+          gate_words(sweep.gate_words()) {}
+  };
+
   template <int k>
-  FASTRNN_INLINE void one_row(int64_t p, const Place& at, int64_t r, const Share& share,
-                              const Scratch& own) const {
+  FASTRNN_INLINE void one_row(int64_t p, int64_t r, const Share& share, const Scratch& own) const {
     constexpr Stage stage = kProgram.stage[k];
-    const int64_t H = args_.hidden;
-    V results[kResults + 1], row[kProgram.rows + 1];
-    const T* own_results = own.results + r * kResults;
-#pragma GCC unroll 64
-    for (int j = 0; j < kResults; ++j) results[j] = broadcast<V>(own_results[j]);
-    Cell::backward_rows(Number<k>{}, results, splat<V>(static_cast<double>(H)), row);
-    const bool plain = args_.storage == Storage::kSame;
-    for (int64_t block = share.own.blocks.begin; block < share.own.blocks.end; ++block) {
+    if constexpr (!writes(stage)) return;
+    const At at(*this, p, r, own);
+    const Range blocks = share.own.blocks, units = share.units;
+    const Drawn<Cell, T> drawn = own.drawn;
+    const Storage storage = args_.storage;
+    V row[kProgram.rows + 1];
+    rows_of<k>(own.results + r * kResults, row);
+    T* to = partial(own, r, blocks.begin);
+    for (int64_t block = blocks.begin; block < blocks.end; ++block, to += kResults * kLanes) {
+      const int64_t begin = block * kBlockUnits;
+      const int64_t end = begin + kBlockUnits < at.padded ? begin + kBlockUnits : at.padded;
       V total[kResults + 1];
       Reductions<T>::begin(stage, kResults, total);
-      const int64_t end = (block + 1) * kBlockUnits;
-      for (int64_t unit = block * kBlockUnits; unit < end && unit < padded_; unit += kLanes) {
+      for (int64_t next = begin; next < end; next += kLanes) {
+        const int64_t unit = hidden_index(next);
+        const auto vector = [&](int n, Storage stored) __attribute__((always_inline)) {
+          one_vector<k>(at, unit, n, read(at, unit, n, stored, drawn, r, units), row, total);
+        };
         // Whole vectors of plain numbers, which most are, take no branches.
-        if (const int n = within<V>(unit, H); plain && n == kLanes)
-          units<k>(p, at, r, share, own, unit, kLanes, Storage::kSame, row, total);
+        if (const int n = within<V>(unit, at.hidden); storage == Storage::kSame && n == kLanes)
+          vector(kLanes, Storage::kSame);
         else
-          units<k>(p, at, r, share, own, unit, n, args_.storage, row, total);
+          vector(n, storage);
       }
-      Reductions<T>::end(stage, kResults, total, partial(own, r, block));
+      Reductions<T>::end(stage, kResults, total, to);
     }
   }
 
-  template <int k>
-  FASTRNN_INLINE void units(int64_t p, const Place& at, int64_t r, const Share& share,
-                            const Scratch& own, int64_t unit, int n, Storage storage, const V* row,
-                            V* total) const {
-    constexpr Stage stage = kProgram.stage[k];
-    const Recurrence& recurrence = args_.recurrence[p];
-    const int64_t H = args_.hidden;
-    Word* const du = row_of(args_.du[p], at, du_row_);
-    Word* const dv = row_of(args_.dv[p], at, dv_row_);
-    V saved[K + 1], before[S], next[S], dnext[S], given[kGiven<Cell> + 1], x[kTemporaries + 1];
+  // What the formulas of a vector of units read.
+  struct Inputs {
+    V saved[K + 1], before[S], given[kGiven<Cell> + 1], next[S], dnext[S], x[kTemporaries + 1];
     V back[J + 1];
-    V gates_u[Gu], gates_v[Gv + 1], dbefore[S], dlearned[N + 1], operand[J + 1],
-        out[kTemporaries + 1];
-    V part[kResults + 1];
+  };
+  static FASTRNN_INLINE Inputs read(const At& at, int64_t unit, int n, Storage storage,
+                                    const Drawn<Cell, T>& drawn, int64_t r, Range units) {
+    const int64_t H = at.hidden;
+    Inputs in;
+    at.read(unit, n, storage, in.saved, in.before, in.next);
 #pragma GCC unroll 64
-    for (int j = 0; j < K; ++j)
-      saved[j] = load_as<V>(args_.tape, chunk_.taped(at.row, S - 1 + j) + unit, n, storage);
+    for (int s = 0; s < S; ++s) in.dnext[s] = load<V>(at.dnext + s * at.padded + unit);
 #pragma GCC unroll 64
-    for (int s = 0; s < S; ++s) {
-      const bool m = s == 0 && projected();
-      before[s] = Cell::kProjectable && s == 0
-                      ? splat<V>(0)  // not read
-                      : chunk_.state_before<V>(recurrence, s, at, unit, n, storage);
-      next[s] =
-          s == 0 && !m
-              ? load_as<V>(args_.y, at.row * H + unit, n, storage)
-              : load_as<V>(args_.tape, chunk_.taped(at.row, m ? tape_.kUnprojected : s - 1) + unit,
-                           n, storage);
-      dnext[s] = load<V>(own.dnext + (r * S + s) * padded_ + unit);
-    }
-#pragma GCC unroll 64
-    for (int j = 0; j < N; ++j)
-      given[j] = load<V>(static_cast<const T*>(recurrence.params) + j * H + unit, n);
-    own.drawn.load(r, share.units, unit, given + N);
+    for (int j = 0; j < N; ++j) in.given[j] = load<V>(at.params + j * at.hidden + unit, n);
+    drawn.load(r, units, unit, in.given + N);
 #pragma GCC unroll 64
     for (int j = 0; j < kTemporaries; ++j)
-      x[j] = load<V>(own.temporaries + (r * kTemporaries + j) * padded_ + unit);
+      in.x[j] = load<V>(at.temporaries + unit * kTemporaries + j * kLanes);
 #pragma GCC unroll 64
-    for (int j = 0; j < J; ++j) back[j] = load<V>(own.back + (r * J + j) * padded_ + unit);
-    Cell::backward(Number<k>{}, saved, before, given, next, dnext, x, back, row, gates_u, gates_v,
-                   dbefore, dlearned, operand, out, part);
+    for (int j = 0; j < J; ++j) in.back[j] = load<V>(at.back + j * at.padded + unit);
+    return in;
+  }
+
+  // The row formulas of stage k.
+  template <int k>
+  FASTRNN_INLINE void rows_of(const T* results, V* row) const {
+    T own[kResults + 1], one[kProgram.rows + 1];
+#pragma GCC unroll 64
+    for (int j = 0; j < kResults; ++j) own[j] = results[j];
+    Cell::backward_rows(Number<k>{}, own, static_cast<T>(args_.hidden), one);
+#pragma GCC unroll 64
+    for (int j = 0; j < kProgram.rows; ++j) row[j] = broadcast<V>(one[j]);
+  }
+
+  template <int k>
+  static FASTRNN_INLINE void one_vector(const At& at, int64_t unit, int n, const Inputs& in,
+                                        const V* row, V* total) {
+    constexpr Stage stage = kProgram.stage[k];
+    const int64_t H = at.hidden;
+    V gates_u[Gu], gates_v[Gv + 1], dbefore[S], dlearned[N + 1], operand[J + 1];
+    V out[kTemporaries + 1], part[kResults + 1];
+    Cell::backward(Number<k>{}, in.saved, in.before, in.given, in.next, in.dnext, in.x, in.back,
+                   row, gates_u, gates_v, dbefore, dlearned, operand, out, part);
+    T* const temporaries = at.temporaries + unit * kTemporaries;
 #pragma GCC unroll 64
     for (int g = 0; g < Gv; ++g) {
       if (!has(stage.dv, g)) continue;
-      F::put(dv, g * H + unit, gates_v[g], n);
+      F::put(at.dv, g * H + unit, gates_v[g], n);
       if constexpr (F::kConverts)
-        F::put(run(own, r, run_begin(g)), (g - run_begin(g)) * H + unit, gates_v[g], n);
+        F::put(at.runs + run_begin(g) * at.gate_words, (g - run_begin(g)) * H + unit, gates_v[g],
+               n);
     }
 #pragma GCC unroll 64
     for (int g = 0; g < Gu && !all_summed<Cell>(); ++g)
-      if (has(stage.du, g)) F::put(du, g * H + unit, gates_u[g], n);
+      if (has(stage.du, g)) F::put(at.du, g * H + unit, gates_u[g], n);
 #pragma GCC unroll 64
-    for (int s = 0; s < S; ++s) {
-      if (!has(stage.states, s) || (s == 0 && projected())) continue;
-      if (at.cut && args_.dreset) {
-        T* to = reset_gradient(p, s, at) + unit;
-        store(to, load<V>(to, n) + dbefore[s], n);
-      }
-      store(carried(p, s, at) + unit, at.cut ? splat<V>(0) : dbefore[s], n);
-    }
-    if (args_.dp) {
-      T* const to = static_cast<T*>(args_.dp[p]) + at.b * N * H + unit;
-#pragma GCC unroll 64
-      for (int j = 0; j < N; ++j)
-        if (has(stage.dp, j)) store(to + j * H, load<V>(to + j * H, n) + dlearned[j], n);
-    }
+    for (int s = 0; s < S; ++s)
+      if (has(stage.states, s)) at.hand_on(s, dbefore[s], unit, n);
+    at.add_params(stage.dp, dlearned, unit, n);
 #pragma GCC unroll 64
     for (int j = 0; j < J; ++j)
-      if (has(stage.operands, j))
-        store(static_cast<T*>(args_.operands[p]) + (at.out * J + j) * H + unit, operand[j], n);
+      if (has(stage.operands, j)) store(at.operands + j * H + unit, operand[j], n);
 #pragma GCC unroll 64
     for (int j = 0; j < kTemporaries; ++j)
-      if (has(stage.temporaries, j))
-        store(own.temporaries + (r * kTemporaries + j) * padded_ + unit, out[j]);
+      if (has(stage.temporaries, j)) store(temporaries + j * kLanes, out[j]);
     Reductions<T>::add(stage, kResults, n, part, total);
   }
 
@@ -472,7 +476,6 @@ class StagedBackward {
   const CpuPlan& plan_;
   const int64_t vectors_, columns_;  // vectors of units, and of the columns of h
   const int64_t padded_, blocks_;    // units, and blocks of them
-  const int64_t du_row_, dv_row_;    // words of a row of du and of dv
   const StagedTape<Cell, T> tape_;
   const Chunk chunk_;
   const ProjectionGradient<Cell, F> projection_;

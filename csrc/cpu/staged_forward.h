@@ -220,29 +220,31 @@ class StagedForward {
     const auto put_out = [&](int64_t r) {
       return StoredRow<T>(args_.y, row_of(r) * args_.recurrent, args_.recurrent, args_.storage);
     };
-    // No state crosses into a new episode.
-    const auto hand_on = [&](int64_t r, int s, int64_t number, V next,
-                             bool cut) __attribute__((always_inline)) {
-      store(state(own, r, s) + number,
-            cut ? given_state(args_.recurrence[p].reset[s], s, first + r, number) : next);
-    };
     Ahead results;
     if (share.own.vectors.size() * kLanes == padded_) results = results_of(row_of(0), count);
     step.run(of, count, taped, meet, &results);
-    for (int64_t r = 0; r < count; ++r) {
-      const StoredRow<T> tape = taped(r), y = put_out(r);
+    // Writes state s after the step to `value` of a row, and hands it on to the next step, but not
+    // into a new episode.
+    const auto finish = [&](int64_t r, int s, const T* next, Range numbers, StoredRow<T> stored,
+                            int value) {
       const bool cut = rows.cut_after(at, first + r, reverse);
-      for (int s = 0; s < S; ++s)
-        for (int64_t unit = share.units.begin; unit < share.units.end; unit += kLanes) {
-          const V next = load<V>(of.next + (r * S + s) * padded_ + unit);
-          if (s > 0)
-            tape.put(s - 1, unit, next);
-          else if (projected())
-            tape.put(tape_.kUnprojected, unit, next);
-          else
-            y.put(0, unit, next);
-          if (s > 0 || !projected()) hand_on(r, s, unit, next, cut);
-        }
+      T* const to = state(own, r, s);
+      for (int64_t k = numbers.begin; k < numbers.end; k += kLanes) {
+        const V x = load<V>(next + k);
+        stored.put(value, k, x);
+        store(to + k, cut ? given_state(args_.recurrence[p].reset[s], s, first + r, k) : x);
+      }
+    };
+    for (int64_t r = 0; r < count; ++r) {
+      const T* const next = of.next + r * S * padded_;
+      if (!projected()) {
+        finish(r, 0, next, share.units, put_out(r), 0);
+      } else {
+        const StoredRow<T> tape = taped(r);
+        for (int64_t unit = share.units.begin; unit < share.units.end; unit += kLanes)
+          tape.put(tape_.kUnprojected, unit, load<V>(next + unit));
+      }
+      for (int s = 1; s < S; ++s) finish(r, s, next + s * padded_, share.units, taped(r), s - 1);
       if (args_.tape && Cell::kRows > 0 && share.leads)
         tape_.write_results(args_.tape, row_of(r), of.results + r * Cell::kForward.results);
     }
@@ -250,16 +252,8 @@ class StagedForward {
     meet();
     T* const h = state(own, 0, 0);
     step.project_output(of, count, share.columns, h, S * state_row_);
-    const Range columns = numbers_of(share, 0);
-    for (int64_t r = 0; r < count; ++r) {
-      const StoredRow<T> y = put_out(r);
-      const bool cut = rows.cut_after(at, first + r, reverse);
-      for (int64_t column = columns.begin; column < columns.end; column += kLanes) {
-        const V next = load<V>(h + r * S * state_row_ + column);
-        y.put(0, column, next);
-        hand_on(r, 0, column, next, cut);
-      }
-    }
+    for (int64_t r = 0; r < count; ++r)
+      finish(r, 0, h + r * S * state_row_, numbers_of(share, 0), put_out(r), 0);
   }
 
   // What a step will write of the tape and y for `count` rows from `row` on.

@@ -36,6 +36,13 @@ FASTRNN_INLINE V broadcast(Scalar<V> value) {
   return value - V{};  // x - 0 is x, so this is a broadcast and nothing else
 }
 
+// The same index, of which a compiler does not know how a loop changes it. Else it keeps a pointer
+// for each array that the loop reads, all in memory if there are many, and moves all of them on.
+FASTRNN_INLINE int64_t hidden_index(int64_t index) {
+  asm("" : "+r"(index));
+  return index;
+}
+
 // Calls f(Constant<n>), which makes n, 1 <= n <= kMax, a compile-time constant.
 template <int n>
 struct Constant {

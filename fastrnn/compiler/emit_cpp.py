@@ -39,7 +39,7 @@ struct {struct_name(name)} {{
   static constexpr int kGates = {gates}, kStates = {states}, kSaved = {saved};
   static constexpr int kParams = {len(derived.params)};
   static constexpr unsigned kSharedParams = {shared};  // bit k: parameter k is one for all units
-{_gate_params(derived)}{_draws(derived)}{_rows(derived)}{_limit(derived)}\
+{_gate_params(derived)}{_same_gradients(derived)}{_draws(derived)}{_rows(derived)}{_limit(derived)}\
   static constexpr bool kSummed[{entries}] = {_bools(derived.summed or (False,))};
   // Whether state 0 comes in through v alone.
   static constexpr bool kProjectable = {"true" if derived.projectable else "false"};
@@ -59,6 +59,15 @@ def _gate_params(derived: Derived) -> str:
     return f"  static constexpr unsigned kGateParams = {bits};  // bit k: G rows from k\n" * bool(
         bits
     )
+
+
+def _same_gradients(derived: Derived) -> str:
+    dp = derived.grouped(derived.gradients)[3]
+    first = [dp.index(gradient) for gradient in dp]
+    if first == list(range(len(dp))):
+        return ""
+    numbers = ", ".join(map(str, first))
+    return f"  static constexpr int kSameGradient[] = {{{numbers}}};  // the first like each of p\n"
 
 
 def _rows(derived: Derived) -> str:

@@ -4,6 +4,7 @@ which a layer uses its weights."""
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ import fastrnn
 from fastrnn import cells, kernels
 from fastrnn.nn import functional
 from tests.support import weights as attached
+from tests.support.forms import FORMS, given, with_gradients
+from tests.support.kernels import planned
 from tests.support.shared import peepholes
 from tests.support.tensors import flatten
 
@@ -201,6 +204,33 @@ def test_every_learned_number_may_be_unused() -> None:
     layer: Any = fastrnn.Recurrent(cells.Cell("unread", ("h",), ("h",), plain, params), 3, 5)
     layer(torch.randn(4, 2, 3))[0].sum().backward()
     assert torch.equal(layer.weight_unread_l0.grad, torch.zeros(5))
+
+
+def _both(u: Any, v: Any, p: Any, h: Tensor) -> Tensor:
+    return torch.tanh(u.h + v.h + p.x + p.y) * p.z
+
+
+def _both_in_stages(u: Any, v: Any, p: Any, h: Tensor) -> Tensor:
+    return torch.tanh(u.h + v.h + p.x + p.y - h.mean(-1, keepdim=True)) * p.z
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("function", [_both, _both_in_stages], ids=lambda f: f.__name__[1:])
+@pytest.mark.parametrize("form", FORMS)
+def test_two_may_have_one_gradient(form: str, function: Any) -> None:
+    # In the reverse direction, the chunk of the first steps has no row of a short sequence.
+    params = {"x": fastrnn.Param(), "y": fastrnn.Param(), "z": fastrnn.Param(init=1.0)}
+    cell = cells.Cell(function.__name__[1:], ("h",), ("h",), function, params)
+    layer: Any = fastrnn.Recurrent(cell, 3, 19, bidirectional=True, dtype=F64)
+    x, states = given(layer, 9, 6)
+    found = []
+    for kernel in ("cpu", "reference"):
+        with (
+            kernels.use(kernel),
+            planned(chunk_rows=7, split_sequences=2) if kernel == "cpu" else nullcontext(),
+        ):
+            found.append(with_gradients(layer, form, x, states))
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("kernel", ["cpu", "reference"])

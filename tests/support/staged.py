@@ -98,6 +98,12 @@ def masks(u: Any, v: Any, h: Any, c: Any) -> Any:
     return torch.where(v.b.mean(-1, keepdim=True) > 0, a, u.b), torch.where(mask, a * c, u.a)
 
 
+def summed_products(u: Any, v: Any, h: Any, c: Any) -> Any:
+    """All gates are summed, and yet their rows multiply different values."""
+    a = tanh(u.a + v.a)
+    return tanh(u.b + v(a * c).b), c * 0.5 + a
+
+
 USERS = [
     make("ab", "hc", function)
     for function in (
@@ -113,5 +119,6 @@ USERS = [
         of_every_state,
         one_after_the_other,
         norm_twice,
+        summed_products,
     )
 ]
