@@ -27,6 +27,9 @@
 #               time int8 and bfloat16 beside float32 and other libraries, a few minutes
 # make bench-slots
 #               time a server of 1,000 streams, slots beside one stepper for each, about a minute
+# make bench-calls
+#               time calls of tiny layers, stacks and cells beside torch.nn, about 8 minutes;
+#               ARGS="--only stack,packed" does less
 # make gpu      build, test and measure on this machine's NVIDIA GPU, 20 minutes;
 #               ARGS="--minutes 5 --only build,first" does less; make bench-gpu-host: what a call
 #               costs on the host, with or without a GPU, a minute
@@ -64,8 +67,8 @@ CPP = $(foreach kind,h cpp cu cuh,$(shell find csrc tests benchmarks -name '*.$(
 GENERATOR = $(wildcard fastrnn/cells/*.py fastrnn/compiler/*.py)
 
 .PHONY: demo tools test test-long test-all clients bench bench-full bench-grid bench-load \
-  bench-cells bench-memory bench-formats bench-slots bench-gpu-host gpu wheel wheel-aarch64 \
-  test-aarch64 sdist clean-install-test docs lint format clean in-place
+  bench-cells bench-memory bench-formats bench-slots bench-calls bench-gpu-host gpu wheel \
+  wheel-aarch64 test-aarch64 sdist clean-install-test docs lint format clean in-place
 
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
@@ -157,6 +160,9 @@ bench-formats: $(BASELINES)
 
 bench-slots: $(BASELINES)
 	$(PY) -m benchmarks.slots --save $(ARGS)
+
+bench-calls: $(BASELINES)
+	$(PY) -m benchmarks.calls --save $(ARGS)
 
 bench-gpu-host: $(BUILT)
 	$(PY) -m benchmarks.gpu.host $(ARGS)
