@@ -99,24 +99,20 @@ def step(
     input: Tensor,
     before: tuple[Tensor, ...],
     weights: tuple[Any, ...],
-    packed: Sequence[Tensor] | None = None,
-    expected: Tensor | None = None,
-    format: str = "float32",
+    packed: tuple[Sequence[Tensor], Tensor, str] | None,
 ) -> tuple[Tensor, ...] | None: ...
-def layer(
+def layers(
     cell: str,
-    input: Tensor,
+    input: Any,
     hx: Any,
     weights: Sequence[tuple[Any, ...]],
-    check: Callable[[Any, Any, None, Tensor], None],
+    check: Callable[[Any, Any, Any, Tensor], None],
+    lengths: Any,
+    resets: Any,
     thresholds: Sequence[int],
     noise: Callable[[], Tensor] | None,
-    bidirectional: bool,
-    batch_first: bool,
-    recompute: bool,
-    packed: Sequence[Tensor] | None = None,
-    expected: Tensor | None = None,
-    format: str = "float32",
+    ways: tuple[bool, int, bool, bool, float],
+    packed: Sequence[tuple[Sequence[Tensor], Tensor, str] | None],
 ) -> tuple[Any, ...] | None: ...
 def transposed(y: Tensor) -> Tensor: ...
 def scan_packed(

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import has_torch_function
 
 from fastrnn import flops
@@ -24,7 +25,7 @@ from fastrnn.kernels import onnx, reference
 from fastrnn.kernels.operands import Needs, Operands, Weights, side_by_side
 from fastrnn.kernels.prepare import on_cpu, prepare, prepared_now
 
-__all__ = ["Prepacked", "layer", "pack", "run", "scan", "step", "transposed"]
+__all__ = ["Prepacked", "Ways", "layers", "pack", "run", "scan", "step", "transposed"]
 
 
 # The scales of the rows of w_ih, w_hh and, if there is one, w_hr, float32.
@@ -197,46 +198,58 @@ def step(
     key = prepared_now(cell, _kind(x), x.dtype)
     if key is None:
         return None
-    return _C.step(key, x, tuple(states), weights, *(packed or ()))
+    return _C.step(key, x, tuple(states), weights, packed)
 
 
-def layer(
+# How layers run: (bidirectional, heads, batch_first, recompute, dropout between layers). To make a
+# tuple with names would take a fiftieth of the time of a small layer.
+Ways = tuple[bool, int, bool, bool, float]
+
+
+def layers(
     cell: Cell,
     input: Any,
     hx: Any,
     weights: Sequence[Weights],
-    check: Callable[[Any, Any, None, Tensor], None],
-    bidirectional: bool = False,
-    batch_first: bool = False,
-    recompute: bool = False,
-    packed: Prepacked | None = None,
+    check: Callable[[Any, Any, Any, Tensor], None],
+    ways: Ways,
+    packed: Sequence[Prepacked | None] = (),
+    lengths: Any = None,
+    resets: Any = None,
 ) -> tuple[Any, ...] | None:
-    """Run a single layer in a fast call for common operands; `nn.functional.rnn` accepts all
-    operands, and documents the arguments.
+    """Run layers one after the other, in a fast call for common operands; `nn.functional.rnn`
+    accepts all operands, and documents the arguments.
 
     Args:
-        check: called as `check(input, hx, None, w_ih)` before anything is computed, if the operands
-            are common. Its errors are those of the call.
+        check: called as `check(input, hx, batch_sizes, w_ih)` before anything is computed, if the
+            operands are common. Its errors are those of the call.
 
     Returns:
-        What `nn.functional.rnn` returns. None, without any effect, if it has to run the call: there
-        are several layers, an operand is not a plain dense CPU tensor of fitting size and dtype,
-        the weights have a projection, a transform is active, or gradients are needed with `packed`
-        weights.
+        What `nn.functional.rnn` returns. None, without any effect, if it has to run the call: an
+        operand is not a plain dense CPU tensor of fitting size and dtype, a transform is active, or
+        gradients are needed with `packed` weights.
 
     Raises:
         RuntimeError: if the weights have changed since they were packed.
     """
-    if torch.compiler.is_compiling() or not _plain(input) or not input.is_cpu or _transformed():
+    rows = type(input) is PackedSequence
+    x = input[0] if rows else input
+    if torch.compiler.is_compiling() or not _plain(x) or not x.is_cpu or _transformed():
         return None
-    key = prepared_now(cell, "cpu", input.dtype, None if packed is None else packed.format)
+    format = packed[0].format if packed and packed[0] is not None else None
+    key = prepared_now(cell, "cpu", x.dtype, format)
     if key is None:
         return None
-    # Drawn once the call is certain to run, so that each call takes one seed from the generator.
-    noise = functools.partial(seeded, cell.draws, input) if cell.noise else None
-    thresholds = [draw.threshold for draw in cell.draws] if cell.noise else []
-    ways = bidirectional, batch_first, recompute
-    return _C.layer(key, input, hx, weights, check, thresholds, noise, *ways, *packed or ())
+    # Drawn once the call is certain to run, so that each layer takes one seed from the generator.
+    order = input[2] if rows else None
+    noise = functools.partial(seeded, cell.draws, x, order) if cell.noise else None
+    thresholds = [draw.threshold for draw in cell.draws] if cell.noise else ()
+    drawn = thresholds, noise
+    out = _C.layers(key, input, hx, weights, check, lengths, resets, *drawn, ways, packed)
+    if rows and out is not None:
+        y, last = out
+        return PackedSequence(y, *input[1:]), last
+    return out
 
 
 def transposed(y: Tensor) -> Tensor:

@@ -15,12 +15,6 @@
 namespace fastrnn {
 namespace {
 
-Tensor fresh_zeros(at::IntArrayRef size, at::ScalarType type) {
-  Tensor out = fresh(size, type);
-  if (out.nbytes() > 0) std::memset(out.mutable_data_ptr(), 0, out.nbytes());
-  return out;
-}
-
 // `tensor.clone()` of a contiguous tensor, without the dispatcher.
 Tensor copy_of(const Tensor& tensor) {
   Tensor out = fresh(tensor.sizes(), tensor.scalar_type());

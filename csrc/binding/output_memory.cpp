@@ -4,6 +4,7 @@
 #include <ATen/Functions.h>
 
 #include <algorithm>
+#include <cstring>
 #include <mutex>
 #include <vector>
 
@@ -74,6 +75,12 @@ size_t rounded(size_t bytes) {
 Tensor fresh(at::IntArrayRef size, at::ScalarType type) {
   Tensor out = at::detail::empty_cpu(size, type);
   if (out.nbytes() >= 2 * kHugePage) prefer_huge_pages(out.mutable_data_ptr(), out.nbytes());
+  return out;
+}
+
+Tensor fresh_zeros(at::IntArrayRef size, at::ScalarType type) {
+  Tensor out = fresh(size, type);
+  if (out.nbytes() > 0) std::memset(out.mutable_data_ptr(), 0, out.nbytes());
   return out;
 }
 

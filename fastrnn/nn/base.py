@@ -198,18 +198,10 @@ class Layer(Freezable, FlatWeights):
             weights, packed = operands(self, input)
         noisy = self._noisy if self.training and frozen is None else None
         cell = noisy or self._cell()
-        if not extras and self.num_layers == self.heads == 1:
-            quick = ops.layer(
-                cell,
-                input,
-                hx,
-                weights,
-                self._check,
-                self.bidirectional,
-                self.batch_first,
-                self.recompute,
-                packed[0] if packed else None,
-            )
+        if reset_states is None and not return_states:
+            dropout = self.dropout if self.training else 0.0
+            ways = self.bidirectional, self.heads, self.batch_first, self.recompute, dropout
+            quick = ops.layers(cell, input, hx, weights, self._check, ways, packed, lengths, resets)
             if quick is not None:
                 return quick
         return functional.rnn(

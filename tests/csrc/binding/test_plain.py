@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import grad, vmap
 from torch.nn.utils import parametrize
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -38,6 +39,14 @@ def ways() -> Iterator[list[str]]:
 
             patch.setattr(functional, name, noted)
         yield taken
+
+
+@contextmanager
+def slowly() -> Iterator[None]:
+    """Layers go the slow way."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fastrnn.ops, "layers", lambda *_: None)
+        yield
 
 
 def states(name: str, directions: int = 1, dtype: torch.dtype = torch.float32) -> Any:
@@ -87,6 +96,155 @@ def test_a_fast_call_of_a_layer_has_the_numbers_of_a_slow_one(
                     assert fast._is_view() == wanted._is_view()
 
 
+def check_both_ways(
+    layer: nn.Module, call: Callable[..., Any], inputs: list[Tensor], gradients: bool = True
+) -> None:
+    """Whether `call(*inputs)`, which calls `layer`, gives the same results in both ways, of the
+    same form, with the same gradients and of the same random numbers."""
+    found: list[list[Any]] = []
+    with torch.set_grad_enabled(gradients):
+        for way in (nullcontext, slowly):
+            torch.manual_seed(5)
+            own = [t.detach().requires_grad_(t.requires_grad) for t in inputs]
+            with ways() as taken, way():
+                out = call(*own)
+            assert taken == ["slow"] * (way is slowly)
+            results = flatten(out)
+            leaves = [t for t in (*own, *layer.parameters()) if t.requires_grad]
+            total: Any = sum(t.sin().sum() for t in results)
+            grads = torch.autograd.grad(total, leaves) if gradients else ()
+            found.append([out, *results, *grads, torch.rand(2)])
+    (fast_out, *fast), (slow_out, *slow) = found
+    assert type(fast_out[0]) is type(slow_out[0]) and type(fast_out[1]) is type(slow_out[1])
+    if isinstance(fast_out[0], PackedSequence):
+        assert all(map(lambda a, b: a is b, fast_out[0][1:], slow_out[0][1:]))
+    for one, other in zip(fast, slow, strict=True):
+        assert torch.equal(one, other) and one.stride() == other.stride()
+        assert one.requires_grad == other.requires_grad and one._is_view() == other._is_view()
+
+
+# Arguments of layers, and how many units a head has.
+STACKS: dict[str, dict[str, Any]] = {
+    "two": {"num_layers": 2},
+    "three, without biases": {"num_layers": 3, "bias": False},
+    "two directions": {"num_layers": 2, "bidirectional": True},
+    "batch first": {"num_layers": 2, "batch_first": True},
+    "dropout": {"num_layers": 3, "dropout": 0.4},
+    "all dropped": {"num_layers": 2, "dropout": 1.0},
+    "noise and dropout": {"num_layers": 2, "dropout": 0.4, "zoneout": 0.3},
+    "recompute": {"num_layers": 2, "bidirectional": True, "recompute": True},
+    "one": {},
+    "projected": {"proj_size": 2},
+    "projected, two directions": {"proj_size": 3, "bidirectional": True, "bias": False},
+    "a projected stack": {"num_layers": 3, "bidirectional": True, "proj_size": 2},
+    "heads": {"heads": 7, "batch_first": True},
+    "a stack of heads": {"num_layers": 2, "bidirectional": True, "heads": 7, "units": 2},
+}
+INPUTS = ("dense", "packed", "packed in the caller's order", "lengths", "resets")
+
+
+def stacked(
+    name: str, kind: str, options: dict[str, Any], dtype: torch.dtype
+) -> tuple[Any, Callable[..., Any], list[Tensor]]:
+    """A layer, how it is called on a kind of input, and the input and initial states."""
+    hidden = H * options.get("units", 1)
+    options = {key: value for key, value in options.items() if key != "units"}
+    layer = getattr(fastrnn, name)(I, hidden, dtype=dtype, **options)
+    count = layer.num_layers * (2 if layer.bidirectional else 1)
+    widths = [layer.proj_size or hidden, hidden][: 1 + (name == "LSTM")]
+    hx = [torch.randn(count, B, n, dtype=dtype) for n in widths]
+    x = torch.randn(*((B, T) if layer.batch_first else (T, B)), I, dtype=dtype)
+    keywords: dict[str, Any] = {}
+    wrap: Callable[[Tensor], Any] = lambda x: x  # noqa: E731
+    if kind == "lengths":
+        keywords["lengths"] = torch.tensor([2, 3, 0, 1])
+    elif kind == "resets":
+        keywords["resets"] = torch.rand(x.shape[:2]) < 0.4
+    elif kind != "dense":
+        lengths = [2, 3, 1, 3] if "order" in kind else [3, 3, 2, 1]
+        sequences = [torch.empty(n, I, dtype=dtype) for n in lengths]
+        form = pack_sequence(sequences, enforce_sorted="order" not in kind)
+        x = torch.randn_like(form.data)
+        wrap = lambda x: form._replace(data=x)  # noqa: E731
+
+    def call(x: Tensor, *states: Tensor) -> Any:
+        given: Any = None if not states else states[0] if len(states) == 1 else states
+        return layer(wrap(x), given, **keywords)
+
+    return layer, call, [x, *hx]
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [(name, o) for name in LAYERS for o in STACKS if name == "LSTM" or "projected" not in o],
+)
+def test_a_fast_call_of_a_stack_has_the_numbers_of_a_slow_one(
+    name: str, options: str, kind: str
+) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        layer, call, (x, *hx) = stacked(name, kind, STACKS[options], dtype)
+        for training in (True, False):
+            layer.train(training)
+            for given in ([], hx):
+                check_both_ways(layer, call, [x, *given], gradients=False)
+                leaves = [t.clone().requires_grad_() for t in (x, *given)]
+                check_both_ways(layer, call, leaves)
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+@pytest.mark.parametrize("wanted", ["x", "hx", "weights", "the second layer", "no second layer"])
+def test_some_operands_of_a_stack_have_gradients(wanted: str, kind: str) -> None:
+    layer, call, (x, *hx) = stacked("LSTM", kind, {"num_layers": 2}, torch.float32)
+    for name, parameter in layer.named_parameters():
+        second = "_l1" in name
+        parameter.requires_grad_(
+            wanted == "weights" or ("second" in wanted and second == ("no" not in wanted))
+        )
+    x.requires_grad_(wanted == "x")
+    hx[0].requires_grad_(wanted == "hx")
+    check_both_ways(layer, call, [x, *hx])
+    check_both_ways(layer, call, [x] if wanted != "hx" else [x, *hx])
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+def test_gradients_of_gradients_of_a_stack(kind: str) -> None:
+    layer, call, inputs = stacked("GRU", kind, {"num_layers": 2}, torch.float64)
+    found = []
+    for way in (nullcontext, slowly):
+        own = [t.clone().requires_grad_() for t in inputs]
+        leaves = [*own, *layer.parameters()]
+        with way():
+            total: Any = sum(t.sin().sum() for t in flatten(call(*own)))
+        first = torch.autograd.grad(total, leaves, create_graph=True)
+        again: Any = sum(g.cos().sum() for g in first)
+        found.append([*first, *torch.autograd.grad(again, leaves)])
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+@pytest.mark.parametrize("changed", ["x", "hx", "a weight", "the output"])
+@pytest.mark.parametrize("options", ["two", "a stack of heads"])
+def test_a_change_in_place_before_the_backward_pass(options: str, changed: str, kind: str) -> None:
+    found: list[Any] = []
+    for way in (nullcontext, slowly):
+        torch.manual_seed(3)
+        layer, call, (x, hx) = stacked("RNN", kind, STACKS[options], torch.float32)
+        with way():
+            out = call(x, hx)
+        y, last = flatten(out)
+        total = y.sin().sum() + last.sin().sum()
+        place = {"x": x, "hx": hx, "a weight": layer.weight_hh_l1, "the output": y}[changed]
+        with torch.no_grad():
+            place.mul_(2.0)
+        try:
+            found.append([g.tolist() for g in torch.autograd.grad(total, [*layer.parameters()])])
+        except RuntimeError as error:
+            assert "inplace" in str(error)
+            found.append(str(error).partition("[")[0])
+    assert found[0] == found[1]
+
+
 RICHER: dict[str, Callable[..., nn.Module]] = {
     "parameters": fastrnn.PeepholeLSTM,
     "parameters and stages": fastrnn.LayerNormLSTM,
@@ -98,10 +256,13 @@ RICHER: dict[str, Callable[..., nn.Module]] = {
 }
 
 
+@pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("kind", RICHER)
-def test_a_fast_call_of_a_cell_with_parameters_or_noise(kind: str, bidirectional: bool) -> None:
-    layer = RICHER[kind](I, H, bidirectional=bidirectional)
+def test_a_fast_call_of_a_cell_with_parameters_or_noise(
+    kind: str, bidirectional: bool, layers: int
+) -> None:
+    layer = RICHER[kind](I, H, num_layers=layers, bidirectional=bidirectional)
     x = torch.randn(T, B, I, requires_grad=True)
     leaves = [x, *layer.parameters()]
     for training in (True, False):
@@ -113,7 +274,7 @@ def test_a_fast_call_of_a_cell_with_parameters_or_noise(kind: str, bidirectional
                 y, last = layer(x, return_states=slow)[:2]
             assert taken == ["slow"] * slow
             total: Any = sum(t.sin().sum() for t in (y, *flatten(last)))
-            # A call takes one seed from torch's generator, whichever way it goes.
+            # A layer takes one seed from torch's generator, whichever way it goes.
             found.append([y, *flatten(last), *torch.autograd.grad(total, leaves), torch.rand(2)])
         assert all(map(torch.equal, *found))
 
@@ -189,6 +350,23 @@ def test_modes_and_profilers_see_the_operator(name: str) -> None:
     assert not taken and not still_taken
 
 
+@pytest.mark.parametrize("kind", INPUTS)
+@pytest.mark.parametrize("options", ["two directions", "projected", "noise and dropout", "heads"])
+def test_modes_see_the_operators_of_a_stack(options: str, kind: str) -> None:
+    layer, call, inputs = stacked("LSTM", kind, STACKS[options], torch.float32)
+    seen = []
+    for way in (nullcontext, slowly):
+        for gradients in (False, True):
+            with torch.set_grad_enabled(gradients), way(), _Operators() as mode:
+                call(*inputs)
+                call(inputs[0])
+            # The fast way reads lengths and sizes of batches without an operator.
+            reads = ("aten.aminmax.default", "aten._local_scalar_dense.default", "aten.select.int")
+            seen.append(sorted(name for name in mode.seen if name not in reads))
+    assert seen[0] == seen[2] and seen[1] == seen[3]
+    assert seen[0].count("fastrnn.scan.default") == 2 * layer.num_layers
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_fast_call_makes_the_checks_of_the_class(name: str) -> None:
     module, x, hx = case(name)
@@ -217,9 +395,12 @@ def test_a_fast_call_makes_the_checks_of_the_class(name: str) -> None:
 def wrong_calls(name: str) -> dict[str, Callable[[nn.Module], Any]]:
     x, hx = torch.randn(T, B, I), states(name)
     tensors = flatten(hx)
+    packed = pack_sequence([x[:2, 0], x[:1, 1]])
     pair = name == "LSTM"
     return {
         "a list of states": lambda layer: layer(x, list(tensors) if pair else hx),
+        "a tuple of states too many": lambda layer: layer(x, (*tensors, tensors[0])),
+        "a tuple of one state": lambda layer: layer(x, tensors[:1] if pair else (hx,)),
         "an empty sequence": lambda layer: layer(x[:0]),
         "an empty batch": lambda layer: layer(x[:, :0]),
         "four dimensions": lambda layer: layer(x[None]),
@@ -235,15 +416,44 @@ def wrong_calls(name: str) -> dict[str, Callable[[nn.Module], Any]]:
         ),
         "other features": lambda layer: layer(x[..., :2]),
         "another device": lambda layer: layer(x.to("meta")),
+        "packed input of other features": lambda layer: layer(packed._replace(data=x[..., 0, :2])),
+        "packed input of another dtype": lambda layer: layer(
+            packed._replace(data=x[:, 0].double())
+        ),
+        "packed input without rows": lambda layer: layer(packed._replace(data=x[:0, 0])),
+        "too few rows": lambda layer: layer(packed._replace(data=x[:2, 0])),
+        "sizes of steps that grow": lambda layer: layer(
+            packed._replace(batch_sizes=torch.tensor([1, 2]))
+        ),
+        "states of another batch than the packed input": lambda layer: layer(packed, hx),
+        "no order of the packed input": lambda layer: layer(
+            packed._replace(sorted_indices=torch.tensor([1]), unsorted_indices=torch.tensor([0, 1]))
+        ),
+        "another order": lambda layer: layer(
+            packed._replace(sorted_indices=torch.tensor([1, 2]), unsorted_indices=None)
+        ),
+        "a list of lengths": lambda layer: layer(x, lengths=[1, 2, 3, 0]),
+        "lengths of another dtype": lambda layer: layer(
+            x, lengths=torch.tensor([1, 2, 3, 0]).int()
+        ),
+        "lengths in floats": lambda layer: layer(x, lengths=torch.tensor([1.0, 2, 3, 0])),
+        "too long": lambda layer: layer(x, lengths=torch.tensor([1, 2, T + 1, 0])),
+        "too short": lambda layer: layer(x, lengths=torch.tensor([1, 2, -1, 0])),
+        "too few lengths": lambda layer: layer(x, lengths=torch.tensor([1, 2])),
+        "lengths of packed input": lambda layer: layer(packed, lengths=torch.tensor([2, 1])),
+        "resets of another shape": lambda layer: layer(x, resets=torch.ones(B, T).bool()),
+        "resets of another dtype": lambda layer: layer(x, resets=torch.ones(T, B)),
+        "resets of packed input": lambda layer: layer(packed, resets=torch.ones(3).bool()),
+        "packed resets": lambda layer: layer(
+            packed, resets=packed._replace(data=torch.ones(3).bool())
+        ),
         "no tensor": lambda layer: layer([1.0]),
         "no tensor of states": lambda layer: layer(x, 3),
     }
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_uncommon_calls_end_as_slow_ones_do(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, _, _ = case(name)
-
+def test_uncommon_calls_end_as_slow_ones_do(name: str) -> None:
     def outcome(call: Callable[[nn.Module], Any]) -> Any:
         try:
             return [t.tolist() for t in flatten(call(layer))]
@@ -251,9 +461,12 @@ def test_uncommon_calls_end_as_slow_ones_do(name: str, monkeypatch: pytest.Monke
             return type(error), str(error)
 
     calls = wrong_calls(name)
-    found = {what: outcome(call) for what, call in calls.items()}
-    monkeypatch.setattr(fastrnn.ops, "layer", lambda *_: None)
-    assert found == {what: outcome(call) for what, call in calls.items()}
+    stack = {"num_layers": 2}
+    for options in ({}, stack, {**stack, "bidirectional": True}, {"heads": 7}):
+        layer, _, _ = case(name, **options)
+        found = {what: outcome(call) for what, call in calls.items()}
+        with slowly():
+            assert found == {what: outcome(call) for what, call in calls.items()}
 
 
 class _Counted(nn.Module):
@@ -289,3 +502,29 @@ def test_frozen_modules_take_fast_calls(name: str) -> None:
     assert all(map(torch.equal, found, wanted))
     with pytest.raises(RuntimeError, match="frozen and has no derivative"):
         module(x.requires_grad_(), hx)
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+@pytest.mark.parametrize("options", ["two directions", "a projected stack", "projected", "heads"])
+def test_frozen_stacks_take_fast_calls(options: str, kind: str) -> None:
+    layer, call, (x, *hx) = stacked("LSTM", kind, STACKS[options], torch.float32)
+    for given in ([], hx):
+        fastrnn.unfreeze(layer)
+        with torch.no_grad():
+            wanted = flatten(call(x, *given))
+            fastrnn.freeze(layer)
+            check_both_ways(layer, call, [x, *given], gradients=False)
+            assert all(map(torch.equal, flatten(call(x, *given)), wanted))
+        for leaf in (x, *given):
+            leaf.requires_grad_()
+            with pytest.raises(RuntimeError, match="frozen and has no derivative"):
+                call(x, *given)
+            leaf.requires_grad_(False)
+    fastrnn.quantize_(layer)
+    check_both_ways(layer, call, [x, *hx], gradients=False)
+    fastrnn.dequantize_(layer)
+    fastrnn.freeze(layer)
+    with torch.no_grad():
+        layer.weight_hh_l0.mul_(2)
+        with pytest.raises(RuntimeError, match="of a frozen layer were changed"):
+            call(x, *hx)
