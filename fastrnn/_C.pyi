@@ -146,12 +146,13 @@ def isas() -> list[str]: ...
 def isa() -> str: ...
 def keep_launch(
     *inputs: Any,
-    tape: bool,
     backward: bool,
     run: int | None,
     error: int | None,
+    capturing: int | None,
     plan: Sequence[int],
     workspace: int,
+    steps: tuple[int, int],
     epoch: int,
 ) -> bool: ...
 def vector_bytes() -> int: ...
@@ -192,5 +193,6 @@ def set_callbacks(
     forward: Callable[..., Any],
     backward: Callable[..., Any],
     reference_backward: Callable[..., Any],
+    tables: Callable[..., tuple[Tensor, int]],
     significant_bits: int,
 ) -> None: ...

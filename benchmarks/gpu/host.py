@@ -2,14 +2,15 @@
 
     python -m benchmarks.gpu.host [FILE]
 
-The parts are those of calls that Python launches; C++ launches dense calls of one recurrence, after
-the first. On a GPU each call begins when the GPU is idle, and is not waited for. Elsewhere the
-tensors are on the CPU and a library takes the place of the CUDA kernels that does nothing, so the
-parts of fastrnn are those of a GPU, without the microseconds that CUDA takes for each launch.
+The parts are those of calls that Python launches, as it does the first of a shape; C++ launches
+those that follow. On a GPU each call begins when the GPU is idle, and is not waited for. Elsewhere
+the tensors are on the CPU and a library takes the place of the CUDA kernels that does nothing, so
+the parts of fastrnn are those of a GPU, without the microseconds that CUDA takes for each launch.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import time
@@ -17,10 +18,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
+from torch.nn.utils.rnn import PackedSequence
 
 import fastrnn
 from benchmarks.gpu import results
@@ -107,41 +109,86 @@ def by_python() -> Iterator[None]:
     _C.forget_plans()
 
 
-def inference(layer: torch.nn.Module, x: torch.Tensor) -> Call:
+class Given(NamedTuple):
+    """What a layer is called with, and how the table names it."""
+
+    name: str
+    bidirectional: bool = False
+    packed: bool = False
+    states: bool = False
+
+
+GIVEN = (
+    Given("dense"),
+    Given("dense, states", states=True),
+    Given("dense, two directions", bidirectional=True),
+    Given("packed", packed=True),
+    Given("packed, two directions", bidirectional=True, packed=True),
+)
+
+
+def arguments(layer: torch.nn.RNNBase, given: Given, x: torch.Tensor) -> tuple[Any, ...]:
+    """The arguments of a call of the layer, in which one sequence is a step shorter if packed."""
+    size = 2 if given.bidirectional else 1, BATCH, HIDDEN
+    state = torch.zeros(size, device=x.device)
+    hx: Any = (state, state) if isinstance(layer, torch.nn.LSTM) else state
+    if not given.packed:
+        return (x, hx) if given.states else (x,)
+    lengths = torch.tensor([STEPS] * (BATCH - 1) + [STEPS - 1])
+    sizes = (lengths > torch.arange(STEPS).unsqueeze(1)).sum(1)
+    return (PackedSequence(x.flatten(0, 1)[: int(lengths.sum())], sizes),)
+
+
+def inference(layer: torch.nn.Module, *given: Any) -> Call:
     def call() -> object:
         with torch.inference_mode():
-            return layer(x)
+            return layer(*given)
 
     return call
 
 
-def both(layer: torch.nn.Module, x: torch.Tensor) -> Call:
+def both(layer: torch.nn.Module, *given: Any) -> Call:
     """Forward and backward, with the gradient of the input."""
-    x = x.clone().requires_grad_()
-    dy = torch.randn(*x.shape[:-1], HIDDEN, device=x.device)
+    first, *others = given
+    x = (first.data if isinstance(first, PackedSequence) else first).clone().requires_grad_()
+    first = PackedSequence(x, first.batch_sizes) if isinstance(first, PackedSequence) else x
     wanted = [x, *layer.parameters()]
-    return lambda: torch.autograd.grad(layer(x)[0], wanted, dy)
+    dy = None
+
+    def call() -> object:
+        nonlocal dy
+        y = layer(first, *others)[0]
+        y = y.data if isinstance(y, PackedSequence) else y
+        if dy is None:
+            dy = torch.randn_like(y)
+        return torch.autograd.grad(y, wanted, dy)
+
+    return call
 
 
 def rows(device: str, calls: int = CALLS) -> Iterator[dict[str, Any]]:
-    for cell in ("LSTM", "GRU", "RNN"):
-        theirs = getattr(torch.nn, cell)(HIDDEN, HIDDEN, device=device)
+    for cell, given in itertools.product(("LSTM", "GRU", "RNN"), GIVEN):
+        kind = getattr(torch.nn, cell)
+        theirs = kind(HIDDEN, HIDDEN, bidirectional=given.bidirectional, device=device)
         ours = fastrnn.from_torch(theirs)
         x = torch.randn(STEPS, BATCH, HIDDEN, device=device)
+        passed = arguments(theirs, given, x)
         for mode, make in (("inference", inference), ("forward and backward", both)):
-            took = whole(make(ours, x), calls)
+            took = whole(make(ours, *passed), calls)
             with by_python():
-                slower, parts = whole(make(ours, x), calls), of_parts(make(ours, x), calls)
+                slower = whole(make(ours, *passed), calls)
+                parts = of_parts(make(ours, *passed), calls)
             middle, launch = parts["memory and products"], parts["launch"]
             yield {
                 "cell": cell,
+                "call": given.name,
                 "mode": mode,
                 "us": took,
                 "by Python": slower,
                 "layer, operator, plan": round(slower - middle, 1),
                 "memory and products": round(middle - launch, 1),
                 "launch": launch,
-                "torch.nn": whole(make(theirs, x), calls),
+                "torch.nn": whole(make(theirs, *passed), calls),
             }
 
 

@@ -89,6 +89,13 @@ std::vector<Tensor> python_backward(const ScanInputs& in, const OutputGrads& gra
   return reference_backward(in, grads, needs, false);
 }
 
+std::pair<Tensor, void*> python_tables(const Tensor& sizes, int64_t batch, c10::Device device) {
+  py::gil_scoped_acquire gil;
+  const auto [tables, stream] =
+      python().tables(sizes, batch, device).cast<std::pair<Tensor, uintptr_t>>();
+  return {tables, reinterpret_cast<void*>(stream)};
+}
+
 std::vector<Tensor> python_differentiable_backward(const ScanInputs& in, const OutputGrads& grads,
                                                    const Needs& needs) {
   return reference_backward(in, grads, needs, true);

@@ -13,7 +13,7 @@ namespace fastrnn {
 // Functions of Python, set once on import. They are leaked on purpose: no destructor may run after
 // the interpreter is gone.
 struct Callbacks {
-  pybind11::object plan, find, forward, backward, reference_backward;
+  pybind11::object plan, find, forward, backward, reference_backward, tables;
   int significant_bits;  // of numbers of steps and rows; problems that agree in them share a plan
 };
 void set_callbacks(Callbacks* functions);
@@ -28,6 +28,9 @@ const CellFacts& known_cell(std::string_view name, at::DeviceType device, Format
 ScanOutputs python_forward(const ScanInputs& in, bool tape);
 std::vector<Tensor> python_backward(const ScanInputs& in, const OutputGrads& grads, const Tensor& y,
                                     const Tensor& tape, const Needs& needs);
+// The tables of a packed batch on a device, and the stream on which they were copied there; the
+// current stream may read them.
+std::pair<Tensor, void*> python_tables(const Tensor& sizes, int64_t batch, c10::Device device);
 // Gradients that can be differentiated again.
 std::vector<Tensor> python_differentiable_backward(const ScanInputs& in, const OutputGrads& grads,
                                                    const Needs& needs);

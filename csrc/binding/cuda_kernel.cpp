@@ -6,31 +6,56 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/version.h>
 
+#include <algorithm>
+#include <cstring>
 #include <map>
 #include <mutex>
 #include <shared_mutex>
 
+#include "binding/callbacks.h"
 #include "binding/plan_cache.h"
 
 namespace fastrnn {
 namespace {
 
 constexpr int kTooLarge = 720;        // cudaErrorCooperativeLaunchTooLarge
-constexpr size_t kMostShapes = 4096;  // batches of ever new lengths must not fill memory
+constexpr size_t kMostShapes = 4096;  // batches of ever new sizes must not fill memory
+constexpr size_t kMostTables = 32;    // packed batches that are remembered
 
-using Shape = std::tuple<Pass, std::string, int64_t, int64_t, int64_t, int64_t, at::ScalarType,
+// What a plan goes by, besides the number of steps.
+using Shape = std::tuple<const CellFacts*, bool, int64_t, int64_t, int64_t, at::ScalarType,
                          c10::DeviceType, c10::DeviceIndex, int64_t, bool>;
 
 struct Launches {
   std::shared_mutex mutex;
-  std::map<Shape, CudaLaunch> of;
+  std::map<Shape, std::vector<CudaLaunch>> of;
   int64_t epoch = 0;
 };
 
-// Leaked on purpose: threads may launch while the process ends.
+// Leaked on purpose, as the tables below: threads may launch while the process ends.
 Launches& launches() {
   static auto* all = new Launches;
   return *all;
+}
+
+// The tables of a packed batch, made and kept by kernels/gpu/packed.py, which calls on the stream
+// of their copy to the device may read.
+struct Tables {
+  Tensor sizes;  // contiguous
+  int64_t batch, rows;
+  c10::Device device;
+  void* stream;
+  Tensor on_device;  // [T+1+B]: the first row of each step, then the steps of each sequence
+};
+
+struct KnownTables {
+  std::shared_mutex mutex;
+  std::vector<Tables> all;  // the newest last
+};
+
+KnownTables& known_tables() {
+  static auto* known = new KnownTables;
+  return *known;
 }
 
 // Whether float32 is multiplied as TF32, by torch's switch for its own layers; nothing if this
@@ -44,14 +69,19 @@ std::optional<bool> tf32_allowed() {
 #endif
 }
 
-Shape shape_of(const ScanInputs& in, Pass pass) {
+int64_t steps_in(const ScanInputs& in) {
+  return in.batch_sizes ? in.batch_sizes->size(0) : in.x.dim() == 3 ? in.x.size(0) : 1;
+}
+
+int64_t batch_of(const ScanInputs& in) { return in.batch_sizes ? in.s0[0].size(1) : in.x.size(-2); }
+
+Shape shape_of(const CellFacts& cell, const ScanInputs& in, bool backward) {
   const Tensor& x = in.x;
-  return {pass,
-          std::string(in.cell),
-          x.size(0),
-          x.size(1),
-          x.size(2),
+  return {&cell,
+          backward,
+          batch_of(in),
           in.w_hh[0].size(1),
+          in.w_hh.size(),
           x.scalar_type(),
           x.device().type(),
           x.device().index(),
@@ -67,21 +97,34 @@ bool is(const Tensor& tensor, const Tensor& x, at::IntArrayRef size) {
 // Whether C++ launches such calls. Those with wrong operands it leaves to Python, for its errors.
 bool launches_here(const CellFacts& cell, const ScanInputs& in) {
   const Tensor& x = in.x;
-  if (x.dim() != 3 || in.w_ih.size() != 1 || in.w_hh.size() != 1 || x.numel() == 0) return false;
+  const int64_t P = in.w_hh.size();
+  if (x.numel() == 0 || P < 1 || P > kMostRecurrences) return false;
   if (x.scalar_type() == at::kFloat && !tf32_allowed()) return false;
-  if (in.batch_sizes || in.lengths || in.resets || in.noise) return false;
+  if (in.lengths || in.noise) return false;
   if (!in.w_hr.empty() || !in.params.empty() || !in.reset_states.empty()) return false;
   if (cell.input_gates != cell.gates || cell.recurrent_gates != cell.gates) return false;
   const int64_t H = in.w_hh[0].size(-1), of_gates = cell.gates * H;
-  if (!is(in.w_ih[0], x, {of_gates, x.size(2)}) || !is(in.w_hh[0], x, {of_gates, H})) return false;
-  if (in.b_ih.size() != in.b_hh.size() || in.b_ih.size() > 1) return false;
-  for (TensorList biases : {in.b_ih, in.b_hh})
-    for (const Tensor& bias : biases)
-      if (!is(bias, x, {of_gates})) return false;
-  if (!in.s0.empty() && static_cast<int32_t>(in.s0.size()) != cell.states) return false;
-  for (const Tensor& state : in.s0)
-    if (!is(state, x, {1, x.size(1), H})) return false;
-  return true;
+  const auto all = [&](TensorList tensors, at::IntArrayRef size, int64_t count) {
+    return static_cast<int64_t>(tensors.size()) == count &&
+           std::all_of(tensors.begin(), tensors.end(),
+                       [&](const Tensor& tensor) { return is(tensor, x, size); });
+  };
+  if (!all(in.w_ih, {of_gates, x.size(-1)}, P) || !all(in.w_hh, {of_gates, H}, P)) return false;
+  const int64_t biased = in.b_ih.empty() ? 0 : P;
+  if (!all(in.b_ih, {of_gates}, biased) || !all(in.b_hh, {of_gates}, biased)) return false;
+  if (in.batch_sizes) {
+    const Tensor& sizes = *in.batch_sizes;
+    if (x.dim() != 2 || sizes.dim() != 1 || !sizes.is_cpu()) return false;
+    if (sizes.scalar_type() != at::kLong || !sizes.is_contiguous()) return false;
+    if (in.s0.empty() || in.s0[0].dim() != 3) return false;
+  }
+  if (one_step(in) ? P != 1 : !in.batch_sizes && x.dim() != 3) return false;
+  c10::DimVector of_state{P, batch_of(in), H};
+  if (one_step(in)) of_state.erase(of_state.begin());
+  if (!all(in.s0, of_state, in.s0.empty() ? 0 : cell.states)) return false;
+  return !in.resets ||
+         (in.resets->device() == x.device() && in.resets->scalar_type() == at::kBool &&
+          in.resets->sizes() == x.sizes().slice(0, x.dim() - 1));
 }
 
 // The raw stream. Some versions of torch do not tell; the overload for those gives nothing.
@@ -99,13 +142,72 @@ std::optional<void*> current_stream(c10::Device device) {
   return raw(c10::impl::VirtualGuardImpl(device.type()).getStream(device), 0);
 }
 
-// u takes both biases of a gate whose projections are only ever added; the others of b_hh are the
-// kernel's.
-std::pair<Tensor, Tensor> biases(const CellFacts& cell, const ScanInputs& in, int64_t H) {
-  if (in.b_ih.empty()) return {Tensor(), Tensor()};
-  const Tensor &of_u = in.b_ih[0], &of_v = in.b_hh[0];
-  if (cell.all_summed()) return {at::add(of_u, of_v), Tensor()};
-  if (cell.summed == 0) return {of_u, of_v};
+// Whether these are sizes of a batch that holds so many rows: kernels read where they say.
+bool sound(const int64_t* sizes, int64_t steps, int64_t batch, int64_t rows) {
+  for (int64_t t = 0; t < steps; ++t) {
+    if (sizes[t] < 1 || sizes[t] > (t ? sizes[t - 1] : batch)) return false;
+    rows -= sizes[t];
+  }
+  return rows == 0;
+}
+
+// The tables of a packed batch for a call on this stream; undefined for a batch that is wrong.
+Tensor tables_of(const ScanInputs& in, void* stream, bool capturing) {
+  const Tensor& sizes = *in.batch_sizes;
+  const int64_t batch = batch_of(in), rows = in.x.size(0);
+  const c10::Device device = in.x.device();
+  KnownTables& known = known_tables();
+  // A capture needs tables that stay; Python keeps those.
+  if (!capturing) {
+    std::shared_lock lock(known.mutex);
+    for (auto each = known.all.rbegin(); each != known.all.rend(); ++each)
+      if (each->batch == batch && each->rows == rows && each->device == device &&
+          each->stream == stream && each->sizes.size(0) == sizes.size(0) &&
+          std::memcmp(each->sizes.const_data_ptr(), sizes.const_data_ptr(), sizes.nbytes()) == 0)
+        return each->on_device;
+  }
+  if (!sound(sizes.const_data_ptr<int64_t>(), sizes.size(0), batch, rows)) return {};
+  const auto [on_device, copied_on] = python_tables(sizes, batch, device);
+  if (capturing || copied_on != stream) return on_device;
+  std::unique_lock lock(known.mutex);
+  if (known.all.size() >= kMostTables) known.all.erase(known.all.begin());
+  known.all.push_back({sizes.clone(), batch, rows, device, stream, on_device});
+  return on_device;
+}
+
+// Neighbouring recurrences in the same direction.
+struct Run {
+  int64_t begin, count;
+};
+
+std::vector<Run> runs_of(int64_t reverse, int64_t P) {
+  std::vector<Run> runs;
+  for (int64_t p = 0; p < P; ++p) {
+    if (p > 0 && (reverse >> p & 1) == (reverse >> (p - 1) & 1))
+      ++runs.back().count;
+    else
+      runs.push_back({p, 1});
+  }
+  return runs;
+}
+
+// A contiguous tensor that vectors can read: itself, or a copy.
+Tensor aligned(const Tensor& tensor) {
+  const Tensor whole = tensor.contiguous();
+  return reinterpret_cast<uintptr_t>(whole.data_ptr()) % 16 ? whole.clone() : whole;
+}
+
+// Contiguous, with a first dimension of recurrences if there are several.
+Tensor stacked(TensorList tensors) {
+  return tensors.size() == 1 ? aligned(tensors[0]) : at::stack(tensors);
+}
+
+// What u takes of the biases of a recurrence: both for a gate whose projections are only ever
+// added. The others of b_hh are the kernel's.
+Tensor bias_of_u(const CellFacts& cell, const ScanInputs& in, int64_t p, int64_t H) {
+  const Tensor &of_u = in.b_ih[p], &of_v = in.b_hh[p];
+  if (cell.all_summed()) return at::add(of_u, of_v);
+  if (cell.summed == 0) return of_u;
   Tensor both = of_u.clone();
   for (int64_t gate = 0; gate < cell.gates; ++gate) {
     int64_t end = gate;
@@ -114,13 +216,7 @@ std::pair<Tensor, Tensor> biases(const CellFacts& cell, const ScanInputs& in, in
     both.narrow(0, gate * H, (end - gate) * H).add_(of_v.narrow(0, gate * H, (end - gate) * H));
     gate = end;
   }
-  return {both, of_v};
-}
-
-// A contiguous tensor that vectors can read: itself, or a copy.
-Tensor aligned(const Tensor& tensor) {
-  const Tensor whole = tensor.contiguous();
-  return reinterpret_cast<uintptr_t>(whole.data_ptr()) % 16 ? whole.clone() : whole;
+  return both;
 }
 
 const void* address(const Tensor& tensor) { return tensor.defined() ? tensor.data_ptr() : nullptr; }
@@ -133,21 +229,32 @@ at::TensorOptions of_sums(const Tensor& x) {
 class CudaCall {
  public:
   // Nothing, if that is not known here.
-  static std::optional<CudaCall> of(const ScanInputs& in, Pass pass) {
+  static std::optional<CudaCall> of(const ScanInputs& in, bool backward) {
     const CellFacts* cell = find_cell(std::string(in.cell));
     if (!cell || !launches_here(*cell, in)) return std::nullopt;
-    Launches& all = launches();
-    std::shared_lock lock(all.mutex);
-    if (all.of.empty() || all.epoch != plans_forgotten()) return std::nullopt;
-    const auto found = all.of.find(shape_of(in, pass));
-    if (found == all.of.end()) return std::nullopt;
-    return CudaCall(*cell, in, found->second);
+    const CudaLaunch launch = [&]() -> CudaLaunch {
+      Launches& all = launches();
+      std::shared_lock lock(all.mutex);
+      if (all.of.empty() || all.epoch != plans_forgotten()) return {};
+      const auto found = all.of.find(shape_of(*cell, in, backward));
+      if (found == all.of.end()) return {};
+      const int64_t steps = steps_in(in);
+      for (const CudaLaunch& each : found->second)
+        if (each.least_steps <= steps && steps <= each.most_steps) return each;
+      return {};
+    }();
+    if (!launch.run) return std::nullopt;
+    CudaCall call(*cell, in, launch);
+    if (!in.batch_sizes) return call;
+    call.tables_ = tables_of(in, call.stream_, launch.capturing(call.stream_) != 0);
+    if (!call.tables_.defined()) return std::nullopt;
+    return call;
   }
 
-  // States, or gradients of states, [S, 1, B, H] and more, in the type of sums. Those that are
+  // States, or gradients of states, [S, P, B, H] and more, in the type of sums. Those that are
   // undefined or missing are zero.
   Tensor states(TensorList given, int64_t more = 0) const {
-    Tensor all = at::zeros({S + more, 1, B, H}, of_sums(x));
+    Tensor all = at::zeros({S + more, P, B, H}, of_sums(x));
     for (size_t s = 0; s < given.size(); ++s)
       if (given[s].defined()) all.select(0, s).copy_(given[s]);
     return all;
@@ -155,7 +262,15 @@ class CudaCall {
 
   // A state as the caller has it. A copy, so that it neither shares memory nor keeps it alive.
   Tensor state(const Tensor& all, int64_t s) const {
-    return all.select(0, s).to(x.options(), /*non_blocking=*/false, /*copy=*/true);
+    const Tensor own = all.select(0, s).to(x.options(), /*non_blocking=*/false, /*copy=*/true);
+    return one_step(in) ? own.squeeze(0) : own;
+  }
+
+  // One row for each row of the output, for every recurrence, [P, rows, width]; without the first
+  // dimension for one.
+  Tensor rows_of(int64_t width) const {
+    if (P == 1) return at::empty({rows, width}, x.options());
+    return at::empty({P, rows, width}, x.options());
   }
 
   // Launches with these arrays; false if this device runs no grid, so that Python plans again.
@@ -163,18 +278,25 @@ class CudaCall {
     sweep.steps = sweep.end = T;
     sweep.batch = B;
     sweep.hidden = H;
-    sweep.recurrences = 1;
-    sweep.chunk_rows = T * B;
-    sweep.reverse = reverse_;
-    const Tensor weights = aligned(w_hh_);
+    sweep.recurrences = P;
+    sweep.chunk_rows = rows;
+    sweep.reverse = static_cast<uint64_t>(in.reverse);
+    const Tensor weights = stacked(in.w_hh);
     sweep.w_hh = weights.data_ptr();
-    Tensor workspace;
+    if (tables_.defined()) {
+      sweep.first = tables_.const_data_ptr<int64_t>();
+      sweep.length = sweep.first + T + 1;
+    }
+    Tensor resets, workspace;
+    if (in.resets) {
+      resets = aligned(*in.resets);
+      sweep.resets = static_cast<const uint8_t*>(resets.data_ptr());
+    }
     if (launch_.workspace > 0) {
       workspace = at::empty({launch_.workspace}, x.options().dtype(at::kByte));
       sweep.workspace = workspace.data_ptr();
     }
-    const int error =
-        launch_.run(cell.name.c_str(), &sweep, &launch_.plan, *current_stream(x.device()));
+    const int error = launch_.run(cell.name.c_str(), &sweep, &launch_.plan, stream_);
     if (error == kTooLarge) return false;
     const char* text = error ? launch_.error(error) : nullptr;
     TORCH_CHECK(!error, "the CUDA kernels of fastrnn failed: ", text ? text : "no text", " (error ",
@@ -183,29 +305,130 @@ class CudaCall {
   }
 
   const CellFacts& cell;
+  const ScanInputs& in;
   const Tensor& x;
-  const int64_t T, B, H, S;
+  const int64_t T, B, H, S, P, rows;
 
  private:
   CudaCall(const CellFacts& cell, const ScanInputs& in, const CudaLaunch& launch)
       : cell(cell),
+        in(in),
         x(in.x),
-        T(x.size(0)),
-        B(x.size(1)),
+        T(steps_in(in)),
+        B(batch_of(in)),
         H(in.w_hh[0].size(1)),
         S(cell.states),
-        w_hh_(in.w_hh[0]),
-        reverse_(static_cast<uint64_t>(in.reverse)),
-        launch_(launch) {}
+        P(in.w_hh.size()),
+        rows(x.numel() / x.size(-1)),
+        launch_(launch),
+        stream_(*current_stream(x.device())) {}
 
-  const Tensor& w_hh_;
-  const uint64_t reverse_;
   const CudaLaunch launch_;
+  void* const stream_;
+  Tensor tables_;
+};
+
+// u of every recurrence, with its biases.
+Tensor projected(const CudaCall& call) {
+  const ScanInputs& in = call.in;
+  const bool biased = !in.b_ih.empty();
+  const auto bias = [&](int64_t p) { return bias_of_u(call.cell, in, p, call.H); };
+  if (call.P == 1) return aligned(at::linear(in.x, in.w_ih[0], biased ? bias(0) : Tensor()));
+  Tensor u = call.rows_of(call.cell.gates * call.H);
+  const Tensor x = in.x.reshape({call.rows, in.x.size(-1)});
+  for (const auto& [begin, count] : runs_of(in.reverse, call.P)) {
+    if (count == 1) {
+      Tensor own = u.select(0, begin);
+      const Tensor w = in.w_ih[begin].t();
+      biased ? at::addmm_out(own, bias(begin), x, w) : at::mm_out(own, x, w);
+      continue;
+    }
+    Tensor own = u.narrow(0, begin, count);
+    const Tensor w = at::stack(in.w_ih.slice(begin, count)).transpose(1, 2);
+    const Tensor each = x.expand({count, x.size(0), x.size(1)});
+    if (!biased) {
+      at::bmm_out(own, each, w);
+      continue;
+    }
+    std::vector<Tensor> biases;
+    for (int64_t p = begin; p < begin + count; ++p) biases.push_back(bias(p));
+    at::baddbmm_out(own, at::stack(biases).unsqueeze(1), each, w);
+  }
+  return u;
+}
+
+// The gradients of the weights, biases and x, from those of the projections.
+class Products {
+ public:
+  Products(const CudaCall& call, const Tensor& du, const Tensor& dv, const Tensor& h_prev)
+      : call_(call), in_(call.in), du_(du), dv_(dv), h_prev_(h_prev) {
+    if (call.P > 1) runs_ = runs_of(in_.reverse, call.P);
+  }
+
+  // The recurrences add up in the dtype of x, as products that each begin from the sum before.
+  Tensor of_x() const {
+    Tensor sum = at::mm(own(du_, 0), in_.w_ih[0]);
+    for (int64_t p = 1; p < call_.P; ++p) sum.addmm_(own(du_, p), in_.w_ih[p]);
+    return sum.view(in_.x.sizes());
+  }
+
+  void add_w_ih(std::vector<Tensor>& out) const {
+    const Tensor x = in_.x.reshape({call_.rows, in_.x.size(-1)});
+    add(out, du_, [&](int64_t, int64_t count) {
+      return count ? x.expand({count, x.size(0), x.size(1)}) : x;
+    });
+  }
+
+  void add_w_hh(std::vector<Tensor>& out) const {
+    add(out, dv_, [&](int64_t begin, int64_t count) {
+      return count ? h_prev_.narrow(0, begin, count) : own(h_prev_, begin);
+    });
+  }
+
+  void add_biases(std::vector<Tensor>& out) const {
+    const size_t first = out.size();
+    sums(out, du_);
+    if (!call_.cell.all_summed()) return sums(out, dv_);
+    for (size_t p = 0; p < static_cast<size_t>(call_.P); ++p) out.push_back(out[first + p].clone());
+  }
+
+ private:
+  Tensor own(const Tensor& all, int64_t p) const { return call_.P == 1 ? all : all.select(0, p); }
+
+  // Gradients of matrices: of the projections `of`, times other(first recurrence, recurrences),
+  // which has no dimension of recurrences if there are 0.
+  template <class Other>
+  void add(std::vector<Tensor>& out, const Tensor& of, const Other& other) const {
+    if (call_.P == 1) return out.push_back(at::mm(of.t(), other(0, 0)));
+    for (const auto& [begin, count] : runs_) {
+      if (count == 1) {
+        out.push_back(at::mm(of.select(0, begin).t(), other(begin, 0)));
+      } else {
+        const Tensor part = of.narrow(0, begin, count).transpose(1, 2);
+        for (const Tensor& each : at::bmm(part, other(begin, count)).unbind(0)) out.push_back(each);
+      }
+    }
+  }
+
+  void sums(std::vector<Tensor>& out, const Tensor& of) const {
+    if (call_.P == 1) return out.push_back(of.sum(0));
+    for (const auto& [begin, count] : runs_) {
+      if (count == 1)
+        out.push_back(of.select(0, begin).sum(0));
+      else
+        for (const Tensor& each : of.narrow(0, begin, count).sum(1).unbind(0)) out.push_back(each);
+    }
+  }
+
+  const CudaCall& call_;
+  const ScanInputs& in_;
+  const Tensor &du_, &dv_, &h_prev_;
+  std::vector<Run> runs_;
 };
 
 }  // namespace
 
-bool keep_launch(const ScanInputs& in, Pass pass, const CudaLaunch& launch) {
+bool keep_launch(const ScanInputs& in, bool backward, const CudaLaunch& launch) {
   const CellFacts* cell = find_cell(std::string(in.cell));
   if (!cell || !launches_here(*cell, in) || !current_stream(in.x.device())) return false;
   Launches& all = launches();
@@ -213,24 +436,27 @@ bool keep_launch(const ScanInputs& in, Pass pass, const CudaLaunch& launch) {
   if (launch.epoch != plans_forgotten()) return false;  // another thread changed what plans go by
   if (all.epoch != plans_forgotten() || all.of.size() >= kMostShapes) all.of.clear();
   all.epoch = launch.epoch;
-  all.of.insert_or_assign(shape_of(in, pass), launch);
+  std::vector<CudaLaunch>& known = all.of[shape_of(*cell, in, backward)];
+  const auto same = [&](const CudaLaunch& each) { return each.least_steps == launch.least_steps; };
+  known.erase(std::remove_if(known.begin(), known.end(), same), known.end());
+  known.push_back(launch);
   return true;
 }
 
 std::optional<ScanOutputs> forward_on_cuda(const ScanInputs& in, bool tape) {
-  const auto call = CudaCall::of(in, tape ? Pass::kForwardWithTape : Pass::kForward);
+  const auto call = CudaCall::of(in, false);
   if (!call) return std::nullopt;
   const Tensor& x = call->x;
-  const int64_t T = call->T, B = call->B, H = call->H;
+  const int64_t P = call->P, H = call->H;
   const c10::DeviceGuard on_device(x.device());
-  const Tensor y = at::empty({T, B, H}, x.options());
-  const int64_t ratio = x.element_size() == 2 ? 2 : 1;
-  const int64_t width = call->cell.tape_width(false, H, ratio);
-  const Tensor saved = at::empty({tape ? T * B : 0, 1, width, H}, x.options());
+  c10::DimVector of_y(x.sizes());
+  of_y.back() = P * H;
+  const Tensor y = at::empty(of_y, x.options());
+  const int64_t width = call->cell.tape_width(false, H, x.element_size() == 2 ? 2 : 1);
+  const Tensor saved = at::empty({tape ? call->rows : 0, P, width, H}, x.options());
   const Tensor carry = call->states(in.s0, 1);
-  const auto [of_u, of_v] = biases(call->cell, in, H);
-  const Tensor u = aligned(at::linear(x, in.w_ih[0], of_u));
-  const Tensor b_hh = of_v.defined() ? aligned(of_v) : of_v;
+  const Tensor u = projected(*call);
+  const Tensor b_hh = in.b_hh.empty() || call->cell.all_summed() ? Tensor() : stacked(in.b_hh);
   Sweep sweep;
   sweep.u = u.data_ptr();
   sweep.b_hh = address(b_hh);
@@ -247,18 +473,17 @@ std::optional<std::vector<Tensor>> backward_on_cuda(const ScanInputs& in, const 
                                                     const Tensor& y, const Tensor& tape,
                                                     const Needs& needs) {
   if (grads.dsteps.defined()) return std::nullopt;
-  const auto call = CudaCall::of(in, Pass::kBackward);
+  const auto call = CudaCall::of(in, true);
   if (!call) return std::nullopt;
-  const Tensor& x = call->x;
-  const int64_t rows = call->T * call->B, H = call->H, of_gates = call->cell.gates * H;
-  if (tape.size(2) && tape.size(0) != rows) return std::nullopt;  // to be computed again
-  const c10::DeviceGuard on_device(x.device());
+  const int64_t H = call->H;
+  if (tape.size(2) && tape.size(0) != call->rows) return std::nullopt;  // to be computed again
+  const c10::DeviceGuard on_device(in.x.device());
   const Tensor dy = grads.dy.defined() ? aligned(grads.dy) : Tensor();
   const Tensor outputs = aligned(y), saved = aligned(tape);
   const Tensor s0 = call->states(in.s0), ds = call->states(grads.dstates);
-  const Tensor dv = at::empty({rows, of_gates}, x.options());
+  const Tensor dv = call->rows_of(call->cell.gates * H);
   const Tensor du = call->cell.all_summed() ? dv : at::empty_like(dv);
-  const Tensor h_prev = at::empty({rows, H}, x.options());
+  const Tensor h_prev = call->rows_of(H);
   Sweep sweep;
   sweep.dy = address(dy);
   sweep.y = outputs.data_ptr();
@@ -269,14 +494,12 @@ std::optional<std::vector<Tensor>> backward_on_cuda(const ScanInputs& in, const 
   sweep.dv = dv.data_ptr();
   sweep.h_prev = h_prev.data_ptr();
   if (!call->run(sweep)) return std::nullopt;
+  const Products products(*call, du, dv, h_prev);
   std::vector<Tensor> out;
-  if (needs[kNeedX]) out.push_back(at::mm(du, in.w_ih[0]).view(x.sizes()));
-  if (needs[kNeedWih]) out.push_back(at::mm(du.t(), x.reshape({rows, x.size(2)})));
-  if (needs[kNeedWhh]) out.push_back(at::mm(dv.t(), h_prev));
-  if (needs[kNeedBias] && !in.b_ih.empty()) {
-    out.push_back(du.sum(0));
-    out.push_back(call->cell.all_summed() ? out.back().clone() : dv.sum(0));
-  }
+  if (needs[kNeedX]) out.push_back(products.of_x());
+  if (needs[kNeedWih]) products.add_w_ih(out);
+  if (needs[kNeedWhh]) products.add_w_hh(out);
+  if (needs[kNeedBias] && !in.b_ih.empty()) products.add_biases(out);
   if (needs[kNeedStates])
     for (size_t s = 0; s < in.s0.size(); ++s) out.push_back(call->state(ds, s));
   return out;

@@ -71,20 +71,23 @@ bool keep_launch_from_python(const std::string& cell, const Tensor& x,
                              const std::optional<Tensor>& batch_sizes,
                              const std::optional<Tensor>& lengths,
                              const std::optional<Tensor>& resets,
-                             const std::optional<Tensor>& noise, int64_t reverse, bool tape,
-                             bool backward, uintptr_t run, uintptr_t error,
-                             const std::array<int32_t, 7>& plan, int64_t workspace, int64_t epoch) {
-  const Pass pass = backward ? Pass::kBackward : tape ? Pass::kForwardWithTape : Pass::kForward;
+                             const std::optional<Tensor>& noise, int64_t reverse, bool backward,
+                             uintptr_t run, uintptr_t error, uintptr_t capturing,
+                             const std::array<int32_t, 7>& plan, int64_t workspace,
+                             std::pair<int64_t, int64_t> steps, int64_t epoch) {
   CudaLaunch launch;
   launch.run = reinterpret_cast<decltype(launch.run)>(run);
   launch.error = reinterpret_cast<decltype(launch.error)>(error);
+  launch.capturing = reinterpret_cast<decltype(launch.capturing)>(capturing);
   launch.plan = {
       static_cast<Precision>(plan[0]), plan[1], plan[2], plan[3], plan[4], plan[5], plan[6]};
   launch.workspace = workspace;
+  launch.least_steps = steps.first;
+  launch.most_steps = steps.second;
   launch.epoch = epoch;
   return keep_launch({cell, x, w_ih, w_hh, b_ih, b_hh, w_hr, params, s0, reset_states, batch_sizes,
                       lengths, resets, noise, reverse},
-                     pass, launch);
+                     backward, launch);
 }
 
 std::vector<std::string> formats() {
@@ -108,13 +111,15 @@ PYBIND11_MODULE(_C, m) {
   m.def("scan_packed", packed_from_python, py::call_guard<py::gil_scoped_release>());
   m.def("pack", pack_from_python, py::call_guard<py::gil_scoped_release>(), py::arg("cell"),
         py::arg("format"), py::arg("weights"), py::arg("scales"));
-  m.def("keep_launch", keep_launch_from_python, py::arg("cell"), py::arg("x"), py::arg("w_ih"),
-        py::arg("w_hh"), py::arg("b_ih"), py::arg("b_hh"), py::arg("w_hr"), py::arg("params"),
-        py::arg("s0"), py::arg("reset_states"), py::arg("batch_sizes"), py::arg("lengths"),
-        py::arg("resets"), py::arg("noise"), py::arg("reverse"), py::kw_only(), py::arg("tape"),
-        py::arg("backward"), py::arg("run"), py::arg("error"), py::arg("plan"),
-        py::arg("workspace"), py::arg("epoch"),
-        "Launches later calls of the shape of this one in the same way, without Python.");
+  m.def(
+      "keep_launch", keep_launch_from_python, py::arg("cell"), py::arg("x"), py::arg("w_ih"),
+      py::arg("w_hh"), py::arg("b_ih"), py::arg("b_hh"), py::arg("w_hr"), py::arg("params"),
+      py::arg("s0"), py::arg("reset_states"), py::arg("batch_sizes"), py::arg("lengths"),
+      py::arg("resets"), py::arg("noise"), py::arg("reverse"), py::kw_only(), py::arg("backward"),
+      py::arg("run"), py::arg("error"), py::arg("capturing"), py::arg("plan"), py::arg("workspace"),
+      py::arg("steps"), py::arg("epoch"),
+      "Launches later calls of the shape of this one in the same way, without Python. `steps` are "
+      "the least and the most of such calls.");
   m.def(
       "fingerprint", [](const std::vector<Tensor>& tensors) { return fingerprint(tensors); },
       "The fingerprint of weights, which scan_packed takes as `expected`.");
@@ -191,12 +196,12 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "set_callbacks",
       [](py::object plan, py::object find, py::object forward, py::object backward,
-         py::object reference_backward, int significant_bits) {
-        set_callbacks(
-            new Callbacks{plan, find, forward, backward, reference_backward, significant_bits});
+         py::object reference_backward, py::object tables, int significant_bits) {
+        set_callbacks(new Callbacks{plan, find, forward, backward, reference_backward, tables,
+                                    significant_bits});
       },
       py::kw_only(), py::arg("plan"), py::arg("find"), py::arg("forward"), py::arg("backward"),
-      py::arg("reference_backward"), py::arg("significant_bits"));
+      py::arg("reference_backward"), py::arg("tables"), py::arg("significant_bits"));
 }
 
 }  // namespace fastrnn

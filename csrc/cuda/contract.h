@@ -139,7 +139,7 @@ int fastrnn_cuda_h_prev(const char* cell, const fastrnn::Sweep*, const fastrnn::
                         void* stream);
 int fastrnn_cuda_recompute(const char* cell, const fastrnn::Sweep*, const fastrnn::CudaPlan*,
                            void* stream);
-// Bytes of `workspace` that a launch needs.
+// Bytes of `workspace` that a launch needs, whatever its number of steps.
 int64_t fastrnn_cuda_workspace_bytes(const char* cell, const fastrnn::Sweep*,
                                      const fastrnn::CudaPlan*, int backward);
 // Shared memory per block of a persistent kernel, in bytes; negative if the plan fits no block.
@@ -155,6 +155,8 @@ int fastrnn_cuda_usable(int* architecture);
 int fastrnn_cuda_resident_clusters(int blocks, int threads, int64_t shared_bytes);
 // The constants that a plan uses; valid while the library is loaded.
 const fastrnn::CudaTables* fastrnn_cuda_tables();
+// Whether a CUDA graph is captured on a stream, so that nothing may be copied from the host.
+int fastrnn_cuda_capturing(void* stream);
 // The text of an error.
 const char* fastrnn_cuda_error(int error);
 // Names of the cells that this library has kernels for, with a space after each.

@@ -120,6 +120,10 @@ FASTRNN_EXPORT int fastrnn_cuda_resident_clusters(int blocks, int threads, int64
   return fastrnn::resident_clusters(blocks, threads, shared_bytes);
 }
 
+FASTRNN_EXPORT int fastrnn_cuda_capturing(void* stream) {
+  return fastrnn::platform::capturing(stream) ? 1 : 0;
+}
+
 FASTRNN_EXPORT const char* fastrnn_cuda_error(int error) {
   return fastrnn::platform::error_text(error);
 }

@@ -51,5 +51,6 @@ _C.set_callbacks(
     forward=_launched("forward"),
     backward=_launched("backward"),
     reference_backward=_launched("reference_backward"),
+    tables=_launched("tables"),
     significant_bits=plan.SIGNIFICANT_BITS,
 )

@@ -14,13 +14,13 @@ from fastrnn.compiler.layout import values
 from fastrnn.extension import _C
 from fastrnn.kernels import device as machine
 from fastrnn.kernels import reference
-from fastrnn.kernels.gpu import cuda, driver
+from fastrnn.kernels.gpu import cuda, driver, packed
 from fastrnn.kernels.gpu.sweeps import Scan, Shape, Sweeps, tf32_allowed
 from fastrnn.kernels.gpu.triton import launch
 from fastrnn.kernels.operands import Needs, Operands
 from fastrnn.kernels.prepare import cell_of
 
-__all__ = ["backward", "forward", "reference_backward"]
+__all__ = ["backward", "forward", "reference_backward", "tables"]
 
 # The kernels for GPUs, which are launched from Python.
 _SWEEPS: dict[str, Sweeps] = {"cuda": cuda.sweeps, "triton": launch.sweeps}
@@ -51,8 +51,8 @@ def forward(inputs: tuple[Any, ...], tape: bool) -> tuple[Tensor, list[Tensor], 
         if not machine.go_on_without_grids(operands.x.device):
             raise
         return forward(inputs, tape)
-    if shape.sweeps is cuda.sweeps and scan.alone:
-        cuda.hand_over(scan, inputs, "forward", tape, shape.epoch)
+    if shape.sweeps is cuda.sweeps and scan.whole:
+        cuda.hand_over(scan, inputs, "forward", shape.epoch)
     return y, [s[0] for s in states] if stacked is not operands else states, saved
 
 
@@ -85,8 +85,8 @@ def backward(
         if not machine.go_on_without_grids(operands.x.device):
             raise
         return backward(inputs, grads, y, tape, needs)
-    if sweeps is cuda.sweeps and scan.alone:
-        cuda.hand_over(scan, inputs, "backward", True, shape.epoch)
+    if sweeps is cuda.sweeps and scan.whole:
+        cuda.hand_over(scan, inputs, "backward", shape.epoch)
     if stacked is operands:
         return out
     states = len(operands.s0) if need.s0 else 0
@@ -103,6 +103,13 @@ def reference_backward(
     """The gradients by autograd of the reference, which needs no tape."""
     (key, operands), need = _split(inputs), Needs(*needs)
     return reference.gradients(cell_of(key), operands, grads, need, create_graph=differentiable)
+
+
+def tables(sizes: Tensor, batch: int, device: torch.device) -> tuple[Tensor, int]:
+    """The tables of a packed batch for the current stream, and the stream of their copy to the
+    device, for calls that C++ launches."""
+    made = packed.tables(sizes, batch, device)
+    return made.on_device, 0 if made.stream is None else made.stream.cuda_stream
 
 
 def _split(inputs: tuple[Any, ...]) -> tuple[str, Operands]:

@@ -9,7 +9,16 @@ from fastrnn.plan import dtypes
 from fastrnn.plan.problem import CudaConfig, CudaFacts, Device, Plan, Problem
 from fastrnn.plan.tables import Tables
 
-__all__ = ["Layout", "configurations", "configure", "cycles", "lay_out", "refuse", "row_group"]
+__all__ = [
+    "Layout",
+    "configurations",
+    "configure",
+    "cycles",
+    "lay_out",
+    "refuse",
+    "row_group",
+    "steps_alike",
+]
 
 _CHUNK_BYTES = 64 << 20  # bytes of u or du: a launch loads all weights, so it should be long
 _CLUSTERS = (2, 4, 8, 16)  # blocks
@@ -64,6 +73,14 @@ def configure(problem: Problem, device: Device) -> Plan:
     relevant = replace(problem, steps=steps, inputs=0, rows=-1, tape=False, frozen=False)
     config = _best(relevant, gpu, device.tf32)
     return Plan("cuda", config, chunk_rows=max(1, _CHUNK_BYTES // row))
+
+
+def steps_alike(plan: Plan, steps: int, batch: int) -> tuple[int, int]:
+    """The least and the most steps of calls that have the plan of a call of `steps` steps, which
+    are one chunk, and are one chunk themselves."""
+    if steps <= _FEW_STEPS:
+        return steps, steps
+    return _FEW_STEPS + 1, plan.chunk_rows // batch
 
 
 @lru_cache(maxsize=1024)

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from fastrnn.plan import CudaConfig, CudaFacts, Device, KernelRefused, Problem, TritonFacts, choose
-from fastrnn.plan.cuda import row_group
+from fastrnn.plan import (
+    CudaConfig,
+    CudaFacts,
+    Device,
+    KernelRefused,
+    Plan,
+    Problem,
+    TritonFacts,
+    choose,
+)
+from fastrnn.plan.cuda import row_group, steps_alike
 from tests.support.tables import tables
 
 FACTS = {
@@ -176,6 +186,29 @@ def test_tiles_of_a_launch_a_step(batch: int, hidden: int, dtype: str, tile: int
     for backward in (False, True):
         chosen = choose(replace(problem, backward=backward), HOPPER).cuda
         assert (chosen.residency, chosen.batch_tile) == ("step", tile)
+
+
+@pytest.mark.parametrize("gpu", ["A100", "H200"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("batch", [1, 3, 64])
+def test_calls_of_other_lengths_that_share_a_plan(batch: int, dtype: str, gpu: str) -> None:
+    """And that are one chunk. Their inputs, tapes and packed rows make no difference."""
+    device = with_cuda(FACTS[gpu])
+
+    def plan(steps: int, **options: Any) -> Plan:
+        problem = Problem("lstm", steps, batch, 8, 1024, 4, 2, dtype=dtype)
+        return choose(replace(problem, **options), device)
+
+    for steps in (1, 2, 3, 10):
+        own = plan(steps)
+        least, most = steps_alike(own, steps, batch)
+        assert least <= steps <= most
+        for other in {least, (least + most) // 2, most}:
+            alike = plan(other, inputs=99, tape=True, rows=other)
+            assert alike.config == own.config and alike.chunk_rows == own.chunk_rows
+            assert alike.chunk_steps(other, batch) == other
+        if most > 2:
+            assert own.chunk_steps(most + 1, batch) <= most
 
 
 def test_a_chunk_on_a_gpu_is_of_a_bounded_size() -> None:

@@ -19,6 +19,7 @@ struct Answers {
   int cooperative = 0;  // of launches that need all their blocks at the same time
   int launches = 0;
   bool echoes = false;
+  bool capturing = false;
 } answers;
 
 // Make of all inputs some output, in which each counts and has its place.
@@ -32,66 +33,98 @@ Sizes sizes_of(const char* cell) {
   return {!std::strcmp(cell, "gru") ? 3 : 1, 1};
 }
 
-// Whether it is a whole dense call of one recurrence, in arrays that vectors can read.
+// Whether it is all steps of a call, in arrays that vectors can read.
 template <int kArrays>
 int refused(const Sweep& sweep, const void* const (&arrays)[kArrays]) {
   for (const void* array : arrays)
     if (reinterpret_cast<uintptr_t>(array) % 16) return 716;  // cudaErrorMisalignedAddress
-  const bool whole = sweep.begin == 0 && sweep.end == sweep.steps && sweep.recurrences == 1 &&
-                     sweep.base == 0 && sweep.base_reverse == 0 && sweep.tape_base == 0 &&
-                     !sweep.first && !sweep.length && !sweep.resets &&
-                     sweep.chunk_rows == sweep.steps * sweep.batch;
+  const bool whole = sweep.begin == 0 && sweep.end == sweep.steps && sweep.base == 0 &&
+                     sweep.base_reverse == 0 && sweep.tape_base == 0 &&
+                     !sweep.first == !sweep.length;
   return !whole;
+}
+
+// A row of a recurrence and where its numbers lie, in units of H.
+struct Row {
+  int64_t t, b, p;
+  int64_t chunk;   // in u, du, dv and h_prev
+  int64_t output;  // in y, dy and tape
+  int64_t length;  // steps of a sequence of a packed batch
+  bool reset;
+};
+
+// Calls f(row) for every row of every recurrence.
+template <class F>
+void for_each_row(const Sweep& sweep, const F& f) {
+  for (int64_t p = 0; p < sweep.recurrences; ++p)
+    for (int64_t t = 0; t < sweep.steps; ++t)
+      for (int64_t b = 0; b < sweep.batch; ++b) {
+        if (sweep.length && t >= sweep.length[b]) continue;
+        const int64_t row = (sweep.first ? sweep.first[t] : t * sweep.batch) + b;
+        f(Row{t, b, p, p * sweep.chunk_rows + row, row * sweep.recurrences + p,
+              sweep.length ? sweep.length[b] : 0, sweep.resets && sweep.resets[row]});
+      }
+}
+
+// The part of a row's numbers that is the same for all its units.
+template <class T>
+T common(const Sweep& sweep, const Row& row) {
+  return static_cast<T>((sweep.reverse >> row.p & 1) + 2 * row.reset + 3 * row.length + row.t);
 }
 
 template <class T>
 int echo_forward(const Sizes& n, const Sweep& sweep) {
-  const int64_t G = n.gates, H = sweep.hidden, B = sweep.batch;
+  const int64_t G = n.gates, H = sweep.hidden, B = sweep.batch, P = sweep.recurrences;
   const auto* u = static_cast<const T*>(sweep.u);
   const auto* b_hh = static_cast<const T*>(sweep.b_hh);
   const auto* w_hh = static_cast<const T*>(sweep.w_hh);
   auto *y = static_cast<T*>(sweep.y), *carry = static_cast<T*>(sweep.carry);
   auto* tape = static_cast<T*>(sweep.tape);
   if (const int error = refused(sweep, {u, b_hh, w_hh, y, carry, tape})) return error;
-  for (int64_t row = 0; row < sweep.chunk_rows; ++row)
+  for_each_row(sweep, [&](const Row& row) {
     for (int64_t h = 0; h < H; ++h) {
-      T sum = static_cast<T>(sweep.reverse);
+      T sum = common<T>(sweep, row);
       for (int64_t k = h; k < G * H; k += H)
-        sum += (k + 1) * (u[row * G * H + k] + (b_hh ? 3 * b_hh[k] : T{0}) + w_hh[k * H + h]);
-      for (int64_t s = 0; s < n.states; ++s) sum += (s + 5) * carry[(s * B + row % B) * H + h];
-      y[row * H + h] = sum;
-      if (tape) tape[row * H + h] = 2 * sum;
+        sum += (k + 1) * (u[row.chunk * G * H + k] + (b_hh ? 3 * b_hh[row.p * G * H + k] : T{0}) +
+                          w_hh[(row.p * G * H + k) * H + h]);
+      for (int64_t s = 0; s < n.states; ++s)
+        sum += (s + 5) * carry[((s * P + row.p) * B + row.b) * H + h];
+      y[row.output * H + h] = sum;
+      if (tape) tape[row.output * H + h] = 2 * sum;
     }
-  for (int64_t k = 0; k < n.states * B * H; ++k) carry[k] += y[k % (B * H)] * static_cast<T>(k + 1);
+  });
+  for (int64_t k = 0; k < n.states * P * B * H; ++k)
+    carry[k] += y[k % H] * static_cast<T>(k + 1);
   return 0;
 }
 
 template <class T>
 int echo_backward(const Sizes& n, const Sweep& sweep) {
-  const int64_t G = n.gates, H = sweep.hidden, B = sweep.batch;
+  const int64_t G = n.gates, H = sweep.hidden, B = sweep.batch, P = sweep.recurrences;
   const auto *w_hh = static_cast<const T*>(sweep.w_hh), *y = static_cast<const T*>(sweep.y);
   const auto *tape = static_cast<const T*>(sweep.tape), *dy = static_cast<const T*>(sweep.dy);
   const auto* s0 = static_cast<const T*>(sweep.s0);
   auto *ds = static_cast<T*>(sweep.ds), *h_prev = static_cast<T*>(sweep.h_prev);
   auto *du = static_cast<T*>(sweep.du), *dv = static_cast<T*>(sweep.dv);
   if (const int error = refused(sweep, {w_hh, y, tape, dy, s0, ds, h_prev, du, dv})) return error;
-  for (int64_t row = 0; row < sweep.chunk_rows; ++row)
+  for_each_row(sweep, [&](const Row& row) {
     for (int64_t h = 0; h < H; ++h) {
-      const int64_t at = row * H + h;
-      T sum = y[at] + (dy ? 2 * dy[at] : T{0}) + (tape ? 3 * tape[at] : T{0}) +
-              static_cast<T>(sweep.reverse);
+      const int64_t at = row.output * H + h;
+      T sum =
+          y[at] + (dy ? 2 * dy[at] : T{0}) + (tape ? 3 * tape[at] : T{0}) + common<T>(sweep, row);
       for (int64_t s = 0; s < n.states; ++s) {
-        const int64_t state = (s * B + row % B) * H + h;
+        const int64_t state = ((s * P + row.p) * B + row.b) * H + h;
         sum += (s + 5) * s0[state] + (s + 7) * ds[state];
       }
-      h_prev[at] = sum;
+      h_prev[row.chunk * H + h] = sum;
       for (int64_t k = h; k < G * H; k += H) {
-        dv[row * G * H + k] = (k + 1) * sum + w_hh[k * H + h];
-        if (du != dv) du[row * G * H + k] = (k + 2) * sum;
+        dv[row.chunk * G * H + k] = (k + 1) * sum + w_hh[(row.p * G * H + k) * H + h];
+        if (du != dv) du[row.chunk * G * H + k] = (k + 2) * sum;
       }
     }
-  for (int64_t k = 0; k < n.states * B * H; ++k)
-    ds[k] += h_prev[k % (B * H)] * static_cast<T>(k + 1);
+  });
+  for (int64_t k = 0; k < n.states * P * B * H; ++k)
+    ds[k] += h_prev[k % H] * static_cast<T>(k + 1);
   return 0;
 }
 
@@ -103,9 +136,10 @@ int launched(const CudaPlan& plan) {
 }  // namespace
 
 EXPORT void fastrnn_stub_answer(int usable, int architecture, int cooperative) {
-  answers = {usable, architecture, cooperative, 0, false};
+  answers = {usable, architecture, cooperative};
 }
 EXPORT void fastrnn_stub_echo() { answers.echoes = true; }
+EXPORT void fastrnn_stub_capturing(int whether) { answers.capturing = whether != 0; }
 EXPORT int fastrnn_stub_launches() { return answers.launches; }
 
 EXPORT int fastrnn_cuda_forward(const char* cell, const Sweep* sweep, const CudaPlan* plan, void*) {
@@ -134,6 +168,7 @@ EXPORT int fastrnn_cuda_usable(int* architecture) {
   return answers.usable;
 }
 EXPORT int fastrnn_cuda_resident_clusters(int blocks, int, int64_t) { return 128 / blocks; }
+EXPORT int fastrnn_cuda_capturing(void*) { return answers.capturing; }
 EXPORT const char* fastrnn_cuda_error(int error) {
   switch (error) {
     case 35:

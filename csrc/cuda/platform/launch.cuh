@@ -118,6 +118,20 @@ inline int copy(void* to, const void* from, size_t bytes, void* stream) {
 #endif
 }
 
+// Whether a CUDA graph is captured on a stream. Also true where CUDA does not tell, as for the
+// default stream during a capture elsewhere.
+inline bool capturing(void* stream) {
+#if defined(FASTRNN_CUDASIM)
+  (void)stream;
+  return false;
+#else
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  const cudaError_t error = cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status);
+  if (error != cudaSuccess) cudaGetLastError();
+  return error != cudaSuccess || status != cudaStreamCaptureStatusNone;
+#endif
+}
+
 // The number of clusters of `blocks` blocks of a kernel that run at the same time on the current
 // device; 0 if it or the kernel's code has no clusters, a negative cudaError_t for an error.
 template <class... Parameters>

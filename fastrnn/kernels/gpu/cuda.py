@@ -26,6 +26,7 @@ from fastrnn.kernels.gpu.sweeps import (
     Tape,
 )
 from fastrnn.plan import CudaConfig
+from fastrnn.plan import cuda as plan_of_cuda
 from fastrnn.plan.tables import RowGroup, Tables
 
 __all__ = ["CooperativeLaunchRefused", "Library", "hand_over", "library", "read_tables", "sweeps"]
@@ -150,6 +151,7 @@ class Library:
         self._usable = function("usable", integer, ctypes.POINTER(integer))
         self._resident_clusters = function("resident_clusters", integer, integer, integer, size)
         self._error = function("error", text, integer)
+        self._capturing = function("capturing", integer, ctypes.c_void_p)
         self.simulated = bool(function("simulated", integer)())
         self.cells = tuple(function("cells", text)().decode().split())
         self.tables = read_tables(loaded)
@@ -180,7 +182,11 @@ class Library:
 
     def addresses(self, kind: str) -> dict[str, int | None]:
         """Where the functions are with which C++ launches sweeps of a kind by itself."""
-        functions = {"run": self._launch[kind], "error": self._error}
+        functions = {
+            "run": self._launch[kind],
+            "error": self._error,
+            "capturing": self._capturing,
+        }
         return {n: ctypes.cast(f, ctypes.c_void_p).value for n, f in functions.items()}
 
     def usable(self) -> str | None:
@@ -340,19 +346,25 @@ def _launch(
         call.kernels.launch(kind, call.cell, sweep, call.plan, stream)
 
 
-def hand_over(scan: Scan, inputs: tuple[Any, ...], kind: str, tape: bool, epoch: int) -> None:
+def hand_over(scan: Scan, inputs: tuple[Any, ...], kind: str, epoch: int) -> None:
     """Let C++ launch later calls like this one, which was launched here, if it can.
 
     Args:
         inputs: those of the operator.
         kind: "forward" or "backward".
-        tape: whether there is one.
         epoch: how often plans had been forgotten when this one was asked for.
     """
     call = scan.remembered[kind]
     plan = [getattr(call.plan, name) for name, *_ in CudaPlan._fields_]
-    known = call.kernels.addresses(kind) | {"workspace": call.workspace, "epoch": epoch}
-    _C.keep_launch(*inputs, tape=tape, backward=kind == "backward", plan=plan, **known)
+    _C.keep_launch(
+        *inputs,
+        backward=kind == "backward",
+        plan=plan,
+        workspace=call.workspace,
+        steps=plan_of_cuda.steps_alike(scan.plan, scan.steps, scan.batch),
+        epoch=epoch,
+        **call.kernels.addresses(kind),
+    )
 
 
 def cuda_plan(config: CudaConfig) -> CudaPlan:

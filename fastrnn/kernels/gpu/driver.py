@@ -43,9 +43,8 @@ def forward(sweeps: Sweeps, scan: Scan, tape: bool) -> tuple[Tensor, list[Tensor
     carry = torch.zeros(size, dtype=scan.compute, device=x.device)
     for j, state in enumerate(operands.s0):
         carry[j, ..., : scan.width(j)] = state
-    if scan.alone and operands.lengths is None:
-        b, b_hh = _biases_of_one(scan)
-        u = F.linear(x, operands.w_ih[0], b).contiguous()
+    if scan.whole and operands.lengths is None:
+        u, b_hh = _projected(scan)
         buffers = ForwardBuffers(u, b_hh, carry, y, saved if tape else None)
         sweeps.forward(scan, 0, scan.steps, buffers)
     else:
@@ -94,13 +93,20 @@ def _places(scan: Scan, gates: slice) -> list[tuple[slice, slice]]:
     ]
 
 
-def _biases_of_one(scan: Scan) -> tuple[Tensor | None, Tensor | None]:
-    """The same for one recurrence, [G*H]."""
+def _projected(scan: Scan) -> tuple[Tensor, Tensor | None]:
+    """u of all steps, and the biases to add to v."""
     operands = scan.operands
+    if scan.recurrences > 1:
+        b_ih, b_hh = _biases(scan)
+        u = operands.x.new_empty(scan.recurrences, scan.rows, scan.input_gates * scan.hidden)
+        _project(scan, u, b_ih, 0, scan.steps)
+        return u, b_hh
     if scan.all_summed and operands.b_ih:
-        return operands.b_ih[0] + operands.b_hh[0], None
-    b_ih, b_hh = _biases(scan)
-    return None if b_ih is None else b_ih[0], b_hh
+        b, b_hh = operands.b_ih[0] + operands.b_hh[0], None
+    else:
+        b_ih, b_hh = _biases(scan)
+        b = None if b_ih is None else b_ih[0]
+    return F.linear(operands.x, operands.w_ih[0], b).contiguous(), b_hh
 
 
 def _project(scan: Scan, u: Tensor, bias: Tensor | None, begin: int, end: int) -> None:
@@ -108,15 +114,16 @@ def _project(scan: Scan, u: Tensor, bias: Tensor | None, begin: int, end: int) -
     for recurrences in _runs(scan.reversed_recurrences):
         p = recurrences.start
         low, high = scan.row_range(begin, end, scan.reversed_recurrences[p])
-        x = scan.x_rows((low, high))
-        w = scan.w_ih[recurrences].transpose(1, 2)
-        out = u[recurrences, : high - low]
-        if w.size(0) == 1:
+        x, out = scan.x_rows((low, high)), u[recurrences, : high - low]
+        if out.size(0) == 1:
+            own = scan.operands.w_ih[p].t()
             if bias is None:
-                torch.mm(x, w[0], out=out[0])
+                torch.mm(x, own, out=out[0])
             else:
-                torch.addmm(bias[p], x, w[0], out=out[0])
-        elif bias is None:
+                torch.addmm(bias[p], x, own, out=out[0])
+            continue
+        w = scan.w_ih[recurrences].transpose(1, 2)
+        if bias is None:
             torch.bmm(x.expand(w.size(0), *x.shape), w, out=out)
         else:
             torch.baddbmm(bias[recurrences].unsqueeze(1), x.expand(w.size(0), *x.shape), w, out=out)
@@ -139,8 +146,8 @@ def backward(
     recurrences, hidden, compute = scan.recurrences, scan.hidden, scan.compute
     s0, ds = scan.widened(operands.s0, grads[1:])
     dsteps = None if dsteps is None else dsteps.contiguous()
-    if scan.alone and operands.lengths is None and (tape.size(0) or not scan.tape_width()):
-        return _backward_of_one(sweeps, scan, grads[0], dsteps, y, tape, needs, s0, ds)
+    if scan.whole and operands.lengths is None and (tape.size(0) or not scan.tape_width()):
+        return _backward_of_whole(sweeps, scan, grads[0], dsteps, y, tape, needs, s0, ds)
     y, saved = y.contiguous(), Tape(tape.contiguous())
     steps = scan.steps if scan.batch else 0
     chunks = [(max(0, end - scan.chunk_steps), end) for end in range(steps, 0, -scan.chunk_steps)]
@@ -201,7 +208,7 @@ def _states(scan: Scan, widened: Tensor) -> list[Tensor]:
     return [state.to(scan.dtype, copy=True).contiguous() for state in own]
 
 
-def _backward_of_one(
+def _backward_of_whole(
     sweeps: Sweeps,
     scan: Scan,
     dy: Tensor | None,
@@ -212,29 +219,67 @@ def _backward_of_one(
     s0: Tensor,
     ds: Tensor,
 ) -> list[Tensor]:
-    """What `backward` does for a call that is `alone`, in fewer operations."""
+    """What `backward` does for a call that is `whole`, in fewer operations."""
     operands, rows = scan.operands, scan.rows
-    dtype, device = scan.dtype, scan.device
-    du = dv = torch.empty(rows, scan.recurrent_gates * scan.hidden, dtype=dtype, device=device)
+
+    def empty(width: int) -> Tensor:
+        size = (rows, width) if scan.recurrences == 1 else (scan.recurrences, rows, width)
+        return torch.empty(size, dtype=scan.dtype, device=scan.device)
+
+    du = dv = empty(scan.recurrent_gates * scan.hidden)
     if not scan.all_summed:
-        du = torch.empty(rows, scan.input_gates * scan.hidden, dtype=dtype, device=device)
-    h_prev = torch.empty(rows, scan.hidden, dtype=dtype, device=device)
+        du = empty(scan.input_gates * scan.hidden)
+    h_prev = empty(scan.hidden)
     dy = None if dy is None else dy.contiguous()
     buffers = BackwardBuffers(dy, dsteps, s0, ds, y.contiguous(), du, dv, h_prev, None, None)
     sweeps.backward(scan, 0, scan.steps, buffers, Tape(tape.contiguous()))
-    du_t = du.t()
     out = []
     if needs.x:
-        out.append(torch.mm(du, operands.w_ih[0]).view(operands.x.shape))
+        # Each product begins from the sum of those before.
+        own = _of_each(scan, du)
+        dx = torch.mm(own[0], operands.w_ih[0])
+        for of_u, w_ih in zip(own[1:], operands.w_ih[1:], strict=True):
+            dx.addmm_(of_u, w_ih)
+        out.append(dx.view(operands.x.shape))
     if needs.w_ih:
-        out.append(torch.mm(du_t, operands.x.reshape(rows, scan.inputs)))
+        out += _products_of_all(scan, du, operands.x.reshape(rows, scan.inputs))
     if needs.w_hh:
-        out.append(torch.mm(du_t if dv is du else dv.t(), h_prev))
+        out += _products_of_all(scan, dv, h_prev)
     if needs.biases and operands.b_ih:
-        b_ih = du.sum(0)
-        out += b_ih, b_ih.clone() if dv is du else dv.sum(0)
+        b_ih = _sums_of_all(scan, du)
+        out += b_ih
+        out += [b.clone() for b in b_ih] if dv is du else _sums_of_all(scan, dv)
     if needs.s0:
-        out += [ds[j].to(dtype, copy=True) for j in range(len(operands.s0))]
+        out += [ds[j].to(scan.dtype, copy=True) for j in range(len(operands.s0))]
+    return out
+
+
+def _of_each(scan: Scan, rows: Tensor) -> Sequence[Tensor]:
+    """The rows of every recurrence, of which one alone has no dimension of recurrences."""
+    return [rows] if scan.recurrences == 1 else rows.unbind(0)
+
+
+def _products_of_all(scan: Scan, a: Tensor, b: Tensor) -> list[Tensor]:
+    """[I, J] for each recurrence, from its rows of `a` and those of `b`, which may be the same for
+    all."""
+    if scan.recurrences == 1:
+        return [torch.mm(a.t(), b)]
+    out: list[Tensor] = []
+    for run in _runs(scan.reversed_recurrences):
+        own, count = a[run], run.stop - run.start
+        other = b[run] if b.dim() == 3 else b.expand(count, *b.shape)
+        out += _products(own, other).unbind(0)
+    return out
+
+
+def _sums_of_all(scan: Scan, rows: Tensor) -> list[Tensor]:
+    """The sum of the rows of each recurrence."""
+    if scan.recurrences == 1:
+        return [rows.sum(0)]
+    out: list[Tensor] = []
+    for run in _runs(scan.reversed_recurrences):
+        own = rows[run]
+        out += [own[0].sum(0)] if own.size(0) == 1 else own.sum(1).unbind(0)
     return out
 
 

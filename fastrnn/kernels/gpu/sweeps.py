@@ -71,12 +71,12 @@ class Shape:
         ]
         self.chunk_steps = plan.chunk_steps(self.steps, self.batch)
         self.chunk_rows = min(self.rows, self.chunk_steps * self.batch)
-        # Whether the call is one recurrence in one chunk, and state 0 is the output.
-        self.alone = self.recurrences == 1 and self.chunk_steps >= self.steps > 0
+        # Whether the call is one chunk, and state 0 is the output.
+        self.whole = self.chunk_steps >= self.steps > 0
         others = bool(operands.w_hr or operands.params or operands.reset_states)
         self.site_of = site_of(derived) if derived.sites else []
         others = others or max(self.site_of, default=-1) >= 0
-        self.alone = self.alone and self.batch > 0 and not others
+        self.whole = self.whole and self.batch > 0 and not others
         self.summed = derived.summed
         self.all_summed = derived.all_summed
         self.remembered: dict[str, Any] = {}
@@ -101,9 +101,9 @@ class Scan(Shape):
         reverse: one bit per recurrence.
         summed, all_summed: for each gate of w_hh, whether its two projections are only ever added;
             whether all gates have both, and all are.
-        alone: whether the call is one recurrence in one chunk of steps, without parameters of the
-            cell, products of other values or given states for resets, and state 0 is the output.
-            There are shorter ways for it.
+        whole: whether the call is one chunk of steps, without parameters of the cell, products of
+            other values or given states for resets, and state 0 is the output. There are shorter
+            ways for it.
         site_of: for each gate of a cell with stages, see `compiler.layout.site_of`; else empty.
         chunk_steps, chunk_rows: time steps of a launch, and the most rows that they have.
     """

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 import fastrnn
 from fastrnn import _C, cells, kernels, ops
@@ -21,7 +22,8 @@ from fastrnn.kernels import device, launched
 from fastrnn.kernels.gpu import cuda
 from tests.cudasim.build import build, missing
 from tests.support import stub
-from tests.support.simulated import only, running
+from tests.support.operands import operands, run
+from tests.support.simulated import agrees, only, running
 from tests.support.tensors import flatten
 
 if "FASTRNN_CUDA_LIBRARY" not in os.environ and missing():
@@ -68,24 +70,41 @@ def twice(call: Callable[[], Any]) -> None:
         assert one.untyped_storage().nbytes() == other.untyped_storage().nbytes()
 
 
+def with_layout(x: Tensor, layout: str) -> Any:
+    """[4, 3, I] as it is, or packed: sequences of 4, 4 and 1 steps."""
+    if layout == "dense":
+        return x
+    sizes = torch.tensor([3, 2, 2, 2])
+    rows = torch.cat([x[t, :size] for t, size in enumerate(sizes.tolist())])
+    return PackedSequence(rows, sizes)
+
+
+everywhere = pytest.mark.parametrize("layout", ["dense", "packed"])
+directions = pytest.mark.parametrize("directions", [1, 2])
+
+
 @plainly
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("states", [False, True], ids=["zeros", "states"])
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "biased"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@everywhere
+@directions
 @pytest.mark.parametrize("kind", KINDS)
 def test_calls_after_the_first(
     library: Any,
     in_python: list[str],
     kind: str,
+    directions: int,
+    layout: str,
     dtype: torch.dtype,
     bias: bool,
     states: bool,
     mode: Any,
 ) -> None:
-    layer = KINDS[kind](5, 7, bias=bias, dtype=dtype)
-    x = torch.randn(4, 3, 5, dtype=dtype)
-    given = torch.randn(1, 3, 7, dtype=dtype)
+    layer = KINDS[kind](5, 7, bias=bias, dtype=dtype, bidirectional=directions == 2)
+    x = with_layout(torch.randn(4, 3, 5, dtype=dtype), layout)
+    given = torch.randn(directions, 3, 7, dtype=dtype)
     hx: Any = None if not states else (given, given + 1) if kind == "LSTM" else given
     with mode():
         twice(lambda: layer(x, hx))
@@ -119,28 +138,35 @@ ROOTS = ["output", "states", "both"]
 @pytest.mark.parametrize("wanted", ["all", "input", "weights"])
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "biased"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@everywhere
+@directions
 @pytest.mark.parametrize("kind", KINDS)
 def test_training(
     library: Any,
     in_python: list[str],
     kind: str,
+    directions: int,
+    layout: str,
     dtype: torch.dtype,
     bias: bool,
     wanted: str,
     root: str,
 ) -> None:
-    layer = KINDS[kind](5, 7, bias=bias, dtype=dtype).requires_grad_(wanted != "input")
+    layer = KINDS[kind](5, 7, bias=bias, dtype=dtype, bidirectional=directions == 2)
+    layer.requires_grad_(wanted != "input")
     x = torch.randn(4, 3, 5, dtype=dtype, requires_grad=wanted != "weights")
-    h0 = torch.randn(1, 3, 7, dtype=dtype, requires_grad=wanted == "all")
+    h0 = torch.randn(directions, 3, 7, dtype=dtype, requires_grad=wanted == "all")
     hx: Any = (h0, h0 + 1) if kind == "LSTM" else h0
     leaves = [x] * (wanted != "weights") + list(layer.parameters()) * (wanted != "input")
     leaves += [h0] * (wanted == "all")
-    random = torch.randn(4, 3, 7, dtype=dtype)
+    random = torch.randn(4 * 3 * 14, dtype=dtype)
 
     def call() -> Any:
-        y, *last = flatten(layer(x, hx))
+        out, hidden = layer(with_layout(x, layout), hx)
+        y = out.data if isinstance(out, PackedSequence) else out
+        last = list(flatten(hidden))
         roots = {"output": [y], "states": last, "both": [y, *last]}[root]
-        grads = [random[: len(r)] for r in roots]
+        grads = [random[: r.numel()].view(r.shape) for r in roots]
         return [y.detach(), *torch.autograd.grad(roots, leaves, grads)]
 
     twice(call)
@@ -166,6 +192,110 @@ def test_operands_that_vectors_cannot_read(library: Any, in_python: list[str]) -
 
 
 @plainly
+@pytest.mark.parametrize("reverse", [0b000, 0b100, 0b010, 0b110])
+@pytest.mark.parametrize("resets", [False, True], ids=["whole", "resets"])
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "biased"])
+@pytest.mark.parametrize("name", ["gru", "lstm"])
+def test_recurrences_side_by_side(
+    library: Any, in_python: list[str], name: str, bias: bool, resets: bool, reverse: int
+) -> None:
+    """Runs of one direction, of one recurrence and of several."""
+    cell = cells.get(name)
+    given = operands(cell, 4, 3, 5, 7, 3, torch.float32, bias)
+    given["reverse"] = reverse
+    given["resets"] = torch.rand(4, 3) < 0.5 if resets else None
+    twice(lambda: list(run(ops.scan, cell, given).values()))
+    assert in_python == ["forward with tape", "backward"]
+
+
+@plainly
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_step_of_a_cell(library: Any, in_python: list[str], kind: str) -> None:
+    cell = cells.get({"RNN": "rnn_tanh"}.get(kind, kind.lower()))
+    given = operands(cell, 1, 3, 5, 7, dtype=torch.float32)
+    given["x"], given["s0"] = given["x"][0], [s[0] for s in given["s0"]]
+    twice(lambda: list(run(ops.scan, cell, given).values()))
+    assert in_python == ["forward with tape", "backward"]
+
+
+@plainly
+@pytest.mark.parametrize("sizes", [[1], [2, 1], [3, 3, 1]], ids=str)
+def test_packed_sequences_without_steps(
+    library: Any, in_python: list[str], sizes: list[int]
+) -> None:
+    """More states than sequences at the first step."""
+    cell = cells.get("lstm")
+    given = operands(cell, 1, 4, 5, 7, 2, torch.float32)
+    given["batch_sizes"] = torch.tensor(sizes)
+    given["x"] = torch.randn(sum(sizes), 5)
+    twice(lambda: list(run(ops.scan, cell, given).values()))
+    assert in_python == ["forward with tape", "backward"]
+
+
+@plainly
+def test_lengths_share_a_plan(library: Any, in_python: list[str]) -> None:
+    """Except those of one or two steps, which have their own."""
+    layer = fastrnn.LSTM(5, 7)
+
+    def launched(x: Any) -> int:
+        in_python.clear()
+        with torch.no_grad():
+            layer(x)
+        return len(in_python)
+
+    x = torch.randn(40, 3, 5)
+    assert launched(x[:4]) == 1
+    assert [launched(x[:steps]) for steps in (3, 9, 40, 1, 1, 2, 2)] == [0, 0, 0, 1, 0, 1, 0]
+    assert launched(with_layout(x[:4], "packed")) == 0
+
+
+@plainly
+def test_tables_of_packed_batches(
+    library: Any, in_python: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python makes them once; all calls of that batch share them, but for those in a capture."""
+    asked: list[Any] = []
+    tables = launched.tables
+
+    def counted(*arguments: Any) -> Any:
+        asked.append(arguments)
+        return tables(*arguments)
+
+    monkeypatch.setattr(launched, "tables", counted)
+    layer = fastrnn.LSTM(5, 7, num_layers=3, bidirectional=True)
+    # The first call is Python's.
+    with torch.no_grad():
+        layer(with_layout(torch.randn(4, 3, 5), "packed"))
+        in_python.clear()
+        asked.clear()
+
+        def call(sizes: Tensor) -> list[Tensor]:
+            x = torch.ones(int(sizes.sum()), 5)
+            return list(flatten(layer(PackedSequence(x, sizes))))
+
+        sizes = torch.tensor([3, 3, 1])
+        first = call(sizes)
+        call(sizes.clone())
+        assert len(asked) == 1
+        sizes.numpy()[1] = 2  # torch notices no such change
+        assert not torch.equal(call(sizes)[0][2], first[0][2])
+        assert len(asked) == 2
+        library.fastrnn_stub_capturing(1)
+        call(sizes)
+        assert len(asked) == 5
+        library.fastrnn_stub_capturing(0)
+        call(sizes)
+        assert len(asked) == 5
+        for n in range(4, 50):  # ever new batches: old ones are forgotten
+            call(torch.full((n,), 3))
+        assert len(asked) == 51
+        call(torch.full((49,), 3))
+        call(sizes)
+        assert len(asked) == 52
+    assert not in_python
+
+
+@plainly
 def test_what_python_keeps(library: Any, in_python: list[str]) -> None:
     """Tapes, and calls of which C++ knows no plan or cannot launch."""
     library.fastrnn_stub_answer(0, 90, 0)  # no echo of such calls
@@ -178,12 +308,9 @@ def test_what_python_keeps(library: Any, in_python: list[str]) -> None:
 
     with torch.no_grad():
         assert calls(lambda: layer(x)) == ["forward"] and not calls(lambda: layer(x))
-        assert calls(lambda: layer(x[:3])) == ["forward"] and not calls(lambda: layer(x[:3]))
-        two = fastrnn.LSTM(5, 7, bidirectional=True)
-        for each in (layer, two):
-            for options in ({"lengths": torch.tensor([4, 1, 2])}, {"resets": x[..., 0] > 0}):
-                call = functools.partial(each, x, **options)
-                assert calls(call) == ["forward"] and calls(call) == ["forward"]
+        for each in (layer, fastrnn.LSTM(5, 7, bidirectional=True)):
+            call = functools.partial(each, x, lengths=torch.tensor([4, 1, 2]))
+            assert calls(call) == ["forward"] and calls(call) == ["forward"]
         assert not calls(lambda: layer(x))
         _C.forget_plans()
         assert calls(lambda: layer(x)) == ["forward"] and not calls(lambda: layer(x))
@@ -191,10 +318,10 @@ def test_what_python_keeps(library: Any, in_python: list[str]) -> None:
     def trained(**options: Any) -> None:
         layer(x, **options)[0].sum().backward()
 
-    both = ["forward with tape", "backward"]
-    assert calls(trained) == both and not calls(trained)
+    # The forward pass has the plan of those without a tape.
+    assert calls(trained) == ["backward"] and not calls(trained)
     lengths = torch.tensor([4, 1, 2])
-    assert calls(lambda: trained(lengths=lengths)) == both
+    assert calls(lambda: trained(lengths=lengths)) == ["forward with tape", "backward"]
     layer.recompute = True  # an output without a tape, which the backward pass computes again
     assert calls(trained) == ["backward"]
     layer.recompute = False
@@ -248,7 +375,7 @@ def test_in_the_simulator() -> None:
     made = [cells.get(name) for name in ("lstm", "gru")]
     names = [emit_cpp.key(cell) for cell in made]
     header = emit_cpp.header([derive(cell) for cell in made], names)
-    path = build(cells=header, flags=only(["float32"]))
+    path = build(cells=header, flags=only(["float32", "tf32x3"]))
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
         env={**os.environ, "FASTRNN_CUDA_LIBRARY": str(path), "OMP_NUM_THREADS": "1"},
@@ -259,23 +386,49 @@ def test_in_the_simulator() -> None:
 
 
 @pytest.mark.skipif(not SIMULATED, reason="runs in a process of its own")
+@everywhere
+@directions
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
-def test_the_kernels_compute_the_same(kind: str, in_python: list[str]) -> None:
-    layer = KINDS[kind](5, 19, num_layers=2)
-    x = torch.randn(6, 9, 5, requires_grad=True)
+def test_the_kernels_compute_the_same(
+    kind: str, directions: int, layout: str, in_python: list[str]
+) -> None:
+    layer = KINDS[kind](5, 19, num_layers=2, bidirectional=directions == 2)
+    x = torch.randn(4, 3, 5, requires_grad=True)
 
     def gradients() -> Any:
-        y = layer(x)[0]
+        out = layer(with_layout(x, layout))[0]
+        y = out.data if isinstance(out, PackedSequence) else out
         return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])]
 
     with running("step", 1, "float32"):
         twice(gradients)
-        # Of both layers, for the first call.
-        assert in_python == ["forward with tape"] * 2 + ["backward"] * 2
+        # Of both layers share a plan, forward and backward; the first call of each is Python's.
+        assert in_python == ["forward with tape", "backward"]
         ours = gradients()
         in_python.clear()
         with torch.no_grad():
-            twice(lambda: layer(x))
-        assert in_python == ["forward"] * 2
+            layer(with_layout(x, layout))
+        assert not in_python
     for one, other in zip(ours, gradients(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not SIMULATED, reason="runs in a process of its own")
+@pytest.mark.parametrize("residency", ["step", "block", "cluster", "grid"])
+@pytest.mark.parametrize("layout", ["dense", "packed", "resets"])
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+def test_every_residency(name: str, layout: str, residency: str, in_python: list[str]) -> None:
+    """Three recurrences in two directions."""
+    cell = cells.get(name)
+    given = operands(cell, 4, 5, 3, 19, 3, torch.float32)
+    given["reverse"] = 0b100
+    if layout == "packed":
+        given["batch_sizes"] = torch.tensor([5, 4, 2, 1])
+        given["x"] = torch.randn(12, 3)
+    elif layout == "resets":
+        given["resets"] = torch.rand(4, 5) < 0.3
+    with running(residency, 1 if residency in ("step", "block") else 2, "tf32x3"):
+        twice(lambda: list(run(ops.scan, cell, given).values()))
+        assert in_python == ["forward with tape", "backward"]
+        ours = run(ops.scan, cell, given)
+    agrees(cell, given, "tf32x3", ours)

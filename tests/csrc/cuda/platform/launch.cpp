@@ -15,6 +15,7 @@ namespace {
 int current_device = 0, compiled_for = 90, driver_error = 0, pending = 0;
 std::atomic<int> set{0}, asked{0};
 std::string launched;  // the attributes of the last launch
+cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
 
 int fails(int error) {
   if (error != 0) pending = error;
@@ -73,6 +74,10 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*, const cud
   *clusters = 7;
   return cudaSuccess;
 }
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+  *status = stream ? capture : cudaStreamCaptureStatusNone;
+  return static_cast<cudaError_t>(stream ? 0 : fails(capture ? 906 : 0));
+}
 cudaError_t cudaMemsetAsync(void*, int, size_t, cudaStream_t) { return cudaSuccess; }
 cudaError_t cudaMemcpyAsync(void*, const void*, size_t, cudaMemcpyKind, cudaStream_t) {
   return cudaSuccess;
@@ -114,4 +119,11 @@ int main(int, char** arguments) {
   run(1, false);
   run(1, false);
   std::printf("set %d, asked %d\n", set.load(), asked.load());
+  // On a stream, and on the default stream during a capture elsewhere.
+  for (const auto status : {cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive}) {
+    capture = status;
+    const bool own = fastrnn::platform::capturing(&capture);
+    const bool other = fastrnn::platform::capturing(nullptr);
+    std::printf("capturing %d %d, left over %d\n", own, other, pending);
+  }
 }
