@@ -221,8 +221,23 @@ Tensor bias_of_u(const CellFacts& cell, const ScanInputs& in, int64_t p, int64_t
 
 const void* address(const Tensor& tensor) { return tensor.defined() ? tensor.data_ptr() : nullptr; }
 
-at::TensorOptions of_sums(const Tensor& x) {
-  return x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+// Tensors of states that kernels read; those that are undefined or missing are zero.
+class GivenStates {
+ public:
+  GivenStates(TensorList given, const void* (&to)[kMostStates]) {
+    for (size_t s = 0; s < given.size(); ++s) {
+      if (!given[s].defined()) continue;
+      kept_.push_back(aligned(given[s]));
+      to[s] = kept_.back().data_ptr();
+    }
+  }
+
+ private:
+  c10::SmallVector<Tensor, 2> kept_;
+};
+
+void receive(const std::vector<Tensor>& states, void* (&to)[kMostStates]) {
+  for (size_t s = 0; s < states.size(); ++s) to[s] = states[s].data_ptr();
 }
 
 // A pass of a call: its sizes, and how Python launched such a pass.
@@ -251,19 +266,21 @@ class CudaCall {
     return call;
   }
 
-  // States, or gradients of states, [S, P, B, H] and more, in the type of sums. Those that are
-  // undefined or missing are zero.
-  Tensor states(TensorList given, int64_t more = 0) const {
-    Tensor all = at::zeros({S + more, P, B, H}, of_sums(x));
-    for (size_t s = 0; s < given.size(); ++s)
-      if (given[s].defined()) all.select(0, s).copy_(given[s]);
+  // States, or gradients of states, for kernels to write.
+  std::vector<Tensor> new_states() const {
+    std::vector<Tensor> all;
+    for (int64_t s = 0; s < S; ++s)
+      all.push_back(one_step(in) ? at::empty({B, H}, x.options())
+                                 : at::empty({P, B, H}, x.options()));
     return all;
   }
 
-  // A state as the caller has it. A copy, so that it neither shares memory nor keeps it alive.
-  Tensor state(const Tensor& all, int64_t s) const {
-    const Tensor own = all.select(0, s).to(x.options(), /*non_blocking=*/false, /*copy=*/true);
-    return one_step(in) ? own.squeeze(0) : own;
+  // What kernels with a launch for each step keep between these: so many states, in the type of
+  // sums. The others need none.
+  Tensor between_steps(int64_t states) const {
+    if (launch_.plan.residency != kStep) return {};
+    const bool wide = x.scalar_type() == at::kDouble;
+    return at::empty({states, P, B, H}, x.options().dtype(wide ? at::kDouble : at::kFloat));
   }
 
   // One row for each row of the output, for every recurrence, [P, rows, width]; without the first
@@ -454,18 +471,19 @@ std::optional<ScanOutputs> forward_on_cuda(const ScanInputs& in, bool tape) {
   const Tensor y = at::empty(of_y, x.options());
   const int64_t width = call->cell.tape_width(false, H, x.element_size() == 2 ? 2 : 1);
   const Tensor saved = at::empty({tape ? call->rows : 0, P, width, H}, x.options());
-  const Tensor carry = call->states(in.s0, 1);
+  const Tensor carry = call->between_steps(call->S + 1);
+  std::vector<Tensor> states = call->new_states();
   const Tensor u = projected(*call);
   const Tensor b_hh = in.b_hh.empty() || call->cell.all_summed() ? Tensor() : stacked(in.b_hh);
   Sweep sweep;
+  const GivenStates s0(in.s0, sweep.s0);
+  receive(states, sweep.last);
   sweep.u = u.data_ptr();
   sweep.b_hh = address(b_hh);
-  sweep.carry = carry.data_ptr();
+  sweep.carry = const_cast<void*>(address(carry));
   sweep.y = y.data_ptr();
   sweep.tape = tape ? saved.data_ptr() : nullptr;
   if (!call->run(sweep)) return std::nullopt;
-  std::vector<Tensor> states;
-  for (int64_t s = 0; s < call->S; ++s) states.push_back(call->state(carry, s));
   return ScanOutputs{y, std::move(states), saved};
 }
 
@@ -480,16 +498,19 @@ std::optional<std::vector<Tensor>> backward_on_cuda(const ScanInputs& in, const 
   const c10::DeviceGuard on_device(in.x.device());
   const Tensor dy = grads.dy.defined() ? aligned(grads.dy) : Tensor();
   const Tensor outputs = aligned(y), saved = aligned(tape);
-  const Tensor s0 = call->states(in.s0), ds = call->states(grads.dstates);
+  const Tensor ds = call->between_steps(call->S);
+  std::vector<Tensor> ds0;
+  if (needs[kNeedStates] && !in.s0.empty()) ds0 = call->new_states();
   const Tensor dv = call->rows_of(call->cell.gates * H);
   const Tensor du = call->cell.all_summed() ? dv : at::empty_like(dv);
   const Tensor h_prev = call->rows_of(H);
   Sweep sweep;
+  const GivenStates s0(in.s0, sweep.s0), dlast(grads.dstates, sweep.dlast);
+  receive(ds0, sweep.ds0);
   sweep.dy = address(dy);
   sweep.y = outputs.data_ptr();
   sweep.tape = saved.data_ptr();
-  sweep.s0 = s0.data_ptr();
-  sweep.ds = ds.data_ptr();
+  sweep.ds = const_cast<void*>(address(ds));
   sweep.du = du.data_ptr();
   sweep.dv = dv.data_ptr();
   sweep.h_prev = h_prev.data_ptr();
@@ -500,8 +521,7 @@ std::optional<std::vector<Tensor>> backward_on_cuda(const ScanInputs& in, const 
   if (needs[kNeedWih]) products.add_w_ih(out);
   if (needs[kNeedWhh]) products.add_w_hh(out);
   if (needs[kNeedBias] && !in.b_ih.empty()) products.add_biases(out);
-  if (needs[kNeedStates])
-    for (size_t s = 0; s < in.s0.size(); ++s) out.push_back(call->state(ds, s));
+  out.insert(out.end(), ds0.begin(), ds0.end());
   return out;
 }
 

@@ -25,6 +25,8 @@ enum class Precision : int32_t {
   kFloat16 = 5,
 };
 
+constexpr int kMostStates = 8;  // of a cell
+
 // One launch: every recurrence through the steps [begin, end) of its own direction. All pointers
 // are to memory of the device, contiguous, aligned to 16 bytes. Arrays are in the storage type
 // (`stored`) or in the type of sums (`of sums`: float, or double for kFloat64).
@@ -43,27 +45,37 @@ struct Sweep {
   // Row r of the tape is row r - tape_base of `tape`: not 0 for the tape of a chunk.
   int64_t tape_base = 0;
   int64_t tape_base_reverse = 0;
-  uint64_t reverse = 0;             // a bit per recurrence
-  const int64_t* first = nullptr;   // [T+1] row at which a step begins, packed; null: t*B
-  const int64_t* length = nullptr;  // [B] steps of each row of the batch; null: T
-  const uint8_t* resets = nullptr;  // [rows], whether an episode begins here; or null
-  const void* w_hh = nullptr;       // [P, G*H, H], stored
+  uint64_t reverse = 0;              // a bit per recurrence
+  const int64_t* first = nullptr;    // [T+1] row at which a step begins, packed; null: t*B
+  const int64_t* length = nullptr;   // [B] steps of each row of the batch; null: T
+  const uint8_t* resets = nullptr;   // [rows], whether an episode begins here; or null
+  const void* w_hh = nullptr;        // [P, G*H, H], stored
+  const void* s0[kMostStates] = {};  // [P, B, H], stored: each state before all steps; null: zeros
   // Forward.
   const void* u = nullptr;     // [P, chunk_rows, G*H], stored; biases included
   const void* b_hh = nullptr;  // [P, G*H], stored, for gates that are not summed; or null
-  void* carry = nullptr;       // [S+1, P, B, H], of sums: states before the chunk, then after it;
-                               // the last is a second buffer for state 0
-  void* y = nullptr;           // [rows, P, H], stored; only read in the backward pass
-  void* tape = nullptr;        // [rows, P, W, H], stored, or null; only read in the backward pass
-  // Recomputation of a tape that was not saved; u, b_hh, carry, y and tape are as in forward.
+  // [S+1, P, B, H], of sums: states before the chunk, then after it; the last is a second buffer
+  // for state 0. Nothing is read before the first chunk, and what the last one leaves is undefined.
+  // Persistent kernels need none for a chunk of all steps.
+  void* carry = nullptr;
+  void* last[kMostStates] = {};  // [P, B, H], stored: receive the states after all steps
+  void* y = nullptr;             // [rows, P, H], stored; only read in the backward pass
+  void* tape = nullptr;          // [rows, P, W, H], stored, or null; only read in the backward pass
+  // Recomputation of a tape that was not saved; u, b_hh, y and tape are as in forward. Its `carry`
+  // is [S, P, B, H], and has states before the first chunk, too.
   const void* v = nullptr;  // [P, chunk_rows, G*H], stored: `h_prev` times the recurrent weights
   // Backward, from step end-1 to begin.
-  const void* dy = nullptr;  // [rows, P, H], stored, or null for zeros
-  const void* s0 = nullptr;  // [S, P, B, H], of sums
-  void* ds = nullptr;        // [S, P, B, H], of sums: gradients of states after, then before
-  void* du = nullptr;        // [P, chunk_rows, G*H], stored; is `dv` if all gates are summed
-  void* dv = nullptr;        // [P, chunk_rows, G*H], stored
-  void* h_prev = nullptr;    // [P, chunk_rows, H], stored: state 0 before each step
+  const void* dy = nullptr;             // [rows, P, H], stored, or null for zeros
+  const void* dlast[kMostStates] = {};  // [P, B, H], stored: gradients of `last`; null: zeros
+  // [S, P, B, H], of sums: gradients of the states after the chunk, then before it; undefined
+  // before the last chunk, which comes first, and after the first. Persistent kernels need none for
+  // a chunk of all steps.
+  void* ds = nullptr;
+  // [P, B, H], stored: receive the gradients of `s0`; null: none wanted.
+  void* ds0[kMostStates] = {};
+  void* du = nullptr;      // [P, chunk_rows, G*H], stored; is `dv` if all gates are summed
+  void* dv = nullptr;      // [P, chunk_rows, G*H], stored
+  void* h_prev = nullptr;  // [P, chunk_rows, H], stored: state 0 before each step
   // Working memory, see fastrnn_cuda_workspace_bytes; the launch clears what must be zero.
   void* workspace = nullptr;
 };

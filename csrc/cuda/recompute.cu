@@ -25,15 +25,16 @@ __global__ void __launch_bounds__(kThreads) h_prev_rows(const Sweep sweep) {
   const int64_t b = i / sweep.hidden, n = i % sweep.hidden;
   const int stop = at.stop(b), high = at.high(stop);
   const auto* const y = static_cast<const Stored*>(sweep.y);
-  const auto* const s0 = static_cast<const Sum*>(sweep.s0);
+  const auto* const s0 = static_cast<const Stored*>(sweep.s0[0]);
   auto* const h_prev = static_cast<Stored*>(sweep.h_prev);
   for (int step = at.low(stop) + blockIdx.y; step < high; step += gridDim.y) {
     const int t = at.time(step);
     Stored* const to = h_prev + at.chunk_row(at.row(t, b)) * sweep.hidden + n;
-    if (at.cut(t, b, stop)) {
+    const bool initial = at.initial(t, stop);
+    if (at.cut(t, b, stop) || (initial && !s0)) {
       platform::store(to, Sum(0));
-    } else if (at.initial(t, stop)) {
-      platform::store(to, s0[at.state(0, b) + n]);
+    } else if (initial) {
+      *to = s0[at.own_state(b) + n];
     } else {
       *to = y[at.output(at.row(at.time_before(t), b)) + n];
     }

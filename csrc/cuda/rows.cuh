@@ -60,6 +60,18 @@ struct Recurrence {
     return reverse ? t + 1 >= stop : t == 0;
   }
 
+  // Whether a row begins at t or later in its direction, so that its state before the step at t is
+  // the initial one. Also true if it has no steps.
+  __device__ __forceinline__ bool unstarted(int t, int stop) const {
+    return reverse ? t + 1 >= stop : t == 0 || stop == 0;
+  }
+
+  // Whether a row ends at t or before in its direction, so that the gradient of its state after the
+  // step at t is that of the last one. Also true if it has no steps.
+  __device__ __forceinline__ bool ended(int t, int stop) const {
+    return reverse ? t == 0 || stop == 0 : t + 1 >= stop;
+  }
+
   // The time of the step before, if there is one.
   __device__ __forceinline__ int time_before(int t) const { return reverse ? t + 1 : t - 1; }
 
@@ -98,7 +110,12 @@ struct Recurrence {
     return -base * sweep.recurrences * width * sweep.hidden;
   }
 
-  // The offset of state j of a row of the batch, [H], in `carry`, `s0` and `ds`.
+  // The offset of a row of the batch, [H], in each of `s0`, `last`, `dlast` and `ds0`.
+  __device__ __forceinline__ int64_t own_state(int64_t b) const {
+    return (p * sweep.batch + b) * sweep.hidden;
+  }
+
+  // The offset of state j of a row of the batch, [H], in `carry` and `ds`.
   __device__ __forceinline__ int64_t state(int j, int64_t b) const {
     return ((j * sweep.recurrences + p) * sweep.batch + b) * sweep.hidden;
   }

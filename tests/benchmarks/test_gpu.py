@@ -177,6 +177,10 @@ def test_cost_on_the_host(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
         assert sum(parts) == pytest.approx(row["by Python"], abs=0.2)
         assert row["us"] > 0
     assert "torch.nn" in host.table(rows)
+    for name in ("host.md", "host.json"):
+        host.save(tmp_path / name, rows, "cpu")
+    assert host.table(rows) in (tmp_path / "host.md").read_text()
+    assert json.loads((tmp_path / "host.json").read_text())["rows"] == rows
 
 
 def test_times_try_themselves_without_a_gpu(tmp_path: Path) -> None:

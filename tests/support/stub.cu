@@ -72,15 +72,21 @@ T common(const Sweep& sweep, const Row& row) {
   return static_cast<T>((sweep.reverse >> row.p & 1) + 2 * row.reset + 3 * row.length + row.t);
 }
 
+// A number of a state, of which null is zeros.
+template <class T>
+T number(const void* state, int64_t at) {
+  return state ? static_cast<const T*>(state)[at] : T{0};
+}
+
 template <class T>
 int echo_forward(const Sizes& n, const Sweep& sweep) {
   const int64_t G = n.gates, H = sweep.hidden, B = sweep.batch, P = sweep.recurrences;
   const auto* u = static_cast<const T*>(sweep.u);
   const auto* b_hh = static_cast<const T*>(sweep.b_hh);
   const auto* w_hh = static_cast<const T*>(sweep.w_hh);
-  auto *y = static_cast<T*>(sweep.y), *carry = static_cast<T*>(sweep.carry);
+  auto* y = static_cast<T*>(sweep.y);
   auto* tape = static_cast<T*>(sweep.tape);
-  if (const int error = refused(sweep, {u, b_hh, w_hh, y, carry, tape})) return error;
+  if (const int error = refused(sweep, {u, b_hh, w_hh, y, tape})) return error;
   for_each_row(sweep, [&](const Row& row) {
     for (int64_t h = 0; h < H; ++h) {
       T sum = common<T>(sweep, row);
@@ -88,13 +94,15 @@ int echo_forward(const Sizes& n, const Sweep& sweep) {
         sum += (k + 1) * (u[row.chunk * G * H + k] + (b_hh ? 3 * b_hh[row.p * G * H + k] : T{0}) +
                           w_hh[(row.p * G * H + k) * H + h]);
       for (int64_t s = 0; s < n.states; ++s)
-        sum += (s + 5) * carry[((s * P + row.p) * B + row.b) * H + h];
+        sum += (s + 5) * number<T>(sweep.s0[s], (row.p * B + row.b) * H + h);
       y[row.output * H + h] = sum;
       if (tape) tape[row.output * H + h] = 2 * sum;
     }
   });
-  for (int64_t k = 0; k < n.states * P * B * H; ++k)
-    carry[k] += y[k % H] * static_cast<T>(k + 1);
+  for (int64_t s = 0; s < n.states; ++s)
+    for (int64_t k = 0; k < P * B * H; ++k)
+      static_cast<T*>(sweep.last[s])[k] =
+          number<T>(sweep.s0[s], k) + y[k % H] * static_cast<T>(k + s + 1);
   return 0;
 }
 
@@ -103,18 +111,17 @@ int echo_backward(const Sizes& n, const Sweep& sweep) {
   const int64_t G = n.gates, H = sweep.hidden, B = sweep.batch, P = sweep.recurrences;
   const auto *w_hh = static_cast<const T*>(sweep.w_hh), *y = static_cast<const T*>(sweep.y);
   const auto *tape = static_cast<const T*>(sweep.tape), *dy = static_cast<const T*>(sweep.dy);
-  const auto* s0 = static_cast<const T*>(sweep.s0);
-  auto *ds = static_cast<T*>(sweep.ds), *h_prev = static_cast<T*>(sweep.h_prev);
-  auto *du = static_cast<T*>(sweep.du), *dv = static_cast<T*>(sweep.dv);
-  if (const int error = refused(sweep, {w_hh, y, tape, dy, s0, ds, h_prev, du, dv})) return error;
+  auto *h_prev = static_cast<T*>(sweep.h_prev), *du = static_cast<T*>(sweep.du),
+       *dv = static_cast<T*>(sweep.dv);
+  if (const int error = refused(sweep, {w_hh, y, tape, dy, h_prev, du, dv})) return error;
   for_each_row(sweep, [&](const Row& row) {
     for (int64_t h = 0; h < H; ++h) {
       const int64_t at = row.output * H + h;
       T sum =
           y[at] + (dy ? 2 * dy[at] : T{0}) + (tape ? 3 * tape[at] : T{0}) + common<T>(sweep, row);
       for (int64_t s = 0; s < n.states; ++s) {
-        const int64_t state = ((s * P + row.p) * B + row.b) * H + h;
-        sum += (s + 5) * s0[state] + (s + 7) * ds[state];
+        const int64_t state = (row.p * B + row.b) * H + h;
+        sum += (s + 5) * number<T>(sweep.s0[s], state) + (s + 7) * number<T>(sweep.dlast[s], state);
       }
       h_prev[row.chunk * H + h] = sum;
       for (int64_t k = h; k < G * H; k += H) {
@@ -123,8 +130,10 @@ int echo_backward(const Sizes& n, const Sweep& sweep) {
       }
     }
   });
-  for (int64_t k = 0; k < n.states * P * B * H; ++k)
-    ds[k] += h_prev[k % H] * static_cast<T>(k + 1);
+  for (int64_t s = 0; s < n.states; ++s)
+    for (int64_t k = 0; sweep.ds0[s] && k < P * B * H; ++k)
+      static_cast<T*>(sweep.ds0[s])[k] =
+          number<T>(sweep.dlast[s], k) + h_prev[k % H] * static_cast<T>(k + s + 1);
   return 0;
 }
 

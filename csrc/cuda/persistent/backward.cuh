@@ -75,6 +75,41 @@ struct Results {
   bool alive[2];
 };
 
+// ---- Gradients of states -----------------------------------------------------------------------
+
+// That of unit n of state k of a row of the batch after the chunk, whose last step is at time t.
+template <class X>
+__device__ __forceinline__ float gradient_after(const Recurrence& at, int k, int64_t b, int n,
+                                                int t) {
+  if (!at.ended(t, at.stop(b))) return static_cast<const float*>(at.sweep.ds)[at.state(k, b) + n];
+  const auto* dlast = static_cast<const typename X::Stored*>(at.sweep.dlast[k]);
+  return dlast == nullptr ? 0.0f : platform::to_float(dlast[at.own_state(b) + n]);
+}
+
+// Leaves it before the chunk, for the next one or for the caller, who may not want it.
+template <class X>
+__device__ __forceinline__ void leave_gradient(const Recurrence& at, int k, int64_t b, int n,
+                                               float value) {
+  auto* const ds0 = static_cast<typename X::Stored*>(at.sweep.ds0[k]);
+  if (at.sweep.begin > 0)
+    static_cast<float*>(at.sweep.ds)[at.state(k, b) + n] = value;
+  else if (ds0 != nullptr)
+    platform::store(ds0 + at.own_state(b) + n, value);
+}
+
+// Passes the gradients of a tile that has no steps in the first chunk on to the caller.
+template <class X>
+__device__ void pass_gradients(const Recurrence& at, int64_t b0, int rank, int blocks, int t) {
+  const int hidden = static_cast<int>(at.sweep.hidden);
+  for (int c = 0; c < X::kColumns && b0 + c < at.sweep.batch; ++c) {
+    for (int n = rank * blockDim.x + threadIdx.x; n < hidden; n += blocks * blockDim.x) {
+#pragma unroll
+      for (int k = 0; k < X::kStates; ++k)
+        leave_gradient<X>(at, k, b0 + c, n, gradient_after<X>(at, k, b0 + c, n, t));
+    }
+  }
+}
+
 // ---- Kernel ------------------------------------------------------------------------------------
 
 // A group of blocks takes one recurrence and one tile of kColumns rows of the batch through all
@@ -114,7 +149,11 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
   }
   longest = persistent::most_of_lanes<kWarp>(longest);
   const int low = at.low(longest), high = at.high(longest), steps = high - low;
-  if (steps <= 0) return;  // and so does the whole group
+  const int ends = at.time(static_cast<int>(sweep.end) - 1);
+  if (steps <= 0) {  // in the whole group
+    if (sweep.begin == 0) pass_gradients<X>(at, b0, rank, launched.blocks, ends);
+    return;
+  }
 
   const auto exchange =
       persistent::exchange_of<X, kResidency>(launched, task, rank, steps + 1, shared);
@@ -150,7 +189,6 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
   const auto gradient = [&](int i, int k) -> float2& {
     return reinterpret_cast<float2*>(own)[(item(i) * S + k) * kWarp + lane];
   };
-  float* states = static_cast<float*>(sweep.ds);
   // Calls visit(i, k, n, b) for every state k of each item i, with this thread's unit n and the
   // first, b, of its two rows of the batch.
   const auto each_state = [&](const auto& visit) {
@@ -162,8 +200,8 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
   };
   each_state([&](int i, int k, int n, int64_t b) {
     float2 x = make_float2(0, 0);
-    if (n < hidden && b < sweep.batch) x.x = states[at.state(k, b) + n];
-    if (n < hidden && b + 1 < sweep.batch) x.y = states[at.state(k, b + 1) + n];
+    if (n < hidden && b < sweep.batch) x.x = gradient_after<X>(at, k, b, n, ends);
+    if (n < hidden && b + 1 < sweep.batch) x.y = gradient_after<X>(at, k, b + 1, n, ends);
     gradient(i, k) = x;
   });
 
@@ -196,11 +234,12 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
       if (sweep.dy != nullptr)
         to.dy[e] = static_cast<const Stored*>(sweep.dy)[now.offset + (from + n)];
       if (at.initial(t, stop)) {
-        // s0 was converted from stored numbers, so nothing is lost.
-        const float* s0 = static_cast<const float*>(sweep.s0) + n;
+        const int64_t own = at.own_state(b0 + c + e) + n;
 #pragma unroll
-        for (int k = 0; k < S; ++k)
-          to.before[e][k] = platform::from_float<Stored>(s0[at.state(k, b0 + c + e)]);
+        for (int k = 0; k < S; ++k) {
+          const auto* s0 = static_cast<const Stored*>(sweep.s0[k]);
+          to.before[e][k] = s0 == nullptr ? Stored(0.0f) : s0[own];
+        }
       } else {
         to.before[e][0] = y[earlier.offset + (from + n)];
         const Stored* there = tape + earlier.offset * X::kTaped;
@@ -327,8 +366,8 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
   }
   each_state([&](int i, int k, int n, int64_t b) {
     const float2 x = k == 0 ? add_product(i, gradient(i, 0)) : gradient(i, k);
-    if (n < hidden && b < sweep.batch) states[at.state(k, b) + n] = x.x;
-    if (n < hidden && b + 1 < sweep.batch) states[at.state(k, b + 1) + n] = x.y;
+    if (n < hidden && b < sweep.batch) leave_gradient<X>(at, k, b, n, x.x);
+    if (n < hidden && b + 1 < sweep.batch) leave_gradient<X>(at, k, b + 1, n, x.y);
   });
   exchange.end();
 }

@@ -58,6 +58,42 @@ struct Traits {
   }
 };
 
+// ---- States ------------------------------------------------------------------------------------
+
+// Unit n of state k of a row of the batch before the chunk, whose first step is at time t.
+template <class X>
+__device__ __forceinline__ float state_before(const Recurrence& at, int k, int64_t b, int n,
+                                              int t) {
+  if (!at.unstarted(t, at.stop(b)))
+    return static_cast<const float*>(at.sweep.carry)[at.state(k, b) + n];
+  const auto* s0 = static_cast<const typename X::Stored*>(at.sweep.s0[k]);
+  return s0 == nullptr ? 0.0f : platform::to_float(s0[at.own_state(b) + n]);
+}
+
+// Leaves it after the chunk, for the next one or for the caller.
+template <class X>
+__device__ __forceinline__ void leave_state(const Recurrence& at, int k, int64_t b, int n,
+                                            float value) {
+  if (at.sweep.end < at.sweep.steps)
+    static_cast<float*>(at.sweep.carry)[at.state(k, b) + n] = value;
+  else
+    platform::store(static_cast<typename X::Stored*>(at.sweep.last[k]) + at.own_state(b) + n,
+                    value);
+}
+
+// Passes the states of a tile that has no steps in the last chunk on to the caller.
+template <class X>
+__device__ void pass_states(const Recurrence& at, int64_t b0, int rank, int blocks, int t) {
+  const int hidden = static_cast<int>(at.sweep.hidden);
+  for (int c = 0; c < X::kColumns && b0 + c < at.sweep.batch; ++c) {
+    for (int n = rank * blockDim.x + threadIdx.x; n < hidden; n += blocks * blockDim.x) {
+#pragma unroll
+      for (int k = 0; k < X::kStates; ++k)
+        leave_state<X>(at, k, b0 + c, n, state_before<X>(at, k, b0 + c, n, t));
+    }
+  }
+}
+
 // ---- Kernel ------------------------------------------------------------------------------------
 
 // A group of blocks takes one recurrence and one tile of kColumns rows of the batch through all
@@ -105,7 +141,11 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
   }
   longest = persistent::most_of_lanes<4>(longest);
   const int low = at.low(longest), steps = at.high(longest) - low;
-  if (steps <= 0) return;  // and so does the whole group
+  const int begins = at.time(static_cast<int>(sweep.begin));
+  if (steps <= 0) {  // in the whole group
+    if (sweep.end == sweep.steps) pass_states<X>(at, b0, rank, launched.blocks, begins);
+    return;
+  }
 
   const auto exchange = persistent::exchange_of<X, kResidency>(launched, task, rank, steps, shared);
   if (rank >= layout.active) {
@@ -116,11 +156,10 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
   exchange.begin();
 
   // Operand 0 is state 0 of all units before the chunk; every block reads all of it.
-  float* carry = static_cast<float*>(sweep.carry);
   for (int n = warp; n < X::kColumns && b0 + n < sweep.batch; n += blockDim.x / kWarp) {
-    const float* from = carry + at.state(0, b0 + n);
     auto* to = reinterpret_cast<typename X::Operand*>(exchange.first() + n * layout.pitch);
-    for (int k = lane; k < hidden; k += kWarp) Format::store(to + k, from[k]);
+    for (int k = lane; k < hidden; k += kWarp)
+      Format::store(to + k, state_before<X>(at, 0, b0 + n, k, begins));
   }
   typename X::Product product;
   if (computes) {
@@ -161,7 +200,7 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
     each_state([&](int k, int o, int j, int e) {
       const int64_t b = b0 + 8 * j + column + e;
       const int n = unit + 8 * o;
-      if (b < sweep.batch && n < hidden) s[k][o][j][e] = carry[at.state(k, b) + n];
+      if (b < sweep.batch && n < hidden) s[k][o][j][e] = state_before<X>(at, k, b, n, begins);
     });
 #pragma unroll
     for (int o = 0; o < kOctets; ++o) {
@@ -311,7 +350,7 @@ __global__ void __launch_bounds__(tile::kThreads, 1)
     each_state([&](int k, int o, int j, int e) {
       const int64_t b = first + 8 * j + e;
       const int n = from + 8 * o;
-      if (b < sweep.batch && n < hidden) carry[ended.state(k, b) + n] = s[k][o][j][e];
+      if (b < sweep.batch && n < hidden) leave_state<X>(ended, k, b, n, s[k][o][j][e]);
     });
   }
   exchange.end();

@@ -30,7 +30,6 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   const auto* const dy = static_cast<const Stored*>(sweep.dy);
   const auto* const y = static_cast<const Stored*>(sweep.y);
   const auto* const tape = static_cast<const Stored*>(sweep.tape);
-  const auto* const s0 = static_cast<const Sum*>(sweep.s0);
   auto* const ds = static_cast<Sum*>(sweep.ds);
   auto* const du = static_cast<Stored*>(sweep.du);
   auto* const dv = static_cast<Stored*>(sweep.dv);
@@ -52,6 +51,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     if (step + 1 < sweep.end && t_after < stop && !recurrence.cut(t_after, b, stop)) {
       row.operand = dv + recurrence.chunk_row(recurrence.row(t_after, b)) * G * hidden;
     }
+    row.outer = recurrence.ended(t, stop);
   }
   platform::allow_next_launch();
   __syncthreads();
@@ -79,7 +79,9 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       if (row.cut) {
         e.before[j] = 0;
       } else if (row.before < 0) {
-        e.before[j] = s0[recurrence.state(j, part.first_row + part.row(i)) + n];
+        const auto* const s0 = static_cast<const Stored*>(sweep.s0[j]);
+        const int64_t from = recurrence.own_state(part.first_row + part.row(i)) + n;
+        e.before[j] = s0 ? platform::to_float(s0[from]) : Sum(0);
       } else if (j == 0) {
         e.before[j] = platform::to_float(y[recurrence.output(row.before) + n]);
       } else {
@@ -91,7 +93,15 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     const int r = part.row(i), n = part.first_unit + part.unit(i);
     if (r >= part.rows || n >= hidden) return;
 #pragma unroll
-    for (int j = 0; j < S; ++j) e.d[j] = ds[recurrence.state(j, part.first_row + r) + n];
+    for (int j = 0; j < S; ++j) {
+      const auto* const dlast = static_cast<const Stored*>(sweep.dlast[j]);
+      if (!product.row(r).outer)
+        e.d[j] = ds[recurrence.state(j, part.first_row + r) + n];
+      else if (dlast)
+        e.d[j] = platform::to_float(dlast[recurrence.own_state(part.first_row + r) + n]);
+      else
+        e.d[j] = 0;
+    }
   };
   const auto finish = [&](int i, Element& e) {
     const int r = part.row(i), n = part.first_unit + part.unit(i);
@@ -99,6 +109,14 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     if (r >= part.rows || n >= hidden) return;
     const auto& row = product.row(r);
     e.d[0] += product.sum(0, r, part.unit(i));
+    if (step < 0) {
+#pragma unroll
+      for (int j = 0; j < S; ++j) {
+        auto* const ds0 = static_cast<Stored*>(sweep.ds0[j]);
+        if (ds0) platform::store(ds0 + recurrence.own_state(b) + n, e.d[j]);
+      }
+      return;
+    }
     if (!row.alive) {
       if (row.operand) ds[recurrence.state(0, b) + n] = e.d[0];
       return;
@@ -125,7 +143,9 @@ template <class Cell, Precision precision, class Shape>
 int backward(const Sweep& sweep, void* stream) {
   using Multiply = Product<precision, Shape, 1, true>;
   platform::Launch how{grid<Shape>(sweep), dim3(Shape::kThreads), Multiply::kSharedBytes};
-  for (int64_t step = sweep.end - 1; step >= sweep.begin - 1; --step) {
+  bool wanted = sweep.begin > 0;  // what the launch before the first step is for
+  for (void* ds0 : sweep.ds0) wanted |= ds0 != nullptr;
+  for (int64_t step = sweep.end - 1; step >= sweep.begin - wanted; --step) {
     how.overlaps = step < sweep.end - 1;
     const int error = platform::launch(backward_step<Cell, precision, Shape>, how, stream, sweep,
                                        static_cast<int>(step));

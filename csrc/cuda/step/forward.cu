@@ -8,10 +8,10 @@ namespace step {
 
 // A block computes all gates of its units for its rows: the product in parts of the depth, which
 // pass through shared memory in a ring of stages, then the cell, a unit of a row per thread. The
-// operand is `y` in 16 bits, otherwise state 0 of `carry`, for which steps use two buffers in turn.
-// Loads of weights and inputs begin before this launch waits for the previous one, because they do
-// not depend on it. Per block and step: G*kUnits*H weights and kRows*H of h in,
-// 2*kRows*G*kUnits*H FLOP.
+// operand is `y` in 16 bits, otherwise state 0 of `carry`, for which steps use two buffers in turn;
+// at the first step of a row it is `s0`. Loads of weights and inputs begin before this launch waits
+// for the previous one, because they do not depend on it. Per block and step: G*kUnits*H weights
+// and kRows*H of h in, 2*kRows*G*kUnits*H FLOP.
 template <class Cell, Precision precision, class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     forward_step(const Sweep sweep, const int step, const bool odd) {
@@ -43,16 +43,17 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     if (row.alive) {
       row.at = recurrence.row(t, b);
       row.cut = recurrence.cut(t, b, stop);
-      const Sum* const state = carry + recurrence.state(place, b);
       if (row.cut) {
-      } else if constexpr (kSame<Stored, Sum>) {
-        row.operand = state;
       } else if (recurrence.initial(t, stop)) {
-        row.start = state;
+        const auto* const s0 = static_cast<const Stored*>(sweep.s0[0]);
+        if (s0) row.operand = s0 + recurrence.own_state(b);
+      } else if constexpr (kSame<Stored, Sum>) {
+        row.operand = carry + recurrence.state(place, b);
       } else {
         row.operand = y + recurrence.output(recurrence.row(recurrence.time_before(t), b));
       }
     }
+    row.outer = recurrence.unstarted(t, stop);
   }
   platform::allow_next_launch();
   __syncthreads();
@@ -80,10 +81,18 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   const auto load_states = [&](int i, Element& e) {
     const int r = part.row(i), n = part.first_unit + part.unit(i);
     if (r >= part.rows || n >= hidden) return;
-    const bool cut = product.row(r).cut;
+    const auto& row = product.row(r);
+    const int64_t b = part.first_row + r;
 #pragma unroll
     for (int j = 0; j < S; ++j) {
-      e.s[j] = cut ? Sum(0) : carry[recurrence.state(j ? j : place, part.first_row + r) + n];
+      const auto* const s0 = static_cast<const Stored*>(sweep.s0[j]);
+      if (row.cut || (row.outer && !s0)) {
+        e.s[j] = 0;
+      } else if (row.outer) {
+        e.s[j] = platform::to_float(s0[recurrence.own_state(b) + n]);
+      } else {
+        e.s[j] = carry[recurrence.state(j ? j : place, b) + n];
+      }
     }
   };
   const auto finish = [&](int i, Element& e) {
@@ -91,8 +100,18 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     const int64_t b = part.first_row + r;
     if (r >= part.rows || n >= hidden) return;
     const auto& row = product.row(r);
+    const auto leave = [&](const Sum(&states)[S]) {
+#pragma unroll
+      for (int j = 0; j < S; ++j) {
+        if (step + 1 == sweep.steps)
+          platform::store(static_cast<Stored*>(sweep.last[j]) + recurrence.own_state(b) + n,
+                          states[j]);
+        else
+          carry[recurrence.state(j ? j : next_place, b) + n] = states[j];
+      }
+    };
     if (!row.alive) {
-      carry[recurrence.state(next_place, b) + n] = e.s[0];
+      leave(e.s);
       return;
     }
     Sum next[S], saved[kSavedRoom];
@@ -100,8 +119,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     for (int g = 0; g < G; ++g) e.v[g] += product.sum(g, r, part.unit(i));
     Cell::forward(e.u, e.v, e.s, next, saved);
     platform::store(y + recurrence.output(row.at) + n, next[0]);
-#pragma unroll
-    for (int j = 0; j < S; ++j) carry[recurrence.state(j ? j : next_place, b) + n] = next[j];
+    leave(next);
     if (tape) {
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) {
@@ -126,7 +144,7 @@ int forward(const Sweep& sweep, void* stream) {
                                        static_cast<int>(step), odd);
     if (error != 0) return error;
   }
-  if (!odd) return 0;
+  if (!odd || sweep.end == sweep.steps) return 0;
   // State 0 is in the second buffer.
   auto* const carry = static_cast<typename Multiply::Sum*>(sweep.carry);
   const int64_t size = sweep.recurrences * sweep.batch * sweep.hidden;

@@ -55,14 +55,14 @@ constexpr bool kSame<A, A> = true;
 // ---- Tiles -------------------------------------------------------------------------------------
 
 // A row of the batch at a step: its operand of the product, if it has one, and its location.
-template <class Stored, class Sum>
+template <class Stored>
 struct Row {
   const Stored* operand;  // null: zeros
-  const Sum* start;       // the operand in the type of sums, to be rounded; or null
   int64_t at;             // its row of `y`, if it lives
   int64_t before;         // that of the step before; -1 at the first step
   bool alive;
   bool cut;
+  bool outer;  // its states are those that the caller gave, or its gradients
 };
 
 // kTransposed: the weights are [depth][unit], as the backward pass needs them.
@@ -71,7 +71,7 @@ class Product {
  public:
   using Stored = typename PrecisionTraits<precision>::Stored;
   using Sum = typename PrecisionTraits<precision>::Sum;
-  using TileRow = Row<Stored, Sum>;
+  using TileRow = Row<Stored>;
 
  private:
   static constexpr int kItem = sizeof(Stored);
@@ -119,7 +119,7 @@ class Product {
   __device__ __forceinline__ void start() {
     const int lane = threadIdx.x % 32;
     bool any = false;
-    for (int r = lane; r < Shape::kRows; r += 32) any |= rows_[r].operand || rows_[r].start;
+    for (int r = lane; r < Shape::kRows; r += 32) any |= rows_[r].operand != nullptr;
     count_ = __ballot_sync(0xffffffffu, any) ? (depth_ + kStageDepth - 1) / kStageDepth : 0;
 #pragma unroll 1
     for (int i = 0; i < Shape::kStages - 1 && i < count_; ++i) copy_weights(i);
@@ -216,14 +216,7 @@ class Product {
     for (int c = threadIdx.x; c < Shape::kRows * kPieces; c += Shape::kThreads) {
       const int r = c / kPieces, e = c % kPieces * kPiece, k = k0 + e;
       const TileRow& row = rows_[r];
-      if (!kSame<Stored, Sum> && row.start) {
-#pragma unroll 1
-        for (int x = 0; x < kPiece; ++x) {
-          platform::store(to + r * kPitch + e + x, k + x < depth_ ? row.start[k + x] : Sum(0));
-        }
-      } else {
-        copy_piece(to + r * kPitch + e, row.operand + k, row.operand ? depth_ - k : 0);
-      }
+      copy_piece(to + r * kPitch + e, row.operand + k, row.operand ? depth_ - k : 0);
     }
   }
 

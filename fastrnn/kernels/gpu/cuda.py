@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import functools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,9 @@ from fastrnn.plan.tables import RowGroup, Tables
 __all__ = ["CooperativeLaunchRefused", "Library", "hand_over", "library", "read_tables", "sweeps"]
 
 
+_EachState = ctypes.c_void_p * 8  # kMostStates
+
+
 class Sweep(ctypes.Structure):
     """`Sweep` of csrc/cuda/contract.h."""
 
@@ -43,10 +47,15 @@ class Sweep(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("base", "base_reverse", "chunk_rows")),
         *((name, ctypes.c_int64) for name in ("tape_base", "tape_base_reverse")),
         ("reverse", ctypes.c_uint64),
-        *((name, ctypes.c_void_p) for name in ("first", "length", "resets", "w_hh", "u", "b_hh")),
-        *((name, ctypes.c_void_p) for name in ("carry", "y", "tape", "v", "dy", "s0", "ds")),
-        *((name, ctypes.c_void_p) for name in ("du", "dv")),
-        *((name, ctypes.c_void_p) for name in ("h_prev", "workspace")),
+        *((name, ctypes.c_void_p) for name in ("first", "length", "resets", "w_hh")),
+        ("s0", _EachState),
+        *((name, ctypes.c_void_p) for name in ("u", "b_hh", "carry")),
+        ("last", _EachState),
+        *((name, ctypes.c_void_p) for name in ("y", "tape", "v", "dy")),
+        ("dlast", _EachState),
+        ("ds", ctypes.c_void_p),
+        ("ds0", _EachState),
+        *((name, ctypes.c_void_p) for name in ("du", "dv", "h_prev", "workspace")),
     )
 
 
@@ -235,29 +244,30 @@ class CooperativeLaunchRefused(RuntimeError):
 class _Sweeps:
     """`sweeps.RecomputingSweeps` in CUDA C++."""
 
+    takes_states = True
+
     def forward(self, scan: Scan, begin: int, end: int, buffers: ForwardBuffers) -> None:
-        u, b_hh, carry, y, tape, begins = buffers
+        u, b_hh, carry, y, tape, begins, last = buffers
         assert begins is None, "the CUDA kernels let episodes begin with zeros"
         read: _Tensors = {"u": u, "b_hh": b_hh}
         written: _Tensors = {"carry": carry, "y": y, "tape": tape}
-        _launch("forward", scan, begin, end, read, written)
+        _launch("forward", scan, begin, end, read, written, states={"last": last})
 
     def backward(
         self, scan: Scan, begin: int, end: int, buffers: BackwardBuffers, tape: Tape
     ) -> None:
-        dy, dsteps, s0, ds, y, du, dv, h_prev, dh, dp, _, begins, _ = buffers
+        dy, dsteps, _, ds, y, du, dv, h_prev, dh, dp, _, begins, _, dlast, ds0 = buffers
         assert dsteps is None, "the CUDA kernels read gradients of final states alone"
         assert begins is None, "the CUDA kernels let episodes begin with zeros"
         assert dh is None, "the CUDA kernels do not project"
         assert dp is None, "the CUDA kernels have no cells with learned parameters"
-        read: _Tensors = {"dy": dy, "s0": s0, "y": y, "tape": tape.values}
+        read: _Tensors = {"dy": dy, "y": y, "tape": tape.values}
         written: _Tensors = {"ds": ds, "du": du, "dv": dv, "h_prev": h_prev}
-        _launch("backward", scan, begin, end, read, written, tape.base)
+        states = {"dlast": dlast, "ds0": ds0}
+        _launch("backward", scan, begin, end, read, written, tape.base, states)
 
-    def h_prev(
-        self, scan: Scan, begin: int, end: int, s0: Tensor, y: Tensor, h_prev: Tensor
-    ) -> None:
-        _launch("h_prev", scan, begin, end, {"s0": s0, "y": y}, {"h_prev": h_prev})
+    def h_prev(self, scan: Scan, begin: int, end: int, y: Tensor, h_prev: Tensor) -> None:
+        _launch("h_prev", scan, begin, end, {"y": y}, {"h_prev": h_prev})
 
     def recompute(
         self, scan: Scan, begin: int, end: int, buffers: RecomputeBuffers, tape: Tape | None
@@ -303,9 +313,10 @@ def _launch(
     read: _Tensors,
     written: _Tensors,
     tape_base: tuple[int, int] = (0, 0),
+    states: dict[str, Sequence[Tensor | None]] | None = None,
 ) -> None:
     """Launch the kernels for the steps [begin, end). The tensors in `written` were allocated for
-    this call, hence they are aligned."""
+    this call, hence they are aligned. `states` has a tensor for each state."""
     call = scan.remembered.get(kind)
     if call is None:
         call = scan.remembered[kind] = _Call(kind, scan)
@@ -324,13 +335,21 @@ def _launch(
     if scan.resets is not None:
         read["resets"] = scan.resets
     copies = []  # they live until the launch, after which the stream keeps them
+
+    def address(tensor: Tensor) -> int:
+        """That of the tensor or of a copy: vector reads need aligned addresses."""
+        if not tensor.is_contiguous() or tensor.data_ptr() % 16:
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+            copies.append(tensor)
+        return tensor.data_ptr()
+
     for name, tensor in read.items():
         if tensor is not None:
-            address = tensor.data_ptr()
-            if address % 16:  # vector reads need aligned addresses
-                copies.append(tensor.clone())
-                address = copies[-1].data_ptr()
-            setattr(sweep, name, address)
+            setattr(sweep, name, address(tensor))
+    for name, each in {"s0": scan.operands.s0, **(states or {})}.items():
+        for j, state in enumerate(each):
+            if state is not None:
+                getattr(sweep, name)[j] = address(state)
     for name, tensor in written.items():
         if tensor is not None:
             setattr(sweep, name, tensor.data_ptr())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,24 +41,43 @@ def forward(sweeps: Sweeps, scan: Scan, tape: bool) -> tuple[Tensor, list[Tensor
     saved = allocate(rows, recurrences, scan.tape_width(), hidden, dtype=x.dtype, device=x.device)
     widest = max(hidden, scan.recurrent)
     size = scan.states + 1, recurrences, scan.batch, widest
-    carry = torch.zeros(size, dtype=scan.compute, device=x.device)
-    for j, state in enumerate(operands.s0):
-        carry[j, ..., : scan.width(j)] = state
+    if sweeps.takes_states:
+        carry, last = torch.empty(size, dtype=scan.compute, device=x.device), _empty_states(scan)
+    else:
+        carry, last = torch.zeros(size, dtype=scan.compute, device=x.device), []
+        for j, state in enumerate(operands.s0):
+            carry[j, ..., : scan.width(j)] = state
     if scan.whole and operands.lengths is None:
         u, b_hh = _projected(scan)
-        buffers = ForwardBuffers(u, b_hh, carry, y, saved if tape else None)
+        buffers = ForwardBuffers(u, b_hh, carry, y, saved if tape else None, last=last)
         sweeps.forward(scan, 0, scan.steps, buffers)
     else:
         b_ih, b_hh = _biases(scan)
         u = x.new_empty(recurrences, scan.chunk_rows, scan.input_gates * hidden)
         given = operands.reset_states
         begins = scan.widened(given)[0] if given else None
-        buffers = ForwardBuffers(u, b_hh, carry, y, saved if tape else None, begins)
-        for begin in range(0, scan.steps if scan.batch else 0, scan.chunk_steps):
+        buffers = ForwardBuffers(u, b_hh, carry, y, saved if tape else None, begins, last)
+        steps = scan.steps if scan.batch else 0
+        if not steps:
+            _pass_on(operands.s0, last)
+        for begin in range(0, steps, scan.chunk_steps):
             end = min(scan.steps, begin + scan.chunk_steps)
             _project(scan, u, b_ih, begin, end)
             sweeps.forward(scan, begin, end, buffers)
-    return y, _states(scan, carry), saved
+    return y, last if sweeps.takes_states else _states(scan, carry), saved
+
+
+def _empty_states(scan: Scan) -> list[Tensor]:
+    """A tensor for each state as the caller has it."""
+    x, size = scan.operands.x, (scan.recurrences, scan.batch)
+    return [x.new_empty(*size, scan.width(j)) for j in range(scan.states)]
+
+
+def _pass_on(given: Sequence[Tensor | None], to: Sequence[Tensor]) -> None:
+    """Copy states, or their gradients, past no steps; those that are None or missing are zero."""
+    for j, state in enumerate(to):
+        own = given[j] if j < len(given) else None
+        state.zero_() if own is None else state.copy_(own)
 
 
 def _biases(scan: Scan) -> tuple[Tensor | None, Tensor | None]:
@@ -101,9 +121,11 @@ def _projected(scan: Scan) -> tuple[Tensor, Tensor | None]:
         u = operands.x.new_empty(scan.recurrences, scan.rows, scan.input_gates * scan.hidden)
         _project(scan, u, b_ih, 0, scan.steps)
         return u, b_hh
+    b: Tensor | None = None
+    b_hh = None
     if scan.all_summed and operands.b_ih:
-        b, b_hh = operands.b_ih[0] + operands.b_hh[0], None
-    else:
+        b = operands.b_ih[0] + operands.b_hh[0]
+    elif operands.b_ih:
         b_ih, b_hh = _biases(scan)
         b = None if b_ih is None else b_ih[0]
     return F.linear(operands.x, operands.w_ih[0], b).contiguous(), b_hh
@@ -144,10 +166,20 @@ def backward(
     chunk by chunk."""
     operands, x = scan.operands, scan.operands.x
     recurrences, hidden, compute = scan.recurrences, scan.hidden, scan.compute
-    s0, ds = scan.widened(operands.s0, grads[1:])
+    s0: Tensor | None
+    ds0: list[Tensor] = []
+    if sweeps.takes_states:
+        size = scan.states, recurrences, scan.batch, hidden
+        s0, ds, dlast = None, torch.empty(size, dtype=compute, device=x.device), grads[1:]
+        if needs.s0 and operands.s0:
+            ds0 = _empty_states(scan)
+    else:
+        s0, ds = scan.widened(operands.s0, grads[1:])
+        dlast = ()
     dsteps = None if dsteps is None else dsteps.contiguous()
     if scan.whole and operands.lengths is None and (tape.size(0) or not scan.tape_width()):
-        return _backward_of_whole(sweeps, scan, grads[0], dsteps, y, tape, needs, s0, ds)
+        states = {"s0": s0, "ds": ds, "dlast": dlast, "ds0": ds0}
+        return _backward_of_whole(sweeps, scan, grads[0], dsteps, y, tape, needs, states)
     y, saved = y.contiguous(), Tape(tape.contiguous())
     steps = scan.steps if scan.batch else 0
     chunks = [(max(0, end - scan.chunk_steps), end) for end in range(steps, 0, -scan.chunk_steps)]
@@ -176,6 +208,8 @@ def backward(
         operands=empty(sites * hidden) if sites else None,
         begins=begins,
         dbegins=dbegins,
+        dlast=dlast,
+        ds0=ds0,
     )
     recomputed = None
     if recomputes:
@@ -191,9 +225,11 @@ def backward(
                     buffer.zero_()
         sweeps.backward(scan, begin, end, buffers, chunk_tape)
         gradients.add(begin, end, buffers, saved.values)
+    if not chunks:
+        _pass_on(dlast, ds0)
     out = gradients.all()
     if needs.s0 and operands.s0:
-        out += _states(scan, ds)
+        out += ds0 if sweeps.takes_states else _states(scan, ds)
     if needs.reset_states and dbegins is not None:
         out += _states(scan, dbegins)
     return out
@@ -216,10 +252,10 @@ def _backward_of_whole(
     y: Tensor,
     tape: Tensor,
     needs: Needs,
-    s0: Tensor,
-    ds: Tensor,
+    states: dict[str, Any],
 ) -> list[Tensor]:
-    """What `backward` does for a call that is `whole`, in fewer operations."""
+    """What `backward` does for a call that is `whole`, in fewer operations. `states` are fields of
+    `BackwardBuffers`."""
     operands, rows = scan.operands, scan.rows
 
     def empty(width: int) -> Tensor:
@@ -231,7 +267,17 @@ def _backward_of_whole(
         du = empty(scan.input_gates * scan.hidden)
     h_prev = empty(scan.hidden)
     dy = None if dy is None else dy.contiguous()
-    buffers = BackwardBuffers(dy, dsteps, s0, ds, y.contiguous(), du, dv, h_prev, None, None)
+    buffers = BackwardBuffers(
+        dy=dy,
+        dsteps=dsteps,
+        y=y.contiguous(),
+        du=du,
+        dv=dv,
+        h_prev=h_prev,
+        dh=None,
+        dp=None,
+        **states,
+    )
     sweeps.backward(scan, 0, scan.steps, buffers, Tape(tape.contiguous()))
     out = []
     if needs.x:
@@ -249,8 +295,8 @@ def _backward_of_whole(
         b_ih = _sums_of_all(scan, du)
         out += b_ih
         out += [b.clone() for b in b_ih] if dv is du else _sums_of_all(scan, dv)
-    if needs.s0:
-        out += [ds[j].to(scan.dtype, copy=True) for j in range(len(operands.s0))]
+    if needs.s0 and operands.s0:
+        out += states["ds0"] if sweeps.takes_states else _states(scan, buffers.ds)
     return out
 
 
@@ -301,14 +347,14 @@ class _RecomputedTape:
         chunks: Sequence[tuple[int, int]],
         buffers: BackwardBuffers,
     ) -> None:
-        self._sweeps, self._scan, self._s0, self._y = sweeps, scan, buffers.s0, buffers.y
+        self._sweeps, self._scan, self._y = sweeps, scan, buffers.y
         self._u, self._h_prev, y = buffers.dv, buffers.h_prev, buffers.y
         self._v = torch.empty_like(buffers.dv) if buffers.du is buffers.dv else buffers.du
         self._b_ih, self._b_hh = _biases(scan)
         # The step before the chunk needs rows for its states.
         rows = min(scan.rows, scan.chunk_rows + scan.batch)
         self._values = y.new_empty(rows, scan.recurrences, scan.tape_width(), scan.hidden)
-        carry = buffers.s0.clone()
+        (carry,) = scan.widened(scan.operands.s0)
         self._before = {0: carry}
         if scan.states > 1:
             for begin, end in reversed(chunks[1:]):
@@ -331,7 +377,7 @@ class _RecomputedTape:
     def _recompute(self, begin: int, end: int, carry: Tensor, tape: Tape | None) -> None:
         scan, u, v, h_prev = self._scan, self._u, self._v, self._h_prev
         _project(scan, u, self._b_ih, begin, end)
-        self._sweeps.h_prev(scan, begin, end, self._s0, self._y, h_prev)
+        self._sweeps.h_prev(scan, begin, end, self._y, h_prev)
         for recurrences in _runs(scan.reversed_recurrences):
             low, high = scan.row_range(begin, end, scan.reversed_recurrences[recurrences.start])
             count = high - low

@@ -221,10 +221,12 @@ class ForwardBuffers(NamedTuple):
         b_hh: [P, GV*H] for gates that are not summed, or None.
         carry: [S+1, P, B, max(H, Q)] in `scan.compute`: states before the chunk, then after it.
             The last entry is a second buffer for state 0, which is Q wide; other states are H.
+            For kernels that take states it is undefined before the first chunk and after the last.
         y: [rows, P, Q], the output.
         tape: `Tape.values` of all rows, or None.
         begins: [S, P, B, max(H, Q)] in `scan.compute`, the states in which episodes begin; None for
             zeros.
+        last: [P, B, H] for each state, receive those after all steps from kernels that take states.
     """
 
     u: Tensor
@@ -233,6 +235,7 @@ class ForwardBuffers(NamedTuple):
     y: Tensor
     tape: Tensor | None
     begins: Tensor | None = None
+    last: Sequence[Tensor] = ()
 
 
 class BackwardBuffers(NamedTuple):
@@ -242,8 +245,10 @@ class BackwardBuffers(NamedTuple):
         dy: [rows, P, Q], or None for zeros.
         dsteps: [rows, P, S-1, H], gradients of the states past the first after every step, or None
             for zeros.
-        s0: [S, P, B, max(H, Q)] in `scan.compute`, initial states.
-        ds: shaped as `s0`: gradients of the states after the chunk, then before it.
+        s0: [S, P, B, max(H, Q)] in `scan.compute`, initial states; None for kernels that take
+            states.
+        ds: in the same shape: gradients of the states after the chunk, then before it. For kernels
+            that take states they are undefined before the last chunk and after the first.
         y: the output of the forward sweep.
         du, dv: [P, chunk_rows, GU*H] and [P, chunk_rows, GV*H], gradients of the projections; the
             same tensor if all gates are summed.
@@ -256,11 +261,14 @@ class BackwardBuffers(NamedTuple):
             multiply (`Derived.sites`); None if the cell has none.
         begins: as in `ForwardBuffers`.
         dbegins: shaped as `begins`: their gradients are added to it; None without them.
+        dlast, ds0: of kernels that take states: gradients of the states after all steps, [P, B, H]
+            for each or None for zeros, and what receives those of the initial states, if they are
+            wanted.
     """
 
     dy: Tensor | None
     dsteps: Tensor | None
-    s0: Tensor
+    s0: Tensor | None
     ds: Tensor
     y: Tensor
     du: Tensor
@@ -271,6 +279,8 @@ class BackwardBuffers(NamedTuple):
     operands: Tensor | None = None
     begins: Tensor | None = None
     dbegins: Tensor | None = None
+    dlast: Sequence[Tensor | None] = ()
+    ds0: Sequence[Tensor] = ()
 
 
 class RecomputeBuffers(NamedTuple):
@@ -293,7 +303,14 @@ class RecomputeBuffers(NamedTuple):
 
 class Sweeps(Protocol):
     """The kernels. Each call takes every recurrence through the steps `[begin, end)` of one chunk,
-    counted in its own direction. `scan.batch` is not 0."""
+    counted in its own direction. `scan.batch` is not 0.
+
+    Attributes:
+        takes_states: whether they read the initial states and the gradients of the last ones as the
+            caller has them, and write the others so. Else `carry`, `s0` and `ds` have them all.
+    """
+
+    takes_states: bool
 
     def forward(self, scan: Scan, begin: int, end: int, buffers: ForwardBuffers) -> None:
         """Run the steps in order."""
@@ -313,10 +330,8 @@ class Sweeps(Protocol):
 class RecomputingSweeps(Sweeps, Protocol):
     """Kernels that can also recompute the tape of a chunk."""
 
-    def h_prev(
-        self, scan: Scan, begin: int, end: int, s0: Tensor, y: Tensor, h_prev: Tensor
-    ) -> None:
-        """Fill `h_prev`, as `backward` does, from `y` and the initial states `s0`."""
+    def h_prev(self, scan: Scan, begin: int, end: int, y: Tensor, h_prev: Tensor) -> None:
+        """Fill `h_prev`, as `backward` does, from `y` and the initial states."""
 
     def recompute(
         self, scan: Scan, begin: int, end: int, buffers: RecomputeBuffers, tape: Tape | None

@@ -432,3 +432,48 @@ def test_every_residency(name: str, layout: str, residency: str, in_python: list
         assert in_python == ["forward with tape", "backward"]
         ours = run(ops.scan, cell, given)
     agrees(cell, given, "tf32x3", ours)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """New memory is NaN, so that nothing may be read that was not written."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.skipif(not SIMULATED, reason="runs in a process of its own")
+@pytest.mark.parametrize("chunk", [99, 2], ids=["whole", "chunks"])
+@pytest.mark.parametrize("residency", ["step", "block", "cluster", "grid"])
+@pytest.mark.parametrize("layout", ["dense", "packed", "lengths"])
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+def test_states(name: str, layout: str, residency: str, chunk: int, poisoned: None) -> None:
+    """None are as zeros, given and as gradients, also in a tile of the batch without steps and in
+    chunks in which a tile has none."""
+    cell = cells.get(name)
+    given = operands(cell, 5, 9, 3, 19, 2, torch.float32)
+    if layout == "packed":
+        given["batch_sizes"] = torch.tensor([9, 8, 8, 8, 2])
+        given["x"] = torch.randn(35, 3)
+    elif layout == "lengths":
+        given["lengths"] = torch.tensor([5, 0, 4, 3, 5, 1, 2, 5, 0])
+        given["x"] = given["x"].clone()
+    zeros = {**given, "s0": [torch.zeros_like(s) for s in given["s0"]]}
+    nothing = zeros if layout == "packed" else {**given, "s0": []}
+    blocks = 1 if residency in ("step", "block") else 2
+    with running(residency, blocks, "tf32x3", chunk_rows=chunk * 9):
+        for _ in range(2):  # by Python, and by C++ what it launches
+            ours = run(ops.scan, cell, given)
+            of_zeros, of_nothing = run(ops.scan, cell, zeros), run(ops.scan, cell, nothing)
+        agrees(cell, given, "tf32x3", ours)
+        for key, value in of_nothing.items():
+            assert torch.equal(value, of_zeros[key]), key
+        # Without gradients of final states, and of initial ones.
+        grads = []
+        for s0 in (zeros["s0"], given["s0"]):
+            x = given["x"].clone().requires_grad_()
+            y, last = ops.scan(cell, **{**given, "x": x, "s0": s0})
+            grads.append(torch.autograd.grad(y.sum(), x, retain_graph=True)[0])
+            total = torch.stack([y.sum(), *(0 * state.sum() for state in last)]).sum()
+            assert torch.equal(torch.autograd.grad(total, x)[0], grads[-1])
+        assert not torch.equal(*grads)

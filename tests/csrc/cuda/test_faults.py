@@ -31,6 +31,7 @@ TILE, EXCHANGE = "cuda/persistent/product.cuh", "cuda/persistent/exchange.cuh"
 FORWARD, BACKWARD = "cuda/persistent/forward.cuh", "cuda/persistent/backward.cuh"
 LAUNCH, RECOMPUTE = "cuda/persistent/launch.cuh", "cuda/recompute.cu"
 STEP, ROWS = "cuda/step/product.cuh", "cuda/rows.cuh"
+FORWARD_STEP, BACKWARD_STEP = "cuda/step/forward.cu", "cuda/step/backward.cu"
 AGAIN = {"chunk": 2}  # chunks of 2 steps; then tapes are recomputed too
 CELL = "lstm"  # it has two states and saved values
 PRECISION = "bfloat16"
@@ -246,7 +247,7 @@ FAULTS = [
     Planted(
         "a step before the first",
         "step",
-        Fault(RECOMPUTE, "if (at.initial(t, stop)) {", "if (at.initial(t, stop) && !PLANTED) {"),
+        Fault(RECOMPUTE, "} else if (initial) {", "} else if (initial && !PLANTED) {"),
         given=AGAIN,
     ),
     Planted(
@@ -357,8 +358,8 @@ FAULTS = [
         "block",
         Fault(
             FORWARD,
-            "+ n] = s[k][o][j][e];",
-            "+ n] = s[PLANTED ? 0 : k][o][j][e];",
+            "b, n, s[k][o][j][e]);",
+            "b, n, s[PLANTED ? 0 : k][o][j][e]);",
         ),
     ),
     Planted(
@@ -366,8 +367,8 @@ FAULTS = [
         "cluster",
         Fault(
             FORWARD,
-            "s[k][o][j][e] = carry[at.state(k, b) + n];",
-            "s[k][o][j][e] = carry[at.state(k, PLANTED ? b0 : b) + n];",
+            "s[k][o][j][e] = state_before<X>(at, k, b, n, begins);",
+            "s[k][o][j][e] = state_before<X>(at, k, PLANTED ? b0 : b, n, begins);",
         ),
     ),
     Planted(
@@ -409,10 +410,48 @@ FAULTS = [
         "block",
         Fault(
             FORWARD,
-            "if (b < sweep.batch && n < hidden) carry[",
-            "if ((PLANTED || b < sweep.batch) && n < hidden) carry[",
+            "if (b < sweep.batch && n < hidden) leave_state<X>(",
+            "if ((PLANTED || b < sweep.batch) && n < hidden) leave_state<X>(",
         ),
         outside=True,
+    ),
+    Planted(
+        "a chunk that begins anew from the initial states",
+        "block",
+        Fault(FORWARD, "if (!at.unstarted(t,", "if (!PLANTED && !at.unstarted(t,"),
+        given={"chunk": 2},
+    ),
+    Planted(
+        "a chunk of a step each that begins anew from the initial states",
+        "step",
+        Fault(FORWARD_STEP, "row.outer = recurrence", "row.outer = PLANTED || recurrence"),
+    ),
+    Planted(
+        "gradients of the last states that count again in every chunk",
+        "block",
+        Fault(BACKWARD, "if (!at.ended(t,", "if (!PLANTED && !at.ended(t,"),
+        given={"chunk": 2},
+    ),
+    Planted(
+        "gradients of the last states that count again in every step",
+        "step",
+        Fault(BACKWARD_STEP, "row.outer = recurrence", "row.outer = PLANTED || recurrence"),
+    ),
+    Planted(
+        "no states of a tile that has ended",
+        "block",
+        Fault(
+            FORWARD,
+            "if (sweep.end == sweep.steps) pass_",
+            "if (sweep.end == sweep.steps && !PLANTED) pass_",
+        ),
+        given={"layout": "packed", "chunk": 1, "batch": 9},
+    ),
+    Planted(
+        "no gradients of the states of a tile that begins later",
+        "block",
+        Fault(BACKWARD, "if (sweep.begin == 0) pass_", "if (sweep.begin == 0 && !PLANTED) pass_"),
+        given={"layout": "lengths", "chunk": 1, "batch": 9, "recurrences": 2},
     ),
     Planted(
         "an item given to two warps",
@@ -507,8 +546,8 @@ FAULTS = [
         "grid",
         Fault(
             BACKWARD,
-            "states[at.state(k, b) + n] = x.x;",
-            "states[at.state(PLANTED ? 0 : k, b) + n] = x.x;",
+            "leave_gradient<X>(at, k, b, n, x.x);",
+            "leave_gradient<X>(at, PLANTED ? 0 : k, b, n, x.x);",
         ),
         given={"chunk": 2},
     ),
@@ -527,8 +566,8 @@ FAULTS = [
         "block",
         Fault(
             BACKWARD,
-            "if (n < hidden && b < sweep.batch) states[",
-            "if (n < hidden && (PLANTED || b < sweep.batch)) states[",
+            "if (n < hidden && b < sweep.batch) leave_gradient<X>(",
+            "if (n < hidden && (PLANTED || b < sweep.batch)) leave_gradient<X>(",
         ),
         outside=True,
     ),

@@ -151,8 +151,10 @@ def compile_options(config: TritonConfig) -> dict[str, Any]:
 class _Sweeps:
     """`sweeps.Sweeps` in Triton."""
 
+    takes_states = False
+
     def forward(self, scan: Scan, begin: int, end: int, buffers: ForwardBuffers) -> None:
-        u, b_hh, carry, y, tape, begins = buffers
+        u, b_hh, carry, y, tape, begins, _ = buffers
         none = scan.w_hh  # a missing tensor may be any pointer; it is never dereferenced
         flags = {"bias": b_hh is not None, "tape": tape is not None}
         optional = [b_hh, scan.params, scan.operands.noise, begins]
@@ -171,7 +173,7 @@ class _Sweeps:
     def backward(
         self, scan: Scan, begin: int, end: int, buffers: BackwardBuffers, tape: Tape
     ) -> None:
-        dy, dsteps, s0, ds, y, du, dv, h_prev, dh, dp, operands, begins, dbegins = buffers
+        dy, dsteps, s0, ds, y, du, dv, h_prev, dh, dp, operands, begins, dbegins, *_ = buffers
         none = scan.w_hh
         optional = [scan.params, scan.operands.noise, begins, s0, dbegins]
         tensors = [none if each is None else each for each in optional]
