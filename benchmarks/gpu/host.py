@@ -1,6 +1,6 @@
 """What a call of a layer costs on the host, part by part, beside torch.nn.
 
-    python -m benchmarks.gpu.host [FILE]
+    python -m benchmarks.gpu.host [FILE.json | FILE.md]
 
 The parts are those of calls that Python launches, as it does the first of a shape; C++ launches
 those that follow. On a GPU each call begins when the GPU is idle, and is not waited for. Elsewhere
@@ -27,7 +27,7 @@ from torch.nn.utils.rnn import PackedSequence
 import fastrnn
 from benchmarks.gpu import results
 from benchmarks.gpu.baseline import NO_MACHINE
-from fastrnn import kernels
+from fastrnn import hardware, kernels
 from fastrnn.extension import _C
 from fastrnn.kernels.gpu import cuda, driver
 from fastrnn.tools.bench import store
@@ -213,6 +213,29 @@ def table(made: list[dict[str, Any]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(map(str, row.values())) + " |" for row in made])
 
 
+def page(made: list[dict[str, Any]], device: str) -> str:
+    """The table with the conditions of the run."""
+    return (
+        "# What a call costs on the host\n\n"
+        f"`python -m benchmarks.gpu.host` on {hardware.processor_and_model()}, one thread; fastrnn "
+        f"{fastrnn.__version__}, torch {torch.__version__}; commit {store.commit()}, "
+        f"{time.strftime('%Y-%m-%d')}. One layer, (T, B, I, H) = ({STEPS}, {BATCH}, {HIDDEN}, "
+        f"{HIDDEN}), float32, on {device}; without a GPU the kernels do nothing. Microseconds: "
+        f"lower quartiles of {CALLS} calls. *us* is a call that C++ launches, *by Python* one that "
+        "Python launches, and the columns after it are the parts of that. *torch.nn* computes its "
+        "products.\n\n" + table(made) + "\n"
+    )
+
+
+def save(path: Path, made: list[dict[str, Any]], device: str) -> None:
+    """As a page, or as rows with all conditions."""
+    if path.suffix == ".md":
+        path.write_text(page(made, device), encoding="utf-8")
+        return
+    conditions = asdict(store.conditions(NO_MACHINE, "python -m benchmarks.gpu.host", device))
+    results.save(path, made, conditions)
+
+
 def main() -> int:
     torch.set_num_threads(1)
     on_gpu = torch.cuda.is_available()
@@ -222,8 +245,7 @@ def main() -> int:
     print(f"microseconds on the host, T {STEPS}, B {BATCH}, H {HIDDEN}, float32, on {device}")
     print(table(made))
     if len(sys.argv) > 1:
-        conditions = asdict(store.conditions(NO_MACHINE, "python -m benchmarks.gpu.host", device))
-        results.save(Path(sys.argv[1]), made, conditions)
+        save(Path(sys.argv[1]), made, device)
     return 0
 
 
