@@ -63,14 +63,14 @@ std::optional<CpuPlan> cpu_plan(const CellFacts& cell, const Problem& p) {
       py::arg("cell") = cell.name, py::arg("steps") = p.steps, py::arg("batch") = p.batch,
       py::arg("rows") = p.rows, py::arg("inputs") = p.inputs, py::arg("hidden") = p.hidden,
       py::arg("gates") = cell.gates, py::arg("input_gates") = cell.input_gates,
-      py::arg("recurrent_gates") = cell.recurrent_gates,
-      py::arg("all_summed") = cell.all_summed(), py::arg("states") = cell.states,
-      py::arg("recurrences") = p.recurrences, py::arg("dtype") = c10::toString(p.dtype),
-      py::arg("tape") = p.tape, py::arg("backward") = p.backward,
-      py::arg("projected") = p.projected, py::arg("frozen") = p.frozen,
-      py::arg("projectable") = cell.projectable, py::arg("stages") = cell.stages,
-      py::arg("format") = name_of(p.format), py::arg("compiled") = cell.has_code(p.format),
-      py::arg("threads") = threads, py::arg("contended") = contended);
+      py::arg("recurrent_gates") = cell.recurrent_gates, py::arg("all_summed") = cell.all_summed(),
+      py::arg("states") = cell.states, py::arg("recurrences") = p.recurrences,
+      py::arg("dtype") = c10::toString(p.dtype), py::arg("tape") = p.tape,
+      py::arg("backward") = p.backward, py::arg("projected") = p.projected,
+      py::arg("frozen") = p.frozen, py::arg("projectable") = cell.projectable,
+      py::arg("stages") = cell.stages, py::arg("format") = name_of(p.format),
+      py::arg("compiled") = cell.has_code(p.format), py::arg("threads") = threads,
+      py::arg("contended") = contended);
   std::optional<CpuPlan> plan;
   if (!answer.is_none()) {
     const auto [weights, recurrences, sequences, units, chunk_rows] =
