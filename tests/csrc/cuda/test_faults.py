@@ -451,7 +451,7 @@ FAULTS = [
         "no gradients of the states of a tile that begins later",
         "block",
         Fault(BACKWARD, "if (sweep.begin == 0) pass_", "if (sweep.begin == 0 && !PLANTED) pass_"),
-        given={"layout": "lengths", "chunk": 1, "batch": 9, "recurrences": 2},
+        given={"layout": "lengths", "chunk": 1, "batch": 17, "recurrences": 2},
     ),
     Planted(
         "an item given to two warps",
