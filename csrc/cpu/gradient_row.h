@@ -23,11 +23,14 @@ struct GradientRow {
   static constexpr int Gu = kInputGates<Cell>, Gv = kRecurrentGates<Cell>;
   static constexpr int S = Cell::kStates, K = Cell::kSaved, N = Cell::kParams;
 
-  const char *saved, *before[S], *next[S];  // before: null for zeros, and for a projected state
-  const char* after[S];  // gradients of the states after the step from elsewhere, or null
-  T *ds[S], *dreset[S];  // ds: null for a projected state; dreset: null unless the row begins an
-  Word *du, *dv;         // episode whose first state gets a gradient
-  T* dp;                 // null if it is not wanted
+  // As they are stored: what the step saved, the states before it and after it, and what gradients
+  // the latter have from elsewhere. Null for zeros.
+  const char *saved, *before[S], *next[S], *after[S];
+  // Gradients of the states, carried to the step before, and of those in which episodes begin, if
+  // one begins here and they are wanted. Null for a projected state.
+  T *ds[S], *dreset[S];
+  Word *du, *dv;
+  T* dp;  // null if it is not wanted
   int64_t hidden;
   bool cut;
 
