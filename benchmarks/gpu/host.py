@@ -201,7 +201,7 @@ def stub() -> Iterator[None]:
     name, before = "FASTRNN_CUDA_LIBRARY", os.environ.get("FASTRNN_CUDA_LIBRARY")
     os.environ[name] = str(library())
     try:
-        with kernels.use("cuda"), patch.object(_C, "layer", lambda *_: None):
+        with kernels.use("cuda"), patch.object(_C, "layers", lambda *_: None):
             yield
     finally:
         os.environ.pop(name)
