@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = ["MAX_GATES", "MAX_PARAMS", "MAX_STATES", "check"]
 
-# They equal kMaxGates, kMaxStates and kMaxParams of csrc/cpu/contract.h.
+# They equal kMaxGates, kMaxStates and kMaxParams of csrc/cpu/contract.h; kMostStates of
+# csrc/cuda/contract.h equals the second.
 MAX_GATES = 16
 MAX_STATES = 8
 MAX_PARAMS = 32

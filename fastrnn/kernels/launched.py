@@ -183,6 +183,7 @@ def _planned(key: str, operands: Operands, tape: bool, backward: bool, every_ste
         projected=bool(operands.w_hr),
         projectable=derived.projectable,
         stages=derived.stages,
+        all_summed=derived.all_summed,
         draws=len(derived.draws),
         values=values(derived, forward=not backward),
         reset_states=bool(operands.reset_states),

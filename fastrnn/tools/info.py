@@ -260,6 +260,7 @@ def _derived(cell: cells.Cell, backward: bool) -> dict[str, Any]:
     return {
         "projectable": derived.projectable,
         "stages": derived.stages,
+        "all_summed": derived.all_summed,
         "draws": len(derived.draws),
         "values": values(derived, forward=not backward),
     }

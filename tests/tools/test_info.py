@@ -142,6 +142,28 @@ def test_plan_as_json_is_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert made["plan"]["config"] == asdict(chosen.cpu)
 
 
+@pytest.mark.parametrize("name", ["lstm", "gru", "rnn_tanh"])
+def test_plan_is_the_one_that_a_call_takes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    choose, taken = plan.choose, dict[bool, tuple[plan.Device, plan.Plan]]()
+
+    def chosen(problem: plan.Problem, offered: plan.Device) -> plan.Plan:
+        made = choose(problem, offered)
+        taken[problem.backward] = offered, made
+        return made
+
+    layer: Any = fastrnn.Recurrent(cells.get(name), 64, 128)
+    with monkeypatch.context() as patch:
+        patch.setattr(plan, "choose", chosen)
+        _C.forget_plans()
+        layer(torch.randn(64, 32, 64))[0].sum().backward()
+    _C.forget_plans()
+    for backward in (False, True):
+        problem, _, _ = info.plan_for(name, (64, 32, 64, 128), tape=True, backward=backward)
+        offered, made = taken[backward]  # the device's threads may have been late for a call
+        shown = choose(problem, offered)
+        assert (shown.config, shown.chunk_rows) == (made.config, made.chunk_rows)
+
+
 @pytest.mark.compiles
 def test_plan_of_a_cell_with_stages_has_its_format(capsys: pytest.CaptureFixture[str]) -> None:
     name = "gru_reset_before"

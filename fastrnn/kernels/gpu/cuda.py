@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrnn.cells.checks import MAX_STATES
 from fastrnn.extension import _C, CUDA_KERNELS
 from fastrnn.kernels.gpu.sweeps import (
     BackwardBuffers,
@@ -33,7 +34,7 @@ from fastrnn.plan.tables import RowGroup, Tables
 __all__ = ["CooperativeLaunchRefused", "Library", "hand_over", "library", "read_tables", "sweeps"]
 
 
-_EachState = ctypes.c_void_p * 8  # kMostStates
+_EachState = ctypes.c_void_p * MAX_STATES
 
 
 class Sweep(ctypes.Structure):
