@@ -106,6 +106,15 @@ def test_stages_and_saved_values(
     assert (len(derived.saved), len(derived.rows)) == (saved, results)
 
 
+def test_a_stage_that_reads_a_gate_saves_it() -> None:
+    """So that a stage of copies alone loads nothing; and values between stages are few."""
+    forward, backward = derive(cells.get("layer_norm_lstm")).programs or ()
+    assert not forward.stages[0].outputs
+    saved = [[k for k in stage.outputs if k.startswith("saved.")] for stage in forward.stages]
+    assert list(map(len, saved)) == [0, 6, 2]
+    assert (forward.temporaries, backward.temporaries) == (1, 8)
+
+
 def summed_gates(function: Callable[..., Any]) -> tuple[bool, ...]:
     return derive(make("ab", "h", function, "tried")).summed
 
