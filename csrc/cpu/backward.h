@@ -175,7 +175,7 @@ class Backward {
     T* const h_prev =
         Gv > 0 && !dm ? static_cast<T*>(args_.h_prev[p]) + place.out * at.hidden : nullptr;
     for (int64_t begin = numbers.begin; begin < numbers.end; begin += kLanes) {
-      const int64_t unit = hidden_index(begin), H = at.hidden;
+      const int64_t unit = opaque_index(begin), H = at.hidden;
       const int n = within<V>(unit, H);
       V saved[K + 1], before[S], next[S], dnext[S], gates_u[Gu], gates_v[Gv + 1], dbefore[S];
       V given[kGiven<Cell> + 1], dlearned[N + 1];

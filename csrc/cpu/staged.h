@@ -331,7 +331,7 @@ class StagedStep {
       V total[kResults + 1];
       Reductions<T>::begin(stage, kResults, total);
       for (int64_t next = begin; next < end; next += kLanes) {
-        const int64_t unit = hidden_index(next);
+        const int64_t unit = opaque_index(next);
         one_vector<k>(at, unit, within<V>(unit, hidden), read(at, unit, drawn, r, all), row, total,
                       tape);
       }

@@ -390,7 +390,7 @@ class StagedBackward {
       V total[kResults + 1];
       Reductions<T>::begin(stage, kResults, total);
       for (int64_t next = begin; next < end; next += kLanes) {
-        const int64_t unit = hidden_index(next);
+        const int64_t unit = opaque_index(next);
         const auto vector = [&](int n, Storage stored) __attribute__((always_inline)) {
           one_vector<k>(at, unit, n, read(at, unit, n, stored, drawn, r, units), row, total);
         };

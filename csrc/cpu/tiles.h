@@ -38,7 +38,7 @@ FASTRNN_INLINE V broadcast(Scalar<V> value) {
 
 // The same index, of which a compiler does not know how a loop changes it. Else it keeps a pointer
 // for each array that the loop reads, all in memory if there are many, and moves all of them on.
-FASTRNN_INLINE int64_t hidden_index(int64_t index) {
+FASTRNN_INLINE int64_t opaque_index(int64_t index) {
   asm("" : "+r"(index));
   return index;
 }

@@ -108,7 +108,9 @@ def test_stages_and_saved_values(
 
 def test_a_stage_that_reads_a_gate_saves_it() -> None:
     """So that a stage of copies alone loads nothing; and values between stages are few."""
-    forward, backward = derive(cells.get("layer_norm_lstm")).programs or ()
+    programs = derive(cells.get("layer_norm_lstm")).programs
+    assert programs is not None
+    forward, backward = programs
     assert not forward.stages[0].outputs
     saved = [[k for k in stage.outputs if k.startswith("saved.")] for stage in forward.stages]
     assert list(map(len, saved)) == [0, 6, 2]
