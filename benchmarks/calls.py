@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -28,8 +27,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 import fastrnn
 from benchmarks.report import RESULTS
-from fastrnn import hardware
-from fastrnn.tools.bench import machine, measure, store
+from fastrnn.tools.bench import measure, store
 from fastrnn.tools.bench.implementation import Prepared
 
 SHAPES = ((1, 1, 16, 16), (4, 1, 64, 64))  # T, B, I, H
@@ -216,12 +214,12 @@ def page(rows: Sequence[Row], command: str) -> str:
     )
     return (
         "# What a call costs\n\n"
-        f"`{command}` on {hardware.processor_and_model()}, one thread; fastrnn "
-        f"{fastrnn.__version__}, torch {torch.__version__}; commit {store.commit()}, "
-        f"{time.strftime('%Y-%m-%d')}. Medians of calls in turn, float32. *Training* is a forward "
-        "and a backward pass with the gradients of the input and of all weights. In brackets: our "
-        "own layer without the option, where torch.nn has no such layer. torch.nn is faster in "
-        f"{slower} entries.\n\n" + "\n".join([HEAD, *(row.line for row in rows)]) + "\n"
+        f"{store.made_by(command, 'one thread')} Medians of calls in turn, float32. *Training* is "
+        "a forward and a backward pass with the gradients of the input and of all weights. In "
+        "brackets: our own layer without the option, where torch.nn has no such layer. torch.nn "
+        f"is faster in {slower} entries.\n\n"
+        + "\n".join([HEAD, *(row.line for row in rows)])
+        + "\n"
     )
 
 
@@ -250,12 +248,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         torch.set_num_threads(threads)
     if given.save:
-        folder = machine.slug(hardware.processor_and_model(), hardware.cores())
-        file = given.results / folder / "calls.md"
-        file.parent.mkdir(parents=True, exist_ok=True)
         words = sys.argv[1:] if arguments is None else arguments
-        file.write_text(page(rows, store.command("benchmarks.calls", words)))
-        print(f"wrote {file}")
+        text = page(rows, store.command("benchmarks.calls", words))
+        store.save_page(given.results, "calls.md", text)
     return 0
 
 

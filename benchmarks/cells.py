@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -30,9 +29,9 @@ from torch import Tensor
 
 import fastrnn
 from benchmarks.report import RESULTS
-from fastrnn import cells, hardware
+from fastrnn import cells
 from fastrnn.cells.published import MODULES
-from fastrnn.tools.bench import machine, measure, store
+from fastrnn.tools.bench import measure, store
 from fastrnn.tools.bench.implementation import Prepared
 from fastrnn.tools.loop import Loop
 
@@ -142,9 +141,7 @@ def page(rows: Sequence[Row], shape: Sequence[int], command: str) -> str:
     held = sum(row.loop / row.ours >= LEAST_OVER_LOOP for row in rows)
     return (
         "# Training with the published cells\n\n"
-        f"`{command}` on {hardware.processor_and_model()}, {hardware.cores()} cores; fastrnn "
-        f"{fastrnn.__version__}, torch {torch.__version__}; commit {store.commit()}, "
-        f"{time.strftime('%Y-%m-%d')}. One layer, (T, B, I, H) = {tuple(shape)}, float32: medians "
+        f"{store.made_by(command)} One layer, (T, B, I, H) = {tuple(shape)}, float32: medians "
         "of a forward and a backward pass, interleaved. *loop* is the cell's function called on "
         "every step, *compiled* the same with the step under `torch.compile`. Cells with random "
         "numbers draw them in ours alone. "
@@ -173,12 +170,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows.append(time_cell(name, options.shape, options.compiled, options.seconds))
         print(line(rows[-1]), flush=True)
     if options.save:
-        folder = machine.slug(hardware.processor_and_model(), hardware.cores())
-        file = options.results / folder / "cells.md"
-        file.parent.mkdir(parents=True, exist_ok=True)
         words = sys.argv[1:] if arguments is None else arguments
-        file.write_text(page(rows, options.shape, store.command("benchmarks.cells", words)))
-        print(f"wrote {file}")
+        text = page(rows, options.shape, store.command("benchmarks.cells", words))
+        store.save_page(options.results, "cells.md", text)
     return 0
 
 

@@ -74,8 +74,10 @@ def keep(pytestconfig: pytest.Config, here: machine.Machine) -> Callable[[Row], 
     device = pytestconfig.getoption("device")
     command = f"python -m pytest {shlex.join(map(str, pytestconfig.invocation_params.args))}"
     run = store.conditions(here, command, device)
-    folder = machine.slug(run.device, None if device == "cuda" else here.threads)
-    path = pytestconfig.getoption("results") / folder / "suite.json"
+    results = pytestconfig.getoption("results")
+    on_gpu = device == "cuda"
+    folder = results / machine.slug(run.device) if on_gpu else store.folder(results, here.threads)
+    path = folder / "suite.json"
     order = [w.name for w in (*WORKLOADS, *GPU)]
     return store.Kept(path, run, order, Row.from_json).keep
 

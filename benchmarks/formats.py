@@ -118,7 +118,7 @@ def run(
 def _keeper(here: Machine, results: Path, arguments: Sequence[str]) -> store.Kept[Row]:
     """Keeps rows in the folder of this machine."""
     run = store.conditions(here, store.command("benchmarks.formats", arguments))
-    folder = results / machine.slug(run.device, here.threads)
+    folder = store.folder(results, here.threads)
     return store.Kept(folder / FILE, run, [w.name for w in WORKLOADS], Row.from_json)
 
 

@@ -25,12 +25,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-import fastrnn
 from benchmarks.report import RESULTS
-from fastrnn import hardware
-from fastrnn.tools.bench import machine, store
+from fastrnn.tools.bench import store
 from fastrnn.tools.bench.implementation import OURS, Case, Prepared, TorchLayer
 from fastrnn.tools.bench.workload import CELLS, Workload
 
@@ -157,9 +153,7 @@ def page(rows: Sequence[Row], command: str) -> str:
     held = sum(row.holds for row in rows)
     return (
         "# One row under load\n\n"
-        f"`{command}` on {hardware.processor_and_model()}, {hardware.cores()} cores; fastrnn "
-        f"{fastrnn.__version__}, torch {torch.__version__}; commit {store.commit()}, "
-        f"{time.strftime('%Y-%m-%d')}. Medians of single calls in microseconds, then the ratios of "
+        f"{store.made_by(command)} Medians of single calls in microseconds, then the ratios of "
         "medians and of means. *busy* is the number of busy processes, *threads* the number of "
         f"torch's threads. A row holds if ours takes at most {MOST_OVER_ONE_THREAD} times as long "
         f"as with one thread and is not slower than torch.nn: {held} of {len(rows)} do.\n\n"
@@ -191,12 +185,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 rows.append(measure(workload.name, prepared, busy, threads, options.seconds))
                 print(line(rows[-1]), flush=True)
     if options.save:
-        folder = machine.slug(hardware.processor_and_model(), hardware.cores())
-        file = options.results / folder / "load.md"
-        file.parent.mkdir(parents=True, exist_ok=True)
         words = sys.argv[1:] if arguments is None else arguments
-        file.write_text(page(rows, store.command("benchmarks.load", words)))
-        print(f"{file}: {sum(row.holds for row in rows)} of {len(rows)} rows hold")
+        text = page(rows, store.command("benchmarks.load", words))
+        store.save_page(options.results, "load.md", text)
+    print(f"{sum(row.holds for row in rows)} of {len(rows)} rows hold")
     return 0
 
 

@@ -45,7 +45,7 @@ import fastrnn
 from benchmarks import report
 from fastrnn import cells, hardware, init
 from fastrnn.extension import _C
-from fastrnn.tools.bench import machine, measure, store
+from fastrnn.tools.bench import measure, store
 from fastrnn.tools.bench.implementation import Prepared
 
 
@@ -430,7 +430,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if min(updates, seeds) < 1 or min(lags) < 2 or sorted(lags) != list(lags):
         parser.error("updates and seeds begin with 1, lags with 2, and lags ascend")
     budget = Budget(updates, options.hidden, options.batch, seeds, options.rate, tuple(lags))
-    folder = options.results / machine.slug(hardware.processor_and_model(), hardware.cores())
+    folder = store.folder(options.results)
     saved = folder / "memory_tasks.md"
     before = ""
     if options.save and options.only is not NETWORKS and saved.exists():

@@ -25,12 +25,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 
 import fastrnn
 from benchmarks.report import RESULTS
-from fastrnn import hardware
-from fastrnn.tools.bench import machine, store
+from fastrnn.tools.bench import store
 
 LAYERS: dict[str, Any] = {"lstm": fastrnn.LSTM, "gru": fastrnn.GRU, "rnn": fastrnn.RNN}
 MOST_ROUNDS = 64  # in which frames of random halves of the streams come before they come again
@@ -169,9 +167,7 @@ def conditions(given: argparse.Namespace) -> str:
 def page(rows: Sequence[Row], given: argparse.Namespace, command: str) -> str:
     return (
         "# Many streams\n\n"
-        f"`{command}` on {hardware.processor_and_model()}, {hardware.cores()} cores; fastrnn "
-        f"{fastrnn.__version__}, torch {torch.__version__}; commit {store.commit()}, "
-        f"{time.strftime('%Y-%m-%d')}. {conditions(given)}. The delays are those from "
+        f"{store.made_by(command)} {conditions(given)}. The delays are those from "
         "arrival to output; frames per second are those of servers that never wait.\n\n"
         + "\n".join([HEAD, *(row.line for row in rows)])
         + "\n"
@@ -209,12 +205,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows.append(measure(name, make(), *sizes))
         print(rows[-1].line, flush=True)
     if given.save:
-        folder = machine.slug(hardware.processor_and_model(), hardware.cores())
-        file = given.results / folder / "slots.md"
-        file.parent.mkdir(parents=True, exist_ok=True)
         words = sys.argv[1:] if arguments is None else arguments
-        file.write_text(page(rows, given, store.command("benchmarks.slots", words)))
-        print(file)
+        text = page(rows, given, store.command("benchmarks.slots", words))
+        store.save_page(given.results, "slots.md", text)
     return 0
 
 

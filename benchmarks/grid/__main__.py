@@ -97,7 +97,7 @@ def keeper(results: Path, arguments: Sequence[str]) -> store.Kept[Row]:
     """Keeps rows in the folder of this machine."""
     command = shlex.join(["python", "-m", "benchmarks.grid", *arguments])
     run = store.conditions(machine.measure(), command)
-    folder = results / machine.slug(run.device, run.machine.threads)
+    folder = store.folder(results, run.machine.threads)
     return store.Kept(folder / FILE, run, [point.name for point in points()], Row.from_json)
 
 

@@ -10,8 +10,7 @@ import torch
 
 import fastrnn
 from benchmarks import slots
-from fastrnn import hardware
-from fastrnn.tools.bench import machine
+from fastrnn.tools.bench import store
 
 SMALL = ["--streams", "6", "--layers", "1", "--inputs", "3", "--hidden", "8", "--seconds", "0.02"]
 
@@ -28,8 +27,7 @@ def test_the_table_is_printed_and_saved(tmp_path: Path, capsys: pytest.CaptureFi
     assert "| a stepper for each stream |" in text and all(row in printed for row in rows)
     assert "`python -m benchmarks.slots --save --streams 6" in text and text.count("--save") == 1
     assert "LSTM of 1 layers, I = 3, H = 8" in text
-    model = hardware.processor_and_model()
-    assert file.parent.name == machine.slug(model, hardware.cores())
+    assert file.parent == store.folder(tmp_path)
 
 
 def test_both_servers_give_the_same_numbers() -> None:

@@ -82,14 +82,21 @@ def measure(device: str = "cpu") -> Machine:
     )
 
 
-def slug(device: str, threads: int | None = None) -> str:
-    """A folder name for results: the device and, for a processor, the number of threads.
+def slug(device: str, instruction_set: str = "", threads: int | None = None) -> str:
+    """A folder name for results: the device and, for a processor, which kernels ran on it and the
+    number of threads.
 
-    "AMD EPYC, family 25, model 17" with 2 threads is `amd-epyc-family25-model17-2-threads`.
+    "AMD EPYC, family 25, model 17" with "avx2" and 2 threads is
+    `amd-epyc-family25-model17-avx2-2-threads`. A virtual machine may hide instructions of its
+    processor, and `FASTRNN_ISA` chooses others.
     """
     numbered = re.sub(r", (family|model) (?=\d)", r" \1", device.lower())
-    name = re.sub(r"\W+", "-", numbered).strip("-")
-    return name if threads is None else f"{name}-{threads}-thread{'s' if threads > 1 else ''}"
+    names = [re.sub(r"\W+", "-", numbered).strip("-")]
+    if instruction_set:
+        names.append(instruction_set)
+    if threads is not None:
+        names.append(f"{threads}-thread{'s' if threads > 1 else ''}")
+    return "-".join(names)
 
 
 def _peaks(device: str) -> dict[str, float]:

@@ -17,9 +17,9 @@ import torch
 
 from fastrnn._version import __version__
 from fastrnn.extension import _C
-from fastrnn.hardware import processor_and_model
+from fastrnn.hardware import cores, processor_and_model
 from fastrnn.tools.bench.comparison import Row
-from fastrnn.tools.bench.machine import Machine
+from fastrnn.tools.bench.machine import Machine, slug
 
 __all__ = [
     "Conditions",
@@ -29,10 +29,13 @@ __all__ = [
     "command",
     "commit",
     "conditions",
+    "folder",
     "load",
     "load_as",
+    "made_by",
     "merge",
     "save",
+    "save_page",
 ]
 
 _DIGITS = 4  # digits of every number, more than any time is exact to
@@ -104,6 +107,31 @@ def conditions(machine: Machine, command: str, device: str = "cpu") -> Condition
         date=time.strftime("%Y-%m-%d %H:%M"),
         machine=machine,
     )
+
+
+def folder(results: Path, threads: int | None = None) -> Path:
+    """The folder in `results` for this processor and the kernels that run on it.
+
+    `threads` are those of the run, or all that this process has.
+    """
+    return results / slug(processor_and_model(), _C.isa(), threads or cores())
+
+
+def made_by(command: str, threads: str = "") -> str:
+    """How a table was made, in one sentence. `threads` says how many, if not all."""
+    return (
+        f"`{command}` on {processor_and_model()} ({_C.isa()}), {threads or f'{cores()} cores'}; "
+        f"fastrnn {__version__}, torch {torch.__version__}; commit {commit()}, "
+        f"{time.strftime('%Y-%m-%d')}."
+    )
+
+
+def save_page(results: Path, name: str, text: str) -> None:
+    """Write a page into the folder of this machine, and say where."""
+    file = folder(results) / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+    print(f"wrote {file}")
 
 
 def _gpu_versions() -> dict[str, str]:

@@ -33,7 +33,9 @@ def test_a_shared_cache_is_not() -> None:
 
 
 def test_folder_names() -> None:
-    assert slug("AMD EPYC (TM) 9654", 2) == "amd-epyc-tm-9654-2-threads"
-    assert slug("AMD EPYC, family 25, model 17", 2) == "amd-epyc-family25-model17-2-threads"
-    assert slug("X", 1) == "x-1-thread"
+    assert slug("AMD EPYC (TM) 9654", threads=2) == "amd-epyc-tm-9654-2-threads"
+    epyc = "AMD EPYC, family 25, model 17"
+    assert slug(epyc, "avx512_vnni", 2) == "amd-epyc-family25-model17-avx512_vnni-2-threads"
+    assert slug(epyc, "avx2", 2) == "amd-epyc-family25-model17-avx2-2-threads"
+    assert slug("X", "neon", 1) == "x-neon-1-thread"
     assert slug("NVIDIA H100") == "nvidia-h100"
