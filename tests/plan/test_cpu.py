@@ -22,6 +22,9 @@ def split(plan: Plan) -> tuple[int, int, int]:
         (replace(LSTM, steps=1), TWO, (1, 1, 1)),  # too small for two threads
         (LSTM, TWO, (1, 1, 2)),  # one row: threads share units
         (replace(LSTM, batch=32), TWO, (1, 2, 1)),  # threads that share sequences exchange nothing
+        (replace(LSTM, batch=32, steps=4), TWO, (1, 1, 2)),  # but weights that they packed
+        (replace(LSTM, batch=32, steps=4, frozen=True), TWO, (1, 2, 1)),
+        (replace(LSTM, batch=32, steps=4, hidden=16), TWO, (1, 2, 1)),  # no work for a meeting
         (replace(LSTM, recurrences=2), TWO, (2, 1, 1)),  # nor do threads that share directions
         (replace(LSTM, recurrences=2, batch=32), with_threads(8), (2, 4, 1)),
         (replace(LSTM, hidden=256), with_threads(8), (1, 1, 8)),
@@ -78,6 +81,30 @@ def test_few_rows_are_not_worth_packing(
 
 
 @pytest.mark.parametrize(
+    ("steps", "batch", "hidden", "inference", "training", "backward"),
+    [
+        (1, 4, 256, "unpacked", "unpacked", "unpacked"),
+        (1, 5, 256, "panels", "panels", "unpacked"),
+        (2, 4, 256, "prepacked", "prepacked", "unpacked"),
+        (2, 4, 512, "prepacked", "unpacked", "unpacked"),
+        (4, 4, 512, "prepacked", "prepacked", "prepacked"),
+        (2, 4, 1024, "unpacked", "unpacked", "prepacked"),
+        (1, 8, 1024, "panels", "panels", "prepacked"),
+        (1, 32, 1024, "panels", "panels", "prepacked"),
+        (4, 8, 1024, "prepacked", "prepacked", "prepacked"),
+    ],
+)
+def test_narrow_vectors_have_room_for_fewer_rows(
+    steps: int, batch: int, hidden: int, inference: str, training: str, backward: str
+) -> None:
+    avx2 = replace(TWO, cpu=replace(TWO.cpu, vector_bytes=32))
+    problem = replace(LSTM, steps=steps, batch=batch, hidden=hidden)
+    assert choose(problem, avx2).cpu.weights == inference
+    assert choose(replace(problem, tape=True), avx2).cpu.weights == training
+    assert choose(replace(problem, backward=True), avx2).cpu.weights == backward
+
+
+@pytest.mark.parametrize(
     "format", [f for f, facts in FORMATS.items() if not facts.in_torchs_layout]
 )
 @pytest.mark.parametrize("steps", [1, 2, 4, 100])
@@ -106,10 +133,31 @@ def test_threads_share_units_where_each_would_read_all_weights() -> None:
     problem = replace(LSTM, steps=1, batch=64, hidden=256)
     assert choose(problem, TWO).cpu.split_units == 2
     assert choose(replace(problem, steps=100), TWO).cpu.split_sequences == 2
-    few = replace(LSTM, steps=100, batch=4, hidden=1024)
+    few = replace(LSTM, steps=100, batch=4, hidden=1024, frozen=True)
     assert choose(few, TWO).cpu.split_units == 2
     assert choose(replace(few, batch=8), TWO).cpu.split_sequences == 2
     assert choose(replace(few, hidden=64), TWO).cpu.split_sequences == 2
+
+
+@pytest.mark.parametrize(
+    ("hidden", "rows"), [(64, 192), (128, 768), (256, 1536)]
+)  # where both take as long, on two cores of a Zen 4
+def test_threads_share_what_takes_fewer_bytes_between_cores(hidden: int, rows: int) -> None:
+    problem = replace(LSTM, steps=64, inputs=hidden, hidden=hidden)
+    for batch, units in ((rows // 64 - 1, 2), (2 * rows // 64 + 1, 1)):
+        assert choose(replace(problem, batch=batch), TWO).cpu.split_units == units, batch
+    contended = replace(TWO, cpu=replace(TWO.cpu, contended=True))
+    many = replace(problem, batch=8, hidden=1024)
+    assert split(choose(many, TWO)) == (1, 1, 2)
+    assert split(choose(many, contended)) == (1, 2, 1)
+
+
+@pytest.mark.parametrize("steps", [5, 16, 64])
+@pytest.mark.parametrize("batch", [2, 8, 32])
+@pytest.mark.parametrize("hidden", [32, 128, 512])
+def test_both_passes_of_training_share_the_same(steps: int, batch: int, hidden: int) -> None:
+    problem = replace(LSTM, steps=steps, batch=batch, inputs=hidden, hidden=hidden, tape=True)
+    assert split(choose(problem, TWO)) == split(choose(replace(problem, backward=True), TWO))
 
 
 @pytest.mark.parametrize("hidden", [1, 64, 512])
