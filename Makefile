@@ -17,7 +17,7 @@
 # make bench-load
 #               time layers of one row beside busy processes, about 30 minutes
 # make bench-cells
-#               time training with every published cell beside a loop of torch operations, about 15
+#               time training with every published cell beside a loop of torch operations, about 25
 #               minutes
 # make bench-memory
 #               train several cells to remember, and measure for how many steps they do and what

@@ -1,9 +1,9 @@
 """Times training with every published cell beside a loop of torch operations that computes the
 same, beside that loop with its step under `torch.compile`, and beside our LSTM.
 
-    python -m benchmarks.cells                           every cell, about 15 minutes
+    python -m benchmarks.cells                           every cell, about 25 minutes
     python -m benchmarks.cells --only janet,cifg         some cells
-    python -m benchmarks.cells --shape 100,8,64,128      another T, B, I, H
+    python -m benchmarks.cells --shape 100,8,64,128      other T, B, I, H; may be repeated
     python -m benchmarks.cells --no-compiled             without torch.compile
     python -m benchmarks.cells --save                    writes results/<machine>/cells.md too
 
@@ -35,7 +35,7 @@ from fastrnn.tools.bench import measure, store
 from fastrnn.tools.bench.implementation import Prepared
 from fastrnn.tools.loop import Loop
 
-SHAPE = (100, 8, 64, 64)  # T, B, I, H
+SHAPES = ((100, 8, 64, 64), (100, 8, 128, 128))  # T, B, I, H
 LEAST_OVER_LOOP = 8.0
 BUILT_IN = ("rnn_tanh", "gru", "lstm")
 # Our LSTM with noise, or with clipped gradients.
@@ -54,6 +54,7 @@ FLOOR, MULTIPLE = 1e-4, 4.0
 class Row:
     """Microseconds of a training step: forward and backward pass."""
 
+    shape: tuple[int, ...]
     cell: str
     ours: float
     loop: float
@@ -69,7 +70,7 @@ def training(forward: Callable[[], Tensor], leaves: Sequence[Tensor]) -> Callabl
     return call
 
 
-def time_cell(name: str, shape: Sequence[int], compiled: bool, seconds: float) -> Row:
+def time_cell(name: str, shape: tuple[int, ...], compiled: bool, seconds: float) -> Row:
     steps, batch, inputs, hidden = shape
     torch.manual_seed(0)
     cell = VARIANTS[name]() if name in VARIANTS else cells.get(name)
@@ -97,7 +98,7 @@ def time_cell(name: str, shape: Sequence[int], compiled: bool, seconds: float) -
     times = measure.interleaved(prepared, seconds)
     medians = {n: each.median for n, each in times.items()}
     compiled_loop = medians.get("compiled")
-    return Row(name, medians["ours"], medians["loop"], compiled_loop, medians["lstm"])
+    return Row(shape, name, medians["ours"], medians["loop"], compiled_loop, medians["lstm"])
 
 
 def exact(layer: torch.nn.Module, x: Tensor) -> list[Tensor | None]:
@@ -136,18 +137,33 @@ HEAD = """\
 |---|---|---|---|---|---|---|"""
 
 
-def page(rows: Sequence[Row], shape: Sequence[int], command: str) -> str:
-    """The table, with the conditions of the run."""
-    held = sum(row.loop / row.ours >= LEAST_OVER_LOOP for row in rows)
+def head(shape: Sequence[int]) -> str:
+    return f"(T, B, I, H) = {tuple(shape)}\n\n{HEAD}"
+
+
+def page(rows: Sequence[Row], command: str) -> str:
+    """A table for each shape, with the conditions of the run."""
     return (
         "# Training with the published cells\n\n"
-        f"{store.made_by(command)} One layer, (T, B, I, H) = {tuple(shape)}, float32: medians "
+        f"{store.made_by(command)} One layer, float32: medians "
         "of a forward and a backward pass, interleaved. *loop* is the cell's function called on "
         "every step, *compiled* the same with the step under `torch.compile`. Cells with random "
-        "numbers draw them in ours alone. "
-        f"{held} of {len(rows)} are at least {LEAST_OVER_LOOP:.0f} times as fast as the loop.\n\n"
-        + "\n".join([HEAD, *map(line, rows)])
+        "numbers draw them in ours alone.\n\n"
+        + "\n\n".join(
+            table([row for row in rows if row.shape == shape])
+            for shape in dict.fromkeys(row.shape for row in rows)
+        )
         + "\n"
+    )
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows of one shape."""
+    held = sum(row.loop / row.ours >= LEAST_OVER_LOOP for row in rows)
+    return (
+        f"{head(rows[0].shape)}\n"
+        + "\n".join(map(line, rows))
+        + f"\n\n{held} of {len(rows)} are at least {LEAST_OVER_LOOP:.0f} times as fast as the loop."
     )
 
 
@@ -158,20 +174,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--only", type=names, default=(*BUILT_IN, *MODULES, *VARIANTS), help="cells"
     )
-    parser.add_argument("--shape", type=sizes, default=SHAPE, help="T,B,I,H")
+    parser.add_argument("--shape", type=sizes, action="append", help="T,B,I,H; may be repeated")
     parser.add_argument("--seconds", type=float, default=1.0, help="of calls, for each entry")
     parser.add_argument("--no-compiled", dest="compiled", action="store_false")
     parser.add_argument("--save", action="store_true", help="write the table to the results")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of all machines")
     options = parser.parse_args(arguments)
     rows: list[Row] = []
-    print(HEAD)
-    for name in options.only:
-        rows.append(time_cell(name, options.shape, options.compiled, options.seconds))
-        print(line(rows[-1]), flush=True)
+    for shape in options.shape or SHAPES:
+        print(head(shape))
+        for name in options.only:
+            rows.append(time_cell(name, shape, options.compiled, options.seconds))
+            print(line(rows[-1]), flush=True)
+        print()
     if options.save:
         words = sys.argv[1:] if arguments is None else arguments
-        text = page(rows, options.shape, store.command("benchmarks.cells", words))
+        text = page(rows, store.command("benchmarks.cells", words))
         store.save_page(options.results, "cells.md", text)
     return 0
 

@@ -16,6 +16,8 @@ def test_the_table_is_printed_and_saved(tmp_path: Path, capsys: pytest.CaptureFi
         "lstm,gru,lstm+zoneout",
         "--shape",
         "3,2,4,5",
+        "--shape",
+        "2,1,3,7",
         "--seconds",
         "0.001",
         "--no-compiled",
@@ -24,7 +26,8 @@ def test_the_table_is_printed_and_saved(tmp_path: Path, capsys: pytest.CaptureFi
     printed = capsys.readouterr().out
     (file,) = tmp_path.glob("*/cells.md")
     rows = [line for line in file.read_text().splitlines() if line.startswith(("| lstm", "| gru"))]
-    assert len(rows) == 3
+    assert len(rows) == 2 * 3
+    assert "(2, 1, 3, 7)" in printed and "(2, 1, 3, 7)" in file.read_text()
     assert rows[0] in printed and len(rows[0].split("|")) == 9
     assert "--only lstm,gru,lstm+zoneout" in file.read_text()
 
