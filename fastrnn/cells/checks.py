@@ -1,18 +1,27 @@
-"""What a declaration must be to make a cell."""
+"""What a declaration must be to make a cell, and what its function may give."""
 
 from __future__ import annotations
 
 import inspect
 import keyword
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from fastrnn.cells.arguments import KINDS, Param
 
 if TYPE_CHECKING:
     from fastrnn.cells.declare import Cell
 
-__all__ = ["MAX_GATES", "MAX_PARAMS", "MAX_STATES", "check"]
+__all__ = [
+    "MAX_GATES",
+    "MAX_PARAMS",
+    "MAX_STATES",
+    "check",
+    "fault_of_operand",
+    "fault_of_states",
+]
 
 # They equal kMaxGates, kMaxStates and kMaxParams of csrc/cpu/contract.h; kMostStates of
 # csrc/cuda/contract.h equals the second.
@@ -117,3 +126,31 @@ def _check_params(cell: Cell) -> None:
             f"cell {cell.name!r} has {count} params, and the kernels are made for at "
             f"most {MAX_PARAMS}; split it into several cells"
         )
+
+
+def fault_of_states(cell: Cell, states: Sequence[Any], shape: tuple[int, ...]) -> str:
+    """Why a function whose gates have this shape may not return these states, or nothing."""
+    for name, state in zip(cell.states, states, strict=True):
+        if not isinstance(state, Tensor) or state.shape != shape:
+            what = _what(state).removeprefix("a tensor ")
+            return (
+                f"cell {cell.name!r} returned state {name!r} {what}, where its inputs are "
+                f"of shape {list(shape)}; a state has a number for each unit, as its inputs have"
+            )
+    return ""
+
+
+def fault_of_operand(cell: Cell, x: Any, shape: tuple[int, ...]) -> str:
+    """Why a function whose gates have this shape may not call `v(x)`, or nothing."""
+    if isinstance(x, Tensor) and x.shape == shape:
+        return ""
+    return (
+        f"cell {cell.name!r} calls v with {_what(x)}, where its inputs are "
+        f"tensors of shape {list(shape)}; v takes one number for each unit"
+    )
+
+
+def _what(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {list(value.shape)}"
+    return f"a {type(value).__name__}"

@@ -117,7 +117,8 @@ class Cell:
         numbers of the draws, for a cell with noise.
 
         Raises:
-            ValueError: if the function returns another number of states than were declared.
+            TypeError, ValueError: if the function returns no states, or another number of them than
+                were declared.
         """
         params = (Params(self, p),) if self.params else ()
         arguments = (Gates(self, u), Projection(self, v, apply), *params, *s)
@@ -128,6 +129,11 @@ class Cell:
             given.check(not given.rest)
         else:
             out = self.function(*arguments)
+        if not isinstance(out, (Tensor, tuple, list)):
+            raise TypeError(
+                f"cell {self.name!r} returned a {type(out).__name__}; its function returns a "
+                f"tensor for each state, in order: {', '.join(self.states)}"
+            )
         states = [out] if isinstance(out, Tensor) else list(out)
         if len(states) != len(self.states):
             raise ValueError(

@@ -8,17 +8,30 @@ number of units as a tensor, so that no width becomes a constant.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from fastrnn.cells import Cell
+from fastrnn.cells.checks import fault_of_operand
+from fastrnn.compiler.advice import BRANCH, DTYPE, MIXED, NEVER, about
 
-__all__ = ["GRADIENT_RESULTS", "RESULTS", "Backward", "Cut", "Site", "Underivable"]
+__all__ = [
+    "GRADIENT_RESULTS",
+    "RESULTS",
+    "Backward",
+    "Calls",
+    "Cut",
+    "Site",
+    "Underivable",
+    "own_dtypes",
+]
 
 # How the labels of the results of reductions begin, which are one number for each row: those of a
 # step, and those of its backward pass (`through_cuts.py`).
@@ -28,6 +41,49 @@ GRADIENT_RESULTS = ("dsum.", "dmax.", "dmean.", "ddev.", "most.", "ties.")
 
 class Underivable(TypeError):
     """No code can be derived from the cell's function, so only the reference can run it."""
+
+
+def own_dtypes(dtype: torch.dtype) -> frozenset[torch.dtype]:
+    """The dtypes in which a kernel computes a cell of this dtype."""
+    return frozenset({dtype, torch.float32} if dtype.itemsize == 2 else {dtype})
+
+
+@dataclass
+class Calls:
+    """What a cell's function asks of torch.
+
+    Attributes:
+        now: the name of the function that it is calling.
+        failed: the name of the one that raised an error, and the error.
+        written: the names of those that wrote into a tensor.
+        dtype: whether it asked for the dtype of a tensor.
+        refused: the first reason why no code can be derived.
+    """
+
+    now: str = ""
+    failed: tuple[str, Exception | None] = ("", None)
+    written: list[str] = field(default_factory=list)
+    dtype: bool = False
+    refused: Underivable | None = None
+
+    def call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function of torch and take note of it."""
+        self.now = name = getattr(function, "__name__", "")
+        if name == "__get__":
+            self.dtype |= getattr(function, "__self__", None) in _ASK_DTYPE
+        self.dtype |= name in ("element_size", "result_type", "type")
+        if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
+            self.written.append(name)
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            self.failed = name, error
+            raise
+        finally:
+            self.now = ""
+
+
+_ASK_DTYPE = (Tensor.dtype, Tensor.itemsize, Tensor.nbytes)
 
 
 @dataclass(frozen=True)
@@ -68,7 +124,28 @@ class _Products(Sequence[Tensor]):
         return self.cut.product(self, gate)
 
 
-class Cut(TorchFunctionMode):
+class _Watching(TorchFunctionMode):
+    """Sees what is called, and keeps the first refusal: torch's operators take a `TypeError` for
+    that of an operand."""
+
+    def __init__(self, cell: Cell, calls: Calls) -> None:
+        super().__init__()
+        self.cell, self.calls = cell, calls
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        try:
+            return self._call(getattr(function, "__name__", ""), function, args, dict(kwargs or {}))
+        except Underivable as refusal:
+            self.calls.refused = self.calls.refused or refusal
+            raise
+
+    def _call(self, name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        raise NotImplementedError
+
+
+class Cut(_Watching):
     """The mode; `results` are the results of all reductions in order, zeros if there are none."""
 
     def __init__(
@@ -77,9 +154,10 @@ class Cut(TorchFunctionMode):
         shape: tuple[int, ...],
         count: Tensor,
         results: Iterator[Tensor] | None = None,
+        calls: Calls | None = None,
     ) -> None:
-        super().__init__()
-        self.cell, self.shape, self.count, self.given = cell, shape, count, results
+        super().__init__(cell, calls or Calls())
+        self.shape, self.count, self.given = shape, count, results
         self.sites: list[Site] = []
         self.operands: list[Tensor] = []
         self._values: Sequence[Tensor] = ()
@@ -97,14 +175,8 @@ class Cut(TorchFunctionMode):
         """The recurrent projections of another value than the state: `v(operand)`."""
         if operand is self._state:
             return _Products(self, self._values, None)
-        if not isinstance(operand, Tensor) or operand.shape != self.shape:
-            what = type(operand).__name__
-            if isinstance(operand, Tensor):
-                what = f"tensor of shape {list(operand.shape)}"
-            raise Underivable(
-                f"cell {self.cell.name!r} calls v with a {what}, where its inputs are tensors of "
-                f"shape {list(self.shape)}; v takes one number for each unit"
-            )
+        if fault := fault_of_operand(self.cell, operand, self.shape):
+            raise Underivable(fault)
         self._check(operand, "calls v with")
         # The value of now: the cell may write into it later.
         return _Products(self, self._values, operand.clone())
@@ -191,44 +263,75 @@ class Cut(TorchFunctionMode):
         total = self._total(x)
         return mean, deviation / (total - correction if correction else total)
 
-    def __torch_function__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        name = getattr(function, "__name__", "")
+    def _call(self, name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if name in (*_NORMS, *_REDUCTIONS) and not args and "input" in kwargs:
             args = (kwargs.pop("input"),)
         if name in _NORMS and args:
             norm: Any = _NORMS[name]
             return norm(self, *args, **kwargs)
         _check_is_recorded(self.cell, function)
+        self._check_is_derivable(name)
         if name not in _REDUCTIONS or not args or not isinstance(args[0], Tensor):
-            result = function(*args, **kwargs)
+            result = self.calls.call(function, args, kwargs)
+            _check_dtype(self.cell, self.count.dtype, name, (args, kwargs), result)
             self._check_mixes_no_units(name, args, result)
             return result
         if "axis" in kwargs:
             kwargs["dim"] = kwargs.pop("axis")
-        if kwargs.pop("dtype", None) is not None:
+        fixed = [d for d in (*args, kwargs.pop("dtype", None)) if isinstance(d, torch.dtype)]
+        if any(dtype != args[0].dtype for dtype in fixed):
             raise Underivable(
-                f"cell {self.cell.name!r} calls {name} with dtype=, but a cell computes in the "
-                "dtype of its inputs"
+                f"cell {self.cell.name!r} calls {name} with dtype={fixed[0]}; {DTYPE}"
             )
-        if args[0].dim() != len(self.shape):
-            raise Underivable(
-                f"cell {self.cell.name!r} calls {name} of a tensor of {args[0].dim()} dimensions, "
-                f"where its inputs have {len(self.shape)}; a reduction whose result is reduced "
-                "again needs keepdim=True"
-            )
+        args = tuple(a for a in args if not isinstance(a, torch.dtype))
         dims = kwargs.get("dim", args[1] if len(args) > 1 else None)
         if isinstance(dims, (tuple, list)) and len(dims) == 1:
             dims = dims[0]
-        if dims != -1:
-            where = "all dimensions" if dims is None else f"dimension {dims}"
-            raise Underivable(
-                f"cell {self.cell.name!r} calls {name} over {where}; a cell may reduce over the "
-                "last dimension, which is that of the units: dim=-1"
-            )
+        if why := self._irreducible(args[0], dims):
+            self._refuse(f"cell {self.cell.name!r} calls {name} {why}")
+            return self.calls.call(function, args, kwargs)
         return _REDUCTIONS[name](self, *args, **kwargs)
+
+    def _irreducible(self, x: Tensor, dims: Any) -> str:
+        """Why a value cannot be reduced over these dimensions."""
+        own = len(self.shape)
+        what = f"of a tensor of {x.dim()} dimensions, where its inputs have {own}; "
+        if x.dim() < own:
+            return what + "a reduction whose result is reduced again needs keepdim=True"
+        if x.dim() > own:
+            return what + (
+                "each value of a cell has a number for each unit, [..., H], so it makes no outer "
+                "products and no matrices; their sums are those of products: "
+                "(x * y).sum(-1, keepdim=True)"
+            )
+        if dims == -1:
+            return ""
+        where = "all dimensions" if dims is None else f"dimension {dims}"
+        return (
+            f"over {where}; a cell may reduce over the last dimension, which is that of the units: "
+            "dim=-1, keepdim=True"
+        )
+
+    def _refuse(self, why: str) -> None:
+        """Refuse what the step does once it is through: a function that branches on the value is
+        told that instead."""
+        self.calls.refused = self.calls.refused or Underivable(why)
+
+    def check(self) -> None:
+        """Raise why the step cannot be derived, if it did such a thing."""
+        if self.calls.refused:
+            raise self.calls.refused
+
+    def _check_is_derivable(self, name: str) -> None:
+        caller = sys._getframe(3).f_globals.get("__name__", "")
+        if caller.startswith("torch._higher_order_ops"):
+            name = f"torch.{caller.rpartition('.')[2]}"
+        elif name in NEVER:
+            raise Underivable(f"cell {self.cell.name!r} calls {name}, which {about(name)}")
+        elif self.calls.refused is None or name not in _VALUES:
+            return
+        self.calls.refused = None
+        raise Underivable(f"no code can be derived for cell {self.cell.name!r}: {BRANCH} ({name})")
 
     def _check_mixes_no_units(self, name: str, args: tuple[Any, ...], result: Any) -> None:
         """Refuse what makes fewer numbers of the units of a row than there are."""
@@ -240,34 +343,45 @@ class Cut(TorchFunctionMode):
         results = result if isinstance(result, (tuple, list)) else [result]
         rows = ((*outer, 1), outer)
         made = any(isinstance(x, Tensor) and tuple(x.shape) in rows for x in results)
-        if made and any(map(is_whole, args)) and name not in ("new_zeros", "new_ones", "new_full"):
-            raise Underivable(
-                f"cell {self.cell.name!r} calls {name}, which makes one number of the units of a "
-                "row; units can be mixed by reductions over the last dimension (sum, mean, var, "
-                "std, amax, amin, softmax, log_softmax, logsumexp, layer_norm, rms_norm) and by "
-                "v(x) alone"
-            )
+        if made and any(map(is_whole, args)) and name not in _NEW:
+            what = about(name) or f"makes one number of the units of a row; {MIXED}"
+            self._refuse(f"cell {self.cell.name!r} calls {name}, which {what}")
 
 
-class Backward(TorchFunctionMode):
+class Backward(_Watching):
     """Refuses what a derivative may not do that is written in Python: torch's own, which are not,
     go unseen. A sum would be taken for that of a number which was spread over the units."""
 
-    def __init__(self, cell: Cell) -> None:
-        super().__init__()
-        self.cell = cell
+    def __init__(self, cell: Cell, dtype: torch.dtype, calls: Calls) -> None:
+        super().__init__(cell, calls)
+        self.dtype = dtype
 
-    def __torch_function__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        name = getattr(function, "__name__", "")
+    def _call(self, name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if name in (*_NORMS, *_REDUCTIONS):
             raise Underivable(
                 f"cell {self.cell.name!r} calls {name} in a derivative of its own, which has to be "
                 "a pointwise formula"
             )
         _check_is_recorded(self.cell, function)
-        return function(*args, **(kwargs or {}))
+        result = self.calls.call(function, args, kwargs)
+        _check_dtype(self.cell, self.dtype, name, (args, kwargs), result)
+        return result
+
+
+def _check_dtype(cell: Cell, dtype: torch.dtype, name: str, given: Any, result: Any) -> None:
+    """Refuse what takes the values of a cell of this dtype to another one."""
+    own = own_dtypes(dtype)
+
+    def dtypes(values: Any) -> set[torch.dtype]:
+        found = (x.dtype for x in tree_leaves(values) if isinstance(x, Tensor))
+        return {d for d in found if d.is_floating_point}
+
+    foreign = dtypes(result) - own
+    if foreign and not own.isdisjoint(dtypes(given)):
+        raise Underivable(
+            f"cell {cell.name!r} calls {name}, which gives {foreign.pop()} whatever the dtype of "
+            f"its layer; {DTYPE}"
+        )
 
 
 def _check_is_recorded(cell: Cell, function: Any) -> None:
@@ -389,5 +503,8 @@ _REDUCTIONS = {
     "logsumexp": _logsumexp,
 }
 _NORMS = {"layer_norm": _layer_norm, "rms_norm": _rms_norm}
+_NEW = {"new_zeros", "new_ones", "new_full", "new_tensor"}
+# Functions that give the value of a tensor to Python.
+_VALUES = {"__bool__", "__float__", "__index__", "__int__", "equal", "item"}
 # Functions that read the memory of a tensor, which no operation of torch shows.
 _READS = {"__array__", "__dlpack__", "data_ptr", "numpy", "storage", "tolist", "untyped_storage"}

@@ -24,16 +24,21 @@ class ValueRead(RuntimeError):
     """The function read the value of a tensor, which differs from call to call."""
 
 
-def record(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> fx.Graph:
+def record(
+    function: Callable[..., Sequence[Tensor]],
+    inputs: Sequence[Tensor],
+    called: Callable[[], str] = str,
+) -> fx.Graph:
     """The graph of `function(*inputs)`: its operations below autograd and torch.func, decomposed.
 
-    `meta["val"]` of a node is its result in this call. A tensor from elsewhere is a `get_attr`,
+    `meta["val"]` of a node is its result in this call, `meta["called"]` what `called` gave then:
+    the function of torch that the operation is a part of. A tensor from elsewhere is a `get_attr`,
     with the value that it had when it was read.
 
     Raises:
         ValueRead: if the function reads the value of a tensor that follows from its inputs.
     """
-    recorder = _Recorder()
+    recorder = _Recorder(called)
     for number, tensor in enumerate(inputs):
         recorder.keep(tensor, recorder.graph.placeholder(f"x{number}"))
     with recorder:
@@ -43,8 +48,9 @@ def record(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) 
 
 
 class _Recorder(TorchDispatchMode):
-    def __init__(self) -> None:
+    def __init__(self, called: Callable[[], str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.called = called
         self.graph = fx.Graph()
         # By identity. The tensors stay alive, so that no other one has the identity of one of them.
         self.nodes: dict[int, tuple[Tensor, fx.Node]] = {}
@@ -102,7 +108,7 @@ class _Recorder(TorchDispatchMode):
 
     def keep(self, value: Any, node: fx.Node) -> None:
         """Note that a node has this result, which has parts if it is a sequence."""
-        node.meta["val"] = value
+        node.meta.update(val=value, called=self.called())
         if isinstance(value, Tensor):
             self.nodes[id(value)] = value, node
         elif isinstance(value, tuple | list):

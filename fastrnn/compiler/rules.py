@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
+from fastrnn.compiler.advice import DTYPE
 from fastrnn.compiler.expression import Algebra, Expr
 
 __all__ = ["ALIASES", "FUNCTIONS", "SIDE_BY_SIDE", "TENSORS", "parts_of"]
@@ -20,11 +21,13 @@ class Reader(Protocol):
     Attributes:
         algebra: makes expressions.
         shape: of one value of all units.
+        own: the dtypes of the cell's values.
         values: the parts of each node: values that lie side by side in one tensor.
     """
 
     algebra: Algebra
     shape: tuple[int, ...]
+    own: frozenset[torch.dtype]
     values: dict[fx.Node, list[Expr]]
 
     def pick(self, node: fx.Node) -> Expr:
@@ -144,9 +147,11 @@ def _shrunk(reader: Reader, gradient: Any, x: Any, bound: Any) -> Expr:
 
 def _cast(reader: Reader, x: Any, dtype: torch.dtype | None = None, **_: Any) -> Expr | str:
     old = x.meta["val"].dtype
-    if dtype in (None, old, torch.bool) or (old == torch.bool and dtype.is_floating_point):
+    if dtype in (None, old, torch.bool):
         return reader.pick(x)
-    return f"it converts {old} to {dtype}, but a cell computes in the dtype of its inputs"
+    if dtype.is_floating_point and (old == torch.bool or old.is_floating_point):
+        return reader.pick(x)  # the reader asks whether the numbers have room in that dtype
+    return f"it converts {old} to {dtype}; {DTYPE}"
 
 
 def _argument(position: int) -> _Rule:

@@ -6,6 +6,7 @@ Expressions are pointwise. Where units need each other, at a product or a reduct
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Iterable, Sequence
@@ -19,7 +20,9 @@ from torch.autograd.graph import _engine_run_backward
 
 from fastrnn.cells import Cell
 from fastrnn.cells.arguments import as_written
-from fastrnn.compiler.cut import Backward, Cut, Site, Underivable
+from fastrnn.cells.checks import fault_of_states
+from fastrnn.compiler.advice import BRANCH, DTYPE, IN_PLACE, MIXED, about, torchs_function
+from fastrnn.compiler.cut import Backward, Calls, Cut, Site, Underivable, own_dtypes
 from fastrnn.compiler.expression import MASKS, Algebra, Expr, uses
 from fastrnn.compiler.record import ValueRead, record
 from fastrnn.compiler.rules import ALIASES, FUNCTIONS, SIDE_BY_SIDE, TENSORS, parts_of
@@ -76,14 +79,55 @@ def trace(algebra: Algebra, cell: Cell) -> Trace:
             functions, reductions over the units and products.
         ValueError: if the cell declares rows of a gate that the function does not read.
     """
-    traced = _read(algebra, cell, (3,))
+    calls = Calls()
+    traced = _read(algebra, cell, (3,), torch.float64, calls)
     _check_rows(cell, traced)
-    if traced != _read(algebra, cell, (2, 1031)):  # another side of most bounds of a width
+    # Another side of most bounds of a width, and of a dtype.
+    if not _alike(traced, _read(algebra, cell, _WIDE, torch.float32, calls)):
+        if _alike(traced, _read(algebra, cell, _WIDE, torch.float64, calls)):
+            raise _other_formula(cell, torch.float32)
         raise Underivable(
             f"cell {cell.name!r} depends on the shape of its tensors, or is another formula each "
-            "time it is called; a cell must be the same formula for every unit"
+            "time it is called; a cell must be the same formula for every unit. Write "
+            "x.mean(-1, keepdim=True) for x.sum(-1, keepdim=True) / x.shape[-1], and "
+            "torch.ones_like(x).sum(-1, keepdim=True) for any other use of the width"
         )
+    if calls.dtype:
+        for dtype in (torch.float16, torch.bfloat16):
+            if not _alike(traced, _read(algebra, cell, (3,), dtype, calls)):
+                raise _other_formula(cell, dtype)
     return traced
+
+
+_WIDE = (2, 1031)
+
+
+def _other_formula(cell: Cell, dtype: torch.dtype) -> Underivable:
+    return Underivable(
+        f"cell {cell.name!r} is another formula in {dtype} than in torch.float64, perhaps by "
+        f"h.dtype or torch.finfo; write numbers and one formula for every dtype: {DTYPE}"
+    )
+
+
+def _alike(one: Trace, other: Trace) -> bool:
+    """Whether two traces are the same, but for constants that were rounded to float32."""
+    same: dict[tuple[Expr, Expr], bool] = {}
+
+    def alike(a: Expr, b: Expr) -> bool:
+        if a is b:
+            return True
+        if (a, b) not in same:
+            x, y = a.constant, b.constant
+            if x is not None and y is not None:
+                same[a, b] = math.isclose(x, y, rel_tol=2**-23)
+            else:
+                equal = (a.op, a.label, len(a.args)) == (b.op, b.label, len(b.args))
+                same[a, b] = equal and all(map(alike, a.args, b.args))
+        return same[a, b]
+
+    return (one.sites, len(one.roots())) == (other.sites, len(other.roots())) and all(
+        map(alike, one.roots(), other.roots())
+    )
 
 
 def _check_rows(cell: Cell, traced: Trace) -> None:
@@ -103,14 +147,16 @@ def _check_rows(cell: Cell, traced: Trace) -> None:
             )
 
 
-def _read(algebra: Algebra, cell: Cell, shape: tuple[int, ...]) -> Trace:
+def _read(
+    algebra: Algebra, cell: Cell, shape: tuple[int, ...], dtype: torch.dtype, calls: Calls
+) -> Trace:
     gates, states = len(cell.gates), len(cell.states)
     of_u, of_uv = len(cell.inputs), len(cell.inputs) + len(cell.recurrent)
     *outer, width = shape
 
     def full(*size: int) -> Tensor:
         # A value that differs between the shapes, so that a formula with it would, too.
-        return torch.full(size, 1 / width, dtype=torch.float64, device="cpu")
+        return torch.full(size, 1 / width, dtype=dtype, device="cpu")
 
     # Parameters have a number for each row, too: so their gradients are pointwise.
     sizes = {"unit": width, "one": 1, "gates": gates * width}
@@ -118,7 +164,7 @@ def _read(algebra: Algebra, cell: Cell, shape: tuple[int, ...]) -> Trace:
     inputs += [full(*outer, sizes[param.kind]) for param in cell.params.values()]
     own = len(inputs)
     ends = (of_u, of_uv, of_uv + states)
-    count = torch.tensor(width, dtype=torch.float64, device="cpu")
+    count = torch.tensor(width, dtype=dtype, device="cpu")
     numbers = [full(*shape) for _ in cell.draws] if cell.noise else []
     last = -1 - len(numbers)
 
@@ -126,14 +172,15 @@ def _read(algebra: Algebra, cell: Cell, shape: tuple[int, ...]) -> Trace:
         u, v, s, p = (flat[a:b] for a, b in zip((0, *ends), (*ends, None), strict=True))
         with cut:
             after = tuple(cell.step(u, cut.products(v, s[0]), s, p, cut.apply, z))
+            cut.check()
         # With parameters, a state may follow from one number for all units alone.
         row = (*outer, 1) if cell.params else None
         return tuple(a.expand(shape) if getattr(a, "shape", shape) == row else a for a in after)
 
     try:
-        probe = Cut(cell, shape, count)
+        probe = Cut(cell, shape, count, calls=calls)
         after = step(probe, tuple(x.clone() for x in inputs), numbers)
-        _check_states(cell, after, shape)
+        _check_states(cell, after, shape, dtype)
         sites = tuple(probe.sites)
         results = [label for site in sites for label in site.results]
         inputs += [full(*outer, 1) for _ in results]
@@ -144,23 +191,23 @@ def _read(algebra: Algebra, cell: Cell, shape: tuple[int, ...]) -> Trace:
         inputs += [full(*outer, site.parts * width) for site in sites]
 
         def sweep(*flat: Tensor) -> tuple[Tensor, ...]:
-            cut = Cut(cell, shape, flat[-1], iter(flat[own:active]))
+            cut = Cut(cell, shape, flat[-1], iter(flat[own:active]), calls)
             after = step(cut, flat[:own], flat[last:-1])
             if tuple(cut.sites) != sites:
                 raise Underivable(f"cell {cell.name!r} is another formula each time")
             results = (*after, *cut.operands)
-            with Backward(cell):
+            with Backward(cell, dtype, calls):
                 return *results, *_gradients(results, flat[:active], flat[active:last])
 
-        traced = record(sweep, [*inputs, *numbers, count])
-    except RuntimeError as error:
-        what = str(error).split("\n")[0]
-        if isinstance(error, ValueRead) or re.search(r"Boolean value of Tensor|to Scalar", what):
-            what = "it reads the value of a tensor, perhaps to branch on it; "
-            what += "choose per unit with torch.where"
-        elif "in-place" in what:
-            what = "it writes into one of its arguments; give the result a name of its own"
-        raise Underivable(f"no code can be derived for cell {cell.name!r}: {what}") from error
+        traced = record(sweep, [*inputs, *numbers, count], lambda: calls.now)
+    except Underivable:
+        raise
+    except Exception as error:
+        if not (why := _why(error, calls)):
+            raise
+        if calls.refused and why != BRANCH:
+            raise calls.refused from error
+        raise Underivable(f"no code can be derived for cell {cell.name!r}: {why}") from error
     labels: list[tuple[str, ...]] = []
     labels += [(f"u.{name}",) for name in cell.inputs]
     labels += [(f"v.{name}",) for name in cell.recurrent]
@@ -172,7 +219,7 @@ def _read(algebra: Algebra, cell: Cell, shape: tuple[int, ...]) -> Trace:
         tuple(f"doperand.{k}.{part}" for part in range(site.parts)) for k, site in enumerate(sites)
     ]
     labels += [(f"z.{k}",) for k in range(len(numbers))]
-    read = _Reader(algebra, cell, shape).read(traced, [*labels, ("count",)])
+    read = _Reader(algebra, cell, shape, dtype).read(traced, [*labels, ("count",)])
     first = states + len(sites)
     gradients = read[first:]
     return Trace(
@@ -184,6 +231,30 @@ def _read(algebra: Algebra, cell: Cell, shape: tuple[int, ...]) -> Trace:
     )
 
 
+def _why(error: Exception, calls: Calls) -> str:
+    """Why no code follows from a function at which torch raised an error; nothing if it is an error
+    of the function itself."""
+    called, failed = calls.failed
+    name = called if failed is error else torchs_function(error.__traceback__)
+    what = str(error).split("\n")[0]
+    if isinstance(error, ValueRead) or re.search(r"Boolean value of Tensor|to Scalar", what):
+        return BRANCH
+    if re.search("in-?place", what) and calls.written:
+        if "__setitem__" in calls.written:
+            return f"it calls __setitem__, which {about('__setitem__')}"
+        if "leaf" in what or "view" in what:
+            return f"it writes into one of its arguments ({calls.written[-1]}); {IN_PLACE}"
+        return f"it writes into a value that its gradient needs ({calls.written[-1]}); {IN_PLACE}"
+    if not name and not calls.refused and not isinstance(error, RuntimeError):
+        return ""
+    asked = f"it calls {name}, which " if name else ""
+    return asked + (about(name) or f"{'fails: ' if name else ''}{what.rstrip('.')}. {_FAILED}")
+
+
+_FAILED = (
+    "While it is derived, a cell's function is called with values [H] and [B, H] for some numbers "
+    "H of units, and it has to be the same formula for each"
+)
 _WRITES = ("copy", "fill", "full", "full_like", "new_full", "scalar_tensor")
 
 
@@ -220,25 +291,27 @@ def _gradients(
     return [torch.zeros_like(x) if dx is None else dx for x, dx in zip(inputs, found, strict=True)]
 
 
-def _check_states(cell: Cell, states: tuple[Any, ...], shape: tuple[int, ...]) -> None:
+def _check_states(
+    cell: Cell, states: tuple[Any, ...], shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    if fault := fault_of_states(cell, states, shape):
+        raise Underivable(fault)
     for name, state in zip(cell.states, states, strict=True):
-        if not isinstance(state, Tensor):
-            what = f"a {type(state).__name__}"
-        elif state.shape != shape or state.dtype != torch.float64:
-            what = f"of shape {list(state.shape)} and {state.dtype}"
-        else:
-            continue
-        raise Underivable(
-            f"cell {cell.name!r} returned state {name!r} {what}, where its inputs are of shape "
-            f"{list(shape)} and torch.float64; a state must be like the inputs"
-        )
+        if state.dtype not in own_dtypes(dtype):
+            raise Underivable(
+                f"cell {cell.name!r} returned state {name!r} in {state.dtype}, whatever the dtype "
+                f"of its layer; {DTYPE}"
+            )
 
 
 class _Reader:
     """Turns a traced graph into expressions."""
 
-    def __init__(self, algebra: Algebra, cell: Cell, shape: tuple[int, ...]) -> None:
+    def __init__(
+        self, algebra: Algebra, cell: Cell, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> None:
         self.algebra = algebra
+        self.own = own_dtypes(dtype)
         self.cell = cell
         self.shape = shape
         # Aliases share a one-element list, so that in-place operations reach all of them.
@@ -336,23 +409,41 @@ class _Reader:
         for self.part in range(parts):
             value = rule(self, *args, **node.kwargs)
             if isinstance(value, str):
-                raise Underivable(f"cell {self.cell.name!r} calls {target}: {value}")
+                raise Underivable(f"cell {self.cell.name!r} calls {_named(node)}: {value}")
             if like is not None and like.dtype == torch.bool and value.op not in MASKS:
                 value = self.algebra.make("ne", value, self.algebra.const(0))
             if not _as_numbers(name, like, value):
                 raise Underivable(
-                    f"cell {self.cell.name!r} calls {target} with {like.dtype}, whose numbers are "
-                    "rounded, wrap around or are bits; a cell computes in the dtype of its inputs"
+                    f"cell {self.cell.name!r} calls {_named(node)} with {like.dtype}, whose "
+                    f"numbers are rounded, wrap around or are bits; {DTYPE}"
                 )
-            values.append(value)
+            values.append(self._fitting(node, name, value))
         place = self.values[args[0]] if in_place else values
         if id(place) in self.fixed:
             raise Underivable(
                 f"cell {self.cell.name!r} writes into one of its arguments, or into a part of a "
-                f"tensor ({target}); give the result a name of its own"
+                f"tensor: {_named(node)}; {about(node.meta['called']) or IN_PLACE}"
             )
         place[:] = values
         self.values[node] = place
+
+    def _fitting(self, node: fx.Node, name: str, value: Expr) -> Expr:
+        """A value as it is in the dtype of its node, which is another than the cell's if that is
+        fixed: then it has to be the same number in any dtype."""
+        dtype = getattr(node.meta.get("val"), "dtype", None)
+        if dtype is None or not dtype.is_floating_point or dtype in self.own:
+            return value
+        if value.constant is not None:
+            return self.algebra.const(torch.tensor(value.constant, dtype=dtype).item())
+        chosen = name in ("where", "clone", "copy", "_to_copy") and not any(
+            getattr(a.meta.get("val"), "dtype", None) in self.own for a in node.all_input_nodes
+        )
+        if not chosen and _largest_integer(value) > 256:  # bfloat16 has no 257
+            raise Underivable(
+                f"cell {self.cell.name!r} calls {_named(node)} in {dtype}, whatever the dtype of "
+                f"its layer; {DTYPE}"
+            )
+        return value
 
     def _split(self, node: fx.Node) -> None:
         pieces = [piece.shape for piece in node.meta["val"]]
@@ -367,19 +458,42 @@ class _Reader:
 
     def _refusal(self, node: fx.Node, shape: tuple[int, ...] | None) -> Underivable:
         input_shapes = [getattr(a.meta.get("val"), "shape", None) for a in node.all_input_nodes]
+        called = node.meta["called"]
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             what = "is random; call fastrnn.dropout or fastrnn.bernoulli instead"
+        elif about(called):
+            what = about(called)
         elif "aten.sum" in str(node.target):
             what = "adds up what was spread over rows; a number for each row, as a reduction gives "
             what += "it, keeps its dimension: keepdim=True, or unsqueeze(-1)"
         elif shape != self.shape and self.shape in input_shapes:
-            what = "changes the shape; units can be mixed by reductions over the last dimension "
-            what += "(sum, mean, var, std, amax, softmax, layer_norm, rms_norm) and by v(x) alone"
+            what = f"changes the shape; {MIXED}"
         else:
-            what = "is not among the functions that code is derived for"
-        return Underivable(
-            f"cell {self.cell.name!r} calls {node.target}, which {what}. Apart from these, a cell "
-            "is a pointwise formula, in terms of arithmetic, powers with a constant "
-            "exponent, comparisons, where, maximum, minimum, clamp, abs, sign, floor, sqrt, exp, "
-            "log, sin, cos, erf, sigmoid, tanh and the activations made of these"
-        )
+            what = (
+                "is not among the functions that code is derived for. Apart from reductions over "
+                "the last dimension and v(x), a cell is a pointwise formula, in terms of "
+                "arithmetic, powers with a constant exponent, comparisons, where, maximum, "
+                "minimum, clamp, abs, sign, floor, sqrt, exp, log, sin, cos, erf, sigmoid, tanh "
+                "and the activations made of these"
+            )
+        return Underivable(f"cell {self.cell.name!r} calls {_named(node)}, which {what}")
+
+
+def _named(node: fx.Node) -> str:
+    """The function of torch that a cell calls, and the operation of it."""
+    called = node.meta["called"]
+    return f"{called} ({node.target})" if called else str(node.target)
+
+
+def _largest_integer(value: Expr) -> float:
+    """A bound of the absolute value of a formula that gives integers alone; infinite for others."""
+    if value.op in MASKS or value.op == "sign":
+        return 1
+    if value.constant is not None:
+        return abs(value.constant) if value.constant.is_integer() else math.inf
+    if value.op not in ("add", "sub", "mul", "neg", "abs", "where", "maximum", "minimum"):
+        return math.inf
+    bounds = [_largest_integer(a) for a in value.args if a.op not in MASKS]
+    if value.op in ("add", "sub"):
+        return sum(bounds)
+    return math.prod(bounds) if value.op == "mul" else max(bounds)

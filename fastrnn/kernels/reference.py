@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrnn.cells import Cell
+from fastrnn.cells.checks import fault_of_operand, fault_of_states
 from fastrnn.cells.noise import numbers as numbers_of
 from fastrnn.cells.variants import clipped, unclipped
 from fastrnn.kernels.operands import Needs, Operands
@@ -87,11 +88,13 @@ def scan(
             u = F.linear(steps[t], w_ih[p], b_ih[p] if b_ih else None)
             v = F.linear(before[0], w_hh[p], b_hh[p] if b_hh else None)
             gates_u, gates_v = _blocks(cell, u, v, hidden)
-            apply = _applied(operands, p)
+            apply = _applied(cell, operands, p, gates_u[0].shape)
             z = [numbers[t if len(numbers) > 1 else 0, :n] for numbers in drawn]
             after = own.step(gates_u, gates_v, before, params, apply, z)
             if params:  # a state that follows from these alone may be smaller
-                after = [torch.broadcast_to(a, gates_u[0].shape) for a in after]
+                after = [_as_large(a, gates_u[0]) for a in after]
+            if fault := fault_of_states(cell, after, gates_u[0].shape):
+                raise ValueError(fault)
             if limit is not None:
                 after = [after[0], *(clipped(a, limit) for a in after[1:])]
             if record is not None:
@@ -157,8 +160,24 @@ class _Blocks(Sequence[Tensor]):
         return F.linear(self.x, self.w[rows], None if self.b is None else self.b[rows])
 
 
-def _applied(operands: Operands, p: int) -> Callable[[Tensor], Sequence[Tensor]]:
-    return lambda x: _Blocks(operands, p, x)
+def _as_large(state: Any, like: Tensor) -> Any:
+    """A state that has one number for all units or rows, for each of them; others as they are."""
+    if isinstance(state, Tensor) and state.dim() <= like.dim():
+        sizes = zip(state.shape[::-1], like.shape[::-1], strict=False)
+        if all(own in (1, wanted) for own, wanted in sizes):
+            return state.expand(like.shape)
+    return state
+
+
+def _applied(
+    cell: Cell, operands: Operands, p: int, shape: tuple[int, ...]
+) -> Callable[[Tensor], Sequence[Tensor]]:
+    def apply(x: Tensor) -> Sequence[Tensor]:
+        if not isinstance(x, Tensor) or x.shape[-1:] != shape[-1:]:
+            raise ValueError(fault_of_operand(cell, x, shape))
+        return _Blocks(operands, p, x)
+
+    return apply
 
 
 def scan_with_steps(cell: Cell, operands: Operands) -> tuple[Tensor, list[Tensor], Tensor]:
@@ -203,7 +222,8 @@ def forward(cell: Cell, operands: Operands, tape: bool) -> tuple[Tensor, list[Te
         if derived.saved or derived.rows:
             gates = _blocks(cell, u, v, hidden)
             params = [row for param in operands.params_of(p) for row in param.split(hidden)]
-            made = derived.forward(*gates, before, params, _applied(operands, p), z)[1]
+            apply = _applied(cell, operands, p, gates[0][0].shape)
+            made = derived.forward(*gates, before, params, apply, z)[1]
             values += made[: len(derived.saved)]
             results = made[len(derived.saved) :]
         if operands.w_hr:
