@@ -49,8 +49,8 @@ def export_c(
     Raises:
         TypeError: if `layer` is not one of fastrnn's. If no code can be derived for a custom cell,
             it is an `Underivable`, which says why.
-        ValueError: if the layer is bidirectional, is not in float32 or has no weights yet (`meta`),
-            or if `name` cannot be a name in C.
+        ValueError: if the layer is bidirectional, has a norm after it (`SLSTM`), is not in float32
+            or has no weights yet (`meta`), or if `name` cannot be a name in C.
         OSError: if the files cannot be written.
 
     Example:
@@ -73,6 +73,11 @@ def export_c(
         raise ValueError(
             "a bidirectional layer needs the whole sequence before its first output, "
             "so it cannot run step by step in C; use bidirectional=False"
+        )
+    if getattr(layer, "norm", False):
+        raise ValueError(
+            "the code in C gives h, and the output of this layer is its norm; export a layer with "
+            "norm=False, and normalise what it gives"
         )
     cell = layer._cell()
     target = Path(path)

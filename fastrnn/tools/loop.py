@@ -32,10 +32,11 @@ class Loop(nn.Module):
     def __init__(self, layer: Any, compiled: bool = False) -> None:
         super().__init__()
         noise = layer.dropout or layer.zoneout or layer.recurrent_dropout or layer.cell.noise
-        if layer.bidirectional or layer.heads > 1 or noise:
+        norm = getattr(layer, "norm", False)
+        if layer.bidirectional or layer.heads > 1 or noise or norm:
             raise ValueError(
-                "a loop has one direction and neither heads nor dropout nor noise; it cannot "
-                f"compute what {layer} does"
+                "a loop has one direction and neither heads nor norm nor dropout nor noise; it "
+                f"cannot compute what {layer} does"
             )
         self.layer = layer
         step = step_of(layer.cell)
