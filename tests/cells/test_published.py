@@ -23,6 +23,7 @@ from fastrnn.cells.published import MODULES
 from fastrnn.cells.published.antisymmetric import Antisymmetric
 from fastrnn.cells.published.indrnn import long_memory
 from fastrnn.cells.published.janet import chrono
+from fastrnn.cells.published.slstm import powerlaw
 from fastrnn.compiler.emit_cpp import key
 from tests.support.derivations import by_autograd, derived_step, inputs
 from tests.support.operands import by_reference, operands, run
@@ -217,16 +218,35 @@ def blocks(layer: Any, gate: str, head: int | None = None) -> list[Tensor]:
 
 @pytest.mark.parametrize(
     ("name", "gate", "value"),
-    [("janet", "f", 1.0), ("janet", "c", 0.0), ("ugrnn", "g", 1.0), ("irnn", "h", 0.0)],
+    [
+        *(("janet", "f", 1.0), ("janet", "c", 0.0), ("ugrnn", "g", 1.0), ("irnn", "h", 0.0)),
+        *(("cfn", "theta", 1.0), ("cfn", "eta", -1.0), ("cfn", "w", 0.0)),
+        *(("antisymmetric_rnn", "h", 0.0), ("nbrc", "a", 0.0), ("nbrc", "n", 0.0)),
+        *(("gated_antisymmetric_rnn", gate, 0.0) for gate in "zh"),
+        *(("ran", gate, 0.0) for gate in "gif"),
+        *((f"layer_norm_{kind}", gate, 0.0) for kind in ("lstm", "lstm_sums") for gate in "ifgo"),
+        *(("rms_norm_lstm", gate, 0.0) for gate in "ifgo"),
+        *(("layer_norm_gru", gate, 0.0) for gate in "rzn"),
+        *(("dreamer_gru", gate, 0.0) for gate in "rnz"),
+        *(("slstm", gate, 0.0) for gate in "izo"),
+    ],
 )
 def test_biases(name: str, gate: str, value: float) -> None:
-    *_, b_ih, b_hh = blocks(layer_of(cells.get(name)), gate)
-    assert torch.equal(b_ih + b_hh, torch.full((6,), value))
+    cell = cells.get(name)
+    biases = [b for b in blocks(layer_of(cell), gate) if b.dim() == 1]
+    assert len(biases) == (gate in cell.inputs) + (gate in cell.recurrent)
+    assert torch.equal(sum(biases), torch.full((6,), value))
+    assert not hasattr(layer_of(cell, bias=False), "bias_ih_l0")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_orthogonal_matrices(dtype: torch.dtype) -> None:
-    for name, gate in (("ligru", "z"), ("ligru", "n"), ("star", "k")):
+    lstms = ("layer_norm_lstm", "rms_norm_lstm")
+    for name, gate in (
+        *(("ligru", "z"), ("ligru", "n"), ("star", "k")),
+        *((name, gate) for name in lstms for gate in "ifgo"),
+        *((name, gate) for name in ("layer_norm_gru", "gru_reset_before") for gate in "rzn"),
+    ):
         r = blocks(layer_of(cells.get(name), dtype=dtype), gate)[1].double()
         torch.testing.assert_close(r @ r.T, torch.eye(6).double(), atol=0.05, rtol=0)
     w = blocks(layer_of(cells.star, dtype=dtype), "z")[0].double()
@@ -252,6 +272,106 @@ def test_irnn_begins_with_the_identity() -> None:
     w, r, *_ = blocks(layer_of(cells.irnn), "h")
     assert torch.equal(r, torch.eye(6))
     assert 0 < w.abs().max() < 0.01
+
+
+def wide(name: str) -> Any:
+    """A layer of which the distribution of its values can be seen."""
+    torch.manual_seed(0)
+    return fastrnn.Recurrent(cells.get(name), 300, 200)
+
+
+@pytest.mark.parametrize(
+    ("name", "gate", "which", "std"),
+    [
+        ("gru_reset_before", "r", 0, 0.01),
+        ("gru_reset_before", "n", 0, 0.01),
+        ("antisymmetric_rnn", "h", 0, 300**-0.5),
+        ("gated_antisymmetric_rnn", "z", 0, 300**-0.5),
+        ("slstm", "i", 0, (2 / 1500) ** 0.5),
+        ("slstm", "o", 0, (2 / 1500) ** 0.5),
+    ],
+)
+def test_normal_matrices(name: str, gate: str, which: int, std: float) -> None:
+    w = blocks(wide(name), gate)[which]
+    assert abs(w.std() / std - 1) < 0.02 and abs(w.mean()) < 0.02 * std
+    assert w.abs().max() > 3.5 * std  # no uniform one reaches that
+
+
+@pytest.mark.parametrize(
+    ("name", "gate", "which", "bound"),
+    [
+        *(("cfn", gate, which, 0.07) for gate in ("theta", "eta") for which in (0, 1)),
+        ("cfn", "w", 0, 0.07),
+        *(("nbrc", gate, 0, (6 / 500) ** 0.5) for gate in "acn"),
+        *(("nbrc", gate, 1, (6 / 400) ** 0.5) for gate in "ac"),
+        *(("dreamer_gru", gate, which, (6 / 1100) ** 0.5) for gate in "rnz" for which in (0, 1)),
+    ],
+)
+def test_uniform_matrices(name: str, gate: str, which: int, bound: float) -> None:
+    w = blocks(wide(name), gate)[which]
+    assert 0.999 * bound < w.abs().max() <= bound * (1 + 1e-6)
+    assert abs(w.std() / (bound / 3**0.5) - 1) < 0.02
+
+
+def test_gains_and_biases_of_norms() -> None:
+    for name in ("layer_norm_lstm", "layer_norm_lstm_sums", "layer_norm_gru", "rms_norm_lstm"):
+        layer = layer_of(cells.get(name))
+        for param in layer.cell.params:
+            found = getattr(layer, f"weight_{param}_l0")
+            expected = torch.full_like(found, float(param.startswith("gain")))
+            if (name, param) == ("layer_norm_lstm_sums", "bias"):
+                expected[6:12] = 1  # what TensorFlow adds to the forget gate
+            assert torch.equal(found, expected), (name, param)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_slstm_begins_as_the_authors_have_it(heads: int) -> None:
+    layer = layer_of(cells.slstm, heads=heads)
+    count = 6 // heads
+    for head in range(heads):
+        for gate in "ifzo":
+            assert not blocks(layer, gate, head if heads > 1 else None)[1].any()
+        _, _, b_ih, b_hh = blocks(layer, "f", head if heads > 1 else None)
+        expected = [-(-5.0 + 12.0 * (k / (count - 1)) ** 0.3) for k in range(count)]
+        torch.testing.assert_close(b_ih + b_hh, torch.tensor(expected))
+    one: Any = fastrnn.Recurrent(cells.slstm, 3, 2, heads=2)  # heads of one unit
+    assert torch.equal(one.bias_ih_l0[:, 1], torch.full((2,), 5.0))
+    layer_of(cells.slstm, bias=False)
+
+
+def test_slstm_in_a_stack_of_blocks() -> None:
+    for block, blocks_, exponent in ((0, 3, 0.3), (1, 3, 0.95), (2, 3, 1.6), (0, 1, 0.3)):
+        cell = dataclasses.replace(cells.slstm, initialize=powerlaw(block, blocks_))
+        assert key(cell) == key(cells.slstm)
+        _, _, b_ih, b_hh = blocks(layer_of(cell), "f")
+        expected = torch.tensor([5 - 12 * (k / 5) ** exponent for k in range(6)])
+        torch.testing.assert_close(b_ih + b_hh, expected)
+    for block, count in ((1, 1), (-1, 2)):
+        with pytest.raises(ValueError, match="takes 0 <= block < blocks"):
+            powerlaw(block, count)
+
+
+PUBLISHED_VALUES = {
+    *("antisymmetric_rnn", "cfn", "dreamer_gru", "fast_grnn", "fast_rnn"),
+    *("gated_antisymmetric_rnn", "gru_reset_before", "indrnn", "irnn", "janet"),
+    *("layer_norm_gru", "layer_norm_lstm", "layer_norm_lstm_sums", "ligru", "nbrc", "ran"),
+    *("rms_norm_lstm", "slstm", "star", "ugrnn"),
+}
+
+
+@every_name
+def test_the_docstring_says_how_a_cell_begins(name: str) -> None:
+    """A cell without values of its own begins as a layer of torch.nn, and says so."""
+    cell = cells.get(name)
+    text = " ".join((cell.function.__doc__ or "").split())
+    assert re.search(r"\bbegins?\b", text)
+    own = cell.initialize is not None or any(p.init is not None for p in cell.params.values())
+    assert own == (name in PUBLISHED_VALUES)
+    if not own:
+        assert re.search("(It|All) begins with torch.nn's values", text)
+        layer = layer_of(cell)
+        bound = layer.hidden_size**-0.5
+        assert all(p.abs().max() <= bound for p in layer.parameters())
 
 
 def test_chrono() -> None:

@@ -123,6 +123,20 @@ def test_the_table_of_cells_is_what_is_derived() -> None:
         assert saved == str(len(derived.saved)), name
 
 
+def test_the_page_lists_the_cells_that_begin_with_published_values() -> None:
+    section = (DOCS / "cells.md").read_text(encoding="utf-8").partition("## How they begin")[2]
+    rows = re.findall(r"^\| ([a-z0-9_, ]+) \|", section, re.M)
+    listed = {name for row in rows for name in row.split(", ")} - {"cell"}
+    own = set()
+    for name in MODULES:
+        cell = cells.get(name)
+        if cell.initialize is not None or any(p.init is not None for p in cell.params.values()):
+            own.add(name)
+        else:
+            assert f"`{name}`" in section
+    assert listed == own
+
+
 def test_switches_are_the_ones_read() -> None:
     sources = [ROOT / "setup.py"]
     for folder, kinds in (("fastrnn", ("py",)), ("csrc", ("py", "cpp", "h", "cu", "cuh"))):

@@ -22,7 +22,7 @@ def cifg(u, v, h, c):  # type: ignore[no-untyped-def]
 
     The paper's gates also read `c` (peepholes); here they do not, as is usual. TensorFlow's
     `CoupledInputForgetGateLSTMCell` computes `f`, and `i = 1 - f`: the same, with the signs of the
-    weights of `i` reversed.
+    weights of `i` reversed. It begins with torch.nn's values.
     """
     i, o = sigmoid(u.i + v.i), sigmoid(u.o + v.o)
     c = c + i * (tanh(u.g + v.g) - c)

@@ -19,7 +19,8 @@ def mgu(u, v, h):  # type: ignore[no-untyped-def]
         h' = (1 - f)·h + f·n
 
     The paper multiplies `h` by the gate before the product. Here the gate comes after it, as in the
-    GRU of torch.nn, because a step then has one product.
+    GRU of torch.nn, because a step then has one product. It
+    begins with torch.nn's values.
     """
     f = sigmoid(u.f + v.f)
     return h + f * (tanh(u.n + f * v.n) - h)

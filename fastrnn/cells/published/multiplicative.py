@@ -18,7 +18,8 @@ def multiplicative_lstm(u, v, h, c):  # type: ignore[no-untyped-def]
         c' = f·c + i·tanh(W_g·x + R_g·m + b_g)
         h' = o·tanh(c')
 
-    The paper has neither `b_m` nor `c_m`, and its candidate `g` has no tanh.
+    The paper has neither `b_m` nor `c_m`, and its candidate `g` has no tanh. It begins with
+    torch.nn's values.
     """
     m = v(u.m * v.m)
     i, f, o = sigmoid(u.i + m.i), sigmoid(u.f + m.f), sigmoid(u.o + m.o)

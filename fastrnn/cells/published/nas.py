@@ -23,7 +23,8 @@ def nas(u, v, h, c):  # type: ignore[no-untyped-def]
         c' = p·q
         h' = tanh(c'·tanh(r + s))
 
-    `NASCell` has no bias by default, and else one at `R·h`; here each product has its own.
+    `NASCell` has no bias by default, and else one at `R·h`; here each product has its own. It
+    begins with torch.nn's values.
     """
     a = {k: getattr(u, k) + getattr(v, k) for k in ("g0", "g1", "g2", "g4", "g5", "g6", "g7")}
     p = tanh(tanh(sigmoid(a["g0"]) * relu(a["g1"])) + c)

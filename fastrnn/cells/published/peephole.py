@@ -22,7 +22,8 @@ def peephole_lstm(u, v, p, h, c):  # type: ignore[no-untyped-def]
         h' = o·tanh(c')
 
     The peepholes `p` are a number for each unit, as in Greff et al. 2017 (arXiv:1503.04069). The
-    first paper has other nonlinearities in the place of the two tanh.
+    first paper has other nonlinearities in the place of the two tanh. All begins with torch.nn's
+    values.
     """
     i, f = sigmoid(u.i + v.i + p.pi * c), sigmoid(u.f + v.f + p.pf * c)
     c = f * c + i * tanh(u.g + v.g)

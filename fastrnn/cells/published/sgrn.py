@@ -17,5 +17,7 @@ def sgrn(u, v, h):  # type: ignore[no-untyped-def]
         p  = W·x + b_ih
         f  = sigmoid(p + R·h + b_hh)
         h' = tanh((1 - f)·p + f·h)
+
+    It begins with torch.nn's values.
     """
     return tanh(u.f + sigmoid(u.f + v.f) * (h - u.f))
