@@ -137,6 +137,7 @@ class First(nn.Module):
         return first
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_recorded_graphs_have_the_norm_once() -> None:
     layer, _ = pair(torch.float32, heads=2)
     x = torch.randn(6, 3, 5)

@@ -1,11 +1,24 @@
-"""Ways to attach a parametrization or a hook to a weight."""
+"""Ways to attach a parametrization or a hook to a weight, and to write values into weights."""
 
 from __future__ import annotations
 
 import warnings
+from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def without_zeros(module: _Module) -> _Module:
+    """A module whose weights are drawn where they begin with 0, as the recurrent ones of sLSTM: in
+    its outputs, a product or a bias that is left out would not be seen."""
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight.copy_(torch.where(weight == 0, torch.rand_like(weight) - 0.5, weight))
+    return module
 
 
 def hidden_weight(module: nn.Module) -> str:
