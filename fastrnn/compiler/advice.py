@@ -62,8 +62,8 @@ _KINDS = {
     _WRITE: """__setitem__ index_add index_add_ index_copy index_copy_ index_fill index_fill_
         index_put index_put_ masked_scatter masked_scatter_ put_ scatter scatter_ scatter_add
         scatter_add_""",
-    _PLACE: """__getitem__ argsort chunk diff flip fliplr gather hsplit index_select kthvalue
-        masked_select narrow permute roll rot90 select sort split split_with_sizes t take
+    _PLACE: """H T __getitem__ mH mT argsort chunk diff flip fliplr gather hsplit index_select
+        kthvalue masked_select narrow permute roll rot90 select sort split split_with_sizes t take
         take_along_dim tensor_split topk transpose triu tril unbind unfold""",
     _SHAPE: """cat concat concatenate diag expand expand_as flatten hstack movedim ravel repeat
         repeat_interleave reshape stack tile unflatten unsqueeze view view_as vstack""",

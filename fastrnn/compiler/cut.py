@@ -68,9 +68,12 @@ class Calls:
 
     def call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function of torch and take note of it."""
-        self.now = name = getattr(function, "__name__", "")
+        name = getattr(function, "__name__", "")
         if name == "__get__":
-            self.dtype |= getattr(function, "__self__", None) in _ASK_DTYPE
+            attribute = getattr(function, "__self__", None)
+            self.dtype |= attribute in _ASK_DTYPE
+            name = getattr(attribute, "__name__", "")
+        self.now = name
         self.dtype |= name in ("element_size", "result_type", "type")
         if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
             self.written.append(name)

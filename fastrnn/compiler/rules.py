@@ -151,7 +151,8 @@ def _cast(reader: Reader, x: Any, dtype: torch.dtype | None = None, **_: Any) ->
         return reader.pick(x)
     if dtype.is_floating_point and (old == torch.bool or old.is_floating_point):
         return reader.pick(x)  # the reader asks whether the numbers have room in that dtype
-    return f"it converts {old} to {dtype}; {DTYPE}"
+    what = "a mask" if old == torch.bool else "numbers"
+    return f"it converts {what} to {dtype}; {DTYPE}"
 
 
 def _argument(position: int) -> _Rule:

@@ -245,6 +245,9 @@ def _why(error: Exception, calls: Calls) -> str:
         if "leaf" in what or "view" in what:
             return f"it writes into one of its arguments ({calls.written[-1]}); {IN_PLACE}"
         return f"it writes into a value that its gradient needs ({calls.written[-1]}); {IN_PLACE}"
+    if re.search(r"dtype|scalar type|[Tt]ype promot", what):
+        what = f"it meets tensors of several dtypes; {DTYPE}"
+        return f"{what} (torch: {name})" if name else what
     if not name and not calls.refused and not isinstance(error, RuntimeError):
         return ""
     asked = f"it calls {name}, which " if name else ""
@@ -434,7 +437,8 @@ class _Reader:
         if dtype is None or not dtype.is_floating_point or dtype in self.own:
             return value
         if value.constant is not None:
-            return self.algebra.const(torch.tensor(value.constant, dtype=dtype).item())
+            number = torch.tensor(value.constant, dtype=dtype, device="cpu")
+            return self.algebra.const(number.item())
         chosen = name in ("where", "clone", "copy", "_to_copy") and not any(
             getattr(a.meta.get("val"), "dtype", None) in self.own for a in node.all_input_nodes
         )
