@@ -235,7 +235,7 @@ def test_biases(name: str, gate: str, value: float) -> None:
     cell = cells.get(name)
     biases = [b for b in blocks(layer_of(cell), gate) if b.dim() == 1]
     assert len(biases) == (gate in cell.inputs) + (gate in cell.recurrent)
-    assert torch.equal(sum(biases), torch.full((6,), value))
+    assert torch.equal(torch.stack(biases).sum(0), torch.full((6,), value))
     assert not hasattr(layer_of(cell, bias=False), "bias_ih_l0")
 
 

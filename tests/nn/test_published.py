@@ -157,7 +157,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         ({"bidirectional": True}, "for one layer in one direction"),
     ):
         with pytest.raises(ValueError, match=why):
-            fastrnn.SLSTM(5, 8, norm=True, **options)  # type: ignore[arg-type]
+            fastrnn.SLSTM(5, 8, norm=True, **options)
     layer = fastrnn.SLSTM(5, 8, norm=True)
     for call in (layer.stream, lambda: layer.stream_slots(2)):
         with pytest.raises(ValueError, match="a stepper gives h, and the output of this layer is"):
