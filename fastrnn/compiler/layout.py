@@ -113,13 +113,11 @@ def shape(derived: Derived, forward: bool) -> Shape:
 
 def values(derived: Derived, forward: bool) -> int:
     """How many values of a unit the kernels hold in a step besides gates and states: random
-    numbers, parameters, in the backward pass their gradients, and, of a step with stages,
-    temporaries and products of other values."""
-    count = len(derived.draws) + len(derived.params) * (1 if forward else 2)
+    numbers and, of a step with stages, parameters, temporaries and products of other values."""
     if not derived.programs:
-        return count
+        return len(derived.draws)
     sizes = shape(derived, forward)
-    return count + sizes.temporaries + sizes.sites
+    return len(derived.draws) + len(derived.params) + sizes.temporaries + sizes.sites
 
 
 class Layout:
