@@ -21,6 +21,16 @@ def without_zeros(module: _Module) -> _Module:
     return module
 
 
+def as_torch_draws(layer: _Module) -> _Module:
+    """A layer whose weights and biases are drawn as those of torch.nn. Published ones let norms
+    begin with rows of zeros, which amplify what is rounded 300 times."""
+    bound = layer.hidden_size**-0.5
+    for name, weight in layer.named_parameters():
+        if name.startswith(("weight_ih", "weight_hh", "weight_hr", "bias_ih", "bias_hh")):
+            nn.init.uniform_(weight, -bound, bound)
+    return layer
+
+
 def hidden_weight(module: nn.Module) -> str:
     return "weight_hh_l0" if isinstance(module, nn.RNNBase) else "weight_hh"
 
