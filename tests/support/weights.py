@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ def without_zeros(module: _Module) -> _Module:
     return module
 
 
-def as_torch_draws(layer: _Module) -> _Module:
+def as_torch_draws(layer: Any) -> Any:
     """A layer whose weights and biases are drawn as those of torch.nn. Published ones let norms
     begin with rows of zeros, which amplify what is rounded 300 times."""
     bound = layer.hidden_size**-0.5
