@@ -166,6 +166,13 @@ FASTRNN_INLINE void multiply(Sums<F, kRows, kVectors>& out, const Weights& weigh
   constexpr int kSets = block_sets(kRows * kVectors * F::kBlockSums);
   if constexpr (F::kWidens) {
     multiply_integers<kRows, kVectors, F>(out, weights, rows, k0, k1, ahead);
+  } else if constexpr (F::kScaled && kSets == 1) {
+    // Sums of integers have no order, so they need no blocks.
+    if (ahead) ahead->ask();
+    Sums<F, kRows, kVectors> acc[1];
+    set_tile(acc[0], out);
+    add_blocks<1, kRows, kVectors, F>(acc, weights, rows, k0, k1 - k0, k1 - k0);
+    set_tile(out, acc[0]);
   } else if constexpr (kSets == 1) {
     if (k0 >= k1) return;
     Sums<F, kRows, kVectors> acc[1], before;
@@ -315,8 +322,9 @@ constexpr int widest_band(int rows) {
 template <class F>
 int64_t asks_of(int64_t count, int64_t depth, int64_t vectors) {
   constexpr int64_t kRows = tile_rows(kBandVectors * F::kBlockSums);
-  const int64_t block = sum_block(depth);
-  return (count + kRows - 1) / kRows * (vectors / kBandVectors) * ((depth + block - 1) / block);
+  const int64_t block = F::kScaled ? depth : sum_block(depth);
+  const int64_t blocks = depth ? (depth + block - 1) / block : 0;
+  return (count + kRows - 1) / kRows * (vectors / kBandVectors) * blocks;
 }
 
 // Calls f(row, vector, sums) with the sums over words k < depth of rows[row * stride + k] *
