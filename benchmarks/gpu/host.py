@@ -27,11 +27,12 @@ from torch.nn.utils.rnn import PackedSequence
 import fastrnn
 from benchmarks.gpu import results
 from benchmarks.gpu.baseline import NO_MACHINE
-from fastrnn import hardware, kernels
+from fastrnn import kernels
 from fastrnn.extension import _C
 from fastrnn.kernels.gpu import cuda, driver
 from fastrnn.tools.bench import store
 
+COMMAND = "python -m benchmarks.gpu.host"
 STEPS, BATCH, HIDDEN = 4, 2, 16  # products of this size take a microsecond on a CPU
 CALLS = 1000
 PARTS = (("memory and products", driver, ("forward", "backward")),
@@ -218,13 +219,11 @@ def page(made: list[dict[str, Any]], device: str) -> str:
     """The table with the conditions of the run."""
     return (
         "# What a call costs on the host\n\n"
-        f"`python -m benchmarks.gpu.host` on {hardware.processor_and_model()}, one thread; fastrnn "
-        f"{fastrnn.__version__}, torch {torch.__version__}; commit {store.commit()}, "
-        f"{time.strftime('%Y-%m-%d')}. One layer, (T, B, I, H) = ({STEPS}, {BATCH}, {HIDDEN}, "
-        f"{HIDDEN}), float32, on {device}; without a GPU the kernels do nothing. Microseconds: "
-        f"lower quartiles of {CALLS} calls. *us* is a call that C++ launches, *by Python* one that "
-        "Python launches, and the columns after it are the parts of that. *torch.nn* computes its "
-        "products.\n\n" + table(made) + "\n"
+        f"{store.made_by(COMMAND, 'one thread')} One layer, (T, B, I, H) = ({STEPS}, {BATCH}, "
+        f"{HIDDEN}, {HIDDEN}), float32, on {device}; without a GPU the kernels do nothing. "
+        f"Microseconds: lower quartiles of {CALLS} calls. *us* is a call that C++ launches, *by "
+        "Python* one that Python launches, and the columns after it are the parts of that. "
+        "*torch.nn* computes its products.\n\n" + table(made) + "\n"
     )
 
 
@@ -233,7 +232,7 @@ def save(path: Path, made: list[dict[str, Any]], device: str) -> None:
     if path.suffix == ".md":
         path.write_text(page(made, device), encoding="utf-8")
         return
-    conditions = asdict(store.conditions(NO_MACHINE, "python -m benchmarks.gpu.host", device))
+    conditions = asdict(store.conditions(NO_MACHINE, COMMAND, device))
     results.save(path, made, conditions)
 
 
