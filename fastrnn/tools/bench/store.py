@@ -109,18 +109,24 @@ def conditions(machine: Machine, command: str, device: str = "cpu") -> Condition
     )
 
 
+def _threads() -> int:
+    """As many as torch uses, on no more cores than this process has."""
+    return min(cores(), torch.get_num_threads())
+
+
 def folder(results: Path, threads: int | None = None) -> Path:
     """The folder in `results` for this processor and the kernels that run on it.
 
-    `threads` are those of the run, or all that this process has.
+    `threads` are those of the run, or those that torch uses.
     """
-    return results / slug(processor_and_model(), _C.isa(), threads or cores())
+    return results / slug(processor_and_model(), _C.isa(), threads or _threads())
 
 
 def made_by(command: str, threads: str = "") -> str:
-    """How a table was made, in one sentence. `threads` says how many, if not all."""
+    """How a table was made, in one sentence. `threads` says how many, if not those of torch."""
+    used = threads or f"{_threads()} thread{'s' * (_threads() > 1)}"
     return (
-        f"`{command}` on {processor_and_model()} ({_C.isa()}), {threads or f'{cores()} cores'}; "
+        f"`{command}` on {processor_and_model()} ({_C.isa()}), {used}; "
         f"fastrnn {__version__}, torch {torch.__version__}; commit {commit()}, "
         f"{time.strftime('%Y-%m-%d')}."
     )

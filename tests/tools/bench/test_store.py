@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from fastrnn.tools.bench import measure, store
 from fastrnn.tools.bench.comparison import Row, Verdict
 from fastrnn.tools.bench.workload import PEAK
@@ -54,3 +56,14 @@ def test_each_row_is_written_at_once_and_others_stay(tmp_path: Path) -> None:
 def test_a_command_can_be_pasted() -> None:
     words = ["--save", "--only", "a b", "--save", "--only", "--saved"]
     assert store.command("m.n", words) == "python -m m.n --save --only 'a b' --only --saved"
+
+
+def test_pages_name_the_threads_of_torch(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert store.folder(tmp_path).name.endswith("-1-thread")
+        assert ", 1 thread;" in store.made_by("python -m benchmarks.cells")
+    finally:
+        torch.set_num_threads(before)
+    assert ", two of them;" in store.made_by("python -m benchmarks.slots", "two of them")
