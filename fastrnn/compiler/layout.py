@@ -113,11 +113,13 @@ def shape(derived: Derived, forward: bool) -> Shape:
 
 def values(derived: Derived, forward: bool) -> int:
     """How many values of a unit the kernels hold in a step besides gates and states: random
-    numbers and, of a step with stages, parameters, temporaries and products of other values."""
+    numbers, parameters, in the backward pass their gradients, and, of a step with stages,
+    temporaries and products of other values."""
+    count = len(derived.draws) + len(derived.params) * (1 if forward else 2)
     if not derived.programs:
-        return len(derived.draws)
+        return count
     sizes = shape(derived, forward)
-    return len(derived.draws) + len(derived.params) + sizes.temporaries + sizes.sites
+    return count + sizes.temporaries + sizes.sites
 
 
 class Layout:

@@ -15,6 +15,7 @@ _MATRIX_ROWS = 16  # fewest rows of a product of tiles
 # unit multiplies; addresses and the cell's arithmetic need the others.
 _BLOCK_REGISTERS = 160
 _PARTS_REGISTERS = 96  # for the blocks of a step, if float32 is multiplied in parts
+_PARTS_BLOCKS = 24  # of a step that streams such weights in tiles 32 deep
 _WEIGHT_REGISTERS = 128
 _ONE_ROW_REGISTERS = 190  # those weights, and the blocks of one row
 _REGISTERS = 64 << 10  # registers of an NVIDIA multiprocessor
@@ -110,28 +111,35 @@ def _resident(problem: Problem, gpu: TritonFacts, precision: str) -> TritonConfi
     return replace(config, registers=255)
 
 
+def _blocks(problem: Problem) -> int:
+    """How many numbers of a unit are live together: inputs of this and the next step, sums, old
+    and new states, and others; on the way back saved gates and gradients of both their parts."""
+    if not problem.backward:
+        return 3 * problem.gates + 2 * problem.states + problem.values
+    apart = 0 if problem.all_summed else problem.gates_of_u
+    return 3 * problem.gates + 4 * problem.states + apart + problem.values
+
+
 def _fits(problem: Problem, gpu: TritonFacts, config: TritonConfig) -> bool:
     padded, itemsize = _padded(problem), dtypes.BYTES[problem.dtype]
     threads = _warps(problem, gpu) * gpu.warp
-    # Blocks that are live together: inputs of this and the next step, sums, old and new states,
-    # and others.
     words = max(1, problem.itemsize // 4)
-    blocks = 3 * problem.gates + (4 if problem.backward else 2) * problem.states + problem.values
-    blocks *= words
+    blocks = _blocks(problem) * words
     if not config.matrix_units:
         # The weights of a gate pass through shared memory into registers.
         through = padded * padded * problem.itemsize
         held = problem.gates_of_v * padded * padded * words // threads + blocks  # by a thread
         fits = _in_registers(problem, gpu) and held <= _ONE_ROW_REGISTERS
         return fits and through <= gpu.shared_bytes
-    registers, most = _BLOCK_REGISTERS, 64 if itemsize == 4 else padded
+    registers, most, units = _BLOCK_REGISTERS, 64 if itemsize == 4 else padded, padded
     if _in_full(problem, config):
-        registers, most = _PARTS_REGISTERS, 32
+        # Addresses and weights in parts take no fewer registers for 16 units than for 32.
+        registers, most, units = _PARTS_REGISTERS, 32, max(padded, 32)
     if problem.stages > 1 and gpu.warp > 32:
         registers //= 2
     weights = problem.gates_of_v * padded * padded * itemsize * (1 if itemsize < 4 else 2)
     return (
-        blocks * config.batch_tile * padded <= threads * registers
+        blocks * config.batch_tile * units <= threads * registers
         and weights + 2 * config.batch_tile * padded * 4 <= gpu.shared_bytes
         and padded <= most
     )
@@ -153,7 +161,8 @@ def _streamed(problem: Problem, gpu: TritonFacts, precision: str) -> TritonConfi
     depth_tile, stages = (min(padded, 64), 4) if itemsize == 2 else (min(padded, 32), 2)
     # Sums of units, what crosses between stages, and random numbers take registers.
     more = problem.stages > 1 or (problem.backward and problem.draws > 0)
-    if _in_full(problem, config) and (problem.projected or more):
+    many = _blocks(problem) > _PARTS_BLOCKS
+    if _in_full(problem, config) and (problem.projected or more or many):
         depth_tile = 16
     elif more:
         depth_tile = min(depth_tile, 32)

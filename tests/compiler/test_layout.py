@@ -8,7 +8,7 @@ from fastrnn import cells
 from fastrnn.compiler.derive import derive
 from fastrnn.compiler.layout import Layout, shape, site_of, values
 from tests.support.derivations import make
-from tests.support.shared import noisy, noisy_staged, staged
+from tests.support.shared import noisy, noisy_staged, peepholes, staged
 from tests.support.staged import USERS
 
 STAGED = [*USERS, staged, noisy_staged.noisy]
@@ -56,7 +56,13 @@ def test_everything_is_written_once(cell: cells.Cell) -> None:
 
 def test_values_of_a_step_besides_gates_and_states() -> None:
     assert values(derive(cells.get("lstm")), forward=True) == 0
-    assert values(derive(noisy.noisy), forward=True) == len(noisy.noisy.draws)
+    drawing = derive(noisy.noisy)
+    assert values(drawing, forward=True) == len(drawing.draws) + len(drawing.params)
+    derived = derive(peepholes)
+    assert values(derived, forward=True) == len(derived.params)
+    assert values(derived, forward=False) == 2 * len(derived.params)  # with their gradients
     derived = derive(staged)
-    held = len(derived.params) + shape(derived, forward=True).temporaries + 1
-    assert values(derived, forward=True) == held
+    for forward in (True, False):
+        held = len(derived.params) * (1 if forward else 2)
+        held += shape(derived, forward).temporaries + 1
+        assert values(derived, forward) == held

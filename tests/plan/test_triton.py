@@ -90,9 +90,30 @@ def test_what_a_step_holds_takes_registers() -> None:
     for problem in (
         replace(BF16, hidden=128),
         replace(LSTM, dtype="float64"),  # of one row
+        replace(LSTM, hidden=32, batch=64),
+        replace(LSTM, hidden=16, batch=64),
     ):
         assert choose(problem, H200).triton.resident
         assert not choose(replace(problem, values=50), H200).triton.resident
+    for hidden in (16, 32):
+        many = replace(LSTM, hidden=hidden, batch=64, states=4, backward=True)
+        assert not choose(many, H200).triton.resident
+
+
+def test_gradients_of_both_parts_of_a_gate_take_registers() -> None:
+    problem = replace(LSTM, hidden=32, batch=64, gates=5, backward=True)
+    assert choose(problem, H200).triton.resident
+    assert not choose(replace(problem, all_summed=False), H200).triton.resident
+    assert choose(replace(problem, all_summed=False, backward=False), H200).triton.resident
+
+
+def test_many_values_get_smaller_tiles() -> None:
+    problem = replace(LSTM, hidden=512, batch=64, backward=True)
+    assert choose(problem, H200).triton.depth_tile == 32
+    for held in (replace(problem, states=4), replace(problem, values=6)):
+        assert choose(held, H200).triton.depth_tile == 16
+        bf16 = replace(held, dtype="bfloat16")
+        assert choose(bf16, H200).triton.depth_tile == 64
 
 
 def test_stages_get_smaller_tiles() -> None:
