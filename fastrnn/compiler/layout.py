@@ -113,9 +113,11 @@ def shape(derived: Derived, forward: bool) -> Shape:
 
 def values(derived: Derived, forward: bool) -> int:
     """How many values of a unit the kernels hold in a step besides gates and states: random
-    numbers, parameters, in the backward pass their gradients, and, of a step with stages,
-    temporaries and products of other values."""
-    count = len(derived.draws) + len(derived.params) * (1 if forward else 2)
+    numbers, parameters, in the backward pass their gradients and saved values in excess of gates,
+    and, of a step with stages, temporaries and products of other values."""
+    count = len(derived.draws) + len(derived.params)
+    if not forward:
+        count += len(derived.params) + max(0, len(derived.saved) - len(derived.gates))
     if not derived.programs:
         return count
     sizes = shape(derived, forward)

@@ -16,6 +16,7 @@ _MATRIX_ROWS = 16  # fewest rows of a product of tiles
 _BLOCK_REGISTERS = 160
 _PARTS_REGISTERS = 96  # for the blocks of a step, if float32 is multiplied in parts
 _PARTS_BLOCKS = 24  # of a step that streams such weights in tiles 32 deep
+_NARROW_BLOCKS = 32  # of one that streams them in tiles of 32 units
 _WEIGHT_REGISTERS = 128
 _ONE_ROW_REGISTERS = 190  # those weights, and the blocks of one row
 _REGISTERS = 64 << 10  # registers of an NVIDIA multiprocessor
@@ -161,9 +162,12 @@ def _streamed(problem: Problem, gpu: TritonFacts, precision: str) -> TritonConfi
     depth_tile, stages = (min(padded, 64), 4) if itemsize == 2 else (min(padded, 32), 2)
     # Sums of units, what crosses between stages, and random numbers take registers.
     more = problem.stages > 1 or (problem.backward and problem.draws > 0)
-    many = _blocks(problem) > _PARTS_BLOCKS
+    blocks = _blocks(problem)
+    many = blocks > _PARTS_BLOCKS
     if _in_full(problem, config) and (problem.projected or more or many):
         depth_tile = 16
+        if problem.stages == 1 and blocks > _NARROW_BLOCKS:
+            unit_tile = 16
     elif more:
         depth_tile = min(depth_tile, 32)
     while (

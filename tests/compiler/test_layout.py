@@ -61,8 +61,11 @@ def test_values_of_a_step_besides_gates_and_states() -> None:
     derived = derive(peepholes)
     assert values(derived, forward=True) == len(derived.params)
     assert values(derived, forward=False) == 2 * len(derived.params)  # with their gradients
+    slstm = derive(cells.get("slstm"))
+    assert values(slstm, forward=False) == len(slstm.saved) - len(slstm.gates) > 0
     derived = derive(staged)
     for forward in (True, False):
-        held = len(derived.params) * (1 if forward else 2)
-        held += shape(derived, forward).temporaries + 1
+        held = len(derived.params) + shape(derived, forward).temporaries + 1
+        if not forward:
+            held += len(derived.params) + max(0, len(derived.saved) - len(derived.gates))
         assert values(derived, forward) == held

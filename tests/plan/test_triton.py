@@ -114,6 +114,8 @@ def test_many_values_get_smaller_tiles() -> None:
         assert choose(held, H200).triton.depth_tile == 16
         bf16 = replace(held, dtype="bfloat16")
         assert choose(bf16, H200).triton.depth_tile == 64
+        assert choose(held, H200).triton.unit_tile == 32
+    assert choose(replace(problem, values=13), H200).triton.unit_tile == 16
 
 
 def test_stages_get_smaller_tiles() -> None:
