@@ -114,14 +114,14 @@ def shape(derived: Derived, forward: bool) -> Shape:
 def values(derived: Derived, forward: bool) -> int:
     """How many values of a unit the kernels hold in a step besides gates and states: random
     numbers, parameters, in the backward pass their gradients and saved values in excess of gates,
-    and, of a step with stages, temporaries and products of other values."""
+    and, of a step with stages, temporaries, products of other values and results of reductions."""
     count = len(derived.draws) + len(derived.params)
     if not forward:
         count += len(derived.params) + max(0, len(derived.saved) - len(derived.gates))
     if not derived.programs:
         return count
     sizes = shape(derived, forward)
-    return count + sizes.temporaries + sizes.sites
+    return count + sizes.temporaries + sizes.sites + sizes.results
 
 
 class Layout:

@@ -11,12 +11,13 @@ __all__ = ["alternatives", "configure", "refuse"]
 
 _DEVICES = ("cuda", "xpu")  # torch calls AMD's GPUs cuda as well
 _MATRIX_ROWS = 16  # fewest rows of a product of tiles
+_LEAST_NUMBERS = 4  # of a block in a thread: a warp multiplies no smaller tiles
 # A thread has 255 registers. These many may hold the blocks of a step, or weights that no matrix
 # unit multiplies; addresses and the cell's arithmetic need the others.
 _BLOCK_REGISTERS = 160
 _PARTS_REGISTERS = 96  # for the blocks of a step, if float32 is multiplied in parts
-_PARTS_BLOCKS = 24  # of a step that streams such weights in tiles 32 deep
-_NARROW_BLOCKS = 32  # of one that streams them in tiles of 32 units
+_DEEP_BLOCKS = 24  # most blocks of a step that streams weights in the deepest tiles
+_AHEAD_BLOCKS = 32  # and of one that multiplies in parts and loads tiles ahead
 _WEIGHT_REGISTERS = 128
 _ONE_ROW_REGISTERS = 190  # those weights, and the blocks of one row
 _REGISTERS = 64 << 10  # registers of an NVIDIA multiprocessor
@@ -132,15 +133,15 @@ def _fits(problem: Problem, gpu: TritonFacts, config: TritonConfig) -> bool:
         held = problem.gates_of_v * padded * padded * words // threads + blocks  # by a thread
         fits = _in_registers(problem, gpu) and held <= _ONE_ROW_REGISTERS
         return fits and through <= gpu.shared_bytes
-    registers, most, units = _BLOCK_REGISTERS, 64 if itemsize == 4 else padded, padded
+    registers, most = _BLOCK_REGISTERS, 64 if itemsize == 4 else padded
     if _in_full(problem, config):
-        # Addresses and weights in parts take no fewer registers for 16 units than for 32.
-        registers, most, units = _PARTS_REGISTERS, 32, max(padded, 32)
+        registers, most = _PARTS_REGISTERS, 32
     if problem.stages > 1 and gpu.warp > 32:
         registers //= 2
     weights = problem.gates_of_v * padded * padded * itemsize * (1 if itemsize < 4 else 2)
+    numbers = max(config.batch_tile * padded, _LEAST_NUMBERS * threads)  # of a block
     return (
-        blocks * config.batch_tile * units <= threads * registers
+        blocks * numbers <= threads * registers
         and weights + 2 * config.batch_tile * padded * 4 <= gpu.shared_bytes
         and padded <= most
     )
@@ -160,14 +161,13 @@ def _streamed(problem: Problem, gpu: TritonFacts, precision: str) -> TritonConfi
     if not config.matrix_units:
         return replace(config, unit_tile=unit_tile, depth_tile=unit_tile, warps=8)
     depth_tile, stages = (min(padded, 64), 4) if itemsize == 2 else (min(padded, 32), 2)
-    # Sums of units, what crosses between stages, and random numbers take registers.
-    more = problem.stages > 1 or (problem.backward and problem.draws > 0)
+    # Sums of units, what crosses between stages, random numbers and many blocks take registers.
     blocks = _blocks(problem)
-    many = blocks > _PARTS_BLOCKS
-    if _in_full(problem, config) and (problem.projected or more or many):
+    more = problem.stages > 1 or (problem.backward and problem.draws > 0) or blocks > _DEEP_BLOCKS
+    if _in_full(problem, config) and (problem.projected or more):
         depth_tile = 16
-        if problem.stages == 1 and blocks > _NARROW_BLOCKS:
-            unit_tile = 16
+        if problem.stages == 1 and blocks > _AHEAD_BLOCKS:
+            stages = 1
     elif more:
         depth_tile = min(depth_tile, 32)
     while (

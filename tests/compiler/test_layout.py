@@ -65,7 +65,8 @@ def test_values_of_a_step_besides_gates_and_states() -> None:
     assert values(slstm, forward=False) == len(slstm.saved) - len(slstm.gates) > 0
     derived = derive(staged)
     for forward in (True, False):
-        held = len(derived.params) + shape(derived, forward).temporaries + 1
+        sizes = shape(derived, forward)
+        held = len(derived.params) + sizes.temporaries + sizes.results + 1
         if not forward:
             held += len(derived.params) + max(0, len(derived.saved) - len(derived.gates))
         assert values(derived, forward) == held

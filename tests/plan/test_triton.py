@@ -112,10 +112,19 @@ def test_many_values_get_smaller_tiles() -> None:
     assert choose(problem, H200).triton.depth_tile == 32
     for held in (replace(problem, states=4), replace(problem, values=6)):
         assert choose(held, H200).triton.depth_tile == 16
+        assert choose(held, H200).triton.stages == 2
         bf16 = replace(held, dtype="bfloat16")
-        assert choose(bf16, H200).triton.depth_tile == 64
-        assert choose(held, H200).triton.unit_tile == 32
-    assert choose(replace(problem, values=13), H200).triton.unit_tile == 16
+        assert choose(bf16, H200).triton.depth_tile == 32
+    bf16 = replace(problem, dtype="bfloat16")
+    assert choose(bf16, H200).triton.depth_tile == 64
+    assert choose(replace(problem, values=13), H200).triton.stages == 1
+
+
+def test_few_units_take_as_many_registers_as_a_product_of_tiles() -> None:
+    for hidden in (16, 32):
+        problem = replace(BF16, hidden=hidden, backward=True)
+        assert choose(replace(problem, values=20), H200).triton.resident
+        assert not choose(replace(problem, values=21), H200).triton.resident
 
 
 def test_stages_get_smaller_tiles() -> None:
