@@ -15,9 +15,12 @@ _LEAST_NUMBERS = 4  # of a block in a thread: a warp multiplies no smaller tiles
 # A thread has 255 registers. These many may hold the blocks of a step, or weights that no matrix
 # unit multiplies; addresses and the cell's arithmetic need the others.
 _BLOCK_REGISTERS = 160
-_PARTS_REGISTERS = 96  # for the blocks of a step, if float32 is multiplied in parts
+_PARTS_REGISTERS = 100  # for the blocks of a step, if float32 is multiplied in parts
 _DEEP_BLOCKS = 24  # most blocks of a step that streams weights in the deepest tiles
 _AHEAD_BLOCKS = 32  # and of one that multiplies in parts and loads tiles ahead
+# Most blocks of a step whose threads have 128 registers, if addresses take many of these: those of
+# given states and of their gradients, or those of more than 128 units.
+_FEW_BLOCKS = 8
 _WEIGHT_REGISTERS = 128
 _ONE_ROW_REGISTERS = 190  # those weights, and the blocks of one row
 _REGISTERS = 64 << 10  # registers of an NVIDIA multiprocessor
@@ -108,9 +111,15 @@ def _resident(problem: Problem, gpu: TritonFacts, precision: str) -> TritonConfi
     if not config.matrix_units or padded < 128 or gpu.warp > 32:
         return config
     # Use all registers: a few more for each thread, or twice the threads.
-    if problem.backward:
+    if _twice_the_threads(problem, gpu):
         return replace(config, warps=16, registers=128)
     return replace(config, registers=255)
+
+
+def _twice_the_threads(problem: Problem, gpu: TritonFacts) -> bool:
+    """Whether the gradients of a sweep with resident weights and several rows are those of more
+    threads, with half the registers each."""
+    return problem.backward and _padded(problem) >= 128 and gpu.warp <= 32
 
 
 def _blocks(problem: Problem) -> int:
@@ -122,11 +131,20 @@ def _blocks(problem: Problem) -> int:
     return 3 * problem.gates + 4 * problem.states + apart + problem.values
 
 
+def _optional(problem: Problem) -> int:
+    """Such numbers of a step back that only some calls have: states in which episodes begin and
+    sums of their gradients, and gradients of states after every step."""
+    if not problem.backward:
+        return 0
+    given = 2 * problem.states if problem.reset_states else 0
+    return given + (problem.states - 1 if problem.every_step else 0)
+
+
 def _fits(problem: Problem, gpu: TritonFacts, config: TritonConfig) -> bool:
     padded, itemsize = _padded(problem), dtypes.BYTES[problem.dtype]
     threads = _warps(problem, gpu) * gpu.warp
     words = max(1, problem.itemsize // 4)
-    blocks = _blocks(problem) * words
+    blocks = (_blocks(problem) + _optional(problem)) * words
     if not config.matrix_units:
         # The weights of a gate pass through shared memory into registers.
         through = padded * padded * problem.itemsize
@@ -140,8 +158,10 @@ def _fits(problem: Problem, gpu: TritonFacts, config: TritonConfig) -> bool:
         registers //= 2
     weights = problem.gates_of_v * padded * padded * itemsize * (1 if itemsize < 4 else 2)
     numbers = max(config.batch_tile * padded, _LEAST_NUMBERS * threads)  # of a block
+    addresses = _twice_the_threads(problem, gpu) and (problem.reset_states or padded > 128)
     return (
         blocks * numbers <= threads * registers
+        and not (addresses and _blocks(problem) > _FEW_BLOCKS)
         and weights + 2 * config.batch_tile * padded * 4 <= gpu.shared_bytes
         and padded <= most
     )

@@ -127,6 +127,29 @@ def test_few_units_take_as_many_registers_as_a_product_of_tiles() -> None:
         assert not choose(replace(problem, values=21), H200).triton.resident
 
 
+def test_given_states_and_gradients_of_every_step_take_registers() -> None:
+    problem = replace(LSTM, hidden=16, batch=64, backward=True, states=4, gates=5)
+    tf32 = replace(H200, tf32=True)
+    assert choose(problem, tf32).triton.resident
+    for changes in ({"reset_states": True}, {"every_step": True}):
+        assert choose(replace(problem, **changes), tf32).triton.resident
+    both = replace(problem, reset_states=True, every_step=True)
+    assert not choose(both, tf32).triton.resident
+    assert choose(replace(both, backward=False), tf32).triton.resident
+
+
+def test_steps_of_few_values_have_room_for_addresses_in_half_the_registers() -> None:
+    problem = replace(BF16, hidden=128, backward=True, gates=1, states=1)  # 7 values
+    more = replace(problem, values=2)
+    assert choose(replace(problem, reset_states=True), H200).triton.resident
+    assert choose(more, H200).triton.resident
+    assert not choose(replace(more, reset_states=True), H200).triton.resident
+    assert choose(replace(more, reset_states=True, backward=False), H200).triton.resident
+    assert choose(replace(more, reset_states=True, hidden=64), H200).triton.resident
+    assert choose(replace(problem, hidden=256), H200).triton.resident
+    assert not choose(replace(more, hidden=256), H200).triton.resident
+
+
 def test_stages_get_smaller_tiles() -> None:
     """What crosses between stages, and sums of units, take registers too."""
     problem = replace(BF16, hidden=512, stages=3, values=19)
