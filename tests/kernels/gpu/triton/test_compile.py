@@ -3,12 +3,13 @@ spill no registers.
 
 There is one kernel for every plan of every dtype, forward and backward. The tests compile each for
 one of the targets whose plan it is, and those that may take all registers for each of these
-targets; FASTRNN_TESTS=all compiles each for all its targets, as the command does.
-`python -m tests.kernels.gpu.triton.test_compile [--covering] [--full] [--no-counts] [name...]`
-prints the needs of each kernel: registers, shared memory, matrix instructions and size of the code.
-The names are those of targets or back ends. Without counts of instructions it takes two thirds of
-the time; `--full` compiles every cell, with and without packed rows, and sizes that are no multiple
-of a tile.
+targets; FASTRNN_TESTS=all compiles each for all its targets, as the command does. Of the published
+cells they compile, for each plan, the one that holds most; FASTRNN_TESTS=all compiles every cell.
+`python -m tests.kernels.gpu.triton.test_compile [--covering] [--full] [--published] [--no-counts]
+[name...]` prints the needs of each kernel: registers, shared memory, matrix instructions and size
+of the code. The names are those of targets or back ends. Without counts of instructions it takes
+two thirds of the time; `--full` compiles every cell, with and without packed rows, and sizes that
+are no multiple of a tile; `--published` compiles the published cells instead.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ import pytest
 import torch
 
 from fastrnn import cells, plan
+from fastrnn.cells.published import MODULES
 from fastrnn.compiler import layout
 from fastrnn.compiler.derive import derive
 from fastrnn.kernels.gpu.triton import launch
@@ -260,10 +262,12 @@ def _output(*command: Any) -> str:
 
 
 MOST_REGISTERS = 255  # that a thread can have
-CELLS = {name: cells.get(name) for name in ("lstm", "gru", "rnn_tanh", "wide", peepholes.name)}
-CELLS |= {cell.name: cell for cell in (NOISY, CLIPPED, *STAGED)}
+USUAL = {name: cells.get(name) for name in ("lstm", "gru", "rnn_tanh", "wide", peepholes.name)}
+USUAL |= {cell.name: cell for cell in (NOISY, CLIPPED, *STAGED)}
+CELLS = USUAL | {name: cells.get(name) for name in MODULES}
 SIZES = (1, 32, 64, 100, 128, 256, 512, 1000)
 FEW = (64, 512)  # for a projection, and for a cell with learned parameters or random numbers
+PUBLISHED_SIZES = (16, 32, 64, 100, 128, 256, 512)
 
 
 def is_special(name: str) -> str:
@@ -273,20 +277,39 @@ def is_special(name: str) -> str:
     return name if has else ""
 
 
+def problem(
+    name: str, dtype: str, hidden: int, batch: int, projected: bool, backward: bool
+) -> plan.Problem:
+    cell = CELLS[name]
+    derived = derive(cell)
+    return plan.Problem(
+        name, 100, batch, 64, hidden, len(cell.gates), len(cell.states), dtype=dtype, tape=True,
+        backward=backward, projected=projected, stages=derived.stages, draws=len(derived.draws),
+        values=layout.values(derived, forward=not backward), input_gates=len(cell.inputs),
+        recurrent_gates=len(cell.recurrent), all_summed=derived.all_summed,
+    )  # fmt: skip
+
+
 def problems() -> Iterator[plan.Problem]:
-    for name, cell in CELLS.items():
-        derived = derive(cell)
-        special, projectable = is_special(name), derived.projectable
+    for name in USUAL:
+        special, projectable = is_special(name), derive(CELLS[name]).projectable
         for dtype, hidden, batch, projected, backward in itertools.product(
             ("bfloat16", "float32", "float64"), SIZES, (1, 64), (False, True), (False, True)
         ):
             some = projected or special
             if not some or (hidden in FEW and (projectable or not projected)):
-                yield plan.Problem(
-                    name, 100, batch, 64, hidden, len(cell.gates), len(cell.states), dtype=dtype,
-                    tape=True, backward=backward, projected=projected, draws=len(derived.draws),
-                    stages=derived.stages, values=layout.values(derived, forward=not backward),
-                )  # fmt: skip
+                yield problem(name, dtype, hidden, batch, projected, backward)
+
+
+def precisions(target: Target, dtype: str) -> tuple[str, ...]:
+    three = target.backend == "cuda" and dtype == "float32"
+    return ("tf32x3", "tf32") if three else ("ieee",)
+
+
+def with_rows(target: Target, own: plan.Problem, precision: str, packed: bool) -> Case:
+    """Packed rows come with episodes that begin in given states, and with gradients of the states
+    after every step, which the plan counts."""
+    return Case(target, replace(own, reset_states=packed, every_step=packed), precision, packed)
 
 
 def key_of(case: Case) -> tuple[Any, ...]:
@@ -301,24 +324,60 @@ def key_of(case: Case) -> tuple[Any, ...]:
 def cases(target: Target, full: bool = False) -> Iterator[Case]:
     """One kernel for each plan, dtype and pass, every other one packed; `full`: for every cell."""
     seen: set[Any] = set()
-    for problem in problems():
-        rare = bool(is_special(problem.cell))
-        alone = problem.projected and problem.stages == 1
-        if rare and not full and (problem.hidden != FEW[0] or alone):
+    for own in problems():
+        rare = bool(is_special(own.cell))
+        alone = own.projected and own.stages == 1
+        if rare and not full and (own.hidden != FEW[0] or alone):
             continue
-        if problem.stages > 1 and not full and (problem.dtype == "float64" or problem.batch == 1):
+        if own.stages > 1 and not full and (own.dtype == "float64" or own.batch == 1):
             continue
-        three = target.backend == "cuda" and problem.dtype == "float32"
-        for precision in ("tf32x3", "tf32") if three else ("ieee",):
-            case = Case(target, problem, precision, len(seen) % 2 == 0)
-            key = key_of(case)
-            if full:
-                key += (problem.cell, problem.hidden % 16 == 0)
+        for precision in precisions(target, own.dtype):
+            first = len(seen) % 2 == 0
+            for packed in (first, not first):  # whose plans may differ
+                case = with_rows(target, own, precision, packed)
+                key = key_of(case)
+                if full:
+                    key += (own.cell, own.hidden % 16 == 0, packed)
+                if key not in seen:
+                    seen.add(key)
+                    yield case
+
+
+def published(target: Target, batches: Sequence[int] = (1, 64)) -> Iterator[Case]:
+    """One kernel of every published cell for each plan, dtype and pass, and for sizes that are no
+    multiple of a tile: with packed rows, which take more registers, where some have this plan."""
+    seen: set[Any] = set()
+    for name, dtype, hidden, batch, backward in itertools.product(
+        MODULES, ("bfloat16", "float32"), PUBLISHED_SIZES, batches, (False, True)
+    ):
+        own = problem(name, dtype, hidden, batch, False, backward)
+        for precision, packed in itertools.product(precisions(target, dtype), (True, False)):
+            case = with_rows(target, own, precision, packed)
+            key = (name, hidden % 16 == 0, *key_of(case))
             if key not in seen:
                 seen.add(key)
                 yield case
-                if full:
-                    yield replace(case, packed=not case.packed)
+
+
+def kind_of(case: Case) -> tuple[Any, ...]:
+    """What a selection of published cells has of each: dtype, pass, plan and kind of kernel."""
+    own = case.problem
+    kernel = own.dtype, case.precision, own.backward, own.stages > 1
+    return *kernel, replace(case.plan, chunk_rows=1)
+
+
+def holding_most(target: Target) -> list[Case]:
+    """Of the published cells with the same plan for several rows, the one whose step has most
+    results."""
+
+    def results(case: Case) -> tuple[int, bool]:
+        derived, size = derive(CELLS[case.problem.cell]), case.problem.hidden
+        return len(derived.gradients if case.problem.backward else derived.step), size % 16 > 0
+
+    same: dict[Any, list[Case]] = {}
+    for case in published(target, batches=(64,)):
+        same.setdefault(kind_of(case), []).append(case)
+    return [max(alike, key=results) for alike in same.values()]
 
 
 def values(case: Case) -> tuple[Hashable, ...]:
@@ -339,7 +398,16 @@ def covering(targets: Sequence[Target]) -> list[Case]:
         kernels.setdefault((case.target.backend, *key_of(case)), []).append(case)
     every = [same for same in kernels.values() if same[0].plan.triton.registers == MOST_REGISTERS]
     some = [same for same in kernels.values() if same not in every]
-    return [*itertools.chain(*every), *selection.covering(some, values)]
+    chosen = [*itertools.chain(*every), *selection.covering(some, values)]
+    whole = list(itertools.chain(*some))
+    while missing := with_target(whole) - with_target(chosen):
+        chosen.append(max(whole, key=lambda case: len(missing & with_target([case]))))
+    return chosen
+
+
+def with_target(some: Sequence[Case]) -> set[tuple[Hashable, Hashable]]:
+    """The targets, each with every value that it occurs with."""
+    return {pair for case in some for pair in pairs(values(case)) if case.target.name in pair}
 
 
 def main(chosen: Sequence[Case], counts: bool) -> int:
@@ -358,20 +426,33 @@ def select(names: Sequence[str]) -> list[Target]:
     return [t for t in TARGETS if not names or t.name in names or t.backend in names]
 
 
-@pytest.mark.takes(45)
-@pytest.mark.parametrize("name", [t.name for t in TARGETS] if selection.ALL_TESTS else BACKENDS)
-def test_kernels_fit_and_spill_nothing(name: str) -> None:
+def check(name: str, *options: str) -> None:
     """Runs in a process of its own, without the interpreter that other tests need."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    options = ["--no-counts", *(() if selection.ALL_TESTS else ("--covering",))]
+    options += () if selection.ALL_TESTS else ("--covering",)
+    module = "tests.kernels.gpu.triton.test_compile"
     done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.gpu.triton.test_compile", *options, name],
+        [sys.executable, "-m", module, "--no-counts", *options, name],
         env=environment,
         capture_output=True,
         text=True,
         cwd=ROOT,
     )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+
+
+@pytest.mark.takes(45)
+@pytest.mark.parametrize("name", [t.name for t in TARGETS] if selection.ALL_TESTS else BACKENDS)
+def test_kernels_fit_and_spill_nothing(name: str) -> None:
+    check(name)
+
+
+@pytest.mark.takes(60)
+@pytest.mark.parametrize(
+    "name", [t.name for t in TARGETS] if selection.ALL_TESTS else ("sm_90", "gfx942")
+)
+def test_published_cells_fit_and_spill_nothing(name: str) -> None:
+    check(name, "--published")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -382,10 +463,16 @@ def test_the_selection_has_each_kernel_and_all_values_for_each_target(backend: s
     assert set(chosen) <= set(whole)
     assert set(map(key_of, chosen)) == set(map(key_of, whole))
 
-    def with_target(some: Sequence[Case]) -> set[Any]:
-        return {pair for case in some for pair in pairs(values(case)) if case.target.name in pair}
-
     assert with_target(chosen) == with_target(whole)
+
+
+@pytest.mark.parametrize("name", ["sm_90", "gfx942"])
+def test_the_selection_of_published_cells_has_each_plan(name: str) -> None:
+    (target,) = select([name])
+    whole, chosen = list(published(target, batches=(64,))), holding_most(target)
+    assert set(chosen) <= set(whole)
+    assert {case.problem.cell for case in whole} == set(MODULES)
+    assert set(map(kind_of, chosen)) == set(map(kind_of, whole))
 
 
 def kernels() -> Iterator[tuple[Any, set[str]]]:
@@ -427,7 +514,13 @@ def test_what_a_batch_decides_is_no_constant_of_a_kernel() -> None:
 
 
 if __name__ == "__main__":
-    chosen = select([a for a in sys.argv[1:] if not a.startswith("--")])
-    some = covering(chosen) if "--covering" in sys.argv else None
-    every = [case for target in chosen for case in cases(target, "--full" in sys.argv)]
-    sys.exit(main(every if some is None else some, "--no-counts" not in sys.argv) > 0)
+    names = select([a for a in sys.argv[1:] if not a.startswith("--")])
+    full, some = "--full" in sys.argv, "--covering" in sys.argv
+    if "--published" in sys.argv:
+        kinds = map(holding_most if some else published, names)
+        every = list(itertools.chain.from_iterable(kinds))
+    elif some:
+        every = covering(names)
+    else:
+        every = [case for target in names for case in cases(target, full)]
+    sys.exit(main(every, "--no-counts" not in sys.argv) > 0)
