@@ -186,7 +186,7 @@ def _streamed(problem: Problem, gpu: TritonFacts, precision: str) -> TritonConfi
     more = problem.stages > 1 or (problem.backward and problem.draws > 0) or blocks > _DEEP_BLOCKS
     if _in_full(problem, config) and (problem.projected or more):
         depth_tile = 16
-        if problem.stages == 1 and blocks > _AHEAD_BLOCKS:
+        if blocks > _AHEAD_BLOCKS:
             stages = 1
     elif more:
         depth_tile = min(depth_tile, 32)

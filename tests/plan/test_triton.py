@@ -117,7 +117,9 @@ def test_many_values_get_smaller_tiles() -> None:
         assert choose(bf16, H200).triton.depth_tile == 32
     bf16 = replace(problem, dtype="bfloat16")
     assert choose(bf16, H200).triton.depth_tile == 64
-    assert choose(replace(problem, values=13), H200).triton.stages == 1
+    many = replace(problem, values=13)
+    for held in (many, replace(many, stages=3)):
+        assert choose(held, H200).triton.stages == 1
 
 
 def test_few_units_take_as_many_registers_as_a_product_of_tiles() -> None:
