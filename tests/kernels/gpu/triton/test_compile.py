@@ -366,16 +366,20 @@ def kind_of(case: Case) -> tuple[Any, ...]:
     return *kernel, replace(case.plan, chunk_rows=1)
 
 
+def several_rows(target: Target) -> list[Case]:
+    return [case for case in published(target, batches=(64,)) if case.precision != "tf32"]
+
+
 def holding_most(target: Target) -> list[Case]:
     """Of the published cells with the same plan for several rows, the one whose step has most
-    results."""
+    results; not in TF32, whose plans are much like those of bfloat16."""
 
     def results(case: Case) -> tuple[int, bool]:
         derived, size = derive(CELLS[case.problem.cell]), case.problem.hidden
         return len(derived.gradients if case.problem.backward else derived.step), size % 16 > 0
 
     same: dict[Any, list[Case]] = {}
-    for case in published(target, batches=(64,)):
+    for case in several_rows(target):
         same.setdefault(kind_of(case), []).append(case)
     return [max(alike, key=results) for alike in same.values()]
 
@@ -469,7 +473,7 @@ def test_the_selection_has_each_kernel_and_all_values_for_each_target(backend: s
 @pytest.mark.parametrize("name", ["sm_90", "gfx942"])
 def test_the_selection_of_published_cells_has_each_plan(name: str) -> None:
     (target,) = select([name])
-    whole, chosen = list(published(target, batches=(64,))), holding_most(target)
+    whole, chosen = several_rows(target), holding_most(target)
     assert set(chosen) <= set(whole)
     assert {case.problem.cell for case in whole} == set(MODULES)
     assert set(map(kind_of, chosen)) == set(map(kind_of, whole))
