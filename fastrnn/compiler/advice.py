@@ -8,7 +8,7 @@ from types import TracebackType
 
 import torch
 
-__all__ = ["BRANCH", "DTYPE", "IN_PLACE", "MIXED", "NEVER", "about", "torchs_function"]
+__all__ = ["BRANCH", "CALLED", "DTYPE", "IN_PLACE", "MIXED", "NEVER", "about", "torchs_function"]
 
 DTYPE = (
     "a cell is computed in the dtype of its layer, and in float32 if that has 16 bits, whatever "
@@ -18,6 +18,10 @@ DTYPE = (
 BRANCH = (
     "it reads the value of a tensor, perhaps to branch on it, and a kernel computes all units of "
     "all rows by one formula; choose per unit with torch.where"
+)
+CALLED = (
+    "it calls a tensor, as v.a(x) would; v(x).a is the product of the recurrent weights of gate a "
+    "with a value x of the step"
 )
 IN_PLACE = "give the result a name of its own, as in z = torch.tanh(z) and z = z * 0.5"
 MIXED = (

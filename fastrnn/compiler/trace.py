@@ -21,7 +21,15 @@ from torch.autograd.graph import _engine_run_backward
 from fastrnn.cells import Cell
 from fastrnn.cells.arguments import as_written
 from fastrnn.cells.checks import fault_of_states
-from fastrnn.compiler.advice import BRANCH, DTYPE, IN_PLACE, MIXED, about, torchs_function
+from fastrnn.compiler.advice import (
+    BRANCH,
+    CALLED,
+    DTYPE,
+    IN_PLACE,
+    MIXED,
+    about,
+    torchs_function,
+)
 from fastrnn.compiler.cut import Backward, Calls, Cut, Site, Underivable, own_dtypes
 from fastrnn.compiler.expression import MASKS, Algebra, Expr, uses
 from fastrnn.compiler.record import ValueRead, record
@@ -239,6 +247,8 @@ def _why(error: Exception, calls: Calls) -> str:
     what = str(error).split("\n")[0]
     if isinstance(error, ValueRead) or re.search(r"Boolean value of Tensor|to Scalar", what):
         return BRANCH
+    if "'Tensor' object is not callable" in what:
+        return CALLED
     if re.search("in-?place", what) and calls.written:
         if "__setitem__" in calls.written:
             return f"it calls __setitem__, which {about('__setitem__')}"

@@ -81,6 +81,7 @@ MOVED = ["takes some of the units", "or moves them", "a gate or a state of its o
         (lambda u, v, h: h if h.mean() > 0 else u.a, BRANCH),
         (lambda u, v, h: h if torch.any(h > 0) else u.a, BRANCH),
         (lambda u, v, h: h * h.mean().item(), BRANCH),
+        (lambda u, v, h: u.a + v.a(h * h), ["calls a tensor", "v(x).a"]),
         (chosen, [*BRANCH, "torch.cond"]),
         (chosen_by_a_mask, [*BRANCH, "torch.cond"]),
         (written_by_index, ["some of the units", "torch.where(z < 0, 0, z)"]),
