@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 import warnings
 from typing import Any
 
@@ -72,7 +73,7 @@ def test_script_of_a_subclass(name: str, heir: str) -> None:
     module = heirs(getattr(fastrnn, name))[heir](*SIZES)
     expected = flat(module(sample(module)))
     loaded = scripted(Holder(module))
-    assert "fastrnn" not in str(loaded.inlined_graph)
+    assert "fastrnn" not in re.sub("#.*", "", str(loaded.inlined_graph))  # of paths
     torch.testing.assert_close(flat(loaded(sample(module))), expected, atol=1e-6, rtol=1e-5)
     assert loaded.inner.state_dict().keys() == module.state_dict().keys()
     if heir == "Adds":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -391,7 +392,7 @@ def test_script(name: str) -> None:
         torch.jit.save(scripted, buffer)
         buffer.seek(0)
         loaded = torch.jit.load(buffer)
-    assert "fastrnn" not in str(loaded.inlined_graph)
+    assert "fastrnn" not in re.sub("#.*", "", str(loaded.inlined_graph))  # of paths
     for module in (scripted, loaded):
         assert_same(module(x), net(x))
     assert scripted.state_dict().keys() == net.state_dict().keys()

@@ -133,8 +133,8 @@ def test_given_states_and_gradients_of_every_step_take_registers() -> None:
     problem = replace(LSTM, hidden=16, batch=64, backward=True, states=4, gates=5)
     tf32 = replace(H200, tf32=True)
     assert choose(problem, tf32).triton.resident
-    for changes in ({"reset_states": True}, {"every_step": True}):
-        assert choose(replace(problem, **changes), tf32).triton.resident
+    for one in (replace(problem, reset_states=True), replace(problem, every_step=True)):
+        assert choose(one, tf32).triton.resident
     both = replace(problem, reset_states=True, every_step=True)
     assert not choose(both, tf32).triton.resident
     assert choose(replace(both, backward=False), tf32).triton.resident
