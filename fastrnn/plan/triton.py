@@ -17,7 +17,7 @@ _LEAST_NUMBERS = 4  # of a block in a thread: a warp multiplies no smaller tiles
 _BLOCK_REGISTERS = 160
 _PARTS_REGISTERS = 100  # for the blocks of a step, if float32 is multiplied in parts
 _DEEP_BLOCKS = 24  # most blocks of a step that streams weights in the deepest tiles
-_AHEAD_BLOCKS = 32  # and of one that multiplies in parts and loads tiles ahead
+_AHEAD_BLOCKS = 32  # and of one that loads as many tiles ahead as others
 # Most blocks of a step whose threads have 128 registers, if addresses take many of these: those of
 # given states and of their gradients, or those of more than 128 units.
 _FEW_BLOCKS = 8
@@ -186,10 +186,10 @@ def _streamed(problem: Problem, gpu: TritonFacts, precision: str) -> TritonConfi
     more = problem.stages > 1 or (problem.backward and problem.draws > 0) or blocks > _DEEP_BLOCKS
     if _in_full(problem, config) and (problem.projected or more):
         depth_tile = 16
-        if blocks > _AHEAD_BLOCKS:
-            stages = 1
     elif more:
         depth_tile = min(depth_tile, 32)
+    if blocks > _AHEAD_BLOCKS and (itemsize == 2 or _in_full(problem, config)):
+        stages //= 2
     while (
         # Weights of every gate, and the batch rows that are multiplied by them.
         stages * depth_tile * (problem.gates_of_v * unit_tile + config.batch_tile) * itemsize
