@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
 import fastrnn
@@ -26,6 +25,7 @@ from tests.support.quantised import (
     has_kernel,
 )
 from tests.support.tensors import batches, flatten
+from tests.support.weights import as_torch_draws
 
 
 @pytest.mark.parametrize("keep_float", [True, False], ids=["float", "rounded"])
@@ -98,12 +98,11 @@ def test_errors_of_published_cells(
     """Against float64 with the weights before they were rounded: of a sequence, or of one step from
     exact states, which may have twice the error."""
     layer: Any = fastrnn.Recurrent(fastrnn.cells.get(name), 64, 128).requires_grad_(False)
-    # With torch.nn's values, for which the limits are: with some published ones, errors grow from
-    # step to step, and others are zeros, which no format rounds.
+    # The limits are for these values: with some published ones, errors grow from step to step, and
+    # others are zeros, which no format rounds.
+    as_torch_draws(layer)
     for parameter, value in layer.named_parameters():
-        if parameter.startswith(("weight_ih", "weight_hh", "bias_ih", "bias_hh")):
-            nn.init.uniform_(value, -(128**-0.5), 128**-0.5)
-        elif "gain" in parameter:
+        if "gain" in parameter:
             value.mul_(gain)
     exact, x = copy.deepcopy(layer).double(), torch.randn(60, 2, 64)
     y, last = exact(x.double())
