@@ -323,21 +323,14 @@ class Forward {
                                                 args_.recurrence[p].w_ih, args_.inputs, own.panel);
       for_each_tile<kRows<Inputs>>(count, [&](int64_t first, auto n) {
         constexpr int kTile = decltype(n)::value;
-        Sums<F, kTile, Inputs::kVectors> acc;
-        const auto each = [&](const auto& f) __attribute__((always_inline)) {
-          for (int r = 0; r < kTile; ++r)
-            for (int v = 0; v < Inputs::kVectors; ++v)
-              f(r, v, &acc[r][v * F::kSums], load<V>(bias + v * kLanes));
+        const auto begin = [=](int, int v) __attribute__((always_inline)) {
+          return load<V>(bias + v * kLanes);
         };
-        each([&](int, int v, auto* sum, V b) {
-          begin_sum<F>(sum, w.columns, w.column + v * kLanes, b);
-        });
-        add_product<Inputs>(acc, w, own.x + first, 0, w.depth);
-        each([&](int r, int v, auto* sum, V b) {
-          const T scale = F::kScaled ? own.x_scale[first + r] : T{1};
-          store(u + (first + r) * stride + v * kLanes,
-                end_sum<F>(sum, w.columns, w.column + v * kLanes, scale, b));
-        });
+        T* const to = u + first * stride;
+        const auto end = [=](int r, int v, V sum) __attribute__((always_inline)) {
+          store(to + r * stride + v * kLanes, sum);
+        };
+        multiply_tile<Inputs, kTile>(w, own.x + first, own.x_scale + first, begin, end);
       });
     }
   }
@@ -417,7 +410,6 @@ class Forward {
     const int64_t stride = share.panels.size() * Inputs::kWidth;
     const Scratch& own = scratch_[me.index];
     const T* bias = recurrence.bias_v + panel * Recurrent::kWidth;
-    Sums<F, kTile, Recurrent::kVectors> sums;
     const Word* rows[kTile];
     for (int r = 0; r < kTile; ++r) {
       if constexpr (F::kConverts)
@@ -425,29 +417,21 @@ class Forward {
       else
         rows[r] = h + (first + r) * padded_h_;
     }
-    const auto each = [&](const auto& f) __attribute__((always_inline)) {
-      for (int r = 0; r < kTile; ++r)
-        for (int v = 0; v < Recurrent::kVectors; ++v)
-          f(r, v, &sums[r][v * F::kSums],
-            Cell::kSummed[v % G] ? load<V>(u + r * stride + input_vector(v) * kLanes)
-                                 : load<V>(bias + v * kLanes));
+    const auto begin = [&](int r, int v) __attribute__((always_inline)) {
+      return Cell::kSummed[v % G] ? load<V>(u + r * stride + input_vector(v) * kLanes)
+                                  : load<V>(bias + v * kLanes);
     };
-    each([&](int, int v, auto* sum, V b) {
-      begin_sum<F>(sum, w.columns, w.column + v * kLanes, b);
-    });
-    int64_t next = 0;
     if constexpr (!F::kConverts) {
       if (fresh) {
-        out_of_line(sums,
-                    [&](auto& sum) { add_own_blocks(sum, w, rows, me, share.own_blocks, done); });
-        next = share.own_blocks.end;
+        for (int r = 0; r < kTile; ++r)
+          for (int v = 0; v < Recurrent::kVectors; ++v) acc[r][v] = begin(r, v);
+        add_own_blocks(acc, w, rows, me, share.own_blocks, done);
+        add_blocks(acc, w, rows, share.own_blocks.end, w.depth);
+        return;
       }
     }
-    add_product<Recurrent>(sums, w, rows, next, w.depth);
-    each([&](int r, int v, auto* sum, V b) {
-      const T scale = F::kScaled ? own.state_scale[first + r] : T{1};
-      acc[r][v] = end_sum<F>(sum, w.columns, w.column + v * kLanes, scale, b);
-    });
+    const auto end = [&](int r, int v, V sum) __attribute__((always_inline)) { acc[r][v] = sum; };
+    multiply_tile<Recurrent, kTile>(w, rows, own.state_scale + first, begin, end);
   }
   // The vector of u of the gate that vector v of a recurrent panel has.
   static constexpr int input_vector(int v) {
@@ -470,28 +454,55 @@ class Forward {
     if (!projected()) expect(args_.y, row * H + unit);
   }
 
-  // Calls f on a copy of a tile in memory: so the tile itself stays in registers elsewhere.
-  template <int kTile, int kVectors, class Each>
-  FASTRNN_INLINE static void out_of_line(V (&acc)[kTile][kVectors], const Each& f) {
-    V sum[kTile][kVectors];
-    set_tile(sum, acc);
-    f(sum);
-    set_tile(acc, sum);
+  // Multiplies a tile of rows by a panel of weights: the sum of row r and vector v begins at
+  // begin(r, v), and end(r, v, sum) takes it. `scale` has those of the rows, if the format has any.
+  template <class Of, int kTile, class Begin, class End>
+  FASTRNN_INLINE void multiply_tile(const PanelWeights& w, const Word* const* rows, const T* scale,
+                                    const Begin& begin, const End& end) const {
+    if constexpr (!F::kConverts) {
+      if (!w.packed) {
+        V sums[kTile][Of::kVectors];
+        for (int r = 0; r < kTile; ++r)
+          for (int v = 0; v < Of::kVectors; ++v) sums[r][v] = begin(r, v);
+        add_unpacked<Of>(sums, w, rows, 0, w.depth);
+        for (int r = 0; r < kTile; ++r)
+          for (int v = 0; v < Of::kVectors; ++v) end(r, v, sums[r][v]);
+        return;
+      }
+    }
+    constexpr int kAtOnce = vectors_at_once<F>(kTile, Of::kVectors);
+    for_each_part<Of::kVectors, kAtOnce>([&](auto from) __attribute__((always_inline)) {
+      constexpr int kFirst = decltype(from)::value;
+      Sums<F, kTile, kAtOnce> sums;
+      const auto each = [&](const auto& f) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+        for (int r = 0; r < kTile; ++r)
+#pragma GCC unroll 16
+          for (int v = 0; v < kAtOnce; ++v)
+            f(r, kFirst + v, &sums[r][v * F::kSums], w.column + (kFirst + v) * kLanes);
+      };
+      each([&](int r, int v, auto* sum, int64_t column) {
+        begin_sum<F>(sum, w.columns, column, begin(r, v));
+      });
+      multiply_part<kFirst, kAtOnce, Of::kVectors, F>(sums, Packed<Word>{w.packed}, rows, 0,
+                                                      w.depth, sum_block(w.depth));
+      each([&](int r, int v, auto* sum, int64_t column) {
+        end(r, v,
+            end_sum<F>(sum, w.columns, column, F::kScaled ? scale[r] : T{1}, begin(r, v)));
+      });
+    });
   }
 
-  // acc += rows[:, k0:k1] * weights, in words, where blocks of the sum begin and end.
-  template <class Of, int kTile>
-  FASTRNN_INLINE void add_product(Sums<F, kTile, Of::kVectors>& acc, const PanelWeights& w,
-                                  const Word* const* rows, int64_t k0, int64_t k1) const {
-    constexpr int kVectors = Of::kVectors;
-    if constexpr (F::kConverts) {
-      multiply<kTile, kVectors, F>(acc, Packed<Word>{w.packed}, rows, k0, k1, sum_block(w.depth));
-    } else {
-      if (w.packed)
-        multiply<kTile, kVectors, F>(acc, Packed<T>{w.packed}, rows, k0, k1, sum_block(w.depth));
-      else
-        out_of_line(acc, [&](auto& sum) { add_unpacked<Of>(sum, w, rows, k0, k1); });
-    }
+  // acc += rows[:, k0:k1] * weights, where blocks of the sum begin and end.
+  template <int kTile>
+  __attribute__((noinline)) void add_blocks(V (&acc)[kTile][Recurrent::kVectors],
+                                            const PanelWeights& w, const T* const* rows, int64_t k0,
+                                            int64_t k1) const {
+    if (w.packed)
+      multiply<kTile, Recurrent::kVectors, F>(acc, Packed<T>{w.packed}, rows, k0, k1,
+                                              sum_block(w.depth));
+    else
+      add_unpacked<Recurrent>(acc, w, rows, k0, k1);
   }
   template <class Of, int kTile>
   __attribute__((noinline)) void add_unpacked(V (&acc)[kTile][Of::kVectors], const PanelWeights& w,
@@ -506,14 +517,6 @@ class Forward {
     multiply_unpacked<kTile, kVectors, T>(acc, unpacked, rows, k0, k1, sum_block(w.depth));
   }
 
-  // add_product() of a tile that is in memory anyway.
-  template <int kTile>
-  __attribute__((noinline)) void add_apart(V (&acc)[kTile][Recurrent::kVectors],
-                                           const PanelWeights& w, const T* const* rows, int64_t k0,
-                                           int64_t k1) const {
-    add_product<Recurrent>(acc, w, rows, k0, k1);
-  }
-
   // acc += rows[:, :own.end] * weights. The thread's own part of h comes first, while the other
   // parts arrive.
   template <int kTile>
@@ -521,7 +524,7 @@ class Forward {
                                                 const PanelWeights& w, const T* const* rows,
                                                 const Member& me, Range own, int64_t done) const {
     if (own.begin == 0) {
-      add_apart(acc, w, rows, 0, own.end);
+      add_blocks(acc, w, rows, 0, own.end);
       me.wait_for_peers(done);
       return;
     }
@@ -535,11 +538,11 @@ class Forward {
       for (int64_t k = own.begin, n = 0; k < own.end; k += block, ++n) {
         for (auto& row : apart[n])
           for (V& sum : row) sum = splat<V>(-0.0);  // which adds nothing, not even a sign
-        add_apart(apart[n], w, rows, k, own.end - k < block ? own.end : k + block);
+        add_blocks(apart[n], w, rows, k, own.end - k < block ? own.end : k + block);
       }
     }
     me.wait_for_peers(done);
-    add_apart(acc, w, rows, 0, own.begin);
+    add_blocks(acc, w, rows, 0, own.begin);
     if (own.size() > 0) add_tile(acc, apart[0]);
     if (own.size() > block) add_tile(acc, apart[1]);
   }

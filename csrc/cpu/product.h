@@ -55,18 +55,24 @@ FASTRNN_INLINE void add_tile(V (&to)[kRows][kVectors], const V (&from)[kRows][kV
     for (int v = 0; v < kVectors; ++v) to[r][v] = to[r][v] + from[r][v];
 }
 
-// Packed weights: all vectors of row k of a panel or band follow each other.
-template <class T>
+// Packed weights: all vectors of row k of a panel or band follow each other. A row has kOf vectors,
+// or as many as are read.
+template <class T, int kOf = 0>
 struct FASTRNN_EXPORTED Packed {
   const T* first;
   template <int kVectors>
   FASTRNN_INLINE void read(int64_t k, Vec<T> (&to)[kVectors]) const {
     constexpr int n = lanes<Vec<T>>();
-    const T* row = first + k * (kVectors * n);
+    const T* row = first + k * ((kOf ? kOf : kVectors) * n);
 #pragma GCC unroll 16
     for (int v = 0; v < kVectors; ++v) to[v] = load<Vec<T>>(row + v * n);
   }
 };
+// Vectors [kFirst, kFirst + kCount) of each row, of kOf.
+template <int kFirst, int kCount, int kOf, class T>
+FASTRNN_INLINE Packed<T, kOf> some_vectors(const Packed<T>& of) {
+  return {of.first + kFirst * lanes<Vec<T>>()};
+}
 
 // The sums of a tile of format F: those of a vector lie side by side.
 template <class F, int kRows, int kVectors>
@@ -123,6 +129,13 @@ FASTRNN_INLINE void add_blocks(BlockSums<F, kRows, kVectors> (&acc)[kSets], cons
   }
 }
 
+// The rows of a tile of one block whose sums of earlier blocks wait in registers, beside those of
+// the block, a row of weights and a factor.
+constexpr int rows_held(int rows, int vectors) {
+  const int held = (kVectorRegisters - 6 - 1 - vectors - rows * vectors) / vectors;
+  return held < 0 ? 0 : held < rows ? held : rows;
+}
+
 // The number of blocks that a tile computes at a time. Two FMA units with a latency of four cycles
 // need at least eight independent accumulators.
 constexpr int block_sets(int tile) {
@@ -136,6 +149,23 @@ FASTRNN_INLINE void with_block_count(int64_t left, int64_t block, const F& f) {
     if (left <= (kMax - 1) * block) return with_block_count<kMax - 1>(left, block, f);
   }
   f(Constant<kMax>{});
+}
+
+// The vectors of a tile that are multiplied at a time. With half of them, all sums of earlier blocks
+// stay in registers: to store 64 bytes takes a Zen 4 as long as two multiply-adds. Where vectors
+// are shorter, half of them would be too few chains of multiply-adds.
+template <class F>
+constexpr int vectors_at_once(int rows, int vectors) {
+  const bool one_block = block_sets(rows * vectors * F::kBlockSums) == 1;
+  const bool halves = kVectorBytes == 64 && !F::kScaled && one_block && vectors % 2 == 0;
+  return halves && 2 * rows >= 8 ? 2 : vectors;
+}
+
+// Calls f(Constant<first>) for each part of kVectors vectors that has kAtOnce of them.
+template <int kVectors, int kAtOnce, int kFirst = 0, class Each>
+FASTRNN_INLINE void for_each_part(const Each& f) {
+  f(Constant<kFirst>{});
+  if constexpr (kFirst + kAtOnce < kVectors) for_each_part<kVectors, kAtOnce, kFirst + kAtOnce>(f);
 }
 
 // out += words [k0, k1) of a product of integers, whose sums have no order: a block is as long as
@@ -159,11 +189,11 @@ FASTRNN_INLINE void multiply_integers(Sums<F, kRows, kVectors>& out, const Weigh
 
 // out[r][v] += sum over words k in [k0, k1) of rows[r][k] * weights[k][v], where a block begins at
 // k0, and at k1 unless the sum ends there. A large tile asks for what lies `ahead`.
-template <int kRows, int kVectors, class F, class Weights>
+template <int kRows, int kVectors, class F,
+          int kSets = block_sets(kRows * kVectors * F::kBlockSums), class Weights>
 FASTRNN_INLINE void multiply(Sums<F, kRows, kVectors>& out, const Weights& weights,
                              const typename F::Word* const* rows, int64_t k0, int64_t k1,
                              int64_t block, Ahead* ahead = nullptr) {
-  constexpr int kSets = block_sets(kRows * kVectors * F::kBlockSums);
   if constexpr (F::kWidens) {
     multiply_integers<kRows, kVectors, F>(out, weights, rows, k0, k1, ahead);
   } else if constexpr (F::kScaled && kSets == 1) {
@@ -175,7 +205,13 @@ FASTRNN_INLINE void multiply(Sums<F, kRows, kVectors>& out, const Weights& weigh
     set_tile(out, acc[0]);
   } else if constexpr (kSets == 1) {
     if (k0 >= k1) return;
+    constexpr int kHeld = rows_held(kRows, kVectors * F::kSums);
     Sums<F, kRows, kVectors> acc[1], before;
+    // The sums of the other rows wait in memory.
+    const auto wait = [&]() __attribute__((always_inline)) {
+#pragma GCC unroll 8
+      for (int r = kHeld; r < kRows; ++r) asm("" : "+m"(before[r]));
+    };
     if (k0) {
       set_tile(before, out);
       clear_tile(acc[0]);
@@ -187,12 +223,12 @@ FASTRNN_INLINE void multiply(Sums<F, kRows, kVectors>& out, const Weights& weigh
       if (ahead) ahead->ask();
       add_blocks<1, kRows, kVectors, F>(acc, weights, rows, k, block, left < block ? left : block);
       if (k) {
-        asm("" : "+m"(before));  // the sum of the blocks before waits in memory
+        wait();
         add_tile(acc[0], before);
       }
       if (left <= block) break;
       set_tile(before, acc[0]);
-      asm("" : "+m"(before));
+      wait();
       clear_tile(acc[0]);
       k += block;
     }
@@ -218,6 +254,16 @@ FASTRNN_INLINE void multiply(Sums<F, kRows, kVectors>& out, const Weights& weigh
       });
     }
   }
+}
+
+// multiply() of vectors [kFirst, kFirst + kAtOnce) of a tile of kVectors, with as many blocks at a
+// time as the tile has.
+template <int kFirst, int kAtOnce, int kVectors, class F, int kRows, class Weights>
+FASTRNN_INLINE void multiply_part(typename F::Sum (&out)[kRows][kAtOnce * F::kSums],
+                                  const Weights& weights, const typename F::Word* const* rows,
+                                  int64_t k0, int64_t k1, int64_t block, Ahead* ahead = nullptr) {
+  multiply<kRows, kAtOnce, F, block_sets(kRows * kVectors * F::kBlockSums)>(
+      out, some_vectors<kFirst, kAtOnce, kVectors>(weights), rows, k0, k1, block, ahead);
 }
 
 // The sums of the blocks in [k0, k1), at most two and not the first of all, each on its own.
@@ -304,6 +350,11 @@ struct FASTRNN_EXPORTED Columns {
     to[kVectors - 1] = load<Vec<T>>(row + (kVectors - 1) * n, live);
   }
 };
+template <int kFirst, int kCount, int kOf, class T>
+FASTRNN_INLINE Columns<T> some_vectors(const Columns<T>& of) {
+  constexpr int n = lanes<Vec<T>>();
+  return {of.first + kFirst * n, of.stride, kFirst + kCount < kOf ? n : of.live};
+}
 
 // out = rows * weights. One copy serves all callers: inlined, it would be most of the library.
 template <int kRows, int kVectors, class F, class Weights>
@@ -322,9 +373,10 @@ constexpr int widest_band(int rows) {
 template <class F>
 int64_t asks_of(int64_t count, int64_t depth, int64_t vectors) {
   constexpr int64_t kRows = tile_rows(kBandVectors * F::kBlockSums);
+  constexpr int64_t kParts = kBandVectors / vectors_at_once<F>(kRows, kBandVectors);
   const int64_t block = F::kScaled ? depth : sum_block(depth);
   const int64_t blocks = depth ? (depth + block - 1) / block : 0;
-  return (count + kRows - 1) / kRows * (vectors / kBandVectors) * blocks;
+  return (count + kRows - 1) / kRows * (vectors / kBandVectors) * kParts * blocks;
 }
 
 // Calls f(row, vector, sums) with the sums over words k < depth of rows[row * stride + k] *
@@ -477,10 +529,18 @@ void add_squares(Vec<T> (&sum)[kRows], const T* weights, int64_t stride, int liv
 template <int kRows, int kVectors, class F, class Weights>
 void product(Sums<F, kRows, kVectors>& out, const Weights& weights,
              const typename F::Word* const* rows, int64_t depth, Ahead* ahead) {
-  Sums<F, kRows, kVectors> acc;
-  clear_tile(acc);
-  multiply<kRows, kVectors, F>(acc, weights, rows, 0, depth, sum_block(depth), ahead);
-  set_tile(out, acc);
+  constexpr int kAtOnce = vectors_at_once<F>(kRows, kVectors);
+  for_each_part<kVectors, kAtOnce>([&](auto from) __attribute__((always_inline)) {
+    constexpr int kFirst = decltype(from)::value;
+    Sums<F, kRows, kAtOnce> acc;
+    clear_tile(acc);
+    multiply_part<kFirst, kAtOnce, kVectors, F>(acc, weights, rows, 0, depth, sum_block(depth),
+                                                ahead);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 16
+      for (int v = 0; v < kAtOnce * F::kSums; ++v) out[r][kFirst * F::kSums + v] = acc[r][v];
+  });
 }
 
 #endif

@@ -9,9 +9,9 @@ namespace fastrnn {
 inline namespace FASTRNN_ISA {
 
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kAccumulators = 24;  // of 32 vector registers
+constexpr int kVectorRegisters = 32, kAccumulators = 24;
 #else
-constexpr int kAccumulators = 12;  // of 16
+constexpr int kVectorRegisters = 16, kAccumulators = 12;
 #endif
 #ifndef FASTRNN_MAX_TILE_ROWS  // fewer make shorter code, which tests compile sooner
 #define FASTRNN_MAX_TILE_ROWS 6
