@@ -556,9 +556,11 @@ class Forward {
     if (live == 0) return;
     const int64_t at = i * padded_ + unit;
     V gates[Inputs::G], before[S], given[kGiven<Cell> + 1], next[S], saved[K + 1];
+#pragma GCC unroll 64
     for (int g = 0; g < Inputs::G; ++g)
       gates[g] = summed_with<Cell>(g) < 0 ? load<V>(u + g * kLanes) : v[summed_with<Cell>(g)];
     before[0] = Cell::kProjectable ? splat<V>(0) : load<V>(h + at);  // not read if projectable
+#pragma GCC unroll 64
     for (int s = 1; s < S; ++s) before[s] = load<V>(recurrence.s[s] + at);
     recurrence.load_params(padded_, unit, given);
     drawn.load(i - share.sequences.begin, share.units, unit, given + N);
@@ -569,7 +571,9 @@ class Forward {
       store_as(args_.tape, (row * tape_width_ + value) * H + unit, x, live, args_.storage);
     };
     if (args_.tape) {
+#pragma GCC unroll 64
       for (int s = 1; s < S; ++s) save(s - 1, next[s]);
+#pragma GCC unroll 64
       for (int k = 0; k < K; ++k) save(S - 1 + k, saved[k]);
       if (projected()) save(S - 1 + K, next[0]);
     }
@@ -579,9 +583,11 @@ class Forward {
       store_as(args_.y, row * H + unit, next[0], live, args_.storage);
     // No state crosses into a new episode.
     if (args_.rows.cut_after(step, i, reverse))
+#pragma GCC unroll 64
       for (int s = projected(); s < S; ++s)
         next[s] = given_state(args_.recurrence[p].reset[s], s, i, unit);
     if (!projected()) store(recurrence.h[(step + 1) & 1] + at, next[0]);
+#pragma GCC unroll 64
     for (int s = 1; s < S; ++s) store(recurrence.s[s] + at, next[s]);
   }
 
