@@ -100,20 +100,26 @@ class Step {
   void tile(int64_t panel, int64_t first, const WordRows<F>& x, const WordRows<F>& h) const {
     V u[kTile][Inputs::kVectors], v[kTile][Recurrent::kVectors + 1];
     const T* const bias_u = w_.bias_u + panel * Inputs::kWidth;
+#pragma GCC unroll 8
     for (int r = 0; r < kTile; ++r)
+#pragma GCC unroll 16
       for (int j = 0; j < Inputs::kVectors; ++j) u[r][j] = load<V>(bias_u + j * kLanes);
     add_product<Inputs>(u, w_.w_ih, w_.ih, panel, args_.sizes.inputs, x, first);
     if constexpr (Recurrent::G > 0) {
       constexpr int G = Recurrent::G;
       V sum[kTile][Recurrent::kVectors];
       const T* const bias_v = w_.bias_v + panel * Recurrent::kWidth;
+#pragma GCC unroll 8
       for (int r = 0; r < kTile; ++r)
+#pragma GCC unroll 16
         for (int j = 0; j < Recurrent::kVectors; ++j)
           sum[r][j] = Cell::kSummed[j % G]
                           ? u[r][j / G * Inputs::G + GateRows<Cell>::input_of(j % G)]
                           : load<V>(bias_v + j * kLanes);
       add_product<Recurrent>(sum, w_.w_hh, w_.hh, panel, args_.sizes.recurrent, h, first);
+#pragma GCC unroll 8
       for (int r = 0; r < kTile; ++r)
+#pragma GCC unroll 16
         for (int j = 0; j < Recurrent::kVectors; ++j) v[r][j] = sum[r][j];
     }
     for (int r = 0; r < kTile; ++r)
@@ -129,10 +135,13 @@ class Step {
                                   const WordRows<F>& source, int64_t first) const {
     const int64_t depth = words_of<F>(inputs), at = panel * Of::kWidth;
     const Word* rows[kTile];
+#pragma GCC unroll 8
     for (int r = 0; r < kTile; ++r) rows[r] = source.first + (first + r) * source.stride;
     Sums<F, kTile, kVectors> sums;
     const auto each = [&](const auto& f) __attribute__((always_inline)) {
+#pragma GCC unroll 8
       for (int r = 0; r < kTile; ++r)
+#pragma GCC unroll 16
         for (int j = 0; j < kVectors; ++j) f(r, at + j * kLanes, &sums[r][j * F::kSums], to[r][j]);
     };
     each([&](int, int64_t column, auto* sum, V& value) {
@@ -151,12 +160,15 @@ class Step {
     if (live == 0) return;
     const int64_t at = i * args_.stride + unit;
     V gates[Inputs::G], before[S], given[kGiven<Cell> + 1], next[S], saved[K + 1];
+#pragma GCC unroll 64
     for (int g = 0; g < Inputs::G; ++g)
       gates[g] = summed_with<Cell>(g) < 0 ? u[g] : v[summed_with<Cell>(g)];
     before[0] = Cell::kProjectable ? splat<V>(0) : load<V>(static_cast<const T*>(args_.h) + at);
+#pragma GCC unroll 64
     for (int s = 1; s < S; ++s) before[s] = load<V>(static_cast<const T*>(args_.s[s]) + at);
     w_.load_params(Weights::padded(args_.sizes), unit, given);
     step_forward<Cell>(gates, v, before, given, next, saved);
+#pragma GCC unroll 64
     for (int s = 1; s < S; ++s) store(static_cast<T*>(args_.s[s]) + at, next[s]);
     if (args_.sizes.projected) {
       store(static_cast<T*>(args_.m) + at, next[0]);
