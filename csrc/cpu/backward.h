@@ -16,6 +16,7 @@
 #include "cpu/drawn.h"
 #include "cpu/formats.h"
 #include "cpu/gradient_row.h"
+#include "cpu/matrices.h"
 #include "cpu/product.h"
 #include "cpu/projection.h"
 #include "cpu/team.h"

@@ -423,14 +423,21 @@ class Forward {
     };
     if constexpr (!F::kConverts) {
       if (fresh) {
+        V sums[kTile][Recurrent::kVectors];
         for (int r = 0; r < kTile; ++r)
-          for (int v = 0; v < Recurrent::kVectors; ++v) acc[r][v] = begin(r, v);
-        add_own_blocks(acc, w, rows, me, share.own_blocks, done);
-        add_blocks(acc, w, rows, share.own_blocks.end, w.depth);
+          for (int v = 0; v < Recurrent::kVectors; ++v) sums[r][v] = begin(r, v);
+        add_own_blocks(sums, w, rows, me, share.own_blocks, done);
+        add_blocks(sums, w, rows, share.own_blocks.end, w.depth);
+        set_tile(acc, sums);
         return;
       }
     }
-    const auto end = [&](int r, int v, V sum) __attribute__((always_inline)) { acc[r][v] = sum; };
+    const auto end = [&](int r, int v, V sum) __attribute__((always_inline)) {
+      acc[r][v] = sum;
+      // Else the sums of one part may wait in registers that the product of the next one needs.
+      if constexpr (vectors_at_once<F>(kTile, Recurrent::kVectors) < Recurrent::kVectors)
+        asm("" : "+m"(acc[r][v]));
+    };
     multiply_tile<Recurrent, kTile>(w, rows, own.state_scale + first, begin, end);
   }
   // The vector of u of the gate that vector v of a recurrent panel has.
@@ -487,8 +494,7 @@ class Forward {
       multiply_part<kFirst, kAtOnce, Of::kVectors, F>(sums, Packed<Word>{w.packed}, rows, 0,
                                                       w.depth, sum_block(w.depth));
       each([&](int r, int v, auto* sum, int64_t column) {
-        end(r, v,
-            end_sum<F>(sum, w.columns, column, F::kScaled ? scale[r] : T{1}, begin(r, v)));
+        end(r, v, end_sum<F>(sum, w.columns, column, F::kScaled ? scale[r] : T{1}, begin(r, v)));
       });
     });
   }

@@ -10,6 +10,7 @@
 #include "core/math.h"
 #include "cpu/contract.h"
 #include "cpu/formats.h"
+#include "cpu/matrices.h"
 #include "cpu/pack.h"
 #include "cpu/product.h"
 #include "cpu/team.h"

@@ -15,6 +15,7 @@
 #include "cpu/contract.h"
 #include "cpu/drawn.h"
 #include "cpu/formats.h"
+#include "cpu/matrices.h"
 #include "cpu/product.h"
 #include "cpu/reductions.h"
 #include "cpu/staged_weights.h"
