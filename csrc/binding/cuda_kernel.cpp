@@ -1,42 +1,20 @@
 #include "binding/cuda_kernel.h"
 
-#include <ATen/Context.h>
 #include <ATen/Functions.h>
 #include <c10/core/DeviceGuard.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
-#include <torch/version.h>
 
-#include <algorithm>
 #include <cstring>
-#include <map>
 #include <mutex>
 #include <shared_mutex>
 
 #include "binding/callbacks.h"
-#include "binding/plan_cache.h"
+#include "binding/cuda_launches.h"
 
 namespace fastrnn {
 namespace {
 
-constexpr int kTooLarge = 720;        // cudaErrorCooperativeLaunchTooLarge
-constexpr size_t kMostShapes = 4096;  // batches of ever new sizes must not fill memory
-constexpr size_t kMostTables = 32;    // packed batches that are remembered
-
-// What a plan goes by, besides the number of steps.
-using Shape = std::tuple<const CellFacts*, bool, int64_t, int64_t, int64_t, at::ScalarType,
-                         c10::DeviceType, c10::DeviceIndex, int64_t, bool>;
-
-struct Launches {
-  std::shared_mutex mutex;
-  std::map<Shape, std::vector<CudaLaunch>> of;
-  int64_t epoch = 0;
-};
-
-// Leaked on purpose, as the tables below: threads may launch while the process ends.
-Launches& launches() {
-  static auto* all = new Launches;
-  return *all;
-}
+constexpr int kTooLarge = 720;      // cudaErrorCooperativeLaunchTooLarge
+constexpr size_t kMostTables = 32;  // packed batches that are remembered
 
 // The tables of a packed batch, made and kept by kernels/gpu/packed.py, which calls on the stream
 // of their copy to the device may read.
@@ -53,93 +31,10 @@ struct KnownTables {
   std::vector<Tables> all;  // the newest last
 };
 
+// Leaked on purpose: threads may launch while the process ends.
 KnownTables& known_tables() {
   static auto* known = new KnownTables;
   return *known;
-}
-
-// Whether float32 is multiplied as TF32, by torch's switch for its own layers; nothing if this
-// torch does not tell.
-std::optional<bool> tf32_allowed() {
-#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 13
-  return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::RNN) ==
-         at::Float32Precision::TF32;
-#else
-  return std::nullopt;
-#endif
-}
-
-int64_t steps_in(const ScanInputs& in) {
-  return in.batch_sizes ? in.batch_sizes->size(0) : in.x.dim() == 3 ? in.x.size(0) : 1;
-}
-
-int64_t batch_of(const ScanInputs& in) { return in.batch_sizes ? in.s0[0].size(1) : in.x.size(-2); }
-
-Shape shape_of(const CellFacts& cell, const ScanInputs& in, bool backward) {
-  const Tensor& x = in.x;
-  return {&cell,
-          backward,
-          batch_of(in),
-          in.w_hh[0].size(1),
-          in.w_hh.size(),
-          x.scalar_type(),
-          x.device().type(),
-          x.device().index(),
-          in.reverse,
-          x.scalar_type() == at::kFloat && *tf32_allowed()};
-}
-
-bool is(const Tensor& tensor, const Tensor& x, at::IntArrayRef size) {
-  return tensor.device() == x.device() && tensor.scalar_type() == x.scalar_type() &&
-         tensor.sizes() == size;
-}
-
-// Whether C++ launches such calls. Those with wrong operands it leaves to Python, for its errors.
-bool launches_here(const CellFacts& cell, const ScanInputs& in) {
-  const Tensor& x = in.x;
-  const int64_t P = in.w_hh.size();
-  if (x.numel() == 0 || P < 1 || P > kMostRecurrences) return false;
-  if (x.scalar_type() == at::kFloat && !tf32_allowed()) return false;
-  if (in.lengths || in.noise) return false;
-  if (!in.w_hr.empty() || !in.params.empty() || !in.reset_states.empty()) return false;
-  if (cell.input_gates != cell.gates || cell.recurrent_gates != cell.gates) return false;
-  const int64_t H = in.w_hh[0].size(-1), of_gates = cell.gates * H;
-  const auto all = [&](TensorList tensors, at::IntArrayRef size, int64_t count) {
-    return static_cast<int64_t>(tensors.size()) == count &&
-           std::all_of(tensors.begin(), tensors.end(),
-                       [&](const Tensor& tensor) { return is(tensor, x, size); });
-  };
-  if (!all(in.w_ih, {of_gates, x.size(-1)}, P) || !all(in.w_hh, {of_gates, H}, P)) return false;
-  const int64_t biased = in.b_ih.empty() ? 0 : P;
-  if (!all(in.b_ih, {of_gates}, biased) || !all(in.b_hh, {of_gates}, biased)) return false;
-  if (in.batch_sizes) {
-    const Tensor& sizes = *in.batch_sizes;
-    if (x.dim() != 2 || sizes.dim() != 1 || !sizes.is_cpu()) return false;
-    if (sizes.scalar_type() != at::kLong || !sizes.is_contiguous()) return false;
-    if (in.s0.empty() || in.s0[0].dim() != 3) return false;
-  }
-  if (one_step(in) ? P != 1 : !in.batch_sizes && x.dim() != 3) return false;
-  c10::DimVector of_state{P, batch_of(in), H};
-  if (one_step(in)) of_state.erase(of_state.begin());
-  if (!all(in.s0, of_state, in.s0.empty() ? 0 : cell.states)) return false;
-  return !in.resets ||
-         (in.resets->device() == x.device() && in.resets->scalar_type() == at::kBool &&
-          in.resets->sizes() == x.sizes().slice(0, x.dim() - 1));
-}
-
-// The raw stream. Some versions of torch do not tell; the overload for those gives nothing.
-template <class Stream>
-auto raw(const Stream& stream, int) -> std::optional<decltype(stream.native_handle())> {
-  return stream.native_handle();
-}
-template <class Stream>
-std::optional<void*> raw(const Stream&, long) {
-  return std::nullopt;
-}
-
-std::optional<void*> current_stream(c10::Device device) {
-  if (device.is_cpu()) return nullptr;  // the simulator of the tests
-  return raw(c10::impl::VirtualGuardImpl(device.type()).getStream(device), 0);
 }
 
 // Whether these are sizes of a batch that holds so many rows: kernels read where they say.
@@ -154,7 +49,7 @@ bool sound(const int64_t* sizes, int64_t steps, int64_t batch, int64_t rows) {
 // The tables of a packed batch for a call on this stream; undefined for a batch that is wrong.
 Tensor tables_of(const ScanInputs& in, void* stream, bool capturing) {
   const Tensor& sizes = *in.batch_sizes;
-  const int64_t batch = batch_of(in), rows = in.x.size(0);
+  const int64_t batch = batch_in(in), rows = in.x.size(0);
   const c10::Device device = in.x.device();
   KnownTables& known = known_tables();
   // A capture needs tables that stay; Python keeps those.
@@ -246,22 +141,12 @@ class CudaCall {
   // Nothing, if that is not known here.
   static std::optional<CudaCall> of(const ScanInputs& in, bool backward) {
     const CellFacts* cell = find_cell(std::string(in.cell));
-    if (!cell || !launches_here(*cell, in)) return std::nullopt;
-    const CudaLaunch launch = [&]() -> CudaLaunch {
-      Launches& all = launches();
-      std::shared_lock lock(all.mutex);
-      if (all.of.empty() || all.epoch != plans_forgotten()) return {};
-      const auto found = all.of.find(shape_of(*cell, in, backward));
-      if (found == all.of.end()) return {};
-      const int64_t steps = steps_in(in);
-      for (const CudaLaunch& each : found->second)
-        if (each.least_steps <= steps && steps <= each.most_steps) return each;
-      return {};
-    }();
-    if (!launch.run) return std::nullopt;
-    CudaCall call(*cell, in, launch);
+    if (!cell) return std::nullopt;
+    const auto launch = launch_of(*cell, in, backward);
+    if (!launch) return std::nullopt;
+    CudaCall call(*cell, in, *launch);
     if (!in.batch_sizes) return call;
-    call.tables_ = tables_of(in, call.stream_, launch.capturing(call.stream_) != 0);
+    call.tables_ = tables_of(in, call.stream_, launch->capturing(call.stream_) != 0);
     if (!call.tables_.defined()) return std::nullopt;
     return call;
   }
@@ -332,7 +217,7 @@ class CudaCall {
         in(in),
         x(in.x),
         T(steps_in(in)),
-        B(batch_of(in)),
+        B(batch_in(in)),
         H(in.w_hh[0].size(1)),
         S(cell.states),
         P(in.w_hh.size()),
@@ -444,21 +329,6 @@ class Products {
 };
 
 }  // namespace
-
-bool keep_launch(const ScanInputs& in, bool backward, const CudaLaunch& launch) {
-  const CellFacts* cell = find_cell(std::string(in.cell));
-  if (!cell || !launches_here(*cell, in) || !current_stream(in.x.device())) return false;
-  Launches& all = launches();
-  std::unique_lock lock(all.mutex);
-  if (launch.epoch != plans_forgotten()) return false;  // another thread changed what plans go by
-  if (all.epoch != plans_forgotten() || all.of.size() >= kMostShapes) all.of.clear();
-  all.epoch = launch.epoch;
-  std::vector<CudaLaunch>& known = all.of[shape_of(*cell, in, backward)];
-  const auto same = [&](const CudaLaunch& each) { return each.least_steps == launch.least_steps; };
-  known.erase(std::remove_if(known.begin(), known.end(), same), known.end());
-  known.push_back(launch);
-  return true;
-}
 
 std::optional<ScanOutputs> forward_on_cuda(const ScanInputs& in, bool tape) {
   const auto call = CudaCall::of(in, false);

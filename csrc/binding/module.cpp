@@ -5,7 +5,7 @@
 
 #include "binding/callbacks.h"
 #include "binding/cpu_kernel.h"
-#include "binding/cuda_kernel.h"
+#include "binding/cuda_launches.h"
 #include "binding/fingerprint.h"
 #include "binding/op.h"
 #include "binding/plan_cache.h"
