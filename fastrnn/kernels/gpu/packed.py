@@ -44,6 +44,10 @@ def tables(sizes: Tensor, batch: int, device: torch.device) -> Tables:
     """The tables for `batch_sizes` on a device, in time for the current stream.
 
     A capture of a CUDA graph cannot copy from the host: a call before it must have made them.
+
+    Raises:
+        RuntimeError: if there are more sequences than before at a step, or than `batch` at the
+            first: kernels read the rows that the tables name.
     """
     for of_batch, of_device, found in reversed(_remembered):
         # Comparing the numbers takes a microsecond, and notices sizes that were changed in place.
@@ -58,6 +62,7 @@ def tables(sizes: Tensor, batch: int, device: torch.device) -> Tables:
 
 
 def _make(sizes: Tensor, batch: int, device: torch.device) -> Tables:
+    _check(sizes, batch)
     host = torch.zeros(sizes.numel() + 1 + batch, dtype=torch.int64, device="cpu")
     first, length = host[: sizes.numel() + 1], host[sizes.numel() + 1 :]
     torch.cumsum(sizes, 0, out=first[1:])
@@ -71,6 +76,17 @@ def _make(sizes: Tensor, batch: int, device: torch.device) -> Tables:
     made = made._replace(on_device=host.to(device, non_blocking=True))
     ready.record(stream)
     return made._replace(stream=stream, ready=ready)
+
+
+def _check(sizes: Tensor, batch: int) -> None:
+    before = batch
+    for step, size in enumerate(sizes.tolist()):
+        if not 0 <= size <= before:
+            raise RuntimeError(
+                "scan: batch_sizes should not increase, nor exceed the batch "
+                f"{batch}, got {size} at step {step}"
+            )
+        before = size
 
 
 def _await(found: Tables, device: torch.device) -> None:

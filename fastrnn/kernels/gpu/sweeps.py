@@ -117,6 +117,10 @@ class Scan(Shape):
         if operands.batch_sizes is not None:
             tables = packed.tables(operands.batch_sizes, self.batch, self.device)
             self.first = tables.first
+            if self.first[-1] != self.rows:
+                raise RuntimeError(
+                    f"scan: batch_sizes add up to {self.first[-1]} but x has {self.rows} rows"
+                )
             self.first_on_device, self.length = tables.first_on_device(), tables.length()
         elif operands.lengths is not None:
             self.length = operands.lengths.to(self.device).contiguous()

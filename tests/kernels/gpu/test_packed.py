@@ -25,6 +25,12 @@ def test_tables(sizes: list[int], batch: int) -> None:
     assert made.length().tolist() == [sum(b < size for size in sizes) for b in range(batch)]
 
 
+@pytest.mark.parametrize("sizes", [[3, 4], [5, 1], [4, 2, -1]])
+def test_sizes_that_no_batch_has(sizes: list[int]) -> None:
+    with pytest.raises(RuntimeError, match="batch_sizes should not increase, nor exceed"):
+        packed.tables(torch.tensor(sizes), 4, CPU)
+
+
 def test_tables_are_shared_and_follow_changes_in_place() -> None:
     sizes = torch.tensor([5, 4, 2])
     made = packed.tables(sizes, 5, CPU)
