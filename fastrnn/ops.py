@@ -186,9 +186,8 @@ def step(
         packed: the same weights from `pack`.
 
     Returns:
-        `S` next states [B, H]. None, without any effect, if an operand is not a plain dense CPU
-        tensor of fitting size and dtype, if a transform is active, or if gradients are needed with
-        `packed` weights.
+        `S` next states [B, H]. None, without any effect, if `_C` does not run the call by itself:
+        see `layers`.
 
     Raises:
         RuntimeError: if the weights have changed since they were packed.
@@ -226,18 +225,21 @@ def layers(
 
     Returns:
         What `nn.functional.rnn` returns. None, without any effect, if it has to run the call: an
-        operand is not a plain dense CPU tensor of fitting size and dtype, a transform is active, or
-        gradients are needed with `packed` weights.
+        operand is not a plain dense tensor of fitting size and dtype on the device of the input,
+        this is a GPU for which C++ knows no launch of the CUDA kernels for such a call, autocast or
+        a transform is active, or gradients are needed with `packed` weights.
 
     Raises:
         RuntimeError: if the weights have changed since they were packed.
     """
     rows = type(input) is PackedSequence
     x = input[0] if rows else input
-    if torch.compiler.is_compiling() or not _plain(x) or not x.is_cpu or _transformed():
+    if torch.compiler.is_compiling() or not _plain(x) or _transformed():
+        return None
+    if not x.is_cpu and not x.is_cuda:
         return None
     format = packed[0].format if packed and packed[0] is not None else None
-    key = prepared_now(cell, "cpu", x.dtype, format)
+    key = prepared_now(cell, _kind(x), x.dtype, format)
     if key is None:
         return None
     # Drawn once the call is certain to run, so that each layer takes one seed from the generator.

@@ -1,6 +1,7 @@
 // The operator: its schemas, and the choice of the kernel for a call.
 #include "binding/op.h"
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
@@ -36,12 +37,6 @@ const CellFacts& cell_of(const ScanInputs& in) {
   return known_cell(in.cell, at::kCPU, format_of(in));
 }
 
-// For kernels whose launch Python plans; C++ repeats those that it can.
-ScanOutputs launched(const ScanInputs& in, bool tape) {
-  if (std::optional<ScanOutputs> out = forward_on_cuda(in, tape)) return *std::move(out);
-  return python_forward(in, tape);
-}
-
 std::vector<Tensor> launched_backward(const ScanInputs& in, const OutputGrads& grads,
                                       const Tensor& y, const Tensor& tape, const Needs& needs) {
   if (auto out = backward_on_cuda(in, grads, y, tape, needs)) return *std::move(out);
@@ -49,6 +44,14 @@ std::vector<Tensor> launched_backward(const ScanInputs& in, const OutputGrads& g
 }
 
 }  // namespace
+
+ScanOutputs scan_launched(const ScanInputs& in, bool tape) {
+  // Autograd has done so, except in inference mode. at::linear multiplies in another order if it
+  // finds that weights have gradients.
+  at::AutoDispatchBelowADInplaceOrView below;
+  if (std::optional<ScanOutputs> out = forward_on_cuda(in, tape)) return *std::move(out);
+  return python_forward(in, tape);
+}
 
 ScanOutputs scan_on_cpu(const ScanInputs& in, bool tape) {
   const CellFacts& cell = cell_of(in);
@@ -59,7 +62,7 @@ ScanOutputs scan_on_cpu(const ScanInputs& in, bool tape) {
   TORCH_CHECK(in.packed.empty() || is_plain(format),
               "fastrnn: another kernel than 'cpu' was asked for by name, but a quantised layer in "
               "compiled code has weights for that one only");
-  return launched(in, tape);
+  return scan_launched(in, tape);
 }
 
 ScanOutputs call_scan(const ScanInputs& in, bool tape, bool recompute, Tensor* steps) {
@@ -148,7 +151,7 @@ std::vector<Tensor> python_kernel(FASTRNN_SCAN_PARAMETERS, bool tape, bool, bool
   const ScanInputs in = FASTRNN_SCAN_INPUTS;
   check_recurrences(in);
   known_cell(cell, x.device().type(), plain_format(x.scalar_type()));
-  return with_steps(launched(in, tape || steps), tape, steps);
+  return with_steps(scan_launched(in, tape || steps), tape, steps);
 }
 
 OutputGrads output_grads(const std::optional<Tensor>& dy,

@@ -16,6 +16,9 @@ std::vector<Tensor> call_packed(const ScanInputs& in, const Tensor& expected, bo
 // for. The plan may name another kernel than the CPU kernel.
 ScanOutputs scan_on_cpu(const ScanInputs& in, bool tape);
 ScanOutputs scan_frozen(const ScanInputs& in, const Tensor& expected, bool tape = false);
+// The first one below the dispatcher, for tensors on any device and kernels whose launch Python
+// plans; C++ repeats those launches that it can.
+ScanOutputs scan_launched(const ScanInputs& in, bool tape);
 
 // The dtype that autocast gives all operands: autocast's own, as in torch.nn. As there, the GRU on
 // CPUs is the exception: it stays in float32 if its state is.

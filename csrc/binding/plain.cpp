@@ -1,76 +1,48 @@
 // Calls of stacks of layers and of cells on plain tensors, which need none of Python's views and
 // checks: those take longer than a small layer.
+//
+// Refused is whatever needs them. Such a call goes through fastrnn/nn/functional.py, with the same
+// results:
+// - an operand that is a subclass, a wrapper, a view that is conjugated or negated, or not dense;
+// - one of another size, dtype or device than the input and the weights ask for. Numbers that are
+//   read here, lengths and sizes of batches, must be on the host;
+// - all calls under autocast and in modes that override functions; ops.py refuses compiled code and
+//   transforms;
+// - weights that were packed for the CPU kernel, on a GPU or where gradients are wanted;
+// - on a GPU, calls of which C++ knows no launch (cuda_launches.h).
+// Where autograd has to record a call, or a mode, tracer or profiler to see it, the operator runs
+// through the dispatcher.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/record_function.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <c10/util/DimVector.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
 #include <array>
-#include <cstring>
 #include <limits>
 
+#include "binding/cuda_launches.h"
 #include "binding/op.h"
-#include "binding/output_memory.h"
+#include "binding/plain_tensors.h"
 
 namespace py = pybind11;
 
 namespace fastrnn {
 namespace {
 
-// The tensor in `object` if it is plain: of torch's own classes, dense, on a CPU; else null.
-const Tensor* plain_tensor(py::handle object) {
-  if (Py_TYPE(object.ptr()) != reinterpret_cast<PyTypeObject*>(THPVariableClass) &&
-      Py_TYPE(object.ptr()) != reinterpret_cast<PyTypeObject*>(ParameterClass))
-    return nullptr;
-  const Tensor& t = THPVariable_Unpack(object.ptr());
-  constexpr c10::DispatchKeySet unusual{c10::DispatchKey::Python, c10::DispatchKey::Negative,
-                                        c10::DispatchKey::Conjugate, c10::DispatchKey::ZeroTensor};
-  const bool plain =
-      t.layout() == at::kStrided && t.is_cpu() && !t.is_nested() && !t.key_set().has_any(unusual);
-  return plain ? &t : nullptr;
-}
-
-// The same for a tensor that must have a size and a dtype.
-const Tensor* plain_tensor(py::handle object, at::IntArrayRef size, at::ScalarType dtype) {
-  const Tensor* t = plain_tensor(object);
-  return t && t->scalar_type() == dtype && t->sizes() == size ? t : nullptr;
-}
-
-// Copies a tensor that was found; whether it was.
-bool keep(const Tensor* from, Tensor& to) {
-  if (from) to = *from;
-  return from != nullptr;
-}
-
 // The facts of a cell that may run in a fast call now; else null.
 const CellFacts* plain_cell(const std::string& name) {
-  if (at::impl::torch_function_mode_enabled() || at::autocast::is_autocast_enabled(at::kCPU))
-    return nullptr;
-  return find_cell(name);
+  return at::impl::torch_function_mode_enabled() ? nullptr : find_cell(name);
 }
 
-// Whether something in torch's state has to see operations: a mode, transform, tracer or profiler.
-// Otherwise the dispatcher is left out, which takes as long as a small layer.
-bool observed() {
-  const auto included = c10::impl::tls_local_dispatch_key_set().included_;
-  return !c10::default_included_set.has_all(included) ||
-         at::getStepCallbacksUnlessEmpty(at::RecordScope::FUNCTION);
-}
-
-// Runs f, below autograd unless its operations are `tracked` by something.
-template <class F>
-auto run_tracked(bool tracked, const F& f) {
-  if (tracked) return f();
-  at::AutoDispatchBelowADInplaceOrView below;
-  return f();
+// Whether a device has fast calls, and autocast leaves their operands alone now.
+bool has_fast_calls(c10::Device device) {
+  if (!device.is_cpu() && !device.is_cuda()) return false;
+  return !at::autocast::is_autocast_enabled(at::kCPU) &&
+         !at::autocast::is_autocast_enabled(device.type());
 }
 
 // What `cells.noise.seeded` makes, in two operations, not four. `order` holds the caller's index of
@@ -85,23 +57,6 @@ Tensor seeded(const std::vector<int64_t>& thresholds, const Tensor& order) {
   for (int64_t b = 0; b < sequences; ++b)
     to[b] = order.const_data_ptr<int64_t>()[b * order.stride(0)];
   return noise;
-}
-
-// `torch.cat(parts)`, without the dispatcher where nothing has to see it.
-Tensor joined(TensorList parts) {
-  bool plain = !observed();
-  for (const Tensor& part : parts)
-    plain = plain && part.is_contiguous() && !(part.requires_grad() && at::GradMode::is_enabled());
-  if (!plain) return at::cat(parts);
-  auto size = parts[0].sizes().vec();
-  size[0] *= static_cast<int64_t>(parts.size());
-  Tensor all = fresh(size, parts[0].scalar_type());
-  char* to = static_cast<char*>(all.mutable_data_ptr());
-  for (const Tensor& part : parts) {
-    if (part.nbytes() > 0) std::memcpy(to, part.const_data_ptr(), part.nbytes());
-    to += part.nbytes();
-  }
-  return all;
 }
 
 // The weights of one layer that were packed, as `ops.Prepacked` has them.
@@ -137,35 +92,35 @@ class PlainCall {
       : cell_(cell), ways_(ways), recurrences_(ways.directions * ways.heads) {}
 
   // Each returns false if an operand is not plain or does not fit; x comes first, then weights,
-  // then the others.
+  // then the others. They are on the device of x, except that those whose numbers are read here are
+  // on the host. Nothing is computed.
 
   // One step [B, I].
   bool read_step(py::handle input) {
-    if (!keep(plain_tensor(input), x_) || x_.dim() != 2) return false;
+    if (!read_x(input, 2)) return false;
     batch_ = x_.size(0);
     return true;
   }
 
   // [T, B, I], or [B, T, I] with `batch_first`.
   bool read_sequences(py::handle input) {
-    if (!keep(plain_tensor(input), x_) || x_.dim() != 3 || x_.numel() == 0) return false;
-    if (ways_.batch_first) x_ = x_.transpose(0, 1);
-    batch_ = x_.size(1);
+    if (!read_x(input, 3) || x_.numel() == 0) return false;
+    steps_ = x_.size(ways_.batch_first ? 1 : 0);
+    batch_ = x_.size(ways_.batch_first ? 0 : 1);
     return true;
   }
 
   // A PackedSequence: (rows, batch_sizes, sorted_indices, unsorted_indices).
   bool read_packed_sequences(const py::tuple& fields) {
-    if (fields.size() != 4 || !keep(plain_tensor(fields[0]), x_) || x_.dim() != 2 ||
-        x_.numel() == 0)
-      return false;
-    const Tensor* sizes = plain_tensor(fields[1]);
+    if (fields.size() != 4 || !read_x(fields[0], 2) || x_.numel() == 0) return false;
+    const Tensor* sizes = plain_tensor(fields[1], at::kCPU);
     if (!sizes || sizes->scalar_type() != at::kLong || sizes->dim() != 1 || sizes->size(0) == 0)
       return false;
     batch_sizes_ = *sizes;
+    steps_ = sizes->size(0);
     batch_ = *sizes->const_data_ptr<int64_t>();
     const auto read = [&](py::handle from, Tensor& to) {
-      return from.is_none() || keep(plain_tensor(from, {batch_}, at::kLong), to);
+      return from.is_none() || keep(plain_tensor(from, x_.device(), {batch_}, at::kLong), to);
     };
     return read(fields[2], order_) && read(fields[3], restore_);
   }
@@ -202,11 +157,11 @@ class PlainCall {
 
   // Steps of each sequence of dense input.
   bool read_lengths(py::handle object) {
-    const Tensor* lengths = plain_tensor(object, {batch_}, at::kLong);
+    const Tensor* lengths = plain_tensor(object, at::kCPU, {batch_}, at::kLong);
     if (!lengths || x_.dim() != 3) return false;
     for (int64_t b = 0; b < batch_; ++b) {
       const int64_t length = lengths->const_data_ptr<int64_t>()[b * lengths->stride(0)];
-      if (length < 0 || length > x_.size(0)) return false;
+      if (length < 0 || length > steps_) return false;
     }
     lengths_ = *lengths;
     return true;
@@ -214,20 +169,32 @@ class PlainCall {
 
   // Whether an episode begins at a step, in the form of dense input.
   bool read_resets(py::handle object) {
-    const Tensor* resets = plain_tensor(object);
-    if (!resets || resets->dim() != 2 || resets->scalar_type() != at::kBool || x_.dim() != 3)
-      return false;
-    resets_ = ways_.batch_first ? resets->transpose(0, 1) : *resets;
-    return resets_->sizes() == x_.sizes().slice(0, 2);
+    const Tensor* resets = plain_tensor(object, x_.device());
+    if (!resets || resets->scalar_type() != at::kBool || x_.dim() != 3) return false;
+    resets_ = *resets;
+    return resets->sizes() == x_.sizes().slice(0, 2);
   }
 
-  // Gives packed input, which needs states, zeros for those that it lacks. Puts states into the
-  // order in which the input is packed, and heads side by side.
-  void prepare_states() {
+  // Chooses the kernels: those for CUDA if C++ knows how to launch them for this call, else those
+  // for tensors on a CPU. False for other calls on a GPU.
+  bool choose_kernels() {
+    static const std::optional<Tensor> absent;
+    on_cuda_ = !layers_[0].packed && knows_launch(cell_, inputs_of(0, x_, absent), steps_, batch_);
+    return on_cuda_ || x_.is_cpu();
+  }
+
+  // Makes dense input time-major. Gives packed input, which needs states, zeros for those that it
+  // lacks. Puts states into the order in which the input is packed, and heads side by side.
+  void prepare() {
+    if (ways_.batch_first && !batch_sizes_) {
+      x_ = x_.transpose(0, 1);
+      if (resets_) resets_ = resets_->transpose(0, 1);
+    }
     if (batch_sizes_ && states_ == 0) {
       for (; states_ < static_cast<size_t>(cell_.states); ++states_) {
         const auto size = state_size(states_);
-        s0_[states_] = observed() ? x_.new_zeros(size) : fresh_zeros(size, x_.scalar_type());
+        s0_[states_] =
+            on_cuda_ || observed() ? x_.new_zeros(size) : fresh_zeros(size, x_.scalar_type());
       }
     } else if (order_.defined()) {
       for (size_t s = 0; s < states_; ++s) s0_[s] = permuted(s0_[s], order_);
@@ -249,10 +216,7 @@ class PlainCall {
     Tensor y = x_;
     c10::SmallVector<std::vector<Tensor>, 4> lasts(layers_.size());
     for (size_t l = 0; l < layers_.size(); ++l) {
-      if (l > 0 && ways_.dropout > 0) {
-        py::gil_scoped_release release;
-        y = at::dropout(y, ways_.dropout, true);
-      }
+      if (l > 0 && ways_.dropout > 0) y = at::dropout(y, ways_.dropout, true);
       std::optional<Tensor> noise;
       if (cell_.draws) noise = draw();
       std::tie(y, lasts[l], std::ignore) = run_layer(l, y, noise);
@@ -261,7 +225,7 @@ class PlainCall {
       c10::SmallVector<Tensor, 4> parts(layers_.size());
       for (size_t s = 0; s < lasts[0].size(); ++s) {
         for (size_t l = 0; l < layers_.size(); ++l) parts[l] = std::move(lasts[l][s]);
-        lasts[0][s] = joined(parts);
+        lasts[0][s] = joined(parts, !on_cuda_);
       }
     }
     if (ways_.heads > 1)
@@ -303,14 +267,19 @@ class PlainCall {
     return false;
   }
 
+  bool read_x(py::handle input, int64_t dim) {
+    return keep(plain_tensor(input), x_) && x_.dim() == dim && has_fast_calls(x_.device());
+  }
+
   // (w_ih, w_hh, b_ih, b_hh, w_hr, params) of one more recurrence of a layer.
   bool read_recurrence(py::handle object, size_t l) {
     if (!PyTuple_Check(object.ptr()) || PyTuple_GET_SIZE(object.ptr()) != 6) return false;
     const auto weights = py::reinterpret_borrow<py::tuple>(object);
     PlainWeights& layer = layers_[l];
     const at::ScalarType dtype = x_.scalar_type();
+    const c10::Device device = x_.device();
     // A layer that has its weights only in a format of its own passes those, for their sizes.
-    const Tensor* matrix = plain_tensor(weights[1]);
+    const Tensor* matrix = plain_tensor(weights[1], device);
     if (!matrix || matrix->dim() != 2) return false;
     const auto matrix_type = layer.packed ? matrix->scalar_type() : dtype;
     const bool biased = !weights[2].is_none(), projected = !weights[4].is_none();
@@ -318,16 +287,16 @@ class PlainCall {
       recurrent_ = hidden_ = matrix->size(1);
       biased_ = biased;
       projected_ = projected;
-      const Tensor* projection = projected ? plain_tensor(weights[4]) : nullptr;
+      const Tensor* projection = projected ? plain_tensor(weights[4], device) : nullptr;
       if (projection && projection->dim() == 2) hidden_ = projection->size(1);
     }
     for (py::handle each : weights[5]) {
-      const Tensor* param = plain_tensor(each);
+      const Tensor* param = plain_tensor(each, device);
       if (!param || param->scalar_type() != dtype) return false;
       layer.params.push_back(*param);
     }
     const auto read = [&](int k, at::IntArrayRef size, at::ScalarType type, auto& to) {
-      const Tensor* weight = plain_tensor(weights[k], size, type);
+      const Tensor* weight = plain_tensor(weights[k], device, size, type);
       if (weight) to.push_back(*weight);
       return weight != nullptr;
     };
@@ -349,8 +318,8 @@ class PlainCall {
   }
 
   bool read_state(py::handle object) {
-    const bool plain =
-        keep(plain_tensor(object, state_size(states_), x_.scalar_type()), s0_[states_]);
+    const Tensor* state = plain_tensor(object, x_.device(), state_size(states_), x_.scalar_type());
+    const bool plain = keep(state, s0_[states_]);
     states_ += plain;
     return plain;
   }
@@ -387,14 +356,14 @@ class PlainCall {
         own[s] = run_tracked(tracked, [&] { return s0_[s].slice(0, first, first + recurrences_); });
       in.s0 = {own.data(), states_};
     }
-    py::gil_scoped_release release;
     if (const auto& packed = layers_[l].packed) {
       in.packed = packed->weights;
       in.format = packed->format;
       return scan_frozen(in, packed->fingerprint);
     }
     return run_tracked(tracked, [&] {
-      return tracked ? call_scan(in, false, ways_.recompute) : scan_on_cpu(in, false);
+      if (tracked) return call_scan(in, false, ways_.recompute);
+      return on_cuda_ ? scan_launched(in, false) : scan_on_cpu(in, false);
     });
   }
 
@@ -403,10 +372,11 @@ class PlainCall {
   const int64_t recurrences_;  // of each layer
   Tensor x_, order_, restore_;
   std::optional<Tensor> batch_sizes_, lengths_, resets_;
-  int64_t batch_ = 0;
+  int64_t steps_ = 1, batch_ = 0;
   c10::SmallVector<PlainWeights, 2> layers_;
   int64_t hidden_ = 0, recurrent_ = 0;  // the widths of the states, the first one's last
   bool biased_ = false, projected_ = false;
+  bool on_cuda_ = false;  // whether the kernels are those for CUDA
   std::array<Tensor, kMaxStates> s0_;
   size_t states_ = 0;
 };
@@ -426,9 +396,12 @@ py::object step(const std::string& name, py::handle input, const py::tuple& befo
   py::list one(1);
   one[0] = weights;
   if (!call.read_step(input) || !call.read_weights(one, py::make_tuple(packed)) ||
-      !(before.empty() || call.read_states(before)))
+      !(before.empty() || call.read_states(before)) || !call.choose_kernels())
     return py::none();
-  auto out = call.run([] { return Tensor(); });
+  auto out = [&] {
+    py::gil_scoped_release release;
+    return call.run([] { return Tensor(); });
+  }();
   if (!out) return py::none();
   auto& [y, states] = *out;
   py::tuple after(states.size());
@@ -451,15 +424,20 @@ py::object layers(const std::string& name, const py::object& input, const py::ob
   if (!(rows ? call.read_packed_sequences(input) : call.read_sequences(input)) ||
       !call.read_weights(weights, packed) || !(hx.is_none() || call.read_states(hx)) ||
       !(lengths.is_none() || call.read_lengths(lengths)) ||
-      !(resets.is_none() || call.read_resets(resets)))
+      !(resets.is_none() || call.read_resets(resets)) || !call.choose_kernels())
     return py::none();
   check(rows ? py::object(input[py::int_(0)]) : input, hx, call.batch_sizes(),
         weights[0][py::int_(0)]);
-  call.prepare_states();
   const auto draw = [&] {
-    return observed() ? noise().cast<Tensor>() : seeded(thresholds, call.order());
+    if (!observed()) return seeded(thresholds, call.order());
+    py::gil_scoped_acquire gil;
+    return noise().cast<Tensor>();
   };
-  auto out = call.run(draw);
+  auto out = [&] {
+    py::gil_scoped_release release;
+    call.prepare();
+    return call.run(draw);
+  }();
   if (!out) return py::none();
   auto& [y, last] = *out;
   // torch.nn's LSTM returns a view here; its RNN and GRU, with one state, do not.

@@ -34,32 +34,6 @@ plainly = pytest.mark.skipif(SIMULATED, reason="this is a run with the simulator
 KINDS = {"RNN": fastrnn.RNN, "GRU": fastrnn.GRU, "LSTM": fastrnn.LSTM}
 
 
-@pytest.fixture
-def library() -> Iterator[Any]:
-    with stub.answering() as loaded, kernels.use("cuda"):
-        loaded.fastrnn_stub_echo()
-        yield loaded
-
-
-@pytest.fixture
-def in_python(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The passes that Python launched."""
-    passes: list[str] = []
-    forward, backward = launched.forward, launched.backward
-
-    def forward_here(inputs: tuple[Any, ...], tape: bool) -> Any:
-        passes.append("forward with tape" if tape else "forward")
-        return forward(inputs, tape)
-
-    def backward_here(*arguments: Any) -> Any:
-        passes.append("backward")
-        return backward(*arguments)
-
-    monkeypatch.setattr(launched, "forward", forward_here)
-    monkeypatch.setattr(launched, "backward", backward_here)
-    return passes
-
-
 def twice(call: Callable[[], Any]) -> None:
     """By Python and by C++."""
     first, second = list(flatten(call())), list(flatten(call()))
