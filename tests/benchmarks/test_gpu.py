@@ -166,7 +166,7 @@ def test_cost_on_the_host(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
     if reason := missing():
         pytest.skip(reason)
     with host.stub():
-        rows = list(host.rows("cpu", calls=20))
+        rows = list(host.rows("cpu", calls=60))
     assert [(row["cell"], row["mode"]) for row in rows[:2]] == [
         ("LSTM", "inference"),
         ("LSTM", "forward and backward"),
