@@ -427,7 +427,7 @@ class Forward {
         for (int r = 0; r < kTile; ++r)
           for (int v = 0; v < Recurrent::kVectors; ++v) sums[r][v] = begin(r, v);
         add_own_blocks(sums, w, rows, me, share.own_blocks, done);
-        add_blocks(sums, w, rows, share.own_blocks.end, w.depth);
+        add_product(sums, w, rows, share.own_blocks.end, w.depth);
         set_tile(acc, sums);
         return;
       }
@@ -501,9 +501,9 @@ class Forward {
 
   // acc += rows[:, k0:k1] * weights, where blocks of the sum begin and end.
   template <int kTile>
-  __attribute__((noinline)) void add_blocks(V (&acc)[kTile][Recurrent::kVectors],
-                                            const PanelWeights& w, const T* const* rows, int64_t k0,
-                                            int64_t k1) const {
+  __attribute__((noinline)) void add_product(V (&acc)[kTile][Recurrent::kVectors],
+                                             const PanelWeights& w, const T* const* rows,
+                                             int64_t k0, int64_t k1) const {
     if (w.packed)
       multiply<kTile, Recurrent::kVectors, F>(acc, Packed<T>{w.packed}, rows, k0, k1,
                                               sum_block(w.depth));
@@ -530,7 +530,7 @@ class Forward {
                                                 const PanelWeights& w, const T* const* rows,
                                                 const Member& me, Range own, int64_t done) const {
     if (own.begin == 0) {
-      add_blocks(acc, w, rows, 0, own.end);
+      add_product(acc, w, rows, 0, own.end);
       me.wait_for_peers(done);
       return;
     }
@@ -544,11 +544,11 @@ class Forward {
       for (int64_t k = own.begin, n = 0; k < own.end; k += block, ++n) {
         for (auto& row : apart[n])
           for (V& sum : row) sum = splat<V>(-0.0);  // which adds nothing, not even a sign
-        add_blocks(apart[n], w, rows, k, own.end - k < block ? own.end : k + block);
+        add_product(apart[n], w, rows, k, own.end - k < block ? own.end : k + block);
       }
     }
     me.wait_for_peers(done);
-    add_blocks(acc, w, rows, 0, own.begin);
+    add_product(acc, w, rows, 0, own.begin);
     if (own.size() > 0) add_tile(acc, apart[0]);
     if (own.size() > block) add_tile(acc, apart[1]);
   }
